@@ -1,0 +1,385 @@
+"""The contract between detectors and methods: read this first.
+
+A detector is a short pipeline with named joints, and a method is a function of what crosses them:
+
+    images -> features (pyramid levels) -> head: stage 0 -> stage 1 -> ... -> predictions -> detections
+
+Shapes, here and everywhere: N images, C channels, H x W cells, L levels, A priors (all levels concatenated,
+level by level, row by row, all priors of a cell together), K classes, B bins, G ground-truth boxes.
+Boxes are xyxy in pixels of the batch's canvas; labels are int64 in [0, K).
+
+An adapter's author writes `DetectorAdapter`; a method's author writes `Method`. Neither knows the other.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import ClassVar, Literal, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from kdtoolkit.errors import KDError
+
+
+class Capability(enum.StrEnum):
+    """What a detector can show to a method."""
+
+    FEATURES = "features"  # pyramid levels, with strides and channels
+    PREDICTIONS = "predictions"  # class logits and boxes at priors
+    STAGES = "stages"  # hidden states of the head, from each of which the head can be resumed
+    DISTRIBUTIONS = "distributions"  # each box side is a distribution over bins
+    ASSIGNMENT = "assignment"  # which prior answers for which ground-truth box
+
+
+class PriorKind(enum.StrEnum):
+    """What predictions are relative to."""
+
+    POINTS = "points"  # one per cell
+    ANCHORS = "anchors"  # one or more per cell
+    PROPOSALS = "proposals"  # found by a first stage, other ones in each detector
+    QUERIES = "queries"  # learned or selected, other ones in each detector
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether equal strides alone make two detectors' priors correspond."""
+        return self in (PriorKind.POINTS, PriorKind.ANCHORS)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One joint of the head: `channels` of the hidden state of each branch (dim 1 of the state's tensors).
+
+    `activation` stands between the joint and the next layer. States are taken *before* it and `resume` applies
+    it, so it must be idempotent (ReLU, identity).
+    """
+
+    name: str
+    channels: Mapping[str, int]
+    activation: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """The facts about a detector that methods are checked against before the first step.
+
+    `stages[0]` is the head's input, `stages[-1]` what its predictors take. `bins` is 0 unless each box side is a
+    distribution; `channels` and `strides` (pixels) have one entry a pyramid level.
+    """
+
+    name: str
+    num_classes: int
+    strides: tuple[int, ...]
+    channels: tuple[int, ...]
+    priors: PriorKind
+    priors_per_cell: int = 1
+    stages: tuple[Stage, ...] = ()
+    bins: int = 0
+    capabilities: frozenset[Capability] = frozenset()
+
+
+class Target(TypedDict):
+    """Ground truth of one image: `boxes` (G, 4) float32 xyxy in pixels, `labels` (G,) int64 in [0, K)."""
+
+    boxes: Tensor
+    labels: Tensor
+
+
+class Detections(TypedDict):
+    """Detections of one image by falling score: `boxes` (D, 4) xyxy pixels, `scores` (D,), `labels` (D,) int64."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as one detector wants them: `images` (N, 3, H, W), normalised, padded at the right and bottom.
+
+    `sizes` are (height, width) of each image's content, `padded_sizes` of its content with its own padding: cells
+    beyond them belong to no image. `original_sizes` are those that detections refer to. Boxes and labels are on the
+    canvas, one tensor an image, and empty lists where there is no ground truth.
+    """
+
+    images: Tensor
+    sizes: tuple[tuple[int, int], ...]
+    padded_sizes: tuple[tuple[int, int], ...]
+    original_sizes: tuple[tuple[int, int], ...]
+    boxes: tuple[Tensor, ...] = ()
+    labels: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Priors:
+    """What predictions are relative to: `boxes` (A, 4), or (N, A, 4) where images differ; a point is (x, y, x, y).
+
+    `strides` (A,) in pixels; `grid` is (H, W) of each level, empty where priors lie on no grid. `context` holds what
+    else identifies them to the adapter's kin (query embeddings, image indices).
+    """
+
+    boxes: Tensor
+    strides: Tensor
+    grid: tuple[tuple[int, int], ...] = ()
+    context: object = None
+
+    @property
+    def per_level(self) -> tuple[int, ...]:
+        """Number of priors on each level; their sum is A."""
+        total = self.boxes.shape[-2]
+        cells = [height * width for height, width in self.grid]
+        return tuple(c * total // sum(cells) for c in cells) if cells else (total,)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the head says of each prior, raw, in float32.
+
+    `logits` (N, A, K) where `activation` is sigmoid; (N, A, K + 1), background last, where it is softmax.
+    `regression` (N, A, 4), or (N, A, 4, B) logits over bins; `decode` turns it into boxes (N, A, 4).
+    `quality` (N, A): logits of centerness or the like.
+    """
+
+    logits: Tensor
+    regression: Tensor
+    priors: Priors
+    decode: Callable[[Tensor, Priors], Tensor]
+    quality: Tensor | None = None
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
+
+    @property
+    def boxes(self) -> Tensor:
+        """Decoded boxes (N, A, 4), neither clipped nor filtered."""
+        return self.decode(self.regression, self.priors)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Class probabilities (N, A, K), without background."""
+        return self.logits.sigmoid() if self.activation == "sigmoid" else self.logits.softmax(-1)[..., :-1]
+
+
+State = Mapping[str, tuple[Tensor, ...]]
+"""A hidden state of the head: for each branch one tensor a level, channels in dim 1."""
+
+
+@dataclass(frozen=True)
+class HeadTrace:
+    """One pass through a head: the state at each stage, and the predictions they led to.
+
+    `context` is what the adapter needs besides a state in order to resume (the encoder's memory, say).
+    """
+
+    states: tuple[State, ...]
+    predictions: Predictions
+    context: object = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which prior answers for what, as the detector's own loss has it.
+
+    `labels` (N, A) int64, K for background; `boxes` (N, A, 4), of use where a label is a class; `weights` (N, A)
+    float, 0 where the detector's classification loss leaves a prior out (padding, ambiguous anchors).
+    `normaliser`: the scalar by which it divides its classification loss; `positives`: number of positive priors.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    weights: Tensor
+    normaliser: Tensor
+
+    def positive(self, num_classes: int) -> Tensor:
+        """(N, A) bool: priors that answer for an object."""
+        return self.labels < num_classes
+
+
+class DetectorAdapter(ABC):
+    """Shows one detector as a pipeline with joints. Holds the model, adds nothing to it and patches nothing.
+
+    Every method works under autocast and returns predictions in float32.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    @abstractmethod
+    def spec(self) -> DetectorSpec:
+        """The detector's facts; the same at every call."""
+
+    @property
+    def assigner(self) -> object:
+        """Detectors whose assigners compare equal assign alike on the same priors, so that one of them will do."""
+        return self
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether this adapter is for `model`, by its class."""
+
+    @abstractmethod
+    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+        """Do what the detector does to images (3, H, W) in [0, 1] before its backbone: resize, normalise, pad."""
+
+    @abstractmethod
+    def features(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Run backbone and neck: one (N, C, H, W) a level, finest first."""
+
+    @abstractmethod
+    def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
+        """Run the head; with `priors`, for those instead of its own (proposals and queries; grids ignore it)."""
+
+    def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
+        """Run the head from `state` at `stage` to its end, for the priors and context of `trace`.
+
+        With the state that `trace` has at that stage it gives the predictions of `trace` bit for bit.
+        """
+        raise NotImplementedError(f"{self.spec.name} declares no stages")
+
+    @abstractmethod
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment | None]:
+        """The detector's own loss terms, as its training forward gives them, and the assignment they used."""
+
+    def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
+        """Assign the batch's ground truth to the priors of `trace`."""
+        raise NotImplementedError(f"{self.spec.name} declares no assignment")
+
+    @abstractmethod
+    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
+        """Score filter, NMS and all, in pixels of the original images."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What one detector showed in this step. `trace` is None where no method asked for its head."""
+
+    adapter: DetectorAdapter
+    batch: Batch
+    features: tuple[Tensor, ...]
+    trace: HeadTrace | None
+    assignment: Assignment | None = None
+
+    @property
+    def spec(self) -> DetectorSpec:
+        """The detector's facts."""
+        return self.adapter.spec
+
+    @property
+    def head(self) -> HeadTrace:
+        """The head's pass; only for methods that declare a need beyond features."""
+        if self.trace is None:
+            raise RuntimeError("the method must declare that it needs predictions or stages")
+        return self.trace
+
+
+class Exchange:
+    """What a method sees of one training step: both detectors' views, and what can be derived from them."""
+
+    def __init__(self, student: View, teacher: View, step: int) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.step = step
+        self._matched: HeadTrace | None = None
+        self._assignment: Assignment | None = None
+
+    @property
+    def matched(self) -> HeadTrace:
+        """The student's head on the teacher's priors, so that both heads' states and predictions correspond.
+
+        On grids that is the student's own pass; proposals and queries need a second one, run at the first call.
+        """
+        if self._matched is None:
+            student, teacher = self.student, self.teacher
+            if teacher.spec.priors.on_grid and student.spec.priors.on_grid:
+                self._matched = student.head
+            else:
+                priors = teacher.head.predictions.priors
+                self._matched = student.adapter.head(student.features, student.batch, priors)
+        return self._matched
+
+    @property
+    def student_assignment(self) -> Assignment:
+        """Ground truth assigned to the student's priors, by the student's own rule."""
+        if self.student.assignment is not None:
+            return self.student.assignment
+        with torch.no_grad():
+            return self.student.adapter.assign(self.student.head, self.student.batch)
+
+    @property
+    def teacher_assignment(self) -> Assignment:
+        """Ground truth assigned to the teacher's priors, by the teacher's own rule: what cross-head losses go by."""
+        if self._assignment is None:
+            student, teacher = self.student, self.teacher
+            alike = student.adapter.assigner == teacher.adapter.assigner
+            if alike and student.head.predictions.priors.grid == teacher.head.predictions.priors.grid:
+                self._assignment = self.student_assignment
+            else:
+                with torch.no_grad():
+                    self._assignment = teacher.adapter.assign(teacher.head, teacher.batch)
+        return self._assignment
+
+    def finish_with_teacher(self, state: State, stage: int) -> Predictions:
+        """Cross-head predictions: the teacher's head, resumed from a student's `state` at the teacher's `stage`.
+
+        Gradient flows through the teacher's frozen layers into `state` and nowhere else.
+        """
+        return self.teacher.adapter.resume(state, stage, self.teacher.head)
+
+
+class Method(nn.Module, ABC):
+    """A distillation method. What it must learn is its own parameters: trained with it, then thrown away.
+
+    `needs`: what both detectors must show. `terms`: the names of its loss terms. `paper`: where it comes from.
+    """
+
+    needs: ClassVar[frozenset[Capability]]
+    terms: ClassVar[tuple[str, ...]]
+    paper: ClassVar[str]
+
+    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+        """Why this pair cannot be distilled by this method, beyond `needs`; None if it can. Checked once."""
+        return None
+
+    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        """Build what must be learned for this pair (projections, context blocks). Called once, after `refuses`."""
+
+    @abstractmethod
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """The weighted loss terms of one step, each a float32 scalar, by the names in `terms`."""
+
+
+ENTRY_POINTS = "kdtoolkit.adapters"
+# The package in which a model's class is defined -> the adapter module that knows it. Nothing is imported until
+# such a model is handed in, and then its library is imported already.
+_MODULES = {"kdtoolkit.detectors": "kdtoolkit.adapters.native"}
+
+
+def adapter_classes() -> list[type[DetectorAdapter]]:
+    """All adapter classes whose library is loaded, and those that other packages announce as entry points."""
+    modules = [importlib.import_module(name) for library, name in _MODULES.items() if library in sys.modules]
+    classes = [cls for module in modules for cls in module.ADAPTERS]
+    return classes + [entry.load() for entry in entry_points(group=ENTRY_POINTS)]
+
+
+def adapt(model: nn.Module | DetectorAdapter) -> DetectorAdapter:
+    """Wrap a detector in the adapter for its class; an adapter is returned as it is.
+
+    Raises KDError where no adapter knows the class.
+    """
+    if isinstance(model, DetectorAdapter):
+        return model
+    classes = adapter_classes()
+    for cls in classes:
+        if cls.matches(model):
+            return cls(model)
+    known = ", ".join(cls.__name__ for cls in classes) or "none"
+    raise KDError(
+        f"no adapter for {type(model).__module__}.{type(model).__qualname__} (loaded adapters: {known}). "
+        "Install the extra for its library, or write an adapter: CONTRIBUTING.md, 'Add a detector library'."
+    )
