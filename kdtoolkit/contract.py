@@ -186,7 +186,7 @@ class Assignment:
 
     `labels` (N, A) int64, K for background; `boxes` (N, A, 4), of use where a label is a class; `weights` (N, A)
     float, 0 where the detector's classification loss leaves a prior out (padding, ambiguous anchors).
-    `normaliser`: the scalar by which it divides its classification loss; `positives`: number of positive priors.
+    `normaliser`: the scalar by which the detector divides sums over its priors.
     """
 
     labels: Tensor
@@ -281,10 +281,9 @@ class View:
 class Exchange:
     """What a method sees of one training step: both detectors' views, and what can be derived from them."""
 
-    def __init__(self, student: View, teacher: View, step: int) -> None:
+    def __init__(self, student: View, teacher: View) -> None:
         self.student = student
         self.teacher = teacher
-        self.step = step
         self._matched: HeadTrace | None = None
         self._assignment: Assignment | None = None
 

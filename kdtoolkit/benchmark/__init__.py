@@ -1,0 +1,1 @@
+"""Benchmarks: a suite is trained in worker processes and compared on a leaderboard; `benchmarks/` measures speed."""

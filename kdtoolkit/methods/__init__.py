@@ -1,1 +1,25 @@
-"""Distillation methods, one file each."""
+"""Distillation methods, one file each. `all_methods` finds them, and those that other packages announce."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from kdtoolkit.contract import Method
+from kdtoolkit.methods.crosskd import CrossKD
+from kdtoolkit.methods.cwd import CWD
+from kdtoolkit.methods.fgd import FGD
+from kdtoolkit.methods.fitnet import FitNet
+from kdtoolkit.methods.ld import LD
+from kdtoolkit.methods.mgd import MGD
+from kdtoolkit.methods.pkd import PKD
+
+__all__ = ["CWD", "FGD", "LD", "MGD", "PKD", "CrossKD", "FitNet", "all_methods"]
+
+ENTRY_POINTS = "kdtoolkit.methods"
+
+
+def all_methods() -> dict[str, type[Method]]:
+    """Every method class by its name: this package's, and other packages' entry points of group kdtoolkit.methods."""
+    own: list[type[Method]] = [CrossKD, PKD, FGD, LD, FitNet, CWD, MGD]
+    found = own + [entry.load() for entry in entry_points(group=ENTRY_POINTS)]
+    return {cls.__name__: cls for cls in found}

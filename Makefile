@@ -1,0 +1,47 @@
+# Every target sets up what it needs, once: a virtual environment in .venv, made again when pyproject.toml changes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: benchmark test check format wheel-check clean
+
+benchmark: .venv/.installed  ## train, distil and compare on the embedded suite; the board lands in runs/quick
+	$(BIN)/kd benchmark run
+
+test: .venv/.installed-dev  ## run the tests
+	$(BIN)/python -m pytest
+
+check: .venv/.installed-dev  ## format, lint, types, tests: what CI runs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: .venv/.installed-dev  ## mend format and what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel-check: .venv/.installed-dev  ## build the wheel and run `kd` from it, away from the source tree
+	rm -rf build dist .venv/wheel
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
+	$(BIN)/python -m venv .venv/wheel
+	.venv/wheel/bin/python -m pip install -q --no-deps dist/*.whl
+	cd .venv/wheel && PYTHONPATH="$$(../bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		bin/python -c 'import kdtoolkit.benchmark as b; assert "wheel" in b.__file__, b.__file__' && \
+		PYTHONPATH="$$(../bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		bin/kd benchmark suites
+
+clean:  ## remove the environment and build products; runs/ stays
+	rm -rf .venv build dist *.egg-info
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "kdtoolkit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@ .venv/.installed

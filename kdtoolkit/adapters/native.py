@@ -1,0 +1,101 @@
+"""kdtoolkit's own dense detectors (kdtoolkit/detectors): a thin view, for they are built along the same joints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kdtoolkit.contract import (
+    Assignment,
+    Batch,
+    Capability,
+    Detections,
+    DetectorAdapter,
+    DetectorSpec,
+    HeadTrace,
+    Predictions,
+    Priors,
+    Stage,
+    State,
+    Target,
+)
+from kdtoolkit.detectors.dense import DenseDetector
+
+_CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
+
+
+class DenseAdapter(DetectorAdapter):
+    """Adapter of DenseDetector: stage 0 is the pyramid, stage i the towers' state after block i."""
+
+    model: DenseDetector
+
+    def __init__(self, model: DenseDetector) -> None:
+        super().__init__(model)
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether `model` is a DenseDetector."""
+        return isinstance(model, DenseDetector)
+
+    @property
+    def spec(self) -> DetectorSpec:
+        """The detector's facts."""
+        model = self.model
+        stages = tuple(
+            Stage(
+                name=f"block {i}" if i else "pyramid",
+                channels=dict.fromkeys(model.towers, model.head_channels if i else model.neck_channels),
+                activation=model.activation(i) if i else None,
+            )
+            for i in range(model.head_blocks + 1)
+        )
+        return DetectorSpec(
+            name=type(model).__name__,
+            num_classes=model.num_classes,
+            strides=model.strides,
+            channels=(model.neck_channels,) * len(model.strides),
+            priors=model.kind,
+            priors_per_cell=model.priors_per_cell,
+            stages=stages,
+            bins=model.bins,
+            capabilities=_CAPABILITIES | ({Capability.DISTRIBUTIONS} if model.bins else frozenset()),
+        )
+
+    @property
+    def assigner(self) -> object:
+        """The settings of the detector's assigner."""
+        return self.model.assigner
+
+    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+        """Normalise and pad."""
+        return self.model.prepare(images, targets)
+
+    def features(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Backbone and pyramid."""
+        return self.model.features(batch.images)
+
+    def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
+        """Towers and predictors."""
+        states = self.model.run_towers(self.model.entry(features))
+        return HeadTrace(tuple(states), self.model.predict(states[-1]))
+
+    def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
+        """The rest of towers and predictors; `trace` is not needed."""
+        return self.model.predict(self.model.run_towers(state, stage)[-1])
+
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
+        """The detector's own losses."""
+        assignment = self.assign(trace, batch)
+        return self.model.losses(trace.predictions, assignment), assignment
+
+    def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
+        """The detector's own assignment."""
+        return self.model.assign(trace.predictions, batch)
+
+    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
+        """The detector's own postprocessing."""
+        return self.model.postprocess(trace.predictions, batch)
+
+
+ADAPTERS: tuple[type[DetectorAdapter], ...] = (DenseAdapter,)

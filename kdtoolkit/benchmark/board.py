@@ -1,0 +1,215 @@
+"""The leaderboard as numbers and sentences, read from a run's folder; `report` and `html` only lay it out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdtoolkit.benchmark.stats import Difference, Spread, Verdict, gap_recovered, paired_difference, spread
+from kdtoolkit.benchmark.store import CellResult, Store, read_result
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite, load_suite
+from kdtoolkit.errors import KDError
+
+METRICS = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP small",
+    "ap_medium": "AP medium",
+    "ap_large": "AP large",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: means over its seeds. Differences and the share of the gap are to the baselines on the same seeds."""
+
+    entry: str
+    methods: str
+    seeds: tuple[int, ...]
+    metrics: dict[str, Spread | None]
+    versus_baseline: Difference | None
+    versus_equal_time: Difference | None
+    gap_recovered: float | None
+    steps: float
+    step_ms: float
+    train_seconds: float
+    peak_memory_mb: float
+    parameters: int
+
+    @property
+    def ap(self) -> float:
+        """Mean AP; below any other where it is undefined."""
+        found = self.metrics["ap"]
+        return -1.0 if found is None else found.mean
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the numbers say of one entry against one baseline row."""
+
+    entry: str
+    against: str
+    verdict: Verdict
+    text: str
+
+
+@dataclass(frozen=True)
+class Board:
+    """A leaderboard: rows by falling AP, the teacher's row, claims in words, facts by name, and what is wrong."""
+
+    title: str
+    description: str
+    facts: dict[str, str]
+    rows: tuple[Row, ...]
+    teacher: Row | None
+    claims: tuple[Claim, ...]
+    warnings: tuple[str, ...]
+
+
+def build_board(root: Path) -> Board:
+    """The board of a run's folder, as far as it is done. Raises KDError if it is no such folder."""
+    store = Store(root)
+    if not store.suite_path.is_file():
+        raise KDError(f"{root} is not a folder of `kd benchmark run`: it has no suite.yaml")
+    suite = load_suite(str(store.suite_path))
+    cells = {row: list(_cells(store, suite, row)) for row in (BASELINE, *suite.entries, EQUAL_TIME)}
+    teacher = read_result(store.teacher_copy)
+    aps = {row: _aps(results) for row, results in cells.items()}
+    teacher_ap = teacher.evaluation["ap"] if teacher else None
+    rows = [_row(suite, row, results, aps, teacher_ap) for row, results in cells.items() if results]
+    done = [result for results in cells.values() for result in results] + ([teacher] if teacher else [])
+    return Board(
+        title=root.resolve().name,
+        description=suite.description,
+        facts=_facts(suite, cells, done),
+        rows=tuple(sorted(rows, key=lambda row: -row.ap)),
+        teacher=_row(suite, TEACHER, [teacher], {}, None) if teacher else None,
+        claims=tuple(_claims(rows)),
+        warnings=tuple(_warnings(store, suite, cells, teacher)),
+    )
+
+
+def _cells(store: Store, suite: Suite, row: str) -> Iterable[CellResult]:
+    for seed in range(suite.seeds):
+        if (result := read_result(store.result_path(row, seed))) is not None:
+            yield result
+
+
+def _aps(results: Iterable[CellResult]) -> dict[int, float]:
+    return {result.seed: ap for result in results if (ap := result.evaluation["ap"]) is not None}
+
+
+def _row(
+    suite: Suite, entry: str, results: list[CellResult], aps: Mapping[str, dict[int, float]], teacher: float | None
+) -> Row:
+    def mean(name: str) -> float:
+        return statistics.fmean(getattr(result, name) for result in results)
+
+    def versus(reference: str) -> Difference | None:
+        return None if entry == reference else paired_difference(aps.get(entry, {}), aps.get(reference, {}))
+
+    own, gap = versus(BASELINE), None
+    if own is not None and teacher is not None:
+        shared = aps[entry].keys() & aps[BASELINE].keys()
+        baseline = statistics.fmean(aps[BASELINE][seed] for seed in shared)
+        gap = gap_recovered(baseline + own.mean, baseline, teacher)
+    uses = (use.name + (f"({_arguments(use.args)})" if use.args else "") for use in suite.methods(entry))
+    return Row(
+        entry=entry,
+        methods=" + ".join(uses),
+        seeds=tuple(result.seed for result in results),
+        metrics={name: spread(result.evaluation[name] for result in results) for name in METRICS},
+        versus_baseline=own,
+        versus_equal_time=None if entry == BASELINE else versus(EQUAL_TIME),
+        gap_recovered=gap,
+        steps=mean("steps"),
+        step_ms=mean("step_ms"),
+        train_seconds=mean("train_seconds"),
+        peak_memory_mb=mean("peak_memory_mb"),
+        parameters=results[0].parameters,
+    )
+
+
+def _arguments(args: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in args.items())
+
+
+def _claims(rows: Iterable[Row]) -> Iterable[Claim]:
+    methods = sorted((row for row in rows if row.methods), key=lambda row: -row.ap)
+    for row in methods:
+        yield from _claim(row, BASELINE, row.versus_baseline)
+    for row in methods:
+        yield from _claim(row, EQUAL_TIME, row.versus_equal_time)
+
+
+def _claim(row: Row, against: str, difference: Difference | None) -> Iterable[Claim]:
+    if difference is None:
+        return
+    seeds = f"{difference.pairs} seed{'s' if difference.pairs > 1 else ''}"
+    where = "above" if difference.mean > 0 else "below" if difference.mean < 0 else "level with"
+    interval = (
+        "no interval" if difference.low is None else f"95 % interval {difference.low:+.2f} to {difference.high:+.2f}"
+    )
+    verdicts = {"holds": "holds", "not shown": f"not shown with {seeds}", "does not help": "does not help here"}
+    budget = "at equal steps" if against == BASELINE else "at equal time"
+    text = (
+        f"{row.entry} is {where} the baseline {budget}: {difference.mean:+.2f} AP ({interval}, {seeds}): "
+        f"{verdicts[difference.verdict]}"
+    )
+    yield Claim(row.entry, against, difference.verdict, text)
+
+
+def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellResult]) -> dict[str, str]:
+    def distinct(values: Iterable[str]) -> str:
+        return "; ".join(dict.fromkeys(values)) or "-"
+
+    train, teacher = suite.student.train, suite.teacher.train
+    facts = {
+        "data": distinct(result.data for result in done),
+        "seeds": f"{suite.seeds} (differences are taken seed by seed: same start, same order of images)",
+        "student": f"{suite.student.model}, {train.steps} steps of {train.batch_size} images, "
+        f"{train.optimizer}, lr {train.lr:g}, {train.schedule}, {train.precision}",
+        "teacher": f"{suite.teacher.model}, {teacher.steps} steps of {teacher.batch_size} images, "
+        f"{teacher.optimizer}, lr {teacher.lr:g}, {teacher.schedule}, {teacher.precision}",
+    }
+    if equal := cells[EQUAL_TIME]:
+        steps = distinct(str(result.steps) for result in equal)
+        stretch = distinct(f"{result.stretch:.2f}" for result in equal)
+        facts[EQUAL_TIME] = f"{steps} steps: the schedule times {stretch}, the cost of the dearest method's step"
+    threads = distinct(f"{result.threads} thread{'s' if result.threads > 1 else ''} a cell" for result in done)
+    facts["machine"] = f"{distinct(result.machine for result in done)}; {threads}"
+    facts["device"] = distinct(result.device for result in done)
+    facts["versions"] = distinct(", ".join(f"{k} {v}" for k, v in result.versions.items()) for result in done)
+    dates = sorted(result.date for result in done)
+    facts["run"] = f"{dates[0]} to {dates[-1]}" if dates else "-"
+    return facts
+
+
+def _warnings(
+    store: Store, suite: Suite, cells: Mapping[str, list[CellResult]], teacher: CellResult | None
+) -> Iterable[str]:
+    silent: dict[tuple[str, str], list[str]] = {}
+    for row, results in cells.items():
+        for result in results:
+            for warning in result.warnings:
+                silent.setdefault((row, warning), []).append(str(result.seed))
+    for (row, warning), seeds in silent.items():
+        yield f"{row} (seed {', '.join(seeds)}): {warning}"
+    baseline = spread(result.evaluation["ap"] for result in cells[BASELINE])
+    if teacher is not None and baseline is not None and (teacher.evaluation["ap"] or 0.0) <= baseline.mean:
+        yield (
+            f"the teacher (AP {teacher.evaluation['ap'] or 0.0:.1f}) is no better than the student's baseline "
+            f"({baseline.mean:.1f}): there is nothing to distil. Train it longer, on more images, or make it larger."
+        )
+    for path in (store.teacher_copy.with_suffix(".error"), *sorted((store.root / "cells").glob("*/*.error"))):
+        if path.exists():
+            name = "teacher" if path.parent == store.root else f"{path.parent.name}, {path.stem}"
+            yield f"{name} failed: {path.read_text('utf-8').splitlines()[0]}"
+    for row in (BASELINE, *suite.entries):
+        if len(cells[row]) < suite.seeds:
+            yield f"{row}: {len(cells[row])} of {suite.seeds} seeds are done"
+    if suite.seeds == 1:
+        yield "one seed: there is no spread and no interval, so no difference can be told from chance"

@@ -1,0 +1,91 @@
+"""What a run shows while it works: bars and losses on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from kdtoolkit.benchmark.cell import Report, Task
+
+PLAIN_INTERVAL = 30  # seconds between lines on the state of things, where there is no terminal
+
+
+class Display:
+    """Shows a run on a console; a context, so that the terminal is left clean however the run ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._total = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} cells  {task.fields[left]}"),
+            console=console,
+        )
+        self._cells = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[phase]}"),
+            console=console,
+        )
+        self._live = Live(Group(self._total, self._cells), console=console, refresh_per_second=4, transient=True)
+        self._overall: TaskID | None = None
+        self._bars: dict[Task, TaskID] = {}
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def line(self, text: str, style: str = "") -> None:
+        """Print a line that stays; `style` is a rich style."""
+        self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
+
+    def overall(self, title: str, done: int, cells: int, left: str) -> None:
+        """How far the run is: cells done of `cells`, and the time left in words."""
+        if self._overall is None:
+            self._overall = self._total.add_task(title, total=cells, left=left)
+        self._total.update(self._overall, description=title, completed=done, total=cells, left=left)
+        if not self.console.is_terminal and time.monotonic() - self._last_line > PLAIN_INTERVAL:
+            self._last_line = time.monotonic()
+            states = [self._cells.tasks[self._cells.task_ids.index(bar)] for bar in self._bars.values()]
+            now = "; ".join(f"{s.description} {s.completed:.0f}/{s.total:.0f}" for s in states)
+            self.line(f"{done}/{cells} cells, {left}. Running: {now}")
+
+    def started(self, task: Task) -> None:
+        """A cell has got its process."""
+        self._bars[task] = self._cells.add_task(escape(task.name), total=task.steps, phase="starting")
+        if not self.console.is_terminal:
+            self.line(f"started   {task.name}: {task.steps} steps")
+
+    def progress(self, task: Task, report: Report) -> None:
+        """A cell has said where it is."""
+        losses = "  ".join(f"{name.removeprefix('task/')} {value:.3g}" for name, value in report.losses.items())
+        speed = f"{1000 * report.seconds / report.step:.0f} ms/step  " if report.losses else ""
+        phase = report.phase if not report.losses else f"{speed}{escape(losses)}"
+        self._cells.update(self._bars[task], completed=report.step, phase=phase)
+
+    def ended(self, task: Task, text: str, style: str = "") -> None:
+        """A cell's process is gone; `text` says with what result."""
+        self._cells.remove_task(self._bars.pop(task))
+        self.line(text, style)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, to the precision a reader wants: `45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,79 @@
+"""Keys: digests of all that determines a cell's result; it is run again when, and only when, one of them changes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kdtoolkit
+from kdtoolkit.benchmark.suite import DetectorSection, MethodUse
+from kdtoolkit.methods import all_methods
+
+# Sources that every cell depends on; a method's own file is added for the cells that use it.
+_SOURCES = (
+    "contract.py",
+    "boxes.py",
+    "distiller.py",
+    "models.py",
+    "methods/_common.py",
+    "adapters/native.py",
+    "benchmark/cell.py",
+    "data/*.py",
+    "detectors/*.py",
+    "engine/*.py",
+)
+
+
+def cell_parts(
+    student: DetectorSection, methods: tuple[MethodUse, ...], seed: int, steps: int, data: str, teacher: str
+) -> dict[str, str]:
+    """What determines a student: its section, methods, seed and steps, the digests of its data and of its teacher."""
+    used = [all_methods()[use.name] for use in methods]
+    return {
+        "detector": digest(student.model_dump(mode="json")),
+        "methods": json.dumps([[use.name, use.args] for use in methods]),
+        "seed": str(seed),
+        "steps": str(steps),
+        "data": data,
+        "teacher": teacher if methods else "none",
+        "torch": torch.__version__,
+        "code": source_digest(student.model, [Path(inspect.getfile(method)) for method in used]),
+    }
+
+
+def key_of(parts: Mapping[str, str]) -> str:
+    """The key of a cell, 16 hexadecimal digits."""
+    return digest(dict(parts))
+
+
+def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """What changed between two cells, in words."""
+    changed = [name for name in new if old.get(name) != new[name]]
+    shown = (f"{name} ({old.get(name)} -> {new[name]})" if name in ("torch", "steps") else name for name in changed)
+    return "changed: " + ", ".join(shown)
+
+
+def digest(value: Any) -> str:
+    """Digest of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def source_digest(model: str, extra: Iterable[Path] = ()) -> str:
+    """Digest of the source that trains and evaluates: kdtoolkit's, the file of a model of one's own, and `extra`."""
+    package = Path(kdtoolkit.__file__).parent
+    files = {path for pattern in _SOURCES for path in package.glob(pattern)} | set(extra)
+    module, is_own, _ = model.partition(":")
+    if is_own and (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
+        files.add(Path(spec.origin))
+
+    def name(path: Path) -> str:  # where the package is installed makes no difference
+        return str(path.relative_to(package)) if path.is_relative_to(package) else path.name
+
+    return digest({name(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)})

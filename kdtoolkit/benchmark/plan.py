@@ -1,0 +1,125 @@
+"""What a run consists of: the task of every cell, and which of them are done, out of date or left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kdtoolkit.benchmark.cell import DataSets, Task, build_detector, load_data, stretched
+from kdtoolkit.benchmark.keys import cell_parts, difference, key_of
+from kdtoolkit.benchmark.stats import dearest
+from kdtoolkit.benchmark.store import CellResult, Store, read_result, set_aside
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.errors import KDError
+
+STRETCH_SLACK = 1.05  # a stored equal-time row stands until the dearest method has become dearer than this
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """Digests of the three data sets."""
+
+    teacher: str
+    student: str
+    val: str
+
+
+class Plan:
+    """The tasks of a suite's run in a store."""
+
+    def __init__(self, suite: Suite, store: Store, sets: DataSets, *, device: str, threads: int) -> None:
+        self.suite = suite
+        self.store = store
+        self.device = device
+        self.threads = threads
+        self._data = Fingerprints(sets.teacher.fingerprint(), sets.student.fingerprint(), sets.val.fingerprint())
+
+    def teacher(self) -> Task:
+        """The teacher's task; its result and weights are cached by its key."""
+        section = self.suite.teacher
+        data = f"{self._data.teacher} {self._data.val}"
+        parts = cell_parts(section, (), 0, section.train.steps, data, "none")
+        result = self.store.teacher_path(key_of(parts))
+        return Task(TEACHER, 0, section, self.suite.data, result, parts, self.device, self.threads)
+
+    def cell(self, row: str, seed: int, stretch: float = 1.0) -> Task:
+        """The task of a row and seed."""
+        section, methods, teacher = self.suite.student, self.suite.methods(row), self.teacher()
+        data = f"{self._data.student} {self._data.val}"
+        steps = stretched(section.train.steps, stretch)
+        return Task(
+            entry=row,
+            seed=seed,
+            detector=section,
+            data=self.suite.data,
+            result=self.store.result_path(row, seed),
+            parts=cell_parts(section, methods, seed, steps, data, teacher.result.stem),
+            device=self.device,
+            threads=self.threads,
+            methods=methods,
+            teacher_detector=self.suite.teacher if methods else None,
+            teacher=teacher.result.with_suffix(".pt") if methods else None,
+            stretch=stretch,
+        )
+
+    def cells(self, rows: Iterable[str]) -> list[Task]:
+        """The tasks of all seeds of these rows, seed by seed: rows can then be compared early."""
+        names = list(rows)
+        return [self.cell(row, seed) for seed in range(self.suite.seeds) for row in names]
+
+    def result(self, task: Task) -> CellResult | None:
+        """The stored result of a task, if it is of this very task."""
+        found = read_result(task.result)
+        whole = found is not None and found.key == key_of(task.parts) and task.result.with_suffix(".pt").exists()
+        return found if whole else None
+
+    def measured(self, row: str) -> list[CellResult]:
+        """The stored results of a row."""
+        found = (read_result(self.store.result_path(row, seed)) for seed in range(self.suite.seeds))
+        return [result for result in found if result is not None]
+
+    def set_aside_stale(self) -> dict[str, str]:
+        """Take results off the board that are not of the suite as it is now; why, by the cell's name."""
+        reasons = {}
+        tasks = self.cells([BASELINE, *self.suite.entries])
+        tasks += [self.cell(EQUAL_TIME, result.seed, result.stretch) for result in self.measured(EQUAL_TIME)]
+        for task in tasks:
+            old = read_result(task.result)
+            if old is not None and self.result(task) is None:
+                reasons[task.name] = difference(old.key_parts, task.parts)
+                set_aside(task.result)
+        return reasons
+
+    def stretch(self) -> tuple[str, float] | None:
+        """The dearest method, and how far the baseline's schedule is stretched to cost as much; None if unmeasured.
+
+        A stored stretch stands unless the one needed now is more than 5 % longer.
+        """
+        costs = {row: [result.seconds_per_step for result in self.measured(row)] for row in self.suite.entries}
+        found = dearest([result.seconds_per_step for result in self.measured(BASELINE)], costs)
+        if found is None:
+            return None
+        stored = max((result.stretch for result in self.measured(EQUAL_TIME)), default=0.0)
+        return found if found[1] > stored * STRETCH_SLACK else (found[0], stored)
+
+
+def check_methods(suite: Suite, sets: DataSets) -> None:
+    """Build every detector and every pair once, before hours are spent. Raises KDError naming section or entry."""
+    num_classes = len(sets.student.class_names)
+    where = "teacher"
+    try:
+        teacher = build_detector(suite.teacher, num_classes, 0)
+        where = "student"
+        student = build_detector(suite.student, num_classes, 0)
+        for where, uses in suite.entries.items():  # noqa: B007 - named in the error
+            Distiller(teacher, student, [use.build() for use in uses])
+    except KDError as error:
+        raise KDError(f"suite {suite.name}, {where}: {error}") from error
+
+
+def load_checked(suite: Suite) -> DataSets:
+    """The suite's data, after a check of its detectors and methods on it."""
+    sets = load_data(suite.data)
+    check_methods(suite, sets)
+    return sets

@@ -1,0 +1,143 @@
+"""Boards as Markdown, CSV, JSON and a terminal's table. Numbers are printed as measured."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kdtoolkit.benchmark.board import METRICS, Board, Row
+from kdtoolkit.benchmark.display import duration
+from kdtoolkit.benchmark.html import to_html
+from kdtoolkit.benchmark.stats import Difference, Spread
+from kdtoolkit.benchmark.store import write_atomic
+
+FOOTNOTE = (
+    "AP in percent, mean ± standard deviation over seeds. Differences in brackets: 95 % t-interval of the paired "
+    "difference; each stands for itself, so among twenty such intervals one is expected to miss by chance. "
+    "Gap: share of the way from baseline to teacher."
+)
+
+
+def spread_text(spread: Spread | None) -> str:
+    """`31.2 ± 0.4`, without the spread where there is one seed, `-` where undefined."""
+    if spread is None:
+        return "-"
+    return f"{spread.mean:.1f}" if spread.std is None else f"{spread.mean:.1f} ± {spread.std:.1f}"
+
+
+def mean_text(spread: Spread | None) -> str:
+    """`31.2`, or `-` where undefined."""
+    return "-" if spread is None else f"{spread.mean:.1f}"
+
+
+def difference_text(difference: Difference | None) -> str:
+    """`+1.2 [+0.3, +2.1]`, without the interval where there is one pair, `-` where there is none."""
+    if difference is None:
+        return "-"
+    mean = f"{difference.mean:+.1f}"
+    return mean if difference.low is None else f"{mean} [{difference.low:+.1f}, {difference.high:+.1f}]"
+
+
+def gap_text(row: Row) -> str:
+    """`62 %`, or `-`."""
+    return "-" if row.gap_recovered is None else f"{100 * row.gap_recovered:.0f} %"
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "entry": lambda row: row.entry,
+    "AP": lambda row: spread_text(row.metrics["ap"]),
+    "vs baseline": lambda row: difference_text(row.versus_baseline),
+    "vs equal time": lambda row: difference_text(row.versus_equal_time),
+    "gap": gap_text,
+    "AP50": lambda row: mean_text(row.metrics["ap50"]),
+    "AP75": lambda row: mean_text(row.metrics["ap75"]),
+    "AP S / M / L": lambda row: " / ".join(
+        mean_text(row.metrics[f"ap_{size}"]) for size in ("small", "medium", "large")
+    ),
+    "seeds": lambda row: str(len(row.seeds)),
+    "steps": lambda row: f"{row.steps:.0f}",
+    "ms/step": lambda row: f"{row.step_ms:.0f}",
+    "train time": lambda row: duration(row.train_seconds),
+    "memory": lambda row: f"{row.peak_memory_mb:.0f} MB",
+    "parameters": lambda row: f"{row.parameters:,}",
+}
+WIDE = 170  # characters that all columns need
+NARROW = ("entry", "AP", "vs baseline", "gap", "AP50", "ms/step")  # what 80 hold; the claims say the rest
+
+
+def table_rows(board: Board) -> list[Row]:
+    """The teacher's row, then the others by falling AP."""
+    return [*([board.teacher] if board.teacher else []), *board.rows]
+
+
+def write_board(board: Board, folder: Path) -> None:
+    """Write leaderboard.md, .csv, .json and .html. Raises StoreError where the folder cannot be written."""
+    cells = [[text(row) for text in COLUMNS.values()] for row in table_rows(board)]
+    contents = {
+        "md": to_markdown(board),
+        "csv": to_csv(board),
+        "json": json.dumps(asdict(board), indent=1, ensure_ascii=False),
+        "html": to_html(board, list(COLUMNS), cells, FOOTNOTE),
+    }
+    for ending, content in contents.items():
+        write_atomic(folder / f"leaderboard.{ending}", content.encode())
+
+
+def to_markdown(board: Board) -> str:
+    """The board as Markdown."""
+    lines = [f"# {board.title}", "", board.description, ""]
+    lines += [f"> **Warning:** {warning}\n" for warning in board.warnings]
+    lines += [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
+    for row in table_rows(board):
+        lines.append("| " + " | ".join(text(row).replace("|", "\\|") for text in COLUMNS.values()) + " |")
+    lines += ["", FOOTNOTE, "", "## Claims", ""]
+    lines += [f"- {claim.text}" for claim in board.claims] or ["None yet."]
+    lines += ["", "## Settings", "", *(f"- {name}: {value}" for name, value in board.facts.items())]
+    methods = [f"- {row.entry}: {row.methods}" for row in board.rows if row.methods]
+    return "\n".join([*lines, *(["", "## Entries", "", *methods] if methods else []), ""])
+
+
+def to_csv(board: Board) -> str:
+    """The board's rows as CSV, one column a number, empty where undefined."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    differences = ("versus_baseline", "versus_equal_time")
+    scalars = ("gap_recovered", "steps", "step_ms", "train_seconds", "peak_memory_mb", "parameters")
+    header = ["entry", "methods", "seeds", *(f"{name}_{part}" for name in METRICS for part in ("mean", "std"))]
+    header += [f"{name}_{part}" for name in differences for part in ("mean", "low", "high")]
+    writer.writerow([*header, *scalars])
+    for row in table_rows(board):
+        spreads = [row.metrics[name] for name in METRICS]
+        values = [value for spread in spreads for value in ((spread.mean, spread.std) if spread else (None, None))]
+        for difference in (row.versus_baseline, row.versus_equal_time):
+            values += (difference.mean, difference.low, difference.high) if difference else (None, None, None)
+        values += [getattr(row, name) for name in scalars]
+        cells = ("" if value is None else f"{value:.6g}" for value in values)
+        writer.writerow([row.entry, row.methods, len(row.seeds), *cells])
+    return buffer.getvalue()
+
+
+def print_board(board: Board, console: Console) -> None:
+    """Print table, claims and warnings; columns that a narrow terminal has no room for are in the files."""
+    names = tuple(COLUMNS) if console.width >= WIDE else NARROW
+    table = Table(box=box.SIMPLE_HEAD, title=f"{board.title}: {board.description}", title_justify="left")
+    for name in names:
+        table.add_column(name, justify="left" if name == "entry" else "right")
+    for row in table_rows(board):
+        style = "bold" if row.methods else "dim" if row is board.teacher else ""
+        table.add_row(*(escape(COLUMNS[name](row)) for name in names), style=style)
+    console.print(table)
+    colours = {"holds": "green", "not shown": "yellow", "does not help": "red"}
+    for claim in board.claims:
+        console.print(escape(claim.text), style=colours[claim.verdict], highlight=False)
+    for warning in board.warnings:
+        console.print(escape(f"WARNING  {warning}"), style="bold red", highlight=False)

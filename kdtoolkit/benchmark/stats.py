@@ -1,0 +1,89 @@
+"""Statistics of a leaderboard: spreads over seeds, paired differences, verdicts. Pure functions of numbers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; between two entries the lower one is used, which
+# makes intervals a little wider than they need be.
+_T95 = {
+    **dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228), start=1)),
+    **dict(enumerate((2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086), start=11)),
+    **{25: 2.060, 30: 2.042, 40: 2.021, 60: 2.000, 120: 1.980},
+}
+
+Verdict = Literal["holds", "not shown", "does not help"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over seeds and the unbiased standard deviation, which one seed does not have."""
+
+    mean: float
+    std: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference over pairs and its 95 % t-interval, which one pair does not have."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the difference shows: `holds` if the interval lies above 0, `does not help` if the mean does not."""
+        if self.mean <= 0:
+            return "does not help"
+        return "holds" if self.low is not None and self.low > 0 else "not shown"
+
+
+def t95(degrees: int) -> float:
+    """Two-sided 95 % quantile of Student's t for `degrees` >= 1 of freedom."""
+    return _T95[max(known for known in _T95 if known <= degrees)]
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Spread of the values that are defined; None if none is."""
+    defined = [value for value in values if value is not None]
+    if not defined:
+        return None
+    std = statistics.stdev(defined) if len(defined) > 1 else None
+    return Spread(statistics.fmean(defined), std, len(defined))
+
+
+def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
+    """Difference of two entries, both by seed, over the seeds they share; None if they share none."""
+    pairs = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
+    found = spread(pairs)
+    if found is None:
+        return None
+    if found.std is None:
+        return Difference(found.mean, None, None, found.count)
+    half = t95(found.count - 1) * found.std / math.sqrt(found.count)
+    return Difference(found.mean, found.mean - half, found.mean + half, found.count)
+
+
+def gap_recovered(value: float, baseline: float, teacher: float) -> float | None:
+    """Share of the way from baseline to teacher; None unless the teacher is above the baseline."""
+    return (value - baseline) / (teacher - baseline) if teacher > baseline else None
+
+
+def dearest(baseline: Iterable[float], entries: Mapping[str, Iterable[float]]) -> tuple[str, float] | None:
+    """The entry whose mean seconds per step are highest, and how often the baseline's fit into them (at least once).
+
+    None unless the baseline and some entry have been measured.
+    """
+    costs = {name: found.mean for name, values in entries.items() if (found := spread(values)) is not None}
+    base = spread(baseline)
+    if base is None or not costs:
+        return None
+    name = max(costs, key=lambda entry: costs[entry])
+    return name, max(1.0, costs[name] / base.mean)

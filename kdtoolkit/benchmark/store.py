@@ -1,0 +1,170 @@
+"""Results on disk: a run's folder and the teachers beside it. Whatever is there is complete: writes are atomic."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from kdtoolkit.errors import KDError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs at once go unnoticed
+    fcntl = None  # type: ignore[assignment]
+
+
+class StoreError(KDError):
+    """The results folder cannot be written; no further cell can succeed."""
+
+
+class CellResult(BaseModel):
+    """What one cell measured: one training of a row with one seed.
+
+    `key` and `key_parts`: digests of what determined it. `evaluation`: AP metrics in percent, None where undefined.
+    `train_seconds` is the whole training, `step_ms` the median step; `peak_memory_mb` that of the process up to the end
+    of training (on CUDA, of its tensors); `stretch` the factor of the schedule's steps. `history`: loss terms by step.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    entry: str
+    seed: int
+    key: str
+    key_parts: dict[str, str]
+    data: str
+    evaluation: dict[str, float | None]
+    steps: int
+    stretch: float = 1.0
+    train_seconds: float
+    step_ms: float
+    peak_memory_mb: float
+    parameters: int
+    history: list[dict[str, float]]
+    warnings: list[str]
+    versions: dict[str, str]
+    machine: str
+    device: str
+    threads: int
+    date: str
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean seconds of a training step."""
+        return self.train_seconds / self.steps
+
+
+class Store:
+    """One run's folder, `root`: suite, cells and boards; `teachers` is shared by all runs of an output folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.teachers = root.parent / "teachers"
+
+    @property
+    def suite_path(self) -> Path:
+        """The suite as run."""
+        return self.root / "suite.yaml"
+
+    @property
+    def teacher_copy(self) -> Path:
+        """A copy of the teacher's result, so that the folder can be read on its own."""
+        return self.root / "teacher.json"
+
+    def result_path(self, entry: str, seed: int) -> Path:
+        """A cell's JSON; its student's weights lie beside it, ending in .pt."""
+        return self.root / "cells" / entry / f"seed{seed}.json"
+
+    def teacher_path(self, key: str) -> Path:
+        """The JSON of the teacher with this key; its weights lie beside it, ending in .pt."""
+        return self.teachers / f"{key}.json"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process, however it ends. Raises KDError if another one holds it."""
+        with writing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = open(self.root / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
+        with file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in (errno.EAGAIN, errno.EACCES):
+                        raise StoreError(f"cannot lock {self.root}: {_why(error)}") from error
+                    file.seek(0)
+                    raise KDError(
+                        f"another `kd benchmark run` (process {file.read().strip() or '?'}) works in {self.root}: "
+                        "wait for it, or choose another folder by --out"
+                    ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            for leftover in self.root.rglob(".*.partial"):
+                leftover.unlink(missing_ok=True)  # of a run that was killed while it wrote
+            yield
+
+
+def read_result(path: Path) -> CellResult | None:
+    """A stored result; None if there is none. Raises KDError if the file is not one."""
+    try:
+        return CellResult.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise KDError(f"{path} is not a result that can be read: delete it, and the cell runs again") from error
+
+
+def write_result(path: Path, result: CellResult, weights: dict[str, Tensor]) -> None:
+    """Store a cell: its weights first, so that a result is never without them."""
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    write_atomic(path.with_suffix(".pt"), buffer.getvalue())
+    write_atomic(path, result.model_dump_json(indent=1).encode())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of a full or read-only disk into a StoreError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {_why(error)}; finished cells are kept, call again to go on") from error
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that it is complete or not there at all. Raises StoreError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> None:
+    """Take a result that no longer holds off the board, without deleting it."""
+    with writing(path):
+        path.replace(path.with_suffix(".json.old"))
+
+
+def discard(path: Path) -> None:
+    """Delete a file if it is there."""
+    with writing(path):
+        path.unlink(missing_ok=True)
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -1,0 +1,266 @@
+"""A suite: one YAML file that says what is compared. Checked before anything runs; errors name the line."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from kdtoolkit.contract import Method
+from kdtoolkit.engine.train import TrainConfig
+from kdtoolkit.errors import KDError
+from kdtoolkit.methods import all_methods
+
+BASELINE = "baseline"
+EQUAL_TIME = "baseline (equal time)"
+TEACHER = "teacher"
+SUITES = Path(__file__).parent / "suites"
+_FOLDER_NAME = r"^\w[\w+().,= -]*$"  # names become folders
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSection(_Section):
+    """Which images. Without `root` they are procedural; with it, a folder in COCO format, of which None means all.
+
+    `image_size`: side of procedural images, largest side of others (larger ones are scaled down), in pixels.
+    """
+
+    root: Path | None = None
+    image_size: int = Field(96, ge=32)
+    teacher_images: int | None = Field(None, gt=0)
+    student_images: int | None = Field(None, gt=0)
+    val_images: int | None = Field(None, gt=0)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _procedural_is_endless(self) -> DataSection:
+        if self.root is None:
+            counts = ("teacher_images", "student_images", "val_images")
+            if missing := [name for name in counts if getattr(self, name) is None]:
+                raise ValueError(f"procedural data needs {', '.join(missing)}: there is no 'all' of it")
+        return self
+
+
+class DetectorSection(_Section):
+    """A detector, by the name and arguments of `build_model`, and how it is trained."""
+
+    model: str
+    args: dict[str, Any] = {}
+    train: TrainConfig
+
+
+class MethodUse(_Section):
+    """A method and what is changed of its defaults; in YAML `CrossKD` or `{FGD: {foreground_weight: 0.001}}`."""
+
+    name: str
+    args: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> dict[str, Any]:
+        name, args = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
+        if not isinstance(name, str) or not isinstance(args, dict):
+            raise ValueError("write a method as `CrossKD` or, with arguments, as `{FGD: {foreground_weight: 0.001}}`")
+        methods = all_methods()
+        if name not in methods:
+            raise ValueError(f"unknown method '{name}'{did_you_mean(name, methods)}; there are {', '.join(methods)}")
+        arguments = _signature(methods[name])
+        try:
+            checked = arguments.model_validate(args).model_dump(exclude_unset=True)
+        except ValidationError as error:
+            reasons = [f"{name}: {_reason(arguments, problem)}" for problem in error.errors()]
+            raise ValueError("; ".join(reasons)) from None
+        return {"name": name, "args": checked}
+
+    @model_serializer
+    def _write(self) -> str | dict[str, Any]:
+        return {self.name: self.args} if self.args else self.name
+
+    def build(self) -> Method:
+        """The method, ready for a Distiller."""
+        return all_methods()[self.name](**self.args)
+
+
+class Suite(_Section):
+    """What is compared: a teacher, and a student alone (`baseline`, always there) and by each entry's methods."""
+
+    name: str = Field(pattern=_FOLDER_NAME)
+    description: str
+    expected_minutes: float = Field(gt=0)
+    seeds: int = Field(3, ge=1)
+    data: DataSection
+    teacher: DetectorSection
+    student: DetectorSection
+    entries: dict[typing.Annotated[str, Field(pattern=_FOLDER_NAME)], tuple[MethodUse, ...]]
+
+    @field_validator("entries")
+    @classmethod
+    def _names_differ(cls, entries: dict[str, tuple[MethodUse, ...]]) -> dict[str, tuple[MethodUse, ...]]:
+        names = [BASELINE, EQUAL_TIME, TEACHER]
+        for name, methods in entries.items():
+            if name.lower() in names:  # folders of some systems do not tell case apart
+                raise ValueError(f"entry '{name}' has the name of another row")
+            if not methods:
+                raise ValueError(f"entry '{name}' has no methods; the baseline is there without being listed")
+            names.append(name.lower())
+        return entries
+
+    def methods(self, row: str) -> tuple[MethodUse, ...]:
+        """Methods of a row; none for the baseline rows and the teacher."""
+        return self.entries.get(row, ())
+
+    def to_yaml(self) -> str:
+        """The suite as a file that `load_suite` reads back."""
+        fields = self.model_dump(mode="json", exclude_unset=True)
+        return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=120)
+
+
+def embedded_suites() -> dict[str, Path]:
+    """The suites that come with the package, by name."""
+    return {path.stem: path for path in sorted(SUITES.glob("*.yaml"))}
+
+
+def load_suite(name_or_path: str) -> Suite:
+    """Read an embedded suite or a YAML file. Raises KDError naming file, line and what is allowed."""
+    known = embedded_suites()
+    path = known.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        if path.suffix in (".yaml", ".yml"):
+            raise KDError(f"there is no suite file {path}")
+        raise KDError(
+            f"unknown suite '{name_or_path}'{did_you_mean(name_or_path, known)}; embedded are {', '.join(known)}. "
+            "A suite of your own is a path that ends in .yaml."
+        )
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KDError(f"cannot read suite file {path}: {error}") from error
+    suite = parse_suite(text, path.name if path in known.values() else str(path))
+    root = suite.data.root
+    return suite if root is None else change(suite, data={"root": (path.parent / root).resolve()})
+
+
+def parse_suite(text: str, source: str) -> Suite:
+    """Check a suite's YAML text; `source` names it in errors. Raises KDError with one line an error."""
+    try:
+        tree = yaml.compose(text, yaml.SafeLoader)
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise KDError(f"{source}{where}: not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(tree, yaml.MappingNode):
+        raise KDError(f"{source}, line 1: a suite is a mapping with the keys {', '.join(Suite.model_fields)}")
+    problems = list(_duplicates(tree))
+    try:
+        suite = Suite.model_validate(raw)
+    except ValidationError as error:
+        problems += [(_line(tree, item["loc"]), _explain(item)) for item in error.errors()]
+    if problems:
+        raise KDError("\n".join(f"{source}, line {line}: {message}" for line, message in sorted(problems)))
+    return suite
+
+
+def change(suite: Suite, data: Mapping[str, Any] | None = None, **fields: Any) -> Suite:
+    """A copy with other fields, and other fields of its data section; checked again."""
+    raw = suite.model_dump(exclude_unset=True)
+    raw["data"].update(data or {})
+    return Suite.model_validate({**raw, **fields})
+
+
+def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    """` (did you mean 'x'?)` if one of the known words is close; else nothing."""
+    lower = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), lower, 1)
+    return f" (did you mean '{lower[close[0]]}'?)" if close else ""
+
+
+def _signature(method: type[Method]) -> type[BaseModel]:
+    """The method's constructor arguments as a model."""
+    hints = typing.get_type_hints(method.__init__)
+    parameters = list(inspect.signature(method.__init__).parameters.values())[1:]
+    fields: dict[str, Any] = {
+        p.name: (hints[p.name], ... if p.default is inspect.Parameter.empty else p.default) for p in parameters
+    }
+    model: type[BaseModel] = create_model(method.__name__, __config__=ConfigDict(extra="forbid"), **fields)
+    return model
+
+
+def _explain(error: ErrorDetails) -> str:
+    section = _model_at(error["loc"][:-1])
+    where = ".".join(
+        map(str, error["loc"] if error["type"] not in ("extra_forbidden", "missing") else error["loc"][:-1])
+    )
+    return (f"{where}: " if where else "") + _reason(section, error)
+
+
+def _reason(section: type[BaseModel], error: ErrorDetails) -> str:
+    key = str(error["loc"][-1]) if error["loc"] else ""
+    if error["type"] == "extra_forbidden":
+        allowed = list(section.model_fields)
+        return f"unknown key '{key}'{did_you_mean(key, allowed)}; allowed: {', '.join(allowed) or 'none'}"
+    if error["type"] == "missing":
+        return f"key '{key}' is missing"
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    return f"{key} = {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+
+
+def _model_at(loc: Sequence[int | str]) -> type[BaseModel]:
+    """The section of the schema in which an error lies."""
+    model: type[BaseModel] = Suite
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        if field is None or not (inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
+    return model
+
+
+def _line(node: yaml.Node, loc: Sequence[int | str]) -> int:
+    """Line, from 1, of the key or item at `loc`, or of the last one on the way that the file has."""
+    line = node.start_mark.line
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            found = [(item, item) for item in node.value[part : part + 1]]
+        else:
+            found = []
+        if not found:
+            break
+        line, node = found[0][0].start_mark.line, found[0][1]
+    return int(line) + 1
+
+
+def _duplicates(node: yaml.Node) -> Iterator[tuple[int, str]]:
+    """Keys written twice: YAML would silently take the last."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield key.start_mark.line + 1, f"key '{key.value}' is there twice"
+            seen.add(key.value)
+            yield from _duplicates(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _duplicates(item)

@@ -1,0 +1,91 @@
+"""Worker processes: one fresh process a cell, so that memory is measured clean and a crash costs one cell only."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+
+from kdtoolkit.benchmark.cell import Failure, Report, Task, work
+
+
+@dataclass
+class _Running:
+    task: Task
+    process: BaseProcess
+    pipe: Connection
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker is gone; `failure` says why if it did not come to its end."""
+
+    failure: Failure | None
+
+
+class Workers:
+    """Runs tasks, one process each. They end with this process, however it ends, and with `stop`."""
+
+    def __init__(self) -> None:
+        self._context = _context()
+        self._running: list[_Running] = []
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, task: Task) -> None:
+        """Run a task in a new process."""
+        ours, theirs = self._context.Pipe()
+        process: BaseProcess = self._context.Process(target=work, args=(task, theirs), name=task.name)  # type: ignore[attr-defined]
+        process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        self._running.append(_Running(task, process, ours))
+
+    def events(self, timeout: float) -> Iterator[tuple[Task, Report | Ended]]:
+        """What the workers said within `timeout` seconds; returns as soon as one has said something."""
+        wait([worker.pipe for worker in self._running], timeout)
+        for worker in list(self._running):
+            try:
+                while worker.pipe.poll():
+                    message = worker.pipe.recv()
+                    if isinstance(message, Failure):
+                        worker.failure = message
+                    else:
+                        yield worker.task, message
+            except (EOFError, OSError):
+                worker.process.join()
+                worker.pipe.close()
+                self._running.remove(worker)
+                yield worker.task, Ended(worker.failure or _death(worker.process.exitcode))
+
+    def stop(self) -> None:
+        """End all workers now; what they have not stored is lost."""
+        for worker in self._running:
+            worker.process.kill()
+        for worker in self._running:
+            worker.process.join()
+            worker.pipe.close()
+        self._running.clear()
+
+
+def _death(exitcode: int | None) -> Failure | None:
+    if exitcode == 0:
+        return None
+    if exitcode is not None and exitcode < 0:
+        hint = " (out of memory? try fewer --jobs)" if exitcode == -signal.SIGKILL else ""
+        return Failure(f"its process was ended by {signal.Signals(-exitcode).name}{hint}")
+    return Failure(f"its process ended with exit code {exitcode}")
+
+
+def _context() -> BaseContext:
+    """Processes forked from a clean server that has imported the heavy modules once; spawned where there is no fork."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kdtoolkit.benchmark.cell"])
+    return context

@@ -1,0 +1,167 @@
+"""The command line `kd`: parses, calls, prints."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kdtoolkit.errors import KDError
+
+app = typer.Typer(
+    help="Knowledge distillation for object detectors: benchmark methods head-to-head.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+benchmark = typer.Typer(help="Compare methods on a leaderboard.", no_args_is_help=True)
+app.add_typer(benchmark, name="benchmark")
+
+
+class Device(StrEnum):
+    """Where to train."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def main() -> None:
+    """Entry point: a mistake of the user is one line on stderr and exit code 2, never a traceback."""
+    try:
+        app()
+    except KDError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kdtoolkit {version('kdtoolkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@benchmark.command("run")
+def run_command(
+    suite: Annotated[str, typer.Argument(help="An embedded suite (kd benchmark suites) or a YAML file.")] = "quick",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Run on this folder in COCO format: annotations/train.json, annotations/val.json, images/."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where results go: a folder for each suite, and the teachers.")] = Path(
+        "runs"
+    ),
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Cells at a time. Default: one a core on CPU, 1 on a GPU.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to train; auto takes a GPU if there is one.")] = Device.AUTO,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds, instead of the suite's.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Run only this entry and the baseline; repeat for more.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=32, help="Image size in pixels, instead of the suite's; of photos the longest side."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is done already.")] = False,
+) -> None:
+    """Train teacher, baseline and methods, and compare them on a leaderboard.
+
+    Results land in OUT/SUITE as they come; what is done is not run again, so an interrupted run goes on where it was.
+
+    Examples:
+      kd benchmark run
+
+      kd benchmark run photos --data my_photos --seeds 5
+
+      kd benchmark run my_suite.yaml --only CrossKD --only PKD --jobs 2
+    """
+    from kdtoolkit.benchmark.board import build_board
+    from kdtoolkit.benchmark.report import print_board
+    from kdtoolkit.benchmark.runner import run_suite
+    from kdtoolkit.benchmark.suite import change, load_suite
+
+    chosen = load_suite(suite)
+    changes = {"root": data.resolve() if data else None, "image_size": image_size}
+    chosen = change(chosen, data={name: value for name, value in changes.items() if value is not None})
+    chosen = change(chosen, seeds=seeds or chosen.seeds)
+    root = out / (f"{chosen.name}-{data.resolve().name}" if data else chosen.name)
+    console = Console()
+    outcome = run_suite(chosen, root, console=console, jobs=jobs, device=_device(device), only=only or (), fresh=fresh)
+    print_board(build_board(root), console)
+    console.print(f"board: {root}/leaderboard.html (also .md, .csv, .json)", highlight=False, soft_wrap=True)
+    if outcome.interrupted:
+        console.print("interrupted: what is finished is kept; the same command goes on from there", style="bold yellow")
+        raise typer.Exit(130)
+    if outcome.failures:
+        for name, reason in outcome.failures.items():
+            sys.stderr.write(f"failed: {name}: {reason}\n")
+        sys.stderr.write("the same command runs the failed cells again\n")
+        raise typer.Exit(1)
+
+
+@benchmark.command("report")
+def report_command(
+    run_dir: Annotated[Path, typer.Argument(help="A folder that `kd benchmark run` has made.")],
+) -> None:
+    """Write the leaderboard again from stored results, and print it.
+
+    Example:
+      kd benchmark report runs/quick
+    """
+    from kdtoolkit.benchmark.board import build_board
+    from kdtoolkit.benchmark.report import print_board, write_board
+
+    board = build_board(run_dir)
+    write_board(board, run_dir)
+    print_board(board, Console())
+
+
+@benchmark.command("suites")
+def suites_command() -> None:
+    """List the embedded suites."""
+    from kdtoolkit.benchmark.suite import embedded_suites, load_suite
+
+    table = Table("suite", "takes about", "seeds", "what it is", box=None)
+    for name in embedded_suites():
+        suite = load_suite(name)
+        table.add_row(name, f"{suite.expected_minutes:g} min", str(suite.seeds), suite.description)
+    Console().print(table)
+
+
+@app.command("methods")
+def methods_command() -> None:
+    """List the distillation methods."""
+    from kdtoolkit.methods import all_methods
+
+    table = Table("method", "needs", "loss terms", "paper", box=None)
+    for name, method in all_methods().items():
+        table.add_row(name, ", ".join(sorted(method.needs)), ", ".join(method.terms), method.paper)
+    Console().print(table)
+
+
+def _device(device: Device) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if device is Device.CUDA and not available:
+        raise KDError("there is no CUDA device: use --device cpu, or install a torch build with CUDA")
+    return "cpu" if device is Device.CPU or not available else "cuda"

@@ -1,0 +1,90 @@
+"""ATSS: adaptive training sample selection (Zhang et al., CVPR 2020, arXiv 1912.02424).
+
+One square anchor a cell, focal loss, boxes as offsets from the anchor, and centerness, by which scores are multiplied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+from kdtoolkit.boxes import centres, distances, elementwise_giou
+from kdtoolkit.contract import Assignment, Batch, Predictions, Priors
+from kdtoolkit.detectors.assign import ATSSAssigner
+from kdtoolkit.detectors.dense import EPS, DenseDetector, select, square_anchors
+
+ANCHOR_SCALE = 8.0
+BOX_WEIGHT = 2.0
+STDS = (0.1, 0.1, 0.2, 0.2)
+LOG_SIZE_LIMIT = math.log(1000 / 16)
+
+
+def decode_offsets(offsets: Tensor, anchors: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
+    """Boxes (..., 4) from (dx, dy, dw, dh) (..., 4) relative to anchors, in units of `stds`; log sizes are clipped."""
+    dx, dy, dw, dh = (offsets.float() * torch.tensor(stds, device=offsets.device)).unbind(-1)
+    width, height = anchors[..., 2] - anchors[..., 0], anchors[..., 3] - anchors[..., 1]
+    middle = centres(anchors) + torch.stack([dx * width, dy * height], -1)
+    log_size = torch.stack([dw, dh], -1).clamp(-LOG_SIZE_LIMIT, LOG_SIZE_LIMIT)
+    half = log_size.exp() * torch.stack([width, height], -1) / 2
+    return torch.cat([middle - half, middle + half], -1)
+
+
+def centerness(sides: Tensor) -> Tensor:
+    """Centerness (...) in [0, 1] from distances > 0 to left, top, right and bottom (..., 4). Source: FCOS, eq. 3."""
+    low, high = torch.minimum(sides[..., :2], sides[..., 2:]), torch.maximum(sides[..., :2], sides[..., 2:])
+    return (low / high).prod(-1).sqrt()
+
+
+class ATSS(DenseDetector):
+    """ATSS detector. Arguments are those of DenseDetector."""
+
+    has_quality: ClassVar[bool] = True
+    published_predictors: ClassVar[Mapping[str, str]] = {
+        "atss_cls": "cls",
+        "atss_reg": "reg",
+        "atss_centerness": "quality",
+    }
+
+    @property
+    def assigner(self) -> ATSSAssigner:
+        """ATSS with its published settings."""
+        return ATSSAssigner()
+
+    def priors(self, grid: tuple[tuple[int, int], ...]) -> Priors:
+        """One square anchor a cell."""
+        return square_anchors(grid, self.strides, ANCHOR_SCALE, self.scales.device)
+
+    def decode(self, regression: Tensor, priors: Priors) -> Tensor:
+        """Boxes (..., A, 4) from offsets (..., A, 4)."""
+        return decode_offsets(regression, priors.boxes, STDS)
+
+    def assign(self, predictions: Predictions, batch: Batch) -> Assignment:
+        """ATSS."""
+        return self.assigner(predictions.priors, batch, self.num_classes)
+
+    def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
+        """`cls` (focal), `box` (GIoU, weight 2, each weighted by centerness) and `centerness` (BCE)."""
+        assert predictions.quality is not None
+        image, prior = assignment.positive(self.num_classes).nonzero(as_tuple=True)
+        target_boxes = assignment.boxes[image, prior]
+        priors = select(predictions.priors, prior)
+        boxes = self.decode(predictions.regression[image, prior], priors)
+        target_centerness = centerness(distances(centres(priors.boxes), target_boxes))
+        labels = F.one_hot(assignment.labels, self.num_classes + 1)[..., :-1].float()
+        cls = sigmoid_focal_loss(predictions.logits, labels, alpha=0.25, gamma=2).sum(-1)
+        quality = F.binary_cross_entropy_with_logits(
+            predictions.quality[image, prior], target_centerness, reduction="sum"
+        )
+        box = (1 - elementwise_giou(boxes, target_boxes)) * target_centerness
+        normaliser = assignment.normaliser + EPS
+        return {
+            "cls": (cls * assignment.weights).sum() / normaliser,
+            "box": BOX_WEIGHT * box.sum() / target_centerness.sum().clamp(min=1),
+            "centerness": quality / normaliser,
+        }

@@ -1,0 +1,379 @@
+"""What one-stage detectors with two convolutional towers share: backbone, pyramid, towers, decoding, NMS.
+
+A detector is one file: its predictors, its loss, its assigner. Shapes and terms as in kdtoolkit/contract.py.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork, batched_nms
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+
+from kdtoolkit.boxes import clip
+from kdtoolkit.contract import Assignment, Batch, Detections, Predictions, PriorKind, Priors, State, Target
+from kdtoolkit.errors import KDError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+BACKBONE_STRIDES = (8, 16, 32)
+PADDING = 32  # images are padded to a multiple of it
+PRIOR_PROBABILITY = 0.01  # of each class at the start of training, so that background does not swamp the first steps
+MAX_CANDIDATES = 1000  # a level, before NMS
+EPS = torch.finfo(torch.float32).eps
+
+
+class ExtraLevels(ExtraFPNBlock):
+    """Coarser pyramid levels by 3x3 convolutions of stride 2, each from the level before it."""
+
+    def __init__(self, channels: int, count: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in range(count))
+        for conv in self.convs:
+            nn.init.xavier_uniform_(cast(Tensor, conv.weight))
+            nn.init.zeros_(cast(Tensor, conv.bias))
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """Append levels to the pyramid's `results`."""
+        levels = list(results)
+        for conv in self.convs:
+            levels.append(conv(levels[-1]))
+        return levels, [str(i) for i in range(len(levels))]
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm in float32 whatever autocast says: also 7 times as fast as bfloat16 on a CPU, channels last."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (N, C, H, W)."""
+        return super().forward(input.float())
+
+
+class DenseDetector(nn.Module, ABC):
+    """A timm backbone, a feature pyramid and two towers shared over levels, with one prediction a prior.
+
+    Follows torchvision's convention: `model(images, targets)` gives a dict of losses in training mode, `model(images)`
+    a list of {"boxes", "scores", "labels"} in eval mode. Images are (3, H, W) in [0, 1]; boxes xyxy in pixels; labels
+    in [0, num_classes).
+
+    Args:
+        num_classes: without background.
+        backbone: name of a timm model with feature levels of strides 8, 16 and 32.
+        backbone_args: further arguments of timm.create_model.
+        pretrained: load timm's ImageNet weights (downloads them).
+        strides: of the pyramid's levels: 8, 16, 32, and any number of coarser ones, each twice the one before.
+        neck_channels: of the pyramid.
+        head_channels: of the towers.
+        head_blocks: convolution blocks of each tower.
+        head_groups: groups of the towers' group norm; 0 for none.
+        score_threshold: detections below it are dropped before NMS.
+        nms_iou: IoU above which the lower of two detections of a class is dropped.
+        detections_per_image: the most that are kept.
+        image_mean: subtracted from images, by channel.
+        image_std: divides images, by channel.
+
+    Raises:
+        KDError: the backbone has no such levels, or channels are not divisible by groups.
+    """
+
+    kind: ClassVar[PriorKind] = PriorKind.ANCHORS
+    priors_per_cell: ClassVar[int] = 1
+    has_quality: ClassVar[bool] = False
+    bins: int = 0
+    # Published name of each predictor -> name here; see kdtoolkit/detectors/published.py.
+    published_predictors: ClassVar[Mapping[str, str]]
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        backbone: str = "resnet50",
+        backbone_args: Mapping[str, object] | None = None,
+        pretrained: bool = False,
+        strides: Sequence[int] = (8, 16, 32, 64, 128),
+        neck_channels: int = 256,
+        head_channels: int = 256,
+        head_blocks: int = 4,
+        head_groups: int = 32,
+        score_threshold: float = 0.05,
+        nms_iou: float = 0.6,
+        detections_per_image: int = 100,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        expected = tuple(8 * 2**i for i in range(len(strides)))
+        if len(strides) < len(BACKBONE_STRIDES) or tuple(strides) != expected:
+            raise KDError(f"strides must be 8, 16, 32 and so on, each twice the one before; got {tuple(strides)}")
+        if head_groups and head_channels % head_groups:
+            raise KDError(f"head_channels ({head_channels}) must be a multiple of head_groups ({head_groups})")
+        self.num_classes = num_classes
+        self.strides = tuple(strides)
+        self.neck_channels = neck_channels
+        self.head_channels = head_channels
+        self.head_blocks = head_blocks
+        self.score_threshold = score_threshold
+        self.nms_iou = nms_iou
+        self.detections_per_image = detections_per_image
+        self.register_buffer("image_mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
+
+        self.backbone, self.backbone_levels, channels = _backbone(backbone, pretrained, backbone_args or {})
+        self.neck = FeaturePyramidNetwork(
+            channels,
+            neck_channels,
+            extra_blocks=ExtraLevels(neck_channels, len(strides) - len(BACKBONE_STRIDES)),
+        )
+        tower = [neck_channels] + [head_channels] * head_blocks
+        self.towers = nn.ModuleDict(
+            {
+                branch: nn.ModuleList(conv_block(c, head_channels, head_groups) for c in tower[:-1])
+                for branch in ("cls", "reg")
+            }
+        )
+        self.predictors = nn.ModuleDict(
+            {
+                "cls": predictor(tower[-1], self.priors_per_cell * num_classes, bias=_logit(PRIOR_PROBABILITY)),
+                "reg": predictor(tower[-1], self.priors_per_cell * 4),
+            }
+        )
+        if self.has_quality:
+            self.predictors["quality"] = predictor(tower[-1], self.priors_per_cell)
+        self.scales = nn.Parameter(torch.ones(len(strides)))
+
+    # What a detector adds.
+
+    @property
+    @abstractmethod
+    def assigner(self) -> Hashable:
+        """The assigner's settings; equal ones assign alike."""
+
+    @abstractmethod
+    def priors(self, grid: tuple[tuple[int, int], ...]) -> Priors:
+        """Priors of levels of (H, W) cells."""
+
+    @abstractmethod
+    def decode(self, regression: Tensor, priors: Priors) -> Tensor:
+        """Boxes (..., A, 4) from what is predicted for priors (A, 4)."""
+
+    @abstractmethod
+    def assign(self, predictions: Predictions, batch: Batch) -> Assignment:
+        """Assign the batch's ground truth to the priors."""
+
+    @abstractmethod
+    def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
+        """Loss terms, float32 scalars."""
+
+    # The pipeline.
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> dict[str, Tensor] | list[Detections]:
+        """Losses in training mode, detections in eval mode."""
+        if self.training and targets is None:
+            raise KDError("a detector in training mode needs targets; call model.eval() to detect")
+        batch = self.prepare(images, targets)
+        predictions = self.predict(self.run_towers(self.entry(self.features(batch.images)))[-1])
+        if self.training:
+            return self.losses(predictions, self.assign(predictions, batch))
+        return self.postprocess(predictions, batch)
+
+    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+        """Normalise images (3, H, W) in [0, 1], and pad them at the right and bottom to one canvas."""
+        for i, image in enumerate(images):
+            if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+                raise KDError(
+                    f"image {i} of the batch is {tuple(image.shape)} {image.dtype}; expected (3, H, W) floats in [0, 1]"
+                )
+        sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
+        padded = tuple((_round_up(height), _round_up(width)) for height, width in sizes)
+        canvas = max(height for height, _ in padded), max(width for _, width in padded)
+        if set(sizes) == {canvas}:
+            stacked = torch.stack([*images])
+        else:
+            stacked = self.image_mean.expand(len(images), 3, *canvas).clone()  # 0 when normalised
+            for i, (image, (height, width)) in enumerate(zip(images, sizes, strict=True)):
+                stacked[i, :, :height, :width] = image
+        normalised = stacked.sub_(self.image_mean).div_(self.image_std)
+        if targets is None:
+            return Batch(normalised, sizes, padded, sizes)
+        boxes = tuple(target["boxes"].float().reshape(-1, 4) for target in targets)
+        labels = tuple(target["labels"].long() for target in targets)
+        every = torch.cat(labels)
+        if len(every) and not 0 <= int(every.min()) <= int(every.max()) < self.num_classes:
+            raise KDError(
+                f"targets have labels {int(every.min())} to {int(every.max())}; "
+                f"this detector's {self.num_classes} classes are 0 to {self.num_classes - 1}"
+            )
+        return Batch(normalised, sizes, padded, sizes, boxes, labels)
+
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Pyramid levels (N, C, H, W), finest first, of normalised images (N, 3, H, W)."""
+        maps = self.backbone(images)
+        named = OrderedDict((str(i), maps[i]) for i in self.backbone_levels)
+        return tuple(self.neck(named).values())
+
+    def entry(self, features: tuple[Tensor, ...]) -> State:
+        """The state at stage 0: both towers take the pyramid."""
+        return dict.fromkeys(self.towers, features)
+
+    def run_towers(self, state: State, stage: int = 0) -> list[State]:
+        """Hidden states from `stage`, whose state is given, to the end.
+
+        States are taken before the activation, which is applied on entry to the next block.
+        """
+        states = [state]
+        for i in range(stage, self.head_blocks):
+            activation = self.activation(i)
+            state = {
+                branch: tuple(tower[i](activation(level)) for level in state[branch])  # type: ignore[index]
+                for branch, tower in self.towers.items()
+            }
+            states.append(state)
+        return states
+
+    def activation(self, stage: int) -> Callable[[Tensor], Tensor]:
+        """What stands between the state at `stage` and the next layer."""
+        return F.relu if stage else _identity
+
+    def predict(self, state: State) -> Predictions:
+        """Predictions of all priors, from the towers' last state."""
+        activation = self.activation(self.head_blocks)
+        cls, reg = ([activation(level) for level in state[branch]] for branch in ("cls", "reg"))
+        grid = tuple((level.shape[-2], level.shape[-1]) for level in cls)
+        quality = None
+        if self.has_quality:
+            quality = self.flatten([self.predictors["quality"](level) for level in reg])[..., 0]
+        sides = [self.predictors["reg"](level).float() * scale for level, scale in zip(reg, self.scales, strict=True)]
+        return Predictions(
+            logits=self.flatten([self.predictors["cls"](level) for level in cls]),
+            regression=self.shape_regression(self.flatten(sides)),
+            priors=self.priors(grid),
+            decode=self.decode,
+            quality=quality,
+        )
+
+    def shape_regression(self, regression: Tensor) -> Tensor:
+        """What `Predictions.regression` is, from the scaled output (N, A, C) of the regression predictor."""
+        return regression
+
+    def flatten(self, maps: Sequence[Tensor]) -> Tensor:
+        """One (N, A, C) in float32 of maps (N, priors_per_cell * C, H, W)."""
+        cells = torch.cat([level.flatten(2) for level in maps], -1).transpose(1, 2)
+        return cells.reshape(cells.shape[0], cells.shape[1] * self.priors_per_cell, -1).float()
+
+    @torch.no_grad()
+    def postprocess(self, predictions: Predictions, batch: Batch) -> list[Detections]:
+        """Threshold, the best of each level, NMS by class; boxes in pixels of the original images, clipped to them.
+
+        Threshold and choice go by class probability; order and NMS by its product with quality, where there is one.
+        """
+        probabilities = predictions.probabilities
+        count, _, classes = probabilities.shape
+        images, priors, labels = self._candidates(probabilities, predictions.priors.per_level)
+        scores = probabilities[images, priors, labels]
+        if predictions.quality is not None:
+            scores = scores * predictions.quality.sigmoid()[images, priors]
+        sizes = torch.tensor(batch.sizes, device=scores.device, dtype=torch.float32)
+        boxes = self.decode(predictions.regression[images, priors], select(predictions.priors, priors))
+        boxes = clip(boxes, sizes[images])
+        solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(-1)
+        images, labels, scores, boxes = images[solid], labels[solid], scores[solid], boxes[solid]
+        # batched_nms moves each group to its own place; float64, so that boxes far out keep their precision.
+        keep = batched_nms(boxes.double(), scores.double(), images * classes + labels, self.nms_iou)
+        images, labels, scores, boxes = images[keep], labels[keep], scores[keep], boxes[keep]
+        original = torch.tensor(batch.original_sizes, device=scores.device, dtype=torch.float32)
+        factors = (original / sizes).flip(-1).repeat(1, 2)[images]
+        boxes = boxes * factors
+        chosen = [(images == i).nonzero()[: self.detections_per_image, 0] for i in range(count)]
+        return [{"boxes": boxes[i], "scores": scores[i], "labels": labels[i]} for i in chosen]
+
+    def _candidates(self, probabilities: Tensor, per_level: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, prior and class of what passes the threshold, at most MAX_CANDIDATES an image and level."""
+        passing = probabilities > self.score_threshold
+        levels = (torch.split(x, list(per_level), 1) for x in (probabilities, passing))
+        for level, ok in zip(*levels, strict=True):
+            if level[0].numel() > MAX_CANDIDATES:
+                best = level.flatten(1).topk(MAX_CANDIDATES).indices
+                top = torch.zeros_like(level, dtype=torch.bool).flatten(1).scatter_(1, best, True)
+                ok &= top.view_as(ok)
+        images, priors, labels = passing.nonzero(as_tuple=True)
+        return images, priors, labels
+
+
+def conv_block(in_channels: int, channels: int, groups: int) -> nn.Sequential:
+    """3x3 convolution and group norm (none with 0 groups: then the convolution has a bias). No activation."""
+    conv = predictor(in_channels, channels)
+    if not groups:
+        return nn.Sequential(conv)
+    conv.bias = None
+    return nn.Sequential(conv, GroupNorm(groups, channels))
+
+
+def predictor(in_channels: int, channels: int, bias: float = 0.0) -> nn.Conv2d:
+    """3x3 convolution with small random weights."""
+    conv = nn.Conv2d(in_channels, channels, 3, padding=1)
+    nn.init.normal_(conv.weight, std=0.01)
+    assert conv.bias is not None
+    nn.init.constant_(conv.bias, bias)
+    return conv
+
+
+def select(priors: Priors, index: Tensor) -> Priors:
+    """The priors (A, 4) at `index` (P,): what `decode` needs for some predictions alone."""
+    return Priors(priors.boxes[index], priors.strides[index])
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached tensor made in that mode could not be trained with later
+def square_anchors(
+    grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], scale: float, device: torch.device
+) -> Priors:
+    """One square anchor a cell, `scale` strides wide and centred on the cell's first pixel (x * stride, y * stride)."""
+    boxes, cell_strides = [], []
+    for (height, width), stride in zip(grid, strides, strict=True):
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        centre = torch.stack([x, y], -1).view(-1, 2) * float(stride)
+        boxes.append(torch.cat([centre - scale * stride / 2, centre + scale * stride / 2], -1))
+        cell_strides.append(torch.full((height * width,), float(stride)))
+    return Priors(torch.cat(boxes).to(device), torch.cat(cell_strides).to(device), grid)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def _round_up(size: int) -> int:
+    return -(-size // PADDING) * PADDING
+
+
+def _backbone(name: str, pretrained: bool, args: Mapping[str, object]) -> tuple[nn.Module, list[int], list[int]]:
+    """The timm model, and indices and channels of its feature maps of strides 8, 16 and 32."""
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0].rstrip('0123456789')}*")[:10])
+        raise KDError(f"backbone: timm has no model {name!r}" + (f"; it has {close}, ..." if close else ""))
+    model: Any = timm.create_model(name, features_only=True, pretrained=pretrained, **cast(dict[str, Any], args))
+    reductions = model.feature_info.reduction()
+    if missing := [stride for stride in BACKBONE_STRIDES if stride not in reductions]:
+        raise KDError(
+            f"backbone {name!r} gives feature maps of strides {reductions}, and the pyramid needs {BACKBONE_STRIDES}: "
+            f"{missing} missing. Take another backbone, or mend backbone_args (out_indices)."
+        )
+    levels = [reductions.index(stride) for stride in BACKBONE_STRIDES]
+    return model, levels, [model.feature_info.channels()[level] for level in levels]

@@ -1,0 +1,113 @@
+"""Weights published by the authors' projects: their names of parameters, and ours."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kdtoolkit.detectors.dense import BACKBONE_STRIDES, DenseDetector
+from kdtoolkit.errors import KDError
+
+# (published name, our name); the first that fits counts.
+_RENAMINGS = (
+    (r"backbone\.(.+)", r"backbone.\1"),
+    (r"neck\.lateral_convs\.(\d+)\.conv\.(weight|bias)", r"neck.inner_blocks.\1.0.\2"),
+    (r"neck\.fpn_convs\.([012])\.conv\.(weight|bias)", r"neck.layer_blocks.\1.0.\2"),
+    (r"bbox_head\.(cls|reg)_convs\.(\d+)\.conv\.(weight|bias)", r"towers.\1.\2.0.\3"),
+    (r"bbox_head\.(cls|reg)_convs\.(\d+)\.gn\.(weight|bias)", r"towers.\1.\2.1.\3"),
+)
+_EXTRA_LEVEL = re.compile(r"neck\.fpn_convs\.(\d+)\.conv\.(weight|bias)")
+_PREDICTOR = re.compile(r"bbox_head\.(\w+)\.(weight|bias)")
+_SCALE = "bbox_head.scales.{}.scale"
+_BINS = "bbox_head.integral.project"
+
+
+def load_published(model: DenseDetector, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
+    """Load a published checkpoint of the model's detector into `model`, in place.
+
+    The layout is that of the authors' projects: `backbone.*` with torchvision's names for a ResNet,
+    `neck.lateral_convs.*` and `neck.fpn_convs.*`, finest level first, and `bbox_head.*`; in a file, perhaps under
+    "state_dict". Build the model with the class count, backbone and sizes of the checkpoint. Every parameter must be
+    found, and every entry be used.
+
+    Args:
+        model: GFL, ATSS or another DenseDetector.
+        source: a .pth or .safetensors file (no code in it is run), or its state dict.
+
+    Raises:
+        KDError: the file cannot be read, or keys are missing, unexpected or of other shapes.
+    """
+    published = _read(Path(source)) if isinstance(source, (str, os.PathLike)) else dict(source)
+    name = str(source) if isinstance(source, (str, os.PathLike)) else "the state dict"
+    renamed = rename_published(model, published)
+    own = model.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - renamed.keys()),
+        "unexpected": sorted(renamed.keys() - own.keys()),
+        "of another shape": [
+            f"{key} (needs {tuple(own[key].shape)}, is {tuple(renamed[key].shape)})"
+            for key in own.keys() & renamed.keys()
+            if own[key].shape != renamed[key].shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
+        raise KDError(
+            f"{name} does not fit this {type(model).__name__} ({listed}). Build the model with the checkpoint's "
+            "num_classes, backbone, strides and head sizes, or leave out what is not the detector's."
+        )
+    model.load_state_dict(renamed)
+
+
+def rename_published(model: DenseDetector, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names for published parameters; what has none keeps its own."""
+    renamed = {rename(model, key): value for key, value in published.items()}
+    scales = [_SCALE.format(level) for level in range(len(model.strides))]
+    if all(key in renamed for key in scales):
+        renamed["scales"] = torch.stack([renamed.pop(key).reshape(()) for key in scales])
+    # The bins' distances are a constant here. Others than 0, 1, 2, ... stay in, and so are complained of.
+    if model.bins and _BINS in renamed and torch.equal(renamed[_BINS].float().cpu(), torch.arange(float(model.bins))):
+        del renamed[_BINS]
+    return renamed
+
+
+def rename(model: DenseDetector, key: str) -> str:
+    """Our name for one published parameter."""
+    for pattern, ours in _RENAMINGS:
+        if match := re.fullmatch(pattern, key):
+            return match.expand(ours)
+    if match := _EXTRA_LEVEL.fullmatch(key):
+        return f"neck.extra_blocks.convs.{int(match[1]) - len(BACKBONE_STRIDES)}.{match[2]}"
+    if (match := _PREDICTOR.fullmatch(key)) and match[1] in model.published_predictors:
+        return f"predictors.{model.published_predictors[match[1]]}.{match[2]}"
+    return key
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise KDError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise KDError(
+            f"{path} holds more than plain weights, or is damaged, and was not loaded. In an environment where you "
+            "trust it, save its state dict alone: torch.save(torch.load(path)['state_dict'], 'weights.pth')."
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise KDError(f"{path} holds no state dict: expected tensors by name, at the top or under 'state_dict'")
+    return dict(content)
+
+
+def _some(keys: list[str], most: int = 6) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

@@ -1,0 +1,190 @@
+"""CrossKD: cross-head knowledge distillation (Wang et al., CVPR 2024, arXiv 2306.11369).
+
+The student's hidden head state is handed to the teacher's frozen head, which finishes from there; the cross-head
+predictions mimic the teacher's own. The student's own predictions, which answer to the ground truth, are left out of
+it, so that the two targets do not conflict (section 3.2, equations 4 and 5).
+
+Before it enters the teacher's head the state takes on the statistics of the teacher's state, channel by channel.
+The settings are the published ones; where they differ between detectors, see the arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdtoolkit.boxes import elementwise_giou, elementwise_iou
+from kdtoolkit.contract import Assignment, Capability, DetectorSpec, Exchange, Method, Predictions, State
+from kdtoolkit.methods._common import channel_statistics, projection, resize_like
+from kdtoolkit.methods.ld import distribution_kl
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
+    """Give `student` the mean and std of `teacher`, both (N, C, ...), per channel over all else, in float32.
+
+    Gradient flows through the student's statistics. Stds are unbiased; `eps` is added to the student's alone.
+    """
+    student, teacher = student.float(), teacher.float()
+    (mean, std), (teacher_mean, teacher_std) = channel_statistics(student), channel_statistics(teacher)
+    return (student - mean) / (std + eps) * teacher_std + teacher_mean
+
+
+def quality_focal_kd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
+    """Quality focal loss towards the teacher's scores, elementwise in float32, for logits of any equal shape.
+
+    BCE(s, sigmoid(t)) * |sigmoid(s) - sigmoid(t)|^beta. Source: GFL (arXiv 2006.04388), equation 7, soft target.
+    """
+    student_logits, target = student_logits.float(), teacher_logits.detach().float().sigmoid()
+    modulation = (student_logits.sigmoid() - target).abs()
+    if beta != 1:
+        modulation = modulation.pow(beta)
+    return F.binary_cross_entropy_with_logits(student_logits, target, reduction="none") * modulation
+
+
+def classification_kd(cross: Predictions, teacher: Predictions, beta: float = 1.0) -> Tensor:
+    """Classification term of each prior (N, A), summed over classes: QFL, or KL where scores are a softmax."""
+    if teacher.activation == "sigmoid":
+        return quality_focal_kd(cross.logits, teacher.logits, beta).sum(-1)
+    return distribution_kl(cross.logits, teacher.logits, temperature=1.0)
+
+
+def cross_state(student: State, teacher: State, project: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, ...]]:
+    """Make the student's state fit for the teacher's head: project, resize and align each branch and level."""
+    return {
+        branch: tuple(
+            align_statistics(resize_like(module(s), t) if s.ndim == 4 else module(s), t)
+            for s, t in zip(student[branch], teacher[branch], strict=True)
+        )
+        for branch, module in project.items()
+    }
+
+
+def box_kd(
+    cross: Predictions, teacher: Predictions, assignment: Assignment, kind: Literal["giou", "iou"]
+) -> tuple[Tensor, Tensor]:
+    """Localisation term of each prior (N, A) and the divisor of its sum, each prior weighted by the teacher's score.
+
+    Distributions: KL averaged over the four sides, divided by the sum of the weights. Else: 1 - GIoU, or -log IoU,
+    of decoded boxes, divided by the normaliser of the teacher's assignment.
+    """
+    weight = teacher.probabilities.amax(-1).float() * assignment.weights
+    if teacher.regression.ndim == 4:
+        divergence = distribution_kl(cross.regression, teacher.regression, temperature=1.0).mean(-1)
+        return weight * divergence, weight.sum()
+    if kind == "giou":
+        distance = 1 - elementwise_giou(cross.boxes, teacher.boxes)
+    else:
+        distance = -elementwise_iou(cross.boxes, teacher.boxes).clamp(min=1e-6).log()
+    return weight * distance, assignment.normaliser
+
+
+class CrossKD(Method):
+    """Let the teacher's head finish from the student's hidden state, and mimic the teacher's own predictions.
+
+    Args:
+        stage: where the student's state enters the teacher's head: the paper's i (0 is the pyramid itself), or from
+            the end: -1 leaves the teacher's last block to do, i = 3 of 4, the paper's choice. In heads of other depth
+            a negative stage counts from each head's own end.
+        cls_weight: factor of the classification term (1; FCOS 0.4).
+        distribution_weight: factor of the localisation term where boxes are distributions (GFL: 4).
+        box_weight: factor of the localisation term where they are not (RetinaNet, ATSS: 1; FCOS 0.75).
+        quality_weight: factor of the centerness term (ATSS: 1; FCOS 0); there is none without such a branch.
+        beta: exponent of the quality focal loss.
+        box_loss: "giou" (RetinaNet, ATSS), or "iou" (FCOS).
+        tap: take the state "after" the activation, as the published results do, or "before" it, as the text reads.
+    """
+
+    needs = frozenset({Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
+    terms = ("cls", "box", "quality")
+    paper = "arXiv 2306.11369 (CVPR 2024)"
+    project: nn.ModuleDict
+    stages: tuple[int, int]
+
+    def __init__(
+        self,
+        *,
+        stage: int = -1,
+        cls_weight: float = 1.0,
+        distribution_weight: float = 4.0,
+        box_weight: float = 1.0,
+        quality_weight: float = 1.0,
+        beta: float = 1.0,
+        box_loss: Literal["giou", "iou"] = "giou",
+        tap: Literal["after", "before"] = "after",
+    ) -> None:
+        super().__init__()
+        self.stage = stage
+        self.cls_weight = cls_weight
+        self.distribution_weight = distribution_weight
+        self.box_weight = box_weight
+        self.quality_weight = quality_weight
+        self.beta = beta
+        self.box_loss: Literal["giou", "iou"] = box_loss
+        self.tap = tap
+
+    @classmethod
+    def for_fcos(cls) -> CrossKD:
+        """The published settings for FCOS pairs: i = 2 of 4, no centerness term."""
+        return cls(stage=-2, cls_weight=0.4, box_weight=0.75, quality_weight=0.0, box_loss="iou")
+
+    def _index(self, spec: DetectorSpec) -> int:
+        return self.stage if self.stage >= 0 else len(spec.stages) - 1 + self.stage
+
+    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+        """Refuse pairs whose heads have no corresponding states."""
+        if student.priors.on_grid != teacher.priors.on_grid:
+            return f"the student predicts at {student.priors}, the teacher at {teacher.priors}"
+        if student.priors.on_grid and student.strides != teacher.strides:
+            return f"other pyramid levels: strides {student.strides} of the student, {teacher.strides} of the teacher"
+        for role, spec in (("student", student), ("teacher", teacher)):
+            if not 0 <= self._index(spec) < len(spec.stages):
+                return f"the {role}'s head has stages 0 to {len(spec.stages) - 1}, so there is no stage {self.stage}"
+        ours = student.stages[self._index(student)].channels
+        theirs = teacher.stages[self._index(teacher)].channels
+        if missing := [branch for branch in theirs if branch not in ours]:
+            return f"the student's head has no branch {missing}, the teacher's has {list(theirs)}"
+        return None
+
+    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        """Project each branch's channels where they differ; one projection serves all levels, as the towers do."""
+        self.stages = self._index(student), self._index(teacher)
+        ours, theirs = student.stages[self.stages[0]], teacher.stages[self.stages[1]]
+        self.project = nn.ModuleDict(
+            {branch: projection(ours.channels[branch], channels) for branch, channels in theirs.channels.items()}
+        )
+        self.activations = (ours.activation, theirs.activation) if self.tap == "after" else (None, None)
+
+    def cross(self, exchange: Exchange) -> Predictions:
+        """Cross-head predictions: the teacher's head, finishing from the student's state."""
+        states = (
+            exchange.matched.states[self.stages[0]],
+            exchange.teacher.head.states[self.stages[1]],
+        )
+        student, teacher = (
+            state if act is None else {branch: tuple(map(act, maps)) for branch, maps in state.items()}
+            for state, act in zip(states, self.activations, strict=True)
+        )
+        aligned = cross_state(student, teacher, dict(self.project.items()))
+        return exchange.finish_with_teacher(aligned, self.stages[1])
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """`cls`, `box` and, where both detectors judge quality, `quality`."""
+        cross, teacher = self.cross(exchange), exchange.teacher.head.predictions
+        assignment = exchange.teacher_assignment
+        normaliser = assignment.normaliser + EPS
+        cls = (classification_kd(cross, teacher, self.beta) * assignment.weights).sum() / normaliser
+        box, divisor = box_kd(cross, teacher, assignment, self.box_loss)
+        box_weight = self.distribution_weight if teacher.regression.ndim == 4 else self.box_weight
+        terms = {"cls": self.cls_weight * cls, "box": box_weight * box.sum() / (divisor + EPS)}
+        if cross.quality is not None and teacher.quality is not None and self.quality_weight:
+            positive = assignment.positive(exchange.teacher.spec.num_classes)
+            target = teacher.quality.detach().float().sigmoid()
+            loss = F.binary_cross_entropy_with_logits(cross.quality.float(), target, reduction="none")
+            terms["quality"] = self.quality_weight * (loss * positive).sum() / normaliser
+        return terms

@@ -1,0 +1,123 @@
+"""Feature imitation: FitNets' hints (Romero et al., ICLR 2015, arXiv 1412.6550), over all cells or those that matter.
+
+Mean squared difference of the pyramid's features: over the whole map, over the priors inside boxes, or over the
+priors that overlap a box well (Wang et al., CVPR 2019, arXiv 1906.03609). The baseline that other feature methods
+are measured against.
+
+Numbers agree with the imitation losses in HikariTJU/LD @4287990, but for one thing: there a level counts only if it
+has a positive prior too; here whenever its region is not empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from kdtoolkit.boxes import centres, pairwise_iou
+from kdtoolkit.contract import Batch, Capability, DetectorSpec, Exchange, Method, PriorKind, Priors
+from kdtoolkit.errors import KDError
+from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
+
+Region = Literal["whole", "boxes", "fine-grained"]
+
+
+def imitation_loss(student: Tensor, teacher: Tensor, region: Tensor | None = None) -> Tensor:
+    """Mean squared difference of maps (N, C, H, W), a scalar; over the cells of `region` (N, H, W) bool if given.
+
+    It is 0 where the region is empty.
+    """
+    difference = (student.float() - teacher.detach().float()).square()
+    if region is None:
+        return difference.mean()
+    cells = (region.sum() * student.shape[1]).clamp(min=1)
+    return torch.where(region[:, None], difference, 0.0).sum() / cells
+
+
+def box_region(priors: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+    """Which priors (A, 4) have their centre strictly inside a box of the image: (N, A) bool. `boxes`: (G, 4) each."""
+    padded = pad_sequence(list(boxes), batch_first=True)[:, None]  # (N, 1, G, 4); zeros hold no centre
+    points = centres(priors)[:, None]
+    return ((points > padded[..., :2]) & (points < padded[..., 2:])).all(-1).any(-1)
+
+
+def fine_grained_region(priors: Tensor, boxes: Sequence[Tensor], valid: Tensor, share: float = 0.5) -> Tensor:
+    """Which priors overlap a box by more than `share` of the best IoU any prior has with it: (N, A) bool.
+
+    Args:
+        priors: anchors (A, 4) xyxy in pixels.
+        boxes: of each image (G, 4) xyxy in pixels.
+        valid: (N, A) bool, False where a prior lies in the batch's padding.
+        share: the paper's psi.
+    """
+    padded = pad_sequence(list(boxes), batch_first=True)  # zeros overlap nothing
+    iou = pairwise_iou(priors, padded) * valid[..., None]  # (N, A, G)
+    return (iou > share * iou.amax(1, keepdim=True)).any(-1)
+
+
+def on_image(priors: Priors, batch: Batch) -> Tensor:
+    """Which priors have their centre on the image with its own padding: (N, A) bool."""
+    points = centres(priors.boxes)
+    return (points < points.new_tensor([(w, h) for h, w in batch.padded_sizes])[:, None]).all(-1)
+
+
+class FitNet(Method):
+    """Imitate the teacher's features.
+
+    Args:
+        weight: factor of the loss summed over levels.
+        region: "whole" map; cells with a prior inside "boxes"; or "fine-grained": with an anchor that overlaps a
+            box well. The latter two need the student's priors, on a grid.
+    """
+
+    needs = frozenset({Capability.FEATURES})
+    terms = ("feature",)
+    paper = "arXiv 1412.6550 (ICLR 2015); fine-grained: arXiv 1906.03609 (CVPR 2019)"
+    levels: list[tuple[int, int]]
+    align: nn.ModuleList
+
+    def __init__(self, *, weight: float = 2.0, region: Region = "whole") -> None:
+        super().__init__()
+        if region not in get_args(Region):
+            raise KDError(f"FitNet(region={region!r}): must be one of {', '.join(get_args(Region))}")
+        self.weight = weight
+        self.region = region
+
+    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+        """Refuse pairs without a common stride, and regions that the student's priors cannot mark."""
+        if self.region != "whole" and not student.priors.on_grid:
+            return f"region {self.region!r} needs priors on a grid; the student has {student.priors}"
+        if self.region == "fine-grained" and student.priors is PriorKind.POINTS:
+            return "region 'fine-grained' needs anchors; the student has points"
+        return no_shared_level(student, teacher)
+
+    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        """Pair the levels of equal stride; project where channels differ."""
+        self.levels = shared_levels(student, teacher)
+        self.align = projections(self.levels, student, teacher)
+
+    def regions(self, exchange: Exchange) -> list[Tensor] | None:
+        """The region (N, H, W) on each of the student's levels; None for whole maps."""
+        if self.region == "whole":
+            return None
+        # Whatever the methods need, the student's head has run: for its own loss.
+        priors, batch = exchange.student.head.predictions.priors, exchange.student.batch
+        if self.region == "boxes":
+            region = box_region(priors.boxes, batch.boxes)
+        else:
+            region = fine_grained_region(priors.boxes, batch.boxes, on_image(priors, batch))
+        levels = zip(torch.split(region, list(priors.per_level), 1), priors.grid, strict=True)
+        return [level.view(len(region), height, width, -1).any(-1) for level, (height, width) in levels]
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """`feature`: the weighted loss, summed over levels."""
+        student, teacher, regions = exchange.student.features, exchange.teacher.features, self.regions(exchange)
+        losses = [
+            # The teacher's map is resized, since the region is one of the student's cells.
+            imitation_loss(align(student[s]), resize_like(teacher[t], student[s]), regions[s] if regions else None)
+            for (s, t), align in zip(self.levels, self.align, strict=True)
+        ]
+        return {"feature": self.weight * torch.stack(losses).sum()}

@@ -1,0 +1,71 @@
+"""MGD: masked generative distillation (Yang et al., ECCV 2022, arXiv 2205.01529).
+
+Random cells of the student's map are blanked, and a small convolutional block must make the teacher's full map of the
+rest, so that each cell has to know its surroundings (section 3.1). The loss is a sum over the level divided by N.
+
+Numbers agree with open-mmlab/mmrazor @90c7af1, case by case, given the same random mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
+from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
+
+
+def mgd_loss(generated: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference of maps (N, C, H, W), summed and divided by N: a scalar."""
+    return (generated.float() - teacher.detach().float()).square().sum() / len(teacher)
+
+
+def generator(channels: int) -> nn.Sequential:
+    """The block that makes the teacher's map: 3x3 convolution, ReLU, 3x3 convolution."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+    )
+
+
+class MGD(Method):
+    """Generate the teacher's pyramid from the student's, with part of its cells blanked at random.
+
+    Args:
+        weight: factor of the loss summed over levels (the paper's alpha).
+        mask_ratio: share of the cells that are blanked, in [0, 1) (the paper's lambda).
+    """
+
+    needs = frozenset({Capability.FEATURES})
+    terms = ("feature",)
+    paper = "arXiv 2205.01529 (ECCV 2022)"
+    levels: list[tuple[int, int]]
+    align: nn.ModuleList
+    generate: nn.ModuleList
+
+    def __init__(self, *, weight: float = 2e-5, mask_ratio: float = 0.65) -> None:
+        super().__init__()
+        self.weight = weight
+        self.mask_ratio = mask_ratio
+
+    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+        """Refuse pairs without a common stride."""
+        return no_shared_level(student, teacher)
+
+    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        """Pair the levels of equal stride; project where channels differ; one generating block a level."""
+        self.levels = shared_levels(student, teacher)
+        self.align = projections(self.levels, student, teacher)
+        self.generate = nn.ModuleList(generator(teacher.channels[t]) for _, t in self.levels)
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """`feature`: the weighted loss, summed over levels. Draws the mask from torch's global generator."""
+        student, teacher = exchange.student.features, exchange.teacher.features
+        losses = []
+        with torch.autocast(teacher[0].device.type, enabled=False):
+            for (s, t), align, generate in zip(self.levels, self.align, self.generate, strict=True):
+                aligned = resize_like(align(student[s].float()), teacher[t])
+                kept = torch.rand_like(aligned[:, :1]) <= 1 - self.mask_ratio
+                losses.append(mgd_loss(generate(aligned * kept), teacher[t]))
+        return {"feature": self.weight * torch.stack(losses).sum()}

@@ -1,0 +1,67 @@
+"""PKD: feature imitation by Pearson correlation (Cao et al., NeurIPS 2022, arXiv 2207.02039).
+
+Each channel of a pyramid level is standardised over batch and space in both detectors, and the mean squared
+difference is halved: 1 - r of the channels, so scale and offset of the teacher's features do not matter and
+detectors of different kinds can be paired (section 3.3, equations 4 and 5).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
+from kdtoolkit.methods._common import channel_statistics, no_shared_level, projections, resize_like, shared_levels
+
+
+def standardise(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Standardise maps (N, C, H, W) per channel over batch and space (unbiased std + `eps`), in float32."""
+    x = x.float()
+    mean, std = channel_statistics(x)
+    return (x - mean) / (std + eps)
+
+
+def pkd_loss(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
+    """Half the mean squared difference of standardised features, both (N, C, H, W): a scalar in [0, 2].
+
+    Where sizes differ the smaller map is resized bilinearly to the larger. Source: equation 5.
+    """
+    if student.shape[-2:].numel() < teacher.shape[-2:].numel():
+        student = resize_like(student, teacher)
+    else:
+        teacher = resize_like(teacher, student)
+    return (standardise(student, eps) - standardise(teacher, eps)).square().mean() / 2
+
+
+class PKD(Method):
+    """Imitate the teacher's pyramid up to scale and offset of each channel.
+
+    Args:
+        weight: factor of the loss summed over levels. 6 is the paper's for RetinaNet-like pairs and the one used with
+            CrossKD on GFL; with CrossKD, 2 is used on FCOS and 1 on ATSS.
+    """
+
+    needs = frozenset({Capability.FEATURES})
+    terms = ("feature",)
+    paper = "arXiv 2207.02039 (NeurIPS 2022)"
+    levels: list[tuple[int, int]]
+    align: nn.ModuleList
+
+    def __init__(self, *, weight: float = 6.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+        """Refuse pairs without a common stride."""
+        return no_shared_level(student, teacher)
+
+    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        """Pair the levels of equal stride; project where channels differ."""
+        self.levels = shared_levels(student, teacher)
+        self.align = projections(self.levels, student, teacher)
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """`feature`: the weighted loss, summed over levels."""
+        student, teacher = exchange.student.features, exchange.teacher.features
+        pairs = zip(self.levels, self.align, strict=True)
+        losses = [pkd_loss(align(student[s]), teacher[t]) for (s, t), align in pairs]
+        return {"feature": self.weight * sum(losses[1:], losses[0])}

@@ -1,0 +1,103 @@
+import math
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdtoolkit.benchmark.stats import dearest, gap_recovered, paired_difference, spread, t95
+
+aps = st.floats(0, 100)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"), [(1, 12.706), (2, 4.303), (9, 2.262), (20, 2.086), (22, 2.086), (35, 2.042), (500, 1.980)]
+)
+def test_t_quantiles_and_the_wider_one_in_between(degrees, expected):
+    assert t95(degrees) == expected
+
+
+def _t_density(x, n):
+    scale = math.lgamma((n + 1) / 2) - math.lgamma(n / 2)
+    return math.exp(scale) / math.sqrt(n * math.pi) * (1 + x * x / n) ** (-(n + 1) / 2)
+
+
+@pytest.mark.parametrize("degrees", [*range(1, 21), 25, 30, 40, 60, 120])
+def test_t_quantiles_hold_95_percent_of_the_density(degrees):
+    steps, limit = 20_000, t95(degrees)
+    width = 2 * limit / steps
+    mass = sum(_t_density(-limit + (i + 0.5) * width, degrees) for i in range(steps)) * width
+    assert mass == pytest.approx(0.95, abs=1e-4)
+
+
+def test_paired_difference_by_hand():
+    # Differences 1, 2, 3: mean 2, std 1, half width 4.303 / sqrt(3).
+    found = paired_difference({0: 11.0, 1: 22.0, 2: 33.0}, {0: 10.0, 1: 20.0, 2: 30.0})
+    assert found.mean == pytest.approx(2)
+    assert found.low == pytest.approx(2 - 4.303 / math.sqrt(3))
+    assert found.high == pytest.approx(2 + 4.303 / math.sqrt(3))
+    assert found.pairs == 3
+    assert found.verdict == "not shown"
+
+
+def test_pairs_are_by_seed_and_only_of_seeds_both_have():
+    found = paired_difference({0: 5.0, 2: 9.0, 3: 1.0}, {2: 8.0, 0: 3.0, 7: 50.0})
+    assert (found.mean, found.pairs) == (1.5, 2)
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([3.0, 3.1, 2.9], "holds"),
+        ([3.0, 0.1, 0.0], "not shown"),
+        ([-3.0, 1.0, 1.0], "does not help"),
+        ([-3.0, -3.1, -2.9], "does not help"),
+        ([0.0, 0.0, 0.0], "does not help"),
+        ([5.0], "not shown"),  # one seed shows nothing
+    ],
+)
+def test_verdicts(values, verdict):
+    zero = dict.fromkeys(range(len(values)), 0.0)
+    assert paired_difference(dict(enumerate(values)), zero).verdict == verdict
+
+
+@given(st.lists(st.tuples(aps, aps), min_size=2, max_size=40), st.floats(-10, 10))
+def test_difference_is_antisymmetric_and_ignores_what_both_share(pairs, shift):
+    ours = {seed: a + shift for seed, (a, _) in enumerate(pairs)}
+    theirs = {seed: b + shift for seed, (_, b) in enumerate(pairs)}
+    one, other = paired_difference(ours, theirs), paired_difference(theirs, ours)
+    assert one.mean == pytest.approx(statistics.fmean(a - b for a, b in pairs), abs=1e-9)
+    assert (one.low, one.high) == (pytest.approx(-other.high), pytest.approx(-other.low))
+    assert one.low <= one.mean <= one.high
+
+
+@given(st.lists(st.one_of(st.none(), aps), max_size=8))
+def test_spread_of_what_is_defined(values):
+    defined = [value for value in values if value is not None]
+    found = spread(values)
+    if not defined:
+        assert found is None
+        return
+    mean = sum(defined) / len(defined)
+    assert found.mean == pytest.approx(mean)
+    if len(defined) == 1:
+        assert found.std is None
+    else:
+        assert found.std == pytest.approx(
+            math.sqrt(sum((v - mean) ** 2 for v in defined) / (len(defined) - 1)), abs=1e-9
+        )
+
+
+def test_gap():
+    assert gap_recovered(25, 20, 30) == 0.5
+    assert gap_recovered(15, 20, 30) == -0.5
+    assert gap_recovered(25, 20, 20) is None
+    assert gap_recovered(25, 20, 10) is None
+
+
+def test_dearest():
+    assert dearest([1.0, 3.0], {"a": [3.0], "b": [4.0, 6.0], "c": []}) == ("b", 2.5)
+    assert dearest([4.0], {"a": [2.0]}) == ("a", 1.0)  # a schedule is never shortened
+    assert dearest([], {"a": [2.0]}) is None
+    assert dearest([1.0], {"a": []}) is None

@@ -1,0 +1,152 @@
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from kdtoolkit import Distiller, NonFiniteLossError
+from kdtoolkit.contract import Capability, Method
+from kdtoolkit.data import ProceduralShapes
+from kdtoolkit.engine.train import TrainConfig, lr_factor, train
+from kdtoolkit.methods import PKD, CrossKD
+from tests.conftest import tiny_gfl
+
+CLASSES = len(ProceduralShapes(1).class_names)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return ProceduralShapes(8, image_size=64, seed=0)
+
+
+def model(seed):
+    return tiny_gfl(seed=seed, num_classes=CLASSES)
+
+
+def config(**changes):
+    return TrainConfig(**{"steps": 4, "batch_size": 4, "warmup_steps": 0, **changes})
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_same_seed_same_student_to_the_last_bit(data):
+    students = []
+    for seed in (0, 0, 1):
+        student = model(2)
+        train(Distiller(model(1), student, [CrossKD(), PKD()]), data, config(), seed=seed)
+        students.append(weights(student))
+    assert torch.equal(students[0], students[1])
+    assert not torch.equal(students[0], students[2])
+
+
+def test_the_loss_falls_and_history_tells(data):
+    result = train(Distiller(None, model(2)), data, config(steps=40, lr=1e-2), seed=0)
+    totals = [sum(v for k, v in point.items() if k.startswith("task/")) for point in result.history]
+    assert totals[-1] < 0.8 * totals[0]
+    assert result.history[-1]["step"] == result.steps == 40
+    assert result.seconds > 0
+    assert result.step_ms > 0
+    assert result.warnings == []
+
+
+def test_reports_begin_at_the_first_step_and_end_at_the_last(data):
+    seen = []
+    train(Distiller(None, model(2)), data, config(), seed=0, report=seen.append)
+    assert (seen[0].step, seen[-1].step) == (1, 4)
+    assert set(seen[0].losses) == {"task/cls", "task/box", "task/dfl"}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+def test_schedules(schedule):
+    settings = config(steps=100, warmup_steps=10, schedule=schedule)
+    factors = [lr_factor(step, settings) for step in range(100)]
+    assert factors[0] == pytest.approx(1 / 11, rel=1e-3)
+    assert all(0 <= factor <= 1 for factor in factors)
+    expected = {"cosine": 0.5 * (1 + math.cos(math.pi * 0.99)), "step": 0.01, "constant": 1.0}
+    assert factors[99] == pytest.approx(expected[schedule])
+    if schedule == "step":  # 1x: 12 epochs with steps after 8 and 11
+        assert factors[66] == pytest.approx(1.0)
+        assert factors[67] == pytest.approx(0.1)
+        assert factors[91] == pytest.approx(0.1)
+        assert factors[92] == pytest.approx(0.01)
+
+
+class Broken(Method):
+    needs = frozenset({Capability.FEATURES})
+    terms = ("term",)
+    paper = "none"
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+        self.steps = 0
+
+    def forward(self, exchange):
+        self.steps += 1
+        return {"term": self.make(self.steps, exchange.student.features[0])}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda _, x: 0 * x.sum(), "is exactly zero"),
+        (lambda _, x: x.detach().square().mean(), "has no gradient"),
+        (lambda _, x: nn.Parameter(torch.ones(())) * 2, "has no gradient to the student"),
+    ],
+)
+def test_terms_that_do_nothing_are_reported_by_name(data, make, reason):
+    distiller = Distiller(model(1), model(2), [Broken(make), PKD()])
+    result = train(distiller, data, config(steps=6), seed=0)
+    assert len(result.warnings) == 1
+    assert result.warnings[0].startswith(f"loss term broken/term {reason} in each of the first")
+
+
+def test_a_term_that_is_zero_only_at_first_is_not_reported(data):
+    distiller = Distiller(model(1), model(2), [Broken(lambda step, x: (step > 2) * x.mean())])
+    assert train(distiller, data, config(steps=6), seed=0).warnings == []
+
+
+def test_a_term_that_is_not_finite_is_named_and_the_last_good_weights_stay(data):
+    student = model(2)
+    kept = []
+
+    def explode(step, x):
+        kept.append(weights(student).clone())
+        return x.mean() * (math.nan if step == 3 else 1.0)
+
+    with pytest.raises(NonFiniteLossError, match=r"step 3: broken/term = nan"):
+        train(Distiller(model(1), student, [Broken(explode)]), data, config(), seed=0)
+    assert torch.equal(weights(student), kept[2])
+
+
+def test_a_gradient_that_is_not_finite_stops_too(data):
+    student = model(2)
+    make = lambda step, x: (x.square().sum() * 0).sqrt()  # noqa: E731
+    with pytest.raises(NonFiniteLossError, match="gradient norm"):
+        train(Distiller(model(1), student, [Broken(make)]), data, config(), seed=0)
+    assert torch.isfinite(weights(student)).all()
+
+
+def test_ema_keeps_an_average(data):
+    plain, averaged = model(2), model(2)
+    start = weights(plain).clone()
+    train(Distiller(None, plain), data, config(), seed=0)
+    train(Distiller(None, averaged), data, config(ema=0.9), seed=0)
+    assert 0 < (weights(averaged) - start).norm() < (weights(plain) - start).norm()
+
+
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"lr": -1}, {"schedule": "linear"}, {"learning_rate": 1}])
+def test_wrong_settings_are_refused(changes):
+    with pytest.raises(ValidationError):
+        config(**changes)
+
+
+def test_sgd_trains_what_the_method_must_learn(data):
+    teacher = tiny_gfl(seed=1, num_classes=CLASSES, neck_channels=8)
+    distiller = Distiller(teacher, model(2), [PKD()])
+    before = weights(distiller.methods).clone()
+    train(distiller, data, config(optimizer="sgd", lr=0.01, schedule="step"), seed=0)
+    assert not torch.equal(weights(distiller.methods), before)

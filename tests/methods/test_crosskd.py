@@ -1,0 +1,110 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdtoolkit import Distiller, IncompatibleError
+from kdtoolkit.contract import Exchange, View, adapt
+from kdtoolkit.methods.crosskd import CrossKD, align_statistics, quality_focal_kd
+from tests.conftest import tiny_atss, tiny_gfl
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(2, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 10_000))
+def test_aligned_states_have_the_teachers_statistics(n, c, cells, seed):
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(n, c, cells, 3, generator=generator) * 3 + 1
+    teacher = torch.randn(n, c, cells, 3, generator=generator) - 2
+    aligned = align_statistics(student, teacher)
+    for channel in range(c):
+        torch.testing.assert_close(aligned[:, channel].mean(), teacher[:, channel].mean(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(aligned[:, channel].std(), teacher[:, channel].std(), rtol=1e-4, atol=1e-5)
+
+
+def test_alignment_of_a_constant_channel_has_a_finite_gradient():
+    student = torch.zeros(2, 1, 3, 3, requires_grad=True)
+    align_statistics(student, torch.randn(2, 1, 3, 3)).sum().backward()
+    assert torch.isfinite(student.grad).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from([1.0, 2.0]), st.integers(0, 10_000))
+def test_quality_focal_loss_against_a_loop(beta, seed):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (4 * torch.randn(2, 5, 3, generator=generator)).unbind()
+    ours = quality_focal_kd(student, teacher, beta)
+    for i in range(5):
+        for k in range(3):
+            q, p = teacher[i, k].sigmoid(), student[i, k].sigmoid()
+            bce = -(q * F.logsigmoid(student[i, k]) + (1 - q) * F.logsigmoid(-student[i, k]))
+            torch.testing.assert_close(ours[i, k], bce * (p - q).abs() ** beta, rtol=1e-4, atol=1e-6)
+
+
+def exchange_of(teacher, student, images, targets):
+    """A step's exchange, assembled by hand."""
+    views = []
+    for adapter in (adapt(student), adapt(teacher)):
+        batch = adapter.prepare(images, targets)
+        features = adapter.features(batch)
+        views.append(View(adapter, batch, features, adapter.head(features, batch)))
+    return Exchange(*views)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, -1, -2])
+@pytest.mark.parametrize("tap", ["after", "before"])
+def test_cross_head_predictions_of_twins_are_the_teachers_own(stage, tap, batch):
+    teacher, student = tiny_gfl(seed=1).eval(), tiny_gfl(seed=1).eval()
+    method = CrossKD(stage=stage, tap=tap)
+    method.setup(adapt(student).spec, adapt(teacher).spec)
+    exchange = exchange_of(teacher, student, *batch)
+    cross, own = method.cross(exchange), exchange.teacher.head.predictions
+    torch.testing.assert_close(cross.logits, own.logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(cross.regression, own.regression, rtol=1e-3, atol=1e-3)
+
+
+def test_terms_are_computed_from_cross_head_predictions(batch):
+    teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=2)
+    method = CrossKD()
+    losses = Distiller(teacher, student, [method])(*batch)
+    exchange = exchange_of(teacher, student, *batch)
+    cross, own = method.cross(exchange), exchange.teacher.head.predictions
+    positives = exchange.teacher_assignment.positive(3).sum(-1).clamp(min=1).sum()
+    score = own.logits.sigmoid().amax(-1)
+    kl = F.kl_div(cross.regression.log_softmax(-1), own.regression.log_softmax(-1), reduction="none", log_target=True)
+    weights = exchange.teacher_assignment.weights
+    expected_cls = (quality_focal_kd(cross.logits, own.logits).sum(-1) * weights).sum() / positives
+    expected_box = 4 * (score * weights * kl.sum(-1).mean(-1)).sum() / (score * weights).sum()
+    torch.testing.assert_close(losses["crosskd/cls"], expected_cls, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses["crosskd/box"], expected_box, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_reaches_the_students_tower_but_not_its_predictors(batch):
+    teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=2)
+    losses = Distiller(teacher, student, [CrossKD()])(*batch)
+    (losses["crosskd/cls"] + losses["crosskd/box"]).backward()
+    reached = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("backbone" in name for name in reached)
+    untouched = {name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()}
+    assert untouched, "the student's last blocks and predictors take no part in the cross-head path"
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_centerness_is_a_term_where_the_teacher_judges_it(batch):
+    losses = Distiller(tiny_atss(seed=1), tiny_atss(seed=2), [CrossKD()])(*batch)
+    assert losses["crosskd/quality"] > 0
+    assert "crosskd/quality" not in Distiller(tiny_gfl(seed=1), tiny_atss(seed=2), [CrossKD()])(*batch)
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(tiny_gfl, tiny_atss), (tiny_atss, tiny_gfl)])
+def test_works_between_kinds_and_channel_counts(teacher, student, batch):
+    small = student(seed=2, head_channels=8)
+    losses = Distiller(teacher(seed=1), small, [CrossKD()])(*batch)
+    losses.total.backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in small.parameters() if p.grad is not None)
+
+
+def test_a_stage_the_head_does_not_have_is_refused():
+    with pytest.raises(IncompatibleError, match="stages 0 to 2, so there is no stage 3"):
+        Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [CrossKD(stage=3)])

@@ -1,0 +1,55 @@
+import math
+
+import pytest
+import torch
+
+from kdtoolkit.methods.cwd import CWD, cwd_loss
+from tests.methods._views import batch, exchange, maps, spec
+
+BATCH = batch([], [])
+
+
+def naive(student, teacher, temperature):
+    """Channel by channel and cell by cell, in float64."""
+    total = 0.0
+    for s, t in zip(student.flatten(0, 1).flatten(1), teacher.flatten(0, 1).flatten(1), strict=True):
+        s, t = ([math.exp(x / temperature) for x in channel.double().tolist()] for channel in (s, t))
+        total += sum(b / sum(t) * math.log((b / sum(t)) / (a / sum(s))) for a, b in zip(s, t, strict=True))
+    return temperature**2 * total / (student.shape[0] * student.shape[1])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_equals_a_loop(temperature):
+    student, teacher = maps(2, seed=1), maps(2, seed=2)
+    method = CWD(weight=3, temperature=temperature)
+    method.setup(spec(), spec())
+    terms = method(exchange(BATCH, features=(student, teacher)))
+    expected = 3 * sum(naive(s, t, temperature) for s, t in zip(student, teacher, strict=True))
+    assert tuple(terms) == CWD.terms
+    assert terms["feature"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_reaches_the_student_alone():
+    student, teacher = maps(2, seed=1), maps(2, seed=2)
+    method = CWD()
+    method.setup(spec(), spec())
+    method(exchange(BATCH, features=(student, teacher)))["feature"].backward()
+    assert all(x.grad.abs().sum() > 0 for x in student)
+    assert all(x.grad is None for x in teacher)
+
+
+def test_an_offset_of_a_channel_costs_nothing():
+    x = torch.randn(2, 3, 5, 5)
+    assert cwd_loss(x + torch.randn(2, 3, 1, 1), x).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_computes_in_float32():
+    student, teacher = torch.randn(2, 1, 3, 5, 5).bfloat16().unbind()
+    assert cwd_loss(student, teacher).equal(cwd_loss(student.float(), teacher.float()))
+
+
+def test_projects_and_resizes():
+    method = CWD()
+    method.setup(spec(channels=(3, 4)), spec())
+    student = (torch.randn(2, 3, 5, 5), torch.randn(2, 4, 4, 3))
+    assert torch.isfinite(method(exchange(BATCH, features=(student, maps(2))))["feature"])

@@ -1,0 +1,308 @@
+"""Comparisons of heads: detection losses, detections, cross-head predictions and CrossKD's losses of a golden file.
+
+Detectors are built from the file's settings and weights alone; their backbones are of no use here.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdtoolkit.adapters.native import DenseAdapter
+from kdtoolkit.boxes import centres, distances
+from kdtoolkit.contract import Assignment, Batch, Exchange, HeadTrace, Predictions, Priors, View
+from kdtoolkit.detectors import ATSS, GFL
+from kdtoolkit.detectors.atss import centerness
+from kdtoolkit.detectors.dense import DenseDetector
+from kdtoolkit.detectors.published import rename, rename_published
+from kdtoolkit.methods import PKD, CrossKD
+from kdtoolkit.methods.crosskd import EPS, align_statistics, box_kd, classification_kd
+from kdtoolkit.methods.pkd import pkd_loss
+from tests.parity._check import GRADIENT_BOUND, Check
+
+Golden = Mapping[str, np.ndarray]
+EXACT = 1e-9  # less than one in the largest label or count
+LOSS_NAMES = {"cls": "loss_cls", "box": "loss_bbox", "dfl": "loss_dfl", "centerness": "loss_centerness"}
+PREDICTION_NAMES = {"cls": "logits", "bbox": "regression", "centerness": "quality"}
+
+
+def compare(z: Golden) -> Iterator[Check]:
+    """All checks of a `crosskd_gfl*` or `crosskd_atss*` file, or the detection part of `ld_*` and `ldrepo_*`."""
+    cfg = json.loads(str(z["cfg_json"]))
+    yield from _crosskd(z, cfg) if "detector" in cfg else _distribution_head(z, cfg)
+
+
+def _crosskd(z: Golden, cfg: dict[str, Any]) -> Iterator[Check]:
+    student, teacher = _detector(z, cfg["head"], "student"), _detector(z, cfg["teacher_head"], "teacher")
+    teacher.model.eval().requires_grad_(False)
+    features = tuple(x.requires_grad_() for x in _levels(z, "feat_student"))
+    batch = _batch(z)
+    trace = student.head(features, batch)
+    losses, assignment = student.task_losses(trace, batch)
+    with torch.no_grad():
+        teacher_features = tuple(_levels(z, "feat_teacher"))
+        teacher_trace = teacher.head(teacher_features, batch)
+
+    yield from _predictions(z, "student", trace.predictions)
+    yield from _predictions(z, "teacher", teacher_trace.predictions)
+    yield from _targets(z, assignment, trace.predictions.priors, student.model.num_classes)
+    yield from _detection_losses(z, "plain.loss", student.model, trace.predictions, assignment)
+    plain = sum(losses.values())
+    yield Check("plain.loss.TOTAL", plain, z["plain.loss.TOTAL"])
+    yield from _gradients(z, "plain.", student.model, features, plain)
+    yield from _detections(z, "det", student, trace, replace(batch, original_sizes=batch.sizes))
+    yield from _detections(z, "det_rescaled", student, trace, batch)
+
+    kd = cfg["kd_cfg"]
+    weight = {name: settings["loss_weight"] for name, settings in kd.items() if isinstance(settings, dict)}
+    method = CrossKD(
+        stage=cfg["reused_teacher_head_idx"],
+        cls_weight=weight["loss_cls_kd"],
+        distribution_weight=weight["loss_reg_kd"],
+        box_weight=weight["loss_reg_kd"],
+        quality_weight=weight.get("loss_center_kd", 0.0),
+        beta=kd["loss_cls_kd"]["beta"],
+    )
+    methods = [method] + ([PKD(weight=weight["loss_feat_kd"])] if "loss_feat_kd" in weight else [])
+    exchange = Exchange(
+        View(student, batch, features, trace, assignment), View(teacher, batch, teacher_features, teacher_trace)
+    )
+    yield from _middle(z, method.stage, exchange)
+    total = plain
+    for part in methods:
+        part.setup(student.spec, teacher.spec)
+        terms = part(exchange)
+        total = total + sum(terms.values())
+        yield from _sums(z, terms)
+    yield from _crosskd_levels(z, method, exchange)
+    for level, (s, t) in enumerate(zip(features, teacher_features, strict=True)):
+        if (key := f"loss.loss_feat_kd.{level}") in z:
+            yield Check(key, weight["loss_feat_kd"] * pkd_loss(s, t), z[key])
+    yield Check("loss.TOTAL", total, z["loss.TOTAL"])
+    yield from _gradients(z, "", student.model, features, total)
+
+
+def _distribution_head(z: Golden, cfg: dict[str, Any]) -> Iterator[Check]:
+    model = _tiny(GFL, cfg["num_classes"], z, bins=cfg["reg_max"] + 1)
+    maps = _levels(z, "cls_score")
+    priors = model.priors(tuple((x.shape[-2], x.shape[-1]) for x in maps))
+    regression = model.shape_regression(model.flatten(_levels(z, "bbox_pred")))
+    predictions = Predictions(model.flatten(maps), regression, priors, model.decode)
+    assignment = model.assign(predictions, _batch(z))
+    yield from _targets(z, assignment, priors, model.num_classes)
+    # Here the box terms are divided by the sum of their weights, however small, and 1e-6.
+    total = _box_weights(model, predictions, assignment).sum()
+    factor = total.clamp(min=1) / (total + 1e-6)
+    yield from _detection_losses(z, "loss", model, predictions, assignment, box_factor=factor)
+
+
+# What a file is built into.
+
+
+def _levels(z: Golden, prefix: str) -> list[Tensor]:
+    """All of `prefix.0`, `prefix.1`, ..."""
+    count = sum(key.startswith(f"{prefix}.") and key[len(prefix) + 1 :].isdigit() for key in z)
+    return [torch.from_numpy(z[f"{prefix}.{i}"]) for i in range(count)]
+
+
+def _batch(z: Golden) -> Batch:
+    sizes, padded = ([(int(h), int(w)) for h, w in z[key]] for key in ("img_shape", "pad_shape"))
+    original = [(int(h), int(w)) for h, w in z["ori_shape"]] if "ori_shape" in z else sizes
+    boxes, labels = _levels(z, "gt_boxes"), _levels(z, "gt_labels")
+    images = torch.zeros(len(sizes), 3, 1, 1)
+    return Batch(images, tuple(sizes), tuple(padded), tuple(original), tuple(boxes), tuple(labels))
+
+
+def _tiny(cls: type[DenseDetector], num_classes: int, z: Golden, **head: Any) -> Any:
+    args = {"channels": (8, 8, 8, 8), "stem_width": 8}
+    strides = tuple(int(stride) for stride in z["strides"])
+    return cls(num_classes, backbone="resnet10t", backbone_args=args, strides=strides, **head)
+
+
+def _detector(z: Golden, cfg: dict[str, Any], role: str) -> DenseAdapter:
+    test = cfg["test_cfg"]
+    head = {
+        "neck_channels": cfg["in_channels"],
+        "head_channels": cfg["feat_channels"],
+        "head_blocks": cfg["stacked_convs"],
+        "head_groups": (cfg.get("norm_cfg") or {"num_groups": 32})["num_groups"],
+        "score_threshold": test["score_thr"],
+        "nms_iou": test["nms"]["iou_threshold"],
+        "detections_per_image": test["max_per_img"],
+    }
+    if cfg["type"] == "GFLHead":
+        model = _tiny(GFL, cfg["num_classes"], z, bins=cfg["reg_max"] + 1, **head)
+    else:
+        model = _tiny(ATSS, cfg["num_classes"], z, **head)
+    published = {
+        f"bbox_head.{key.removeprefix(f'{role}.')}": torch.from_numpy(np.asarray(value))
+        for key, value in z.items()
+        if key.startswith(f"{role}.")
+    }
+    missing, unexpected = model.load_state_dict(rename_published(model, published), strict=False)
+    assert not unexpected
+    assert not [key for key in missing if not key.startswith(("backbone.", "neck."))]
+    return DenseAdapter(model)
+
+
+# What is compared.
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """(N, H * W, C) of maps (N, C, H, W)."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def _split(x: Tensor, priors: Priors) -> tuple[Tensor, ...]:
+    """(N, A, ...) by level."""
+    return torch.split(x, list(priors.per_level), 1)
+
+
+def _predictions(z: Golden, role: str, predictions: Predictions) -> Iterator[Check]:
+    for name, attribute in PREDICTION_NAMES.items():
+        if f"pred.{role}_{name}.0" in z:
+            ours = getattr(predictions, attribute)
+            for level, part in enumerate(_split(ours.reshape(*ours.shape[:2], -1), predictions.priors)):
+                key = f"pred.{role}_{name}.{level}"
+                yield Check(key, part, _rows(torch.from_numpy(z[key])))
+
+
+def _targets(z: Golden, assignment: Assignment, priors: Priors, num_classes: int) -> Iterator[Check]:
+    parts = (_split(x, priors) for x in (assignment.labels, assignment.weights, assignment.boxes))
+    for level, (labels, weights, boxes) in enumerate(zip(*parts, strict=True)):
+        yield Check(f"target.labels.{level}", labels, z[f"target.labels.{level}"], EXACT)
+        yield Check(f"target.label_weights.{level}", weights, z[f"target.label_weights.{level}"], EXACT)
+        positive = torch.from_numpy(z[f"target.labels.{level}"]) < num_classes
+        reference = torch.from_numpy(z[f"target.bbox_targets.{level}"])
+        yield Check(f"target.bbox_targets.{level}", boxes[positive], reference[positive])
+        if (key := f"target.anchors.{level}") in z:
+            anchors = _split(priors.boxes[None], priors)[level].expand(len(labels), -1, -1)
+            valid = weights > 0  # the reference leaves the others at 0
+            yield Check(key, anchors[valid], torch.from_numpy(z[key])[valid])
+    yield Check("norm.avg_factor", assignment.normaliser, z["norm.avg_factor"])
+    if "norm.num_positive_locations" in z:
+        count = assignment.positive(num_classes).sum()
+        yield Check("norm.num_positive_locations", count, z["norm.num_positive_locations"], EXACT)
+
+
+def _box_weights(model: DenseDetector, predictions: Predictions, assignment: Assignment) -> Tensor:
+    """(N, A): by what the detector weights its box terms, whose sum divides them."""
+    positive = assignment.positive(model.num_classes)
+    if predictions.quality is None:
+        return predictions.probabilities.detach().amax(-1) * positive
+    sides = distances(centres(predictions.priors.boxes), assignment.boxes)
+    return torch.where(positive, centerness(sides), 0.0)
+
+
+def _detection_losses(
+    z: Golden,
+    prefix: str,
+    model: DenseDetector,
+    predictions: Predictions,
+    assignment: Assignment,
+    box_factor: Tensor | float = 1.0,
+) -> Iterator[Check]:
+    """The loss terms of each level: the loss of this level's priors alone, with the divisors of all."""
+    weights = _box_weights(model, predictions, assignment)
+    if "norm.bbox_avg_factor_raw" in z:
+        yield Check("norm.bbox_avg_factor_raw", weights.sum(), z["norm.bbox_avg_factor_raw"])
+    start = 0
+    for level, count in enumerate(predictions.priors.per_level):
+        here = slice(start, start + count)
+        priors = predictions.priors
+        part = replace(
+            predictions,
+            logits=predictions.logits[:, here],
+            regression=predictions.regression[:, here],
+            quality=None if predictions.quality is None else predictions.quality[:, here],
+            priors=Priors(priors.boxes[here], priors.strides[here], (priors.grid[level],)),
+        )
+        assigned = Assignment(
+            assignment.labels[:, here], assignment.boxes[:, here], assignment.weights[:, here], assignment.normaliser
+        )
+        losses = model.losses(part, assigned)
+        divisor_ratio = weights[:, here].sum().clamp(min=1) / weights.sum().clamp(min=1)
+        for name, loss in losses.items():
+            ours = loss * divisor_ratio * box_factor if name in ("box", "dfl") else loss
+            key = f"{prefix}.{LOSS_NAMES[name]}.{level}"
+            yield Check(key, ours, z[key])
+        start += count
+
+
+def _gradients(
+    z: Golden, prefix: str, model: DenseDetector, features: tuple[Tensor, ...], loss: Tensor
+) -> Iterator[Check]:
+    names = [key for key in z if key.startswith(f"{prefix}gradnorm.student.")]
+    own = dict(model.named_parameters())
+    used = [own[name] for name in own if not name.startswith(("backbone.", "neck."))]
+    found = torch.autograd.grad(loss, [*features, *used], retain_graph=True, allow_unused=True)
+    gradients = {id(p): torch.zeros_like(p) if g is None else g for p, g in zip([*features, *used], found, strict=True)}
+    for level, feature in enumerate(features):
+        key = f"{prefix}grad.feat_student.{level}"
+        yield Check(key, gradients[id(feature)], z[key], GRADIENT_BOUND)
+    for key in names:
+        published = key.removeprefix(f"{prefix}gradnorm.student.")
+        if published.startswith("scales."):
+            gradient = gradients[id(own["scales"])][int(published.split(".")[1])]
+        else:
+            gradient = gradients[id(own[rename(model, f"bbox_head.{published}")])]
+        yield Check(key, gradient.norm(), z[key], GRADIENT_BOUND)
+        if (summed := key.replace("gradnorm", "gradsum")) in z:
+            # A sum may cancel to rounding noise; the norm is what that noise is relative to.
+            yield Check(summed, gradient.sum(), z[summed], GRADIENT_BOUND, max(float(z[key]), 1e-6))
+
+
+def _detections(z: Golden, prefix: str, student: DenseAdapter, trace: HeadTrace, batch: Batch) -> Iterator[Check]:
+    for i, found in enumerate(student.detections(trace, batch)):
+        yield Check(f"{prefix}.boxes.{i}", found["boxes"], z[f"{prefix}.boxes.{i}"])
+        yield Check(f"{prefix}.scores.{i}", found["scores"], z[f"{prefix}.scores.{i}"])
+        yield Check(f"{prefix}.labels.{i}", found["labels"], z[f"{prefix}.labels.{i}"], EXACT)
+
+
+def _middle(z: Golden, stage: int, exchange: Exchange) -> Iterator[Check]:
+    """Tapped and aligned states."""
+    for branch in ("cls", "reg"):
+        for level in range(len(exchange.student.features)):
+            if f"mid.hold_student_{branch}.{level}" not in z:
+                continue
+            held = []
+            for role, view in (("student", exchange.student), ("teacher", exchange.teacher)):
+                activation = view.spec.stages[stage].activation or (lambda x: x)
+                held.append(activation(view.head.states[stage][branch][level]))
+                yield Check(f"mid.hold_{role}_{branch}.{level}", held[-1], z[f"mid.hold_{role}_{branch}.{level}"])
+            key = f"mid.aligned_{branch}.{level}"
+            yield Check(key, align_statistics(*held), z[key])
+
+
+def _sums(z: Golden, terms: Mapping[str, Tensor]) -> Iterator[Check]:
+    """The methods' own terms against sums over levels."""
+    names = {"cls": "loss_cls_kd", "box": "loss_reg_kd", "quality": "losses_center_kd", "feature": "loss_feat_kd"}
+    for term, loss in terms.items():
+        yield Check(f"{names[term]} (sum of levels)", loss, sum(x.item() for x in _levels(z, f"loss.{names[term]}")))
+
+
+def _crosskd_levels(z: Golden, method: CrossKD, exchange: Exchange) -> Iterator[Check]:
+    """Cross-head predictions, and CrossKD's terms by level, from the functions it is made of."""
+    cross, teacher = method.cross(exchange), exchange.teacher.head.predictions
+    assignment, priors = exchange.teacher_assignment, teacher.priors
+    yield from _predictions(z, "reused", cross)
+    yield Check("norm.kd_cls_avg_factor", assignment.normaliser, z["norm.kd_cls_avg_factor"])
+    normaliser = assignment.normaliser + EPS
+    cls = method.cls_weight * classification_kd(cross, teacher, method.beta) * assignment.weights / normaliser
+    box, divisor = box_kd(cross, teacher, assignment, method.box_loss)
+    if "norm.kd_reg_weight_sum" in z:
+        yield Check("norm.kd_reg_weight_sum", divisor, z["norm.kd_reg_weight_sum"])
+    box = (method.distribution_weight if teacher.regression.ndim == 4 else method.box_weight) * box / (divisor + EPS)
+    terms = {"loss_cls_kd": cls, "loss_reg_kd": box}
+    if cross.quality is not None and teacher.quality is not None:
+        quality = F.binary_cross_entropy_with_logits(cross.quality, teacher.quality.sigmoid(), reduction="none")
+        positive = assignment.positive(exchange.teacher.spec.num_classes)
+        terms["losses_center_kd"] = method.quality_weight * quality * positive / normaliser
+    for name, term in terms.items():
+        for level, part in enumerate(_split(term, priors)):
+            yield Check(f"loss.{name}.{level}", part.sum(), z[f"loss.{name}.{level}"])

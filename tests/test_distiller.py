@@ -1,0 +1,129 @@
+import copy
+
+import pytest
+import torch
+
+from kdtoolkit import Distiller, IncompatibleError, KDError
+from kdtoolkit.contract import Capability
+from kdtoolkit.methods import FGD, LD, PKD, CrossKD, all_methods
+from tests.conftest import tiny_atss, tiny_gfl
+
+
+@pytest.mark.parametrize("make", [tiny_gfl, tiny_atss])
+def test_without_methods_it_is_the_plain_loss_to_the_last_bit(make, batch):
+    student = make(seed=2)
+    plain = student(*batch)
+    losses = Distiller(None, student)(*batch)
+    assert {f"task/{name}": value.item() for name, value in plain.items()} == {k: v.item() for k, v in losses.items()}
+    assert losses.total.item() == sum(plain.values()).item()
+
+
+def test_terms_are_named_and_summed(batch):
+    losses = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [CrossKD(), PKD(), PKD(weight=3.0)])(*batch)
+    assert {"crosskd/cls", "crosskd/box", "pkd/feature", "pkd2/feature"} < set(losses)
+    assert losses["pkd2/feature"].item() == pytest.approx(losses["pkd/feature"].item() / 2)
+    assert losses.total.item() == pytest.approx(sum(loss.item() for loss in losses.values()), rel=1e-6)
+
+
+def test_the_teacher_never_changes_and_the_student_stays_plain(batch):
+    teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=2, head_channels=8)
+    before, keys = copy.deepcopy(teacher.state_dict()), list(student.state_dict())
+    distiller = Distiller(teacher, student, [CrossKD(), PKD(), FGD()])
+    distiller.train()
+    optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        distiller(*batch).total.backward()
+        optimizer.step()
+    after = teacher.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not teacher.training
+    assert all(p.grad is None for p in teacher.parameters())
+    assert list(student.state_dict()) == keys
+    tiny_gfl(seed=3, head_channels=8).load_state_dict(student.state_dict())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
+
+
+def test_a_teacher_set_to_train_meanwhile_is_set_back(batch):
+    teacher = tiny_gfl(seed=1)
+    distiller = Distiller(teacher, tiny_gfl(seed=2), [PKD()])
+    teacher.train()
+    buffers = copy.deepcopy(dict(teacher.named_buffers()))
+    distiller(*batch)
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in teacher.named_buffers())
+
+
+def test_one_teacher_pass_a_step(batch):
+    calls = []
+    teacher = tiny_gfl(seed=1)
+    teacher.backbone.register_forward_hook(lambda *_: calls.append(1))
+    Distiller(teacher, tiny_gfl(seed=2), [CrossKD(), PKD(), LD()])(*batch)
+    assert len(calls) == 1
+
+
+def test_state_dict_holds_the_student_and_the_methods_but_not_the_teacher():
+    distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2, head_channels=8), [CrossKD()])
+    prefixes = {name.split(".")[0] for name in distiller.state_dict()}
+    assert prefixes == {"student", "methods"}
+
+
+@pytest.mark.parametrize("name", sorted(all_methods()))
+def test_empty_targets_give_finite_losses_and_gradients(name, batch):
+    images, targets = batch
+    empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in targets]
+    student = tiny_gfl(seed=2)
+    losses = Distiller(tiny_gfl(seed=1), student, [all_methods()[name]()])(images, empty)
+    losses.total.backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", sorted(all_methods()))
+def test_works_under_bfloat16_autocast_with_losses_in_float32(name, batch):
+    student = tiny_gfl(seed=2)
+    distiller = Distiller(tiny_gfl(seed=1), student, [all_methods()[name]()])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = distiller(*batch)
+    losses.total.backward()
+    assert all(loss.dtype == torch.float32 and torch.isfinite(loss) for loss in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", sorted(all_methods()))
+def test_terms_are_those_declared(name, batch):
+    cls = all_methods()[name]
+    losses = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [cls()])(*batch)
+    assert {key.split("/")[1] for key in losses if not key.startswith("task/")} <= set(cls.terms)
+    assert cls.needs <= set(Capability)
+
+
+def test_other_class_counts_are_refused_with_what_would_work():
+    with pytest.raises(IncompatibleError, match=r"student has 3 classes, the teacher 5\. .*work for this pair: .*PKD"):
+        Distiller(tiny_gfl(seed=1, num_classes=5), tiny_gfl(seed=2), [CrossKD()])
+    Distiller(tiny_gfl(seed=1, num_classes=5), tiny_gfl(seed=2), [PKD()])
+
+
+def test_other_strides_are_refused():
+    with pytest.raises(IncompatibleError, match="strides"):
+        Distiller(tiny_gfl(seed=1, strides=(8, 16, 32, 64, 128)), tiny_gfl(seed=2), [CrossKD()])
+
+
+def test_distributions_are_needed_by_ld():
+    with pytest.raises(IncompatibleError, match=r"needs distributions, which the student \(.*ATSS.*\) does not show"):
+        Distiller(tiny_gfl(seed=1), tiny_atss(seed=2), [LD()])
+
+
+def test_a_model_cannot_teach_itself():
+    model = tiny_gfl(seed=1)
+    with pytest.raises(KDError, match="share parameters"):
+        Distiller(model, model, [PKD()])
+
+
+def test_methods_need_a_teacher():
+    with pytest.raises(KDError, match="need a teacher"):
+        Distiller(None, tiny_gfl(seed=1), [PKD()])
+
+
+def test_a_model_without_adapter_is_named():
+    with pytest.raises(KDError, match=r"no adapter for torch\.nn\.modules\.linear\.Linear"):
+        Distiller(None, torch.nn.Linear(1, 1))
