@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, ClassVar, cast
 
@@ -366,8 +367,8 @@ def _round_up(size: int) -> int:
 def _backbone(name: str, pretrained: bool, args: Mapping[str, object]) -> tuple[nn.Module, list[int], list[int]]:
     """The timm model, and indices and channels of its feature maps of strides 8, 16 and 32."""
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0].rstrip('0123456789')}*")[:10])
-        raise KDError(f"backbone: timm has no model {name!r}" + (f"; it has {close}, ..." if close else ""))
+        close = " or ".join(get_close_matches(name, timm.list_models()))
+        raise KDError(f"backbone: timm has no model {name!r}" + (f"; did you mean {close}?" if close else ""))
     model: Any = timm.create_model(name, features_only=True, pretrained=pretrained, **cast(dict[str, Any], args))
     reductions = model.feature_info.reduction()
     if missing := [stride for stride in BACKBONE_STRIDES if stride not in reductions]:

@@ -1,0 +1,85 @@
+"""Random changes of one image and its boxes, by a generator of its own: the global random state is left alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from kdtoolkit.contract import Target
+
+MIN_VISIBLE = 0.25  # of a box's area; less than that left in the image is no object any more
+GREY = 128
+
+
+class Augmentation(BaseModel):
+    """What is changed at random in a training image. The size of the image stays."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring left to right")
+    colour: float = Field(
+        0.0, ge=0, lt=1, description="strength: brightness, contrast and saturation by a factor in 1 ± this, hue by 0.1 of it"
+    )
+    zoom: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (1.0, 1.0), description="range of the scale; larger images are cropped, smaller ones set on grey"
+    )
+
+    def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
+        """Change an image (3, H, W) uint8 and its target; the originals stay as they are.
+
+        Boxes are cut at the image's edge; one that keeps less than a quarter of its area is left out.
+        """
+        if self.flip and _uniform(0, 1, generator) < self.flip:
+            image, target = _mirror(image, target)
+        if self.zoom != (1.0, 1.0):
+            image, target = _zoom(image, target, self.zoom, generator)
+        if self.colour:
+            image = _recolour(image, self.colour, generator)
+        return image, target
+
+
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * torch.rand((), generator=generator).item()
+
+
+def _mirror(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    x1, y1, x2, y2 = target["boxes"].unbind(1)
+    width = image.shape[2]
+    boxes = torch.stack([width - x2, y1, width - x1, y2], 1)
+    return F.horizontal_flip(image), {"boxes": boxes, "labels": target["labels"]}
+
+
+def _zoom(
+    image: Tensor, target: Target, scales: tuple[float, float], generator: torch.Generator
+) -> tuple[Tensor, Target]:
+    height, width = image.shape[1:]
+    scale = math.exp(_uniform(math.log(scales[0]), math.log(scales[1]), generator))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    # Where the old image begins in the new one: negative if cropped.
+    top = round(_uniform(0, height - size[0], generator))
+    left = round(_uniform(0, width - size[1], generator))
+    image = F.resize(image, list(size), antialias=True)
+    # Beyond its edge crop gives black, so grey goes around first.
+    padding = [max(left, 0), max(top, 0), max(width - size[1] - left, 0), max(height - size[0] - top, 0)]
+    image = F.pad(image, padding, fill=[GREY])
+    image = F.crop(image, max(-top, 0), max(-left, 0), height, width)
+    ratio = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
+    boxes = target["boxes"] * ratio + torch.tensor([left, top, left, top])
+    clipped = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height, width, height]))
+    keep = _areas(clipped) >= MIN_VISIBLE * _areas(boxes)
+    return image, {"boxes": clipped[keep], "labels": target["labels"][keep]}
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+
+
+def _recolour(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    for change in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
+        image = change(image, _uniform(1 - strength, 1 + strength, generator))
+    return F.adjust_hue(image, _uniform(-0.1 * strength, 0.1 * strength, generator))

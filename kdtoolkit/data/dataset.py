@@ -1,0 +1,104 @@
+"""What every data set offers: images with boxes, their ground truth for scoring, and a fingerprint of the content."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kdtoolkit.errors import KDError
+
+
+class Sample(TypedDict):
+    """Ground truth of one image as presented, which may be smaller than the original.
+
+    `boxes` (G, 4) float32 xyxy in pixels of the image given; `labels` (G,) int64 in [0, K); `original_size` is
+    (height, width) of the image that `DetectionDataset.coco` refers to.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    image_id: int
+    original_size: tuple[int, int]
+
+
+class DetectionDataset(Dataset[tuple[Tensor, Sample]], ABC):
+    """Images with boxes. Items are what a model is shown; `coco` is what its detections are scored against."""
+
+    class_names: tuple[str, ...]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Tensor, Sample]:
+        """Image (3, H, W) uint8 RGB and its ground truth; `index` in [0, len)."""
+
+    @abstractmethod
+    def coco(self) -> dict[str, Any]:
+        """Ground truth in COCO's format at original sizes; `categories` are in the order of `class_names`."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Digest of all that determines the content: equal for equal data, wherever it lies."""
+
+    def subset(self, count: int | None, seed: int) -> DetectionDataset:
+        """Choose `count` images by `seed`, kept in their order; all of them if `count` is None.
+
+        Raises KDError where `count` is below 1 or more than there are.
+        """
+        if count is None:
+            return self
+        if not 1 <= count <= len(self):
+            raise KDError(f"a subset of {count} images was asked for, of a data set that has {len(self)}")
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return _Subset(self, sorted(chosen.tolist()))
+
+
+class _Subset(DetectionDataset):
+    def __init__(self, whole: DetectionDataset, indices: Sequence[int]) -> None:
+        self.class_names = whole.class_names
+        self._whole = whole
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Sample]:
+        return self._whole[self._indices[index]]
+
+    def coco(self) -> dict[str, Any]:
+        truth = self._whole.coco()
+        images = [truth["images"][i] for i in self._indices]
+        ids = {image["id"] for image in images}
+        annotations = [a for a in truth["annotations"] if a["image_id"] in ids]
+        return {**truth, "images": images, "annotations": annotations}
+
+    def fingerprint(self) -> str:
+        return digest(self._whole.fingerprint(), self._indices)
+
+
+def digest(*parts: object) -> str:
+    """32 hexadecimal digits of a hash of the parts' representations."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def check_same_classes(a: DetectionDataset, b: DetectionDataset) -> None:
+    """Check that labels mean the same in both. Raises KDError naming the first class that differs."""
+    if a.class_names == b.class_names:
+        return
+    only_a = [name for name in a.class_names if name not in b.class_names]
+    only_b = [name for name in b.class_names if name not in a.class_names]
+    if only_a or only_b:
+        reason = f"only the first has {only_a}, only the second {only_b}"
+    else:
+        reason = f"the same classes come in another order: {list(a.class_names)}, {list(b.class_names)}"
+    raise KDError(
+        f"the classes of {a} and {b} differ: {reason}. Give both files the same `categories` (labels follow their ids)."
+    )

@@ -1,0 +1,164 @@
+"""Boards of made-up results, against numbers worked out by hand and a stored board."""
+
+import csv
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kdtoolkit.benchmark.board import build_board
+from kdtoolkit.benchmark.report import print_board, to_csv, to_markdown, write_board
+from kdtoolkit.benchmark.store import Store, write_atomic
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER
+from kdtoolkit.errors import KDError
+from tests.benchmark._suite import made_up, store_result, tiny
+
+GOLDEN = Path(__file__).parent / "golden" / "leaderboard.md"
+APS = {
+    BASELINE: [20.0, 22.0, 21.0],
+    "PKD": [22.0, 24.2, 22.8],  # +2.0, +2.2, +1.8: holds; below the baseline at equal time
+    "CrossKD+PKD": [25.0, 21.5, 25.5],  # +5.0, -0.5, +4.5
+    EQUAL_TIME: [22.5, 24.5, 23.5],
+}
+
+
+def make_run(folder, aps=APS, *, teacher=31.0, seeds=3):
+    store = Store(folder / "tiny")
+    suite = tiny(("seeds: 2", f"seeds: {seeds}"), ("a few steps", "a <few> | steps"))
+    write_atomic(store.suite_path, suite.to_yaml().encode())
+    store_result(store.teacher_copy, made_up(TEACHER, 0, teacher, parameters=99999))
+    for row, values in aps.items():
+        stretch = {"stretch": 2.5, "steps": 250} if row == EQUAL_TIME else {}
+        for seed, ap in enumerate(values):
+            warnings = ["loss term pkd/feature is exactly zero"] if (row, seed) == ("CrossKD+PKD", 1) else []
+            store_result(store.result_path(row, seed), made_up(row, seed, ap, warnings=warnings, **stretch))
+    return store.root
+
+
+def test_rows_and_claims_by_hand(tmp_path):
+    board = build_board(make_run(tmp_path))
+    assert [row.entry for row in board.rows] == ["CrossKD+PKD", EQUAL_TIME, "PKD", BASELINE]
+    pkd = board.rows[2]
+    assert pkd.metrics["ap"].mean == pytest.approx(23.0)
+    assert pkd.versus_baseline.mean == pytest.approx(2.0)
+    half = 4.303 * 0.2 / 3**0.5
+    assert (pkd.versus_baseline.low, pkd.versus_baseline.high) == pytest.approx((2 - half, 2 + half))
+    assert pkd.gap_recovered == pytest.approx(0.2)  # 2 of the 10 points from 21 to 31
+    assert pkd.metrics["ap_small"] is None
+    verdicts = {(claim.entry, claim.against): claim.verdict for claim in board.claims}
+    assert verdicts == {
+        ("PKD", BASELINE): "holds",
+        ("CrossKD+PKD", BASELINE): "not shown",
+        ("PKD", EQUAL_TIME): "does not help",
+        ("CrossKD+PKD", EQUAL_TIME): "not shown",
+    }
+    assert board.warnings == ("CrossKD+PKD (seed 1): loss term pkd/feature is exactly zero",)
+
+
+def test_markdown_is_as_stored(tmp_path):
+    assert to_markdown(build_board(make_run(tmp_path))) == GOLDEN.read_text("utf-8")
+
+
+def test_one_seed_has_no_spread_and_says_so(tmp_path):
+    aps = {row: values[:1] for row, values in APS.items()}
+    board = build_board(make_run(tmp_path, aps, seeds=1))
+    pkd = next(row for row in board.rows if row.entry == "PKD")
+    assert pkd.metrics["ap"].std is None
+    assert pkd.versus_baseline.low is None
+    assert any("one seed" in warning for warning in board.warnings)
+    claims = [claim.text for claim in board.claims]
+    assert "PKD is above the baseline at equal steps: +2.00 AP (no interval, 1 seed): not shown with 1 seed" in claims
+
+
+def test_a_teacher_no_better_than_the_baseline_is_a_warning_and_has_no_gap(tmp_path):
+    board = build_board(make_run(tmp_path, teacher=20.5))
+    assert any("teacher (AP 20.5) is no better than the student's baseline (21.0)" in w for w in board.warnings)
+    assert all(row.gap_recovered is None for row in board.rows)
+
+
+def test_an_unfinished_board_pairs_what_is_there(tmp_path):
+    board = build_board(make_run(tmp_path, {BASELINE: [20.0, 22.0, 21.0], "PKD": [21.0]}))
+    pkd = next(row for row in board.rows if row.entry == "PKD")
+    assert pkd.versus_baseline.mean == pytest.approx(1.0)  # of seed 0, not of the means
+    assert pkd.versus_equal_time is None
+    assert "PKD: 1 of 3 seeds are done" in board.warnings
+    assert "CrossKD+PKD: 0 of 3 seeds are done" in board.warnings
+
+
+def test_failed_cells_are_on_the_board(tmp_path):
+    root = make_run(tmp_path, {**APS, "PKD": [22.0, 24.2]})
+    (root / "cells" / "PKD" / "seed2.error").write_text("out of luck\ndetails\n")
+    assert "PKD, seed2 failed: out of luck" in build_board(root).warnings
+
+
+def test_csv_and_json_hold_the_numbers(tmp_path):
+    root = make_run(tmp_path)
+    board = build_board(root)
+    write_board(board, root)
+    rows = {row["entry"]: row for row in csv.DictReader(io.StringIO(to_csv(board)))}
+    assert float(rows["PKD"]["ap_mean"]) == pytest.approx(23.0)
+    assert float(rows["PKD"]["versus_equal_time_mean"]) == pytest.approx(-0.5)
+    assert rows["PKD"]["ap_small_mean"] == ""
+    assert rows["CrossKD+PKD"]["methods"] == "CrossKD + PKD(weight=3.0)"
+    stored = json.loads((root / "leaderboard.json").read_text("utf-8"))
+    assert stored["teacher"]["metrics"]["ap"]["mean"] == 31.0
+    assert len(stored["claims"]) == 4
+
+
+class Page(HTMLParser):
+    """Texts of a page by tag; complains where tags do not match."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.texts = [], {}
+
+    def handle_starttag(self, tag, attrs):
+        assert not {"src", "href"} & dict(attrs).keys()  # nothing is loaded from elsewhere
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open:
+            self.texts.setdefault(self.open[-1], []).append(data)
+
+
+def test_html_is_well_formed_and_complete(tmp_path):
+    root = make_run(tmp_path)
+    write_board(build_board(root), root)
+    page = Page()
+    page.feed((root / "leaderboard.html").read_text("utf-8"))
+    assert page.open == []
+    assert "a <few> | steps on a few images" in page.texts["p"]
+    assert {"teacher", "PKD", "CrossKD+PKD", BASELINE, EQUAL_TIME} <= set(page.texts["th"])
+    assert "23.0 ± 1.1" in page.texts["td"]
+    assert len([text for text in page.texts["li"] if "AP" in text]) == 4
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_terminal_shows_rows_claims_and_warnings(tmp_path, width):
+    console = Console(width=width, file=io.StringIO())
+    print_board(build_board(make_run(tmp_path)), console)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for part in ("23.0 ± 1.1", "+2.0 [+1.5, +2.5]", "holds", "WARNING"):
+        assert part in text
+    assert ("12,345" in text) == (width == 200)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(KDError, match="is not a folder of `kd benchmark run`"):
+        build_board(tmp_path)
+
+
+def test_a_broken_result_is_named(tmp_path):
+    root = make_run(tmp_path)
+    broken = root / "cells" / "PKD" / "seed0.json"
+    broken.write_text('{"entry": "PKD"')
+    with pytest.raises(KDError, match=r"PKD/seed0\.json is not a result"):
+        build_board(root)

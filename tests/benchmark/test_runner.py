@@ -1,0 +1,242 @@
+"""Runs of real cells, a few steps each."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from kdtoolkit.benchmark.board import build_board
+from kdtoolkit.benchmark.cell import build_detector, load_data
+from kdtoolkit.benchmark.plan import Plan
+from kdtoolkit.benchmark.runner import run_suite
+from kdtoolkit.benchmark.store import Store, read_result
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, change
+from kdtoolkit.engine.evaluate import evaluate
+from kdtoolkit.errors import KDError
+from tests.benchmark._suite import made_up, store_result, tiny
+
+CELLS = [(row, seed) for row in (BASELINE, "PKD", "CrossKD+PKD", EQUAL_TIME) for seed in (0, 1)]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(suite, root, **options):
+    console = Console(file=io.StringIO(), width=200)
+    outcome = run_suite(suite, root, console=console, **{"jobs": 2, **options})
+    return outcome, console.file.getvalue()
+
+
+def dates(root):
+    """When each result was written."""
+    return {path.relative_to(root): path.stat().st_mtime_ns for path in root.glob("cells/*/*.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs") / "tiny"
+    outcome, text = run(tiny(), root)
+    assert outcome.failures == {}, text
+    return root
+
+
+def test_every_cell_is_stored_and_on_the_board(finished):
+    for row, seed in CELLS:
+        result = read_result(Store(finished).result_path(row, seed))
+        assert (result.entry, result.seed) == (row, seed)
+        assert result.steps >= 2
+        assert result.peak_memory_mb > 50
+        assert result.train_seconds > 0
+        assert result.history[-1]["step"] == result.steps
+    terms = read_result(Store(finished).result_path("CrossKD+PKD", 0)).history[0]
+    assert {"crosskd/cls", "pkd/feature"} <= terms.keys()
+    board = build_board(finished)
+    assert {row.entry for row in board.rows} == {BASELINE, "PKD", "CrossKD+PKD", EQUAL_TIME}
+    assert board.teacher.steps == 3
+    for ending in ("md", "csv", "json", "html"):
+        assert (finished / f"leaderboard.{ending}").stat().st_size > 100
+
+
+def test_stored_weights_are_the_student_that_was_measured(finished):
+    suite, path = tiny(), Store(finished).result_path("PKD", 1)
+    sets = load_data(suite.data)
+    student = build_detector(suite.student, len(sets.val.class_names), 5)
+    student.load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=True))
+    assert evaluate(student, sets.val).ap == pytest.approx(read_result(path).evaluation["ap"], abs=1e-6)
+
+
+def test_rows_of_a_seed_start_alike_and_differ_by_their_methods(finished):
+    def weights(row):
+        return torch.load(Store(finished).result_path(row, 0).with_suffix(".pt"), weights_only=True)
+
+    first = {row: read_result(Store(finished).result_path(row, 0)).history[0] for row in (BASELINE, "PKD")}
+    assert first[BASELINE]["task/cls"] == first["PKD"]["task/cls"]
+    assert any(not torch.equal(a, b) for a, b in zip(weights(BASELINE).values(), weights("PKD").values(), strict=True))
+
+
+def test_what_is_done_is_not_run_again(finished):
+    before = dates(finished)
+    outcome, text = run(tiny(), finished)
+    assert dates(finished) == before
+    assert "started" not in text
+    assert "8 cells are done already" in text or "6 cells are done already" in text
+    assert outcome.failures == {}
+
+
+def test_a_changed_entry_is_run_again_and_no_other(finished):
+    before = dates(finished)
+    _, text = run(tiny(("weight: 3.0", "weight: 4.0")), finished)
+    changed = {path.parts[1] for path, date in dates(finished).items() if before.get(path) != date}
+    assert "CrossKD+PKD" in changed
+    assert changed <= {"CrossKD+PKD", EQUAL_TIME}  # the latter if the new cells were slower
+    assert "CrossKD+PKD, seed 0 is out of date (changed: methods)" in text
+
+
+def test_more_seeds_run_only_the_new_ones_and_fresh_runs_what_is_named(finished):
+    suite = tiny(("  CrossKD+PKD: [CrossKD, {PKD: {weight: 3.0}}]\n", ""), ("seeds: 2", "seeds: 3"))
+    before = dates(finished)
+    run(suite, finished)
+    after = dates(finished)
+    assert {path.parts[1] for path in after.keys() - before.keys()} >= {BASELINE, "PKD"}
+    kept = [path for path in before if path.parts[1] in (BASELINE, "PKD")]
+    assert [after[path] for path in kept] == [before[path] for path in kept]
+    run(suite, finished, only=["PKD"], fresh=True)
+    again = {path.parts[1] for path, date in dates(finished).items() if after.get(path) != date}
+    assert "PKD" in again
+    assert again <= {"PKD", EQUAL_TIME}
+
+
+def test_a_killed_worker_costs_its_cell_and_the_next_call_runs_it(tmp_path):
+    flag = tmp_path / "flag"
+    flag.write_text("")
+    suite = tiny(("model: kdtoolkit/gfl\n  args: *detector", "model: tests.benchmark._models:fragile\n  args: {}"))
+    args = {**tiny().student.args, "flag": str(flag)}
+    suite = change(suite, student=suite.student.model_copy(update={"args": args}), seeds=1)
+    outcome, text = run(suite, tmp_path / "tiny", jobs=1)
+    assert list(outcome.failures) == ["baseline, seed 0"]
+    assert "SIGKILL" in outcome.failures["baseline, seed 0"]
+    assert "finished  CrossKD+PKD, seed 0" in text
+    error = Store(tmp_path / "tiny").result_path(BASELINE, 0).with_suffix(".error")
+    assert "SIGKILL" in error.read_text()
+    outcome, text = run(suite, tmp_path / "tiny", jobs=1)
+    assert outcome.failures == {}
+    assert "started   baseline, seed 0" in text
+    assert "started   PKD" not in text
+    assert "baseline (equal time)" in text
+    assert not error.exists()
+
+
+def test_a_disk_that_takes_no_cells_ends_the_run_with_one_error(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "cells").write_text("not a folder")
+    with pytest.raises(KDError, match=r"cannot write .*cells"):
+        run(tiny(), tmp_path / "tiny", jobs=1)
+
+
+def test_a_method_that_cannot_work_is_found_before_anything_runs(tmp_path):
+    suite = tiny(("CrossKD, {PKD", "{CrossKD: {stage: 9}}, {PKD"))
+    with pytest.raises(KDError, match=r"suite tiny, CrossKD\+PKD: .*no stage 9"):
+        run(suite, tmp_path / "tiny")
+    assert not (tmp_path / "teachers").exists()
+
+
+def test_an_unknown_entry_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(KDError, match=r"no entry 'PDK' \(did you mean 'PKD'\?\) in tiny: baseline, PKD, CrossKD\+PKD"):
+        run(tiny(), tmp_path / "tiny", only=["PDK"])
+
+
+def test_the_stretch_stands_until_it_is_five_percent_short(tmp_path):
+    suite, store = tiny(), Store(tmp_path / "tiny")
+    plan = Plan(suite, store, load_data(suite.data), device="cpu", threads=1)
+    assert plan.stretch() is None
+    for seed in range(2):
+        store_result(store.result_path(BASELINE, seed), made_up(BASELINE, seed, 1.0, train_seconds=20.0))
+        store_result(store.result_path("PKD", seed), made_up("PKD", seed, 1.0, train_seconds=30.0 + 20 * seed))
+    assert plan.stretch() == ("PKD", 2.0)
+    assert plan.cell(EQUAL_TIME, 0, 2.0).steps == 4
+    assert plan.cell(EQUAL_TIME, 0, 1.01).steps == 3  # rounded up
+    for stored, expected in ((1.95, 1.95), (2.5, 2.5), (1.9, 2.0)):
+        for seed in range(2):
+            store_result(store.result_path(EQUAL_TIME, seed), made_up(EQUAL_TIME, seed, 1.0, stretch=stored))
+        assert plan.stretch() == ("PKD", expected)
+
+
+# A teacher that never gets done: the run is in the middle of its work whenever it is stopped.
+ENDLESS = ("train: {steps: 3,", "train: {steps: 1000000,")
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """A running `kd benchmark run` whose baselines are done."""
+    (tmp_path / "tiny.yaml").write_text(tiny(ENDLESS).to_yaml())
+    command = [sys.executable, "-m", "kdtoolkit", "benchmark", "run", "tiny.yaml", "--jobs", "2"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("finished  baseline, seed 1"):
+                break
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        process.wait()
+
+
+def session(leader):
+    """Processes of a session that are alive: the run, its fork server, its workers."""
+    alive = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[3] == str(leader) and fields[0] != "Z":
+            alive.append(int(path.parent.name))
+    return alive
+
+
+def wait_until_gone(leader):
+    deadline = time.monotonic() + 10
+    while session(leader) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return session(leader)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")
+def test_killing_the_run_leaves_no_process_and_no_lost_cell(endless, tmp_path):
+    assert len(session(endless.pid)) >= 3
+    os.kill(endless.pid, signal.SIGKILL)
+    assert wait_until_gone(endless.pid) == []
+    root = tmp_path / "runs" / "tiny"
+    before = dates(root)
+    assert {path.parts[1] for path in before} == {BASELINE}
+    outcome, text = run(tiny(), root)  # a shorter teacher: the baselines do not depend on it
+    assert outcome.failures == {}
+    assert "started   baseline, seed" not in text
+    assert {path: dates(root)[path] for path in before} == before
+    assert len(dates(root)) == len(CELLS)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")
+def test_ctrl_c_tells_how_to_go_on(endless, tmp_path):
+    os.killpg(endless.pid, signal.SIGINT)
+    text = endless.stdout.read()
+    assert endless.wait(10) == 130
+    assert "the same command goes on from there" in text
+    assert "Traceback" not in text
+    assert wait_until_gone(endless.pid) == []
+    assert (tmp_path / "runs" / "tiny" / "leaderboard.md").exists()

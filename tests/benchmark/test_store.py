@@ -1,0 +1,57 @@
+import errno
+import os
+
+import pytest
+import torch
+
+from kdtoolkit.benchmark.store import Store, StoreError, read_result, write_atomic, write_result
+from kdtoolkit.errors import KDError
+from tests.benchmark._suite import made_up
+
+
+def test_results_read_back(tmp_path):
+    result = made_up("PKD", 1, 12.5)
+    path = Store(tmp_path / "run").result_path("PKD", 1)
+    assert read_result(path) is None
+    write_result(path, result, {"weight": torch.ones(2)})
+    assert read_result(path) == result
+    weights = torch.load(path.with_suffix(".pt"), weights_only=True)
+    assert torch.equal(weights["weight"], torch.ones(2))
+    assert sorted(file.name for file in path.parent.iterdir()) == ["seed1.json", "seed1.pt"]
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "board.md"
+    write_atomic(path, b"old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"cannot write .*board\.md: No space left on device"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write .*file/run"), Store(tmp_path / "file" / "run").lock():
+        pass
+
+
+def test_only_one_holds_the_lock(tmp_path):
+    store = Store(tmp_path / "run")
+    with store.lock():
+        with pytest.raises(KDError, match=rf"process {os.getpid()}\) works in .*run"), Store(store.root).lock():
+            pass
+    with store.lock():  # free again
+        pass
+
+
+def test_the_lock_clears_what_a_killed_run_left(tmp_path):
+    leftover = tmp_path / "run" / "cells" / "PKD" / ".seed0.pt.123.partial"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_text("half")
+    with Store(tmp_path / "run").lock():
+        assert not leftover.exists()

@@ -1,0 +1,97 @@
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from kdtoolkit import cli
+from kdtoolkit.benchmark.suite import embedded_suites
+from kdtoolkit.methods import all_methods
+from tests.benchmark._suite import TINY
+from tests.benchmark.test_report import make_run
+
+
+def kd(*arguments, monkeypatch, capsys):
+    """Exit code, stdout and stderr of `kd`."""
+    monkeypatch.setattr(sys, "argv", ["kd", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "200")
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return lambda *arguments: kd(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_version(run):
+    assert run("--version") == (0, f"kdtoolkit {version('kdtoolkit')}\n", "")
+
+
+def test_methods_lists_all_with_their_papers(run):
+    code, out, _ = run("methods")
+    assert code == 0
+    for name, method in all_methods().items():
+        assert name in out
+        assert method.paper in out
+
+
+def test_suites_lists_all(run):
+    code, out, _ = run("benchmark", "suites")
+    assert code == 0
+    assert all(name in out for name in embedded_suites())
+    assert "min" in out
+
+
+def test_help_shows_every_option_and_an_example(run):
+    code, out, _ = run("benchmark", "run", "--help")
+    assert code == 0
+    for option in ("--data", "--out", "--jobs", "--device", "--seeds", "--only", "--image-size", "--fresh"):
+        assert option in out
+    assert "kd benchmark run photos --data" in out
+
+
+def test_report_writes_the_board_again(run, tmp_path):
+    root = make_run(tmp_path)
+    code, out, _ = run("benchmark", "report", root)
+    assert code == 0
+    assert "holds" in out
+    assert (root / "leaderboard.html").exists()
+
+
+def test_mistakes_are_one_error_and_code_2(run, tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(TINY.replace("seeds: 2", "sedes: 2"))
+    for arguments, part in (
+        (["benchmark", "run", "qick"], "did you mean 'quick'?"),
+        (["benchmark", "run", wrong], "wrong.yaml, line 4: unknown key 'sedes' (did you mean 'seeds'?)"),
+        (["benchmark", "report", tmp_path], "is not a folder of `kd benchmark run`"),
+        (["benchmark", "run", "--data", tmp_path / "none", "--out", tmp_path], "none"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert err.startswith("error: ")
+        assert part in err
+    for arguments, part in ((["benchmark", "run", "--sed", "3"], "--seeds"), (["bench"], "benchmark")):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert part in err
+
+
+def test_no_traceback_from_a_real_process():
+    done = subprocess.run(
+        [sys.executable, "-m", "kdtoolkit", "benchmark", "run", "qick"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown suite 'qick'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_is_quick_to_come():
+    code = "import sys, kdtoolkit.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
