@@ -160,8 +160,12 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     distiller = Distiller(teacher, student, [use.build() for use in task.methods])
     trained = train(distiller, images, config, seed=task.seed, device=task.device, report=training)
     memory = peak_memory_mb(task.device)
-    report(Report("evaluating", trained.steps, warnings=tuple(trained.warnings)))
-    evaluation = evaluate(student, sets.val, device=task.device)
+
+    def evaluating(done: int, total: int) -> None:
+        report(Report(f"evaluating {done}/{total}", trained.steps, warnings=tuple(trained.warnings)))
+
+    evaluating(0, len(sets.val))
+    evaluation = evaluate(student, sets.val, device=task.device, progress=evaluating)
     metrics = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
     result = CellResult(
         entry=task.entry,
@@ -170,6 +174,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
         key_parts=task.parts,
         data=sets.description,
         evaluation={name: getattr(evaluation, name) for name in metrics},
+        per_class=evaluation.per_class,
         steps=trained.steps,
         stretch=task.stretch,
         train_seconds=trained.seconds,

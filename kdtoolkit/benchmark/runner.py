@@ -58,8 +58,8 @@ def run_suite(
         raise KDError(f"no entry '{unknown[0]}'{did_you_mean(unknown[0], suite.entries)} in {suite.name}: {known}")
     jobs = jobs or (cores() if device == "cpu" else 1)
     store = Store(root)
+    sets = load_checked(suite)
     with store.lock(), Display(console) as display:
-        sets = load_checked(suite)
         for notice in sets.notices:
             display.line(f"note: {notice}", "yellow")
         write_atomic(store.suite_path, suite.to_yaml().encode())

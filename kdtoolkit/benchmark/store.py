@@ -28,7 +28,7 @@ class StoreError(KDError):
 class CellResult(BaseModel):
     """What one cell measured: one training of a row with one seed.
 
-    `key` and `key_parts`: digests of what determined it. `evaluation`: AP metrics in percent, None where undefined.
+    `key` and `key_parts`: digests of what determined it. `evaluation`, `per_class`: APs in percent, None where undefined.
     `train_seconds` is the whole training, `step_ms` the median step; `peak_memory_mb` that of the process up to the end
     of training (on CUDA, of its tensors); `stretch` the factor of the schedule's steps. `history`: loss terms by step.
     """
@@ -41,6 +41,7 @@ class CellResult(BaseModel):
     key_parts: dict[str, str]
     data: str
     evaluation: dict[str, float | None]
+    per_class: dict[str, float | None]
     steps: int
     stretch: float = 1.0
     train_seconds: float
@@ -116,7 +117,7 @@ def read_result(path: Path) -> CellResult | None:
     """A stored result; None if there is none. Raises KDError if the file is not one."""
     try:
         return CellResult.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValidationError) as error:
         raise KDError(f"{path} is not a result that can be read: delete it, and the cell runs again") from error

@@ -6,9 +6,18 @@ import math
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2.functional import (  # type: ignore[attr-defined]
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    crop,
+    horizontal_flip,
+    pad,
+    resize,
+)
 
 from kdtoolkit.contract import Target
 
@@ -23,11 +32,21 @@ class Augmentation(BaseModel):
 
     flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring left to right")
     colour: float = Field(
-        0.0, ge=0, lt=1, description="strength: brightness, contrast and saturation by a factor in 1 ± this, hue by 0.1 of it"
+        0.0,
+        ge=0,
+        lt=1,
+        description="strength: brightness, contrast and saturation by a factor in 1 ± this, hue by 0.1 of it",
     )
     zoom: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
         (1.0, 1.0), description="range of the scale; larger images are cropped, smaller ones set on grey"
     )
+
+    @field_validator("zoom")
+    @classmethod
+    def _low_before_high(cls, zoom: tuple[float, float]) -> tuple[float, float]:
+        if zoom[0] > zoom[1]:
+            raise ValueError(f"zoom is a range [low, high]; {zoom[0]} is above {zoom[1]}")
+        return zoom
 
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
         """Change an image (3, H, W) uint8 and its target; the originals stay as they are.
@@ -51,7 +70,7 @@ def _mirror(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     x1, y1, x2, y2 = target["boxes"].unbind(1)
     width = image.shape[2]
     boxes = torch.stack([width - x2, y1, width - x1, y2], 1)
-    return F.horizontal_flip(image), {"boxes": boxes, "labels": target["labels"]}
+    return horizontal_flip(image), {"boxes": boxes, "labels": target["labels"]}
 
 
 def _zoom(
@@ -63,11 +82,11 @@ def _zoom(
     # Where the old image begins in the new one: negative if cropped.
     top = round(_uniform(0, height - size[0], generator))
     left = round(_uniform(0, width - size[1], generator))
-    image = F.resize(image, list(size), antialias=True)
+    image = resize(image, list(size), antialias=True)
     # Beyond its edge crop gives black, so grey goes around first.
     padding = [max(left, 0), max(top, 0), max(width - size[1] - left, 0), max(height - size[0] - top, 0)]
-    image = F.pad(image, padding, fill=[GREY])
-    image = F.crop(image, max(-top, 0), max(-left, 0), height, width)
+    image = pad(image, padding, fill=[GREY])
+    image = crop(image, max(-top, 0), max(-left, 0), height, width)
     ratio = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
     boxes = target["boxes"] * ratio + torch.tensor([left, top, left, top])
     clipped = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height, width, height]))
@@ -80,6 +99,6 @@ def _areas(boxes: Tensor) -> Tensor:
 
 
 def _recolour(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    for change in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
+    for change in (adjust_brightness, adjust_contrast, adjust_saturation):
         image = change(image, _uniform(1 - strength, 1 + strength, generator))
-    return F.adjust_hue(image, _uniform(-0.1 * strength, 0.1 * strength, generator))
+    return adjust_hue(image, _uniform(-0.1 * strength, 0.1 * strength, generator))

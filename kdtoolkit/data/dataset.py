@@ -67,6 +67,9 @@ class _Subset(DetectionDataset):
         self._whole = whole
         self._indices = indices
 
+    def __str__(self) -> str:
+        return f"{len(self)} images of {self._whole}"
+
     def __len__(self) -> int:
         return len(self._indices)
 
@@ -96,9 +99,13 @@ def check_same_classes(a: DetectionDataset, b: DetectionDataset) -> None:
     only_a = [name for name in a.class_names if name not in b.class_names]
     only_b = [name for name in b.class_names if name not in a.class_names]
     if only_a or only_b:
-        reason = f"only the first has {only_a}, only the second {only_b}"
+        reason = f"only the first has {_listed(only_a)}, only the second {_listed(only_b)}"
     else:
-        reason = f"the same classes come in another order: {list(a.class_names)}, {list(b.class_names)}"
+        reason = f"the same classes come in another order: {_listed(a.class_names)}; {_listed(b.class_names)}"
     raise KDError(
         f"the classes of {a} and {b} differ: {reason}. Give both files the same `categories` (labels follow their ids)."
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"

@@ -24,9 +24,9 @@ def batches(
 ) -> Iterator[tuple[list[Tensor], list[Target]]]:
     """Yield exactly `steps` batches of images (3, H, W) float32 in [0, 1] and their targets.
 
-    Epochs follow each other without a break, each shuffled anew, so a batch may hold the end of one and the beginning of
-    the next. What comes out depends on `seed` alone: not on `workers` (processes that read ahead, of use where images are
-    large or decoded on access), nor on the global random state.
+    Epochs follow each other without a break, each shuffled anew, so a batch may hold the end of one and the beginning
+    of the next. What comes out depends on `seed`, not on `workers` (processes that read ahead: of use where images are
+    large or decoded on access) nor on the global random state.
     """
     presented = _Presented(dataset, augment)
     plan = _plan(len(dataset), batch_size, steps, seed)
@@ -36,7 +36,7 @@ def batches(
         return
     yield from DataLoader(
         presented,
-        batch_sampler=plan,  # type: ignore[arg-type]  # any iterable of batches will do
+        batch_sampler=plan,
         num_workers=workers,
         collate_fn=_collate,
         generator=torch.Generator(),  # else it draws from the global one

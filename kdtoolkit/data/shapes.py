@@ -1,7 +1,7 @@
 """The embedded data set: small pictures of shapes, drawn by seed. No download, and hard enough to tell detectors apart.
 
-Classes differ in fine detail (a ring and a ring with a gap), objects overlap, are covered by bars, differ in size, colour
-and texture, and lie among lines, specks and crosses that are no objects.
+Classes differ in fine detail (a ring and a ring with a gap); objects overlap, are covered by bars, differ in size,
+colour and texture, and lie among lines, specks and crosses that are no objects.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Colour = tuple[int, int, int]
 
 
 class ProceduralShapes(DetectionDataset):
-    """`count` square pictures with shapes of six classes; the same seed and size give the same ones, whatever the count.
+    """`count` square pictures with shapes of six classes; picture i of a seed and size is the same whatever the count.
 
-    At 96 px a picture has 1 to 6 objects of 10 to 24 px radius. Larger ones have more objects, up to a quarter of the side
-    in radius, from the same 10 px. Raises KDError where an argument is out of range.
+    At 96 px a picture has 1 to 6 objects of 10 to 24 px radius. Larger pictures have more objects, from the same 10 px
+    to a quarter of the side. Raises KDError where an argument is out of range.
     """
 
     def __init__(self, count: int, *, image_size: int = 96, seed: int = 0) -> None:
@@ -53,6 +53,9 @@ class ProceduralShapes(DetectionDataset):
                 {"boxes": boxes, "labels": labels, "image_id": index + 1, "original_size": (image_size, image_size)}
             )
 
+    def __str__(self) -> str:
+        return "procedural shapes"
+
     def __len__(self) -> int:
         """Number of pictures."""
         return len(self._samples)
@@ -63,7 +66,8 @@ class ProceduralShapes(DetectionDataset):
 
     def coco(self) -> dict[str, Any]:
         """Ground truth in COCO's format; category ids count from 1."""
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for sample in self._samples:
             height, width = sample["original_size"]
             image_id = sample["image_id"]
@@ -218,7 +222,10 @@ class _Scene:
 
     def colour_apart(self) -> Colour:
         """A colour that can be told from the ground."""
-        return max((self.colour() for _ in range(2)), key=lambda c: sum(abs(p - q) for p, q in zip(c, self.ground, strict=True)))
+        return max(
+            (self.colour() for _ in range(2)),
+            key=lambda c: sum(abs(p - q) for p, q in zip(c, self.ground, strict=True)),
+        )
 
     def shade(self, colour: Colour) -> Colour:
         """A colour not far from this one."""

@@ -53,6 +53,7 @@ def made_up(entry, seed, ap, **changes):
         "key_parts": {},
         "data": "made-up images",
         "evaluation": {"ap": ap, "ap50": 2 * ap, "ap75": ap / 2, "ap_small": None, "ap_medium": ap, "ap_large": ap},
+        "per_class": {"cat": ap, "dog": ap},
         "steps": 100,
         "train_seconds": 20.0,
         "step_ms": 200.0,

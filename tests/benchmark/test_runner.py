@@ -117,13 +117,13 @@ def test_a_killed_worker_costs_its_cell_and_the_next_call_runs_it(tmp_path):
     suite = tiny(("model: kdtoolkit/gfl\n  args: *detector", "model: tests.benchmark._models:fragile\n  args: {}"))
     args = {**tiny().student.args, "flag": str(flag)}
     suite = change(suite, student=suite.student.model_copy(update={"args": args}), seeds=1)
-    outcome, text = run(suite, tmp_path / "tiny", jobs=1)
+    outcome, text = run(suite, tmp_path / "tiny")
     assert list(outcome.failures) == ["baseline, seed 0"]
     assert "SIGKILL" in outcome.failures["baseline, seed 0"]
     assert "finished  CrossKD+PKD, seed 0" in text
     error = Store(tmp_path / "tiny").result_path(BASELINE, 0).with_suffix(".error")
     assert "SIGKILL" in error.read_text()
-    outcome, text = run(suite, tmp_path / "tiny", jobs=1)
+    outcome, text = run(suite, tmp_path / "tiny")
     assert outcome.failures == {}
     assert "started   baseline, seed 0" in text
     assert "started   PKD" not in text
@@ -135,7 +135,7 @@ def test_a_disk_that_takes_no_cells_ends_the_run_with_one_error(tmp_path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "cells").write_text("not a folder")
     with pytest.raises(KDError, match=r"cannot write .*cells"):
-        run(tiny(), tmp_path / "tiny", jobs=1)
+        run(tiny(), tmp_path / "tiny")
 
 
 def test_a_method_that_cannot_work_is_found_before_anything_runs(tmp_path):

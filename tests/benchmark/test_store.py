@@ -36,15 +36,15 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
 
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot write .*file/run"), Store(tmp_path / "file" / "run").lock():
+    with pytest.raises(StoreError, match=r"cannot write .*file/run"), Store(tmp_path / "file" / "run").lock():
         pass
 
 
 def test_only_one_holds_the_lock(tmp_path):
     store = Store(tmp_path / "run")
-    with store.lock():
-        with pytest.raises(KDError, match=rf"process {os.getpid()}\) works in .*run"), Store(store.root).lock():
-            pass
+    held = rf"process {os.getpid()}\) works in .*run"
+    with store.lock(), pytest.raises(KDError, match=held), Store(store.root).lock():
+        pass
     with store.lock():  # free again
         pass
 

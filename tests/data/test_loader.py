@@ -1,0 +1,87 @@
+from itertools import islice
+
+import pytest
+import torch
+
+from kdtoolkit.data import Augmentation, CocoDetection, ProceduralShapes, batches
+from tests.data._coco import write
+
+PLAIN = Augmentation(flip=0)
+FULL = Augmentation(flip=0.5, colour=0.2, zoom=(0.7, 1.4))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return ProceduralShapes(10, image_size=32)
+
+
+def run(data, **changes):
+    return list(batches(data, **{"batch_size": 4, "steps": 7, "seed": 0, "augment": FULL, **changes}))
+
+
+def same(one, other):
+    return all(
+        torch.equal(a, b) and torch.equal(s["boxes"], t["boxes"]) and torch.equal(s["labels"], t["labels"])
+        for (images_a, targets_a), (images_b, targets_b) in zip(one, other, strict=True)
+        for a, b, s, t in zip(images_a, images_b, targets_a, targets_b, strict=True)
+    )
+
+
+def places(data, found):
+    """Which image of the data set each one of the unchanged batches is."""
+    known = {data[i][0].numpy().tobytes(): i for i in range(len(data))}
+    return [known[(image * 255).round().byte().numpy().tobytes()] for images, _ in found for image in images]
+
+
+def test_images_are_floats_in_the_unit_range_with_their_targets(data):
+    found = run(data, augment=PLAIN)
+    assert [len(images) for images, _ in found] == [4] * 7
+    for index, (image, target) in zip(
+        places(data, found), [pair for batch in found for pair in zip(*batch, strict=True)], strict=True
+    ):
+        assert image.dtype == torch.float32
+        assert 0 <= image.min() < image.max() <= 1
+        assert set(target) == {"boxes", "labels"}
+        assert torch.equal(target["boxes"], data[index][1]["boxes"])
+
+
+def test_each_epoch_has_every_image_once_in_a_new_order(data):
+    order = places(data, run(data, augment=PLAIN, steps=15))
+    epochs = [order[i : i + 10] for i in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+def test_batches_may_be_larger_than_the_data_set(data):
+    order = places(data, run(data, augment=PLAIN, batch_size=25, steps=2))
+    assert sorted(order) == sorted(5 * list(range(10)))
+
+
+def test_the_seed_decides_and_nothing_else(data):
+    torch.manual_seed(0)
+    first = run(data)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert same(first, run(data))
+    assert not same(first, run(data, seed=1))
+    torch.set_rng_state(state)
+    run(data)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_longer_run_begins_like_a_shorter_one(data):
+    assert same(run(data, steps=3), list(islice(batches(data, batch_size=4, steps=50, seed=0, augment=FULL), 3)))
+
+
+def test_an_image_is_changed_otherwise_each_time(data):
+    one = data.subset(1, seed=0)
+    images = [images[0] for images, _ in run(one, batch_size=1, steps=5)]
+    assert len({image.numpy().tobytes() for image in images}) == 5
+
+
+def test_workers_change_nothing(data, tmp_path):
+    before = torch.get_rng_state()
+    assert same(run(data), run(data, workers=2))
+    assert torch.equal(before, torch.get_rng_state())
+    lazy = CocoDetection(write(tmp_path), "train", cache_bytes=0)
+    assert same(run(lazy, steps=2), run(lazy, steps=2, workers=1))

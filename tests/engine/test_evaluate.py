@@ -1,0 +1,186 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kdtoolkit import KDError
+from kdtoolkit.data import CocoDetection, ProceduralShapes
+from kdtoolkit.engine.evaluate import evaluate
+from tests.conftest import tiny_gfl
+from tests.data._coco import document, write
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+class Replay(nn.Module):
+    """A detector that knows the answers: gives the ground truth of image after image, as `change` makes it."""
+
+    def __init__(self, data, change=lambda sample: sample):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.data = data
+        self.change = change
+        self.shown = 0
+
+    def forward(self, images):
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        outputs = []
+        for image in images:
+            pixels, sample = self.data[self.shown]
+            assert torch.equal((image * 255).round().byte(), pixels)
+            scores = torch.ones(len(sample["labels"]))
+            found = {"boxes": sample["boxes"].clone(), "labels": sample["labels"].clone(), "scores": scores}
+            outputs.append(self.change(found))
+            self.shown += 1
+        return outputs
+
+
+@pytest.fixture(scope="module")
+def data():
+    return ProceduralShapes(40, seed=2)
+
+
+def test_the_ground_truth_itself_scores_100(data):
+    found = evaluate(Replay(data), data, batch_size=7)
+    assert (found.ap, found.ap50, found.ap75, found.ap_small, found.ap_medium) == (100, 100, 100, 100, 100)
+    assert found.ap_large is None  # there is none
+    assert found.per_class == dict.fromkeys(data.class_names, 100)
+    assert found.images == 40
+    assert found.detections == sum(len(data[i][1]["labels"]) for i in range(40))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is absent")
+@pytest.mark.parametrize("max_size", [None, 200])
+@pytest.mark.parametrize("name", ["bccd", "playing-cards", "microcontrollers", "sketch-ui", "chess", "tiny-coco"])
+def test_the_ground_truth_of_photos_scores_100_at_any_size(name, max_size):
+    photos = CocoDetection(SHARED / name, "val", max_size=max_size).subset(25, seed=0)
+    assert evaluate(Replay(photos), photos).ap == pytest.approx(100)
+
+
+def test_boxes_of_scaled_images_are_scored_at_the_original_size(tmp_path):
+    small = CocoDetection(write(tmp_path), "train", max_size=10)
+    assert evaluate(Replay(small), small).ap == pytest.approx(100)
+    assert small[0][0].shape == (3, 8, 10)
+
+
+def test_shifted_boxes_count_below_their_overlap_only(data):
+    def shift(found):
+        boxes = found["boxes"]
+        boxes[:, [0, 2]] += 0.2 * (boxes[:, 2:3] - boxes[:, 0:1])  # an IoU of 2 / 3 with the truth
+        return found
+
+    found = evaluate(Replay(data, shift), data)
+    assert found.ap50 > 99
+    assert found.ap75 < 5
+    assert found.ap == pytest.approx(40, abs=4)  # at 0.5, 0.55, 0.6 and 0.65 of ten
+
+
+def test_a_class_that_is_never_found_costs_its_share(data):
+    def without_rings(found):
+        keep = found["labels"] != 4
+        return {key: value[keep] for key, value in found.items()}
+
+    found = evaluate(Replay(data, without_rings), data)
+    assert found.per_class["ring"] == 0
+    assert found.per_class["gapped ring"] == 100
+    assert found.ap == pytest.approx(100 * 5 / 6)
+
+
+def test_classes_absent_from_the_truth_have_no_ap(tmp_path):
+    balls = document()
+    balls["annotations"] = balls["annotations"][:1]
+    photos = CocoDetection(write(tmp_path, balls), "train")
+    assert evaluate(Replay(photos), photos).per_class == pytest.approx({"ball": 100, "cube": None})
+
+
+def test_labels_follow_the_chosen_order_of_classes(tmp_path):
+    photos = CocoDetection(write(tmp_path), "train", class_names=["cube", "ball"])
+
+    def cubes_only(found):
+        keep = found["labels"] == 0
+        return {key: value[keep] for key, value in found.items()}
+
+    assert evaluate(Replay(photos, cubes_only), photos).per_class == pytest.approx({"cube": 100, "ball": 0})
+
+
+def test_detections_within_a_crowd_are_no_mistakes(tmp_path):
+    photos = CocoDetection(write(tmp_path), "train")
+
+    def in_the_crowd(found):
+        if 0 in found["labels"]:  # the first image: its crowd of cubes covers the right half
+            found["boxes"] = torch.cat([found["boxes"], torch.tensor([[25.0, 5, 35, 15]])])
+            found["labels"] = torch.cat([found["labels"], torch.tensor([1])])
+            found["scores"] = torch.cat([found["scores"], torch.tensor([1.0])])
+        return found
+
+    def beside_it(found):
+        found = in_the_crowd(found)
+        found["boxes"][1:] -= torch.tensor([20.0, 0, 20, 0])
+        return found
+
+    assert evaluate(Replay(photos, in_the_crowd), photos).per_class["cube"] == pytest.approx(100)
+    assert evaluate(Replay(photos, beside_it), photos).per_class["cube"] < 99
+
+
+def test_no_detection_at_all_scores_0(data):
+    found = evaluate(Replay(data, lambda found: {key: value[:0] for key, value in found.items()}), data)
+    assert (found.ap, found.ap50, found.ap_small, found.ap_large, found.detections) == (0, 0, 0, None, 0)
+
+
+@pytest.mark.parametrize(("key", "value"), [("boxes", float("nan")), ("scores", float("inf"))])
+def test_numbers_that_are_not_finite_are_named(data, key, value):
+    def spoil(found):
+        found[key][:1] = value
+        return found
+
+    with pytest.raises(KDError, match=f"gives {key} that are NaN or infinite on image [0-9]+:"):
+        evaluate(Replay(data, spoil), data)
+
+
+@pytest.mark.parametrize("label", [-1, 6])
+def test_labels_the_data_set_does_not_know_are_named(data, label):
+    def spoil(found):
+        found["labels"][:1] = label
+        return found
+
+    with pytest.raises(KDError, match=f"gives the label {label} on image [0-9]+; the data set has labels 0 to 5"):
+        evaluate(Replay(data, spoil), data)
+
+
+def test_modes_are_restored_also_after_an_error(data):
+    model = Replay(data)
+    model.train()
+    model.norm.eval()  # as for a frozen layer
+    evaluate(model, data)
+    assert (model.training, model.norm.training) == (True, False)
+    with pytest.raises(IndexError):
+        evaluate(model, data)  # it has shown all images
+    assert (model.training, model.norm.training) == (True, False)
+
+
+def test_nothing_is_printed_and_progress_is_told(data, capsys):
+    seen = []
+    evaluate(Replay(data), data, batch_size=16, progress=lambda *counts: seen.append(counts))
+    assert seen == [(16, 40), (32, 40), (40, 40)]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_data_set_is_not_written_to(tmp_path):
+    photos = CocoDetection(write(tmp_path), "train")
+    before = repr(photos.coco())
+    evaluate(Replay(photos), photos)
+    assert repr(photos.coco()) == before
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_real_detector_can_be_trained_on_afterwards(data, precision):
+    model = tiny_gfl(seed=0, num_classes=6)
+    few = data.subset(4, seed=0)
+    found = evaluate(model, few, precision=precision)
+    assert found.images == 4
+    assert 0 <= found.ap <= 100
+    images = [few[i][0] / 255 for i in range(4)]
+    sum(model.train()(images, [few[i][1] for i in range(4)]).values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
