@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from kdtoolkit.benchmark.cell import Report, Task
 
@@ -29,8 +30,8 @@ class Display:
         )
         self._cells = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=20 if console.width >= 110 else 8),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
             TextColumn("{task.fields[phase]}"),
             console=console,
         )
@@ -72,9 +73,14 @@ class Display:
 
     def progress(self, task: Task, report: Report) -> None:
         """A cell has said where it is."""
-        losses = "  ".join(f"{name.removeprefix('task/')} {value:.3g}" for name, value in report.losses.items())
-        speed = f"{1000 * report.seconds / report.step:.0f} ms/step  " if report.losses else ""
-        phase = report.phase if not report.losses else f"{speed}{escape(losses)}"
+        phase = report.phase
+        if report.losses:
+            sums: dict[str, float] = {}
+            for name, value in report.losses.items():  # of each method, for all terms have no room
+                method = name.partition("/")[0]
+                sums[method] = sums.get(method, 0.0) + value
+            losses = "  ".join(f"{method} {value:.3g}" for method, value in sums.items())
+            phase = f"{1000 * report.seconds / report.step:.0f} ms/step  {losses}"
         self._cells.update(self._bars[task], completed=report.step, phase=phase)
 
     def ended(self, task: Task, text: str, style: str = "") -> None:

@@ -6,7 +6,8 @@ import hashlib
 import importlib.util
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def cell_parts(
         "data": data,
         "teacher": teacher if methods else "none",
         "torch": torch.__version__,
-        "code": source_digest(student.model, [Path(inspect.getfile(method)) for method in used]),
+        "code": source_digest(student.model, tuple(Path(inspect.getfile(method)) for method in used)),
     }
 
 
@@ -65,7 +66,8 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def source_digest(model: str, extra: Iterable[Path] = ()) -> str:
+@cache  # what a run began with is what its workers have imported, whatever is edited meanwhile
+def source_digest(model: str, extra: tuple[Path, ...] = ()) -> str:
     """Digest of the source that trains and evaluates: kdtoolkit's, the file of a model of one's own, and `extra`."""
     package = Path(kdtoolkit.__file__).parent
     files = {path for pattern in _SOURCES for path in package.glob(pattern)} | set(extra)

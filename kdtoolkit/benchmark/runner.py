@@ -122,7 +122,7 @@ class _Run:
                 self.costs.finished(task.entry, result.seconds_per_step)
                 self.done += 1
         if self.done:
-            display.line(f"{self.done} cells are done already")
+            display.line(f"done already: {self.done} cells, besides the baseline at equal time")
 
     def _plan_equal_time(self) -> None:
         found = self.plan.stretch()

@@ -28,7 +28,7 @@ class StoreError(KDError):
 class CellResult(BaseModel):
     """What one cell measured: one training of a row with one seed.
 
-    `key` and `key_parts`: digests of what determined it. `evaluation`, `per_class`: APs in percent, None where undefined.
+    `key` and `key_parts`: digests of what determined it. `evaluation`, `per_class`: AP in percent or None.
     `train_seconds` is the whole training, `step_ms` the median step; `peak_memory_mb` that of the process up to the end
     of training (on CUDA, of its tensors); `stretch` the factor of the schedule's steps. `history`: loss terms by step.
     """

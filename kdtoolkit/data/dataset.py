@@ -103,7 +103,7 @@ def check_same_classes(a: DetectionDataset, b: DetectionDataset) -> None:
     else:
         reason = f"the same classes come in another order: {_listed(a.class_names)}; {_listed(b.class_names)}"
     raise KDError(
-        f"the classes of {a} and {b} differ: {reason}. Give both files the same `categories` (labels follow their ids)."
+        f"the classes of {a} and {b} differ: {reason}. Give both files the same categories (labels follow their ids)."
     )
 
 

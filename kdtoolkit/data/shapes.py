@@ -118,14 +118,14 @@ class _Scene:
             radius = smallest * (largest / smallest) ** self.rng.random()
             for _ in range(8):  # tries to find a place that is not taken
                 x, y = (self.uniform(0.6 * radius, self.size - 0.6 * radius) for _ in range(2))
-                if all(math.hypot(x - px, y - py) > 0.75 * (radius + pr) for px, py, pr in placed):
+                if all(math.hypot(x - px, y - py) > 0.85 * (radius + pr) for px, py, pr in placed):
                     placed.append((x, y, radius))
                     self.draw_object(x, y, radius)
                     break
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.3:
             self.draw_cross(self.uniform(smallest, largest) / 1.5)
         for x, y, radius in placed:
-            if self.rng.random() < 0.3:
+            if self.rng.random() < 0.2:
                 self.draw_bar(x, y, radius)
 
     def draw_object(self, x: float, y: float, radius: float) -> None:
@@ -173,7 +173,7 @@ class _Scene:
     def fill(self, mask: Image.Image, left: int, top: int, colour: Colour, owner: int) -> None:
         """Paint a mask in a colour with texture; `owner` is the object it shows, 0 for none."""
         self.canvas.paste(colour, (left, top), mask)
-        if self.rng.random() < 0.6:
+        if self.rng.random() < 0.4:
             self.canvas.paste(self.shade(colour), (left, top), ImageChops.multiply(mask, self.texture(mask.size)))
         self.owner.paste(owner, (left, top), mask)
 
@@ -248,7 +248,7 @@ class _Scene:
     def pixels(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """(H, W, 3), averaged, with noise."""
         picture = np.asarray(self.canvas.reduce(SUPERSAMPLING)).astype(np.int16)
-        strength = self.integer(4, 24)
+        strength = self.integer(2, 14)
         noise = self.rng.integers(0, 256, picture.shape, dtype=np.uint8).astype(np.int16)
         picture += ((noise - 128) * strength) >> 7
         return picture.clip(0, 255).astype(np.uint8)

@@ -99,9 +99,9 @@ def train(
     torch.manual_seed(seed)
     student = distiller.student
     if config.channels_last:
-        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        student.to(memory_format=torch.channels_last)
         if distiller.teacher_adapter is not None:
-            distiller.teacher_adapter.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            distiller.teacher_adapter.model.to(memory_format=torch.channels_last)
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     optimizer = _optimizer(parameters, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))

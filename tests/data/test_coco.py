@@ -272,6 +272,12 @@ def test_what_is_expected_is_said_where_files_are_missing(tmp_path):
         CocoDetection(tmp_path, "train")
 
 
+def test_a_file_that_is_no_text(tmp_path):
+    (write(tmp_path) / "annotations" / "train.json").write_bytes(b'{"images": "\xff"}')
+    with pytest.raises(KDError, match=r"train.json is not text in UTF-8 \(invalid start byte at byte 12\)"):
+        CocoDetection(tmp_path, "train")
+
+
 @pytest.mark.parametrize("max_size", [0, -5])
 def test_max_size_is_checked(tmp_path, max_size):
     with pytest.raises(KDError, match="max_size must be at least 1"):

@@ -43,10 +43,10 @@ def test_same_seed_same_student_to_the_last_bit(data):
 
 
 def test_the_loss_falls_and_history_tells(data):
-    result = train(Distiller(None, model(2)), data, config(steps=40, lr=1e-2), seed=0)
+    result = train(Distiller(None, model(2)), data, config(steps=150, lr=1e-2), seed=0)
     totals = [sum(v for k, v in point.items() if k.startswith("task/")) for point in result.history]
     assert totals[-1] < 0.8 * totals[0]
-    assert result.history[-1]["step"] == result.steps == 40
+    assert result.history[-1]["step"] == result.steps == 150
     assert result.seconds > 0
     assert result.step_ms > 0
     assert result.warnings == []

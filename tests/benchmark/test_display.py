@@ -1,0 +1,64 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from kdtoolkit.benchmark.cell import Report
+from kdtoolkit.benchmark.display import Display, duration
+from kdtoolkit.benchmark.estimate import Costs
+from kdtoolkit.benchmark.plan import Plan
+from kdtoolkit.benchmark.store import Store
+from kdtoolkit.benchmark.suite import BASELINE
+from tests.benchmark._suite import tiny
+
+
+class Images:
+    def fingerprint(self):
+        return "0"
+
+
+class Sets:
+    teacher = student = val = Images()
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return Plan(tiny(), Store(tmp_path / "tiny"), Sets(), device="cpu", threads=1)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_gets_bars_and_losses_and_other_outputs_plain_lines(plan, terminal):
+    console = Console(file=io.StringIO(), width=100, force_terminal=terminal)
+    task = plan.cell("CrossKD+PKD", 1)
+    with Display(console) as display:
+        display.overall("tiny", 3, 9, "about 5 min left")
+        display.started(task)
+        losses = {"task/cls": 0.5, "task/box": 0.25, "pkd/feature": 3.0}
+        display.progress(task, Report("training", 2, losses, 0.5))
+        if terminal:
+            display._live.refresh()
+        display.ended(task, "finished  [it]")
+    text = console.file.getvalue()
+    assert "finished  [it]" in text  # brackets are no markup
+    if terminal:
+        for part in ("3/9 cells", "about 5 min left", "CrossKD+PKD, seed 1", "250 ms/step", "task 0.75", "pkd 3"):
+            assert part in text
+    else:
+        assert text.splitlines() == ["started   CrossKD+PKD, seed 1: 2 steps", "finished  [it]"]
+
+
+def test_durations():
+    assert [duration(s) for s in (0.4, 89, 91, 3600, 12000)] == ["0 s", "89 s", "2 min", "60 min", "3 h 20 min"]
+
+
+def test_the_time_left_by_hand(plan):
+    costs = Costs()
+    baseline, pkd, teacher = plan.cell(BASELINE, 0), plan.cell("PKD", 0), plan.teacher()  # of 2, 2 and 3 steps
+    assert costs.remaining([baseline], {}, 1, (0, [])) is None  # nothing is known yet
+    costs.finished(BASELINE, 10.0)
+    assert costs.remaining([baseline, pkd], {}, 1, (0, [])) == 20 + 2 * 2 * 10  # a method is taken for twice the cost
+    costs.finished("PKD", 30.0)
+    assert costs.remaining([baseline, pkd], {}, 2, (0, [])) == (20 + 60) / 2
+    assert costs.remaining([], {pkd: Report("training", 1, {}, 30.0)}, 1, (4, ["PKD"])) == 30 + 4 * 30
+    costs.finished("teacher", 100.0)
+    assert costs.remaining([teacher, pkd], {}, 4, (0, [])) == 300 + 60 / 4  # methods wait for the teacher
