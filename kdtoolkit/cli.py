@@ -81,6 +81,9 @@ def run_command(
         int | None,
         typer.Option(min=32, help="Image size in pixels, instead of the suite's; of photos the longest side."),
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad images and annotations of --data out, instead of stopping.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is done already.")] = False,
 ) -> None:
     """Train teacher, baseline and methods, and compare them on a leaderboard.
@@ -100,7 +103,11 @@ def run_command(
     from kdtoolkit.benchmark.suite import change, load_suite
 
     chosen = load_suite(suite)
-    changes = {"root": data.resolve() if data else None, "image_size": image_size}
+    changes = {
+        "root": data.resolve() if data else None,
+        "image_size": image_size,
+        "on_bad": "skip" if skip_bad else None,
+    }
     chosen = change(chosen, data={name: value for name, value in changes.items() if value is not None})
     chosen = change(chosen, seeds=seeds or chosen.seeds)
     root = out / (f"{chosen.name}-{data.resolve().name}" if data else chosen.name)

@@ -10,18 +10,23 @@ from pathlib import Path
 
 from torch import nn
 
-from kdtoolkit.detectors import ATSS, GFL
+from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
 from kdtoolkit.errors import KDError
 
-NATIVE: Mapping[str, type[nn.Module]] = {"kdtoolkit/gfl": GFL, "kdtoolkit/atss": ATSS}
+NATIVE: Mapping[str, type[nn.Module]] = {
+    "kdtoolkit/gfl": GFL,
+    "kdtoolkit/atss": ATSS,
+    "kdtoolkit/fcos": FCOS,
+    "kdtoolkit/retinanet": RetinaNet,
+}
 
 
 def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
     """Build a detector.
 
     Args:
-        name: "kdtoolkit/gfl", "kdtoolkit/atss", or "package.module:callable" (a class or function that returns a
-            detector; modules in the working directory are found).
+        name: "kdtoolkit/" and gfl, atss, fcos or retinanet; or "package.module:callable" (a class or function that
+            returns a detector; modules in the working directory are found).
         num_classes: handed on as the keyword argument of that name.
         args: further keyword arguments.
 

@@ -9,6 +9,7 @@ from kdtoolkit.benchmark.suite import embedded_suites
 from kdtoolkit.methods import all_methods
 from tests.benchmark._suite import TINY
 from tests.benchmark.test_report import make_run
+from tests.data._coco import document, write
 
 
 def kd(*arguments, monkeypatch, capsys):
@@ -51,7 +52,17 @@ def test_suites_lists_all(run):
 def test_help_shows_every_option_and_an_example(run):
     code, out, _ = run("benchmark", "run", "--help")
     assert code == 0
-    for option in ("--data", "--out", "--jobs", "--device", "--seeds", "--only", "--image-size", "--fresh"):
+    for option in (
+        "--data",
+        "--out",
+        "--jobs",
+        "--device",
+        "--seeds",
+        "--only",
+        "--image-size",
+        "--skip-bad",
+        "--fresh",
+    ):
         assert option in out
     assert "kd benchmark run photos --data" in out
 
@@ -90,3 +101,20 @@ def test_no_traceback_from_a_real_process():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: unknown suite 'qick'")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_bad_data_is_one_error_or_is_left_out(run, tmp_path):
+    spoilt = document()
+    spoilt["annotations"].append({"id": 4, "image_id": 7, "category_id": 3, "bbox": [5, 5, 0, 9]})
+    root = write(write(tmp_path / "cubes", spoilt), split="val")
+    suite = tmp_path / "tiny.yaml"
+    suite.write_text(TINY.replace("seeds: 2", "seeds: 1"))
+    command = ["benchmark", "run", suite, "--data", root, "--out", tmp_path / "runs", "--only", "PKD"]
+    code, _, err = run(*command)
+    assert code == 2
+    assert "train.json: 1 fault:" in err
+    assert "annotation 4 (image 7): bbox [5, 5, 0, 9] has no area" in err
+    assert "--skip-bad" in err
+    code, _, err = run(*command, "--skip-bad")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "runs" / "tiny-cubes" / "leaderboard.csv").exists()

@@ -113,8 +113,8 @@ def load_data(data: DataSection) -> DataSets:
         val = ProceduralShapes(data.val_images, image_size=data.image_size, seed=data.seed + 1_000_000)
         source = f"procedural shapes, {data.image_size} px, seed {data.seed}"
     else:
-        train = CocoDetection(data.root, "train", max_size=data.image_size)
-        val = CocoDetection(data.root, "val", max_size=data.image_size)
+        train = CocoDetection(data.root, "train", max_size=data.image_size, on_bad=data.on_bad)
+        val = CocoDetection(data.root, "val", max_size=data.image_size, on_bad=data.on_bad)
         check_same_classes(train, val)
         source = f"{data.root.name}, at most {data.image_size} px, {len(train.class_names)} classes"
     notices: list[str] = []

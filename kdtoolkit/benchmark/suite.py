@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -42,6 +42,7 @@ class DataSection(_Section):
     """Which images. Without `root` they are procedural; with it, a folder in COCO format, of which None means all.
 
     `image_size`: side of procedural images, largest side of others (larger ones are scaled down), in pixels.
+    `on_bad`: whether bad images and annotations are an error, or left out.
     """
 
     root: Path | None = None
@@ -49,6 +50,7 @@ class DataSection(_Section):
     teacher_images: int | None = Field(None, gt=0)
     student_images: int | None = Field(None, gt=0)
     val_images: int | None = Field(None, gt=0)
+    on_bad: Literal["error", "skip"] = "error"
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -365,7 +365,9 @@ def _settle(faults: list[str], path: Path, on_bad: Literal["error", "skip"]) -> 
         shown += f"\n  and {len(faults) - SHOWN_FAULTS} more"
     number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     if on_bad == "error":
-        raise KDError(f'{path}: {number}:{shown}\nMend them, or leave them out with CocoDetection(..., on_bad="skip").')
+        raise KDError(
+            f'{path}: {number}:{shown}\nMend them, or leave them out: kd\'s --skip-bad, on_bad="skip" in Python.'
+        )
     log.warning("%s: left out, as they are bad: %s%s", path, number, shown)
 
 

@@ -1,7 +1,9 @@
 """Detectors that no maintained library has, on any timm backbone with a feature pyramid: plain torch modules."""
 
 from kdtoolkit.detectors.atss import ATSS
+from kdtoolkit.detectors.fcos import FCOS
 from kdtoolkit.detectors.gfl import GFL
 from kdtoolkit.detectors.published import load_published
+from kdtoolkit.detectors.retinanet import RetinaNet
 
-__all__ = ["ATSS", "GFL", "load_published"]
+__all__ = ["ATSS", "FCOS", "GFL", "RetinaNet", "load_published"]

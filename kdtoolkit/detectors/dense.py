@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import timm
 import torch
@@ -34,11 +34,17 @@ EPS = torch.finfo(torch.float32).eps
 
 
 class ExtraLevels(ExtraFPNBlock):
-    """Coarser pyramid levels by 3x3 convolutions of stride 2, each from the level before it."""
+    """Coarser pyramid levels by 3x3 convolutions of stride 2, each from the level before it.
 
-    def __init__(self, channels: int, count: int) -> None:
+    With `from_input` (channels) the first is from the backbone's last map instead. `relu` stands between them.
+    """
+
+    def __init__(self, channels: int, count: int, *, from_input: int = 0, relu: bool = False) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in range(count))
+        self.from_input = from_input
+        self.relu = relu
+        sources = [from_input or channels] + [channels] * count
+        self.convs = nn.ModuleList(nn.Conv2d(c, channels, 3, stride=2, padding=1) for c in sources[:count])
         for conv in self.convs:
             nn.init.xavier_uniform_(cast(Tensor, conv.weight))
             nn.init.zeros_(cast(Tensor, conv.bias))
@@ -46,8 +52,10 @@ class ExtraLevels(ExtraFPNBlock):
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Append levels to the pyramid's `results`."""
         levels = list(results)
+        source = x[-1] if self.from_input else levels[-1]
         for conv in self.convs:
-            levels.append(conv(levels[-1]))
+            levels.append(conv(source))
+            source = F.relu(levels[-1]) if self.relu else levels[-1]
         return levels, [str(i) for i in range(len(levels))]
 
 
@@ -89,12 +97,17 @@ class DenseDetector(nn.Module, ABC):
     kind: ClassVar[PriorKind] = PriorKind.ANCHORS
     priors_per_cell: ClassVar[int] = 1
     has_quality: ClassVar[bool] = False
+    has_scales: ClassVar[bool] = True  # a learned factor of each level's regression
+    extra_levels_from_input: ClassVar[bool] = False
+    extra_levels_relu: ClassVar[bool] = False
+    quality_branch: Literal["cls", "reg"] = "reg"
     bins: int = 0
     # Published name of each predictor -> name here; see kdtoolkit/detectors/published.py.
     published_predictors: ClassVar[Mapping[str, str]]
 
     image_mean: Tensor
     image_std: Tensor
+    scales: Tensor
 
     def __init__(
         self,
@@ -135,7 +148,12 @@ class DenseDetector(nn.Module, ABC):
         self.neck = FeaturePyramidNetwork(
             channels,
             neck_channels,
-            extra_blocks=ExtraLevels(neck_channels, len(strides) - len(BACKBONE_STRIDES)),
+            extra_blocks=ExtraLevels(
+                neck_channels,
+                len(strides) - len(BACKBONE_STRIDES),
+                from_input=channels[-1] if self.extra_levels_from_input else 0,
+                relu=self.extra_levels_relu,
+            ),
         )
         tower = [neck_channels] + [head_channels] * head_blocks
         self.towers = nn.ModuleDict(
@@ -152,7 +170,10 @@ class DenseDetector(nn.Module, ABC):
         )
         if self.has_quality:
             self.predictors["quality"] = predictor(tower[-1], self.priors_per_cell)
-        self.scales = nn.Parameter(torch.ones(len(strides)))
+        if self.has_scales:
+            self.scales = nn.Parameter(torch.ones(len(strides)))
+        else:
+            self.register_buffer("scales", torch.ones(len(strides)), persistent=False)
 
     # What a detector adds.
 
@@ -256,7 +277,8 @@ class DenseDetector(nn.Module, ABC):
         grid = tuple((level.shape[-2], level.shape[-1]) for level in cls)
         quality = None
         if self.has_quality:
-            quality = self.flatten([self.predictors["quality"](level) for level in reg])[..., 0]
+            states = cls if self.quality_branch == "cls" else reg
+            quality = self.flatten([self.predictors["quality"](level) for level in states])[..., 0]
         sides = [self.predictors["reg"](level).float() * scale for level, scale in zip(reg, self.scales, strict=True)]
         return Predictions(
             logits=self.flatten([self.predictors["cls"](level) for level in cls]),
@@ -337,19 +359,28 @@ def select(priors: Priors, index: Tensor) -> Priors:
     return Priors(priors.boxes[index], priors.strides[index])
 
 
+def cell_priors(
+    grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], shapes: Tensor, device: torch.device
+) -> Priors:
+    """Priors of the same `shapes` (P, 4) in each cell: xyxy in strides from the cell's first pixel."""
+    boxes, cell_strides = [], []
+    for (height, width), stride in zip(grid, strides, strict=True):
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        # Moved after scaling, as published code does it: rounding decides which anchors tie for an object.
+        moved = torch.stack([x, y, x, y], -1).view(-1, 1, 4) * float(stride) + shapes * stride
+        boxes.append(moved.view(-1, 4))
+        cell_strides.append(torch.full((len(boxes[-1]),), float(stride)))
+    return Priors(torch.cat(boxes).to(device), torch.cat(cell_strides).to(device), grid)
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a cached tensor made in that mode could not be trained with later
 def square_anchors(
     grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], scale: float, device: torch.device
 ) -> Priors:
     """One square anchor a cell, `scale` strides wide and centred on the cell's first pixel (x * stride, y * stride)."""
-    boxes, cell_strides = [], []
-    for (height, width), stride in zip(grid, strides, strict=True):
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        centre = torch.stack([x, y], -1).view(-1, 2) * float(stride)
-        boxes.append(torch.cat([centre - scale * stride / 2, centre + scale * stride / 2], -1))
-        cell_strides.append(torch.full((height * width,), float(stride)))
-    return Priors(torch.cat(boxes).to(device), torch.cat(cell_strides).to(device), grid)
+    half = scale / 2
+    return cell_priors(grid, strides, torch.tensor([[-half, -half, half, half]]), device)
 
 
 def _identity(x: Tensor) -> Tensor:

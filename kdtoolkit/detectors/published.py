@@ -38,7 +38,7 @@ def load_published(model: DenseDetector, source: str | os.PathLike[str] | Mappin
     found, and every entry be used.
 
     Args:
-        model: GFL, ATSS or another DenseDetector.
+        model: GFL, ATSS, FCOS, RetinaNet or another DenseDetector.
         source: a .pth or .safetensors file (no code in it is run), or its state dict.
 
     Raises:

@@ -1,0 +1,147 @@
+"""RetinaNet: focal loss for dense object detection (Lin et al., ICCV 2017, arXiv 1708.02002).
+
+Nine anchors a cell (three sizes, three aspect ratios), focal loss, and boxes as offsets from the anchor. The towers
+have no norm, and the pyramid's coarser levels start from the backbone's last map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+from kdtoolkit.boxes import centres, pairwise_iou
+from kdtoolkit.contract import Assignment, Batch, Predictions, Priors
+from kdtoolkit.detectors.assign import inside_padded, pad_targets
+from kdtoolkit.detectors.atss import decode_offsets
+from kdtoolkit.detectors.dense import EPS, IMAGENET_MEAN, IMAGENET_STD, DenseDetector, cell_priors
+
+ANCHOR_SCALES = tuple(4 * 2 ** (i / 3) for i in range(3))  # square root of the area, in strides
+ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
+STDS = (1.0, 1.0, 1.0, 1.0)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached tensor made in that mode could not be trained with later
+def anchors(grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device) -> Priors:
+    """Nine anchors a cell, centred on its first pixel: for each aspect ratio the three sizes."""
+    root, scales = torch.tensor(ASPECT_RATIOS).sqrt()[:, None], torch.tensor(ANCHOR_SCALES)
+    half = torch.stack([1 / root * scales, root * scales], -1).view(-1, 2) / 2
+    return cell_priors(grid, strides, torch.cat([-half, half], -1), device)
+
+
+def encode_offsets(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """(dx, dy, dw, dh) (..., 4) of boxes relative to anchors, both (..., 4) of positive size: undone by `decode`."""
+    size, anchor_size = boxes[..., 2:] - boxes[..., :2], anchors[..., 2:] - anchors[..., :2]
+    return torch.cat([(centres(boxes) - centres(anchors)) / anchor_size, (size / anchor_size).log()], -1)
+
+
+@dataclass(frozen=True)
+class MaxIoUAssigner:
+    """Each prior answers for the box of highest IoU, if that is high enough (Faster R-CNN, arXiv 1506.01497, 3.1.2).
+
+    Positive from `positive_iou`, background below `negative_iou`, of weight 0 between. Moreover each box gets the
+    priors that no other prior surpasses in IoU with it, however low; if several boxes claim one so, the last does.
+    Priors outside an image's own padding take no part.
+    """
+
+    positive_iou: float = 0.5
+    negative_iou: float = 0.4
+
+    def __call__(self, priors: Priors, batch: Batch, num_classes: int) -> Assignment:
+        """Assign the batch's boxes to priors (A, 4); the normaliser is the sum over images of max(positives, 1)."""
+        valid = inside_padded(priors, batch)
+        boxes, labels, real = pad_targets(batch.boxes, batch.labels)
+        iou = pairwise_iou(boxes, priors.boxes).masked_fill(~(real[:, :, None] & valid[:, None]), -1)  # (N, G, A)
+        best, chosen = iou.max(dim=1)
+        # A box that overlaps no prior gets none; in published code it gets all that it does not overlap.
+        best_of_box = iou.amax(dim=2, keepdim=True)
+        claimed = (iou == best_of_box) & (best_of_box > 0)
+        order = torch.arange(1, boxes.shape[1] + 1, device=iou.device)[:, None]
+        claim = (claimed * order).amax(dim=1)  # 0: none
+        chosen = torch.where(claim > 0, claim - 1, chosen)
+        assigned = (claim > 0) | (best >= self.positive_iou)
+        ambiguous = ~assigned & (best >= self.negative_iou)
+        return Assignment(
+            labels=labels.gather(1, chosen).masked_fill(~assigned, num_classes),
+            boxes=boxes.gather(1, chosen[..., None].expand(-1, -1, 4)),
+            weights=(valid & ~ambiguous).float(),
+            normaliser=assigned.sum(1).clamp(min=1).sum().float(),
+        )
+
+
+class RetinaNet(DenseDetector):
+    """RetinaNet detector. Arguments are those of DenseDetector."""
+
+    priors_per_cell: ClassVar[int] = len(ANCHOR_SCALES) * len(ASPECT_RATIOS)
+    has_scales: ClassVar[bool] = False
+    extra_levels_from_input: ClassVar[bool] = True
+    published_predictors: ClassVar[Mapping[str, str]] = {"retina_cls": "cls", "retina_reg": "reg"}
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        backbone: str = "resnet50",
+        backbone_args: Mapping[str, object] | None = None,
+        pretrained: bool = False,
+        strides: Sequence[int] = (8, 16, 32, 64, 128),
+        neck_channels: int = 256,
+        head_channels: int = 256,
+        head_blocks: int = 4,
+        head_groups: int = 0,
+        score_threshold: float = 0.05,
+        nms_iou: float = 0.5,
+        detections_per_image: int = 100,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__(
+            num_classes,
+            backbone=backbone,
+            backbone_args=backbone_args,
+            pretrained=pretrained,
+            strides=strides,
+            neck_channels=neck_channels,
+            head_channels=head_channels,
+            head_blocks=head_blocks,
+            head_groups=head_groups,
+            score_threshold=score_threshold,
+            nms_iou=nms_iou,
+            detections_per_image=detections_per_image,
+            image_mean=image_mean,
+            image_std=image_std,
+        )
+
+    @property
+    def assigner(self) -> MaxIoUAssigner:
+        """By IoU, with the published settings."""
+        return MaxIoUAssigner()
+
+    def priors(self, grid: tuple[tuple[int, int], ...]) -> Priors:
+        """Nine anchors a cell."""
+        return anchors(grid, self.strides, self.scales.device)
+
+    def decode(self, regression: Tensor, priors: Priors) -> Tensor:
+        """Boxes (..., A, 4) from offsets (..., A, 4)."""
+        return decode_offsets(regression, priors.boxes, STDS)
+
+    def assign(self, predictions: Predictions, batch: Batch) -> Assignment:
+        """By IoU."""
+        return self.assigner(predictions.priors, batch, self.num_classes)
+
+    def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
+        """`cls` (focal) and `box` (L1 of offsets)."""
+        image, prior = assignment.positive(self.num_classes).nonzero(as_tuple=True)
+        target = encode_offsets(assignment.boxes[image, prior], predictions.priors.boxes[prior])
+        box = F.l1_loss(predictions.regression[image, prior], target, reduction="sum")
+        labels = F.one_hot(assignment.labels, self.num_classes + 1)[..., :-1].float()
+        cls = sigmoid_focal_loss(predictions.logits, labels, alpha=0.25, gamma=2).sum(-1)
+        normaliser = assignment.normaliser + EPS
+        return {"cls": (cls * assignment.weights).sum() / normaliser, "box": box / normaliser}
