@@ -3,29 +3,43 @@
 import pytest
 import torch
 
-from kdtoolkit.detectors import ATSS, GFL
+from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
 
 torch.set_num_threads(1)
 
+BACKBONE = {"channels": (8, 8, 16, 16), "stem_width": 4}
 TINY = {
     "backbone": "resnet10t",
     "strides": (8, 16, 32),
     "neck_channels": 16,
+    "head_channels": 16,
     "head_blocks": 2,
     "head_groups": 4,
 }
 
 
-def tiny_gfl(*, seed, num_classes=3, head_channels=16, bins=5, **changes):
+def _tiny(detector, seed, num_classes, **changes):
     torch.manual_seed(seed)
-    args = {"channels": (8, 8, 16, 16), "stem_width": 4}
-    return GFL(num_classes, backbone_args=args, head_channels=head_channels, bins=bins, **{**TINY, **changes})
+    return detector(num_classes, backbone_args=BACKBONE, **{**TINY, **changes})
 
 
-def tiny_atss(*, seed, num_classes=3, head_channels=16, **changes):
-    torch.manual_seed(seed)
-    args = {"channels": (8, 8, 16, 16), "stem_width": 4}
-    return ATSS(num_classes, backbone_args=args, head_channels=head_channels, **{**TINY, **changes})
+def tiny_gfl(*, seed, num_classes=3, bins=5, **changes):
+    return _tiny(GFL, seed, num_classes, bins=bins, **changes)
+
+
+def tiny_atss(*, seed, num_classes=3, **changes):
+    return _tiny(ATSS, seed, num_classes, **changes)
+
+
+def tiny_retinanet(*, seed, num_classes=3, **changes):
+    return _tiny(RetinaNet, seed, num_classes, **{"head_groups": 0, **changes})
+
+
+def tiny_fcos(*, seed, num_classes=3, **changes):
+    return _tiny(FCOS, seed, num_classes, **changes)
+
+
+DENSE = (tiny_gfl, tiny_atss, tiny_retinanet, tiny_fcos)
 
 
 @pytest.fixture

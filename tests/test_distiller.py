@@ -6,10 +6,10 @@ import torch
 from kdtoolkit import Distiller, IncompatibleError, KDError
 from kdtoolkit.contract import Capability
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD, all_methods
-from tests.conftest import tiny_atss, tiny_gfl
+from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
 
-@pytest.mark.parametrize("make", [tiny_gfl, tiny_atss])
+@pytest.mark.parametrize("make", DENSE)
 def test_without_methods_it_is_the_plain_loss_to_the_last_bit(make, batch):
     student = make(seed=2)
     plain = student(*batch)

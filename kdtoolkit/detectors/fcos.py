@@ -47,13 +47,13 @@ class FCOSAssigner:
 
         Weights are 1 everywhere. Without any positive the normaliser is 1: published code has 1e-6 there.
         """
-        boxes, labels, real = pad_targets(batch.boxes, batch.labels)
+        boxes, labels, _ = pad_targets(batch.boxes, batch.labels)  # what is not real is empty: no point lies in it
         middle, strides = centres(priors.boxes), priors.strides
         sides = distances(middle, boxes[:, :, None])  # (N, G, A, 4)
         reach = sides.amax(-1)
         lower = (4 * strides).masked_fill(strides == strides.min(), 0)
         upper = (8 * strides).masked_fill(strides == strides.max(), torch.inf)
-        fits = (sides.amin(-1) > 0) & (reach >= lower) & (reach <= upper) & real[:, :, None]
+        fits = (sides.amin(-1) > 0) & (reach >= lower) & (reach <= upper)
         if self.center_sampling_radius is not None:
             offset = (middle - centres(boxes)[:, :, None]).abs().amax(-1)
             fits &= offset < self.center_sampling_radius * strides

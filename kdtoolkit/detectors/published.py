@@ -37,6 +37,9 @@ def load_published(model: DenseDetector, source: str | os.PathLike[str] | Mappin
     "state_dict". Build the model with the class count, backbone and sizes of the checkpoint. Every parameter must be
     found, and every entry be used.
 
+    Names do not tell all: backbones in Caffe's style (many FCOS checkpoints: BGR images in [0, 255], stride in the
+    first convolution of a block) load without complaint but detect badly: timm's ResNets have it in the second.
+
     Args:
         model: GFL, ATSS, FCOS, RetinaNet or another DenseDetector.
         source: a .pth or .safetensors file (no code in it is run), or its state dict.

@@ -1,4 +1,4 @@
-"""What methods share: which levels correspond, statistics of channels, projections where channel counts differ."""
+"""What methods share: levels that correspond, projections, statistics of channels, divergence of distributions."""
 
 from __future__ import annotations
 
@@ -48,3 +48,13 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     count = max(x.numel() // x.shape[1] - 1, 1)
     variance = (x - mean).square().sum(dims, keepdim=True) / count
     return mean, variance.clamp(min=1e-24).sqrt()
+
+
+def distribution_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) of distributions given as logits (..., B), summed over B, times T^2: (...), float32.
+
+    No gradient reaches the teacher. LD divides it by B. Source: Hinton et al., arXiv 1503.02531.
+    """
+    student = (student_logits.float() / temperature).log_softmax(-1)
+    teacher = (teacher_logits.detach().float() / temperature).log_softmax(-1)
+    return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.boxes import elementwise_giou, elementwise_iou
 from kdtoolkit.contract import Assignment, Capability, DetectorSpec, Exchange, Method, Predictions, State
-from kdtoolkit.methods._common import channel_statistics, projection, resize_like
-from kdtoolkit.methods.ld import distribution_kl
+from kdtoolkit.methods._common import channel_statistics, distribution_kl, projection, resize_like
 
 EPS = torch.finfo(torch.float32).eps
 

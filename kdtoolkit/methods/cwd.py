@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
-from kdtoolkit.methods.ld import distribution_kl
+from kdtoolkit.methods._common import distribution_kl, no_shared_level, projections, resize_like, shared_levels
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

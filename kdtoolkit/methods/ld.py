@@ -19,18 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from kdtoolkit.boxes import centres, pairwise_iou
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, PriorKind
 from kdtoolkit.errors import IncompatibleError
+from kdtoolkit.methods._common import distribution_kl
 
 POINT_SIDE = 8  # strides; side of the square that stands for a point: the anchor of ATSS and GFL
-
-
-def distribution_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of distributions given as logits (..., B), summed over B, times T^2: (...), float32.
-
-    No gradient reaches the teacher. LD divides it by B. Source: Hinton et al., arXiv 1503.02531.
-    """
-    student = (student_logits.float() / temperature).log_softmax(-1)
-    teacher = (teacher_logits.detach().float() / temperature).log_softmax(-1)
-    return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
 
 
 def side_divergence(student: Tensor, teacher: Tensor, temperature: float = 10.0) -> Tensor:

@@ -5,9 +5,9 @@ import torch
 
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.contract import Capability, PriorKind, adapt
-from tests.conftest import tiny_atss, tiny_gfl
+from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
-BOTH = pytest.mark.parametrize("make", [tiny_gfl, tiny_atss])
+EACH = pytest.mark.parametrize("make", DENSE)
 
 
 def traced(adapter, batch):
@@ -16,7 +16,7 @@ def traced(adapter, batch):
     return prepared, features, adapter.head(features, prepared)
 
 
-@BOTH
+@EACH
 def test_adapt_finds_it(make):
     model = make(seed=0)
     adapter = adapt(model)
@@ -25,7 +25,7 @@ def test_adapt_finds_it(make):
     assert not DenseAdapter.matches(torch.nn.Linear(1, 1))
 
 
-@BOTH
+@EACH
 def test_losses_and_detections_are_the_models_own(make, batch):
     images, targets = batch
     model = make(seed=0, score_threshold=0.0)
@@ -42,7 +42,7 @@ def test_losses_and_detections_are_the_models_own(make, batch):
         assert all(torch.equal(ours[key], own[key]) for key in ("boxes", "scores", "labels"))
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("activated", [False, True])
 def test_resumed_from_any_stage_the_head_repeats_itself_to_the_bit(make, precision, activated, batch):
@@ -60,7 +60,7 @@ def test_resumed_from_any_stage_the_head_repeats_itself_to_the_bit(make, precisi
                     assert getattr(again, name).dtype == torch.float32
 
 
-@BOTH
+@EACH
 def test_resume_depends_on_both_branches(make, batch):
     adapter = adapt(make(seed=0))
     _, _, trace = traced(adapter, batch)
@@ -73,7 +73,7 @@ def test_resume_depends_on_both_branches(make, batch):
             assert torch.equal(getattr(again, other), getattr(trace.predictions, other))
 
 
-@BOTH
+@EACH
 def test_the_spec_tells_the_truth(make, batch):
     adapter = adapt(make(seed=0, head_channels=24))
     _, features, trace = traced(adapter, batch)
@@ -87,13 +87,13 @@ def test_the_spec_tells_the_truth(make, batch):
             assert any((x < 0).any() for maps in state.values() for x in maps)
     assert all(a is b for a, b in zip(trace.states[0]["cls"], trace.states[0]["reg"], strict=True))
     assert all(a is b for a, b in zip(trace.states[0]["cls"], features, strict=True))
-    assert spec.priors is PriorKind.ANCHORS
-    assert trace.predictions.logits.shape == (2, 84, spec.num_classes)
-    assert sum(trace.predictions.priors.per_level) == 84
+    assert spec.priors is (PriorKind.POINTS if spec.name == "FCOS" else PriorKind.ANCHORS)
+    assert trace.predictions.logits.shape == (2, 84 * spec.priors_per_cell, spec.num_classes)
+    assert sum(trace.predictions.priors.per_level) == 84 * spec.priors_per_cell
     assert (
         (Capability.DISTRIBUTIONS in spec.capabilities) == (spec.bins > 0) == (trace.predictions.regression.ndim == 4)
     )
-    assert (trace.predictions.quality is None) == (spec.name == "GFL")
+    assert (trace.predictions.quality is not None) == (spec.name in ("ATSS", "FCOS"))
     assert pickle.loads(pickle.dumps(spec)) == spec
 
 

@@ -8,12 +8,12 @@ from torchvision.ops import nms
 
 from kdtoolkit.detectors import ATSS, GFL, dense
 from kdtoolkit.errors import KDError
-from tests.conftest import tiny_atss, tiny_gfl
+from tests.conftest import DENSE, tiny_gfl
 
-BOTH = pytest.mark.parametrize("make", [tiny_gfl, tiny_atss])
+EACH = pytest.mark.parametrize("make", DENSE)
 
 
-@BOTH
+@EACH
 def test_follows_torchvisions_convention(make, batch):
     images, targets = batch
     model = make(seed=0, score_threshold=0.0).train()
@@ -31,7 +31,7 @@ def test_follows_torchvisions_convention(make, batch):
         assert found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
 
 
-@BOTH
+@EACH
 def test_learns_one_image(make):
     generator = torch.Generator().manual_seed(0)
     image, box = torch.rand(3, 64, 64, generator=generator) * 0.2, torch.tensor([[14.0, 20.0, 46.0, 50.0]])
@@ -58,7 +58,7 @@ def dense_iou(a, b):
     return common / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - common)
 
 
-@BOTH
+@EACH
 def test_without_objects_only_scores_are_trained(make, batch):
     images, _ = batch
     empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * 2
@@ -73,7 +73,7 @@ def test_without_objects_only_scores_are_trained(make, batch):
     assert not model.predictors["reg"].weight.grad.any()
 
 
-@BOTH
+@EACH
 def test_autocast_gives_float32_losses_near_those_of_float32(make, batch):
     model = make(seed=0).train()
     expected = model(*batch)
@@ -84,7 +84,7 @@ def test_autocast_gives_float32_losses_near_those_of_float32(make, batch):
         torch.testing.assert_close(loss, expected[name], rtol=0.1, atol=0.01)
 
 
-@BOTH
+@EACH
 def test_trains_after_it_ran_in_inference_mode(make, batch):
     images, targets = batch
     dense.square_anchors.cache_clear()
@@ -153,7 +153,7 @@ def detected_by_loops(model, predictions, i, size, original, most):
     return [(score, label, box * factor) for score, label, box in found]
 
 
-@BOTH
+@EACH
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**20), most=st.sampled_from([12, 1000]), kept=st.sampled_from([7, 100]))
 def test_postprocessing_agrees_with_loops(make, seed, most, kept):

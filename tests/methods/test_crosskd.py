@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kdtoolkit import Distiller, IncompatibleError
 from kdtoolkit.contract import Exchange, View, adapt
 from kdtoolkit.methods.crosskd import CrossKD, align_statistics, quality_focal_kd
-from tests.conftest import tiny_atss, tiny_gfl
+from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
 
 @settings(deadline=None, max_examples=25)
@@ -96,7 +96,8 @@ def test_centerness_is_a_term_where_the_teacher_judges_it(batch):
     assert "crosskd/quality" not in Distiller(tiny_gfl(seed=1), tiny_atss(seed=2), [CrossKD()])(*batch)
 
 
-@pytest.mark.parametrize(("teacher", "student"), [(tiny_gfl, tiny_atss), (tiny_atss, tiny_gfl)])
+@pytest.mark.parametrize("teacher", DENSE)
+@pytest.mark.parametrize("student", DENSE)
 def test_works_between_kinds_and_channel_counts(teacher, student, batch):
     small = student(seed=2, head_channels=8)
     losses = Distiller(teacher(seed=1), small, [CrossKD()])(*batch)

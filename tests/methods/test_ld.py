@@ -5,7 +5,8 @@ import torch
 
 from kdtoolkit.contract import PriorKind
 from kdtoolkit.errors import IncompatibleError
-from kdtoolkit.methods.ld import LD, distribution_kl, valuable_region
+from kdtoolkit.methods._common import distribution_kl
+from kdtoolkit.methods.ld import LD, valuable_region
 from tests.methods._views import CLASSES, GRID, STRIDES, anchors, assignment, batch, exchange, predictions, spec
 
 BATCH = batch([[4, 4, 30, 40], [20, 8, 46, 30]], [[2, 2, 20, 18]])

@@ -38,8 +38,8 @@ def ld(z: losses.Golden) -> Iterator[Check]:
 KINDS: tuple[tuple[str, str, Compare | None], ...] = (
     ("student.gfl_cls.weight", "crosskd_gfl", head),
     ("student.atss_cls.weight", "crosskd_atss", head),
-    ("student.retina_cls.weight", "crosskd_retinanet", None),
-    ("student.conv_centerness.weight", "crosskd_fcos", None),
+    ("student.retina_cls.weight", "crosskd_retinanet", head),
+    ("student.conv_centerness.weight", "crosskd_fcos", head),
     ("loss.relation", "fgd", losses.fgd),
     ("soft_target.0", "ld", ld),
     ("pyramid.loss", "loss_pkd", losses.pkd),

@@ -4,6 +4,7 @@ Detectors are built from the file's settings and weights alone; their backbones 
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,23 +17,25 @@ from torch import Tensor
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.boxes import centres, distances
 from kdtoolkit.contract import Assignment, Batch, Exchange, HeadTrace, Predictions, Priors, View
-from kdtoolkit.detectors import ATSS, GFL
+from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
 from kdtoolkit.detectors.atss import centerness
 from kdtoolkit.detectors.dense import DenseDetector
 from kdtoolkit.detectors.published import rename, rename_published
+from kdtoolkit.detectors.retinanet import encode_offsets
 from kdtoolkit.methods import PKD, CrossKD
 from kdtoolkit.methods.crosskd import EPS, align_statistics, box_kd, classification_kd
 from kdtoolkit.methods.pkd import pkd_loss
 from tests.parity._check import GRADIENT_BOUND, Check
 
 Golden = Mapping[str, np.ndarray]
+DETECTORS = {"GFLHead": GFL, "ATSSHead": ATSS, "RetinaHead": RetinaNet, "FCOSHead": FCOS}
 EXACT = 1e-9  # less than one in the largest label or count
 LOSS_NAMES = {"cls": "loss_cls", "box": "loss_bbox", "dfl": "loss_dfl", "centerness": "loss_centerness"}
-PREDICTION_NAMES = {"cls": "logits", "bbox": "regression", "centerness": "quality"}
+FCOS_MINIMUM = 1e-6  # what the reference divides FCOS's KD terms by where there is no positive; here that is 1
 
 
 def compare(z: Golden) -> Iterator[Check]:
-    """All checks of a `crosskd_gfl*` or `crosskd_atss*` file, or the detection part of `ld_*` and `ldrepo_*`."""
+    """All checks of a `crosskd_*` file, or the detection part of `ld_*` and `ldrepo_*`."""
     cfg = json.loads(str(z["cfg_json"]))
     yield from _crosskd(z, cfg) if "detector" in cfg else _distribution_head(z, cfg)
 
@@ -48,10 +51,11 @@ def _crosskd(z: Golden, cfg: dict[str, Any]) -> Iterator[Check]:
         teacher_features = tuple(_levels(z, "feat_teacher"))
         teacher_trace = teacher.head(teacher_features, batch)
 
-    yield from _predictions(z, "student", trace.predictions)
-    yield from _predictions(z, "teacher", teacher_trace.predictions)
-    yield from _targets(z, assignment, trace.predictions.priors, student.model.num_classes)
-    yield from _detection_losses(z, "plain.loss", student.model, trace.predictions, assignment)
+    yield from _predictions(z, "student", student.model, trace.predictions)
+    yield from _predictions(z, "teacher", teacher.model, teacher_trace.predictions)
+    yield from _targets(z, student.model, assignment, trace.predictions.priors)
+    for prefix in ("plain.loss", "loss"):
+        yield from _detection_losses(z, prefix, student.model, trace.predictions, assignment)
     plain = sum(losses.values())
     yield Check("plain.loss.TOTAL", plain, z["plain.loss.TOTAL"])
     yield from _gradients(z, "plain.", student.model, features, plain)
@@ -67,6 +71,7 @@ def _crosskd(z: Golden, cfg: dict[str, Any]) -> Iterator[Check]:
         box_weight=weight["loss_reg_kd"],
         quality_weight=weight.get("loss_center_kd", 0.0),
         beta=kd["loss_cls_kd"]["beta"],
+        box_loss="iou" if kd["loss_reg_kd"]["type"] == "IoULoss" else "giou",
     )
     methods = [method] + ([PKD(weight=weight["loss_feat_kd"])] if "loss_feat_kd" in weight else [])
     exchange = Exchange(
@@ -76,13 +81,15 @@ def _crosskd(z: Golden, cfg: dict[str, Any]) -> Iterator[Check]:
     total = plain
     for part in methods:
         part.setup(student.spec, teacher.spec)
-        terms = part(exchange)
+        factor = _unguard(assignment, student.model) if part is method else 1.0
+        terms = {name: term * factor for name, term in part(exchange).items()}
         total = total + sum(terms.values())
         yield from _sums(z, terms)
     yield from _crosskd_levels(z, method, exchange)
     for level, (s, t) in enumerate(zip(features, teacher_features, strict=True)):
-        if (key := f"loss.loss_feat_kd.{level}") in z:
-            yield Check(key, weight["loss_feat_kd"] * pkd_loss(s, t), z[key])
+        for key in (f"loss.loss_feat_kd.{level}", f"loss.loss_feat_kd_{level}"):
+            if key in z:
+                yield Check(key, weight["loss_feat_kd"] * pkd_loss(s, t), z[key])
     yield Check("loss.TOTAL", total, z["loss.TOTAL"])
     yield from _gradients(z, "", student.model, features, total)
 
@@ -94,7 +101,7 @@ def _distribution_head(z: Golden, cfg: dict[str, Any]) -> Iterator[Check]:
     regression = model.shape_regression(model.flatten(_levels(z, "bbox_pred")))
     predictions = Predictions(model.flatten(maps), regression, priors, model.decode)
     assignment = model.assign(predictions, _batch(z))
-    yield from _targets(z, assignment, priors, model.num_classes)
+    yield from _targets(z, model, assignment, priors)
     # Here the box terms are divided by the sum of their weights, however small, and 1e-6.
     total = _box_weights(model, predictions, assignment).sum()
     factor = total.clamp(min=1) / (total + 1e-6)
@@ -126,19 +133,22 @@ def _tiny(cls: type[DenseDetector], num_classes: int, z: Golden, **head: Any) ->
 
 def _detector(z: Golden, cfg: dict[str, Any], role: str) -> DenseAdapter:
     test = cfg["test_cfg"]
+    normed = f"{role}.cls_convs.0.gn.weight" in z
     head = {
         "neck_channels": cfg["in_channels"],
         "head_channels": cfg["feat_channels"],
         "head_blocks": cfg["stacked_convs"],
-        "head_groups": (cfg.get("norm_cfg") or {"num_groups": 32})["num_groups"],
+        "head_groups": (cfg.get("norm_cfg") or {"num_groups": 32})["num_groups"] if normed else 0,
         "score_threshold": test["score_thr"],
         "nms_iou": test["nms"]["iou_threshold"],
         "detections_per_image": test["max_per_img"],
     }
     if cfg["type"] == "GFLHead":
-        model = _tiny(GFL, cfg["num_classes"], z, bins=cfg["reg_max"] + 1, **head)
-    else:
-        model = _tiny(ATSS, cfg["num_classes"], z, **head)
+        head["bins"] = cfg["reg_max"] + 1
+    if cfg["type"] == "FCOSHead":
+        head |= {key: cfg[key] for key in ("norm_on_bbox", "centerness_on_reg") if key in cfg}
+        head["center_sampling_radius"] = cfg.get("center_sample_radius", 1.5) if cfg.get("center_sampling") else None
+    model = _tiny(DETECTORS[cfg["type"]], cfg["num_classes"], z, **head)
     published = {
         f"bbox_head.{key.removeprefix(f'{role}.')}": torch.from_numpy(np.asarray(value))
         for key, value in z.items()
@@ -163,30 +173,58 @@ def _split(x: Tensor, priors: Priors) -> tuple[Tensor, ...]:
     return torch.split(x, list(priors.per_level), 1)
 
 
-def _predictions(z: Golden, role: str, predictions: Predictions) -> Iterator[Check]:
-    for name, attribute in PREDICTION_NAMES.items():
-        if f"pred.{role}_{name}.0" in z:
-            ours = getattr(predictions, attribute)
-            for level, part in enumerate(_split(ours.reshape(*ours.shape[:2], -1), predictions.priors)):
-                key = f"pred.{role}_{name}.{level}"
-                yield Check(key, part, _rows(torch.from_numpy(z[key])))
+def _predictions(z: Golden, role: str, model: DenseDetector, predictions: Predictions) -> Iterator[Check]:
+    priors = predictions.priors
+    outputs = {"cls": predictions.logits, "bbox": predictions.regression, "centerness": predictions.quality}
+    if isinstance(model, FCOS):
+        sides = model.sides(predictions.regression, priors)
+        # With norm_on_bbox the reference counts in strides where the head is in training mode, else in pixels.
+        outputs["bbox"] = sides / priors.strides[:, None] if model.norm_on_bbox and role == "student" else sides
+        if "pred.student_bbox_eval.0" in z and role == "student":
+            outputs["bbox_eval"] = sides
+    for name, ours in outputs.items():
+        if ours is None:
+            continue
+        for level, part in enumerate(_split(ours.reshape(*ours.shape[:2], -1), priors)):
+            key = f"pred.{role}_{name}.{level}"
+            reference = _rows(torch.from_numpy(z[key]))
+            yield Check(key, part.reshape(len(part), -1, model.priors_per_cell * part.shape[-1]), reference)
 
 
-def _targets(z: Golden, assignment: Assignment, priors: Priors, num_classes: int) -> Iterator[Check]:
-    parts = (_split(x, priors) for x in (assignment.labels, assignment.weights, assignment.boxes))
+def _box_targets(model: DenseDetector, assignment: Assignment, priors: Priors) -> Tensor:
+    """(N, A, 4): the assigned boxes in the terms of the reference."""
+    if isinstance(model, RetinaNet):
+        return encode_offsets(assignment.boxes, priors.boxes)
+    if isinstance(model, FCOS):
+        sides = distances(centres(priors.boxes), assignment.boxes)
+        return sides / priors.strides[:, None] if model.norm_on_bbox else sides
+    return assignment.boxes
+
+
+def _targets(z: Golden, model: DenseDetector, assignment: Assignment, priors: Priors) -> Iterator[Check]:
+    targets = (assignment.labels, assignment.weights, _box_targets(model, assignment, priors))
+    parts = (_split(x, priors) for x in targets)
     for level, (labels, weights, boxes) in enumerate(zip(*parts, strict=True)):
-        yield Check(f"target.labels.{level}", labels, z[f"target.labels.{level}"], EXACT)
-        yield Check(f"target.label_weights.{level}", weights, z[f"target.label_weights.{level}"], EXACT)
-        positive = torch.from_numpy(z[f"target.labels.{level}"]) < num_classes
-        reference = torch.from_numpy(z[f"target.bbox_targets.{level}"])
-        yield Check(f"target.bbox_targets.{level}", boxes[positive], reference[positive])
+        key = f"target.labels.{level}"
+        reference_labels = torch.from_numpy(z[key]).reshape(labels.shape)  # FCOS: all images in one row
+        yield Check(key, labels, reference_labels, EXACT)
+        if (key := f"target.label_weights.{level}") in z:
+            yield Check(key, weights, z[key], EXACT)
+        else:
+            yield Check(f"{key} (absent: 1)", weights, torch.ones_like(weights), EXACT)
+        key = f"target.bbox_targets.{level}"
+        positive = reference_labels < model.num_classes
+        yield Check(key, boxes[positive], torch.from_numpy(z[key]).reshape(boxes.shape)[positive])
         if (key := f"target.anchors.{level}") in z:
             anchors = _split(priors.boxes[None], priors)[level].expand(len(labels), -1, -1)
             valid = weights > 0  # the reference leaves the others at 0
             yield Check(key, anchors[valid], torch.from_numpy(z[key])[valid])
-    yield Check("norm.avg_factor", assignment.normaliser, z["norm.avg_factor"])
+    count = assignment.positive(model.num_classes).sum()
+    if "norm.avg_factor" in z:
+        yield Check("norm.avg_factor", assignment.normaliser, z["norm.avg_factor"])
+    if "norm.num_pos" in z:
+        yield Check("norm.num_pos", count.clamp(min=1), z["norm.num_pos"], EXACT)
     if "norm.num_positive_locations" in z:
-        count = assignment.positive(num_classes).sum()
         yield Check("norm.num_positive_locations", count, z["norm.num_positive_locations"], EXACT)
 
 
@@ -208,9 +246,15 @@ def _detection_losses(
     box_factor: Tensor | float = 1.0,
 ) -> Iterator[Check]:
     """The loss terms of each level: the loss of this level's priors alone, with the divisors of all."""
+    if isinstance(model, FCOS):  # whose reference has all levels in one
+        for name, loss in model.losses(predictions, assignment).items():
+            yield Check(f"{prefix}.{LOSS_NAMES[name]}", loss, z[f"{prefix}.{LOSS_NAMES[name]}"])
+        return
     weights = _box_weights(model, predictions, assignment)
     if "norm.bbox_avg_factor_raw" in z:
         yield Check("norm.bbox_avg_factor_raw", weights.sum(), z["norm.bbox_avg_factor_raw"])
+    if (key := "norm.bbox_weight_sum_per_level") in z:
+        yield Check(key, torch.stack([x.sum() for x in _split(weights, predictions.priors)]), z[key])
     start = 0
     for level, count in enumerate(predictions.priors.per_level):
         here = slice(start, start + count)
@@ -228,7 +272,8 @@ def _detection_losses(
         losses = model.losses(part, assigned)
         divisor_ratio = weights[:, here].sum().clamp(min=1) / weights.sum().clamp(min=1)
         for name, loss in losses.items():
-            ours = loss * divisor_ratio * box_factor if name in ("box", "dfl") else loss
+            by_weight = name in ("box", "dfl") and not isinstance(model, RetinaNet)
+            ours = loss * divisor_ratio * box_factor if by_weight else loss
             key = f"{prefix}.{LOSS_NAMES[name]}.{level}"
             yield Check(key, ours, z[key])
         start += count
@@ -279,30 +324,54 @@ def _middle(z: Golden, stage: int, exchange: Exchange) -> Iterator[Check]:
             yield Check(key, align_statistics(*held), z[key])
 
 
+def _unguard(assignment: Assignment, model: DenseDetector) -> float:
+    """What turns CrossKD's terms into the reference's: not 1 only for FCOS without any positive."""
+    guarded = isinstance(model, FCOS) and not assignment.positive(model.num_classes).any()
+    return (1 + EPS) / (FCOS_MINIMUM + EPS) if guarded else 1.0
+
+
 def _sums(z: Golden, terms: Mapping[str, Tensor]) -> Iterator[Check]:
-    """The methods' own terms against sums over levels."""
+    """The methods' own terms against sums over levels, or against the one term of all levels."""
     names = {"cls": "loss_cls_kd", "box": "loss_reg_kd", "quality": "losses_center_kd", "feature": "loss_feat_kd"}
     for term, loss in terms.items():
-        yield Check(f"{names[term]} (sum of levels)", loss, sum(x.item() for x in _levels(z, f"loss.{names[term]}")))
+        values = [float(z[key]) for key in z if re.fullmatch(rf"loss\.{names[term]}([._]\d+)?", key)]
+        yield Check(f"{names[term]} (sum of levels)", loss, sum(values))
 
 
 def _crosskd_levels(z: Golden, method: CrossKD, exchange: Exchange) -> Iterator[Check]:
     """Cross-head predictions, and CrossKD's terms by level, from the functions it is made of."""
     cross, teacher = method.cross(exchange), exchange.teacher.head.predictions
     assignment, priors = exchange.teacher_assignment, teacher.priors
-    yield from _predictions(z, "reused", cross)
-    yield Check("norm.kd_cls_avg_factor", assignment.normaliser, z["norm.kd_cls_avg_factor"])
+    model = exchange.teacher.adapter.model
+    factor = _unguard(assignment, model)
+    note = "" if factor == 1 else f" (guarded here; x {factor:.4g})"
+    yield from _predictions(z, "reused", model, cross)
+    reference_normaliser = assignment.normaliser * (1 if factor == 1 else FCOS_MINIMUM)
+    for key in ("norm.kd_cls_avg_factor", "norm.kd_reg_avg_factor"):
+        if key in z:
+            yield Check(key + note, reference_normaliser, z[key])
     normaliser = assignment.normaliser + EPS
     cls = method.cls_weight * classification_kd(cross, teacher, method.beta) * assignment.weights / normaliser
     box, divisor = box_kd(cross, teacher, assignment, method.box_loss)
+    weights = teacher.probabilities.amax(-1) * assignment.weights
     if "norm.kd_reg_weight_sum" in z:
         yield Check("norm.kd_reg_weight_sum", divisor, z["norm.kd_reg_weight_sum"])
+        key = "norm.kd_reg_weight_sum_per_level"
+        yield Check(key, torch.stack([part.sum() for part in _split(weights, priors)]), z[key])
     box = (method.distribution_weight if teacher.regression.ndim == 4 else method.box_weight) * box / (divisor + EPS)
     terms = {"loss_cls_kd": cls, "loss_reg_kd": box}
-    if cross.quality is not None and teacher.quality is not None:
+    if cross.quality is not None and teacher.quality is not None and method.quality_weight:
         quality = F.binary_cross_entropy_with_logits(cross.quality, teacher.quality.sigmoid(), reduction="none")
         positive = assignment.positive(exchange.teacher.spec.num_classes)
         terms["losses_center_kd"] = method.quality_weight * quality * positive / normaliser
+    if "kd.reg_weights" in z:  # FCOS: all levels in one
+        yield Check("kd.reg_weights", torch.cat([w.flatten() for w in _split(weights, priors)]), z["kd.reg_weights"])
+        for name, term in terms.items():
+            yield Check(f"loss.{name}{note}", term.sum() * factor, z[f"loss.{name}"])
+        return
+    for level, part in enumerate(_split(weights, priors)):
+        if (key := f"kd.reg_weights.{level}") in z:
+            yield Check(key, part.flatten(), z[key])
     for name, term in terms.items():
         for level, part in enumerate(_split(term, priors)):
             yield Check(f"loss.{name}.{level}", part.sum(), z[f"loss.{name}.{level}"])

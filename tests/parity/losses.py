@@ -25,12 +25,12 @@ from kdtoolkit.contract import (
     View,
 )
 from kdtoolkit.detectors.gfl import distribution_focal_loss, quality_focal_loss
-from kdtoolkit.methods._common import resize_like
+from kdtoolkit.methods._common import distribution_kl, resize_like
 from kdtoolkit.methods.crosskd import quality_focal_kd
 from kdtoolkit.methods.cwd import cwd_loss
 from kdtoolkit.methods.fgd import FGD, channel_attention, region_masks, spatial_attention
 from kdtoolkit.methods.fitnet import box_region, fine_grained_region, imitation_loss
-from kdtoolkit.methods.ld import LD, distribution_kl, valuable_region
+from kdtoolkit.methods.ld import LD, valuable_region
 from kdtoolkit.methods.mgd import generator, mgd_loss
 from kdtoolkit.methods.pkd import pkd_loss
 from tests.parity._check import FLOOR, GRADIENT_BOUND, Check
