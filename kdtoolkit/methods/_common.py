@@ -1,13 +1,18 @@
-"""What methods share: levels that correspond, projections, statistics of channels, divergence of distributions."""
+"""What methods share: levels that correspond, projections, statistics of channels, divergences of predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtoolkit.contract import DetectorSpec
+from kdtoolkit.boxes import elementwise_giou, elementwise_iou
+from kdtoolkit.contract import Assignment, DetectorSpec, Predictions
+
+EPS = torch.finfo(torch.float32).eps
 
 
 def shared_levels(student: DetectorSpec, teacher: DetectorSpec) -> list[tuple[int, int]]:
@@ -58,3 +63,41 @@ def distribution_kl(student_logits: Tensor, teacher_logits: Tensor, temperature:
     student = (student_logits.float() / temperature).log_softmax(-1)
     teacher = (teacher_logits.detach().float() / temperature).log_softmax(-1)
     return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
+
+
+def quality_focal_kd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
+    """Quality focal loss towards the teacher's scores, elementwise in float32, for logits of any equal shape.
+
+    BCE(s, sigmoid(t)) * |sigmoid(s) - sigmoid(t)|^beta. Source: GFL (arXiv 2006.04388), equation 7, soft target.
+    """
+    student_logits, target = student_logits.float(), teacher_logits.detach().float().sigmoid()
+    modulation = (student_logits.sigmoid() - target).abs()
+    if beta != 1:
+        modulation = modulation.pow(beta)
+    return F.binary_cross_entropy_with_logits(student_logits, target, reduction="none") * modulation
+
+
+def classification_kd(student: Predictions, teacher: Predictions, beta: float = 1.0) -> Tensor:
+    """Classification term of each prior (N, A), summed over classes: QFL, or KL where scores are a softmax."""
+    if teacher.activation == "sigmoid":
+        return quality_focal_kd(student.logits, teacher.logits, beta).sum(-1)
+    return distribution_kl(student.logits, teacher.logits, temperature=1.0)
+
+
+def box_kd(
+    student: Predictions, teacher: Predictions, assignment: Assignment, kind: Literal["giou", "iou"]
+) -> tuple[Tensor, Tensor]:
+    """Localisation term of each prior (N, A) and the divisor of its sum, each prior weighted by the teacher's score.
+
+    Distributions: KL averaged over the four sides, divided by the sum of the weights. Else: 1 - GIoU, or -log IoU,
+    of decoded boxes, divided by the normaliser of the teacher's assignment.
+    """
+    weight = teacher.probabilities.amax(-1).float() * assignment.weights
+    if teacher.regression.ndim == 4:
+        divergence = distribution_kl(student.regression, teacher.regression, temperature=1.0).mean(-1)
+        return weight * divergence, weight.sum()
+    if kind == "giou":
+        distance = 1 - elementwise_giou(student.boxes, teacher.boxes)
+    else:
+        distance = -elementwise_iou(student.boxes, teacher.boxes).clamp(min=1e-6).log()
+    return weight * distance, assignment.normaliser

@@ -13,15 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtoolkit.boxes import elementwise_giou, elementwise_iou
-from kdtoolkit.contract import Assignment, Capability, DetectorSpec, Exchange, Method, Predictions, State
-from kdtoolkit.methods._common import channel_statistics, distribution_kl, projection, resize_like
-
-EPS = torch.finfo(torch.float32).eps
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Predictions, State
+from kdtoolkit.methods._common import (
+    EPS,
+    box_kd,
+    channel_statistics,
+    classification_kd,
+    projection,
+    resize_like,
+)
 
 
 def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
@@ -34,25 +37,6 @@ def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Ten
     return (student - mean) / (std + eps) * teacher_std + teacher_mean
 
 
-def quality_focal_kd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
-    """Quality focal loss towards the teacher's scores, elementwise in float32, for logits of any equal shape.
-
-    BCE(s, sigmoid(t)) * |sigmoid(s) - sigmoid(t)|^beta. Source: GFL (arXiv 2006.04388), equation 7, soft target.
-    """
-    student_logits, target = student_logits.float(), teacher_logits.detach().float().sigmoid()
-    modulation = (student_logits.sigmoid() - target).abs()
-    if beta != 1:
-        modulation = modulation.pow(beta)
-    return F.binary_cross_entropy_with_logits(student_logits, target, reduction="none") * modulation
-
-
-def classification_kd(cross: Predictions, teacher: Predictions, beta: float = 1.0) -> Tensor:
-    """Classification term of each prior (N, A), summed over classes: QFL, or KL where scores are a softmax."""
-    if teacher.activation == "sigmoid":
-        return quality_focal_kd(cross.logits, teacher.logits, beta).sum(-1)
-    return distribution_kl(cross.logits, teacher.logits, temperature=1.0)
-
-
 def cross_state(student: State, teacher: State, project: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, ...]]:
     """Make the student's state fit for the teacher's head: project, resize and align each branch and level."""
     return {
@@ -62,25 +46,6 @@ def cross_state(student: State, teacher: State, project: Mapping[str, nn.Module]
         )
         for branch, module in project.items()
     }
-
-
-def box_kd(
-    cross: Predictions, teacher: Predictions, assignment: Assignment, kind: Literal["giou", "iou"]
-) -> tuple[Tensor, Tensor]:
-    """Localisation term of each prior (N, A) and the divisor of its sum, each prior weighted by the teacher's score.
-
-    Distributions: KL averaged over the four sides, divided by the sum of the weights. Else: 1 - GIoU, or -log IoU,
-    of decoded boxes, divided by the normaliser of the teacher's assignment.
-    """
-    weight = teacher.probabilities.amax(-1).float() * assignment.weights
-    if teacher.regression.ndim == 4:
-        divergence = distribution_kl(cross.regression, teacher.regression, temperature=1.0).mean(-1)
-        return weight * divergence, weight.sum()
-    if kind == "giou":
-        distance = 1 - elementwise_giou(cross.boxes, teacher.boxes)
-    else:
-        distance = -elementwise_iou(cross.boxes, teacher.boxes).clamp(min=1e-6).log()
-    return weight * distance, assignment.normaliser
 
 
 class CrossKD(Method):

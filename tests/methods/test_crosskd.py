@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from kdtoolkit import Distiller, IncompatibleError
 from kdtoolkit.contract import Exchange, View, adapt
-from kdtoolkit.methods.crosskd import CrossKD, align_statistics, quality_focal_kd
+from kdtoolkit.methods._common import quality_focal_kd
+from kdtoolkit.methods.crosskd import CrossKD, align_statistics
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
 

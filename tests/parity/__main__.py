@@ -47,7 +47,7 @@ KINDS: tuple[tuple[str, str, Compare | None], ...] = (
     ("soft", "loss_kldiv", losses.kldiv),
     ("case0.tau1_w10.loss", "mmrazor_cwd", losses.cwd),
     ("case0.generated", "mmrazor_mgd", losses.mgd),
-    ("loss.unweighted_feat", "mmrazor_fbkd", None),
+    ("loss.unweighted_feat", "mmrazor_fbkd", losses.fbkd),
     ("dkd_mean.tau1.loss", "mmrazor_logits", None),
 )
 

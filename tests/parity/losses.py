@@ -25,9 +25,10 @@ from kdtoolkit.contract import (
     View,
 )
 from kdtoolkit.detectors.gfl import distribution_focal_loss, quality_focal_loss
-from kdtoolkit.methods._common import distribution_kl, resize_like
-from kdtoolkit.methods.crosskd import quality_focal_kd
+from kdtoolkit.methods._common import distribution_kl, quality_focal_kd, resize_like
 from kdtoolkit.methods.cwd import cwd_loss
+from kdtoolkit.methods.fbkd import FBKD, Connector
+from kdtoolkit.methods.fbkd import spatial_attention as fbkd_attention
 from kdtoolkit.methods.fgd import FGD, channel_attention, region_masks, spatial_attention
 from kdtoolkit.methods.fitnet import box_region, fine_grained_region, imitation_loss
 from kdtoolkit.methods.ld import LD, valuable_region
@@ -173,6 +174,74 @@ def mgd(z: Golden) -> Iterator[Check]:
         for name, parameter in parameters.items():
             key = f"{case}.grad.param.{name}"
             yield Check(key, gradient(loss, parameter), z[key], GRADIENT_BOUND)
+
+
+# ---- FBKD
+
+
+def fbkd(z: Golden) -> Iterator[Check]:
+    cfg = json.loads(str(z["cfg_json"]))
+    student, teacher = tensor(z, "student").requires_grad_(), tensor(z, "teacher")
+    # The reference pools twice: 2 x 2, then by maxpool_stride.
+    connector = Connector(cfg["in_channels"], teacher.shape[1], 2 * cfg["maxpool_stride"], cfg["reduction"])
+    parameters = dict(connector.named_parameters())
+    names = {key: _fbkd_name(key.removeprefix("gradnorm.")) for key in z if key.startswith("gradnorm.")}
+    for key, name in names.items():
+        value = tensor(z, key.removeprefix("gradnorm."))
+        parameters[name].data = value.reshape(parameters[name].shape)
+
+    for role, x in (("student", student), ("teacher", teacher)):
+        yield Check(f"mid.{role}.spatial_mask", fbkd_attention(x, cfg["spatial_T"]), z[f"mid.{role}.spatial_mask"])
+    relation = connector.relation(connector.student_relation(student))
+    for name, ours in (
+        ("student.channel_pool_adapt", connector.channel(student.mean((2, 3)))),
+        ("student.spatial_pool_adapt", connector.spatial(student.mean(1, keepdim=True))),
+        ("student.relation_adapt", relation),
+        ("student.feat_adapt", connector.feature(student)),
+        ("teacher.relation", connector.teacher_relation(teacher)),
+    ):
+        yield Check(f"mid.{name}", ours, z[f"mid.{name}"])
+    terms = connector(student, teacher, cfg["spatial_T"])
+    for name, loss in zip(("feat", "channel", "spatial", "nonlocal"), terms, strict=True):
+        yield Check(f"loss.unweighted_{name}", loss, z[f"loss.unweighted_{name}"])
+
+    method = FBKD(
+        temperature=cfg["spatial_T"],
+        feature_weight=cfg["mask_l2_weight"],
+        channel_weight=cfg["channel_weight"],
+        spatial_weight=cfg["spatial_weight"],
+        relation_weight=cfg["nonlocal_weight"],
+    )
+    specs = [DetectorSpec("", 1, (8,), (x.shape[1],), PriorKind.POINTS) for x in (student, teacher)]
+    method.setup(*specs)
+    method.connectors[0] = connector
+    batch = Batch(torch.zeros(len(student), 3, 1, 1), (), (), ())
+    exchange = Exchange(view(specs[0], batch, [student]), view(specs[1], batch, [teacher]))
+    total = sum(method(exchange).values())
+    yield Check("loss.total", total, z["loss.total"])
+    yield Check("grad.student", gradient(total, student), z["grad.student"], GRADIENT_BOUND)
+    for key, name in names.items():
+        yield Check(key, gradient(total, parameters[name]).norm(), z[key], GRADIENT_BOUND)
+
+
+def _fbkd_name(name: str) -> str:
+    """Our name of a parameter of the reference."""
+    for theirs, ours in (
+        ("student_connector.student_non_local.", "student_relation."),
+        ("teacher_connector.teacher_non_local.", "teacher_relation."),
+        ("student_connector.channel_wise_adaptation.", "channel."),
+        ("student_connector.spatial_wise_adaptation.", "spatial."),
+        ("student_connector.non_local_adaptation.", "relation."),
+        ("student_connector.adaptation_layers.", "feature."),
+        ("theta.conv.", "query."),
+        ("phi.0.0.conv.", "key."),
+        ("g.0.0.conv.", "value."),
+        ("conv_out.conv.", "out."),
+        ("conv_out.bn.weight", "scale"),
+        ("conv_out.bn.bias", "shift"),
+    ):
+        name = name.replace(theirs, ours)
+    return name
 
 
 # ---- FGD

@@ -1,0 +1,136 @@
+"""FBKD: attention-guided features and non-local relations (Zhang & Ma, ICLR 2021, uKhGRvM8QNH).
+
+The student's map mimics the teacher's where both look, its means over space and over channels mimic the teacher's
+(section 3.1), and so does what a non-local block makes of the relations between its cells (section 3.2). Each term is
+a Euclidean norm over all of a level, neither squared nor divided by N.
+
+Numbers agree with open-mmlab/mmrazor @90c7af1, level by level.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
+from kdtoolkit.methods._common import no_shared_level, resize_like, shared_levels
+
+
+def spatial_attention(x: Tensor, temperature: float) -> Tensor:
+    """Attention (N, 1, H, W) of maps (N, C, H, W), 1 on average: softmax over cells of the mean of |x|."""
+    weight = (x.abs().mean(1).flatten(1) / temperature).softmax(1)
+    return (weight * weight.shape[1]).reshape(len(x), 1, *x.shape[2:])
+
+
+class NonLocal(nn.Module):
+    """Add to each cell what it gathers from the others by dot product (arXiv 1711.07971); at first the identity.
+
+    Keys and values are max-pooled, to one of `pool` x `pool` cells or, in smaller maps, to one of all.
+    """
+
+    def __init__(self, channels: int, pool: int, reduction: int) -> None:
+        super().__init__()
+        inner = max(channels // reduction, 1)
+        self.pool = pool
+        self.query = nn.Conv2d(channels, inner, 1)
+        self.key = nn.Conv2d(channels, inner, 1)
+        self.value = nn.Conv2d(channels, inner, 1)
+        self.out = nn.Conv2d(inner, channels, 1, bias=False)
+        self.scale = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) in, the same out."""
+        window = min(self.pool, x.shape[2]), min(self.pool, x.shape[3])
+        key, value = (F.max_pool2d(conv(x), window).flatten(2) for conv in (self.key, self.value))
+        query = self.query(x)
+        relation = torch.einsum("ncq,nck->nqk", query.flatten(2), key) / key.shape[2]
+        gathered = self.out(torch.einsum("nqk,nck->ncq", relation, value).reshape_as(query))
+        # Batch normalisation in training mode, but for a single cell in all too, which nn.BatchNorm2d refuses.
+        variance, mean = torch.var_mean(gathered, (0, 2, 3), correction=0, keepdim=True)
+        normed: Tensor = (gathered - mean) * (variance + 1e-5).rsqrt() * self.scale + self.shift
+        return x + normed
+
+
+class Connector(nn.Module):
+    """What is learned for one level: both relations, and the student's way to the teacher's channels."""
+
+    def __init__(self, student_channels: int, teacher_channels: int, pool: int, reduction: int = 4) -> None:
+        super().__init__()
+        self.feature = nn.Conv2d(student_channels, teacher_channels, 1)
+        self.channel = nn.Linear(student_channels, teacher_channels)
+        self.spatial = nn.Conv2d(1, 1, 3, padding=1)
+        self.relation = nn.Conv2d(student_channels, teacher_channels, 1)
+        self.student_relation = NonLocal(student_channels, pool, reduction)
+        self.teacher_relation = NonLocal(teacher_channels, pool, reduction)
+
+    def forward(self, student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Feature, channel, spatial and relation term, unweighted scalars, of maps (N, C, H, W) of one size."""
+        teacher = teacher.detach()
+        attention = (spatial_attention(student, temperature) + spatial_attention(teacher, temperature)).detach() / 2
+        differences = (
+            (self.feature(student) - teacher) * attention.sqrt(),
+            self.channel(student.mean((2, 3))) - teacher.mean((2, 3)),
+            self.spatial(student.mean(1, keepdim=True)) - teacher.mean(1, keepdim=True),
+            self.relation(self.student_relation(student)) - self.teacher_relation(teacher),
+        )
+        # Not square().sum().sqrt(): its gradient is 0 / 0 where nothing differs.
+        feature, channel, spatial, relation = (torch.linalg.vector_norm(x) for x in differences)
+        return feature, channel, spatial, relation
+
+
+class FBKD(Method):
+    """Imitate the teacher's pyramid where it looks, its means, and the relations between its cells.
+
+    Relations are to one key in 64 x 64 pixels, or in 4 x 4 cells where that is more: the published setting.
+
+    Args:
+        temperature: of the attention.
+        feature_weight: factor of the attended difference of features, summed over levels as all terms are.
+        channel_weight: factor of the difference of means over space.
+        spatial_weight: factor of the difference of means over channels.
+        relation_weight: factor of the non-local term.
+    """
+
+    needs = frozenset({Capability.FEATURES})
+    terms = ("feature", "channel", "spatial", "relation")
+    paper = "OpenReview uKhGRvM8QNH (ICLR 2021)"
+    levels: list[tuple[int, int]]
+    connectors: nn.ModuleList
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.5,
+        feature_weight: float = 7e-5,
+        channel_weight: float = 4e-3,
+        spatial_weight: float = 4e-3,
+        relation_weight: float = 7e-5,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.weights = feature_weight, channel_weight, spatial_weight, relation_weight
+
+    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+        """Refuse pairs without a common stride."""
+        return no_shared_level(student, teacher)
+
+    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        """Pair the levels of equal stride; one connector each, which projects channels even where they are equal."""
+        self.levels = shared_levels(student, teacher)
+        self.connectors = nn.ModuleList(
+            Connector(student.channels[s], teacher.channels[t], max(64 // student.strides[s], 4))
+            for s, t in self.levels
+        )
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """`feature`, `channel`, `spatial` and `relation`, each summed over levels."""
+        student, teacher = exchange.student.features, exchange.teacher.features
+        with torch.autocast(teacher[0].device.type, enabled=False):
+            losses = [
+                connector(resize_like(student[s].float(), teacher[t]), teacher[t].float(), self.temperature)
+                for (s, t), connector in zip(self.levels, self.connectors, strict=True)
+            ]
+        sums = (torch.stack(term).sum() for term in zip(*losses, strict=True))
+        return {name: w * term for name, w, term in zip(self.terms, self.weights, sums, strict=True)}

@@ -1,0 +1,82 @@
+"""Prediction mimicking: the student's own predictions mimic the teacher's, the baseline of CrossKD (arXiv 2306.11369).
+
+The losses are CrossKD's, but nothing of the teacher's head takes part: predictions that answer to the ground truth
+are at the same time drawn towards the teacher's, and where the two disagree the targets conflict (section 3.1).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
+from kdtoolkit.methods._common import EPS, box_kd, classification_kd
+
+
+class Mimic(Method):
+    """Let the student's own predictions mimic the teacher's, prior by prior.
+
+    Defaults are those of `CrossKD`, so that the two differ in nothing but whose predictions mimic.
+
+    Args:
+        cls_weight: factor of the classification term (1; FCOS 0.4).
+        distribution_weight: factor of the localisation term where boxes are distributions (GFL: 4).
+        box_weight: factor of the localisation term where they are not (RetinaNet, ATSS: 1; FCOS 0.75).
+        quality_weight: factor of the centerness term (ATSS: 1; FCOS 0); there is none without such a branch.
+        beta: exponent of the quality focal loss.
+        box_loss: "giou" (RetinaNet, ATSS), or "iou" (FCOS).
+    """
+
+    needs = frozenset({Capability.PREDICTIONS, Capability.ASSIGNMENT})
+    terms = ("cls", "box", "quality")
+    paper = "arXiv 2306.11369 (CVPR 2024), its baseline"
+
+    def __init__(
+        self,
+        *,
+        cls_weight: float = 1.0,
+        distribution_weight: float = 4.0,
+        box_weight: float = 1.0,
+        quality_weight: float = 1.0,
+        beta: float = 1.0,
+        box_loss: Literal["giou", "iou"] = "giou",
+    ) -> None:
+        super().__init__()
+        self.cls_weight = cls_weight
+        self.distribution_weight = distribution_weight
+        self.box_weight = box_weight
+        self.quality_weight = quality_weight
+        self.beta = beta
+        self.box_loss: Literal["giou", "iou"] = box_loss
+
+    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+        """Refuse pairs whose priors do not correspond one to one, or that predict boxes in other ways."""
+        if not (student.priors.on_grid and teacher.priors.on_grid):
+            return f"priors must lie on grids; the student has {student.priors}, the teacher {teacher.priors}"
+        if student.strides != teacher.strides:
+            return f"other pyramid levels: strides {student.strides} of the student, {teacher.strides} of the teacher"
+        if student.priors_per_cell != teacher.priors_per_cell:
+            return f"{student.priors_per_cell} priors a cell in the student, {teacher.priors_per_cell} in the teacher"
+        if student.priors != teacher.priors:
+            return f"boxes are relative to {student.priors} in the student, to {teacher.priors} in the teacher"
+        if student.bins != teacher.bins:
+            return f"box sides are distributions over {student.bins} bins in the student, {teacher.bins} in the teacher"
+        return None
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """`cls`, `box` and, where both detectors judge quality, `quality`."""
+        student, teacher = exchange.matched.predictions, exchange.teacher.head.predictions
+        assignment = exchange.teacher_assignment
+        normaliser = assignment.normaliser + EPS
+        cls = (classification_kd(student, teacher, self.beta) * assignment.weights).sum() / normaliser
+        box, divisor = box_kd(student, teacher, assignment, self.box_loss)
+        box_weight = self.distribution_weight if teacher.regression.ndim == 4 else self.box_weight
+        terms = {"cls": self.cls_weight * cls, "box": box_weight * box.sum() / (divisor + EPS)}
+        if student.quality is not None and teacher.quality is not None and self.quality_weight:
+            positive = assignment.positive(exchange.teacher.spec.num_classes)
+            target = teacher.quality.detach().float().sigmoid()
+            loss = F.binary_cross_entropy_with_logits(student.quality.float(), target, reduction="none")
+            terms["quality"] = self.quality_weight * (loss * positive).sum() / normaliser
+        return terms
