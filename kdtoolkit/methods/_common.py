@@ -101,3 +101,26 @@ def box_kd(
     else:
         distance = -elementwise_iou(student.boxes, teacher.boxes).clamp(min=1e-6).log()
     return weight * distance, assignment.normaliser
+
+
+def prediction_losses(
+    student: Predictions,
+    teacher: Predictions,
+    assignment: Assignment,
+    num_classes: int,
+    beta: float,
+    box_loss: Literal["giou", "iou"],
+) -> dict[str, Tensor]:
+    """Unweighted losses `cls`, `box` and, where both judge quality, `quality` of predictions at the same priors.
+
+    The published ones of CrossKD (arXiv 2306.11369, equations 4 and 5); `assignment` is of the teacher's priors.
+    """
+    normaliser = assignment.normaliser + EPS
+    cls = (classification_kd(student, teacher, beta) * assignment.weights).sum() / normaliser
+    box, divisor = box_kd(student, teacher, assignment, box_loss)
+    losses = {"cls": cls, "box": box.sum() / (divisor + EPS)}
+    if student.quality is not None and teacher.quality is not None:
+        target = teacher.quality.detach().float().sigmoid()
+        bce = F.binary_cross_entropy_with_logits(student.quality.float(), target, reduction="none")
+        losses["quality"] = (bce * assignment.positive(num_classes)).sum() / normaliser
+    return losses

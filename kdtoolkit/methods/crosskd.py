@@ -13,18 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Predictions, State
-from kdtoolkit.methods._common import (
-    EPS,
-    box_kd,
-    channel_statistics,
-    classification_kd,
-    projection,
-    resize_like,
-)
+from kdtoolkit.methods._common import channel_statistics, prediction_losses, projection, resize_like
 
 
 def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
@@ -138,17 +130,13 @@ class CrossKD(Method):
         return exchange.finish_with_teacher(aligned, self.stages[1])
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`cls`, `box` and, where both detectors judge quality, `quality`."""
+        """`cls`, `box` and, where the teacher judges quality, `quality`; those of weight 0 are left out."""
         cross, teacher = self.cross(exchange), exchange.teacher.head.predictions
-        assignment = exchange.teacher_assignment
-        normaliser = assignment.normaliser + EPS
-        cls = (classification_kd(cross, teacher, self.beta) * assignment.weights).sum() / normaliser
-        box, divisor = box_kd(cross, teacher, assignment, self.box_loss)
-        box_weight = self.distribution_weight if teacher.regression.ndim == 4 else self.box_weight
-        terms = {"cls": self.cls_weight * cls, "box": box_weight * box.sum() / (divisor + EPS)}
-        if cross.quality is not None and teacher.quality is not None and self.quality_weight:
-            positive = assignment.positive(exchange.teacher.spec.num_classes)
-            target = teacher.quality.detach().float().sigmoid()
-            loss = F.binary_cross_entropy_with_logits(cross.quality.float(), target, reduction="none")
-            terms["quality"] = self.quality_weight * (loss * positive).sum() / normaliser
-        return terms
+        num_classes = exchange.teacher.spec.num_classes
+        losses = prediction_losses(cross, teacher, exchange.teacher_assignment, num_classes, self.beta, self.box_loss)
+        weights = {
+            "cls": self.cls_weight,
+            "box": self.distribution_weight if teacher.regression.ndim == 4 else self.box_weight,
+            "quality": self.quality_weight,
+        }
+        return {name: weights[name] * loss for name, loss in losses.items() if weights[name]}

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import EPS, box_kd, classification_kd
+from kdtoolkit.methods._common import prediction_losses
 
 
 class Mimic(Method):
@@ -66,17 +65,13 @@ class Mimic(Method):
         return None
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`cls`, `box` and, where both detectors judge quality, `quality`."""
+        """`cls`, `box` and, where both heads judge quality, `quality`; those of weight 0 are left out."""
         student, teacher = exchange.matched.predictions, exchange.teacher.head.predictions
-        assignment = exchange.teacher_assignment
-        normaliser = assignment.normaliser + EPS
-        cls = (classification_kd(student, teacher, self.beta) * assignment.weights).sum() / normaliser
-        box, divisor = box_kd(student, teacher, assignment, self.box_loss)
-        box_weight = self.distribution_weight if teacher.regression.ndim == 4 else self.box_weight
-        terms = {"cls": self.cls_weight * cls, "box": box_weight * box.sum() / (divisor + EPS)}
-        if student.quality is not None and teacher.quality is not None and self.quality_weight:
-            positive = assignment.positive(exchange.teacher.spec.num_classes)
-            target = teacher.quality.detach().float().sigmoid()
-            loss = F.binary_cross_entropy_with_logits(student.quality.float(), target, reduction="none")
-            terms["quality"] = self.quality_weight * (loss * positive).sum() / normaliser
-        return terms
+        num_classes = exchange.teacher.spec.num_classes
+        losses = prediction_losses(student, teacher, exchange.teacher_assignment, num_classes, self.beta, self.box_loss)
+        weights = {
+            "cls": self.cls_weight,
+            "box": self.distribution_weight if teacher.regression.ndim == 4 else self.box_weight,
+            "quality": self.quality_weight,
+        }
+        return {name: weights[name] * loss for name, loss in losses.items() if weights[name]}
