@@ -90,8 +90,10 @@ class Display:
 
 
 def duration(seconds: float) -> str:
-    """A time in words, to the precision a reader wants: `45 s`, `12 min`, `3 h 20 min`."""
+    """A time in words, to the precision a reader wants: `45 s`, `2.5 min`, `12 min`, `3 h 20 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
+    if seconds < 570:
+        return f"{seconds / 60:.1f} min"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -10,7 +10,7 @@ from kdtoolkit.benchmark.board import Board
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #16794a; --open: #8a6100; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --good: #6fd19d; --open: #e2b93d; --bad: #ff8a80; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 90rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 110rem; margin: 2rem auto; padding: 0 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }

@@ -48,7 +48,14 @@ def test_a_terminal_gets_bars_and_losses_and_other_outputs_plain_lines(plan, ter
 
 
 def test_durations():
-    assert [duration(s) for s in (0.4, 89, 91, 3600, 12000)] == ["0 s", "89 s", "2 min", "60 min", "3 h 20 min"]
+    assert [duration(s) for s in (0.4, 89, 91, 569, 3600, 12000)] == [
+        "0 s",
+        "89 s",
+        "1.5 min",
+        "9.5 min",
+        "60 min",
+        "3 h 20 min",
+    ]
 
 
 def test_the_time_left_by_hand(plan):
