@@ -58,7 +58,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as z:
             return {key: z[key] for key in z.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise UnknownFileError(f"cannot be read as .npz: {error}") from error
+        reason = "it is no .npz file" if isinstance(error, ValueError) else error  # numpy's words there are on pickles
+        raise UnknownFileError(f"cannot be read: {reason}") from error
 
 
 def comparison(z: losses.Golden, path: Path) -> Compare:
