@@ -27,6 +27,24 @@ def no_shared_level(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
     return f"no pyramid level in common: strides {student.strides} of the student, {teacher.strides} of the teacher"
 
 
+def unlike_grids(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """The reason why priors do not correspond one to one, if so: none on a grid, other strides, or more in a cell."""
+    if not (student.priors.on_grid and teacher.priors.on_grid):
+        return f"priors must lie on grids; the student has {student.priors}, the teacher {teacher.priors}"
+    if student.strides != teacher.strides:
+        return f"other pyramid levels: strides {student.strides} of the student, {teacher.strides} of the teacher"
+    if student.priors_per_cell != teacher.priors_per_cell:
+        return f"{student.priors_per_cell} priors a cell in the student, {teacher.priors_per_cell} in the teacher"
+    return None
+
+
+def unlike_bins(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """The reason why distributions of box sides cannot be compared, if so."""
+    if student.bins == teacher.bins:
+        return None
+    return f"box sides are distributions over {student.bins} bins in the student, {teacher.bins} in the teacher"
+
+
 def projection(student_channels: int, teacher_channels: int) -> nn.Module:
     """A learned 1x1 convolution from the student's channels to the teacher's; nothing where they are equal."""
     if student_channels == teacher_channels:

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kdtoolkit.boxes import centres, pairwise_iou
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, PriorKind
 from kdtoolkit.errors import IncompatibleError
-from kdtoolkit.methods._common import distribution_kl
+from kdtoolkit.methods._common import distribution_kl, unlike_bins, unlike_grids
 
 POINT_SIDE = 8  # strides; side of the square that stands for a point: the anchor of ATSS and GFL
 
@@ -120,15 +120,7 @@ class LD(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose priors or distributions do not correspond one to one."""
-        if not (student.priors.on_grid and teacher.priors.on_grid):
-            return f"priors must lie on grids; the student has {student.priors}, the teacher {teacher.priors}"
-        if student.strides != teacher.strides:
-            return f"other pyramid levels: strides {student.strides} of the student, {teacher.strides} of the teacher"
-        if student.priors_per_cell != teacher.priors_per_cell:
-            return f"{student.priors_per_cell} priors a cell in the student, {teacher.priors_per_cell} in the teacher"
-        if student.bins != teacher.bins:
-            return f"box sides are distributions over {student.bins} bins in the student, {teacher.bins} in the teacher"
-        return None
+        return unlike_grids(student, teacher) or unlike_bins(student, teacher)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`main` and, where their weight is not 0, `valuable` and `cls`.

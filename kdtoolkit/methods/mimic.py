@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import prediction_losses
+from kdtoolkit.methods._common import prediction_losses, unlike_bins, unlike_grids
 
 
 class Mimic(Method):
@@ -52,17 +52,11 @@ class Mimic(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose priors do not correspond one to one, or that predict boxes in other ways."""
-        if not (student.priors.on_grid and teacher.priors.on_grid):
-            return f"priors must lie on grids; the student has {student.priors}, the teacher {teacher.priors}"
-        if student.strides != teacher.strides:
-            return f"other pyramid levels: strides {student.strides} of the student, {teacher.strides} of the teacher"
-        if student.priors_per_cell != teacher.priors_per_cell:
-            return f"{student.priors_per_cell} priors a cell in the student, {teacher.priors_per_cell} in the teacher"
+        if reason := unlike_grids(student, teacher):
+            return reason
         if student.priors != teacher.priors:
             return f"boxes are relative to {student.priors} in the student, to {teacher.priors} in the teacher"
-        if student.bins != teacher.bins:
-            return f"box sides are distributions over {student.bins} bins in the student, {teacher.bins} in the teacher"
-        return None
+        return unlike_bins(student, teacher)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`cls`, `box` and, where both heads judge quality, `quality`; those of weight 0 are left out."""
