@@ -18,7 +18,9 @@ import importlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import entry_points
 from typing import ClassVar, Literal, TypedDict
 
@@ -54,14 +56,16 @@ class PriorKind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Stage:
-    """One joint of the head: `channels` of the hidden state of each branch (dim 1 of the state's tensors).
+    """One joint of the head: the `channels` (dim 1) of each branch's hidden state, one entry a tensor of it.
 
-    `activation` stands between the joint and the next layer. States are taken *before* it and `resume` applies
-    it, so it must be idempotent (ReLU, identity).
+    Tensors are maps (N, C, H, W), one a level, where `spatial`; else one of vectors: (M, C), of M proposals of the
+    batch, or (N, C, Q), of Q queries an image. `activation` stands between the joint and the next layer. States are
+    taken *before* it and `resume` applies it, so it must be idempotent (ReLU); None where states are taken after it.
     """
 
     name: str
-    channels: Mapping[str, int]
+    channels: Mapping[str, tuple[int, ...]]
+    spatial: bool = True
     activation: Callable[[Tensor], Tensor] | None = None
 
 
@@ -69,8 +73,11 @@ class Stage:
 class DetectorSpec:
     """The facts about a detector that methods are checked against before the first step.
 
-    `stages[0]` is the head's input, `stages[-1]` what its predictors take. `bins` is 0 unless each box side is a
-    distribution; `channels` and `strides` (pixels) have one entry a pyramid level.
+    `channels`, `strides` (pixels) and, where priors lie on a grid, `priors_per_cell` have one entry a pyramid level.
+    `stages[0]` is the head's input, `stages[-1]` what its predictors take. `activation` is that of class scores, a
+    softmax having one more for background. `bins`: where each box side is a distribution, the values its bins stand
+    for, in strides on a grid. Priors that lie on no grid can be handed to detectors of equal `prior_form`, which says
+    what they are made of. `first_stage`: of what proposes (a region proposal network), a detector of one class.
     """
 
     name: str
@@ -78,10 +85,13 @@ class DetectorSpec:
     strides: tuple[int, ...]
     channels: tuple[int, ...]
     priors: PriorKind
-    priors_per_cell: int = 1
+    priors_per_cell: tuple[int, ...] = ()
     stages: tuple[Stage, ...] = ()
-    bins: int = 0
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
+    bins: tuple[float, ...] = ()
+    prior_form: str = ""
     capabilities: frozenset[Capability] = frozenset()
+    first_stage: DetectorSpec | None = None
 
 
 class Target(TypedDict):
@@ -120,21 +130,27 @@ class Batch:
 class Priors:
     """What predictions are relative to: `boxes` (A, 4), or (N, A, 4) where images differ; a point is (x, y, x, y).
 
-    `strides` (A,) in pixels; `grid` is (H, W) of each level, empty where priors lie on no grid. `context` holds what
-    else identifies them to the adapter's kin (query embeddings, image indices).
+    On a grid `strides` (A,) is in pixels, `grid` the (H, W) of each level and `per_cell` how many priors a cell of it
+    has (empty: as many on each level); elsewhere all three are empty. `context` holds what else identifies priors to
+    detectors of one `prior_form` (query embeddings). Images with fewer proposals than others are filled up with
+    boxes of the whole image, to which assignments give weight 0.
     """
 
     boxes: Tensor
     strides: Tensor
     grid: tuple[tuple[int, int], ...] = ()
     context: object = None
+    per_cell: tuple[int, ...] = ()
 
     @property
     def per_level(self) -> tuple[int, ...]:
         """Number of priors on each level; their sum is A."""
         total = self.boxes.shape[-2]
+        if not self.grid:
+            return (total,)
         cells = [height * width for height, width in self.grid]
-        return tuple(c * total // sum(cells) for c in cells) if cells else (total,)
+        per_cell = self.per_cell or (total // sum(cells),) * len(cells)
+        return tuple(count * each for count, each in zip(cells, per_cell, strict=True))
 
 
 @dataclass(frozen=True)
@@ -218,6 +234,19 @@ class DetectorAdapter(ABC):
         """Detectors whose assigners compare equal assign alike on the same priors, so that one of them will do."""
         return self
 
+    @property
+    def first_stage(self) -> DetectorAdapter | None:
+        """What proposes, as a detector of one class that takes the same batch and features; None in one-stage kinds."""
+        return None
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """Tiny detectors with random weights, by family: each is built for a number of classes, without a network.
+
+        What `kd adapters --matrix` and the conformance kit (kdtoolkit/testing.py) run on; any image of 64 px will do.
+        """
+        return {}
+
     @classmethod
     @abstractmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -233,7 +262,7 @@ class DetectorAdapter(ABC):
 
     @abstractmethod
     def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
-        """Run the head; with `priors`, for those instead of its own (proposals and queries; grids ignore it)."""
+        """Run the head; with `priors`, of an equal `prior_form`, for those instead of its own. Grids ignore it."""
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
         """Run the head from `state` at `stage` to its end, for the priors and context of `trace`.
@@ -278,67 +307,112 @@ class View:
         return self.trace
 
 
-class Exchange:
-    """What a method sees of one training step: both detectors' views, and what can be derived from them."""
+Whose = Literal["student", "teacher"]
+
+
+class Matched:
+    """Both heads on the same priors: states and predictions of `student` and `teacher` correspond one to one."""
 
     def __init__(self, student: View, teacher: View) -> None:
-        self.student = student
-        self.teacher = teacher
-        self._matched: HeadTrace | None = None
-        self._assignment: Assignment | None = None
+        self._views = student, teacher
+        self.student = student.head
+        self.teacher = teacher.head
 
-    @property
-    def matched(self) -> HeadTrace:
-        """The student's head on the teacher's priors, so that both heads' states and predictions correspond.
-
-        On grids that is the student's own pass; proposals and queries need a second one, run at the first call.
-        """
-        if self._matched is None:
-            student, teacher = self.student, self.teacher
-            if teacher.spec.priors.on_grid and student.spec.priors.on_grid:
-                self._matched = student.head
-            else:
-                priors = teacher.head.predictions.priors
-                self._matched = student.adapter.head(student.features, student.batch, priors)
-        return self._matched
-
-    @property
+    @cached_property
     def student_assignment(self) -> Assignment:
-        """Ground truth assigned to the student's priors, by the student's own rule."""
-        if self.student.assignment is not None:
-            return self.student.assignment
+        """Ground truth assigned to these priors by the student's own rule."""
+        student, _ = self._views
+        if student.assignment is not None:
+            return student.assignment
         with torch.no_grad():
-            return self.student.adapter.assign(self.student.head, self.student.batch)
+            return student.adapter.assign(student.head, student.batch)
 
-    @property
+    @cached_property
     def teacher_assignment(self) -> Assignment:
-        """Ground truth assigned to the teacher's priors, by the teacher's own rule: what cross-head losses go by."""
-        if self._assignment is None:
-            student, teacher = self.student, self.teacher
-            alike = student.adapter.assigner == teacher.adapter.assigner
-            if alike and student.head.predictions.priors.grid == teacher.head.predictions.priors.grid:
-                self._assignment = self.student_assignment
-            else:
-                with torch.no_grad():
-                    self._assignment = teacher.adapter.assign(teacher.head, teacher.batch)
-        return self._assignment
+        """Ground truth assigned to these priors by the teacher's own rule: what cross-head losses go by."""
+        student, teacher = self._views
+        alike = student.adapter.assigner == teacher.adapter.assigner
+        if alike and self.student.predictions.priors.grid == self.teacher.predictions.priors.grid:
+            return self.student_assignment
+        with torch.no_grad():
+            return teacher.adapter.assign(teacher.head, teacher.batch)
 
     def finish_with_teacher(self, state: State, stage: int) -> Predictions:
         """Cross-head predictions: the teacher's head, resumed from a student's `state` at the teacher's `stage`.
 
         Gradient flows through the teacher's frozen layers into `state` and nowhere else.
         """
-        return self.teacher.adapter.resume(state, stage, self.teacher.head)
+        return self._views[1].adapter.resume(state, stage, self.teacher)
+
+
+class Exchange:
+    """What a method sees of one training step: both detectors' views, and what can be derived from them."""
+
+    def __init__(self, student: View, teacher: View) -> None:
+        self.student = student
+        self.teacher = teacher
+        self._matched: dict[Whose, Matched] = {}
+
+    def matched(self, whose: Whose = "teacher") -> Matched:
+        """Both heads on the same priors: on a grid each head's own pass, else with the priors of one of the two.
+
+        Proposals and queries need a second pass of the other detector's head, run at the first call. Only for pairs
+        whose priors correspond: both on a grid, or of equal `prior_form`.
+        """
+        student, teacher = self.student, self.teacher
+        if student.spec.priors.on_grid:
+            whose = "teacher"
+        if whose not in self._matched:
+            if not student.spec.priors.on_grid and whose == "teacher":
+                student = _on_priors_of(student, teacher)
+            elif not student.spec.priors.on_grid:
+                with torch.no_grad():
+                    teacher = _on_priors_of(teacher, student)
+            self._matched[whose] = Matched(student, teacher)
+        return self._matched[whose]
+
+    @cached_property
+    def first_stage(self) -> Exchange | None:
+        """The same step as seen by both detectors' first stages; None unless both have one."""
+        student, teacher = self.student.adapter.first_stage, self.teacher.adapter.first_stage
+        if student is None or teacher is None:
+            return None
+        ours = View(student, self.student.batch, self.student.features, _head(student, self.student))
+        with torch.no_grad():
+            theirs = View(teacher, self.teacher.batch, self.teacher.features, _head(teacher, self.teacher))
+        return Exchange(ours, theirs)
+
+
+def _head(adapter: DetectorAdapter, view: View) -> HeadTrace:
+    return adapter.head(view.features, view.batch)
+
+
+def _on_priors_of(view: View, other: View) -> View:
+    """The view with its head run on the other one's priors, brought to the scale of its own images."""
+    priors = other.head.predictions.priors
+    if view.batch.sizes != other.batch.sizes:
+        scale = torch.tensor(
+            [
+                (width / other_width, height / other_height) * 2
+                for (height, width), (other_height, other_width) in zip(
+                    view.batch.sizes, other.batch.sizes, strict=True
+                )
+            ]
+        ).to(priors.boxes)
+        priors = replace(priors, boxes=priors.boxes * scale[:, None])
+    return View(view.adapter, view.batch, view.features, view.adapter.head(view.features, view.batch, priors))
 
 
 class Method(nn.Module, ABC):
     """A distillation method. What it must learn is its own parameters: trained with it, then thrown away.
 
-    `needs`: what both detectors must show. `terms`: the names of its loss terms. `paper`: where it comes from.
+    `needs`: what both detectors must show. `terms`: the names of its loss terms; `vanishing`: those of them that are
+    zero where the student shows what the teacher shows. `paper`: where it comes from.
     """
 
     needs: ClassVar[frozenset[Capability]]
     terms: ClassVar[tuple[str, ...]]
+    vanishing: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str]
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
@@ -354,14 +428,25 @@ class Method(nn.Module, ABC):
 
 
 ENTRY_POINTS = "kdtoolkit.adapters"
-# The package in which a model's class is defined -> the adapter module that knows it. Nothing is imported until
-# such a model is handed in, and then its library is imported already.
-_MODULES = {"kdtoolkit.detectors": "kdtoolkit.adapters.native"}
+# Library -> the adapter modules that know its detectors. They are imported only once the library is, which it is as
+# soon as such a model is handed in.
+_MODULES: Mapping[str, tuple[str, ...]] = {
+    "kdtoolkit.detectors": ("kdtoolkit.adapters.native",),
+}
 
 
-def adapter_classes() -> list[type[DetectorAdapter]]:
-    """All adapter classes whose library is loaded, and those that other packages announce as entry points."""
-    modules = [importlib.import_module(name) for library, name in _MODULES.items() if library in sys.modules]
+def adapter_classes(*, load: bool = False) -> list[type[DetectorAdapter]]:
+    """All adapter classes whose library is loaded, and those that other packages announce as entry points.
+
+    With `load` the libraries that are installed are loaded first.
+    """
+    if load:
+        for library in _MODULES:
+            with suppress(ImportError):
+                importlib.import_module(library)
+    modules = [
+        importlib.import_module(m) for library, names in _MODULES.items() if library in sys.modules for m in names
+    ]
     classes = [cls for module in modules for cls in module.ADAPTERS]
     return classes + [entry.load() for entry in entry_points(group=ENTRY_POINTS)]
 

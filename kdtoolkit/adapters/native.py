@@ -45,7 +45,9 @@ class DenseAdapter(DetectorAdapter):
         stages = tuple(
             Stage(
                 name=f"block {i}" if i else "pyramid",
-                channels=dict.fromkeys(model.towers, model.head_channels if i else model.neck_channels),
+                channels=dict.fromkeys(
+                    model.towers, (model.head_channels if i else model.neck_channels,) * len(model.strides)
+                ),
                 activation=model.activation(i) if i else None,
             )
             for i in range(model.head_blocks + 1)
@@ -56,9 +58,9 @@ class DenseAdapter(DetectorAdapter):
             strides=model.strides,
             channels=(model.neck_channels,) * len(model.strides),
             priors=model.kind,
-            priors_per_cell=model.priors_per_cell,
+            priors_per_cell=(model.priors_per_cell,) * len(model.strides),
             stages=stages,
-            bins=model.bins,
+            bins=tuple(map(float, range(model.bins))),
             capabilities=_CAPABILITIES | ({Capability.DISTRIBUTIONS} if model.bins else frozenset()),
         )
 

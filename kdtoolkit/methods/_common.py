@@ -27,22 +27,44 @@ def no_shared_level(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
     return f"no pyramid level in common: strides {student.strides} of the student, {teacher.strides} of the teacher"
 
 
-def unlike_grids(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-    """The reason why priors do not correspond one to one, if so: none on a grid, other strides, or more in a cell."""
-    if not (student.priors.on_grid and teacher.priors.on_grid):
-        return f"priors must lie on grids; the student has {student.priors}, the teacher {teacher.priors}"
-    if student.strides != teacher.strides:
+def unlike_cells(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """The reason why heads cannot be run on corresponding places, if so: other strides, or priors of another make."""
+    if student.priors.on_grid and teacher.priors.on_grid:
+        if student.strides == teacher.strides:
+            return None
         return f"other pyramid levels: strides {student.strides} of the student, {teacher.strides} of the teacher"
-    if student.priors_per_cell != teacher.priors_per_cell:
-        return f"{student.priors_per_cell} priors a cell in the student, {teacher.priors_per_cell} in the teacher"
+    if student.priors != teacher.priors:
+        return f"the student predicts at {student.priors}, the teacher at {teacher.priors}"
+    if student.prior_form != teacher.prior_form:
+        forms = f"{student.prior_form} in the student, {teacher.prior_form} in the teacher"
+        return f"{student.priors} of another make: {forms}"
     return None
+
+
+def unlike_priors(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """The reason why priors do not correspond one to one, if so: other places, or more of them in a cell."""
+    if reason := unlike_cells(student, teacher):
+        return reason
+    if student.priors_per_cell != teacher.priors_per_cell:
+        return f"{_numbers(student)} priors a cell in the student, {_numbers(teacher)} in the teacher"
+    return None
+
+
+def unlike_scores(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """The reason why class scores cannot be compared, if so."""
+    if student.activation == teacher.activation:
+        return None
+    return f"class scores are a {student.activation} in the student, a {teacher.activation} in the teacher"
 
 
 def unlike_bins(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
     """The reason why distributions of box sides cannot be compared, if so."""
     if student.bins == teacher.bins:
         return None
-    return f"box sides are distributions over {student.bins} bins in the student, {teacher.bins} in the teacher"
+    ours, theirs = (
+        f"{len(s.bins)} bins of {s.bins[0]:g} to {s.bins[-1]:g}" if s.bins else "none" for s in (student, teacher)
+    )
+    return f"box sides are other distributions: {ours} in the student, {theirs} in the teacher"
 
 
 def projection(student_channels: int, teacher_channels: int) -> nn.Module:
@@ -50,6 +72,18 @@ def projection(student_channels: int, teacher_channels: int) -> nn.Module:
     if student_channels == teacher_channels:
         return nn.Identity()
     return nn.Conv2d(student_channels, teacher_channels, 1)
+
+
+class StateProjection(nn.Conv2d):
+    """A learned linear map of dim 1, of maps (N, C, H, W) as of vectors (N, C) and (N, C, Q)."""
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__(student_channels, teacher_channels, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (N, C, ...) to (N, C', ...)."""
+        flat = super().forward(input.reshape(*input.shape[:2], -1, 1))
+        return flat.reshape(flat.shape[0], flat.shape[1], *input.shape[2:])
 
 
 def projections(pairs: Sequence[tuple[int, int]], student: DetectorSpec, teacher: DetectorSpec) -> nn.ModuleList:
@@ -142,3 +176,8 @@ def prediction_losses(
         bce = F.binary_cross_entropy_with_logits(student.quality.float(), target, reduction="none")
         losses["quality"] = (bce * assignment.positive(num_classes)).sum() / normaliser
     return losses
+
+
+def _numbers(spec: DetectorSpec) -> str:
+    each = sorted(set(spec.priors_per_cell))
+    return str(each[0]) if len(each) == 1 else ", ".join(map(str, spec.priors_per_cell))

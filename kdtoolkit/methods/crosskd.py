@@ -11,12 +11,18 @@ The settings are the published ones; where they differ between detectors, see th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Predictions, State
-from kdtoolkit.methods._common import channel_statistics, prediction_losses, projection, resize_like
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Matched, Method, Predictions, State, Whose
+from kdtoolkit.methods._common import (
+    StateProjection,
+    channel_statistics,
+    prediction_losses,
+    resize_like,
+    unlike_cells,
+)
 
 
 def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
@@ -29,15 +35,25 @@ def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Ten
     return (student - mean) / (std + eps) * teacher_std + teacher_mean
 
 
-def cross_state(student: State, teacher: State, project: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, ...]]:
+def cross_state(student: State, teacher: State, project: Mapping[str, nn.ModuleList]) -> dict[str, tuple[Tensor, ...]]:
     """Make the student's state fit for the teacher's head: project, resize and align each branch and level."""
     return {
         branch: tuple(
             align_statistics(resize_like(module(s), t) if s.ndim == 4 else module(s), t)
-            for s, t in zip(student[branch], teacher[branch], strict=True)
+            for module, s, t in zip(modules, student[branch], teacher[branch], strict=True)
         )
-        for branch, module in project.items()
+        for branch, modules in project.items()
     }
+
+
+def state_projections(student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.ModuleList:
+    """A projection for each tensor of a state, from the student's channels to the teacher's, where they differ.
+
+    Levels of equal channels share one, as they share towers.
+    """
+    pairs = list(zip(student, teacher, strict=True))
+    shared = {(s, t): nn.Identity() if s == t else StateProjection(s, t) for s, t in dict.fromkeys(pairs)}
+    return nn.ModuleList(shared[pair] for pair in pairs)
 
 
 class CrossKD(Method):
@@ -54,10 +70,14 @@ class CrossKD(Method):
         beta: exponent of the quality focal loss.
         box_loss: "giou" (RetinaNet, ATSS), or "iou" (FCOS).
         tap: take the state "after" the activation, as the published results do, or "before" it, as the text reads.
+        priors: whose proposals or queries go through both heads; on grids the two are the same.
+        proposal_weight: factor of the same losses on the region proposal networks, where both detectors have one: the
+            student's pyramid goes through the teacher's; 0 leaves it out.
     """
 
     needs = frozenset({Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
-    terms = ("cls", "box", "quality")
+    terms = ("cls", "box", "quality", "proposal_cls", "proposal_box")
+    vanishing = ("cls", "box", "proposal_cls", "proposal_box")
     paper = "arXiv 2306.11369 (CVPR 2024)"
     project: nn.ModuleDict
     stages: tuple[int, int]
@@ -73,6 +93,8 @@ class CrossKD(Method):
         beta: float = 1.0,
         box_loss: Literal["giou", "iou"] = "giou",
         tap: Literal["after", "before"] = "after",
+        priors: Whose = "teacher",
+        proposal_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.stage = stage
@@ -83,6 +105,9 @@ class CrossKD(Method):
         self.beta = beta
         self.box_loss: Literal["giou", "iou"] = box_loss
         self.tap = tap
+        self.priors: Whose = priors
+        self.proposal_weight = proposal_weight
+        self.proposals: CrossKD | None = None
 
     @classmethod
     def for_fcos(cls) -> CrossKD:
@@ -94,49 +119,60 @@ class CrossKD(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose heads have no corresponding states."""
-        if student.priors.on_grid != teacher.priors.on_grid:
-            return f"the student predicts at {student.priors}, the teacher at {teacher.priors}"
-        if student.priors.on_grid and student.strides != teacher.strides:
-            return f"other pyramid levels: strides {student.strides} of the student, {teacher.strides} of the teacher"
+        if reason := unlike_cells(student, teacher):
+            return reason
         for role, spec in (("student", student), ("teacher", teacher)):
             if not 0 <= self._index(spec) < len(spec.stages):
                 return f"the {role}'s head has stages 0 to {len(spec.stages) - 1}, so there is no stage {self.stage}"
-        ours = student.stages[self._index(student)].channels
-        theirs = teacher.stages[self._index(teacher)].channels
-        if missing := [branch for branch in theirs if branch not in ours]:
-            return f"the student's head has no branch {missing}, the teacher's has {list(theirs)}"
+        ours, theirs = student.stages[self._index(student)], teacher.stages[self._index(teacher)]
+        if missing := [branch for branch in theirs.channels if branch not in ours.channels]:
+            return f"the student's head has no branch {missing}, the teacher's has {list(theirs.channels)}"
+        if ours.spatial != theirs.spatial:
+            kinds = ("vectors", "maps")
+            return (
+                f"the student's {ours.name} gives {kinds[ours.spatial]}, the teacher's {theirs.name} "
+                f"{kinds[theirs.spatial]}: choose another stage"
+            )
         return None
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Project each branch's channels where they differ; one projection serves all levels, as the towers do."""
+        """Project each branch's channels where they differ."""
         self.stages = self._index(student), self._index(teacher)
         ours, theirs = student.stages[self.stages[0]], teacher.stages[self.stages[1]]
         self.project = nn.ModuleDict(
-            {branch: projection(ours.channels[branch], channels) for branch, channels in theirs.channels.items()}
+            {branch: state_projections(ours.channels[branch], channels) for branch, channels in theirs.channels.items()}
         )
         self.activations = (ours.activation, theirs.activation) if self.tap == "after" else (None, None)
+        if self.proposal_weight and student.first_stage is not None and teacher.first_stage is not None:
+            self.proposals = CrossKD(beta=self.beta, box_loss=self.box_loss)
+            self.proposals.setup(student.first_stage, teacher.first_stage)
 
-    def cross(self, exchange: Exchange) -> Predictions:
+    def cross(self, pair: Matched) -> Predictions:
         """Cross-head predictions: the teacher's head, finishing from the student's state."""
-        states = (
-            exchange.matched.states[self.stages[0]],
-            exchange.teacher.head.states[self.stages[1]],
-        )
+        states = pair.student.states[self.stages[0]], pair.teacher.states[self.stages[1]]
         student, teacher = (
             state if act is None else {branch: tuple(map(act, maps)) for branch, maps in state.items()}
             for state, act in zip(states, self.activations, strict=True)
         )
-        aligned = cross_state(student, teacher, dict(self.project.items()))
-        return exchange.finish_with_teacher(aligned, self.stages[1])
+        project = cast(dict[str, nn.ModuleList], dict(self.project.items()))
+        return pair.finish_with_teacher(cross_state(student, teacher, project), self.stages[1])
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`cls`, `box` and, where the teacher judges quality, `quality`; those of weight 0 are left out."""
-        cross, teacher = self.cross(exchange), exchange.teacher.head.predictions
+        """`cls`, `box` and, where the teacher judges quality, `quality`; those of weight 0 are left out.
+
+        Two-stage detectors have `proposal_cls` and `proposal_box` besides.
+        """
+        pair = exchange.matched(self.priors)
+        cross, teacher = self.cross(pair), pair.teacher.predictions
         num_classes = exchange.teacher.spec.num_classes
-        losses = prediction_losses(cross, teacher, exchange.teacher_assignment, num_classes, self.beta, self.box_loss)
+        losses = prediction_losses(cross, teacher, pair.teacher_assignment, num_classes, self.beta, self.box_loss)
         weights = {
             "cls": self.cls_weight,
             "box": self.distribution_weight if teacher.regression.ndim == 4 else self.box_weight,
             "quality": self.quality_weight,
         }
-        return {name: weights[name] * loss for name, loss in losses.items() if weights[name]}
+        terms = {name: weights[name] * loss for name, loss in losses.items() if weights[name]}
+        if self.proposals is not None and exchange.first_stage is not None:
+            for name, loss in self.proposals(exchange.first_stage).items():
+                terms[f"proposal_{name}"] = self.proposal_weight * loss
+        return terms

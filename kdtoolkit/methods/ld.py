@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kdtoolkit.boxes import centres, pairwise_iou
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, PriorKind
 from kdtoolkit.errors import IncompatibleError
-from kdtoolkit.methods._common import distribution_kl, unlike_bins, unlike_grids
+from kdtoolkit.methods._common import distribution_kl, unlike_bins, unlike_priors
 
 POINT_SIDE = 8  # strides; side of the square that stands for a point: the anchor of ATSS and GFL
 
@@ -120,20 +120,23 @@ class LD(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose priors or distributions do not correspond one to one."""
-        return unlike_grids(student, teacher) or unlike_bins(student, teacher)
+        if self.valuable_weight and not student.priors.on_grid:
+            return f"the valuable region is of priors on a grid, and the student has {student.priors}"
+        return unlike_priors(student, teacher) or unlike_bins(student, teacher)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`main` and, where their weight is not 0, `valuable` and `cls`.
 
         Raises IncompatibleError where the two detectors bring the batch to other sizes.
         """
-        student, teacher = exchange.student.head.predictions, exchange.teacher.head.predictions
+        pair = exchange.matched()
+        student, teacher = pair.student.predictions, pair.teacher.predictions
         if student.priors.grid != teacher.priors.grid:
             raise IncompatibleError(
                 f"LD compares equal grids; this batch has {student.priors.grid} (H, W) in the student and "
                 f"{teacher.priors.grid} in the teacher: let both resize and pad images alike"
             )
-        assignment = exchange.student_assignment
+        assignment = pair.student_assignment
         positive = assignment.positive(exchange.student.spec.num_classes)
         score = student.probabilities.detach().float().amax(-1)
         divergence = side_divergence(student.regression[positive], teacher.regression[positive], self.temperature)

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import prediction_losses, unlike_bins, unlike_grids
+from kdtoolkit.methods._common import prediction_losses, unlike_bins, unlike_priors, unlike_scores
 
 
 class Mimic(Method):
@@ -52,7 +52,7 @@ class Mimic(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose priors do not correspond one to one, or that predict boxes in other ways."""
-        if reason := unlike_grids(student, teacher):
+        if reason := unlike_priors(student, teacher) or unlike_scores(student, teacher):
             return reason
         if student.priors != teacher.priors:
             return f"boxes are relative to {student.priors} in the student, to {teacher.priors} in the teacher"
@@ -60,9 +60,10 @@ class Mimic(Method):
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`cls`, `box` and, where both heads judge quality, `quality`; those of weight 0 are left out."""
-        student, teacher = exchange.matched.predictions, exchange.teacher.head.predictions
+        pair = exchange.matched()
+        student, teacher = pair.student.predictions, pair.teacher.predictions
         num_classes = exchange.teacher.spec.num_classes
-        losses = prediction_losses(student, teacher, exchange.teacher_assignment, num_classes, self.beta, self.box_loss)
+        losses = prediction_losses(student, teacher, pair.teacher_assignment, num_classes, self.beta, self.box_loss)
         weights = {
             "cls": self.cls_weight,
             "box": self.distribution_weight if teacher.regression.ndim == 4 else self.box_weight,

@@ -82,16 +82,16 @@ def test_the_spec_tells_the_truth(make, batch):
     assert [64 // level.shape[2] for level in features] == list(spec.strides)
     assert len(trace.states) == len(spec.stages) == 3
     for stage, state in zip(spec.stages, trace.states, strict=True):
-        assert {branch: maps[0].shape[1] for branch, maps in state.items()} == dict(stage.channels)
+        assert {branch: tuple(m.shape[1] for m in maps) for branch, maps in state.items()} == dict(stage.channels)
         if stage.activation is not None:  # taken before it
             assert any((x < 0).any() for maps in state.values() for x in maps)
     assert all(a is b for a, b in zip(trace.states[0]["cls"], trace.states[0]["reg"], strict=True))
     assert all(a is b for a, b in zip(trace.states[0]["cls"], features, strict=True))
     assert spec.priors is (PriorKind.POINTS if spec.name == "FCOS" else PriorKind.ANCHORS)
-    assert trace.predictions.logits.shape == (2, 84 * spec.priors_per_cell, spec.num_classes)
-    assert sum(trace.predictions.priors.per_level) == 84 * spec.priors_per_cell
+    assert trace.predictions.logits.shape == (2, 84 * spec.priors_per_cell[0], spec.num_classes)
+    assert sum(trace.predictions.priors.per_level) == 84 * spec.priors_per_cell[0]
     assert (
-        (Capability.DISTRIBUTIONS in spec.capabilities) == (spec.bins > 0) == (trace.predictions.regression.ndim == 4)
+        (Capability.DISTRIBUTIONS in spec.capabilities) == (len(spec.bins) > 0) == (trace.predictions.regression.ndim == 4)
     )
     assert (trace.predictions.quality is not None) == (spec.name in ("ATSS", "FCOS"))
     assert pickle.loads(pickle.dumps(spec)) == spec

@@ -29,7 +29,8 @@ def spec(**changes):
         "strides": STRIDES,
         "channels": (4, 4),
         "priors": PriorKind.ANCHORS,
-        "bins": 5,
+        "priors_per_cell": (1, 1),
+        "bins": (0.0, 1.0, 2.0, 3.0, 4.0),
         "capabilities": frozenset(Capability),
     }
     return DetectorSpec(**(facts | changes))

@@ -59,7 +59,7 @@ def test_cross_head_predictions_of_twins_are_the_teachers_own(stage, tap, batch)
     method = CrossKD(stage=stage, tap=tap)
     method.setup(adapt(student).spec, adapt(teacher).spec)
     exchange = exchange_of(teacher, student, *batch)
-    cross, own = method.cross(exchange), exchange.teacher.head.predictions
+    cross, own = method.cross(exchange.matched()), exchange.teacher.head.predictions
     torch.testing.assert_close(cross.logits, own.logits, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(cross.regression, own.regression, rtol=1e-3, atol=1e-3)
 
@@ -69,11 +69,11 @@ def test_terms_are_computed_from_cross_head_predictions(batch):
     method = CrossKD()
     losses = Distiller(teacher, student, [method])(*batch)
     exchange = exchange_of(teacher, student, *batch)
-    cross, own = method.cross(exchange), exchange.teacher.head.predictions
-    positives = exchange.teacher_assignment.positive(3).sum(-1).clamp(min=1).sum()
+    cross, own = method.cross(exchange.matched()), exchange.teacher.head.predictions
+    positives = exchange.matched().teacher_assignment.positive(3).sum(-1).clamp(min=1).sum()
     score = own.logits.sigmoid().amax(-1)
     kl = F.kl_div(cross.regression.log_softmax(-1), own.regression.log_softmax(-1), reduction="none", log_target=True)
-    weights = exchange.teacher_assignment.weights
+    weights = exchange.matched().teacher_assignment.weights
     expected_cls = (quality_focal_kd(cross.logits, own.logits).sum(-1) * weights).sum() / positives
     expected_box = 4 * (score * weights * kl.sum(-1).mean(-1)).sum() / (score * weights).sum()
     torch.testing.assert_close(losses["crosskd/cls"], expected_cls, rtol=1e-4, atol=1e-6)

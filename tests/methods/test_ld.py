@@ -182,8 +182,8 @@ def test_points_stand_for_squares():
     [
         ({"priors": PriorKind.QUERIES}, "queries"),
         ({"strides": (16, 32)}, "strides"),
-        ({"priors_per_cell": 3}, "priors a cell"),
-        ({"bins": 17}, "bins"),
+        ({"priors_per_cell": (3, 3)}, "priors a cell"),
+        ({"bins": (0.0, 1.0)}, "2 bins of 0 to 1"),
     ],
 )
 def test_refuses_pairs_that_do_not_correspond(change, word):

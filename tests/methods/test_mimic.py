@@ -104,11 +104,12 @@ def test_empty_targets_are_finite(detector, batch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"priors": PriorKind.PROPOSALS}, "priors must lie on grids"),
+        ({"priors": PriorKind.PROPOSALS}, "the student predicts at proposals, the teacher at anchors"),
         ({"strides": (16, 32)}, r"strides \(16, 32\) of the student"),
-        ({"priors_per_cell": 9}, "9 priors a cell in the student, 1 in the teacher"),
+        ({"priors_per_cell": (9, 9)}, "9 priors a cell in the student, 1 in the teacher"),
         ({"priors": PriorKind.POINTS}, "relative to points in the student, to anchors in the teacher"),
-        ({"bins": 0}, "0 bins in the student, 5 in the teacher"),
+        ({"activation": "softmax"}, "softmax in the student, a sigmoid in the teacher"),
+        ({"bins": ()}, "none in the student, 5 bins of 0 to 4 in the teacher"),
     ],
 )
 def test_priors_that_do_not_correspond_are_refused(change, reason):

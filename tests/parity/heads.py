@@ -341,8 +341,8 @@ def _sums(z: Golden, terms: Mapping[str, Tensor]) -> Iterator[Check]:
 
 def _crosskd_levels(z: Golden, method: CrossKD, exchange: Exchange) -> Iterator[Check]:
     """Cross-head predictions, and CrossKD's terms by level, from the functions it is made of."""
-    cross, teacher = method.cross(exchange), exchange.teacher.head.predictions
-    assignment, priors = exchange.teacher_assignment, teacher.priors
+    cross, teacher = method.cross(exchange.matched()), exchange.teacher.head.predictions
+    assignment, priors = exchange.matched().teacher_assignment, teacher.priors
     model = exchange.teacher.adapter.model
     factor = _unguard(assignment, model)
     note = "" if factor == 1 else f" (guarded here; x {factor:.4g})"

@@ -325,7 +325,9 @@ def ld(z: Golden) -> Iterator[Check]:
             [torch.full((len(a),), s) for a, s in zip(anchors[levels], strides[levels], strict=True)]
         )
         priors = Priors(boxes, per_anchor, grid[levels])
-        spec = DetectorSpec("", classes, strides[levels], (1,) * len(grid), PriorKind.ANCHORS, bins=bins)
+        spec = DetectorSpec(
+            "", classes, strides[levels], (1,) * len(grid), PriorKind.ANCHORS, bins=tuple(map(float, range(bins)))
+        )
         own = Predictions(flat(cls_maps[levels], (classes,)), flat(box_maps[levels], (4, bins)), priors, _no_decode)
         soft_cls = indexed(z, "soft_label") if repo else [x.detach() for x in cls_maps]
         soft = Predictions(
@@ -373,7 +375,7 @@ def ld(z: Golden) -> Iterator[Check]:
 
 def _gfl_losses(z: Golden, given: Exchange) -> Tensor:
     """The detection losses that go with LD in one sum: GFL's, but for the divisor of the box terms."""
-    student, labels = given.student.head.predictions, given.student_assignment.labels
+    student, labels = given.student.head.predictions, given.matched().student_assignment.labels
     positive = labels < student.logits.shape[-1]
     image, prior = positive.nonzero(as_tuple=True)
     target = torch.cat(indexed(z, "target.bbox_targets"), 1)[positive]
@@ -386,7 +388,7 @@ def _gfl_losses(z: Golden, given: Exchange) -> Tensor:
     weight = student.probabilities.detach().amax(-1)[positive]
     sides = (distances(points, target) / stride).clamp(0, len(bins) - 1 - 0.1)
     box = 2 * (1 - elementwise_giou(boxes, target)) + 0.25 * distribution_focal_loss(regression, sides).mean(-1)
-    cls = quality_focal_loss(student.logits, quality).sum(-1) * given.student_assignment.weights
+    cls = quality_focal_loss(student.logits, quality).sum(-1) * given.matched().student_assignment.weights
     return cls.sum() / (float(z["norm.avg_factor"]) + EPS) + (weight * box).sum() / (weight.sum() + 1e-6)
 
 
