@@ -155,14 +155,107 @@ def suites_command() -> None:
 
 
 @app.command("methods")
-def methods_command() -> None:
-    """List the distillation methods."""
+def methods_command(
+    name: Annotated[str | None, typer.Argument(help="Show this method alone, with its arguments and defaults.")] = None,
+) -> None:
+    """List the distillation methods, or explain one.
+
+    Examples:
+      kd methods
+
+      kd methods CrossKD
+    """
+    from kdtoolkit.benchmark.suite import did_you_mean
+    from kdtoolkit.inspect import print_method
     from kdtoolkit.methods import all_methods
 
+    known = all_methods()
+    if name is not None:
+        names = {each.lower(): each for each in known}
+        if name.lower() not in names:
+            raise KDError(f"unknown method '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}")
+        print_method(known[names[name.lower()]], Console())
+        return
     table = Table("method", "needs", "loss terms", "paper", box=None)
-    for name, method in all_methods().items():
-        table.add_row(name, ", ".join(sorted(method.needs)), ", ".join(method.terms), method.paper)
+    for each, method in known.items():
+        table.add_row(each, ", ".join(sorted(method.needs)), ", ".join(method.terms), method.paper)
     Console().print(table)
+
+
+@app.command("adapters")
+def adapters_command(
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Run every method on every ordered pair of families: tiny random models.")
+    ] = False,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="With --matrix: this method only; repeat for more.")
+    ] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="With --matrix: this family only; repeat for more.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="With --matrix: write the tables, with all reasons, into this file too.")
+    ] = None,
+) -> None:
+    """List the detector families that installed libraries bring, or run all methods on all pairs of them.
+
+    Examples:
+      kd adapters
+
+      kd adapters --matrix --method CrossKD
+    """
+    from kdtoolkit.matrix import chosen, families, print_matrix, run_matrix, to_markdown
+    from kdtoolkit.methods import all_methods
+
+    console = Console()
+    known = families()
+    if not matrix:
+        table = Table("family", "adapter", "predicts at", "shows", box=None)
+        for name, example in known.items():
+            spec = example.adapter.spec
+            table.add_row(name, type(example.adapter).__name__, spec.priors, ", ".join(sorted(spec.capabilities)))
+        console.print(table)
+        return
+    found = run_matrix(
+        chosen(known, family or (), "family"), chosen(all_methods(), method or (), "method"), console=console
+    )
+    print_matrix(found, console, details=bool(method))
+    if markdown is not None:
+        try:
+            markdown.write_text(to_markdown(found), encoding="utf-8")
+        except OSError as error:
+            raise KDError(f"cannot write {markdown}: {error.strerror}") from error
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="kdtoolkit/gfl?backbone=resnet18, torchvision/fcos_resnet50_fpn, hf/PATH-OR-NAME, "
+            "ultralytics/yolo11n, or package.module:callable for one of your own.",
+        ),
+    ],
+    classes: Annotated[int, typer.Option(min=1, help="Number of classes, without background.")] = 80,
+    weights: Annotated[
+        Path | None, typer.Option(help="Load this file (.safetensors, or .pth with a state dict) into it.")
+    ] = None,
+    image_size: Annotated[int, typer.Option(min=32, help="Side of the image to measure on, in pixels.")] = 256,
+) -> None:
+    """Show a detector as the toolkit sees it: levels, stages, priors, capabilities, methods that apply, sizes.
+
+    Examples:
+      kd inspect torchvision/fasterrcnn_resnet50_fpn --classes 3
+
+      kd inspect "kdtoolkit/gfl?backbone=resnet18&bins=9" --image-size 512
+    """
+    from kdtoolkit.inspect import inspect_detector, print_inspection
+    from kdtoolkit.models import build_model, load_weights
+
+    built = build_model(model, classes)
+    if weights is not None:
+        load_weights(built, weights)
+    print_inspection(inspect_detector(built, image_size), Console())
 
 
 def _device(device: Device) -> str:

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import entry_points
-from typing import ClassVar, Literal, TypedDict
+from typing import ClassVar, Literal, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,15 @@ class DetectorSpec:
     prior_form: str = ""
     capabilities: frozenset[Capability] = frozenset()
     first_stage: DetectorSpec | None = None
+
+    def at_strides(self, strides: tuple[int, ...]) -> DetectorSpec:
+        """The facts about the levels of some strides; about all of them where none is named."""
+        if not strides:
+            return self
+        kept = [i for i, stride in enumerate(self.strides) if stride in strides]
+        return replace(
+            self, strides=tuple(self.strides[i] for i in kept), channels=tuple(self.channels[i] for i in kept)
+        )
 
 
 class Target(TypedDict):
@@ -293,11 +302,19 @@ class View:
     features: tuple[Tensor, ...]
     trace: HeadTrace | None
     assignment: Assignment | None = None
+    strides: tuple[int, ...] = ()
 
     @property
     def spec(self) -> DetectorSpec:
-        """The detector's facts."""
-        return self.adapter.spec
+        """The detector's facts; of the levels of `strides` alone, if any are named."""
+        return self.adapter.spec.at_strides(self.strides)
+
+    def at_strides(self, strides: tuple[int, ...]) -> View:
+        """The view of some levels' features alone; of all of them where none is named."""
+        if not strides:
+            return self
+        levels = zip(self.adapter.spec.strides, self.features, strict=True)
+        return replace(self, features=tuple(x for stride, x in levels if stride in strides), strides=strides)
 
     @property
     def head(self) -> HeadTrace:
@@ -371,6 +388,10 @@ class Exchange:
             self._matched[whose] = Matched(student, teacher)
         return self._matched[whose]
 
+    def at_strides(self, strides: tuple[int, ...]) -> Exchange:
+        """The exchange of some levels' features alone; itself where none is named."""
+        return Exchange(self.student.at_strides(strides), self.teacher.at_strides(strides)) if strides else self
+
     @cached_property
     def first_stage(self) -> Exchange | None:
         """The same step as seen by both detectors' first stages; None unless both have one."""
@@ -403,6 +424,36 @@ def _on_priors_of(view: View, other: View) -> View:
     return View(view.adapter, view.batch, view.features, view.adapter.head(view.features, view.batch, priors))
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """The factor of a method's weights over training, by the number of steps done before.
+
+    It rises linearly from 0 over the first `warmup` steps; is 1; falls linearly to 0 over the last `decay` steps before
+    `stop`; and is 0 from `stop` on, where there is one: then the method is not run any more.
+
+    Raises KDError for negative numbers, a `decay` without `stop`, or a `stop` before warm-up and decay are over.
+    """
+
+    warmup: int = 0
+    decay: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.warmup, self.decay) < 0:
+            raise KDError("warmup and decay are numbers of steps, from 0")
+        if self.stop is None and self.decay:
+            raise KDError("decay needs stop: the step at which it has come down to 0")
+        if self.stop is not None and self.stop < self.warmup + self.decay:
+            raise KDError(f"stop ({self.stop}) comes before warmup ({self.warmup}) and decay ({self.decay}) are over")
+
+    def factor(self, step: int) -> float:
+        """The factor at a step, counted from 0."""
+        if self.stop is not None and step >= self.stop:
+            return 0.0
+        rise = min(1.0, (step + 1) / (self.warmup + 1))
+        return min(rise, (self.stop - step) / (self.decay + 1)) if self.stop is not None else rise
+
+
 class Method(nn.Module, ABC):
     """A distillation method. What it must learn is its own parameters: trained with it, then thrown away.
 
@@ -414,6 +465,23 @@ class Method(nn.Module, ABC):
     terms: ClassVar[tuple[str, ...]]
     vanishing: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str]
+    schedule: Schedule = Schedule()
+    strides: tuple[int, ...] = ()
+
+    def scheduled(self, *, warmup: int = 0, decay: int = 0, stop: int | None = None) -> Self:
+        """Let the weights follow a `Schedule`; returns the method itself: `PKD().scheduled(stop=9000)`."""
+        self.schedule = Schedule(warmup, decay, stop)
+        return self
+
+    def at_strides(self, *strides: int) -> Self:
+        """Apply the method to the pyramid levels of these strides alone; returns the method itself.
+
+        Raises KDError for methods that need more than features: they compare whole heads.
+        """
+        if self.needs != frozenset({Capability.FEATURES}):
+            raise KDError(f"{type(self).__name__} compares heads: levels can be chosen for methods of features alone")
+        self.strides = strides
+        return self
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Why this pair cannot be distilled by this method, beyond `needs`; None if it can. Checked once."""

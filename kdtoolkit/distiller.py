@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,11 @@ def refusal(method: type[Method] | Method, student: DetectorSpec, teacher: Detec
             f"it compares class scores, and the student has {student.num_classes} classes, "
             f"the teacher {teacher.num_classes}"
         )
-    return (method() if isinstance(method, type) else method).refuses(student, teacher)
+    built = method() if isinstance(method, type) else method
+    for role, spec in (("student", student), ("teacher", teacher)):
+        if absent := sorted(set(built.strides) - set(spec.strides)):
+            return f"it is to work at strides {absent}, and the {role} ({spec.name}) has levels of {spec.strides}"
+    return built.refuses(student.at_strides(built.strides), teacher.at_strides(built.strides))
 
 
 def working_methods(student: DetectorSpec, teacher: DetectorSpec) -> list[str]:
@@ -57,6 +62,7 @@ class Distiller(nn.Module):
 
     Its parameters are the student's and what the methods must learn; the teacher is held beside, in eval mode and
     frozen, and is neither saved nor trained with it. Models are taken where they are: move them to their device first.
+    Every call in training mode counts as a step, by which the methods' schedules go.
 
     Args:
         teacher: a detector, or an adapter of one; None if there are no methods.
@@ -79,8 +85,8 @@ class Distiller(nn.Module):
         self.student = self.student_adapter.model
         self.teacher_adapter = None if teacher is None else adapt(teacher)
         self.methods = nn.ModuleList(methods)
+        self.step = 0
         self._names = _unique_names(methods)
-        self._needs: frozenset[Capability] = frozenset().union(*(method.needs for method in methods))
         if self.teacher_adapter is None:
             if methods:
                 raise KDError("methods need a teacher: Distiller(teacher, student, methods=[...])")
@@ -94,7 +100,7 @@ class Distiller(nn.Module):
                     f"{type(method).__name__} ({name}) cannot distil {specs[1].name} into {specs[0].name}: {reason}. "
                     f"Methods that work for this pair: {working}."
                 )
-            method.setup(*specs)
+            method.setup(*(spec.at_strides(method.strides) for spec in specs))
             method.to(next(self.student.parameters()).device)
         self.teacher_adapter.model.eval().requires_grad_(False)
 
@@ -103,29 +109,108 @@ class Distiller(nn.Module):
 
         Raises IncompatibleError where the two detectors bring the batch to sizes that cannot be compared.
         """
+        check_targets(targets, self.student_adapter.spec)
+        step, self.step = self.step, self.step + self.training
+        factors = [method.schedule.factor(step) for method in self._methods]
+        active = [each for each in zip(self._names, self._methods, factors, strict=True) if each[2]]
         student = self.student_adapter
         batch = student.prepare(images, targets)
         features = student.features(batch)
         trace = student.head(features, batch)
         own, assignment = student.task_losses(trace, batch)
         losses = Losses({f"task/{name}": loss for name, loss in own.items()})
-        if not self._names:
+        if not active:
             return losses
         view = View(student, batch, features, trace, assignment)
-        exchange = Exchange(view, self._observe_teacher(images, targets))
-        for name, method in zip(self._names, self.methods, strict=True):
-            losses.update({f"{name}/{term}": loss for term, loss in method(exchange).items()})
+        needs: frozenset[Capability] = frozenset().union(*(method.needs for _, method, _ in active))
+        exchange = Exchange(view, self._observe_teacher(images, targets, bool(needs & _HEAD)))
+        for name, method, factor in active:
+            terms = method(exchange.at_strides(method.strides))
+            losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
         return losses
 
     @torch.no_grad()
-    def _observe_teacher(self, images: Sequence[Tensor], targets: Sequence[Target]) -> View:
+    def _observe_teacher(self, images: Sequence[Tensor], targets: Sequence[Target], with_head: bool) -> View:
         teacher = self.teacher_adapter
         assert teacher is not None  # methods without a teacher are refused at construction
         teacher.model.eval()  # whoever called train() on a module that holds it meanwhile
         batch = teacher.prepare(images, targets)
         features = teacher.features(batch)
-        trace = teacher.head(features, batch) if self._needs & _HEAD else None
+        trace = teacher.head(features, batch) if with_head else None
         return View(teacher, batch, features, trace)
+
+    @torch.no_grad()
+    def locate_non_finite(self, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
+        """Where the first value that is not finite comes up in this batch, detector by detector, in words.
+
+        A level is named by its stride. Where all is finite, the largest values are told: losses of them overflowed.
+        """
+        student, teacher = self.student_adapter, self.teacher_adapter
+        roles = [("student", student)] + ([] if teacher is None else [("teacher", teacher)])
+        found = [f"{role}: {_first_non_finite(adapter, images, targets)}" for role, adapter in roles]
+        return "; ".join(found)
+
+    @property
+    def _methods(self) -> list[Method]:
+        return [cast(Method, method) for method in self.methods]
+
+    def get_extra_state(self) -> dict[str, int]:
+        """The number of steps done, for `state_dict`: schedules go by it."""
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Go on at the step of a saved state."""
+        self.step = state["step"]
+
+
+def _first_non_finite(adapter: DetectorAdapter, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
+    batch = adapter.prepare(images, targets)
+    strides = adapter.spec.strides
+    features = adapter.features(batch)
+    seen = [("images", batch.images)]
+    seen += [(f"features at stride {stride}", x) for stride, x in zip(strides, features, strict=True)]
+    trace = adapter.head(features, batch)
+    for stage, state in zip(adapter.spec.stages, trace.states, strict=True):
+        for branch, tensors in state.items():
+            at = [f" at stride {stride}" for stride in strides] if len(tensors) == len(strides) else [""]
+            seen += [(f"state '{stage.name}' of branch {branch}{w}", x) for w, x in zip(at, tensors, strict=True)]
+    predictions = trace.predictions
+    sizes = list(predictions.priors.per_level)
+    for name, value in (("logits", predictions.logits), ("regression", predictions.regression)):
+        at = [f" at stride {stride}" for stride in strides] if len(sizes) == len(strides) else [""] * len(sizes)
+        seen += [(f"{name}{where}", x) for where, x in zip(at, torch.split(value, sizes, 1), strict=True)]
+    for name, value in seen:
+        if not bool(value.isfinite().all()):
+            return f"{name} not finite, the first of all"
+    largest, place = max((float(x.abs().max()), name) for name, x in seen if x.numel())
+    return f"all finite, the largest {largest:.3g} ({place})"
+
+
+def check_targets(targets: Sequence[Target], spec: DetectorSpec) -> None:
+    """Check ground truth against the detector. Raises KDError naming the image and box that cannot be learnt from."""
+    for i, target in enumerate(targets):
+        boxes, labels = target["boxes"], target["labels"]
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+            raise KDError(
+                f"target {i}: boxes must be (G, 4) and labels (G,); they are {tuple(boxes.shape)} and "
+                f"{tuple(labels.shape)}"
+            )
+        if not len(boxes):
+            continue
+        good = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        known = (labels >= 0) & (labels < spec.num_classes)
+        if bool((good & known).all()):
+            continue
+        if not bool(good.all()):
+            at = int((~good).nonzero()[0])
+            raise KDError(
+                f"target {i}: box {at} is {boxes[at].tolist()}: boxes are x1, y1, x2, y2 in pixels, x1 < x2, y1 < y2"
+            )
+        at = int((~known).nonzero()[0])
+        raise KDError(
+            f"target {i}: label {int(labels[at])}, and {spec.name} has {spec.num_classes} classes: labels count "
+            "from 0, without background"
+        )
 
 
 def _unique_names(methods: Sequence[Method]) -> list[str]:

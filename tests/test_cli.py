@@ -1,12 +1,15 @@
+import inspect
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
+import torch
 
 from kdtoolkit import cli
 from kdtoolkit.benchmark.suite import embedded_suites
-from kdtoolkit.methods import all_methods
+from kdtoolkit.methods import CrossKD, all_methods
+from kdtoolkit.models import build_model
 from tests.benchmark._suite import TINY
 from tests.benchmark.test_report import make_run
 from tests.data._coco import document, write
@@ -118,3 +121,50 @@ def test_bad_data_is_one_error_or_is_left_out(run, tmp_path):
     code, _, err = run(*command, "--skip-bad")
     assert (code, err) == (0, "")
     assert (tmp_path / "runs" / "tiny-cubes" / "leaderboard.csv").exists()
+
+
+def test_a_method_is_explained_with_its_defaults(run):
+    code, out, _ = run("methods", "crosskd")
+    assert code == 0
+    for part in (CrossKD.paper, "proposal_box", "tap", "'after'", "exponent of the quality focal loss"):
+        assert part in out
+    code, _, err = run("methods", "CrosKD")
+    assert (code, "did you mean 'CrossKD'?" in err) == (2, True)
+
+
+@pytest.mark.parametrize("name", sorted(all_methods()))
+def test_every_argument_of_every_method_is_described(run, name):
+    code, out, _ = run("methods", name)
+    assert code == 0
+    table = out[out.rindex("what it is") :].splitlines() if "what it is" in out else []
+    named = {row.split()[0]: row.split(None, 2) for row in table[1:] if row[1:2].strip()}
+    assert set(inspect.signature(all_methods()[name]).parameters) <= set(named)
+    assert all(len(cells) == 3 for cells in named.values())
+
+
+def test_inspect_shows_a_detector(run, tmp_path):
+    name = "kdtoolkit/gfl?backbone=resnet10t&neck_channels=16&head_channels=24&head_groups=4&bins=9"
+    model = build_model(name, 3)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    command = ["inspect", name, "--classes", 3, "--weights", tmp_path / "weights.pth", "--image-size", 64]
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    for part in (f"{parameters:.2f} M", "9 bins, 0 to 8", "block 4", "cls 24; reg 24", "64 x 64", "CrossKD", "applies"):
+        assert part in out
+    assert [line.split()[1:3] for line in out.splitlines() if "8 x 8" in line] == [["8", "16"]]
+    code, _, err = run(*command[:3], 4, *command[4:])
+    assert code == 2
+    assert "do not fit GFL" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("gfl", "unknown model 'gfl': write a name such as kdtoolkit/gfl"),
+        ("kdtoolkit/gfl?depth=3", "keyword argument 'depth'"),
+    ],
+)
+def test_inspect_explains_wrong_names(run, name, part):
+    code, _, err = run("inspect", name)
+    assert (code, part in err) == (2, True), err

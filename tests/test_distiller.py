@@ -64,7 +64,78 @@ def test_one_teacher_pass_a_step(batch):
 def test_state_dict_holds_the_student_and_the_methods_but_not_the_teacher():
     distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2, head_channels=8), [CrossKD()])
     prefixes = {name.split(".")[0] for name in distiller.state_dict()}
-    assert prefixes == {"student", "methods"}
+    assert prefixes == {"student", "methods", "_extra_state"}
+
+
+def test_weights_follow_the_schedule_and_go_on_from_a_saved_state(batch):
+    def terms(distiller):
+        return {name: loss.item() for name, loss in distiller(*batch).items()}
+
+    def make(schedule):
+        return Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [PKD().scheduled(**schedule), CrossKD()])
+
+    constant = terms(make({}))["pkd/feature"]
+    scheduled = make({"warmup": 1, "decay": 1, "stop": 4})
+    found = [terms(scheduled).get("pkd/feature", 0) for _ in range(2)]
+    resumed = make({"warmup": 1, "decay": 1, "stop": 4})
+    resumed.load_state_dict(scheduled.state_dict())
+    found += [terms(resumed).get("pkd/feature", 0) for _ in range(3)]
+    assert found == pytest.approx([constant / 2, constant, constant, constant / 2, 0])
+
+
+def test_a_stopped_method_costs_no_teacher_pass(batch):
+    calls = []
+    teacher = tiny_gfl(seed=1)
+    teacher.backbone.register_forward_hook(lambda *_: calls.append(1))
+    distiller = Distiller(teacher, tiny_gfl(seed=2), [PKD().scheduled(stop=1)])
+    assert [set(distiller(*batch)) >= {"pkd/feature"} for _ in range(3)] == [True, False, False]
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"decay": 3}, "decay needs stop"),
+        ({"warmup": -1}, "numbers of steps"),
+        ({"warmup": 5, "stop": 4}, "comes before"),
+    ],
+)
+def test_impossible_schedules_are_explained(schedule, message):
+    with pytest.raises(KDError, match=message):
+        PKD().scheduled(**schedule)
+
+
+def test_a_method_of_features_works_on_chosen_levels(batch):
+    def value(*methods):
+        losses = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), methods)(*batch)
+        return sum(loss.item() for name, loss in losses.items() if not name.startswith("task/"))
+
+    parts = [value(PKD().at_strides(8)), value(PKD().at_strides(16, 32))]
+    assert sum(parts) == pytest.approx(value(PKD()))
+    assert value(PKD().at_strides(8), PKD().at_strides(16, 32)) == pytest.approx(value(PKD()))
+    with pytest.raises(KDError, match="compares heads"):
+        CrossKD().at_strides(8)
+    with pytest.raises(IncompatibleError, match=r"at strides \[64\]"):
+        value(PKD().at_strides(64))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            {"boxes": [[4.0, 4.0, 9.0, 9.0]], "labels": [3]},
+            "target 1: label 3, and GFL has 3 classes: labels count from 0",
+        ),
+        ({"boxes": [[4.0, 4.0, 2.0, 9.0]], "labels": [0]}, "target 1: box 0 is"),
+        ({"boxes": [[4.0, 4.0, float("nan"), 9.0]], "labels": [0]}, "target 1: box 0 is"),
+        ({"boxes": [[4.0, 4.0, 8.0, 9.0]], "labels": [0, 1]}, r"target 1: boxes must be \(G, 4\)"),
+    ],
+)
+def test_wrong_targets_are_named(batch, target, message):
+    images, targets = batch
+    wrong = {name: torch.tensor(value) for name, value in target.items()}
+    with pytest.raises(KDError, match=message):
+        Distiller(None, tiny_gfl(seed=1))(images, [targets[0], wrong])
 
 
 @pytest.mark.parametrize("name", sorted(all_methods()))

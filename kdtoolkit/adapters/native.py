@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -20,7 +21,10 @@ from kdtoolkit.contract import (
     State,
     Target,
 )
+from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
 from kdtoolkit.detectors.dense import DenseDetector
+from kdtoolkit.errors import KDError
+from kdtoolkit.models import construct
 
 _CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
 
@@ -32,6 +36,11 @@ class DenseAdapter(DetectorAdapter):
 
     def __init__(self, model: DenseDetector) -> None:
         super().__init__(model)
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """The four detectors, narrow and shallow."""
+        return {kind.__name__: partial(_tiny, kind) for kind in (GFL, ATSS, FCOS, RetinaNet)}
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -100,4 +109,25 @@ class DenseAdapter(DetectorAdapter):
         return self.model.postprocess(trace.predictions, batch)
 
 
+def _tiny(kind: Callable[..., DenseDetector], num_classes: int) -> DenseDetector:
+    return kind(
+        num_classes,
+        backbone="resnet10t",
+        backbone_args={"channels": (8, 8, 16, 16), "stem_width": 4},
+        neck_channels=16,
+        head_channels=16,
+        head_blocks=2,
+        head_groups=4,
+    )
+
+
 ADAPTERS: tuple[type[DetectorAdapter], ...] = (DenseAdapter,)
+
+_MODELS: Mapping[str, type[DenseDetector]] = {"gfl": GFL, "atss": ATSS, "fcos": FCOS, "retinanet": RetinaNet}
+
+
+def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
+    """Build gfl, atss, fcos or retinanet. Raises KDError for another name, or arguments that it does not take."""
+    if name not in _MODELS:
+        raise KDError(f"unknown model 'kdtoolkit/{name}': write one of {', '.join(f'kdtoolkit/{m}' for m in _MODELS)}")
+    return construct(_MODELS[name], f"kdtoolkit/{name}", num_classes, args)

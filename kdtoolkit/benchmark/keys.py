@@ -8,6 +8,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,25 @@ import kdtoolkit
 from kdtoolkit.benchmark.suite import DetectorSection, MethodUse
 from kdtoolkit.methods import all_methods
 
-# Sources that every cell depends on; a method's own file is added for the cells that use it.
+# Sources that every cell depends on; the detector's adapter and the methods' own files are added.
 _SOURCES = (
     "contract.py",
     "boxes.py",
     "distiller.py",
     "models.py",
     "methods/_common.py",
-    "adapters/native.py",
     "benchmark/cell.py",
     "data/*.py",
-    "detectors/*.py",
     "engine/*.py",
 )
+# First part of a model's name -> its adapter's sources, and the package that it is made of.
+_LIBRARIES = {
+    "kdtoolkit": (("adapters/native.py", "detectors/*.py"), "timm"),
+    "torchvision": (("adapters/torchvision.py",), "torchvision"),
+    "hf": (("adapters/transformers/*.py",), "transformers"),
+    "ultralytics": (("adapters/ultralytics.py",), "ultralytics"),
+}
+_ANY_LIBRARY = ("adapters/**/*.py", "detectors/*.py"), "torchvision"  # a model of one's own may be of any
 
 
 def cell_parts(
@@ -37,6 +44,7 @@ def cell_parts(
 ) -> dict[str, str]:
     """What determines a student: its section, methods, seed and steps, the digests of its data and of its teacher."""
     used = [all_methods()[use.name] for use in methods]
+    _, library = _library(student.model)
     return {
         "detector": digest(student.model_dump(mode="json")),
         "methods": json.dumps([[use.name, use.args] for use in methods]),
@@ -45,6 +53,7 @@ def cell_parts(
         "data": data,
         "teacher": teacher if methods else "none",
         "torch": torch.__version__,
+        "library": f"{library} {version(library)}",
         "code": source_digest(student.model, tuple(Path(inspect.getfile(method)) for method in used)),
     }
 
@@ -57,7 +66,8 @@ def key_of(parts: Mapping[str, str]) -> str:
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     """What changed between two cells, in words."""
     changed = [name for name in new if old.get(name) != new[name]]
-    shown = (f"{name} ({old.get(name)} -> {new[name]})" if name in ("torch", "steps") else name for name in changed)
+    told = ("torch", "library", "steps")
+    shown = (f"{name} ({old.get(name)} -> {new[name]})" if name in told else name for name in changed)
     return "changed: " + ", ".join(shown)
 
 
@@ -66,12 +76,17 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _library(model: str) -> tuple[tuple[str, ...], str]:
+    return _LIBRARIES.get(model.partition("/")[0], _ANY_LIBRARY)
+
+
 @cache  # what a run began with is what its workers have imported, whatever is edited meanwhile
 def source_digest(model: str, extra: tuple[Path, ...] = ()) -> str:
     """Digest of the source that trains and evaluates: kdtoolkit's, the file of a model of one's own, and `extra`."""
     package = Path(kdtoolkit.__file__).parent
-    files = {path for pattern in _SOURCES for path in package.glob(pattern)} | set(extra)
-    module, is_own, _ = model.partition(":")
+    adapter, _ = _library(model)
+    files = {path for pattern in (*_SOURCES, *adapter) for path in package.glob(pattern)} | set(extra)
+    module, is_own, _ = model.partition("?")[0].partition(":")
     if is_own and (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
         files.add(Path(spec.origin))
 

@@ -70,8 +70,21 @@ class DetectorSection(_Section):
     train: TrainConfig
 
 
+class _Extras(_Section):
+    """What every method takes besides its own arguments: `Method.scheduled` and `Method.at_strides`."""
+
+    warmup: int | None = Field(None, ge=0)
+    decay: int | None = Field(None, ge=0)
+    stop: int | None = Field(None, ge=0)
+    strides: tuple[int, ...] | None = None
+
+
 class MethodUse(_Section):
-    """A method and what is changed of its defaults; in YAML `CrossKD` or `{FGD: {foreground_weight: 0.001}}`."""
+    """A method and what is changed of its defaults; in YAML `CrossKD` or `{FGD: {foreground_weight: 0.001}}`.
+
+    Besides its own arguments each takes those of its weights' schedule, `warmup`, `decay` and `stop`, in steps, and
+    `strides`, the levels that it is applied to.
+    """
 
     name: str
     args: dict[str, Any]
@@ -88,9 +101,12 @@ class MethodUse(_Section):
         arguments = _signature(methods[name])
         try:
             checked = arguments.model_validate(args).model_dump(exclude_unset=True)
+            _build(methods[name], checked)
         except ValidationError as error:
             reasons = [f"{name}: {_reason(arguments, problem)}" for problem in error.errors()]
             raise ValueError("; ".join(reasons)) from None
+        except KDError as error:
+            raise ValueError(f"{name}: {error}") from None
         return {"name": name, "args": checked}
 
     @model_serializer
@@ -99,7 +115,7 @@ class MethodUse(_Section):
 
     def build(self) -> Method:
         """The method, ready for a Distiller."""
-        return all_methods()[self.name](**self.args)
+        return _build(all_methods()[self.name], self.args)
 
 
 class Suite(_Section):
@@ -203,8 +219,16 @@ def _signature(method: type[Method]) -> type[BaseModel]:
     fields: dict[str, Any] = {
         p.name: (hints[p.name], ... if p.default is inspect.Parameter.empty else p.default) for p in parameters
     }
-    model: type[BaseModel] = create_model(method.__name__, __config__=ConfigDict(extra="forbid"), **fields)
+    model: type[BaseModel] = create_model(method.__name__, __base__=_Extras, **fields)
     return model
+
+
+def _build(method: type[Method], args: Mapping[str, Any]) -> Method:
+    own = {name: value for name, value in args.items() if name not in _Extras.model_fields}
+    built = method(**own)
+    if schedule := {name: args[name] for name in ("warmup", "decay", "stop") if args.get(name) is not None}:
+        built.scheduled(**schedule)
+    return built.at_strides(*args["strides"]) if args.get("strides") else built
 
 
 def _explain(error: ErrorDetails) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from kdtoolkit.detectors.dense import BACKBONE_STRIDES, DenseDetector
 from kdtoolkit.errors import KDError
+from kdtoolkit.models import read_weights
 
 # (published name, our name); the first that fits counts.
 _RENAMINGS = (
@@ -47,7 +46,7 @@ def load_published(model: DenseDetector, source: str | os.PathLike[str] | Mappin
     Raises:
         KDError: the file cannot be read, or keys are missing, unexpected or of other shapes.
     """
-    published = _read(Path(source)) if isinstance(source, (str, os.PathLike)) else dict(source)
+    published = read_weights(Path(source)) if isinstance(source, (str, os.PathLike)) else dict(source)
     name = str(source) if isinstance(source, (str, os.PathLike)) else "the state dict"
     renamed = rename_published(model, published)
     own = model.state_dict()
@@ -91,25 +90,6 @@ def rename(model: DenseDetector, key: str) -> str:
     if (match := _PREDICTOR.fullmatch(key)) and match[1] in model.published_predictors:
         return f"predictors.{model.published_predictors[match[1]]}.{match[2]}"
     return key
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise KDError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise KDError(
-            f"{path} holds more than plain weights, or is damaged, and was not loaded. In an environment where you "
-            "trust it, save its state dict alone: torch.save(torch.load(path)['state_dict'], 'weights.pth')."
-        ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise KDError(f"{path} holds no state dict: expected tensors by name, at the top or under 'state_dict'")
-    return dict(content)
 
 
 def _some(keys: list[str], most: int = 6) -> str:

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -121,18 +121,24 @@ def train(
         begun = time.perf_counter()
         images = [image.to(device) for image in images]
         targets = [{"boxes": t["boxes"].to(device), "labels": t["labels"].to(device)} for t in targets]
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.precision == "bfloat16"):
+        buffers = [buffer.clone() for buffer in student.buffers()]  # batch norm's change in a forward already
+        autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.precision == "bfloat16")
+        with autocast:
             losses = distiller(images, targets)
         values = dict(
             zip(losses, torch.stack([loss.detach().float() for loss in losses.values()]).tolist(), strict=True)
         )
-        _check_finite(values, step)
+        if bad := _non_finite(values):
+            with autocast:
+                where = distiller.locate_non_finite(images, targets)
+            _stop(student, buffers, step, bad, where)
         if step < SILENT_STEPS:
             silence.observe(losses)
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        _check_finite({"gradient norm": norm.item()}, step)
+        if bad := _non_finite({"gradient norm": norm.item()}):
+            _stop(student, buffers, step, bad, "all losses are finite, their gradient is not")
         if config.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
         optimizer.step()
@@ -216,10 +222,16 @@ def _optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
 
 
-def _check_finite(values: dict[str, float], step: int) -> None:
-    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        shown = ", ".join(f"{name} = {values[name]}" for name in bad)
-        raise NonFiniteLossError(
-            f"step {step + 1}: {shown}. Lower the learning rate (lr) or clip_norm, lengthen warmup_steps, "
-            "or lower the weight of the method it belongs to."
-        )
+def _non_finite(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
+
+
+def _stop(student: nn.Module, buffers: list[Tensor], step: int, bad: str, where: str) -> NoReturn:
+    """Give the student's buffers back their values of before the step, and raise."""
+    with torch.no_grad():
+        for buffer, kept in zip(student.buffers(), buffers, strict=True):
+            buffer.copy_(kept)
+    raise NonFiniteLossError(
+        f"step {step + 1}: {bad} ({where}). Lower the learning rate (lr) or clip_norm, lengthen warmup_steps, "
+        "or lower the weight of the method it belongs to."
+    )

@@ -1,7 +1,9 @@
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from kdtoolkit.benchmark.suite import change, embedded_suites, load_suite, parse_suite
+from kdtoolkit.benchmark.suite import MethodUse, change, embedded_suites, load_suite, parse_suite
+from kdtoolkit.contract import Schedule
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import PKD, CrossKD
 from tests.benchmark._suite import TINY
@@ -106,3 +108,12 @@ def test_change_leaves_the_rest(tmp_path):
     assert (changed.seeds, changed.data.root, changed.data.image_size) == (7, tmp_path, 128)
     assert changed.data.val_images == 4
     assert changed.entries == suite.entries
+
+
+def test_methods_take_a_schedule_and_levels():
+    use = MethodUse.model_validate({"PKD": {"weight": 2, "stop": 50, "decay": 5, "strides": [8, 16]}})
+    method = use.build()
+    assert (method.schedule, method.strides) == (Schedule(decay=5, stop=50), (8, 16))
+    for wrong, part in (({"CrossKD": {"strides": [8]}}, "compares heads"), ({"PKD": {"decay": 5}}, "needs stop")):
+        with pytest.raises(ValidationError, match=part):
+            MethodUse.model_validate(wrong)

@@ -142,25 +142,3 @@ def test_what_does_not_fit_is_named():
         with pytest.raises(KDError, match=message):
             load_published(model, wrong)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-class Sprung:
-    def __reduce__(self):
-        return (print, ("run",))
-
-
-def test_unusable_files_are_explained(tmp_path, capsys):
-    model = build("gfl", "resnet18")
-    torch.save({"state_dict": {}, "meta": Sprung()}, tmp_path / "code.pth")
-    (tmp_path / "text.pth").write_text("no weights")
-    torch.save([1, 2], tmp_path / "list.pth")
-    for name, message in {
-        "code.pth": "more than plain weights",
-        "text.pth": "damaged",
-        "list.pth": "no state dict",
-        "absent.pth": "no such file",
-    }.items():
-        with pytest.raises(KDError, match=message) as caught:
-            load_published(model, tmp_path / name)
-        assert name in str(caught.value)
-    assert "run" not in capsys.readouterr().out

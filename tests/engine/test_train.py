@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -120,6 +121,22 @@ def test_a_term_that_is_not_finite_is_named_and_the_last_good_weights_stay(data)
     with pytest.raises(NonFiniteLossError, match=r"step 3: broken/term = nan"):
         train(Distiller(model(1), student, [Broken(explode)]), data, config(), seed=0)
     assert torch.equal(weights(student), kept[2])
+
+
+def test_the_first_place_that_is_not_finite_is_named_and_buffers_stay_good(data):
+    student = model(2)
+    kept = {}
+
+    def spoil(module, _, output):
+        if len(kept) >= 2:
+            output[1].fill_(math.inf)
+        kept[len(kept)] = copy.deepcopy(dict(student.named_buffers()))
+
+    student.neck.register_forward_hook(lambda module, args, output: spoil(module, args, list(output.values())))
+    place = "student: features at stride 16 not finite, the first of all; teacher: all finite, the largest"
+    with pytest.raises(NonFiniteLossError, match=place):
+        train(Distiller(model(1), student, [PKD()]), data, config(), seed=0)
+    assert all(torch.equal(buffer, kept[1][name]) for name, buffer in student.named_buffers())
 
 
 def test_a_gradient_that_is_not_finite_stops_too(data):

@@ -1,0 +1,291 @@
+"""The matrix: every method on every ordered pair of detector families, with tiny random models; what works, and why not.
+
+    matrix = run_matrix(families(), all_methods())
+    print_matrix(matrix, console)
+
+A cell is one step of the pair: what the student shows in train mode, the frozen teacher in eval mode, the method's
+terms between the two and their gradient. As in `Distiller`, each detector is run once for all methods; here once for
+all its pairs as well, for a step does not change its weights.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from kdtoolkit.contract import DetectorAdapter, Exchange, Method, Target, View, adapt, adapter_classes
+from kdtoolkit.distiller import refusal
+from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.testing import example_batch, observe
+
+NUM_CLASSES = 3
+SEED = 0
+
+Family = Callable[[int], nn.Module]
+"""Builds a tiny detector with random weights, for a number of classes."""
+
+
+class Outcome(enum.StrEnum):
+    """What came of a method on a pair."""
+
+    WORKS = "works"  # finite terms, and gradient that reaches the student's pyramid
+    REFUSED = "refused"  # at construction, with a reason
+    REFUSED_LATE = "refused late"  # at the first step, with a reason
+    FAILED = "failed"  # with an error: a fault of the toolkit's, or of a library's
+
+
+MARKS: Mapping[Outcome, str] = {
+    Outcome.WORKS: "✓",
+    Outcome.REFUSED: "·",
+    Outcome.REFUSED_LATE: "~",
+    Outcome.FAILED: "✗",
+}
+_COLOURS: Mapping[Outcome, str] = {
+    Outcome.WORKS: "green",
+    Outcome.REFUSED: "dim",
+    Outcome.REFUSED_LATE: "yellow",
+    Outcome.FAILED: "bold red",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one pair; `reason` says in a line why it does not work."""
+
+    outcome: Outcome
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Cells by (method, student, teacher), for all methods and all ordered pairs of families."""
+
+    families: tuple[str, ...]
+    methods: tuple[str, ...]
+    cells: Mapping[tuple[str, str, str], Cell]
+
+    def count(self, outcome: Outcome, method: str | None = None) -> int:
+        """Number of cells of an outcome, of one method or of all."""
+        return sum(
+            cell.outcome == outcome for (name, _, _), cell in self.cells.items() if method is None or name == method
+        )
+
+    def share(self, method: str | None = None) -> float:
+        """Share of pairs in [0, 1] that work, of one method or of all."""
+        total = len(self.families) ** 2 * (len(self.methods) if method is None else 1)
+        return self.count(Outcome.WORKS, method) / total if total else 0.0
+
+    def reasons(self, method: str) -> list[str]:
+        """The distinct reasons why pairs do not work with a method, in the order in which they come."""
+        own = (cell for (name, _, _), cell in self.cells.items() if name == method)
+        return list(dict.fromkeys(cell.reason for cell in own if cell.outcome != Outcome.WORKS))
+
+    def to_json(self) -> dict[str, object]:
+        """All of it as plain data, for json.dump."""
+        return {
+            "families": list(self.families),
+            "methods": list(self.methods),
+            "share": self.share(),
+            "counts": {outcome.value: self.count(outcome) for outcome in Outcome},
+            "cells": [
+                {"method": method, "student": student, "teacher": teacher, "outcome": cell.outcome.value}
+                | ({"reason": cell.reason} if cell.reason else {})
+                for (method, student, teacher), cell in self.cells.items()
+            ],
+        }
+
+
+def families() -> dict[str, Family]:
+    """The example detectors of all adapters whose library is installed.
+
+    Raises KDError where two adapters call their examples alike.
+    """
+    found: dict[str, Family] = {}
+    for cls in adapter_classes(load=True):
+        for name, build in cls.examples().items():
+            if name in found:
+                raise KDError(f"two adapters have an example called {name!r}: rename that of {cls.__qualname__}")
+            found[name] = build
+    return found
+
+
+def run_matrix(
+    families: Mapping[str, Family], methods: Mapping[str, type[Method]], *, console: Console | None = None
+) -> Matrix:
+    """Try every method with its default settings on every ordered pair of families.
+
+    No error of a detector or a method escapes: it is the reason of a failed cell. On a console a bar shows how far
+    it is.
+    """
+    total = len(families) ** 2 * len(methods)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
+        bar = progress.add_task("building the detectors", total=total)
+        with torch.random.fork_rng():
+            students = {name: _shown(build, "student", SEED) for name, build in families.items()}
+            teachers = {name: _shown(build, "teacher", SEED + 1) for name, build in families.items()}
+            cells: dict[tuple[str, str, str], Cell] = {}
+            for student, ours in students.items():
+                for teacher, theirs in teachers.items():
+                    progress.update(bar, description=f"{teacher} → {student}")
+                    exchange = Exchange(ours, theirs) if isinstance(ours, View) and isinstance(theirs, View) else None
+                    broken = next((x for x in (ours, theirs) if isinstance(x, str)), "")
+                    for name, method in methods.items():
+                        cells[name, student, teacher] = (
+                            Cell(Outcome.FAILED, broken) if exchange is None else _try(method, exchange)
+                        )
+                        progress.advance(bar)
+    return Matrix(tuple(families), tuple(methods), cells)
+
+
+def _shown(build: Family, role: str, seed: int) -> View | str:
+    """What a family's detector shows of the example batch, or the error that keeps it from it."""
+    try:
+        torch.manual_seed(seed)
+        adapter = adapt(build(NUM_CLASSES))
+        device = next(adapter.model.parameters()).device
+        images, targets = example_batch(NUM_CLASSES, device)
+        if role == "student":
+            return _as_student(adapter, images, targets)
+        adapter.model.eval().requires_grad_(False)
+        with torch.no_grad():
+            return observe(adapter, images, targets)
+    except Exception as error:  # a foreign detector may raise anything, and the matrix reports it
+        return f"as a {role} alone: {_line(error)}"
+
+
+def _as_student(adapter: DetectorAdapter, images: Sequence[Tensor], targets: Sequence[Target]) -> View:
+    adapter.model.train()
+    view = observe(adapter, images, targets)
+    _, assignment = adapter.task_losses(view.head, view.batch)
+    return View(adapter, view.batch, view.features, view.trace, assignment)
+
+
+def _try(method: type[Method], exchange: Exchange) -> Cell:
+    student, teacher = exchange.student, exchange.teacher
+    try:
+        if reason := refusal(method, student.spec, teacher.spec):
+            return Cell(Outcome.REFUSED, reason)
+        torch.manual_seed(SEED)
+        instance = method()
+        instance.setup(student.spec, teacher.spec)
+        terms = instance.to(student.features[0].device)(exchange)
+        total = torch.stack([*terms.values()]).sum()
+        if not torch.isfinite(total):
+            values = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
+            return Cell(Outcome.FAILED, f"losses are not finite: {values}")
+        gradients = torch.autograd.grad(total, student.features, retain_graph=True, allow_unused=True)
+        reached = [gradient for gradient in gradients if gradient is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in reached):
+            return Cell(Outcome.FAILED, "the gradient is not finite")
+        if not any(bool(gradient.any()) for gradient in reached):
+            return Cell(Outcome.FAILED, "no gradient reaches the student's pyramid")
+        return Cell(Outcome.WORKS)
+    except IncompatibleError as error:
+        return Cell(Outcome.REFUSED_LATE, _line(error))
+    except Exception as error:  # must not happen; where it does, the matrix is where it is to be seen
+        return Cell(Outcome.FAILED, _line(error))
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, KDError) else f"{type(error).__name__}: {text}"[:300]
+
+
+def print_matrix(matrix: Matrix, console: Console, method: str | None = None) -> None:
+    """Print how many methods work for each pair; or, for one `method`, a mark a pair and the reasons below.
+
+    Raises KDError where there is no such method.
+    """
+    if method is None:
+        console.print(_overview(matrix))
+        console.print(_by_method(matrix))
+        console.print(_summary(matrix))
+        return
+    if method not in matrix.methods:
+        raise KDError(f"no method {method!r}; there are {', '.join(matrix.methods)}")
+    console.print(_grid(matrix, method))
+    for number, reason in enumerate(matrix.reasons(method), 1):
+        console.print(f"{number:>3}  {escape(reason)}")
+    console.print(_summary(matrix, method))
+
+
+def _numbered(matrix: Matrix, title: str) -> Table:
+    """A table of students (rows) by teachers (columns), whose columns are numbers, for names would not fit."""
+    table = Table(title=title, caption="rows: students; columns: teachers, in the same order")
+    table.add_column("student", no_wrap=True)
+    for i, _ in enumerate(matrix.families, 1):
+        table.add_column(str(i), justify="right", no_wrap=True)
+    return table
+
+
+def _overview(matrix: Matrix) -> Table:
+    table = _numbered(matrix, f"methods that work, of {len(matrix.methods)}")
+    for i, student in enumerate(matrix.families, 1):
+        row = []
+        for teacher in matrix.families:
+            outcomes = [matrix.cells[name, student, teacher].outcome for name in matrix.methods]
+            works = outcomes.count(Outcome.WORKS)
+            colour = _COLOURS[Outcome.FAILED] if Outcome.FAILED in outcomes else ("green" if works else "dim")
+            row.append(f"[{colour}]{works}[/]")
+        table.add_row(f"{i} {escape(student)}", *row)
+    return table
+
+
+def _by_method(matrix: Matrix) -> Table:
+    table = Table(title=f"pairs of {len(matrix.families)} x {len(matrix.families)} families")
+    table.add_column("method")
+    for outcome in Outcome:
+        table.add_column(outcome.value, justify="right")
+    for name in matrix.methods:
+        table.add_row(name, *(str(matrix.count(outcome, name)) for outcome in Outcome))
+    return table
+
+
+def _grid(matrix: Matrix, method: str) -> Table:
+    numbers = {reason: i for i, reason in enumerate(matrix.reasons(method), 1)}
+    table = _numbered(matrix, method)
+    for i, student in enumerate(matrix.families, 1):
+        row = []
+        for teacher in matrix.families:
+            cell = matrix.cells[method, student, teacher]
+            row.append(f"[{_COLOURS[cell.outcome]}]{MARKS[cell.outcome]}{numbers.get(cell.reason, '')}[/]")
+        table.add_row(f"{i} {escape(student)}", *row)
+    return table
+
+
+def _summary(matrix: Matrix, method: str | None = None) -> str:
+    counts = ", ".join(f"{matrix.count(outcome, method)} {outcome} {MARKS[outcome]}" for outcome in Outcome)
+    return f"{matrix.share(method):.0%} work ({counts})"
+
+
+def to_markdown(matrix: Matrix) -> str:
+    """One table a method, students by teachers, with the reasons of what does not work listed once each below all."""
+    every = dict.fromkeys(reason for method in matrix.methods for reason in matrix.reasons(method))
+    numbers = {reason: i for i, reason in enumerate(every, 1)}
+    head = "| student \\ teacher | " + " | ".join(map(str, range(1, len(matrix.families) + 1))) + " |"
+    rule = "|---|" + ":-:|" * len(matrix.families)
+    lines = [
+        f"{_summary(matrix)}: {len(matrix.methods)} methods on {len(matrix.families)} x {len(matrix.families)} "
+        "families. Columns are teachers, in the order of the rows. Small numbers are reasons, listed at the end.",
+    ]
+    for method in matrix.methods:
+        lines += ["", f"### {method}", "", f"{_summary(matrix, method)}", "", head, rule]
+        for i, student in enumerate(matrix.families, 1):
+            cells = (matrix.cells[method, student, teacher] for teacher in matrix.families)
+            marks = (
+                MARKS[cell.outcome] + (f"<sup>{numbers[cell.reason]}</sup>" if cell.reason else "") for cell in cells
+            )
+            lines.append(f"| {i} {student} | {' | '.join(marks)} |")
+    if numbers:
+        lines += ["", "### Reasons", ""]
+        lines += [f"{i}. {reason}" for reason, i in numbers.items()]
+    return "\n".join(lines) + "\n"
