@@ -11,17 +11,18 @@ from kdtoolkit.methods.fbkd import FBKD
 from kdtoolkit.methods.fgd import FGD
 from kdtoolkit.methods.fitnet import FitNet
 from kdtoolkit.methods.ld import LD
+from kdtoolkit.methods.logitkd import LogitKD
 from kdtoolkit.methods.mgd import MGD
 from kdtoolkit.methods.mimic import Mimic
 from kdtoolkit.methods.pkd import PKD
 
-__all__ = ["CWD", "FBKD", "FGD", "LD", "MGD", "PKD", "CrossKD", "FitNet", "Mimic", "all_methods"]
+__all__ = ["CWD", "FBKD", "FGD", "LD", "MGD", "PKD", "CrossKD", "FitNet", "LogitKD", "Mimic", "all_methods"]
 
 ENTRY_POINTS = "kdtoolkit.methods"
 
 
 def all_methods() -> dict[str, type[Method]]:
     """Every method class by its name: this package's, and other packages' entry points of group kdtoolkit.methods."""
-    own: list[type[Method]] = [CrossKD, PKD, FGD, LD, FitNet, CWD, MGD, FBKD, Mimic]
+    own: list[type[Method]] = [CrossKD, PKD, FGD, LD, FitNet, CWD, MGD, FBKD, Mimic, LogitKD]
     found = own + [entry.load() for entry in entry_points(group=ENTRY_POINTS)]
     return {cls.__name__: cls for cls in found}

@@ -109,8 +109,13 @@ class FitNet(Method):
             region = box_region(priors.boxes, batch.boxes)
         else:
             region = fine_grained_region(priors.boxes, batch.boxes, on_image(priors, batch))
-        levels = zip(torch.split(region, list(priors.per_level), 1), priors.grid, strict=True)
-        return [level.view(len(region), height, width, -1).any(-1) for level, (height, width) in levels]
+        strides = exchange.student.adapter.spec.strides
+        levels = zip(torch.split(region, list(priors.per_level), 1), priors.grid, strides, strict=True)
+        return [
+            level.view(len(region), height, width, -1).any(-1)
+            for level, (height, width), stride in levels
+            if stride in exchange.student.spec.strides
+        ]
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`feature`: the weighted loss, summed over levels."""

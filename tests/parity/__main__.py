@@ -35,7 +35,7 @@ def ld(z: losses.Golden) -> Iterator[Check]:
 
 
 # A kind of file: a key that only it has, its name, and the comparison, if there is an implementation to compare.
-KINDS: tuple[tuple[str, str, Compare | None], ...] = (
+KINDS: tuple[tuple[str, str, Compare], ...] = (
     ("student.gfl_cls.weight", "crosskd_gfl", head),
     ("student.atss_cls.weight", "crosskd_atss", head),
     ("student.retina_cls.weight", "crosskd_retinanet", head),
@@ -48,7 +48,7 @@ KINDS: tuple[tuple[str, str, Compare | None], ...] = (
     ("case0.tau1_w10.loss", "mmrazor_cwd", losses.cwd),
     ("case0.generated", "mmrazor_mgd", losses.mgd),
     ("loss.unweighted_feat", "mmrazor_fbkd", losses.fbkd),
-    ("dkd_mean.tau1.loss", "mmrazor_logits", None),
+    ("dkd_mean.tau1.loss", "mmrazor_logits", losses.logits),
 )
 
 
@@ -67,10 +67,7 @@ def comparison(z: losses.Golden, path: Path) -> Compare:
     kinds = [kind for kind in KINDS if kind[0] in z] or [kind for kind in KINDS if path.stem.startswith(kind[1])]
     if not kinds:
         raise UnknownFileError("unknown kind of file")
-    _, name, compare = kinds[0]
-    if compare is None:
-        raise UnknownFileError(f"no implementation yet to compare with ({name})")
-    return compare
+    return kinds[0][2]
 
 
 def run(path: Path) -> list[Check]:

@@ -32,6 +32,7 @@ from kdtoolkit.methods.fbkd import spatial_attention as fbkd_attention
 from kdtoolkit.methods.fgd import FGD, channel_attention, region_masks, spatial_attention
 from kdtoolkit.methods.fitnet import box_region, fine_grained_region, imitation_loss
 from kdtoolkit.methods.ld import LD, valuable_region
+from kdtoolkit.methods.logitkd import decoupled_kl, dist_loss
 from kdtoolkit.methods.mgd import generator, mgd_loss
 from kdtoolkit.methods.pkd import pkd_loss
 from tests.parity._check import FLOOR, GRADIENT_BOUND, Check
@@ -148,6 +149,48 @@ def cwd(z: Golden) -> Iterator[Check]:
             student = tensor(z, f"{match[1]}.student").requires_grad_()
             loss = float(match[3]) * cwd_loss(student, tensor(z, f"{match[1]}.teacher"), float(match[2]))
             yield from _loss_and_gradient(z, key, loss, student)
+
+
+# ---- logits
+
+
+def logits(z: Golden) -> Iterator[Check]:
+    """KL, DKD and DIST; the plain squared distances in the file are `imitation_loss` up to the divisor."""
+    teacher, labels = tensor(z, "teacher"), tensor(z, "labels")
+    rows, classes = teacher.shape
+    for key in z:
+        if not key.endswith(".loss"):
+            continue
+        name, _, tau = key.removesuffix(".loss").partition(".tau")
+        student = tensor(z, "student").requires_grad_()
+        if name.startswith("dist"):
+            inter, intra, weight = (2.0, 0.5, 1.0) if name == "dist_i2" else (1.0, 1.0, 2.0)
+            loss = weight * dist_loss(student, teacher, float(tau), inter, intra)
+        elif name.startswith("dkd"):
+            divisor = rows if name == "dkd_batchmean" else 1
+            target, others = (part.sum() / divisor for part in decoupled_kl(student, teacher, labels, float(tau)))
+            yield Check(key.replace("loss", "tckd"), target, z[key.replace("loss", "tckd")])
+            yield Check(key.replace("loss", "nckd"), others, z[key.replace("loss", "nckd")])
+            loss = target + 8 * others
+        elif name.startswith("kl_"):
+            factor = 3 / (rows * classes) if name == "kl_mean" else 1 / rows
+            loss = factor * distribution_kl(student, teacher, float(tau)).sum()
+        elif name == "kl4d_tau4":
+            student = tensor(z, "student4d").requires_grad_()
+            maps = student.movedim(1, -1), tensor(z, "teacher4d").movedim(1, -1)
+            loss = distribution_kl(*maps, 4.0).sum() / len(student)
+        else:
+            student, other = tensor(z, "student4d").requires_grad_(), tensor(z, "teacher4d")
+            each = student[0].numel()
+            if name == "l2":
+                unit = [x / x.flatten(1).norm(dim=1)[:, None, None, None] for x in (student, other)]
+                loss = imitation_loss(*unit) * each
+            else:
+                total = imitation_loss(student, other) * student.numel()
+                loss = {"l2_nonorm": total / len(student), "l2_div": total / student.numel(), "l2_dist": total.sqrt()}[
+                    name
+                ]
+        yield from _loss_and_gradient(z, key, loss, student)
 
 
 # ---- MGD

@@ -1,0 +1,125 @@
+"""Logit distillation of class scores, in the three published forms (KD, DKD, DIST), at priors of the same place.
+
+KD (Hinton et al., arXiv 1503.02531): KL divergence of softened scores. DKD (Zhao et al., CVPR 2022, arXiv
+2203.08679): KL of the target class against all others, and KL among the others, weighted apart. DIST (Huang et al.,
+NeurIPS 2022, arXiv 2205.10536): 1 - Pearson's r of each prior's scores and of each class's scores over priors.
+
+Made for classifiers whose scores are a softmax, as two-stage detectors' are; there all priors count, background being
+a class. Where scores are sigmoids, the classes are compared at positive priors only. Numbers agree with mmrazor's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Whose
+from kdtoolkit.errors import KDError
+from kdtoolkit.methods._common import distribution_kl, unlike_priors, unlike_scores
+
+Kind = Literal["kd", "dkd", "dist"]
+
+
+def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """DKD's two parts at each of R rows, (R,) each: KL of target against the rest, and among the rest; times T^2.
+
+    Logits (R, K), labels (R,) in [0, K). Source: arXiv 2203.08679, equation 7.
+    """
+    target = F.one_hot(labels, student.shape[-1]).bool()
+
+    def halves(logits: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = logits.float() / temperature
+        hit = scaled[target]
+        rest = scaled.masked_fill(target, -torch.inf)
+        return torch.stack([hit, rest.logsumexp(-1)], -1), scaled[~target].view(len(scaled), scaled.shape[-1] - 1)
+
+    (student_target, student_rest), (teacher_target, teacher_rest) = halves(student), halves(teacher.detach())
+    parts = (
+        distribution_kl(student_target, teacher_target),
+        distribution_kl(student_rest, teacher_rest),
+    )
+    return parts[0] * temperature**2, parts[1] * temperature**2
+
+
+def relation_distance(student: Tensor, teacher: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
+    """1 - Pearson's r along `dim` of two tensors of one shape, the mean over what is left: a scalar.
+
+    Source: arXiv 2205.10536, equations 7 to 10; `eps` is added to the product of the norms.
+    """
+    student, teacher = student - student.mean(dim, keepdim=True), teacher - teacher.mean(dim, keepdim=True)
+    # Not Tensor.norm: its gradient is 0 / 0 where all are equal.
+    norms = [x.square().sum(dim).clamp(min=1e-24).sqrt() for x in (student, teacher)]
+    return (1 - (student * teacher).sum(dim) / (norms[0] * norms[1] + eps)).mean()
+
+
+def dist_loss(student: Tensor, teacher: Tensor, temperature: float, inter: float = 1.0, intra: float = 1.0) -> Tensor:
+    """DIST of logits (R, K), a scalar: T^2 (inter * over classes + intra * over rows). Source: arXiv 2205.10536."""
+    scores = [(x.float() / temperature).softmax(-1) for x in (student, teacher.detach())]
+    distance = inter * relation_distance(*scores, dim=1) + intra * relation_distance(*scores, dim=0)
+    return temperature**2 * distance
+
+
+class LogitKD(Method):
+    """Bring the student's class scores to the teacher's, at the same priors.
+
+    Args:
+        kind: "kd", "dkd" or "dist".
+        weight: factor of the loss, a mean over priors.
+        temperature: divides logits of both (1; DKD's own experiments on detectors use 1 as well).
+        target_weight: DKD's alpha, of the target class (1).
+        others_weight: DKD's beta, of the others (0.25 on detectors, 8 on ImageNet's classifiers).
+        priors: whose proposals or queries go through both heads; on grids the two are the same.
+    """
+
+    needs = frozenset({Capability.PREDICTIONS, Capability.ASSIGNMENT})
+    terms = ("cls",)
+    vanishing = ("cls",)
+    paper = "arXiv 1503.02531; DKD: 2203.08679 (CVPR 2022); DIST: 2205.10536 (NeurIPS 2022)"
+
+    def __init__(
+        self,
+        *,
+        kind: Kind = "kd",
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        target_weight: float = 1.0,
+        others_weight: float = 0.25,
+        priors: Whose = "teacher",
+    ) -> None:
+        super().__init__()
+        if kind not in get_args(Kind):
+            raise KDError(f"LogitKD(kind={kind!r}): must be one of {', '.join(get_args(Kind))}")
+        self.kind = kind
+        self.weight = weight
+        self.temperature = temperature
+        self.target_weight = target_weight
+        self.others_weight = others_weight
+        self.priors: Whose = priors
+
+    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+        """Refuse pairs whose priors or scores do not correspond, or that have nothing to compare."""
+        classes = student.num_classes + (student.activation == "softmax")
+        if classes < (3 if self.kind == "dkd" else 2):
+            return f"a softmax over {classes} classes says too little for {self.kind}"
+        return unlike_priors(student, teacher) or unlike_scores(student, teacher)
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """`cls`: the weighted loss; 0 where no prior counts."""
+        pair, spec = exchange.matched(self.priors), exchange.teacher.spec
+        assignment = pair.teacher_assignment
+        counts = assignment.weights > 0
+        if spec.activation == "sigmoid":
+            counts = counts & assignment.positive(spec.num_classes)
+        student, teacher = pair.student.predictions.logits[counts], pair.teacher.predictions.logits[counts]
+        rows = max(len(student), 1)
+        if self.kind == "dist" and len(student):
+            loss = dist_loss(student, teacher, self.temperature)
+        elif self.kind == "dkd":
+            target, others = decoupled_kl(student, teacher, assignment.labels[counts], self.temperature)
+            loss = (self.target_weight * target + self.others_weight * others).sum() / rows
+        else:
+            loss = distribution_kl(student, teacher, self.temperature).sum() / rows
+        return {"cls": self.weight * loss}
