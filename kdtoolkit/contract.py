@@ -500,6 +500,8 @@ ENTRY_POINTS = "kdtoolkit.adapters"
 # soon as such a model is handed in.
 _MODULES: Mapping[str, tuple[str, ...]] = {
     "kdtoolkit.detectors": ("kdtoolkit.adapters.native",),
+    "torchvision.models.detection": ("kdtoolkit.adapters.torchvision",),
+    "transformers": ("kdtoolkit.adapters.transformers",),
 }
 
 

@@ -1,0 +1,263 @@
+"""What adapters of transformers' DETR kin share: batches, labels, priors made of queries, matching, postprocessing.
+
+Follows transformers 5.23. Its detectors give boxes as (centre x, centre y, width, height) in [0, 1]. Predictions hold
+them so, as the library does (`regression` is its `pred_boxes`); `decode` turns them into xyxy pixels.
+
+Private name used: `TimmBackbone._backbone`, for its strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import image_transforms
+
+from kdtoolkit.contract import (
+    Assignment,
+    Batch,
+    Capability,
+    Detections,
+    DetectorAdapter,
+    DetectorSpec,
+    HeadTrace,
+    Predictions,
+    PriorKind,
+    Priors,
+    Stage,
+    State,
+    Target,
+)
+from kdtoolkit.errors import KDError
+
+BRANCH = "decoder"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_transforms: Any = image_transforms  # whose types are wider than torch's
+_CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What enters a decoder: the `context` of priors that are queries.
+
+    `content` and `positions` are (N, Q, C); `references` (N, Q, 2) points or (N, Q, 4) boxes as (centre x, centre y,
+    width, height), in [0, 1]. None where a detector has no such thing.
+    """
+
+    content: Tensor
+    positions: Tensor | None = None
+    references: Tensor | None = None
+
+
+class TransformersAdapter(DetectorAdapter):
+    """Base of the adapters of transformers' detectors; stage 0 are the queries, stage i the state after layer i.
+
+    Args:
+        model: the detector, one of the library's `...ForObjectDetection`.
+        image_mean: what is subtracted from images in [0, 1], a channel; the class's default if None.
+        image_std: what they are divided by after it; likewise.
+        size_divisor: images are padded to multiples of it, in pixels.
+    """
+
+    model: Any
+    default_mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
+    default_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
+    # Whether the model masks padding, so that its boxes are relative to each image's content; else to the canvas.
+    masked: ClassVar[bool] = True
+    activation: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
+    # The library's image processor, for its postprocessing alone.
+    processor: ClassVar[type[Any]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        size_divisor: int = 32,
+    ) -> None:
+        super().__init__(model)
+        self.image_mean = tuple(self.default_mean if image_mean is None else image_mean)
+        self.image_std = tuple(self.default_std if image_std is None else image_std)
+        self.size_divisor = size_divisor
+
+    def describe(
+        self, *, strides: Sequence[int], width: int, layers: int, prior_form: str, channels: Sequence[int] = ()
+    ) -> DetectorSpec:
+        """The spec of a detector whose decoder has `layers` layers of `width` channels.
+
+        `channels` are those of the encoder's levels, `width` each if empty.
+        """
+        return DetectorSpec(
+            name=type(self.model).__name__,
+            num_classes=self.model.config.num_labels,
+            strides=tuple(strides),
+            channels=tuple(channels) or (width,) * len(strides),
+            priors=PriorKind.QUERIES,
+            stages=tuple(
+                Stage(f"decoder layer {i}" if i else "queries", {BRANCH: (width,)}, spatial=False)
+                for i in range(layers + 1)
+            ),
+            activation=self.activation,
+            prior_form=prior_form,
+            capabilities=_CAPABILITIES,
+        )
+
+    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+        """Normalise, and pad at the right and bottom to the largest size, a multiple of `size_divisor`. No resizing.
+
+        Raises KDError for images that are not (3, H, W) floats.
+        """
+        for i, image in enumerate(images):
+            if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+                raise KDError(
+                    f"image {i} of the batch is {tuple(image.shape)} {image.dtype}; expected (3, H, W) floats in [0, 1]"
+                )
+        sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
+        padded = tuple((self._round_up(height), self._round_up(width)) for height, width in sizes)
+        canvas = max(height for height, _ in padded), max(width for _, width in padded)
+        stacked = images[0].new_zeros(len(images), 3, *canvas)  # 0 is the mean
+        mean, std = (images[0].new_tensor(value)[:, None, None] for value in (self.image_mean, self.image_std))
+        for i, (image, (height, width)) in enumerate(zip(images, sizes, strict=True)):
+            stacked[i, :, :height, :width] = (image - mean) / std
+        if targets is None:
+            return Batch(stacked, sizes, padded, sizes)
+        boxes = tuple(target["boxes"].float().reshape(-1, 4) for target in targets)
+        labels = tuple(target["labels"].long() for target in targets)
+        return Batch(stacked, sizes, padded, sizes, boxes, labels)
+
+    def _round_up(self, size: int) -> int:
+        return -(-size // self.size_divisor) * self.size_divisor
+
+    def scale(self, batch: Batch) -> Tensor:
+        """(N, 4): pixels (width, height, width, height) that boxes in [0, 1] are relative to, an image."""
+        canvas = batch.images.shape[-2], batch.images.shape[-1]
+        sizes = batch.sizes if self.masked else (canvas,) * len(batch.sizes)
+        return torch.tensor(
+            [(width, height) * 2 for height, width in sizes], dtype=torch.float32, device=batch.images.device
+        )
+
+    def library_labels(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """The batch's ground truth as the library's losses take it."""
+        return [
+            {"class_labels": labels, "boxes": _transforms.corners_to_center_format(boxes) / scale}
+            for labels, boxes, scale in zip(batch.labels, batch.boxes, self.scale(batch), strict=True)
+        ]
+
+    def priors(self, queries: Queries, batch: Batch) -> Priors:
+        """Priors made of queries: boxes (N, Q, 4) of their references, or of the whole image where there are none."""
+        scale = self.scale(batch)[:, None]
+        if queries.references is None:
+            whole = torch.cat([torch.zeros_like(scale[..., 2:]), scale[..., 2:]], -1)
+            boxes = whole.expand(-1, queries.content.shape[1], -1)
+        elif queries.references.shape[-1] == 2:
+            boxes = queries.references.detach().float().repeat(1, 1, 2) * scale
+        else:
+            boxes = corners(queries.references.detach().float(), scale)
+        return Priors(boxes, boxes.new_zeros(0), context=queries)
+
+    def predictions(self, logits: Tensor, boxes: Tensor, priors: Priors, batch: Batch) -> Predictions:
+        """Predictions from the library's `logits` (N, Q, K) or (N, Q, K + 1) and `pred_boxes` (N, Q, 4)."""
+        return Predictions(
+            logits=logits.float(),
+            regression=boxes.float(),
+            priors=priors,
+            decode=partial(_decode, self.scale(batch)[:, None]),
+            activation=self.activation,
+        )
+
+    def matcher(self) -> Any:
+        """The library's matcher, as its loss builds it: takes outputs and labels, gives pairs of indices an image."""
+        raise NotImplementedError
+
+    def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
+        """The library's one-to-one matching of the last layer's predictions; the normaliser is the count of boxes."""
+        predictions, num_classes = trace.predictions, self.model.config.num_labels
+        outputs = {"logits": predictions.logits.detach(), "pred_boxes": predictions.regression.detach()}
+        indices = self.matcher()(outputs, self.library_labels(batch))
+        labels = torch.full(predictions.logits.shape[:2], num_classes, device=predictions.logits.device)
+        boxes = torch.zeros_like(outputs["pred_boxes"])
+        for i, (queries, objects) in enumerate(indices):
+            labels[i, queries] = batch.labels[i][objects]
+            boxes[i, queries] = batch.boxes[i][objects]
+        count = max(1, sum(map(len, batch.labels)))
+        return Assignment(labels, boxes, torch.ones_like(boxes[..., 0]), boxes.new_tensor(float(count)))
+
+    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
+        """The library's own postprocessing, with no score threshold, by falling score."""
+        outputs = SimpleNamespace(logits=trace.predictions.logits, pred_boxes=trace.predictions.regression)
+        height, width = batch.images.shape[-2:]
+        # A box relative to the canvas reaches over that much of the original image.
+        sizes = [
+            (h, w) if self.masked else (h * height / content_h, w * width / content_w)
+            for (h, w), (content_h, content_w) in zip(batch.original_sizes, batch.sizes, strict=True)
+        ]
+        found = self.processor().post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+        orders = [result["scores"].argsort(descending=True, stable=True) for result in found]
+        return [
+            Detections(boxes=result["boxes"][order], scores=result["scores"][order], labels=result["labels"][order])
+            for result, order in zip(found, orders, strict=True)
+        ]
+
+
+def pixel_mask(batch: Batch) -> Tensor:
+    """(N, H, W) int64, as the library takes it: 1 in an image's content, 0 in padding."""
+    mask = torch.zeros((len(batch.sizes), *batch.images.shape[-2:]), dtype=torch.long, device=batch.images.device)
+    for i, (height, width) in enumerate(batch.sizes):
+        mask[i, :height, :width] = 1
+    return mask
+
+
+def to_state(hidden: Tensor) -> State:
+    """A stage's state from hidden states (N, Q, C)."""
+    return {BRANCH: (hidden.transpose(1, 2),)}
+
+
+def from_state(state: State) -> Tensor:
+    """The inverse of `to_state`: (N, Q, C)."""
+    return state[BRANCH][0].transpose(1, 2).contiguous()
+
+
+def corners(boxes: Tensor, scale: Tensor) -> Tensor:
+    """Boxes (..., 4) as (centre x, centre y, width, height) in [0, 1] -> xyxy in pixels, `scale` (..., 4)."""
+    converted: Tensor = _transforms.center_to_corners_format(boxes)
+    return converted * scale
+
+
+def _decode(scale: Tensor, regression: Tensor, priors: Priors) -> Tensor:
+    return corners(regression, scale)
+
+
+def queries_of(priors: Priors) -> Queries:
+    """The queries that priors are made of. Raises KDError where they are not made of queries."""
+    if not isinstance(priors.context, Queries):
+        raise KDError("these priors are not made of queries of a transformers detector: hand over another head's own")
+    return priors.context
+
+
+def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """The library's terms times their weights; those of no weight (counts for logging) are left out.
+
+    Terms of auxiliary outputs have a suffix, as in `loss_ce_0`, and the weight of the term without it.
+    """
+    terms = {}
+    for name, loss in losses.items():
+        term = next((term for term in weights if name == term or name.startswith(f"{term}_")), None)
+        if term is not None:
+            terms[name] = loss * weights[term]
+    return terms
+
+
+def backbone_strides(backbone: nn.Module) -> tuple[int, ...]:
+    """Strides of the maps that a backbone gives, one of timm's or of the library's own, finest first."""
+    module: Any = getattr(backbone, "_backbone", backbone)
+    if hasattr(module, "feature_info"):  # timm's
+        return tuple(module.feature_info.reduction())
+    # The stem (0) and the first stage have stride 4, each further stage halves: ResNet, Swin, ConvNeXt and kin.
+    return tuple(4 if index == 0 else 2 ** (index + 1) for index in module.out_indices)

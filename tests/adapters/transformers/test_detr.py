@@ -1,0 +1,538 @@
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("scipy")
+import transformers
+
+from kdtoolkit.adapters.native import DenseAdapter
+from kdtoolkit.adapters.transformers import ADAPTERS, build_model
+from kdtoolkit.adapters.transformers.base import Queries, pixel_mask
+from kdtoolkit.adapters.transformers.detr import (
+    ConditionalDetrAdapter,
+    DabDetrAdapter,
+    DeformableDetrAdapter,
+    DetrAdapter,
+    _tiny,
+    _tiny_deformable,
+    tiny_backbone,
+)
+from kdtoolkit.contract import Capability, PriorKind
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.methods import PKD, CrossKD
+from tests.conftest import tiny_gfl
+
+torch.set_num_threads(1)
+
+detr = partial(_tiny, transformers.DetrForObjectDetection, transformers.DetrConfig, 3)
+conditional = partial(_tiny, transformers.ConditionalDetrForObjectDetection, transformers.ConditionalDetrConfig, 3)
+dab = partial(_tiny, transformers.DabDetrForObjectDetection, transformers.DabDetrConfig, 3)
+single = partial(
+    _tiny,
+    transformers.DeformableDetrForObjectDetection,
+    transformers.DeformableDetrConfig,
+    3,
+    backbone_config=tiny_backbone(2, 3, 4),
+    d_model=64,
+)
+VARIANTS = {
+    "detr": (DetrAdapter, detr),
+    "detr-learned-positions": (DetrAdapter, partial(detr, position_embedding_type="learned")),
+    "conditional": (ConditionalDetrAdapter, conditional),
+    "dab": (DabDetrAdapter, dab),
+    "dab-patterns": (DabDetrAdapter, partial(dab, num_patterns=2)),
+    "deformable": (DeformableDetrAdapter, single),
+    "deformable-one-level": (
+        DeformableDetrAdapter,
+        partial(single, num_feature_levels=1, backbone_config=tiny_backbone(4)),
+    ),
+    "deformable-refine": (DeformableDetrAdapter, partial(single, with_box_refine=True)),
+    "deformable-two-stage": (
+        DeformableDetrAdapter,
+        partial(single, with_box_refine=True, two_stage=True, two_stage_num_proposals=20),
+    ),
+}
+# Losses of inner layers change what the decoders of DETR and Conditional DETR compute: they normalise between layers.
+CASES = {
+    f"{name}{'-auxiliary' * auxiliary}": (cls, partial(make, auxiliary_loss=auxiliary))
+    for name, (cls, make) in VARIANTS.items()
+    for auxiliary in (False, True)
+}
+EACH = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+PLAIN = pytest.mark.parametrize("case", VARIANTS.values(), ids=VARIANTS)
+FAMILIES = ("detr", "conditional", "dab", "deformable", "deformable-refine", "deformable-two-stage")
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def build(case, seed=0, **changes):
+    """The adapter of a detector whose weights are all random: fresh ones have layers of zeros."""
+    cls, make = case
+    torch.manual_seed(seed)
+    model = make(**changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "backbone" not in name and parameter.ndim < 3:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.tie_weights()
+    assert cls.matches(model)
+    return cls(model.eval())
+
+
+def insides(model):
+    """Whatever an adapter could have left behind in a model: attributes, hooks, parameters, buffers."""
+    return [
+        (name, sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks), module.training)
+        for name, module in model.named_modules()
+    ] + list(model.state_dict())
+
+
+def trace_of(adapter, batch):
+    prepared = adapter.prepare(*batch)
+    features = adapter.features(prepared)
+    return prepared, features, adapter.head(features, prepared)
+
+
+@pytest.fixture
+def batch():
+    """Images of unlike sizes, so that whole cells of stride 32 are padding."""
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, 96, 64, generator=generator), torch.rand(3, 50, 120, generator=generator)]
+    targets = [
+        {"boxes": torch.tensor([[4.0, 6.0, 30.0, 40.0], [20.0, 20.0, 60.0, 90.0]]), "labels": torch.tensor([0, 2])},
+        {"boxes": torch.tensor([[10.0, 10.0, 100.0, 45.0]]), "labels": torch.tensor([1])},
+    ]
+    return images, targets
+
+
+@pytest.fixture
+def empty(batch):
+    images, _ = batch
+    return images, [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in images]
+
+
+def library_labels(targets, images):
+    """Ground truth as the library's image processors give it, written out again here."""
+    return [
+        {
+            "class_labels": target["labels"],
+            "boxes": torch.stack(
+                [
+                    (target["boxes"][:, 0] + target["boxes"][:, 2]) / 2 / image.shape[2],
+                    (target["boxes"][:, 1] + target["boxes"][:, 3]) / 2 / image.shape[1],
+                    (target["boxes"][:, 2] - target["boxes"][:, 0]) / image.shape[2],
+                    (target["boxes"][:, 3] - target["boxes"][:, 1]) / image.shape[1],
+                ],
+                1,
+            ),
+        }
+        for target, image in zip(targets, images, strict=True)
+    ]
+
+
+@EACH
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_predictions_losses_and_gradients_are_the_librarys_own(case, train, batch):
+    adapter = build(case)
+    model = adapter.model.train(train)
+    prepared = adapter.prepare(*batch)
+    torch.manual_seed(1)  # of dropout
+    expected = model(prepared.images, pixel_mask=pixel_mask(prepared), labels=library_labels(batch[1], batch[0]))
+    expected.loss.backward()
+    expected_gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch.manual_seed(1)
+    trace = adapter.head(adapter.features(prepared), prepared)
+    losses, assignment = adapter.task_losses(trace, prepared)
+    assert torch.equal(trace.predictions.logits, expected.logits)
+    assert torch.equal(trace.predictions.regression, expected.pred_boxes)
+    total = sum(losses.values())
+    assert assignment is None
+    assert torch.equal(total, expected.loss)
+    assert set(losses) <= set(expected.loss_dict)
+    assert ("loss_ce_0" in losses) == model.config.auxiliary_loss
+    total.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() <= expected_gradients.keys()
+    for name, expected_gradient in expected_gradients.items():  # the library runs unused heads of inner layers: zeros
+        gradient = gradients.get(name, torch.zeros_like(expected_gradient))
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+@EACH
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resumed_from_any_stage_the_head_repeats_itself_to_the_bit(case, precision, batch):
+    adapter = build(case)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        _, _, trace = trace_of(adapter, batch)
+        once = trace.predictions
+        for i in range(len(adapter.spec.stages)):
+            again = adapter.resume(trace.states[i], i, trace)
+            for name in ("logits", "regression", "boxes"):
+                assert torch.equal(getattr(again, name), getattr(once, name)), (i, name)
+                assert getattr(again, name).dtype == torch.float32
+            turned = adapter.resume({"decoder": (-trace.states[i]["decoder"][0] + 1,)}, i, trace)
+            assert not torch.equal(turned.boxes, once.boxes)
+            assert not torch.equal(turned.logits, once.logits)
+
+
+@PLAIN
+def test_the_spec_tells_the_truth(case, batch):
+    adapter = build(case)
+    prepared, features, trace = trace_of(adapter, batch)
+    spec = adapter.spec
+    assert spec == adapter.spec
+    assert prepared.images.shape[-2:] == (96, 128)
+    assert [x.shape[1] for x in features] == list(spec.channels)
+    assert [128 // x.shape[3] for x in features] == list(spec.strides)
+    assert len(trace.states) == len(spec.stages) == 4
+    queries = 40 if adapter.model.config.to_dict().get("num_patterns") else 20
+    for stage, state in zip(spec.stages, trace.states, strict=True):
+        assert not stage.spatial
+        assert {branch: tuple(x.shape for x in tensors) for branch, tensors in state.items()} == {
+            branch: tuple((2, channels, queries) for channels in each) for branch, each in stage.channels.items()
+        }
+    assert spec.priors is PriorKind.QUERIES
+    assert spec.activation == trace.predictions.activation
+    assert trace.predictions.logits.shape == (2, queries, 3 + (spec.activation == "softmax"))
+    assert trace.predictions.probabilities.shape == (2, queries, 3)
+    assert trace.predictions.priors.boxes.shape == trace.predictions.boxes.shape == (2, queries, 4)
+    assert trace.predictions.priors.per_level == (queries,)
+    assert Capability.ASSIGNMENT in spec.capabilities
+
+
+def test_strides_without_running():
+    assert DetrAdapter(detr()).spec.strides == DabDetrAdapter(dab()).spec.strides == (32,)
+    assert build(VARIANTS["deformable"]).spec.strides == (8, 16, 32, 64)
+    timm = {"model_type": "timm_backbone", "backbone": "resnet10t", "out_indices": [2, 3], "num_channels": 3}
+    for cls, make in (VARIANTS["detr"], VARIANTS["dab"]):
+        assert cls(make(backbone_config=dict(timm))).spec.strides == (16,)
+
+
+@FAMILY
+def test_boxes_are_relative_to_each_images_content(family, batch):
+    """Padding changes nothing: boxes of an image alone are those of the image in a wider batch, but for the weave."""
+    adapter = build(VARIANTS[family])
+    prepared, _, trace = trace_of(adapter, batch)
+    scale = torch.tensor([[64.0, 96.0, 64.0, 96.0], [120.0, 50.0, 120.0, 50.0]])[:, None]
+    centre, size = trace.predictions.regression.split(2, -1)
+    torch.testing.assert_close(trace.predictions.boxes, torch.cat([centre - size / 2, centre + size / 2], -1) * scale)
+    for labels, expected in zip(adapter.library_labels(prepared), library_labels(batch[1], batch[0]), strict=True):
+        torch.testing.assert_close(labels["boxes"], expected["boxes"])
+
+
+@FAMILY
+def test_own_queries_handed_over_repeat_the_own_pass(family, batch):
+    adapter = build(VARIANTS[family])
+    prepared, features, trace = trace_of(adapter, batch)
+    again = adapter.head(features, prepared, trace.predictions.priors)
+    assert torch.equal(again.predictions.boxes, trace.predictions.boxes)
+    assert torch.equal(again.predictions.logits, trace.predictions.logits)
+    assert all(torch.equal(a["decoder"][0], b["decoder"][0]) for a, b in zip(again.states, trace.states, strict=True))
+
+
+@FAMILY
+def test_queries_of_another_detector_go_through_the_own_decoder(family, batch):
+    student = build(VARIANTS[family])
+    many = {"two_stage_num_proposals": 31} if "two-stage" in family else {"num_queries": 31}
+    teacher = build(VARIANTS[family], seed=5, **many)
+    prepared, features, own = trace_of(student, batch)
+    _, _, theirs = trace_of(teacher, batch)
+    priors = theirs.predictions.priors
+    trace = student.head(features, prepared, priors)
+    assert trace.predictions.logits.shape[1] == 31
+    assert torch.equal(trace.predictions.priors.boxes, priors.boxes)
+    assert trace.predictions.priors.context is priors.context
+    assert not torch.equal(trace.predictions.logits, theirs.predictions.logits)
+    assert torch.equal(student.resume(trace.states[1], 1, trace).boxes, trace.predictions.boxes)
+    # Each of what queries are made of matters.
+    queries = priors.context
+    for name in ("content", "positions", "references"):
+        value = getattr(queries, name)
+        if value is not None:
+            changed = replace(priors, context=replace(queries, **{name: value * 0.5 + 0.1}))
+            assert not torch.equal(student.head(features, prepared, changed).predictions.boxes, trace.predictions.boxes)
+    assert student.spec.prior_form == teacher.spec.prior_form
+    assert own.predictions.logits.shape[1] == 20
+
+
+def test_prior_forms():
+    forms = {family: build(VARIANTS[family]).spec.prior_form for family in FAMILIES}
+    assert forms["detr"] == "queries of content 32, positions 32"
+    assert forms["conditional"] == "queries of content 32, positions 32, reference points"
+    assert forms["dab"] == "queries of content 32, reference boxes"
+    assert forms["deformable"] == forms["deformable-refine"] == "queries of content 64, positions 64, reference points"
+    assert forms["deformable-two-stage"] == "queries of content 64, positions 64, reference boxes"
+
+
+def test_priors_that_are_no_queries_are_refused(batch):
+    adapter = build(VARIANTS["detr"])
+    prepared, features, trace = trace_of(adapter, batch)
+    with pytest.raises(KDError, match="not made of queries"):
+        adapter.head(features, prepared, replace(trace.predictions.priors, context=None))
+
+
+@FAMILY
+def test_the_matching_is_one_to_one(family, batch):
+    adapter = build(VARIANTS[family])
+    prepared, _, trace = trace_of(adapter, batch)
+    assignment = adapter.assign(trace, prepared)
+    assert assignment.labels.dtype == torch.int64
+    positive = assignment.positive(3)
+    assert positive.sum(1).tolist() == [2, 1]
+    assert sorted(assignment.labels[0][positive[0]].tolist()) == [0, 2]
+    for i, target in enumerate(batch[1]):
+        for query in positive[i].nonzero()[:, 0].tolist():
+            same = target["labels"] == assignment.labels[i, query]
+            assert torch.equal(assignment.boxes[i, query], target["boxes"][same][0])
+    assert assignment.weights.eq(1).all()
+    assert assignment.normaliser == 3
+    # A prediction that hits a box is the one that answers for it.
+    regression = trace.predictions.regression.clone()
+    regression[1, 7] = adapter.library_labels(prepared)[1]["boxes"][0]
+    logits = torch.zeros_like(trace.predictions.logits)
+    logits[1, 7, 1] = 9.0
+    hit = replace(trace, predictions=replace(trace.predictions, regression=regression, logits=logits))
+    assert adapter.assign(hit, prepared).labels[1].tolist() == [3] * 7 + [1] + [3] * 12
+
+
+@FAMILY
+def test_detections_are_those_of_the_image_processor(family, batch):
+    adapter = build(VARIANTS[family])
+    processor = {
+        "detr": transformers.DetrImageProcessor,
+        "conditional": transformers.ConditionalDetrImageProcessor,
+        "dab": transformers.ConditionalDetrImageProcessor,
+    }.get(family, transformers.DeformableDetrImageProcessor)()
+    prepared = replace(adapter.prepare(batch[0]), original_sizes=((192, 128), (100, 240)))
+    trace = adapter.head(adapter.features(prepared), prepared)
+    output = adapter.model(prepared.images, pixel_mask=pixel_mask(prepared))
+    for threshold in (0.0, 0.4):
+        expected = processor.post_process_object_detection(output, threshold, [(192, 128), (100, 240)])
+        for ours, own in zip(adapter.detections(trace, prepared), expected, strict=True):
+            kept = ours["scores"] > threshold
+            order = own["scores"].argsort(descending=True, stable=True)
+            assert all(torch.equal(ours[key][kept], own[key][order]) for key in ("boxes", "scores", "labels"))
+            assert ours["scores"].diff().le(0).all()
+            assert len(ours["scores"]) == (20 if family == "detr" else 60)
+
+
+@EACH
+def test_images_without_boxes(case, empty):
+    adapter = build(case)
+    adapter.model.train()
+    prepared, _, trace = trace_of(adapter, empty)
+    losses, _ = adapter.task_losses(trace, prepared)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad.isfinite().all() for p in adapter.model.parameters() if p.grad is not None)
+    assignment = adapter.assign(trace, prepared)
+    assert not assignment.positive(3).any()
+    assert assignment.normaliser == 1
+
+
+@EACH
+def test_under_autocast_predictions_are_float32_and_losses_finite(case, batch):
+    adapter = build(case)
+    adapter.model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        prepared, _, trace = trace_of(adapter, batch)
+        losses, _ = adapter.task_losses(trace, prepared)
+    assert trace.predictions.logits.dtype == trace.predictions.boxes.dtype == torch.float32
+    total = sum(losses.values())
+    assert total.dtype == torch.float32
+    assert total.isfinite()
+    total.backward()
+    assert all(p.grad.isfinite().all() for p in adapter.model.parameters() if p.grad is not None)
+
+
+@FAMILY
+@pytest.mark.parametrize(
+    ("whose", "precision"), [("teacher", "float32"), ("student", "float32"), ("student", "bfloat16")]
+)
+def test_crosskd_between_two_of_a_family(family, whose, precision, batch, empty):
+    many = {"two_stage_num_proposals": 25} if "two-stage" in family else {"num_queries": 25}
+    student, teacher = build(VARIANTS[family]), build(VARIANTS[family], seed=5, decoder_layers=2, **many)
+    before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    untouched = insides(student.model), insides(teacher.model.eval().requires_grad_(False))
+    distiller = Distiller(teacher, student, [CrossKD(priors=whose)])
+    distiller.train()
+    for data in (batch, empty):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            losses = distiller(*data)
+        assert {"crosskd/cls", "crosskd/box"} <= set(losses)
+        assert all(loss.isfinite() for loss in losses.values())
+    student.model.zero_grad()
+    (losses["crosskd/cls"] + losses["crosskd/box"]).backward()
+    gradients = [p.grad for n, p in student.model.named_parameters() if "decoder.layers" in n and p.grad is not None]
+    assert gradients
+    assert any(gradient.any() for gradient in gradients)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert all(p.grad is None for p in teacher.model.parameters())
+    assert not teacher.model.training
+    assert student.model.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.model.state_dict().items())
+    student.model.eval()
+    assert (insides(student.model), insides(teacher.model)) == untouched
+
+
+def test_crosskd_vanishes_between_twins(batch):
+    student, teacher = build(VARIANTS["deformable-two-stage"]), build(VARIANTS["deformable-two-stage"])
+    distiller = Distiller(teacher, student, [CrossKD()]).eval()
+    student.model.eval()
+    losses = distiller(*batch)
+    torch.testing.assert_close(losses["crosskd/cls"], torch.tensor(0.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(losses["crosskd/box"], torch.tensor(0.0), rtol=0, atol=1e-4)
+
+
+def test_crosskd_refuses_queries_of_another_make():
+    with pytest.raises(IncompatibleError, match="reference boxes"):
+        Distiller(build(VARIANTS["dab"]), build(VARIANTS["conditional"]), [CrossKD()])
+
+
+@pytest.mark.parametrize("family", ["detr", "deformable-two-stage"])
+def test_features_go_to_and_from_a_pyramid(family, batch):
+    gfl = DenseAdapter(tiny_gfl(seed=1))
+    for teacher, student in ((build(VARIANTS[family]), gfl), (gfl, build(VARIANTS[family]))):
+        losses = Distiller(teacher, student, [PKD()]).train()(*batch)
+        losses.total.backward()
+        assert losses["pkd/feature"].isfinite()
+        assert losses["pkd/feature"] > 0
+
+
+def test_without_methods_the_losses_are_the_students_own(batch):
+    adapter = build(VARIANTS["conditional"])
+    adapter.model.train()
+    prepared = adapter.prepare(*batch)
+    torch.manual_seed(3)
+    expected = adapter.model(prepared.images, pixel_mask=pixel_mask(prepared), labels=adapter.library_labels(prepared))
+    torch.manual_seed(3)
+    assert torch.equal(Distiller(None, adapter)(*batch).total, expected.loss)
+
+
+def test_prepare_normalises_and_pads(batch):
+    images, targets = batch
+    adapter = DetrAdapter(detr())
+    prepared = adapter.prepare(images, targets)
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    torch.testing.assert_close(prepared.images[1, :, :50, :120], (images[1] - mean) / std)
+    assert not prepared.images[1, :, 50:].any()
+    assert not prepared.images[1, :, :, 120:].any()
+    assert prepared.sizes == prepared.original_sizes == ((96, 64), (50, 120))
+    assert prepared.padded_sizes == ((96, 64), (64, 128))
+    mask = pixel_mask(prepared)
+    assert mask[1, :50, :120].all()
+    assert mask[1].sum() == 50 * 120
+    plain = DetrAdapter(detr(), image_mean=(0, 0, 0), image_std=(1, 1, 1), size_divisor=1).prepare(images)
+    assert plain.images.shape == (2, 3, 96, 120)
+    assert torch.equal(plain.images[1, :, :50, :120], images[1])
+    assert plain.boxes == ()
+    with pytest.raises(KDError, match="image 0 of the batch"):
+        adapter.prepare([torch.zeros(64, 64, 3)])
+
+
+def test_layers_left_out_at_random_are_refused():
+    with pytest.raises(KDError, match="decoder_layerdrop"):
+        ConditionalDetrAdapter(conditional(decoder_layerdrop=0.1))
+
+
+@pytest.mark.parametrize("cls", ADAPTERS)
+def test_examples_work_on_any_small_image(cls):
+    for make in cls.examples().values():
+        torch.manual_seed(0)
+        model = make(2)
+        adapter = cls(model)
+        assert [other for other in ADAPTERS if other.matches(model)] == [cls]
+        targets = [{"boxes": torch.tensor([[4.0, 6.0, 30.0, 40.0]]), "labels": torch.tensor([1])}]
+        losses = Distiller(None, adapter).train()([torch.rand(3, 64, 64)], targets)
+        assert losses.total.isfinite()
+        assert adapter.spec.num_classes == 2
+
+
+def test_priors_of_queries_without_a_place_are_the_whole_image(batch):
+    adapter = build(VARIANTS["detr"])
+    prepared = adapter.prepare(*batch)
+    priors = adapter.priors(Queries(torch.zeros(2, 3, 32)), prepared)
+    assert priors.boxes.tolist() == [[[0.0, 0.0, 64.0, 96.0]] * 3, [[0.0, 0.0, 120.0, 50.0]] * 3]
+    points = adapter.priors(Queries(torch.zeros(2, 1, 32), references=torch.full((2, 1, 2), 0.5)), prepared)
+    assert points.boxes[0].tolist() == [[32.0, 48.0, 32.0, 48.0]]
+    boxes = torch.tensor([0.5, 0.5, 0.5, 0.25]).expand(2, 1, 4)
+    boxed = adapter.priors(Queries(torch.zeros(2, 1, 32), references=boxes), prepared)
+    assert boxed.boxes[1].tolist() == [[30.0, 18.75, 90.0, 31.25]]
+
+
+TINY_ARGS = {
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+        "out_features": ["stage4"],
+    },
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "d_model": 32,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_queries": 7,
+}
+
+
+def test_build_by_type():
+    model = build_model("detr", 4, TINY_ARGS)
+    assert isinstance(model, transformers.DetrForObjectDetection)
+    assert DetrAdapter(model).spec.num_classes == 4
+    assert DetrAdapter(model).spec.channels == (32,)
+    for name in ("conditional-detr", "conditional_detr"):
+        assert isinstance(build_model(name, 4, TINY_ARGS), transformers.ConditionalDetrForObjectDetection)
+    timm = build_model("detr", 4, {**TINY_ARGS, "backbone_config": None, "backbone": "resnet10t"})
+    assert timm.config.backbone_config.backbone == "resnet10t"
+    with pytest.raises(KDError, match="no num_querys"):
+        build_model("detr", 4, {"num_querys": 7})
+    with pytest.raises(KDError, match="num_labels follows"):
+        build_model("detr", 4, {"num_labels": 7})
+    with pytest.raises(KDError, match="two_stage"):
+        build_model("deformable_detr", 4, {"two_stage": True})
+
+
+def test_build_from_a_folder(tmp_path):
+    model = build_model("detr", 4, TINY_ARGS)
+    model.save_pretrained(tmp_path)
+    same = build_model(str(tmp_path), 4, {})
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in same.state_dict().items())
+    other = build_model(str(tmp_path), 2, {"auxiliary_loss": True})
+    assert other.class_labels_classifier.out_features == 3
+    assert other.config.auxiliary_loss
+    assert torch.equal(other.bbox_predictor.layers[0].weight, model.bbox_predictor.layers[0].weight)
+    with pytest.raises(KDError, match="no colour"):
+        build_model(str(tmp_path), 4, {"colour": 1})
+
+
+def test_pickles_are_not_read(tmp_path):
+    model = build_model("detr", 4, TINY_ARGS)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(KDError, match="safetensors"):
+        build_model(str(tmp_path), 4, {})
+
+
+def test_unknown_names(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(KDError, match=r"hf/nobody/nothing.*deformable_detr"):
+        build_model("nobody/nothing", 4, {})
+    with pytest.raises(KDError, match=r"config\.json"):
+        build_model(str(tmp_path), 4, {})
+
+
+def test_deformable_example_is_the_strongest():
+    config = _tiny_deformable(3).config
+    assert config.two_stage
+    assert config.with_box_refine
+    assert SimpleNamespace(**config.to_dict()).num_feature_levels == 4
