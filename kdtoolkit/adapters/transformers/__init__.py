@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
@@ -20,7 +19,7 @@ ADAPTERS: tuple[type[DetectorAdapter], ...] = detr.ADAPTERS
 _auto_model: Any = AutoModelForObjectDetection  # without types in the library
 
 # What configs take besides their fields to describe a backbone.
-_BACKBONE = {"backbone", "use_timm_backbone", "backbone_kwargs"}
+_BACKBONE = {"backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs"}
 
 
 def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
@@ -54,7 +53,9 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
         model = _auto_model.from_pretrained(
             name, config=config, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+    except KDError:
+        raise
+    except Exception as error:  # configs, the hub and its HTTP client share no other base
         reason = " ".join(str(error).split()).rstrip(".")
         raise KDError(
             f"model 'hf/{name}' cannot be built: {reason}. Give a model type ({', '.join(types)}), a "

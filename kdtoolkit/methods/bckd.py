@@ -1,0 +1,79 @@
+"""BCKD: distillation by the protocol of dense detectors (Yang et al., ICCV 2023, arXiv 2308.14286).
+
+Classification: each class of each prior is a binary task of its own, as it is for the detector's own loss, so scores
+are compared as sigmoids, not as a softmax over classes: sum of BCE(s, p_t) * |p_s - p_t|. Localisation: 1 - GIoU of
+decoded boxes, weighted by the largest |p_s - p_t| of the classes. Both over all priors, divided by the positives.
+
+Follows the published code (TinyTigerPan/BCKD @851f5b4), but for one thing: there a level without any positive prior
+counts for nothing; here every level counts, as the paper's formulas have it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kdtoolkit.boxes import elementwise_giou
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
+from kdtoolkit.errors import IncompatibleError
+from kdtoolkit.methods._common import EPS, quality_focal_kd, unlike_priors
+
+
+def disagreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """The largest difference of class probabilities of each prior: (..., A) of logits (..., A, K), no gradient."""
+    difference = student_logits.detach().float().sigmoid() - teacher_logits.detach().float().sigmoid()
+    return difference.abs().amax(-1)
+
+
+def iou_distance(student_boxes: Tensor, teacher_boxes: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sum of 1 - GIoU of boxes (..., 4), xyxy in pixels, `weight` (...): a scalar."""
+    return (weight * (1 - elementwise_giou(student_boxes, teacher_boxes.detach()))).sum()
+
+
+class BCKD(Method):
+    """Teach the student the teacher's class scores as binary tasks, and its boxes by overlap.
+
+    For detectors on a grid with sigmoid scores; how they predict boxes may differ (GFL teaches ATSS). The default
+    weights are the published ones for GFL.
+
+    Args:
+        cls_weight: factor of the classification term.
+        box_weight: factor of the localisation term.
+    """
+
+    needs = frozenset({Capability.PREDICTIONS, Capability.ASSIGNMENT})
+    terms = ("cls", "box")
+    vanishing = ("cls", "box")
+    paper = "arXiv 2308.14286 (ICCV 2023)"
+
+    def __init__(self, *, cls_weight: float = 1.0, box_weight: float = 4.0) -> None:
+        super().__init__()
+        self.cls_weight = cls_weight
+        self.box_weight = box_weight
+
+    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+        """Refuse priors that are not on a grid or do not correspond one to one, and scores that are a softmax."""
+        for role, spec in (("student", student), ("teacher", teacher)):
+            if not spec.priors.on_grid:
+                return f"it compares dense predictions, and the {role} predicts at {spec.priors}"
+            if spec.activation != "sigmoid":
+                return f"it takes classes for binary tasks, and the {role}'s scores are a {spec.activation}"
+        return unlike_priors(student, teacher)
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """`cls` and `box`.
+
+        Raises IncompatibleError where the two detectors bring the batch to other sizes.
+        """
+        pair = exchange.matched()
+        student, teacher = pair.student.predictions, pair.teacher.predictions
+        if student.priors.grid != teacher.priors.grid:
+            raise IncompatibleError(
+                f"BCKD compares equal grids; this batch has {student.priors.grid} (H, W) in the student and "
+                f"{teacher.priors.grid} in the teacher: let both resize and pad images alike"
+            )
+        assignment = pair.student_assignment
+        normaliser = assignment.normaliser + EPS
+        cls = (quality_focal_kd(student.logits, teacher.logits).sum(-1) * assignment.weights).sum()
+        weight = disagreement(student.logits, teacher.logits) * assignment.weights
+        box = iou_distance(student.boxes, teacher.boxes, weight)
+        return {"cls": self.cls_weight * cls / normaliser, "box": self.box_weight * box / normaliser}

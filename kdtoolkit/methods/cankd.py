@@ -1,0 +1,102 @@
+"""CanKD: cross-attention as a non-local operation (Sun and Ohyama, WACV 2026, arXiv 2511.21503).
+
+Before it is compared, each cell of the student's map adds what it finds in all cells of the teacher's: z = s + W(a),
+a = theta(s) (phi(t)^T g(t)) / P, over the P cells of the teacher's map, pooled by 2. Then the mean squared difference
+of z and the teacher's map, each standardised by channel in each image: instance normalisation without parameters.
+
+Follows the published code (tori-hotaru/CanKD @1a75718). There the affinities theta(s) phi(t)^T are computed first, a
+matrix of cells by cells; without a softmax between them the product is associative, and the one of channels by channels
+that comes of it here is the same in a fraction of time and memory. Biases of W, which the normalisation removes, are
+left out.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
+from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
+
+
+def standardise(x: Tensor, dims: tuple[int, ...], eps: float = 1e-5) -> Tensor:
+    """Maps (N, C, H, W) of mean 0 and variance 1 over `dims`, biased, with `eps` added to the variance; in float32."""
+    x = x.float()
+    x = x - x.mean(dims, keepdim=True)
+    return x / (x.square().mean(dims, keepdim=True) + eps).sqrt()
+
+
+def cankd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of maps (N, C, H, W), each standardised over the cells of each image and channel.
+
+    A scalar; no gradient reaches the teacher.
+    """
+    difference = standardise(student, (2, 3)) - standardise(teacher.detach(), (2, 3))
+    return difference.square().mean()
+
+
+class CrossAttention(nn.Module):
+    """Add to the student's map what its cells find in the teacher's; at first nothing, as its scale starts at 0."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = max(channels // 2, 1)
+        self.theta = nn.Conv2d(channels, inner, 1)
+        self.phi = nn.Conv2d(channels, inner, 1)
+        self.g = nn.Conv2d(channels, inner, 1)
+        self.out = nn.Conv2d(inner, channels, 1, bias=False)
+        self.scale = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Maps (N, C, H, W) each -> (N, C, H, W)."""
+        # A level of a single row or column is not pooled in that direction.
+        window = min(teacher.shape[2], 2), min(teacher.shape[3], 2)
+        keys, values = (F.max_pool2d(layer(teacher), window).flatten(2) for layer in (self.phi, self.g))
+        mixing = values @ keys.mT / keys.shape[2]  # (N, C', C')
+        added = self.out((mixing @ self.theta(student).flatten(2)).unflatten(2, student.shape[2:]))
+        # Batch normalisation by the batch's own statistics: it runs in training alone.
+        return student + self.scale * standardise(added, (0, 2, 3))
+
+
+class CanKD(Method):
+    """Imitate the teacher's pyramid, each of the student's cells with the whole of the teacher's map in view.
+
+    For all detectors with a pyramid. The default weight is the paper's for all of them (10 / 2 in the code), where the
+    four finest levels are distilled: `at_strides` chooses levels.
+
+    Args:
+        weight: factor of the loss summed over levels; the paper's mu.
+    """
+
+    needs = frozenset({Capability.FEATURES})
+    terms = ("feature",)
+    paper = "arXiv 2511.21503 (WACV 2026)"
+    levels: list[tuple[int, int]]
+    align: nn.ModuleList
+    attention: nn.ModuleList
+
+    def __init__(self, *, weight: float = 5.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+        """Refuse pairs without a common stride."""
+        return no_shared_level(student, teacher)
+
+    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        """Pair the levels of equal stride; project where channels differ; one block of attention a level."""
+        self.levels = shared_levels(student, teacher)
+        self.align = projections(self.levels, student, teacher)
+        self.attention = nn.ModuleList(CrossAttention(teacher.channels[t]) for _, t in self.levels)
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """`feature`: the weighted loss, summed over levels."""
+        students, teachers = exchange.student.features, exchange.teacher.features
+        losses = []
+        with torch.autocast(teachers[0].device.type, enabled=False):
+            for (s, t), align, attention in zip(self.levels, self.align, self.attention, strict=True):
+                teacher = teachers[t].detach().float()
+                student = resize_like(align(students[s].float()), teacher)
+                losses.append(cankd_loss(attention(student, teacher), teacher))
+        return {"feature": self.weight * torch.stack(losses).sum()}
