@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit.boxes import elementwise_giou, elementwise_iou
-from kdtoolkit.contract import Assignment, DetectorSpec, Predictions
+from kdtoolkit.contract import Assignment, DetectorSpec, Predictions, Priors
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -65,6 +67,41 @@ def unlike_bins(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         f"{len(s.bins)} bins of {s.bins[0]:g} to {s.bins[-1]:g}" if s.bins else "none" for s in (student, teacher)
     )
     return f"box sides are other distributions: {ours} in the student, {theirs} in the teacher"
+
+
+def rows_of_levels(priors: Priors, levels: Sequence[int]) -> Tensor:
+    """Indices (A',) into the priors of those on some levels, in order."""
+    starts = [0, *accumulate(priors.per_level)]
+    return torch.cat([torch.arange(starts[i], starts[i + 1], device=priors.boxes.device) for i in levels])
+
+
+def at_levels(predictions: Predictions, levels: Sequence[int]) -> Predictions:
+    """The predictions of some levels of a grid."""
+    rows, priors = rows_of_levels(predictions.priors, levels), predictions.priors
+    kept = Priors(
+        priors.boxes[rows],
+        priors.strides[rows],
+        tuple(priors.grid[i] for i in levels),
+        priors.context,
+        tuple(priors.per_cell[i] for i in levels) if priors.per_cell else (),
+    )
+    return replace(
+        predictions,
+        logits=predictions.logits[:, rows],
+        regression=predictions.regression[:, rows],
+        quality=None if predictions.quality is None else predictions.quality[:, rows],
+        priors=kept,
+    )
+
+
+def assignment_at_rows(assignment: Assignment, rows: Tensor) -> Assignment:
+    """The assignment of some priors; the normaliser stays that of all."""
+    return replace(
+        assignment,
+        labels=assignment.labels[:, rows],
+        boxes=assignment.boxes[:, rows],
+        weights=assignment.weights[:, rows],
+    )
 
 
 def projection(student_channels: int, teacher_channels: int) -> nn.Module:

@@ -17,16 +17,59 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kdtoolkit.boxes import centres, pairwise_iou
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, PriorKind
+from kdtoolkit.contract import Assignment, Capability, DetectorSpec, Exchange, Method, Predictions, PriorKind
 from kdtoolkit.errors import IncompatibleError
-from kdtoolkit.methods._common import distribution_kl, unlike_bins, unlike_priors
+from kdtoolkit.methods._common import (
+    assignment_at_rows,
+    at_levels,
+    distribution_kl,
+    no_shared_level,
+    rows_of_levels,
+    shared_levels,
+    unlike_bins,
+    unlike_priors,
+)
 
 POINT_SIDE = 8  # strides; side of the square that stands for a point: the anchor of ATSS and GFL
 
 
-def side_divergence(student: Tensor, teacher: Tensor, temperature: float = 10.0) -> Tensor:
-    """Divergence of box distributions (..., 4, B), mean over bins and sides, times T^2: (...)."""
-    return distribution_kl(student, teacher, temperature).mean(-1) / student.shape[-1]
+def side_divergence(
+    student: Tensor, teacher: Tensor, temperature: float = 10.0, matching: Tensor | None = None
+) -> Tensor:
+    """Divergence of box distributions (R, 4, B), mean over bins and sides, times T^2: (R,).
+
+    `matching` (4, teacher's B, student's B) carries the teacher's softened distributions to the student's bins.
+    """
+    if matching is None:
+        return distribution_kl(student, teacher, temperature).mean(-1) / student.shape[-1]
+    target = torch.einsum("rst,stb->rsb", (teacher.detach().float() / temperature).softmax(-1), matching)
+    scores = (student.float() / temperature).log_softmax(-1)
+    kl = (torch.xlogy(target, target) - target * scores).sum(-1) * temperature**2
+    return kl.mean(-1) / student.shape[-1]
+
+
+def match_bins(student: Sequence[float], teacher: Sequence[float], offset: tuple[float, float]) -> Tensor:
+    """How the teacher's bins, seen from the student's priors, fall into the student's: (4, teacher's B, student's B).
+
+    Not of the paper, but what makes distributions over other bins, or of priors elsewhere in the cell, comparable. A
+    bin's probability is divided linearly between the two nearest of the student's bins; beyond the ends the last one
+    takes all.
+
+    Args:
+        student: values of the bins, rising, in strides.
+        teacher: likewise.
+        offset: (x, y) from the teacher's priors to the student's, in strides.
+    """
+    ours = torch.tensor(student)
+    sides = []
+    for shift in (offset[0], offset[1], -offset[0], -offset[1]):  # left, top, right, bottom
+        values = (torch.tensor(teacher) + shift).clamp(ours[0], ours[-1])
+        upper = torch.searchsorted(ours, values).clamp(1, len(ours) - 1)
+        share = (values - ours[upper - 1]) / (ours[upper] - ours[upper - 1])
+        row = torch.zeros(len(values), len(ours))
+        row.scatter_(1, upper[:, None], share[:, None])
+        sides.append(row.scatter_(1, upper[:, None] - 1, 1 - share[:, None]))
+    return torch.stack(sides)
 
 
 def atss_thresholds(overlaps: Tensor, distances: Tensor, per_level: Sequence[int], topk: int = 9) -> Tensor:
@@ -87,6 +130,8 @@ def valuable_region(
 class LD(Method):
     """Teach the student's box distributions the teacher's, at the same priors.
 
+    On grids that share some strides, it works on those; bins, and where priors lie in their cells, may differ.
+
     By default the main region alone, the paper's conference version. The journal version's settings for GFL are
     `valuable_weight=0.25, cls_weight=10`.
 
@@ -100,6 +145,7 @@ class LD(Method):
 
     needs = frozenset({Capability.PREDICTIONS, Capability.DISTRIBUTIONS, Capability.ASSIGNMENT})
     terms = ("main", "valuable", "cls")
+    vanishing = ("main", "valuable", "cls")
     paper = "arXiv 2102.12252 (CVPR 2022)"
 
     def __init__(
@@ -122,24 +168,47 @@ class LD(Method):
         """Refuse pairs whose priors or distributions do not correspond one to one."""
         if self.valuable_weight and not student.priors.on_grid:
             return f"the valuable region is of priors on a grid, and the student has {student.priors}"
-        return unlike_priors(student, teacher) or unlike_bins(student, teacher)
+        if not (student.priors.on_grid and teacher.priors.on_grid):
+            return unlike_priors(student, teacher) or unlike_bins(student, teacher)
+        pairs = shared_levels(student, teacher)
+        counts = [(student.priors_per_cell[s], teacher.priors_per_cell[t]) for s, t in pairs]
+        if unlike := [(s, t) for s, t in counts if s != t]:
+            return f"{unlike[0][0]} priors a cell in the student, {unlike[0][1]} in the teacher"
+        return no_shared_level(student, teacher)
+
+    def _corresponding(self, exchange: Exchange) -> tuple[Predictions, Predictions, Assignment, Tensor | None]:
+        """Both predictions and the student's assignment on what they share, and how bins correspond, if they differ."""
+        pair, specs = exchange.matched(), (exchange.student.spec, exchange.teacher.spec)
+        student, teacher, assignment = pair.student.predictions, pair.teacher.predictions, pair.student_assignment
+        if not student.priors.grid:
+            return student, teacher, assignment, None
+        if specs[0].strides != specs[1].strides:
+            levels = shared_levels(*specs)
+            assignment = assignment_at_rows(assignment, rows_of_levels(student.priors, [s for s, _ in levels]))
+            student, teacher = at_levels(student, [s for s, _ in levels]), at_levels(teacher, [t for _, t in levels])
+        if student.priors.grid != teacher.priors.grid:
+            raise IncompatibleError(
+                f"LD compares equal grids; this batch has {student.priors.grid} (H, W) in the student and "
+                f"{teacher.priors.grid} in the teacher: let both resize and pad images alike"
+            )
+        between = centres(student.priors.boxes[:1]) - centres(teacher.priors.boxes[:1])
+        x, y = (between[0] / student.priors.strides[0]).tolist()
+        if specs[0].bins == specs[1].bins and x == y == 0:
+            return student, teacher, assignment, None
+        matching = match_bins(specs[0].bins, specs[1].bins, (x, y)).to(student.regression.device)
+        return student, teacher, assignment, matching
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`main` and, where their weight is not 0, `valuable` and `cls`.
 
         Raises IncompatibleError where the two detectors bring the batch to other sizes.
         """
-        pair = exchange.matched()
-        student, teacher = pair.student.predictions, pair.teacher.predictions
-        if student.priors.grid != teacher.priors.grid:
-            raise IncompatibleError(
-                f"LD compares equal grids; this batch has {student.priors.grid} (H, W) in the student and "
-                f"{teacher.priors.grid} in the teacher: let both resize and pad images alike"
-            )
-        assignment = pair.student_assignment
+        student, teacher, assignment, matching = self._corresponding(exchange)
         positive = assignment.positive(exchange.student.spec.num_classes)
         score = student.probabilities.detach().float().amax(-1)
-        divergence = side_divergence(student.regression[positive], teacher.regression[positive], self.temperature)
+        divergence = side_divergence(
+            student.regression[positive], teacher.regression[positive], self.temperature, matching
+        )
         main = (score[positive] * divergence).sum()
         terms = {"main": self.weight * main}
         if self.valuable_weight:
@@ -151,7 +220,9 @@ class LD(Method):
                 anchors, exchange.student.batch.boxes, assignment.weights > 0, student.priors.per_level
             )
             inside = region > 0
-            divergence = side_divergence(student.regression[inside], teacher.regression[inside], self.temperature)
+            divergence = side_divergence(
+                student.regression[inside], teacher.regression[inside], self.temperature, matching
+            )
             # Published so: sides averaged, then a quarter again.
             terms["valuable"] = self.valuable_weight * (region[inside] * divergence).sum() / 4
         if self.cls_weight:

@@ -57,8 +57,8 @@ def relation_distance(student: Tensor, teacher: Tensor, dim: int, eps: float = 1
 
 def dist_loss(student: Tensor, teacher: Tensor, temperature: float, inter: float = 1.0, intra: float = 1.0) -> Tensor:
     """DIST of logits (R, K), a scalar: T^2 (inter * over classes + intra * over rows). Source: arXiv 2205.10536."""
-    scores = [(x.float() / temperature).softmax(-1) for x in (student, teacher.detach())]
-    distance = inter * relation_distance(*scores, dim=1) + intra * relation_distance(*scores, dim=0)
+    p, q = ((x.float() / temperature).softmax(-1) for x in (student, teacher.detach()))
+    distance = inter * relation_distance(p, q, dim=1) + intra * relation_distance(p, q, dim=0)
     return temperature**2 * distance
 
 

@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 
+from kdtoolkit import Distiller
 from kdtoolkit.contract import PriorKind
 from kdtoolkit.errors import IncompatibleError
 from kdtoolkit.methods._common import distribution_kl
-from kdtoolkit.methods.ld import LD, valuable_region
+from kdtoolkit.methods.ld import LD, match_bins, side_divergence, valuable_region
+from tests.conftest import tiny_gfl
 from tests.methods._views import CLASSES, GRID, STRIDES, anchors, assignment, batch, exchange, predictions, spec
 
 BATCH = batch([[4, 4, 30, 40], [20, 8, 46, 30]], [[2, 2, 20, 18]])
@@ -181,9 +183,8 @@ def test_points_stand_for_squares():
     ("change", "word"),
     [
         ({"priors": PriorKind.QUERIES}, "queries"),
-        ({"strides": (16, 32)}, "strides"),
+        ({"strides": (64, 128)}, "no pyramid level in common"),
         ({"priors_per_cell": (3, 3)}, "priors a cell"),
-        ({"bins": (0.0, 1.0)}, "2 bins of 0 to 1"),
     ],
 )
 def test_refuses_pairs_that_do_not_correspond(change, word):
@@ -197,3 +198,39 @@ def test_other_grids_are_an_error_that_names_them():
     object.__setattr__(teacher.priors, "grid", ((4, 12), (2, 6)))
     with pytest.raises(IncompatibleError, match=r"\(\(4, 12\), \(2, 6\)\)"):
         LD()(exchange(batch([]), heads=(student, teacher), assigned=assignment(some_labels(2)[:1])))
+
+
+def test_queries_must_have_equal_bins():
+    queries = {"priors": PriorKind.QUERIES, "prior_form": "queries"}
+    assert LD().refuses(spec(**queries), spec(**queries)) is None
+    assert "2 bins of 0 to 1" in LD().refuses(spec(**queries), spec(**queries, bins=(0.0, 1.0)))
+    assert "grid" in LD(valuable_weight=1.0).refuses(spec(**queries), spec(**queries))
+
+
+@pytest.mark.parametrize("offset", [(0.0, 0.0), (0.5, 0.5), (-0.25, 1.0)])
+def test_matched_bins_keep_probability_and_what_it_stands_for(offset):
+    teacher, student = tuple(map(float, range(1, 6))), tuple(x / 2 for x in range(15))
+    matching = match_bins(student, teacher, offset)
+    torch.testing.assert_close(matching.sum(-1), torch.ones(4, 5))
+    expected = torch.tensor(teacher) + torch.tensor([[s] for s in (*offset, *(-x for x in offset))])
+    torch.testing.assert_close(matching @ torch.tensor(student), expected.clamp(0, 7))
+    same = match_bins(teacher, teacher, (0.0, 0.0))
+    torch.testing.assert_close(same, torch.eye(5).expand(4, 5, 5))
+
+
+def test_other_bins_other_places_and_more_levels_are_matched(batch):
+    """A teacher whose bins reach further, on a coarser level more, teaches the same on what they share."""
+    student = tiny_gfl(seed=2, bins=5)
+    values = {}
+    for name, changes in {"same": {}, "wider": {"bins": 9}, "taller": {"strides": (8, 16, 32, 64)}}.items():
+        losses = Distiller(tiny_gfl(seed=1, **{"bins": 5, **changes}), student, [LD()])(*batch)
+        values[name] = losses["ld/main"]
+    assert all(value.isfinite() and value > 0 for value in values.values())
+    values["wider"].backward()
+    assert any(p.grad is not None and p.grad.any() for p in student.parameters())
+
+
+def test_matching_equal_bins_changes_nothing():
+    student, teacher = torch.randn(6, 4, 5), torch.randn(6, 4, 5)
+    matching = match_bins(range(5), range(5), (0.0, 0.0))
+    torch.testing.assert_close(side_divergence(student, teacher, 10.0, matching), side_divergence(student, teacher))
