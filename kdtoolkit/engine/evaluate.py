@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Detections
+from kdtoolkit.contract import Detections, adapt
 from kdtoolkit.data import DetectionDataset, Sample
 from kdtoolkit.errors import KDError
 
@@ -49,14 +49,16 @@ def evaluate(
 ) -> Evaluation:
     """Run a detector on all images and score it against the ground truth at original sizes.
 
-    `model` lies on `device` and is called as torchvision's detectors are, in eval mode, on images (3, H, W) float32 in
-    [0, 1]; the modes of its modules are restored. `progress(done, total)` counts images.
+    `model` lies on `device` and runs in eval mode; the modes of its modules are restored. One that no adapter knows is
+    called as torchvision's detectors are: on a list of images (3, H, W) float32 in [0, 1], for a list of Detections.
+    `progress(done, total)` counts images.
 
     Raises KDError where a detection is not finite or has a label that the data set does not know.
     """
     truth = dataset.coco()
     category_ids = [category["id"] for category in truth["categories"]]
     results: list[dict[str, Any]] = []
+    detect = _detector(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -67,7 +69,7 @@ def evaluate(
                 torch.no_grad(),
                 torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bfloat16"),
             ):
-                outputs: list[Detections] = model(images)
+                outputs = detect(images)
             for (image, sample), output in zip(items, outputs, strict=True):
                 results += _as_coco(output, sample, image, category_ids)
             if progress is not None:
@@ -78,6 +80,19 @@ def evaluate(
     for number, result in enumerate(results, 1):
         result["id"] = number
     return _score(truth, results)
+
+
+def _detector(model: nn.Module) -> Callable[[Sequence[Tensor]], list[Detections]]:
+    try:
+        adapter = adapt(model)
+    except KDError:
+        return model
+
+    def detect(images: Sequence[Tensor]) -> list[Detections]:
+        batch = adapter.prepare(images)
+        return adapter.detections(adapter.head(adapter.features(batch), batch), batch)
+
+    return detect
 
 
 def _as_coco(output: Detections, sample: Sample, image: Tensor, category_ids: list[int]) -> list[dict[str, Any]]:

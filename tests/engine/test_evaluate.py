@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from kdtoolkit import KDError
+from kdtoolkit.contract import adapter_classes
 from kdtoolkit.data import CocoDetection, ProceduralShapes
 from kdtoolkit.engine.evaluate import evaluate
 from tests.conftest import tiny_gfl
@@ -184,3 +185,15 @@ def test_a_real_detector_can_be_trained_on_afterwards(data, precision):
     images = [few[i][0] / 255 for i in range(4)]
     sum(model.train()(images, [few[i][1] for i in range(4)]).values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", ["torchvision FCOS", "torchvision SSD"])
+def test_detectors_of_any_library_are_run_through_their_adapter(data, family):
+    """Labels count from 0 and boxes are in pixels of the original image, whatever the library's own convention."""
+    examples = {name: make for cls in adapter_classes(load=True) for name, make in cls.examples().items()}
+    torch.manual_seed(0)
+    model = examples[family](len(data.class_names))
+    found = evaluate(model, data)
+    assert found.ap is not None
+    assert found.detections > 0
+    assert model.training
