@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from kdtoolkit.errors import KDError
+
+T = TypeVar("T")
 
 app = typer.Typer(
     help="Knowledge distillation for object detectors: benchmark methods head-to-head.",
@@ -204,7 +207,8 @@ def adapters_command(
 
       kd adapters --matrix --method CrossKD
     """
-    from kdtoolkit.matrix import chosen, families, print_matrix, run_matrix, to_markdown
+    from kdtoolkit.contract import adapt
+    from kdtoolkit.matrix import families, print_matrix, run_matrix, to_markdown
     from kdtoolkit.methods import all_methods
 
     console = Console()
@@ -212,14 +216,17 @@ def adapters_command(
     if not matrix:
         table = Table("family", "adapter", "predicts at", "shows", box=None)
         for name, example in known.items():
-            spec = example.adapter.spec
-            table.add_row(name, type(example.adapter).__name__, spec.priors, ", ".join(sorted(spec.capabilities)))
+            adapter = adapt(example(3))
+            table.add_row(
+                name, type(adapter).__name__, adapter.spec.priors, ", ".join(sorted(adapter.spec.capabilities))
+            )
         console.print(table)
         return
-    found = run_matrix(
-        chosen(known, family or (), "family"), chosen(all_methods(), method or (), "method"), console=console
-    )
-    print_matrix(found, console, details=bool(method))
+    methods = _chosen(all_methods(), method, "method")
+    found = run_matrix(_chosen(known, family, "family"), methods, console=console)
+    print_matrix(found, console)
+    for name in methods if method else ():
+        print_matrix(found, console, name)
     if markdown is not None:
         try:
             markdown.write_text(to_markdown(found), encoding="utf-8")
@@ -256,6 +263,16 @@ def inspect_command(
     if weights is not None:
         load_weights(built, weights)
     print_inspection(inspect_detector(built, image_size), Console())
+
+
+def _chosen(known: Mapping[str, T], names: list[str] | None, what: str) -> dict[str, T]:
+    """Those of `known` that are named; all of them where none is. Raises KDError for an unknown name."""
+    from kdtoolkit.benchmark.suite import did_you_mean
+
+    for name in names or ():
+        if name not in known:
+            raise KDError(f"unknown {what} '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}")
+    return {name: known[name] for name in names or known}
 
 
 def _device(device: Device) -> str:

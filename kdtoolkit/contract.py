@@ -58,9 +58,11 @@ class PriorKind(enum.StrEnum):
 class Stage:
     """One joint of the head: the `channels` (dim 1) of each branch's hidden state, one entry a tensor of it.
 
+    Heads are compared branch by branch, so kin name them alike: `cls` and `reg` (dense), `box` (two-stage), `decoder`.
     Tensors are maps (N, C, H, W), one a level, where `spatial`; else one of vectors: (M, C), of M proposals of the
     batch, or (N, C, Q), of Q queries an image. `activation` stands between the joint and the next layer. States are
-    taken *before* it and `resume` applies it, so it must be idempotent (ReLU); None where states are taken after it.
+    taken *before* it and `resume` applies it, so it must be idempotent (ReLU). With another (SiLU) they are taken after
+    it, and `activation` is None.
     """
 
     name: str
@@ -73,7 +75,7 @@ class Stage:
 class DetectorSpec:
     """The facts about a detector that methods are checked against before the first step.
 
-    `channels`, `strides` (pixels) and, where priors lie on a grid, `priors_per_cell` have one entry a pyramid level.
+    `channels`, `strides` (rounded pixels) and, where priors lie on a grid, `priors_per_cell` have one entry a level.
     `stages[0]` is the head's input, `stages[-1]` what its predictors take. `activation` is that of class scores, a
     softmax having one more for background. `bins`: where each box side is a distribution, the values its bins stand
     for, in strides on a grid. Priors that lie on no grid can be handed to detectors of equal `prior_form`, which says
@@ -197,7 +199,8 @@ State = Mapping[str, tuple[Tensor, ...]]
 class HeadTrace:
     """One pass through a head: the state at each stage, and the predictions they led to.
 
-    `context` is what the adapter needs besides a state in order to resume (the encoder's memory, say).
+    `context` is what the adapter needs besides, to resume (the encoder's memory) or for the library's own losses and
+    post-processing (raw outputs).
     """
 
     states: tuple[State, ...]
@@ -282,7 +285,10 @@ class DetectorAdapter(ABC):
 
     @abstractmethod
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment | None]:
-        """The detector's own loss terms, as its training forward gives them, and the assignment they used."""
+        """The detector's own loss terms, weighted, as its training forward sums them; and the assignment they used.
+
+        The assignment is None where the library does not hand it out.
+        """
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
         """Assign the batch's ground truth to the priors of `trace`."""
@@ -348,8 +354,9 @@ class Matched:
     def teacher_assignment(self) -> Assignment:
         """Ground truth assigned to these priors by the teacher's own rule: what cross-head losses go by."""
         student, teacher = self._views
+        ours, theirs = self.student.predictions.priors, self.teacher.predictions.priors
         alike = student.adapter.assigner == teacher.adapter.assigner
-        if alike and self.student.predictions.priors.grid == self.teacher.predictions.priors.grid:
+        if alike and ours.grid == theirs.grid and torch.equal(ours.boxes, theirs.boxes):
             return self.student_assignment
         with torch.no_grad():
             return teacher.adapter.assign(teacher.head, teacher.batch)
@@ -502,23 +509,41 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "kdtoolkit.detectors": ("kdtoolkit.adapters.native",),
     "torchvision.models.detection": ("kdtoolkit.adapters.torchvision",),
     "transformers": ("kdtoolkit.adapters.transformers",),
+    "ultralytics": ("kdtoolkit.adapters.ultralytics",),
 }
 
 
 def adapter_classes(*, load: bool = False) -> list[type[DetectorAdapter]]:
     """All adapter classes whose library is loaded, and those that other packages announce as entry points.
 
-    With `load` the libraries that are installed are loaded first.
+    With `load` the libraries that are installed are loaded first. Raises KDError where an announced one cannot be.
     """
     if load:
         for library in _MODULES:
             with suppress(ImportError):
                 importlib.import_module(library)
+    return _own_classes() + _announced_classes()
+
+
+def _own_classes() -> list[type[DetectorAdapter]]:
     modules = [
         importlib.import_module(m) for library, names in _MODULES.items() if library in sys.modules for m in names
     ]
-    classes = [cls for module in modules for cls in module.ADAPTERS]
-    return classes + [entry.load() for entry in entry_points(group=ENTRY_POINTS)]
+    return [cls for module in modules for cls in module.ADAPTERS]
+
+
+def _announced_classes() -> list[type[DetectorAdapter]]:
+    classes: list[type[DetectorAdapter]] = []
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            classes.append(entry.load())
+        except Exception as error:  # whatever somebody else's module does when it is imported
+            package = "an installed package" if entry.dist is None else f"the installed package {entry.dist.name}"
+            raise KDError(
+                f"{package} announces the adapter {entry.value}, which cannot be loaded: {type(error).__name__}: "
+                f"{error}. Mend it or uninstall it"
+            ) from error
+    return classes
 
 
 def adapt(model: nn.Module | DetectorAdapter) -> DetectorAdapter:
@@ -528,11 +553,12 @@ def adapt(model: nn.Module | DetectorAdapter) -> DetectorAdapter:
     """
     if isinstance(model, DetectorAdapter):
         return model
-    classes = adapter_classes()
-    for cls in classes:
-        if cls.matches(model):
-            return cls(model)
-    known = ", ".join(cls.__name__ for cls in classes) or "none"
+    # Other packages' adapters are loaded only where none of our own will do.
+    for classes in (_own_classes, _announced_classes):
+        for cls in classes():
+            if cls.matches(model):
+                return cls(model)
+    known = ", ".join(cls.__name__ for cls in adapter_classes()) or "none"
     raise KDError(
         f"no adapter for {type(model).__module__}.{type(model).__qualname__} (loaded adapters: {known}). "
         "Install the extra for its library, or write an adapter: CONTRIBUTING.md, 'Add a detector library'."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import cast
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit.contract import (
+    Batch,
     Capability,
     DetectorAdapter,
     DetectorSpec,
@@ -123,7 +125,7 @@ class Distiller(nn.Module):
             return losses
         view = View(student, batch, features, trace, assignment)
         needs: frozenset[Capability] = frozenset().union(*(method.needs for _, method, _ in active))
-        exchange = Exchange(view, self._observe_teacher(images, targets, bool(needs & _HEAD)))
+        exchange = Exchange(*lay_over(view, self._observe_teacher(images, targets, bool(needs & _HEAD)), needs))
         for name, method, factor in active:
             terms = method(exchange.at_strides(method.strides))
             losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
@@ -184,6 +186,49 @@ def _first_non_finite(adapter: DetectorAdapter, images: Sequence[Tensor], target
             return f"{name} not finite, the first of all"
     largest, place = max((float(x.abs().max()), name) for name, x in seen if x.numel())
     return f"all finite, the largest {largest:.3g} ({place})"
+
+
+def lay_over(student: View, teacher: View, needs: frozenset[Capability]) -> tuple[View, View]:
+    """Let both views' features show the same part of the scene, so that methods may resize one map to the other.
+
+    Detectors that pad otherwise have canvases of other extents: the features of the larger are cut. Raises
+    IncompatibleError where cutting does not help: for methods that compare heads on grids, and where the two resize
+    the images of the batch by other factors.
+    """
+    extents = [_extents(view.batch) for view in (student, teacher)]  # of the canvas, in units of each image's content
+    # Half a cell of the finest level, on the canvas.
+    tolerance = min(min(view.spec.strides) / max(view.batch.images.shape[-2:]) for view in (student, teacher)) / 2
+    if bool(((extents[0] - extents[1]).abs() <= tolerance * extents[0]).all()):
+        return student, teacher
+    common = torch.minimum(extents[0], extents[1])
+    shares = [common / each for each in extents]  # (N, 2) of the canvas, as height and width
+    even = all(bool(((share - share[0]).abs() <= tolerance).all()) for share in shares)
+    on_grids = student.spec.priors.on_grid and teacher.spec.priors.on_grid and bool(needs & _HEAD)
+    if on_grids or (not even and Capability.FEATURES in needs):
+        (height, width), (other_height, other_width) = (view.batch.images.shape[-2:] for view in (student, teacher))
+        raise IncompatibleError(
+            f"the two detectors bring this batch to canvases of other extents: {student.spec.name} (student) to "
+            f"{width} x {height} px, {teacher.spec.name} (teacher) to {other_width} x {other_height} px, with other "
+            "shares of padding, so that their cells do not correspond. Use images of a size that neither pads (a "
+            "common multiple of what they pad to), and let both resize alike"
+        )
+    if not even:
+        return student, teacher
+    cut = [_cut(view, share[0].tolist()) for view, share in zip((student, teacher), shares, strict=True)]
+    return cut[0], cut[1]
+
+
+def _extents(batch: Batch) -> Tensor:
+    height, width = batch.images.shape[-2:]
+    return torch.tensor([(height / h, width / w) for h, w in batch.sizes])
+
+
+def _cut(view: View, share: list[float]) -> View:
+    def kept(x: Tensor) -> Tensor:
+        height, width = (max(1, round(share[i] * x.shape[2 + i])) for i in range(2))
+        return x[:, :, :height, :width]
+
+    return replace(view, features=tuple(kept(x) for x in view.features))
 
 
 def check_targets(targets: Sequence[Target], spec: DetectorSpec) -> None:

@@ -1,10 +1,14 @@
 import copy
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kdtoolkit import Distiller, IncompatibleError, KDError, adapt
-from kdtoolkit.contract import Capability
+from kdtoolkit.adapters.native import DenseAdapter
+from kdtoolkit.contract import Capability, Method
 from kdtoolkit.distiller import refusal
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD, all_methods
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
@@ -203,3 +207,33 @@ def test_methods_need_a_teacher():
 def test_a_model_without_adapter_is_named():
     with pytest.raises(KDError, match=r"no adapter for torch\.nn\.modules\.linear\.Linear"):
         Distiller(None, torch.nn.Linear(1, 1))
+
+
+class PaddedAdapter(DenseAdapter):
+    """Pads to multiples of 128, as some libraries do."""
+
+    def prepare(self, images, targets=None):
+        batch = super().prepare(images, targets)
+        height, width = batch.images.shape[-2:]
+        return replace(batch, images=F.pad(batch.images, (0, -width % 128, 0, -height % 128)))
+
+
+class Shapes(Method):
+    needs = frozenset({Capability.FEATURES})
+    terms = ("none",)
+    paper = "none"
+    seen: ClassVar[list] = []
+
+    def forward(self, exchange):
+        self.seen.append([[tuple(x.shape[-2:]) for x in v.features] for v in (exchange.student, exchange.teacher)])
+        return {"none": exchange.student.features[0].sum()}
+
+
+def test_features_of_canvases_with_other_padding_are_cut_to_the_same_scene(batch):
+    padded, plain = PaddedAdapter(tiny_gfl(seed=1)), tiny_gfl(seed=2)
+    for teacher, student in ((padded, plain), (plain, padded)):
+        Shapes.seen.clear()
+        Distiller(teacher, student, [Shapes()])(*batch)
+        assert Shapes.seen == [[[(8, 8), (4, 4), (2, 2)]] * 2]
+        with pytest.raises(IncompatibleError, match=r"64 x 64 px.*neither pads"):
+            Distiller(teacher, student, [CrossKD()])(*batch)

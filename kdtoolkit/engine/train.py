@@ -28,22 +28,24 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(gt=0, description="optimiser steps")
-    batch_size: int = Field(16, gt=0)
+    batch_size: int = Field(default=16, gt=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(3e-3, gt=0, description="peak learning rate")
-    weight_decay: float = Field(1e-4, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
+    lr: float = Field(default=3e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(default=1e-4, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
+    warmup_steps: int = Field(default=50, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     milestones: tuple[float, ...] = Field(
-        (2 / 3, 11 / 12), description="shares of the steps where `step` divides lr by 10"
+        default=(2 / 3, 11 / 12), description="shares of the steps where `step` divides lr by 10"
     )
-    clip_norm: float = Field(35.0, ge=0, description="largest gradient norm; 0 switches clipping off")
+    clip_norm: float = Field(default=35.0, ge=0, description="largest gradient norm; 0 switches clipping off")
     ema: float = Field(
-        0.0, ge=0, lt=1, description="decay of the weights' moving average, which is kept at the end; 0: off"
+        default=0.0, ge=0, lt=1, description="decay of the weights' moving average, which is kept at the end; 0: off"
     )
     precision: Literal["float32", "bfloat16"] = "float32"
-    channels_last: bool = Field(False, description="memory format; faster convolutions if channels are multiples of 8")
+    channels_last: bool = Field(
+        default=False, description="memory format; faster convolutions if channels are multiples of 8"
+    )
     augmentation: Augmentation = Augmentation()
 
 
