@@ -1,0 +1,434 @@
+"""Ultralytics' YOLO detectors: any DetectionModel with a Detect head, such as YOLOv8, YOLOv10, YOLO11 and YOLO26.
+
+Ultralytics is AGPL-3.0, which binds what is built with it. kdtoolkit imports it where the user has installed it, and
+contains none of its code.
+
+Layers are walked as nn/tasks.py does, towers as Detect does; losses, assignment, box arithmetic and NMS are the
+library's functions. Followed: ultralytics 8.4.190. Undocumented names: a layer's `f` and `i` and the model's `save`
+(which outputs enter which layer), Detect's towers `cv2`, `cv3`, `one2one_cv2` and `one2one_cv3` and its `postprocess`,
+make_anchors and dist2bbox, and that criteria take their assignment from `assigner`, E2ELoss's from `one2many.assigner`.
+
+Some heads, YOLO26's and YOLOv10's, are double: towers that answer with many predictions an object, and a copy of them
+that answers with one, trained on features that are cut off from the graph. States and predictions are those of the
+first: they are dense, and through them gradient reaches the neck. `task_losses` has both, and `detections` those that
+the library would take, which is what the model's `end2end` says (8.4.190: the first with NMS, unless told otherwise).
+The library shifts weight from the first to the second over the epochs; an adapter knows no epoch, so weights stay as
+they are at the start, 0.8 and 0.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from ultralytics.engine.model import Model
+from ultralytics.nn import tasks
+from ultralytics.nn.modules import Detect, v10Detect
+from ultralytics.utils import DEFAULT_CFG_DICT, loss, ops, tal
+from ultralytics.utils.nms import non_max_suppression
+
+from kdtoolkit.contract import (
+    Assignment,
+    Batch,
+    Capability,
+    Detections,
+    DetectorAdapter,
+    DetectorSpec,
+    HeadTrace,
+    Predictions,
+    PriorKind,
+    Priors,
+    Stage,
+    State,
+    Target,
+)
+from kdtoolkit.errors import KDError
+from kdtoolkit.models import construct
+
+_CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
+# The library is untyped.
+_tasks: Any = tasks
+DetectionModel: Any = tasks.DetectionModel
+_loss: Any = loss
+_ops: Any = ops
+_tal: Any = tal
+GREY = 114 / 255  # of the library's letterbox
+# The settings of the library's validator.
+SCORE_THRESHOLD = 0.001
+NMS_IOU = 0.7
+DETECTIONS_PER_IMAGE = 300
+
+Towers = Mapping[str, Sequence[Sequence[nn.Module]]]
+"""For each branch and level: blocks, and the predictor last."""
+
+
+class UltralyticsAdapter(DetectorAdapter):
+    """Adapter of DetectionModel: stage 0 is the pyramid, stage i the towers' state after block i.
+
+    Each level has towers of its own, so states may have other channels on each. A `YOLO` object stands for the
+    DetectionModel that it holds.
+
+    Raises KDError for a model of which `fuse` has left one-to-one towers alone.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(cast(nn.Module, model.model) if isinstance(model, Model) else model)
+        if self._head.cv2 is None:
+            raise KDError(
+                "this model was fused with end2end=True, which removes the one-to-many towers, and these are what "
+                "methods work on: hand in the model as it was before fuse()"
+            )
+        self._strides = tuple(round(stride) for stride in self._head.stride.tolist())
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """Three generations, narrow and shallow."""
+        return {name: partial(_tiny, stem) for name, stem in _EXAMPLES.items()}
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether `model`, or what a `YOLO` object holds, is a DetectionModel that gives boxes and classes alone."""
+        inner: Any = model.model if isinstance(model, Model) else model
+        return isinstance(inner, DetectionModel) and type(inner.model[-1]) in (Detect, v10Detect)
+
+    @property
+    def _head(self) -> Any:
+        return self.model.model[-1]
+
+    @property
+    def _towers(self) -> Towers:
+        """Those that answer with many predictions an object."""
+        return {"cls": self._head.cv3, "reg": self._head.cv2}
+
+    @property
+    def _is_double(self) -> bool:
+        return getattr(self._head, "one2one_cv2", None) is not None
+
+    @property
+    def spec(self) -> DetectorSpec:
+        """The detector's facts."""
+        towers = self._towers
+        bins = self._head.reg_max if self._head.reg_max > 1 else 0
+        stages = tuple(
+            Stage(
+                name=f"block {i}" if i else "pyramid",
+                channels={branch: tuple(_channels(tower[i]) for tower in levels) for branch, levels in towers.items()},
+            )
+            for i in range(len(towers["cls"][0]))
+        )
+        return DetectorSpec(
+            name=_name(self.model),
+            num_classes=self._head.nc,
+            strides=self._strides,
+            channels=stages[0].channels["reg"],
+            priors=PriorKind.POINTS,
+            priors_per_cell=(1,) * len(self._strides),
+            stages=stages,
+            bins=tuple(map(float, range(bins))),
+            capabilities=_CAPABILITIES | ({Capability.DISTRIBUTIONS} if bins else frozenset()),
+        )
+
+    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+        """Pad with grey to a multiple of the coarsest stride, at least of 32. Neither resizes nor normalises.
+
+        The library puts images in the middle of the canvas; here they stay at its top left.
+        """
+        for i, image in enumerate(images):
+            if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+                raise KDError(
+                    f"image {i} of the batch is {tuple(image.shape)} {image.dtype}; expected (3, H, W) floats in [0, 1]"
+                )
+        sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
+        multiple = max(32, *self._strides)
+        padded = tuple((_round_up(height, multiple), _round_up(width, multiple)) for height, width in sizes)
+        height, width = max(h for h, _ in padded), max(w for _, w in padded)
+        canvas = torch.stack(
+            [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]), value=GREY) for image in images]
+        )
+        if targets is None:
+            return Batch(canvas, sizes, padded, sizes)
+        boxes = tuple(target["boxes"].float().reshape(-1, 4) for target in targets)
+        return Batch(canvas, sizes, padded, sizes, boxes, tuple(target["labels"].long() for target in targets))
+
+    def features(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Backbone and neck: the maps that enter the Detect head."""
+        *layers, head = self.model.model
+        outputs: list[Any] = []  # of the layers so far, where a later one takes it
+        x: Any = batch.images
+        for layer in layers:
+            x = layer(_inputs(layer, x, outputs))
+            outputs.append(x if layer.i in self.model.save else None)
+        return tuple(_inputs(head, x, outputs))
+
+    def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
+        """Towers and predictors."""
+        *states, outputs = _run(self._towers, dict.fromkeys(self._towers, features))
+        return HeadTrace(tuple(states), self._predictions(outputs))
+
+    def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
+        """The rest of towers and predictors; `trace` is not needed."""
+        return self._predictions(_run(self._towers, state, stage)[-1])
+
+    def _predictions(self, outputs: State) -> Predictions:
+        """Predictions of what the towers gave out: maps (N, K, H, W) and (N, 4 * B, H, W)."""
+        grid = tuple((level.shape[-2], level.shape[-1]) for level in outputs["reg"])
+        logits, regression = _flatten(outputs["cls"]), _flatten(outputs["reg"])
+        if self._head.reg_max > 1:
+            regression = regression.view(*regression.shape[:2], 4, -1)
+        points, strides = _tal.make_anchors(_as_maps(grid, logits), self._strides)
+        priors = Priors((points * strides).repeat(1, 2), strides[:, 0], grid)
+        return Predictions(logits, regression, priors, _decode)
+
+    def _one_to_one(self, trace: HeadTrace) -> Predictions:
+        """What the one-to-one towers say of the trace's features."""
+        features: tuple[Tensor, ...] = trace.states[0]["reg"]
+        if self._head.training:  # as the library has it: these towers must not disturb what the others need
+            features = tuple(level.detach() for level in features)
+        towers: Towers = {"cls": self._head.one2one_cv3, "reg": self._head.one2one_cv2}
+        return self._predictions(_run(towers, dict.fromkeys(towers, features))[-1])
+
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
+        """Terms `box`, `cls` and `dfl` (`l1` where sides are no distributions), times the batch size, like the library.
+
+        Gains are those of the model's `args`; the library's default ones where it has none.
+        """
+        one_to_one = self._one_to_one(trace) if self._is_double else None
+        return self._criticise(trace.predictions, one_to_one, batch)
+
+    def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
+        """The task-aligned assignment. It goes by predictions, so no two detectors assign alike."""
+        return self._criticise(trace.predictions, None, batch)[1]
+
+    def _criticise(
+        self, predictions: Predictions, one_to_one: Predictions | None, batch: Batch
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """The library's losses in float32, and the assignment that those of `predictions` went by."""
+        model, device = self.model, predictions.logits.device
+        settings = SimpleNamespace(
+            args=_hyperparameters(model),
+            model=model.model,
+            parameters=model.parameters,
+            class_weights=getattr(model, "class_weights", None),
+        )
+        criterion: Any = _loss.v8DetectionLoss(settings) if one_to_one is None else _loss.E2ELoss(settings)
+        first = criterion if one_to_one is None else criterion.one2many
+        kept = first.assigner = _Kept(first.assigner)
+        raw = _as_raw(predictions)
+        with torch.autocast(device.type, enabled=False):
+            losses, named = criterion(
+                raw if one_to_one is None else {"one2many": raw, "one2one": _as_raw(one_to_one)}, _as_targets(batch)
+            )
+        labels, boxes, scores, positive, _ = kept.result
+        assignment = Assignment(
+            labels=labels.long().where(positive, self._head.nc),
+            boxes=boxes,
+            weights=torch.ones_like(positive, dtype=torch.float32),
+            normaliser=scores.sum().clamp(min=1),
+        )
+        return {name.removesuffix("_loss"): value for name, value in zip(named, losses, strict=True)}, assignment
+
+    @torch.no_grad()
+    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
+        """NMS with the settings of the library's validator; or, end to end, the one-to-one towers' best, without NMS.
+
+        NMS takes all the time it needs, where the library leaves out images after some seconds.
+        """
+        end_to_end = self._head.end2end
+        predictions = self._one_to_one(trace) if end_to_end else trace.predictions
+        corners = _corners(predictions.regression, predictions.priors)
+        if end_to_end:
+            found = self._head.postprocess(torch.cat([corners, predictions.probabilities], -1))
+        else:
+            found = torch.cat([_ops.xyxy2xywh(corners), predictions.probabilities], -1).transpose(1, 2)
+        kept = non_max_suppression(
+            found,
+            SCORE_THRESHOLD,
+            NMS_IOU,
+            multi_label=True,
+            max_det=DETECTIONS_PER_IMAGE,
+            max_time_img=float("inf"),
+            end2end=end_to_end,
+        )
+        return [
+            {"boxes": _ops.clip_boxes(each[:, :4], size), "scores": each[:, 4], "labels": each[:, 5].long()}
+            for each, size in zip(kept, batch.original_sizes, strict=True)
+        ]
+
+
+class _Kept:
+    """An assigner that keeps what it assigned last."""
+
+    def __init__(self, assigner: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.assigner = assigner
+        self.result: tuple[Tensor, ...] = ()
+
+    def __call__(self, *args: Tensor) -> tuple[Tensor, ...]:
+        self.result = self.assigner(*args)
+        return self.result
+
+
+def _inputs(layer: Any, last: Any, outputs: Sequence[Any]) -> Any:
+    """What a layer takes: the last layer's output, or those of earlier ones."""
+    if layer.f == -1:
+        return last
+    if isinstance(layer.f, int):
+        return outputs[layer.f]
+    return [last if i == -1 else outputs[i] for i in layer.f]
+
+
+def _run(towers: Towers, state: State, stage: int = 0) -> list[State]:
+    """States from `stage`, whose state is given, to the end, and what the predictors give out."""
+    states = [state]
+    for i in range(stage, len(towers["cls"][0])):
+        state = {
+            branch: tuple(tower[i](level) for tower, level in zip(levels, state[branch], strict=True))
+            for branch, levels in towers.items()
+        }
+        states.append(state)
+    return states
+
+
+def _flatten(maps: Sequence[Tensor]) -> Tensor:
+    """One (N, A, C) in float32 of maps (N, C, H, W)."""
+    return torch.cat([level.flatten(2) for level in maps], -1).transpose(1, 2).float()
+
+
+def _corners(regression: Tensor, priors: Priors) -> Tensor:
+    """Corners (..., A, 4) from distances in strides to the four sides, or from their distributions."""
+    strides = priors.strides[:, None]
+    if regression.ndim == priors.boxes.ndim + 2:
+        bins = torch.arange(regression.shape[-1], device=regression.device, dtype=torch.float32)
+        # Not as a product of matrices, which autocast would round.
+        regression = (regression.float().softmax(-1) * bins).sum(-1)
+    corners: Tensor = _tal.dist2bbox(regression, priors.boxes[:, :2] / strides, xywh=False)
+    return corners * strides
+
+
+def _decode(regression: Tensor, priors: Priors) -> Tensor:
+    """Boxes (..., A, 4): `_corners`, put together in the middle where they have passed each other.
+
+    Distances that are no distributions may be negative, and so may widths, which no IoU can make sense of.
+    """
+    first, second = _corners(regression, priors).chunk(2, -1)
+    middle = (first + second) / 2
+    return torch.cat([torch.minimum(first, middle), torch.maximum(second, middle)], -1)
+
+
+def _as_maps(grid: tuple[tuple[int, int], ...], like: Tensor) -> list[Tensor]:
+    """Maps (1, 1, H, W) without storage of their own: the library takes sizes, dtype and device from maps."""
+    return [like.new_empty(()).expand(1, 1, *size) for size in grid]
+
+
+def _as_raw(predictions: Predictions) -> dict[str, object]:
+    """Predictions as the library's head gives them to its losses."""
+    return {
+        "boxes": predictions.regression.flatten(2).transpose(1, 2),
+        "scores": predictions.logits.transpose(1, 2),
+        "feats": _as_maps(predictions.priors.grid, predictions.logits),
+    }
+
+
+def _as_targets(batch: Batch) -> dict[str, Tensor]:
+    """Ground truth as the library's losses take it: one list of all boxes, in shares of the canvas."""
+    height, width = batch.images.shape[-2:]
+    return {
+        "batch_idx": torch.cat([torch.full_like(labels, i) for i, labels in enumerate(batch.labels)]),
+        "cls": torch.cat(batch.labels),
+        "bboxes": _ops.xyxy2xywhn(torch.cat(batch.boxes), width, height),
+    }
+
+
+def _hyperparameters(model: Any) -> Any:
+    """Gains of the loss terms: a namespace in training, a mapping once loaded, absent where built from a YAML alone."""
+    args = getattr(model, "args", None) or {}
+    return SimpleNamespace(**{**DEFAULT_CFG_DICT, **args}) if isinstance(args, Mapping) else args
+
+
+def _channels(block: nn.Module) -> int:
+    """The channels that a block of a tower takes."""
+    return next(layer.in_channels for layer in block.modules() if isinstance(layer, nn.Conv2d))
+
+
+def _name(model: Any) -> str:
+    """The name of the YAML that a model was built from."""
+    stem = str(model.yaml.get("yaml_file", "")).replace("\\", "/").rpartition("/")[2].rpartition(".")[0]
+    return stem or type(model).__name__
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+ADAPTERS: tuple[type[DetectorAdapter], ...] = (UltralyticsAdapter,)
+
+_EXAMPLES: Mapping[str, str] = {"YOLOv8": "yolov8n", "YOLO11": "yolo11n", "YOLO26": "yolo26n"}
+_TINY = (0.33, 0.0625, 1024)  # depth, width, and most channels
+_FAMILIES: Mapping[str, str] = {
+    "yolov5": "nsmlx",
+    "yolov8": "nsmlx",
+    "yolov9": "tsmce",
+    "yolov10": "nsmblx",
+    "yolo11": "nsmlx",
+    "yolo12": "nsmlx",
+    "yolo26": "nsmlx",
+}
+_MODELS = tuple(family + size for family, sizes in _FAMILIES.items() for size in sizes)
+
+
+def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
+    """Build yolov8n, yolo11s, yolo26m and the like with random weights, from the library's YAML of that name.
+
+    Raises KDError for another name, for arguments (there are none), and for .pt files, which are not loaded.
+    """
+    if name.endswith(".pt"):
+        stem = name.removesuffix(".pt")
+        raise KDError(
+            f"'ultralytics/{name}' is a pickle, which may run code when it is loaded. Where you trust it, save its "
+            f"tensors once: safetensors.torch.save_model(ultralytics.YOLO('{name}').model, '{stem}.safetensors'), then "
+            f"name the model 'ultralytics/{stem}' and give the file as its weights"
+        )
+    if name not in _MODELS:
+        close = " or ".join(f"ultralytics/{m}" for m in get_close_matches(name, _MODELS))
+        every = ", ".join(f"{family}[{'|'.join(sizes)}]" for family, sizes in _FAMILIES.items())
+        raise KDError(
+            f"unknown model 'ultralytics/{name}'{f'; did you mean {close}?' if close else ''}. There are {every}"
+        )
+    return construct(partial(_from_yaml, name), f"ultralytics/{name}", num_classes, args)
+
+
+def _from_yaml(name: str, num_classes: int) -> nn.Module:
+    config: Any = _tasks.yaml_model_load(f"{name}.yaml")
+    return _built(config, num_classes)
+
+
+def _tiny(name: str, num_classes: int) -> nn.Module:
+    config: Any = _tasks.yaml_model_load(f"{name}.yaml")
+    model = _built({**config, "scales": {config["scale"]: _TINY}}, num_classes)
+    _gather_statistics(model)
+    return model
+
+
+@torch.no_grad()
+def _gather_statistics(model: nn.Module) -> None:
+    """Let batch norm see a batch: with its first statistics maps die out, and in eval mode all cells predict alike."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model(torch.rand(4, 3, 64, 64))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _built(config: Mapping[str, object], num_classes: int) -> nn.Module:
+    # The class count goes into the configuration: handed in beside it, the library writes a line about the difference.
+    model: nn.Module = DetectionModel({**config, "nc": num_classes}, verbose=False)
+    return model
