@@ -18,8 +18,12 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def shared_levels(student: DetectorSpec, teacher: DetectorSpec) -> list[tuple[int, int]]:
-    """Pairs (student level, teacher level) of equal stride, finest first."""
-    return [(i, teacher.strides.index(stride)) for i, stride in enumerate(student.strides) if stride in teacher.strides]
+    """Pairs (student level, teacher level) of equal stride, finest first; no level is in two of them."""
+    pairs: list[tuple[int, int]] = []
+    for i, stride in enumerate(student.strides):
+        free = [j for j, other in enumerate(teacher.strides) if other == stride and j not in {t for _, t in pairs}]
+        pairs += [(i, free[0])] if free else []
+    return pairs
 
 
 def no_shared_level(student: DetectorSpec, teacher: DetectorSpec) -> str | None:

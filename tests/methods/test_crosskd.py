@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdtoolkit import Distiller, IncompatibleError
-from kdtoolkit.contract import Exchange, View, adapt
-from kdtoolkit.methods._common import quality_focal_kd
+from kdtoolkit.contract import Exchange, PriorKind, Stage, View, adapt
+from kdtoolkit.methods._common import quality_focal_kd, shared_levels
 from kdtoolkit.methods.crosskd import CrossKD, align_statistics
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
+from tests.methods._views import spec
 
 
 @settings(deadline=None, max_examples=25)
@@ -110,3 +111,19 @@ def test_works_between_kinds_and_channel_counts(teacher, student, batch):
 def test_a_stage_the_head_does_not_have_is_refused():
     with pytest.raises(IncompatibleError, match="stages 0 to 2, so there is no stage 3"):
         Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [CrossKD(stage=3)])
+
+
+def test_proposal_networks_that_do_not_fit_are_refused_with_the_way_out():
+    def two_stage(strides):
+        first = spec(num_classes=1, strides=strides, stages=(Stage("pyramid", {"rpn": (4,) * len(strides)}),) * 2)
+        stages = (Stage("roi", {"box": (4,)}),) * 2
+        return spec(priors=PriorKind.PROPOSALS, prior_form="boxes", stages=stages, first_stage=first)
+
+    assert CrossKD().refuses(two_stage((8, 16)), two_stage((8, 16))) is None
+    assert "proposal_weight=0" in CrossKD().refuses(two_stage((8, 16)), two_stage((8, 16, 32)))
+    assert CrossKD(proposal_weight=0.0).refuses(two_stage((8, 16)), two_stage((8, 16, 32))) is None
+
+
+def test_levels_of_repeated_strides_are_paired_once():
+    assert shared_levels(spec(strides=(32, 32, 64)), spec(strides=(16, 32, 64))) == [(0, 1), (2, 2)]
+    assert shared_levels(spec(strides=(32, 32, 64)), spec(strides=(32, 32, 64))) == [(0, 0), (1, 1), (2, 2)]
