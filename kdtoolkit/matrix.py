@@ -1,11 +1,11 @@
-"""The matrix: every method on every ordered pair of detector families, with tiny random models; what works, and why not.
+"""The matrix: every method on every ordered pair of detector families, with tiny random models.
 
     matrix = run_matrix(families(), all_methods())
     print_matrix(matrix, console)
 
-A cell is one step of the pair: what the student shows in train mode, the frozen teacher in eval mode, the method's
-terms between the two and their gradient. As in `Distiller`, each detector is run once for all methods; here once for
-all its pairs as well, for a step does not change its weights.
+A cell is one step of the pair as `Distiller` does it: what the student shows in train mode, the frozen teacher in eval
+mode, the method's terms between the two and their gradient. But each detector is run once for all its pairs and
+methods, for a step does not change its weights: thousands of cells take less than a minute.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -22,12 +23,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kdtoolkit.contract import DetectorAdapter, Exchange, Method, Target, View, adapt, adapter_classes
-from kdtoolkit.distiller import refusal
+from kdtoolkit.distiller import lay_over, refusal
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.testing import example_batch, observe
 
 NUM_CLASSES = 3
 SEED = 0
+SIZES = ((64, 64), (64, 64))  # pixels: of one size, so that few detectors pad them, for unlike padding is refused late
 
 Family = Callable[[int], nn.Module]
 """Builds a tiny detector with random weights, for a number of classes."""
@@ -136,12 +138,8 @@ def run_matrix(
             for student, ours in students.items():
                 for teacher, theirs in teachers.items():
                     progress.update(bar, description=f"{teacher} → {student}")
-                    exchange = Exchange(ours, theirs) if isinstance(ours, View) and isinstance(theirs, View) else None
-                    broken = next((x for x in (ours, theirs) if isinstance(x, str)), "")
                     for name, method in methods.items():
-                        cells[name, student, teacher] = (
-                            Cell(Outcome.FAILED, broken) if exchange is None else _try(method, exchange)
-                        )
+                        cells[name, student, teacher] = _try(method, ours, theirs)
                         progress.advance(bar)
     return Matrix(tuple(families), tuple(methods), cells)
 
@@ -152,7 +150,7 @@ def _shown(build: Family, role: str, seed: int) -> View | str:
         torch.manual_seed(seed)
         adapter = adapt(build(NUM_CLASSES))
         device = next(adapter.model.parameters()).device
-        images, targets = example_batch(NUM_CLASSES, device)
+        images, targets = example_batch(NUM_CLASSES, device, SIZES)
         if role == "student":
             return _as_student(adapter, images, targets)
         adapter.model.eval().requires_grad_(False)
@@ -169,14 +167,21 @@ def _as_student(adapter: DetectorAdapter, images: Sequence[Tensor], targets: Seq
     return View(adapter, view.batch, view.features, view.trace, assignment)
 
 
-def _try(method: type[Method], exchange: Exchange) -> Cell:
-    student, teacher = exchange.student, exchange.teacher
+def _try(method: type[Method], student: View | str, teacher: View | str) -> Cell:
+    if isinstance(student, str):
+        return Cell(Outcome.FAILED, student)
+    if isinstance(teacher, str):
+        return Cell(Outcome.FAILED, teacher)
     try:
         if reason := refusal(method, student.spec, teacher.spec):
+            # Rows and columns say which detectors these are; without their names reasons are few.
+            for name in {student.spec.name, teacher.spec.name}:
+                reason = reason.replace(f" ({name})", "")
             return Cell(Outcome.REFUSED, reason)
         torch.manual_seed(SEED)
         instance = method()
         instance.setup(student.spec, teacher.spec)
+        exchange = Exchange(*lay_over(student, teacher, method.needs)).at_strides(instance.strides)
         terms = instance.to(student.features[0].device)(exchange)
         total = torch.stack([*terms.values()]).sum()
         if not torch.isfinite(total):
@@ -219,16 +224,16 @@ def print_matrix(matrix: Matrix, console: Console, method: str | None = None) ->
 
 
 def _numbered(matrix: Matrix, title: str) -> Table:
-    """A table of students (rows) by teachers (columns), whose columns are numbers, for names would not fit."""
-    table = Table(title=title, caption="rows: students; columns: teachers, in the same order")
-    table.add_column("student", no_wrap=True)
+    """A table of students by teachers, whose columns are the rows' numbers, for names would not fit."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("student \\ teacher", no_wrap=True)
     for i, _ in enumerate(matrix.families, 1):
         table.add_column(str(i), justify="right", no_wrap=True)
     return table
 
 
 def _overview(matrix: Matrix) -> Table:
-    table = _numbered(matrix, f"methods that work, of {len(matrix.methods)}")
+    table = _numbered(matrix, f"methods that work of {len(matrix.methods)}")
     for i, student in enumerate(matrix.families, 1):
         row = []
         for teacher in matrix.families:

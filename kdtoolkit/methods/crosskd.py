@@ -127,9 +127,9 @@ class CrossKD(Method):
         ours, theirs = student.stages[self._index(student)], teacher.stages[self._index(teacher)]
         if missing := [branch for branch in theirs.channels if branch not in ours.channels]:
             return f"the student's head has no branch {missing}, the teacher's has {list(theirs.channels)}"
-        if self.proposal_weight and student.first_stage is not None and teacher.first_stage is not None:
-            if reason := CrossKD().refuses(student.first_stage, teacher.first_stage):
-                return f"their proposal networks do not fit ({reason}); proposal_weight=0 leaves them out"
+        first = student.first_stage, teacher.first_stage
+        if self.proposal_weight and first[0] and first[1] and (reason := CrossKD().refuses(first[0], first[1])):
+            return f"their proposal networks do not fit ({reason}); proposal_weight=0 leaves them out"
         if ours.spatial != theirs.spatial:
             kinds = ("vectors", "maps")
             return (

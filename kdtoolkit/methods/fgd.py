@@ -4,32 +4,43 @@ Focal: squared feature difference, weighted by the teacher's spatial and channel
 background apart, and the L1 distance of both detectors' attention (section 3.1). Global: squared difference after a
 context block each (section 3.2). All are sums over a level divided by N, as published.
 
-Numbers agree with the published code (yzd-v/FGD @c03a6cf). The region masks need no loop over boxes, and each image's
-boxes are scaled by the size of its content, although the map covers the padding too.
+Numbers agree with the published code (yzd-v/FGD @c03a6cf). Each image's boxes are scaled by the size of its content,
+although the map covers the padding too.
+
+All terms are sums over whole maps, so none of them needs a second map: the region masks need no loop over boxes, and
+`compare` takes what the terms are made of in one walk through both maps, with a gradient that is one walk as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
 from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
 
+CHUNK = 2**18  # entries: what the walk through a map has at hand at a time, so that it stays in a processor's cache
+
+
+def _attention(strength: Tensor, temperature: float) -> Tensor:
+    """Softmax of (N, M), of mean 1."""
+    return (strength / temperature).softmax(1) * strength.shape[1]
+
 
 def spatial_attention(x: Tensor, temperature: float = 0.5) -> Tensor:
     """Where features (N, C, H, W) are strong: (N, H, W), mean 1 over the cells."""
     strength = x.float().abs().mean(1)
-    return (strength.flatten(1) / temperature).softmax(1).view_as(strength) * strength[0].numel()
+    return _attention(strength.flatten(1), temperature).view_as(strength)
 
 
 def channel_attention(x: Tensor, temperature: float = 0.5) -> Tensor:
     """Which channels of features (N, C, H, W) are strong: (N, C), mean 1."""
-    strength = x.float().abs().mean((2, 3))
-    return (strength / temperature).softmax(1) * strength.shape[1]
+    return _attention(x.float().abs().mean((2, 3)), temperature)
 
 
 def region_masks(
@@ -51,15 +62,145 @@ def region_masks(
     padded = torch.cat([padded, padded.new_full((len(boxes), 1, 4), torch.nan)], 1)
     content = padded.new_tensor([(w, h, w, h) for h, w in sizes])[:, None]
     x1, y1, x2, y2 = (padded / content * padded.new_tensor([width, height, width, height])).unbind(-1)
-    x1, y1, x2, y2 = x1.floor(), y1.floor(), x2.ceil(), y2.ceil()
+    x1, y1, x2, y2 = (side[..., None] for side in (x1.floor(), y1.floor(), x2.ceil(), y2.ceil()))
     x, y = torch.arange(width, device=padded.device), torch.arange(height, device=padded.device)
-    columns = (x >= x1[..., None]) & (x <= x2[..., None])
-    rows = (y >= y1[..., None]) & (y <= y2[..., None])
-    covered = rows[..., :, None] & columns[..., None, :]
-    weight = 1 / ((y2 + 1 - y1) * (x2 + 1 - x1))
-    foreground = torch.where(covered, weight[..., None, None], 0.0).amax(1)
+    columns = ((x >= x1) & (x <= x2)).float()
+    rows = torch.where((y >= y1) & (y <= y2), 1 / ((y2 + 1 - y1) * (x2 + 1 - x1)), 0.0)
+    foreground = (rows[..., :, None] * columns[..., None, :]).amax(1)
     background = (foreground == 0).float()
     return foreground, background / background.sum((1, 2), keepdim=True).clamp(min=1)
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """Slices of the channels of maps (N, C, P); one slice of all on accelerators, which mind calls more than memory."""
+    images, channels, cells = x.shape
+    step = max(CHUNK // max(images * cells, 1), 1) if x.device.type == "cpu" else channels
+    return (slice(start, start + step) for start in range(0, channels, step))
+
+
+def _strengths(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of |x| of maps (N, C, P) over channels (N, P), and over cells (N, C); without gradient."""
+    images, channels, cells = x.shape
+    spatial, channel = x.new_zeros(images, cells), x.new_empty(images, channels)
+    for part in _chunks(x):
+        magnitude = x[:, part].abs()
+        spatial += magnitude.sum(1)
+        channel[:, part] = magnitude.mean(2)
+    return spatial / channels, channel
+
+
+def _over_cells(x: Tensor, weight: Tensor) -> Tensor:
+    """Sum over the cells of maps (N, C, P), weighted by (N, P): (N, C)."""
+    # Image by image: batched products of matrix and vector are slow, and less precise.
+    return torch.stack([image @ each for image, each in zip(x, weight, strict=True)])
+
+
+def _over_channels(x: Tensor, weight: Tensor) -> Tensor:
+    """Sum over the channels of maps (N, C, P), weighted by (N, C): (N, P)."""
+    return torch.stack([each @ image for image, each in zip(x, weight, strict=True)])
+
+
+class _Compare(torch.autograd.Function):
+    """What `compare` takes from maps (N, C, P). By hand, since autograd makes a new map at each step of each term."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, channel_weight: Tensor, mask_weight: Tensor, mask_bias: Tensor
+    ) -> tuple[Tensor, ...]:
+        images, channels, cells = student.shape
+        spatial, attended = student.new_zeros(images, cells), student.new_zeros(images, 1, cells)
+        channel, mean, spread = (student.new_empty(images, channels) for _ in range(3))
+        for part in _chunks(student):
+            magnitude = student[:, part].abs()
+            spatial += magnitude.sum(1)
+            channel[:, part] = magnitude.mean(2)
+            difference = student[:, part] - teacher[:, part]
+            attended.baddbmm_(channel_weight[:, None, part], difference.square())
+            mean[:, part] = difference.mean(2)
+            spread[:, part] = difference.sub_(mean[:, part, None]).square_().sum(2)
+        pooling = (_over_channels(student, mask_weight.expand(images, -1)) + mask_bias).softmax(1)
+        ctx.save_for_backward(student, teacher, channel_weight, mask_weight, mean, pooling)
+        return spatial / channels, channel, attended[:, 0], mean, spread, _over_cells(student, pooling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, spatial: Tensor, channel: Tensor, attended: Tensor, mean: Tensor, spread: Tensor, context: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        student, teacher, channel_weight, mask_weight, difference_mean, pooling = ctx.saved_tensors
+        images, channels, cells = student.shape
+        # Through the softmax of the pooling to its logits; then each entry's part in logits and context.
+        pooled = pooling * _over_channels(student, context)
+        logits = pooled - pooling * pooled.sum(1, keepdim=True)
+        left = torch.stack([context, mask_weight.expand(images, -1)], 2)
+        right = torch.stack([pooling, logits], 1)
+        spatial, channel = spatial[:, None] / channels, channel[..., None] / cells
+        attended, spread = 2 * attended[:, None], 2 * spread[..., None]
+        shift = mean[..., None] / cells - spread * difference_mean[..., None]
+        gradient = torch.empty_like(student)
+        for part in _chunks(student):
+            out = torch.sign(student[:, part], out=gradient[:, part])
+            out *= spatial + channel[:, part]
+            slope = torch.addcmul(spread[:, part], channel_weight[:, part, None], attended)
+            out.addcmul_(slope, student[:, part] - teacher[:, part])
+            out += shift[:, part]
+            out.baddbmm_(left[:, part], right)
+        return gradient, None, None, _over_cells(student, logits).sum(0), logits.sum().view(1)
+
+
+class Comparison(NamedTuple):
+    """What the terms of one level are made of; P cells. The teacher's part in it gets no gradient.
+
+    `spatial` (N, P) and `channel` (N, C) are the student's attentions, `teacher_spatial` and `teacher_channel` the
+    teacher's. `attended` (N, P): squared differences, weighted by both of these, summed over channels. `mean` (N, C)
+    of the differences over cells, `spread` (N, C) the sum of their squared distances from it. `context` (N, C): what
+    the student's context block pools.
+    """
+
+    spatial: Tensor
+    channel: Tensor
+    teacher_spatial: Tensor
+    teacher_channel: Tensor
+    attended: Tensor
+    mean: Tensor
+    spread: Tensor
+    context: Tensor
+
+
+def compare(student: Tensor, teacher: Tensor, mask_weight: Tensor, mask_bias: Tensor, temperature: float) -> Comparison:
+    """Compare maps (N, C, H, W), float32, in one walk.
+
+    Args:
+        student: gets gradient.
+        teacher: gets none.
+        mask_weight: of the 1x1 convolution that says how much a cell counts for the student's context, (C,).
+        mask_bias: of the same, (1,).
+        temperature: of the attentions.
+    """
+    student, teacher = student.flatten(2), teacher.detach().flatten(2)
+    teacher_spatial, teacher_channel = (_attention(x, temperature) for x in _strengths(teacher))
+    spatial, channel, attended, mean, spread, context = _Compare.apply(
+        student, teacher, teacher_channel, mask_weight, mask_bias
+    )
+    return Comparison(
+        _attention(spatial, temperature),
+        _attention(channel, temperature),
+        teacher_spatial,
+        teacher_channel,
+        attended * teacher_spatial,
+        mean,
+        spread,
+        context,
+    )
+
+
+def _focal(found: Comparison, foreground: Tensor, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attention = (found.channel - found.teacher_channel).abs().sum() + (
+        found.spatial - found.teacher_spatial
+    ).abs().sum()
+    images = len(foreground)
+    inside, outside = ((found.attended * mask.flatten(1)).sum() for mask in (foreground, background))
+    return inside / images, outside / images, attention / images
 
 
 def focal_losses(
@@ -74,14 +215,9 @@ def focal_losses(
         background: weights (N, H, W).
         temperature: of the attentions.
     """
-    student, teacher = student.float(), teacher.detach().float()
-    spatial, channel = spatial_attention(teacher, temperature), channel_attention(teacher, temperature)
-    difference = ((student - teacher).square() * channel[:, :, None, None]).sum(1) * spatial
-    attention = (channel_attention(student, temperature) - channel).abs().sum() + (
-        spatial_attention(student, temperature) - spatial
-    ).abs().sum()
-    images = len(student)
-    return (difference * foreground).sum() / images, (difference * background).sum() / images, attention / images
+    student, teacher = student.float(), teacher.float()
+    no_context = student.new_zeros(student.shape[1]), student.new_zeros(1)
+    return _focal(compare(student, teacher, *no_context, temperature), foreground, background)
 
 
 class ContextBlock(nn.Module):
@@ -100,12 +236,25 @@ class ContextBlock(nn.Module):
         for parameter in (self.mask.bias, self.add[3].weight, self.add[3].bias):
             nn.init.zeros_(parameter)  # type: ignore[arg-type]
 
+    @property
+    def counting(self) -> tuple[Tensor, Tensor]:
+        """Weight (C,) and bias (1,) of how much a cell counts."""
+        return self.mask.weight.flatten(), cast(Tensor, self.mask.bias)
+
+    def context(self, x: Tensor) -> Tensor:
+        """What the cells of maps (N, C, H, W) have in common: (N, C)."""
+        flat, (weight, bias) = x.flatten(2), self.counting
+        weight = _over_channels(flat, weight.expand(len(x), -1)) + bias
+        return _over_cells(flat, weight.softmax(1))
+
+    def added(self, context: Tensor) -> Tensor:
+        """What is added to each cell, (N, C), of a context (N, C)."""
+        found: Tensor = self.add(context[:, :, None, None])
+        return found.flatten(1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) in, the same out."""
-        weight = self.mask(x).flatten(1).softmax(1)
-        context = torch.einsum("ncp,np->nc", x.flatten(2), weight)
-        added: Tensor = self.add(context[:, :, None, None])
-        return x + added
+        return x + self.added(self.context(x))[:, :, None, None]
 
 
 class FGD(Method):
@@ -174,9 +323,14 @@ class FGD(Method):
         """The four terms of one pair of levels (4,), unweighted; `student` (N, C', H', W') as its neck gives it."""
         teacher = teacher.detach().float()
         student = resize_like(self.align[index](student.float()), teacher)
-        relation = self.student_context[index](student) - self.teacher_context[index](teacher)
-        focal = focal_losses(student, teacher, *masks, self.temperature)
-        return torch.stack([*focal, relation.square().sum() / len(student)])
+        contexts = self.student_context[index], self.teacher_context[index]
+        ours, theirs = (cast(ContextBlock, block) for block in contexts)
+        found = compare(student, teacher, *ours.counting, self.temperature)
+        # Both blocks add a constant to each channel, so the squared distance is the spread of the differences and,
+        # at each cell, the square of their mean.
+        mean = found.mean + ours.added(found.context) - theirs.added(theirs.context(teacher))
+        relation = found.spread.sum() + student.shape[2] * student.shape[3] * mean.square().sum()
+        return torch.stack([*_focal(found, *masks), relation / len(student)])
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`foreground`, `background`, `attention`, `global`: weighted, summed over levels."""

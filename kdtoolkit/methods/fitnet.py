@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -30,11 +31,11 @@ def imitation_loss(student: Tensor, teacher: Tensor, region: Tensor | None = Non
 
     It is 0 where the region is empty.
     """
-    difference = (student.float() - teacher.detach().float()).square()
+    student, teacher = student.float(), teacher.detach().float()
     if region is None:
-        return difference.mean()
-    cells = (region.sum() * student.shape[1]).clamp(min=1)
-    return torch.where(region[:, None], difference, 0.0).sum() / cells
+        return F.mse_loss(student, teacher)
+    difference = F.mse_loss(student, teacher, reduction="none").sum(1)
+    return torch.where(region, difference, 0.0).sum() / (region.sum() * student.shape[1]).clamp(min=1)
 
 
 def box_region(priors: Tensor, boxes: Sequence[Tensor]) -> Tensor:

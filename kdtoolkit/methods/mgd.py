@@ -9,6 +9,7 @@ Numbers agree with open-mmlab/mmrazor @90c7af1, case by case, given the same ran
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
@@ -17,7 +18,7 @@ from kdtoolkit.methods._common import no_shared_level, projections, resize_like,
 
 def mgd_loss(generated: Tensor, teacher: Tensor) -> Tensor:
     """Squared difference of maps (N, C, H, W), summed and divided by N: a scalar."""
-    return (generated.float() - teacher.detach().float()).square().sum() / len(teacher)
+    return F.mse_loss(generated.float(), teacher.detach().float(), reduction="sum") / len(teacher)
 
 
 def generator(channels: int) -> nn.Sequential:

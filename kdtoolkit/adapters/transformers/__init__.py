@@ -10,11 +10,16 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
-from kdtoolkit.adapters.transformers import detr
+from kdtoolkit.adapters.transformers import detr, dfine, rfdetr, rtdetr
 from kdtoolkit.contract import DetectorAdapter
 from kdtoolkit.errors import KDError
 
-ADAPTERS: tuple[type[DetectorAdapter], ...] = detr.ADAPTERS
+ADAPTERS: tuple[type[DetectorAdapter], ...] = (
+    *detr.ADAPTERS,
+    *rtdetr.ADAPTERS,
+    *dfine.ADAPTERS,
+    *rfdetr.ADAPTERS,
+)
 
 _auto_model: Any = AutoModelForObjectDetection  # without types in the library
 
