@@ -1,0 +1,216 @@
+"""D-FINE and DEIMv2 of transformers: RT-DETR's kin whose box sides are distributions.
+
+Follows the forwards in `models/{d_fine,deimv2}/modeling_*.py` of transformers 5.23: the same submodules, called in the
+same order, so that predictions, losses and draws of noise are the library's own.
+
+A side's distribution is over how far the box is from a first guess, in shares of that guess's width or height (`bins`).
+The first guess is made after the first layer, by each detector from its own state: between two detectors equal
+distributions at the same queries are equal corrections, of guesses that may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Deimv2Config, Deimv2ForObjectDetection, DFineConfig, DFineForObjectDetection
+from transformers.models.d_fine import modeling_d_fine
+from transformers.models.deimv2 import modeling_deimv2
+
+from kdtoolkit.adapters.transformers.base import Queries, corners
+from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, RTDetrAdapter, tiny
+from kdtoolkit.contract import (
+    Assignment,
+    Batch,
+    Capability,
+    Detections,
+    DetectorAdapter,
+    DetectorSpec,
+    HeadTrace,
+    Predictions,
+    Priors,
+)
+
+
+@dataclass(frozen=True)
+class Refinement(Progress):
+    """Progress of box distributions: `corners` (N, Q, 4 * B) logits, summed up over layers.
+
+    `guess` (N, Q, 4) is the first guess of boxes, with its gradient; at stage 0 it is that of the references. `bins`
+    (B,) are the values of the bins.
+    """
+
+    corners: Tensor
+    guess: Tensor
+    bins: Tensor
+
+
+class DFineAdapter(RTDetrAdapter):
+    """Adapter of DFineForObjectDetection: boxes by distributions, which layers correct one after the other."""
+
+    kind: ClassVar[type[nn.Module]] = DFineForObjectDetection
+    modeling: ClassVar[Any] = modeling_d_fine
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """A narrow and shallow D-FINE."""
+        return {"D-FINE": partial(_stirred, DFineForObjectDetection, DFineConfig)}
+
+    @property
+    def spec(self) -> DetectorSpec:
+        """The detector's facts."""
+        spec = super().spec
+        bins = tuple(self._bins().tolist())
+        return replace(spec, bins=bins, capabilities=spec.capabilities | {Capability.DISTRIBUTIONS})
+
+    def _bins(self) -> Tensor:
+        decoder = self.model.model.decoder
+        bins: Tensor = self.modeling.weighting_function(decoder.max_num_bins, decoder.up, decoder.reg_scale)
+        return bins
+
+    def start(self, queries: Queries) -> Refinement:
+        """The progress at stage 0: no corrections yet."""
+        progress = super().start(queries)
+        zero = progress.hidden.new_zeros(1, 1, 1).expand(*progress.hidden.shape[:2], 1)
+        return Refinement(progress.hidden, progress.boxes, zero, progress.boxes, self._bins())
+
+    def layer(self, i: int, progress: Progress, memory: Memory, mask: Tensor | None) -> Tensor:
+        """One layer, which samples the memory around the boxes, cut from their gradient."""
+        decoder, references = self.model.model.decoder, progress.boxes.detach()
+        output: Tensor = decoder.layers[i](
+            progress.hidden,
+            position_embeddings=decoder.query_pos_head(references).clamp(min=-10, max=10),
+            encoder_hidden_states=memory.tokens,
+            reference_points=references.unsqueeze(2),
+            encoder_attention_mask=mask,
+            **memory.layout,
+        )
+        return output
+
+    def refine(self, i: int, hidden: Tensor, progress: Progress) -> Refinement:
+        """Distributions corrected by the head of layer `i`, which sees the states before and after it."""
+        assert isinstance(progress, Refinement)
+        decoder, guess = self.model.model.decoder, progress.guess
+        if i == 0:
+            references = self.modeling.inverse_sigmoid(progress.boxes.detach())
+            guess = (decoder.pre_bbox_head(hidden) + references).sigmoid()
+            logits = decoder.bbox_embed[i](hidden)
+        else:
+            logits = decoder.bbox_embed[i](hidden + progress.hidden.detach()) + progress.corners
+        boxes = self._integrate(logits, guess.detach(), progress.bins)
+        return Refinement(hidden, boxes, logits, guess, progress.bins)
+
+    def _integrate(self, logits: Tensor, guess: Tensor, bins: Tensor) -> Tensor:
+        """Boxes (N, Q, 4) in [0, 1] from logits (N, Q, 4 * B): each side lies where its distribution has its mean."""
+        decoder = self.model.model.decoder
+        boxes: Tensor = self.modeling.distance2bbox(guess, decoder.integral(logits, bins), decoder.reg_scale)
+        return boxes
+
+    def classify(self, i: int, progress: Progress) -> Tensor:
+        """Class logits by the head of layer `i`, with what its distributions say of the box's quality."""
+        assert isinstance(progress, Refinement)
+        logits: Tensor = self.model.model.decoder.lqe_layers[i](super().classify(i, progress), progress.corners)
+        return logits
+
+    def predict(self, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
+        """Predictions by the last layer's heads; `decode` goes from the first guess of this pass."""
+        assert isinstance(progress, Refinement)
+        return Predictions(
+            logits=self.classify(self.layers - 1, progress).float(),
+            regression=progress.corners.float().reshape(*progress.corners.shape[:2], 4, -1),
+            priors=priors,
+            decode=_Decoder(
+                self._integrate, progress.guess.detach().float(), progress.bins, self.scale(batch)[:, None]
+            ),
+        )
+
+    def layer_outputs(self, progress: tuple[Progress, ...]) -> dict[str, list[Tensor]]:
+        """What the library's loss takes of each layer; in eval mode its decoder gives the last layer alone."""
+        after = [at for at in progress[1:] if isinstance(at, Refinement)]
+        wanted = [i for i in range(self.layers) if self.model.training or i == self.layers - 1]
+        outputs = {
+            "outputs_class": [self.classify(i, after[i]) for i in wanted],
+            "outputs_coord": [after[i].boxes for i in wanted],
+            "predicted_corners": [after[i].corners for i in wanted],
+            "initial_reference_points": [after[i].guess.detach() for i in wanted],
+        }
+        if wanted[0] == 0:  # the first guess counts as a layer
+            outputs["outputs_class"].insert(0, super().classify(0, after[0]))
+            outputs["outputs_coord"].insert(0, after[0].guess)
+        return outputs
+
+    def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
+        """The library's matching of the last layer's boxes, which its loss clamps to the canvas."""
+        return super().assign(_with_boxes(trace, clamp=True), batch)
+
+    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
+        """The library's own postprocessing, with no score threshold, by falling score; nothing in padding."""
+        return super().detections(_with_boxes(trace, clamp=False), batch)
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """`Predictions.decode` of one pass, whose boxes start from its first guess."""
+
+    integrate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    guess: Tensor
+    bins: Tensor
+    scale: Tensor
+
+    def normalised(self, regression: Tensor) -> Tensor:
+        """Boxes (N, Q, 4) as (centre x, centre y, width, height) in [0, 1]."""
+        # In float32 under autocast too: a mean of 33 bins in bfloat16 is off by pixels.
+        with torch.autocast(regression.device.type, enabled=False):
+            return self.integrate(regression.float().flatten(2), self.guess, self.bins)
+
+    def __call__(self, regression: Tensor, priors: Priors) -> Tensor:
+        """Boxes (N, Q, 4) xyxy in pixels."""
+        return corners(self.normalised(regression), self.scale)
+
+
+def _with_boxes(trace: HeadTrace, *, clamp: bool) -> HeadTrace:
+    """The trace with boxes in [0, 1] in place of distributions, for code that goes by boxes."""
+    predictions = trace.predictions
+    decode: Any = predictions.decode
+    boxes = decode.normalised(predictions.regression)
+    boxes = boxes.clamp(min=0, max=1) if clamp else boxes
+    return replace(trace, predictions=replace(predictions, regression=boxes))
+
+
+class Deimv2Adapter(DFineAdapter):
+    """Adapter of Deimv2ForObjectDetection: as D-FINE, with other blocks and losses.
+
+    Images are rescaled to [0, 1] and no more, as the library's image processor does by default; checkpoints whose own
+    processor normalises need `image_mean` and `image_std`.
+    """
+
+    kind: ClassVar[type[nn.Module]] = Deimv2ForObjectDetection
+    modeling: ClassVar[Any] = modeling_deimv2
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """A narrow and shallow DEIMv2."""
+        return {"DEIMv2": partial(_stirred, Deimv2ForObjectDetection, Deimv2Config)}
+
+    def encode(self, batch: Batch) -> Sequence[Tensor]:
+        """Backbone and encoder: one map a level."""
+        model = self.model.model
+        encoded: Sequence[Tensor] = model.encoder(model.conv_encoder(batch.images)).feature_maps
+        return encoded
+
+
+def _stirred(model: Callable[..., nn.Module], config: Callable[..., Any], num_classes: int) -> nn.Module:
+    """A tiny detector with noise on its weights: of fresh ones, gradients of black images overflow in the library."""
+    built = tiny(model, config, num_classes)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return built
+
+
+ADAPTERS: tuple[type[DetectorAdapter], ...] = (DFineAdapter, Deimv2Adapter)

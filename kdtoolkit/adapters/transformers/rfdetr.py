@@ -1,0 +1,280 @@
+"""RF-DETR and LW-DETR of transformers: plain vision transformers with windows, and groups of queries in training.
+
+Follows the forwards in `models/{rf_detr,lw_detr}/modeling_*.py` of transformers 5.23: the same submodules, called in
+the same order, so that predictions, losses and draws of dropout are the library's own.
+
+The library can mask padding here, but its windows look at it all the same. It is not masked: boxes are relative to the
+canvas, as where the library is given no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    DeformableDetrImageProcessor,
+    LwDetrConfig,
+    LwDetrForObjectDetection,
+    LwDetrViTConfig,
+    RfDetrConfig,
+    RfDetrDinov2Config,
+    RfDetrForObjectDetection,
+    RfDetrImageProcessor,
+)
+from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher
+from transformers.models.lw_detr import modeling_lw_detr
+from transformers.models.rf_detr import modeling_rf_detr
+
+from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, weighted
+from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, SelectingAdapter, Selection
+from kdtoolkit.contract import (
+    Assignment,
+    Batch,
+    DetectorAdapter,
+    DetectorSpec,
+    HeadTrace,
+    Predictions,
+    Priors,
+    Target,
+)
+
+_matcher: Any = LwDetrHungarianMatcher
+_rf_detr: Any = RfDetrConfig
+_rf_detr_backbone: Any = RfDetrDinov2Config
+_lw_detr: Any = LwDetrConfig
+_lw_detr_backbone: Any = LwDetrViTConfig
+
+
+class LwDetrAdapter(SelectingAdapter):
+    """Adapter of LwDetrForObjectDetection: learned queries at the encoder's best boxes, which no layer refines.
+
+    In train mode the library decodes `group_detr` groups of queries; the first is the one that detects.
+    """
+
+    processor: ClassVar[type[Any]] = DeformableDetrImageProcessor
+    kind: ClassVar[type[nn.Module]] = LwDetrForObjectDetection
+    # The library's module of the model, without types there.
+    modeling: ClassVar[Any] = modeling_lw_detr
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(model, image_mean=image_mean, image_std=image_std)
+        self.size_divisor = self._window()
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """A narrow and shallow LW-DETR."""
+        return {"LW-DETR": tiny_lw_detr}
+
+    @property
+    def spec(self) -> DetectorSpec:
+        """The detector's facts."""
+        width = self.model.config.d_model
+        return self.describe(
+            strides=self._strides(),
+            width=width,
+            layers=self.layers,
+            prior_form=f"queries of content {width}, reference boxes",
+        )
+
+    def _strides(self) -> tuple[int, ...]:
+        config = self.model.config
+        return tuple(int(config.backbone_config.patch_size / scale) for scale in config.projector_scale_factors)
+
+    def _window(self) -> int:
+        """Pixels that the sides of a canvas are a multiple of."""
+        config = self.model.config.backbone_config
+        return int(config.patch_size * config.num_windows_side)
+
+    @property
+    def groups(self) -> int:
+        """Groups of queries: some in train mode, one in eval mode."""
+        return int(self.model.config.group_detr) if self.model.training else 1
+
+    def features(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Backbone and projector."""
+        return tuple(level for level, _ in self.model.model.backbone(batch.images, pixel_mask(batch)))
+
+    def select(self, memory: Memory, batch: Batch) -> Selection:
+        """Each group's learned content, at the best boxes by its heads on the encoder, with learned offsets."""
+        model, count = self.model.model, self.model.config.num_queries
+        tokens, proposals, invalid = model.gen_encoder_output_proposals(
+            memory.tokens, self._no_padding(memory), memory.shapes
+        )
+        logits, boxes = [], []
+        for i in range(self.groups):
+            candidates = model.enc_output_norm[i](model.enc_output[i](tokens))
+            scores = model.enc_out_class_embed[i](candidates).masked_fill(invalid, float("-inf"))
+            refined = self.modeling.refine_bboxes(proposals, model.enc_out_bbox_embed[i](candidates))
+            best = scores.max(-1).values.topk(count, dim=1).indices.unsqueeze(-1)
+            chosen = candidates.gather(1, best.expand(-1, -1, candidates.shape[-1]))
+            logits.append(model.enc_out_class_embed[i](chosen))
+            boxes.append(refined.gather(1, best.expand(-1, -1, 4)))
+        selected = torch.cat(boxes, 1)
+        total, size = self.groups * count, len(memory.tokens)
+        content, offsets = (
+            embedding.weight[:total].unsqueeze(0).expand(size, -1, -1)
+            for embedding in (model.query_feat, model.reference_point_embed)
+        )
+        references = self.modeling.refine_bboxes(selected.detach(), offsets)
+        return Selection(Queries(content, references=references), slice(0, count), torch.cat(logits, 1), selected)
+
+    @staticmethod
+    def _no_padding(memory: Memory) -> Tensor:
+        """(N, S) bool, False everywhere: no cell is padding."""
+        return torch.zeros(memory.tokens.shape[:2], dtype=torch.bool, device=memory.tokens.device)
+
+    def layer(self, i: int, progress: Progress, memory: Memory, mask: Tensor | None) -> Tensor:
+        """One layer, which samples the memory around the references."""
+        decoder = self.model.model.decoder
+        ratios = memory.tokens.new_ones(memory.tokens.shape[0], len(memory.shapes), 2)
+        references, positions = decoder.get_reference(progress.boxes, ratios)
+        output: Tensor = decoder.layers[i](
+            progress.hidden,
+            position_embeddings=positions,
+            reference_points=references,
+            encoder_hidden_states=memory.tokens,
+            encoder_attention_mask=~self._no_padding(memory),
+            **memory.layout,
+        )
+        return output
+
+    def refine(self, i: int, hidden: Tensor, progress: Progress) -> Progress:
+        """The references stay."""
+        return replace(progress, hidden=hidden)
+
+    def _judge(self, hidden: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits and boxes in [0, 1] by the heads that all layers share, from normalised states."""
+        boxes = self.modeling.refine_bboxes(references, self.model.bbox_embed(hidden))
+        return self.model.class_embed(hidden), boxes
+
+    def predict(self, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
+        """Predictions by the heads, after the decoder's norm."""
+        logits, boxes = self._judge(self.model.model.decoder.layernorm(progress.hidden), progress.boxes)
+        return self.predictions(logits, boxes, priors, batch)
+
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment | None]:
+        """The library's terms with its weights, of the encoder (`enc`) and, if the config says so, inner layers too."""
+        past, encoder_logits, encoder_boxes = self.encoder_outputs(trace)
+        config, final = self.model.config, past.progress[-1]
+        normalised = torch.stack([self.model.model.decoder.layernorm(at.hidden) for at in past.progress[1:]])
+        logits, boxes = self._judge(normalised[-1], final.boxes)
+        inner = self._judge(normalised, final.boxes.unsqueeze(0)) if config.auxiliary_loss else (logits, boxes)
+        _, losses, _ = self.model.loss_function(
+            logits.float(),
+            self.library_labels(batch),
+            batch.images.device,
+            boxes.float(),
+            config,
+            *(output.float() for output in inner),
+            encoder_logits,
+            encoder_boxes,
+        )
+        weights = {
+            "loss_ce": config.class_loss_coefficient,
+            "loss_bbox": config.bbox_loss_coefficient,
+            "loss_giou": config.giou_loss_coefficient,
+        }
+        return weighted(losses, weights), None
+
+    def matcher(self) -> Any:
+        """The library's matcher with the costs of the config, for one group."""
+        config = self.model.config
+        matcher = _matcher(class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost)
+        return partial(matcher, group_detr=1)
+
+
+class RfDetrAdapter(LwDetrAdapter):
+    """Adapter of RfDetrForObjectDetection: as LW-DETR, on DINOv2 and one level.
+
+    Canvases are square: the library's windows take height for width, so that others come apart.
+    """
+
+    processor: ClassVar[type[Any]] = RfDetrImageProcessor
+    kind: ClassVar[type[nn.Module]] = RfDetrForObjectDetection
+    modeling: ClassVar[Any] = modeling_rf_detr
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """A narrow and shallow RF-DETR."""
+        return {"RF-DETR": tiny_rf_detr}
+
+    def _strides(self) -> tuple[int, ...]:
+        return (int(self.model.config.backbone_config.patch_size),)
+
+    def _window(self) -> int:
+        config = self.model.config.backbone_config
+        return int(config.patch_size * config.num_windows)
+
+    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+        """Normalise, and pad at the right and bottom to a square, as large as the largest side needs. No resizing."""
+        batch = super().prepare(images, targets)
+        height, width = batch.images.shape[-2:]
+        side = max(height, width)
+        square = F.pad(batch.images, (0, side - width, 0, side - height))
+        return replace(batch, images=square, padded_sizes=tuple((max(size),) * 2 for size in batch.padded_sizes))
+
+    def features(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Backbone and projector."""
+        return (self.model.model.backbone(batch.images, pixel_mask(batch))[0],)
+
+
+def tiny_lw_detr(num_classes: int, **changes: Any) -> nn.Module:
+    """A narrow and shallow LW-DETR, for examples and tests; `changes` are fields of the config."""
+    backbone = _lw_detr_backbone(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=1,
+        image_size=64,
+        pretrain_image_size=64,
+        patch_size=16,
+        num_windows=4,
+        window_block_indices=[0],
+        out_indices=[1, 2],
+    )
+    settings = {"backbone_config": backbone, "projector_scale_factors": [2.0, 0.5], "num_labels": num_classes}
+    return LwDetrForObjectDetection(_lw_detr(**{**settings, **_SMALL, **changes}))
+
+
+def tiny_rf_detr(num_classes: int, **changes: Any) -> nn.Module:
+    """A narrow and shallow RF-DETR, for examples and tests; `changes` are fields of the config."""
+    backbone = _rf_detr_backbone(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=1,
+        image_size=64,
+        patch_size=8,
+        num_windows=2,
+        out_indices=[1, 2],
+    )
+    return RfDetrForObjectDetection(
+        _rf_detr(**{"backbone_config": backbone, "num_labels": num_classes, **_SMALL, **changes})
+    )
+
+
+_SMALL: Mapping[str, Any] = {
+    "d_model": 32,
+    "num_queries": 20,
+    "group_detr": 3,
+    "c2f_num_blocks": 1,
+    "decoder_layers": 3,
+    "decoder_ffn_dim": 32,
+    "decoder_n_points": 2,
+    "decoder_self_attention_heads": 2,
+    "decoder_cross_attention_heads": 2,
+}
+
+ADAPTERS: tuple[type[DetectorAdapter], ...] = (RfDetrAdapter, LwDetrAdapter)
