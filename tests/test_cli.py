@@ -168,3 +168,23 @@ def test_inspect_shows_a_detector(run, tmp_path):
 def test_inspect_explains_wrong_names(run, name, part):
     code, _, err = run("inspect", name)
     assert (code, part in err) == (2, True), err
+
+
+def test_adapters_lists_families(run):
+    code, out, _ = run("adapters")
+    assert code == 0
+    assert all(part in out for part in ("GFL", "torchvision Faster R-CNN", "proposals", "FasterRCNNAdapter"))
+
+
+def test_the_matrix_is_printed_and_written(run, tmp_path):
+    command = ["adapters", "--matrix", "--family", "GFL", "--family", "torchvision Faster R-CNN", "--method", "CrossKD"]
+    code, out, err = run(*command, "--markdown", tmp_path / "matrix.md")
+    assert (code, err) == (0, "")
+    assert "50%" in out
+    assert "anchors" in out
+    assert "### CrossKD" in (tmp_path / "matrix.md").read_text()
+    for wrong, part in ((["--method", "CrosKD"], "did you mean 'CrossKD'?"), (["--family", "GLF"], "unknown family")):
+        code, _, err = run("adapters", "--matrix", *wrong)
+        assert (code, part in err) == (2, True)
+    code, _, err = run(*command, "--markdown", tmp_path / "none" / "matrix.md")
+    assert (code, "cannot write" in err) == (2, True)
