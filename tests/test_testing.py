@@ -1,0 +1,766 @@
+"""Each check of the conformance kit can fail: one fault each, caught by the check that is there for it."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdtoolkit.adapters.native import DenseAdapter
+from kdtoolkit.contract import Capability, DetectorAdapter, HeadTrace, Method, PriorKind
+from kdtoolkit.errors import KDError
+from kdtoolkit.methods import LD, PKD, CrossKD
+from kdtoolkit.testing import ADAPTER_CHECKS, METHOD_CHECKS, ConformanceError, check_adapter, check_method
+from tests.conftest import tiny_atss, tiny_fcos, tiny_gfl, tiny_retinanet
+
+
+def gfl():
+    return tiny_gfl(seed=0, score_threshold=0.0)
+
+
+def own(model, images):
+    return model(images)
+
+
+def own_losses(model, images, targets):
+    return model(images, targets)
+
+
+# Adapters.
+
+
+class WrongStride(DenseAdapter):
+    """levels, priors"""
+
+    @property
+    def spec(self):
+        return replace(super().spec, strides=(4, 16, 32))
+
+
+class WrongChannels(DenseAdapter):
+    """levels"""
+
+    @property
+    def spec(self):
+        return replace(super().spec, channels=(16, 16, 8))
+
+
+class TooFewClasses(DenseAdapter):
+    """predictions"""
+
+    @property
+    def spec(self):
+        return replace(super().spec, num_classes=2)
+
+
+class WrongActivation(DenseAdapter):
+    """predictions"""
+
+    @property
+    def spec(self):
+        return replace(super().spec, activation="softmax")
+
+
+class TooManyBins(DenseAdapter):
+    """predictions"""
+
+    @property
+    def spec(self):
+        return replace(super().spec, bins=tuple(map(float, range(9))))
+
+
+class HalfPrecision(DenseAdapter):
+    """predictions"""
+
+    def head(self, features, batch, priors=None):
+        trace = super().head(features, batch)
+        return replace(trace, predictions=replace(trace.predictions, logits=trace.predictions.logits.double()))
+
+
+class WrongPriorsPerCell(DenseAdapter):
+    """priors"""
+
+    @property
+    def spec(self):
+        return replace(super().spec, priors_per_cell=(2, 2, 2))
+
+
+class PriorFormOnAGrid(DenseAdapter):
+    """priors"""
+
+    @property
+    def spec(self):
+        return replace(super().spec, prior_form="boxes")
+
+
+class NoPriorForm(DenseAdapter):
+    """priors"""
+
+    @property
+    def spec(self):
+        return replace(super().spec, priors=PriorKind.PROPOSALS)
+
+
+class TransposedPriors(DenseAdapter):
+    """priors"""
+
+    def head(self, features, batch, priors=None):
+        trace = super().head(features, batch)
+        own = trace.predictions.priors
+        moved = replace(own, boxes=own.boxes[..., [1, 0, 3, 2]])
+        return replace(trace, predictions=replace(trace.predictions, priors=moved))
+
+
+class WrongStageChannels(DenseAdapter):
+    """stages"""
+
+    @property
+    def spec(self):
+        first, *rest = super().spec.stages
+        return replace(super().spec, stages=(replace(first, channels={"cls": (16,) * 3}), *rest))
+
+
+class NotSpatial(DenseAdapter):
+    """stages"""
+
+    @property
+    def spec(self):
+        return replace(super().spec, stages=tuple(replace(stage, spatial=False) for stage in super().spec.stages))
+
+
+class ActivationNotIdempotent(DenseAdapter):
+    """stages"""
+
+    @property
+    def spec(self):
+        *rest, last = super().spec.stages
+        return replace(super().spec, stages=(*rest, replace(last, activation=torch.sigmoid)))
+
+
+class UndeclaredAssignment(DenseAdapter):
+    """capabilities"""
+
+    @property
+    def spec(self):
+        return replace(super().spec, capabilities=super().spec.capabilities - {Capability.ASSIGNMENT})
+
+
+class MissingAssignment(DenseAdapter):
+    """capabilities"""
+
+    def assign(self, trace, batch):
+        return DetectorAdapter.assign(self, trace, batch)
+
+    def task_losses(self, trace, batch):
+        return self.model.losses(trace.predictions, self.model.assign(trace.predictions, batch)), None
+
+
+class DistributionsWithoutBins(DenseAdapter):
+    """capabilities"""
+
+    @property
+    def spec(self):
+        return replace(super().spec, capabilities=super().spec.capabilities - {Capability.DISTRIBUTIONS})
+
+
+class SkipsALayer(DenseAdapter):
+    """resume"""
+
+    def resume(self, state, stage, trace):
+        return self.model.predict(self.model.run_towers(state, min(stage + 1, 2))[-1])
+
+
+class RepeatsItsTrace(DenseAdapter):
+    """resume"""
+
+    def resume(self, state, stage, trace):
+        return trace.predictions
+
+
+class LabelShift(DenseAdapter):
+    """detections, own_detections"""
+
+    def detections(self, trace, batch):
+        return [{**found, "labels": found["labels"] + 1} for found in super().detections(trace, batch)]
+
+
+class CanvasPixels(DenseAdapter):
+    """detections, own_detections"""
+
+    def detections(self, trace, batch):
+        return [{**found, "boxes": found["boxes"] * 2} for found in super().detections(trace, batch)]
+
+
+class RisingScores(DenseAdapter):
+    """detections"""
+
+    def detections(self, trace, batch):
+        return [{key: value.flip(0) for key, value in found.items()} for found in super().detections(trace, batch)]
+
+
+class DropsDetections(DenseAdapter):
+    """own_detections"""
+
+    def detections(self, trace, batch):
+        return [{key: value[1:] for key, value in found.items()} for found in super().detections(trace, batch)]
+
+
+class ScaledLosses(DenseAdapter):
+    """own_task_losses"""
+
+    def task_losses(self, trace, batch):
+        losses, assignment = super().task_losses(trace, batch)
+        return {name: loss * (1 + 1e-6) for name, loss in losses.items()}, assignment
+
+
+class DetachedLosses(DenseAdapter):
+    """task_losses"""
+
+    def task_losses(self, trace, batch):
+        losses, assignment = super().task_losses(trace, batch)
+        return {name: loss.detach() for name, loss in losses.items()}, assignment
+
+
+class LossesPerImage(DenseAdapter):
+    """task_losses"""
+
+    def task_losses(self, trace, batch):
+        losses, assignment = super().task_losses(trace, batch)
+        return {name: loss.expand(2) for name, loss in losses.items()}, assignment
+
+
+class NaNWithoutObjects(DenseAdapter):
+    """empty_targets"""
+
+    def task_losses(self, trace, batch):
+        losses, assignment = super().task_losses(trace, batch)
+        objects = sum(len(labels) for labels in batch.labels)
+        return {name: loss * objects / torch.tensor(objects) for name, loss in losses.items()}, assignment
+
+
+class NeedsObjectsInEachImage(DenseAdapter):
+    """one_empty_image"""
+
+    def task_losses(self, trace, batch):
+        if any(len(labels) for labels in batch.labels):
+            _ = [labels.max() for labels in batch.labels]
+        return super().task_losses(trace, batch)
+
+
+class BackgroundIsZero(DenseAdapter):
+    """assignment"""
+
+    def assign(self, trace, batch):
+        found = super().assign(trace, batch)
+        return replace(found, labels=(found.labels + 1) % (self.model.num_classes + 1))
+
+
+class BoxesOfTheOtherImage(DenseAdapter):
+    """assignment"""
+
+    def assign(self, trace, batch):
+        found = super().assign(trace, batch)
+        return replace(found, boxes=found.boxes.flip(0))
+
+
+class NegativeWeights(DenseAdapter):
+    """assignment"""
+
+    def assign(self, trace, batch):
+        found = super().assign(trace, batch)
+        return replace(found, weights=found.weights - 2)
+
+
+class NormaliserZero(DenseAdapter):
+    """assignment"""
+
+    def assign(self, trace, batch):
+        found = super().assign(trace, batch)
+        return replace(found, normaliser=found.normaliser * 0)
+
+
+class AutocastLeaks(DenseAdapter):
+    """bfloat16"""
+
+    def head(self, features, batch, priors=None):
+        trace = super().head(features, batch)
+        dtype = trace.states[-1]["cls"][0].to(features[0].dtype).dtype
+        logits = trace.predictions.logits.to(dtype)
+        return replace(trace, predictions=replace(trace.predictions, logits=logits))
+
+
+class NonDeterministic(DenseAdapter):
+    """deterministic"""
+
+    calls = 0
+
+    def features(self, batch):
+        NonDeterministic.calls += 1
+        return tuple(level + 1e-3 * NonDeterministic.calls for level in super().features(batch))
+
+
+class HoldsState(DenseAdapter):
+    """stateless"""
+
+    def features(self, batch):
+        self.batch = batch
+        return super().features(batch)
+
+    def resume(self, state, stage, trace):
+        predictions = super().resume(state, stage, trace)
+        if self.batch.images.shape[0] == len(predictions.logits):
+            return predictions
+        return replace(predictions, logits=predictions.logits + 1)
+
+
+class LeavesAHook(DenseAdapter):
+    """untouched"""
+
+    def features(self, batch):
+        self.model.neck.register_forward_hook(lambda module, args, output: None)
+        return super().features(batch)
+
+
+class LeavesAHookAfterAnError(DenseAdapter):
+    """untouched"""
+
+    def features(self, batch):
+        handle = self.model.neck.register_forward_hook(lambda module, args, output: None)
+        found = super().features(batch)
+        handle.remove()
+        return found
+
+
+class AddsAnAttribute(DenseAdapter):
+    """untouched"""
+
+    def features(self, batch):
+        self.model.neck.last_batch = batch
+        return super().features(batch)
+
+
+class ChangesABuffer(DenseAdapter):
+    """untouched"""
+
+    def features(self, batch):
+        self.model.image_mean += 1e-6
+        return super().features(batch)
+
+
+class ChangesTheMode(DenseAdapter):
+    """untouched"""
+
+    def features(self, batch):
+        self.model.backbone.eval()
+        return super().features(batch)
+
+
+class ThawsTheTeacher(DenseAdapter):
+    """teacher"""
+
+    def features(self, batch):
+        self.model.requires_grad_(True)
+        return super().features(batch)
+
+
+class LearnsAsATeacher(DenseAdapter):
+    """teacher"""
+
+    def features(self, batch):
+        self.model.train()
+        return super().features(batch)
+
+
+class NoGradientThroughTheHead(DenseAdapter):
+    """teacher"""
+
+    def resume(self, state, stage, trace):
+        predictions = super().resume(state, stage, trace)
+        if self.model.scales.requires_grad:
+            return predictions
+        raise RuntimeError("a frozen head cannot be resumed")
+
+
+class FirstStageInOneOnly(DenseAdapter):
+    """first_stage"""
+
+    @property
+    def first_stage(self):
+        return DenseAdapter(self.model)
+
+
+class WrongFirstStage(DenseAdapter):
+    """first_stage"""
+
+    @property
+    def first_stage(self):
+        return SkipsALayer(self.model)
+
+    @property
+    def spec(self):
+        return replace(super().spec, first_stage=replace(super().spec, num_classes=1))
+
+
+class UnscaledTargets(DenseAdapter):
+    """batch"""
+
+    def prepare(self, images, targets=None):
+        batch = super().prepare(images, targets)
+        return replace(batch, boxes=tuple(boxes / 2 for boxes in batch.boxes))
+
+
+class SizesOfTheCanvas(DenseAdapter):
+    """batch"""
+
+    def prepare(self, images, targets=None):
+        batch = super().prepare(images, targets)
+        return replace(batch, original_sizes=((64, 64), (64, 64)))
+
+
+class MatchesAnything(DenseAdapter):
+    """matches"""
+
+    @classmethod
+    def matches(cls, model):
+        return True
+
+
+class HeadOnAGridTakesNoPriors(DenseAdapter):
+    """given_priors"""
+
+    @property
+    def spec(self):
+        return replace(super().spec, priors=PriorKind.QUERIES, prior_form="points")
+
+    def head(self, features, batch, priors=None):
+        trace = super().head(features, batch)
+        if priors is None:
+            return trace
+        return HeadTrace(trace.states, replace(trace.predictions, logits=trace.predictions.logits + 1))
+
+
+BROKEN_ADAPTERS = [
+    cls for cls in list(globals().values()) if isinstance(cls, type) and issubclass(cls, DenseAdapter) and cls.__doc__
+]
+BROKEN_ADAPTERS.remove(DenseAdapter)
+
+
+@pytest.mark.parametrize("broken", BROKEN_ADAPTERS, ids=lambda cls: cls.__name__)
+def test_a_broken_adapter_is_caught_by_the_check_for_it(broken):
+    with pytest.raises(ConformanceError, match="adapter of GFL") as error:
+        check_adapter(broken(gfl()), own=own, own_losses=own_losses)
+    for name in broken.__doc__.split(", "):
+        assert f"\n  {name}: " in str(error.value)
+
+
+def test_there_is_a_broken_adapter_for_every_check():
+    assert {name for cls in BROKEN_ADAPTERS for name in cls.__doc__.split(", ")} == set(ADAPTER_CHECKS)
+
+
+def test_a_good_adapter_passes_and_stays_as_it_is():
+    model = gfl()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.random.get_rng_state()
+    report = check_adapter(model, own=own, own_losses=own_losses)
+    left_out = {name for name, result in report.results.items() if result.outcome != "passed"}
+    assert left_out == {"given_priors", "first_stage"}
+    assert "resume: passed" in str(report)
+    assert "first_stage: left out (has no first stage)" in str(report)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_what_cannot_be_checked_is_left_out_with_the_reason():
+    report = check_adapter(tiny_gfl(seed=0), own=own)
+    assert "score threshold" in report.results["own_detections"].reason
+    assert "own_losses" in report.results["own_task_losses"].reason
+
+
+def test_images_and_targets_can_be_ones_own():
+    images = [torch.rand(3, 40, 72), torch.rand(3, 72, 40)]
+    targets = [{"boxes": torch.tensor([[2.0, 2.0, 30.0, 30.0]]), "labels": torch.tensor([1])}] * 2
+    check_adapter(gfl(), images=images, targets=targets)
+
+
+def test_a_known_failure_needs_to_fail():
+    broken = LabelShift(gfl())
+    known = {"detections": "labels of this library start at one", "own_detections": "likewise"}
+    report = check_adapter(broken, own=own, known=known)
+    assert "detections: known failure (labels of this library start at one)" in str(report)
+    with pytest.raises(ConformanceError, match=r"resume: passes.*remove the reason \(no head\)"):
+        check_adapter(gfl(), known={"resume": "no head"})
+    with pytest.raises(ConformanceError, match="first_stage: is left out"):
+        check_adapter(gfl(), known={"first_stage": "none"})
+    with pytest.raises(KDError, match="no check resumes; the checks are matches, batch"):
+        check_adapter(gfl(), known={"resumes": "a typing error"})
+
+
+def test_other_first_stages_are_named_in_the_message():
+    with pytest.raises(ConformanceError, match="first_stage: the spec of first_stage is not the first_stage"):
+        check_adapter(WrongFirstStage(gfl()))
+
+
+# Methods.
+
+
+class Squares(Method):
+    """Mean squared difference of the finest levels: a method without a fault."""
+
+    needs = frozenset({Capability.FEATURES})
+    terms = ("feature", "other")
+    vanishing = ("feature",)
+    paper = "none"
+
+    def setup(self, student, teacher):
+        self.project = torch.nn.Conv2d(student.channels[0], teacher.channels[0], 1)
+        torch.nn.init.dirac_(self.project.weight)
+        torch.nn.init.zeros_(self.project.bias)
+
+    def loss(self, exchange):
+        student, teacher = exchange.student.features[0], exchange.teacher.features[0]
+        return (self.project(student).float() - teacher.float()).square().mean()
+
+    def forward(self, exchange):
+        return {"feature": self.loss(exchange)}
+
+
+class UndeclaredTerm(Squares):
+    """terms"""
+
+    def forward(self, exchange):
+        return {"features": self.loss(exchange)}
+
+
+class UndeclaredVanishing(Squares):
+    """terms"""
+
+    vanishing = ("features",)
+
+
+class NotAScalar(Squares):
+    """terms"""
+
+    def forward(self, exchange):
+        return {"feature": self.loss(exchange)[None]}
+
+
+class NoGradientToTheStudent(Squares):
+    """student_gradient"""
+
+    def loss(self, exchange):
+        student, teacher = exchange.student.features[0].detach(), exchange.teacher.features[0]
+        return (self.project(student) - teacher).square().mean()
+
+
+class UnusedParameters(Squares):
+    """own_parameters"""
+
+    def loss(self, exchange):
+        return (exchange.student.features[0] - exchange.teacher.features[0]).square().mean()
+
+
+class GradientToTheTeacher(Squares):
+    """frozen_teacher"""
+
+    def forward(self, exchange):
+        model = exchange.teacher.adapter.model.requires_grad_(True)
+        return {"feature": self.loss(exchange) + next(model.parameters()).square().sum()}
+
+
+class ChangesTheTeacher(Squares):
+    """frozen_teacher"""
+
+    def forward(self, exchange):
+        with torch.no_grad():
+            next(exchange.teacher.adapter.model.parameters()).mul_(1.001)
+        return {"feature": self.loss(exchange)}
+
+
+class MinimumAboveZero(Squares):
+    """vanishing"""
+
+    def forward(self, exchange):
+        return {"feature": self.loss(exchange) + 1}
+
+
+class ZeroIsNoMinimum(Squares):
+    """vanishing"""
+
+    def forward(self, exchange):
+        return {"feature": -self.loss(exchange)}
+
+
+class InfiniteGradientAtTheMinimum(Squares):
+    """vanishing"""
+
+    def forward(self, exchange):
+        return {"feature": self.loss(exchange).sqrt()}
+
+
+class DividesByObjects(Squares):
+    """no_objects"""
+
+    def forward(self, exchange):
+        objects = sum(len(labels) for labels in exchange.student.batch.labels)
+        return {"feature": self.loss(exchange) / objects if objects else self.loss(exchange) * float("nan")}
+
+
+class DividesByObjectsOfEachImage(Squares):
+    """one_image_without"""
+
+    def forward(self, exchange):
+        per_image = torch.tensor([float(len(labels)) for labels in exchange.student.batch.labels])
+        return {"feature": self.loss(exchange) * (1 / per_image).sum()}
+
+
+class StandardisesByHand(Squares):
+    """constant_images"""
+
+    def loss(self, exchange):
+        images = exchange.student.batch.images[:, 0, :40, :40]
+        return super().loss(exchange) / (images.amax() - images.amin())
+
+
+class UnbiasedStdOfOneCell(Squares):
+    """small_images"""
+
+    def loss(self, exchange):
+        coarsest = exchange.student.features[-1][:1]
+        return super().loss(exchange) + 0 * coarsest.std((0, 2, 3)).sum()
+
+
+class HalfPrecisionTerm(Squares):
+    """mixed_precision"""
+
+    def loss(self, exchange):
+        return (
+            (self.project(exchange.student.features[0]) - exchange.teacher.features[0])
+            .square()
+            .mean()
+            .to(self.project(exchange.student.features[0]).dtype)
+        )
+
+
+class OverflowsInHalfPrecision(Squares):
+    """mixed_precision"""
+
+    def loss(self, exchange):
+        level = self.project(exchange.student.features[0])
+        return super().loss(exchange) * (1 if level.dtype == torch.float32 else 2)
+
+
+class Random(Squares):
+    """repeatable"""
+
+    calls = 0
+
+    def forward(self, exchange):
+        Random.calls += 1
+        return {"feature": self.loss(exchange) * Random.calls}
+
+
+class AddsAHook(Squares):
+    """student_untouched"""
+
+    def forward(self, exchange):
+        exchange.student.adapter.model.register_forward_hook(lambda module, args, output: None)
+        return {"feature": self.loss(exchange)}
+
+
+class TakesTheStudentOutOfTraining(Squares):
+    """student_untouched"""
+
+    def forward(self, exchange):
+        exchange.student.adapter.model.eval()
+        return {"feature": self.loss(exchange)}
+
+
+class RunsTheStudentTwice(Squares):
+    """student_untouched"""
+
+    def forward(self, exchange):
+        student = exchange.student
+        student.adapter.features(student.batch)  # batch norm counts it
+        return {"feature": self.loss(exchange)}
+
+
+class ForgetsTheModeAfterAnError(Squares):
+    """student_untouched"""
+
+    def forward(self, exchange):
+        model = exchange.student.adapter.model.eval()
+        loss = self.loss(exchange)
+        model.train()
+        return {"feature": loss}
+
+
+class NotAllIsSaved(Squares):
+    """round_trip"""
+
+    def setup(self, student, teacher):
+        super().setup(student, teacher)
+        self.factor = torch.rand(()) + 0.5
+
+    def forward(self, exchange):
+        return {"feature": self.loss(exchange) * self.factor}
+
+
+class CannotBePickled(Squares):
+    """copies"""
+
+    def setup(self, student, teacher):
+        super().setup(student, teacher)
+        self.act = lambda x: F.relu(x)
+
+
+BROKEN_METHODS = [
+    cls for cls in list(globals().values()) if isinstance(cls, type) and issubclass(cls, Squares) and cls is not Squares
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN_METHODS, ids=lambda cls: cls.__name__)
+def test_a_broken_method_is_caught_by_the_check_for_it(broken):
+    with pytest.raises(ConformanceError, match=f"{broken.__name__} from ATSS to GFL") as error:
+        check_method(broken, tiny_gfl(seed=0), tiny_atss(seed=1))
+    assert f"\n  {broken.__doc__}: " in str(error.value)
+
+
+def test_there_is_a_broken_method_for_every_check():
+    assert {cls.__doc__ for cls in BROKEN_METHODS} == set(METHOD_CHECKS)
+
+
+def test_a_good_method_passes_and_the_models_stay_as_they_are():
+    student, teacher = tiny_gfl(seed=0), tiny_atss(seed=1)
+    copies = copy.deepcopy((student, teacher))
+    report = check_method(Squares, student, teacher)
+    assert {result.outcome for result in report.results.values()} == {"passed"}
+    assert report.refused is None
+    for model, before in zip((student, teacher), copies, strict=True):
+        assert model.training
+        assert all(p.requires_grad for p in model.parameters())
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True)
+        )
+
+
+def test_a_refusal_is_reported_and_no_failure():
+    report = check_method(LD, tiny_fcos(seed=0), tiny_retinanet(seed=1))
+    assert "needs distributions" in report.refused
+    assert "refused (it needs distributions" in str(report)
+
+
+def test_a_factory_may_be_any_function():
+    report = check_method(lambda: CrossKD(stage=1, tap="before"), tiny_gfl(seed=0), tiny_gfl(seed=1))
+    assert report.subject == "CrossKD from GFL to GFL"
+    assert report.results["vanishing"].outcome == "passed"
+
+
+def test_known_failures_of_methods_need_a_reason_and_to_fail():
+    report = check_method(
+        NotAllIsSaved, tiny_gfl(seed=0), tiny_gfl(seed=1), known={"round_trip": "its factor is drawn anew"}
+    )
+    assert "round_trip: known failure (its factor is drawn anew)" in str(report)
+    with pytest.raises(ConformanceError, match="copies: passes"):
+        check_method(PKD, tiny_gfl(seed=0), tiny_gfl(seed=1), known={"copies": "no"})
