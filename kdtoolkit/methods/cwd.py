@@ -30,6 +30,7 @@ class CWD(Method):
 
     needs = frozenset({Capability.FEATURES})
     terms = ("feature",)
+    vanishing = ("feature",)
     paper = "arXiv 2011.13256 (ICCV 2021)"
     levels: list[tuple[int, int]]
     align: nn.ModuleList

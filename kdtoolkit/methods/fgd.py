@@ -97,7 +97,7 @@ def _over_cells(x: Tensor, weight: Tensor) -> Tensor:
 
 def _over_channels(x: Tensor, weight: Tensor) -> Tensor:
     """Sum over the channels of maps (N, C, P), weighted by (N, C): (N, P)."""
-    return torch.stack([each @ image for image, each in zip(x, weight, strict=True)])
+    return torch.stack([image.T @ each for image, each in zip(x, weight, strict=True)])
 
 
 class _Compare(torch.autograd.Function):
@@ -129,23 +129,24 @@ class _Compare(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         student, teacher, channel_weight, mask_weight, difference_mean, pooling = ctx.saved_tensors
         images, channels, cells = student.shape
-        # Through the softmax of the pooling to its logits; then each entry's part in logits and context.
-        pooled = pooling * _over_channels(student, context)
-        logits = pooled - pooling * pooled.sum(1, keepdim=True)
-        left = torch.stack([context, mask_weight.expand(images, -1)], 2)
-        right = torch.stack([pooling, logits], 1)
-        spatial, channel = spatial[:, None] / channels, channel[..., None] / cells
-        attended, spread = 2 * attended[:, None], 2 * spread[..., None]
-        shift = mean[..., None] / cells - spread * difference_mean[..., None]
-        gradient = torch.empty_like(student)
-        for part in _chunks(student):
-            out = torch.sign(student[:, part], out=gradient[:, part])
-            out *= spatial + channel[:, part]
-            slope = torch.addcmul(spread[:, part], channel_weight[:, part, None], attended)
-            out.addcmul_(slope, student[:, part] - teacher[:, part])
-            out += shift[:, part]
-            out.baddbmm_(left[:, part], right)
-        return gradient, None, None, _over_cells(student, logits).sum(0), logits.sum().view(1)
+        with torch.autocast(student.device.type, enabled=False):  # it may be on where backward is called
+            # Through the softmax of the pooling to its logits; then each entry's part in logits and context.
+            pooled = pooling * _over_channels(student, context)
+            logits = pooled - pooling * pooled.sum(1, keepdim=True)
+            left = torch.stack([context, mask_weight.expand(images, -1)], 2)
+            right = torch.stack([pooling, logits], 1)
+            spatial, channel = spatial[:, None] / channels, channel[..., None] / cells
+            attended, spread = 2 * attended[:, None], 2 * spread[..., None]
+            shift = mean[..., None] / cells - spread * difference_mean[..., None]
+            gradient = torch.empty_like(student)
+            for part in _chunks(student):
+                out = torch.sign(student[:, part], out=gradient[:, part])
+                out *= spatial + channel[:, part]
+                slope = torch.addcmul(spread[:, part], channel_weight[:, part, None], attended)
+                out.addcmul_(slope, student[:, part] - teacher[:, part])
+                out += shift[:, part]
+                out.baddbmm_(left[:, part], right)
+            return gradient, None, None, _over_cells(student, logits).sum(0), logits.sum().view(1)
 
 
 class Comparison(NamedTuple):
@@ -177,7 +178,8 @@ def compare(student: Tensor, teacher: Tensor, mask_weight: Tensor, mask_bias: Te
         mask_bias: of the same, (1,).
         temperature: of the attentions.
     """
-    student, teacher = student.flatten(2), teacher.detach().flatten(2)
+    # Of maps with channels last a copy: the walk is by channels, and out of order it would take twice as long.
+    student, teacher = student.flatten(2).contiguous(), teacher.detach().flatten(2).contiguous()
     teacher_spatial, teacher_channel = (_attention(x, temperature) for x in _strengths(teacher))
     spatial, channel, attended, mean, spread, context = _Compare.apply(
         student, teacher, teacher_channel, mask_weight, mask_bias
@@ -272,6 +274,7 @@ class FGD(Method):
 
     needs = frozenset({Capability.FEATURES})
     terms = ("foreground", "background", "attention", "global")
+    vanishing = ("foreground", "background", "attention")
     paper = "arXiv 2111.11837 (CVPR 2022)"
     levels: list[tuple[int, int]]
     align: nn.ModuleList

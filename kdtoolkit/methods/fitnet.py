@@ -76,6 +76,7 @@ class FitNet(Method):
 
     needs = frozenset({Capability.FEATURES})
     terms = ("feature",)
+    vanishing = ("feature",)
     paper = "arXiv 1412.6550 (ICLR 2015); fine-grained: arXiv 1906.03609 (CVPR 2019)"
     levels: list[tuple[int, int]]
     align: nn.ModuleList

@@ -30,6 +30,7 @@ class Mimic(Method):
 
     needs = frozenset({Capability.PREDICTIONS, Capability.ASSIGNMENT})
     terms = ("cls", "box", "quality")
+    vanishing = ("cls", "box")
     paper = "arXiv 2306.11369 (CVPR 2024), its baseline"
 
     def __init__(

@@ -42,6 +42,7 @@ class PKD(Method):
 
     needs = frozenset({Capability.FEATURES})
     terms = ("feature",)
+    vanishing = ("feature",)
     paper = "arXiv 2207.02039 (NeurIPS 2022)"
     levels: list[tuple[int, int]]
     align: nn.ModuleList

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdtoolkit.methods import fgd
 from kdtoolkit.methods.fgd import FGD, ContextBlock, channel_attention, focal_losses, region_masks, spatial_attention
 from tests.methods._views import batch, exchange, maps, spec
 
@@ -175,3 +176,15 @@ def test_published_settings():
     assert FGD.for_fcos().weights == (1.6e-3, 8e-4, 8e-4, 8e-6)
     assert FGD.for_faster_rcnn().weights == (5e-5, 2.5e-5, 5e-5, 5e-7)
     assert FGD().weights == (1e-3, 5e-4, 5e-4, 5e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 60, 10_000])
+def test_gradients_written_by_hand_are_those_of_the_values(monkeypatch, chunk):
+    monkeypatch.setattr(fgd, "CHUNK", chunk)
+    student, teacher = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    mask = torch.randn(5, dtype=torch.float64), torch.randn(1, dtype=torch.float64)
+
+    def compared(student, weight, bias):
+        return tuple(x for x in fgd.compare(student, teacher, weight, bias, 0.5) if x.requires_grad)
+
+    assert torch.autograd.gradcheck(compared, [x.requires_grad_() for x in (student, *mask)])
