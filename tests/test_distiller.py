@@ -10,7 +10,7 @@ from kdtoolkit import Distiller, IncompatibleError, KDError, adapt
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.contract import Capability, Method
 from kdtoolkit.distiller import refusal
-from kdtoolkit.methods import FGD, LD, PKD, CrossKD, all_methods
+from kdtoolkit.methods import FGD, LD, PKD, CrossKD, Mimic, all_methods
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
 
@@ -185,7 +185,7 @@ def test_other_class_counts_are_refused_with_what_would_work():
 
 def test_other_strides_are_refused():
     with pytest.raises(IncompatibleError, match="strides"):
-        Distiller(tiny_gfl(seed=1, strides=(8, 16, 32, 64, 128)), tiny_gfl(seed=2), [CrossKD()])
+        Distiller(tiny_gfl(seed=1, strides=(8, 16, 32, 64, 128)), tiny_gfl(seed=2), [Mimic()])
 
 
 def test_distributions_are_needed_by_ld():

@@ -10,17 +10,33 @@ The settings are the published ones; where they differ between detectors, see th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Matched, Method, Predictions, State, Whose
+from kdtoolkit.contract import (
+    Assignment,
+    Capability,
+    DetectorSpec,
+    Exchange,
+    Matched,
+    Method,
+    Predictions,
+    Priors,
+    State,
+    Whose,
+)
 from kdtoolkit.methods._common import (
     StateProjection,
     channel_statistics,
+    no_shared_level,
     prediction_losses,
     resize_like,
+    rows_of_levels,
+    shared_levels,
     unlike_cells,
 )
 
@@ -35,18 +51,26 @@ def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Ten
     return (student - mean) / (std + eps) * teacher_std + teacher_mean
 
 
-def cross_state(student: State, teacher: State, project: Mapping[str, nn.ModuleList]) -> dict[str, tuple[Tensor, ...]]:
-    """Make the student's state fit for the teacher's head: project, resize and align each branch and level."""
-    return {
-        branch: tuple(
-            align_statistics(resize_like(module(s), t) if s.ndim == 4 else module(s), t)
-            for module, s, t in zip(modules, student[branch], teacher[branch], strict=True)
-        )
-        for branch, modules in project.items()
-    }
+def cross_state(
+    student: State, teacher: State, project: Mapping[str, nn.ModuleList], levels: Sequence[tuple[int, int]]
+) -> dict[str, tuple[Tensor, ...]]:
+    """Make the student's state fit for the teacher's head: project, resize and align each branch and level.
+
+    `levels` are pairs of the student's and the teacher's, one for each module of a branch. On the teacher's other
+    levels its own state stays.
+    """
+    crossed = {}
+    for branch, modules in project.items():
+        tensors = list(teacher[branch])
+        for module, (ours, theirs) in zip(modules, levels, strict=True):
+            projected = module(student[branch][ours])
+            sized = resize_like(projected, tensors[theirs]) if projected.ndim == 4 else projected
+            tensors[theirs] = align_statistics(sized, tensors[theirs])
+        crossed[branch] = tuple(tensors)
+    return crossed
 
 
-def state_projections(student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.ModuleList:
+def state_projections(student: Sequence[int], teacher: Sequence[int]) -> nn.ModuleList:
     """A projection for each tensor of a state, from the student's channels to the teacher's, where they differ.
 
     Levels of equal channels share one, as they share towers.
@@ -56,13 +80,26 @@ def state_projections(student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.
     return nn.ModuleList(shared[pair] for pair in pairs)
 
 
+def keep_levels(assignment: Assignment, priors: Priors, levels: Collection[int], num_classes: int) -> Assignment:
+    """The assignment with all priors of other levels left out: background, of weight 0."""
+    kept = torch.zeros_like(assignment.weights, dtype=torch.bool)
+    kept[:, rows_of_levels(priors, sorted(levels))] = True
+    return replace(
+        assignment,
+        labels=assignment.labels.masked_fill(~kept, num_classes),
+        weights=assignment.weights * kept,
+    )
+
+
 class CrossKD(Method):
     """Let the teacher's head finish from the student's hidden state, and mimic the teacher's own predictions.
+
+    On grids that share only some strides, it works on those levels.
 
     Args:
         stage: where the student's state enters the teacher's head: the paper's i (0 is the pyramid itself), or from
             the end: -1 leaves the teacher's last block to do, i = 3 of 4, the paper's choice. In heads of other depth
-            a negative stage counts from each head's own end.
+            a negative stage counts from each head's own end, down to 0.
         cls_weight: factor of the classification term (1; FCOS 0.4).
         distribution_weight: factor of the localisation term where boxes are distributions (GFL: 4).
         box_weight: factor of the localisation term where they are not (RetinaNet, ATSS: 1; FCOS 0.75).
@@ -115,11 +152,12 @@ class CrossKD(Method):
         return cls(stage=-2, cls_weight=0.4, box_weight=0.75, quality_weight=0.0, box_loss="iou")
 
     def _index(self, spec: DetectorSpec) -> int:
-        return self.stage if self.stage >= 0 else len(spec.stages) - 1 + self.stage
+        return self.stage if self.stage >= 0 else max(len(spec.stages) - 1 + self.stage, 0)
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose heads have no corresponding states."""
-        if reason := unlike_cells(student, teacher):
+        on_grids = student.priors.on_grid and teacher.priors.on_grid
+        if reason := no_shared_level(student, teacher) if on_grids else unlike_cells(student, teacher):
             return reason
         for role, spec in (("student", student), ("teacher", teacher)):
             if not 0 <= self._index(spec) < len(spec.stages):
@@ -142,8 +180,16 @@ class CrossKD(Method):
         """Project each branch's channels where they differ."""
         self.stages = self._index(student), self._index(teacher)
         ours, theirs = student.stages[self.stages[0]], teacher.stages[self.stages[1]]
+        # Proposals and queries have one tensor a branch.
+        self.levels = shared_levels(student, teacher) if teacher.priors.on_grid else [(0, 0)]
+        self.all_levels = len(self.levels) == (len(teacher.strides) if teacher.priors.on_grid else 1)
         self.project = nn.ModuleDict(
-            {branch: state_projections(ours.channels[branch], channels) for branch, channels in theirs.channels.items()}
+            {
+                branch: state_projections(
+                    [ours.channels[branch][s] for s, _ in self.levels], [channels[t] for _, t in self.levels]
+                )
+                for branch, channels in theirs.channels.items()
+            }
         )
         self.activations = (ours.activation, theirs.activation) if self.tap == "after" else (None, None)
         if self.proposal_weight and student.first_stage is not None and teacher.first_stage is not None:
@@ -158,7 +204,7 @@ class CrossKD(Method):
             for state, act in zip(states, self.activations, strict=True)
         )
         project = cast(dict[str, nn.ModuleList], dict(self.project.items()))
-        return pair.finish_with_teacher(cross_state(student, teacher, project), self.stages[1])
+        return pair.finish_with_teacher(cross_state(student, teacher, project, self.levels), self.stages[1])
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`cls`, `box` and, where the teacher judges quality, `quality`; those of weight 0 are left out.
@@ -168,7 +214,10 @@ class CrossKD(Method):
         pair = exchange.matched(self.priors)
         cross, teacher = self.cross(pair), pair.teacher.predictions
         num_classes = exchange.teacher.spec.num_classes
-        losses = prediction_losses(cross, teacher, pair.teacher_assignment, num_classes, self.beta, self.box_loss)
+        assignment = pair.teacher_assignment
+        if not self.all_levels:
+            assignment = keep_levels(assignment, teacher.priors, [t for _, t in self.levels], num_classes)
+        losses = prediction_losses(cross, teacher, assignment, num_classes, self.beta, self.box_loss)
         weights = {
             "cls": self.cls_weight,
             "box": self.distribution_weight if teacher.regression.ndim == 4 else self.box_weight,

@@ -120,10 +120,36 @@ def test_proposal_networks_that_do_not_fit_are_refused_with_the_way_out():
         return spec(priors=PriorKind.PROPOSALS, prior_form="boxes", stages=stages, first_stage=first)
 
     assert CrossKD().refuses(two_stage((8, 16)), two_stage((8, 16))) is None
-    assert "proposal_weight=0" in CrossKD().refuses(two_stage((8, 16)), two_stage((8, 16, 32)))
-    assert CrossKD(proposal_weight=0.0).refuses(two_stage((8, 16)), two_stage((8, 16, 32))) is None
+    assert "proposal_weight=0" in CrossKD().refuses(two_stage((8, 16)), two_stage((32, 64)))
+    assert CrossKD(proposal_weight=0.0).refuses(two_stage((8, 16)), two_stage((32, 64))) is None
 
 
 def test_levels_of_repeated_strides_are_paired_once():
     assert shared_levels(spec(strides=(32, 32, 64)), spec(strides=(16, 32, 64))) == [(0, 1), (2, 2)]
     assert shared_levels(spec(strides=(32, 32, 64)), spec(strides=(32, 32, 64))) == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_detectors_that_share_some_strides_are_compared_on_those(batch):
+    """A level more on either side adds nothing but its share of the normaliser, and gets no gradient."""
+    tall, short = (8, 16, 32, 64), (8, 16, 32)
+    for teacher, student in ((tall, short), (short, tall)):
+        teacher, student = tiny_gfl(seed=1, strides=teacher), tiny_gfl(seed=2, strides=student)
+        adapters = adapt(student), adapt(teacher)
+        distiller = Distiller(teacher, student, [CrossKD()])
+        distiller(*batch).total.backward()
+        method = distiller.methods[0]
+        views = []
+        for adapter in adapters:
+            prepared = adapter.prepare(*batch)
+            features = tuple(x.detach().requires_grad_() for x in adapter.features(prepared))
+            views.append(View(adapter, prepared, features, adapter.head(features, prepared)))
+        terms = method(Exchange(*views))
+        gradients = torch.autograd.grad(sum(terms.values()), views[0].features, allow_unused=True)
+        assert [gradient is not None and bool(gradient.any()) for gradient in gradients] == [True] * 3 + [False] * (
+            len(gradients) - 3
+        )
+        assert all(term.isfinite() and term > 0 for term in terms.values())
+
+
+def test_other_strides_are_refused():
+    assert "no pyramid level in common" in CrossKD().refuses(spec(strides=(8, 16)), spec(strides=(32, 64)))
