@@ -464,11 +464,12 @@ class Schedule:
 class Method(nn.Module, ABC):
     """A distillation method. What it must learn is its own parameters: trained with it, then thrown away.
 
-    `needs`: what both detectors must show. `terms`: the names of its loss terms; `vanishing`: those of them that are
-    zero where the student shows what the teacher shows. `paper`: where it comes from.
+    `needs`: what both detectors must show; settings of an instance may ask for other things. `terms`: the names of its
+    loss terms; `vanishing`: those of them that are zero where the student shows what the teacher shows. `paper`: where
+    it comes from.
     """
 
-    needs: ClassVar[frozenset[Capability]]
+    needs: frozenset[Capability]
     terms: ClassVar[tuple[str, ...]]
     vanishing: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str]

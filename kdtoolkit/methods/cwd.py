@@ -8,11 +8,22 @@ The loss agrees with open-mmlab/mmrazor @90c7af1, but the teacher gets no gradie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import distribution_kl, no_shared_level, projections, resize_like, shared_levels
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Predictions
+from kdtoolkit.methods._common import (
+    distribution_kl,
+    no_shared_level,
+    projections,
+    resize_like,
+    shared_levels,
+    unlike_priors,
+    unlike_scores,
+)
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -20,12 +31,22 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
     return distribution_kl(student.flatten(2), teacher.flatten(2), temperature).mean()
 
 
+def logit_maps(predictions: Predictions) -> list[Tensor]:
+    """Class logits as maps (N, C, H, W) of each level of a grid, one channel a class and prior of a cell."""
+    levels = torch.split(predictions.logits, list(predictions.priors.per_level), 1)
+    return [
+        x.reshape(len(x), height, width, -1).permute(0, 3, 1, 2)
+        for x, (height, width) in zip(levels, predictions.priors.grid, strict=True)
+    ]
+
+
 class CWD(Method):
-    """Imitate where each channel of the teacher's pyramid is active.
+    """Imitate where each channel of the teacher's pyramid, or of its class logits, is active.
 
     Args:
         weight: factor of the loss summed over levels. 10 is the published setting for features of detectors.
         temperature: of the softmax over cells.
+        on: "features", or "logits": for detectors on grids with as many priors a cell.
     """
 
     needs = frozenset({Capability.FEATURES})
@@ -35,23 +56,38 @@ class CWD(Method):
     levels: list[tuple[int, int]]
     align: nn.ModuleList
 
-    def __init__(self, *, weight: float = 10.0, temperature: float = 1.0) -> None:
+    def __init__(
+        self, *, weight: float = 10.0, temperature: float = 1.0, on: Literal["features", "logits"] = "features"
+    ) -> None:
         super().__init__()
+        if on == "logits":
+            self.needs = frozenset({Capability.PREDICTIONS})
+        self.on = on
         self.weight = weight
         self.temperature = temperature
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-        """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
+        """Refuse pairs without a common stride; for logits, those without corresponding maps."""
+        if self.on == "features":
+            return no_shared_level(student, teacher)
+        if not student.priors.on_grid:
+            return f"maps of logits need priors on a grid; the student has {student.priors}"
+        return unlike_priors(student, teacher) or unlike_scores(student, teacher)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         """Pair the levels of equal stride; project where channels differ."""
         self.levels = shared_levels(student, teacher)
-        self.align = projections(self.levels, student, teacher)
+        if self.on == "features":
+            self.align = projections(self.levels, student, teacher)
+        else:
+            self.align = nn.ModuleList(nn.Identity() for _ in self.levels)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`feature`: the weighted loss, summed over levels."""
-        student, teacher = exchange.student.features, exchange.teacher.features
+        student: Sequence[Tensor] = exchange.student.features
+        teacher: Sequence[Tensor] = exchange.teacher.features
+        if self.on == "logits":
+            student, teacher = (logit_maps(v.head.predictions) for v in (exchange.student, exchange.teacher))
         losses = [
             cwd_loss(resize_like(align(student[s]), teacher[t]), teacher[t], self.temperature)
             for (s, t), align in zip(self.levels, self.align, strict=True)

@@ -3,10 +3,14 @@ import math
 import pytest
 import torch
 
-from kdtoolkit.methods.cwd import CWD, cwd_loss
-from tests.methods._views import batch, exchange, maps, spec
+from kdtoolkit import Distiller
+from kdtoolkit.contract import PriorKind
+from kdtoolkit.methods.cwd import CWD, cwd_loss, logit_maps
+from tests.conftest import tiny_atss, tiny_gfl
+from tests.methods._views import GRID, exchange, maps, predictions, spec
+from tests.methods._views import batch as view_batch
 
-BATCH = batch([], [])
+BATCH = view_batch([], [])
 
 
 def naive(student, teacher, temperature):
@@ -53,3 +57,24 @@ def test_projects_and_resizes():
     method.setup(spec(channels=(3, 4)), spec())
     student = (torch.randn(2, 3, 5, 5), torch.randn(2, 4, 4, 3))
     assert torch.isfinite(method(exchange(BATCH, features=(student, maps(2))))["feature"])
+
+
+def test_maps_of_logits_have_a_channel_for_each_class_and_prior_of_a_cell():
+    given = predictions(2, seed=1)
+    fine, coarse = logit_maps(given)
+    (height, width), (other_height, other_width) = GRID
+    assert (fine.shape[2:], coarse.shape[2:]) == ((height, width), (other_height, other_width))
+    assert torch.equal(fine[1, :, 2, 3], given.logits[1, 2 * width + 3])
+    assert torch.equal(coarse[0, :, 1, 0], given.logits[0, height * width + other_width])
+
+
+def test_logits_are_imitated_as_maps(batch):
+    student = tiny_atss(seed=2)
+    losses = Distiller(tiny_gfl(seed=1), student, [CWD(on="logits")])(*batch)
+    losses["cwd/feature"].backward()
+    assert losses["cwd/feature"] > 0
+    assert student.predictors["cls"].weight.grad.abs().sum() > 0
+    twin = tiny_gfl(seed=1).eval()
+    assert Distiller(tiny_gfl(seed=1), twin, [CWD(on="logits")]).eval()(*batch)["cwd/feature"].abs() < 1e-5
+    assert "priors a cell" in CWD(on="logits").refuses(spec(), spec(priors_per_cell=(9, 9)))
+    assert "grid" in CWD(on="logits").refuses(spec(priors=PriorKind.QUERIES), spec())
