@@ -22,13 +22,13 @@ import torch
 from torch import nn
 
 from kdtoolkit.benchmark.keys import key_of
-from kdtoolkit.benchmark.store import CellResult, StoreError, write_result, writing
+from kdtoolkit.benchmark.store import CellResult, StoreError, write_result, write_weights, writing
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection, MethodUse
 from kdtoolkit.data import CocoDetection, DetectionDataset, ProceduralShapes, check_same_classes
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.train import Progress, train
-from kdtoolkit.errors import KDError
+from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.models import build_model
 
 
@@ -158,7 +158,12 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
 
     config = task.detector.train.model_copy(update={"steps": task.steps})
     distiller = Distiller(teacher, student, [use.build() for use in task.methods])
-    trained = train(distiller, images, config, seed=task.seed, device=task.device, report=training)
+    try:
+        trained = train(distiller, images, config, seed=task.seed, device=task.device, report=training)
+    except NonFiniteLossError as error:
+        kept = task.result.with_suffix(".last-good.pt")
+        write_weights(kept, student)
+        raise NonFiniteLossError(f"{error} The student as it was before that step: {kept}") from error
     memory = peak_memory_mb(task.device)
 
     def evaluating(done: int, total: int) -> None:
@@ -191,7 +196,8 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
     report(Report("storing", trained.steps))
-    write_result(task.result, result, {name: tensor.cpu() for name, tensor in student.state_dict().items()})
+    write_weights(task.result.with_suffix(".pt"), student)  # first, so that a result is never without them
+    write_result(task.result, result)
 
 
 def work(task: Task, pipe: Connection) -> None:

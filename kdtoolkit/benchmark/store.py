@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
+from torch import nn
 
 from kdtoolkit.errors import KDError
 
@@ -123,11 +123,15 @@ def read_result(path: Path) -> CellResult | None:
         raise KDError(f"{path} is not a result that can be read: delete it, and the cell runs again") from error
 
 
-def write_result(path: Path, result: CellResult, weights: dict[str, Tensor]) -> None:
-    """Store a cell: its weights first, so that a result is never without them."""
+def write_weights(path: Path, model: nn.Module) -> None:
+    """Store a model's plain state dict, on the CPU."""
     buffer = io.BytesIO()
-    torch.save(weights, buffer)
-    write_atomic(path.with_suffix(".pt"), buffer.getvalue())
+    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def write_result(path: Path, result: CellResult) -> None:
+    """Store a cell's result; its weights are to lie beside it already."""
     write_atomic(path, result.model_dump_json(indent=1).encode())
 
 

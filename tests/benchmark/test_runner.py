@@ -106,6 +106,17 @@ def test_a_changed_entry_is_run_again_and_no_other(finished):
     assert "CrossKD+PKD, seed 0 is out of date (changed: methods)" in text
 
 
+def test_a_student_that_diverges_is_kept_as_it_was_before(tmp_path):
+    suite = tiny(("PKD: [PKD]", "PKD: [{PKD: {weight: 1.0e+39}}]"), ("seeds: 2", "seeds: 1"))
+    outcome, _ = run(suite, tmp_path / "tiny", only=["PKD"])
+    kept = Store(tmp_path / "tiny").result_path("PKD", 0).with_suffix(".last-good.pt")
+    (reason,) = outcome.failures.values()
+    assert "step 1: pkd/feature = inf (student: all finite" in reason
+    assert str(kept) in reason
+    student = build_detector(suite.student, len(load_data(suite.data).val.class_names), 5)
+    student.load_state_dict(torch.load(kept, weights_only=True))
+
+
 def test_more_seeds_run_only_the_new_ones_and_fresh_runs_what_is_named(finished):
     suite = tiny(("  CrossKD+PKD: [CrossKD, {PKD: {weight: 3.0}}]\n", ""), ("seeds: 2", "seeds: 3"))
     before = dates(finished)

@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from kdtoolkit.benchmark.store import Store, StoreError, read_result, write_atomic, write_result
+from kdtoolkit.benchmark.store import Store, StoreError, read_result, write_atomic, write_result, write_weights
 from kdtoolkit.errors import KDError
 from tests.benchmark._suite import made_up
 
@@ -13,10 +13,12 @@ def test_results_read_back(tmp_path):
     result = made_up("PKD", 1, 12.5)
     path = Store(tmp_path / "run").result_path("PKD", 1)
     assert read_result(path) is None
-    write_result(path, result, {"weight": torch.ones(2)})
+    model = torch.nn.Linear(2, 1)
+    write_weights(path.with_suffix(".pt"), model)
+    write_result(path, result)
     assert read_result(path) == result
     weights = torch.load(path.with_suffix(".pt"), weights_only=True)
-    assert torch.equal(weights["weight"], torch.ones(2))
+    assert torch.equal(weights["weight"], model.weight)
     assert sorted(file.name for file in path.parent.iterdir()) == ["seed1.json", "seed1.pt"]
 
 
