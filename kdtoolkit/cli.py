@@ -169,7 +169,7 @@ def methods_command(
       kd methods CrossKD
     """
     from kdtoolkit.benchmark.suite import did_you_mean
-    from kdtoolkit.inspect import print_method
+    from kdtoolkit.inspect import default_arguments, print_method
     from kdtoolkit.methods import all_methods
 
     known = all_methods()
@@ -179,9 +179,10 @@ def methods_command(
             raise KDError(f"unknown method '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}")
         print_method(known[names[name.lower()]], Console())
         return
-    table = Table("method", "needs", "loss terms", "paper", box=None)
+    table = Table("method", "needs", "loss terms", "defaults", "paper", box=None)
     for each, method in known.items():
-        table.add_row(each, ", ".join(sorted(method.needs)), ", ".join(method.terms), method.paper)
+        defaults = ", ".join(f"{parameter}={value!r}" for parameter, value in default_arguments(method).items())
+        table.add_row(each, ", ".join(sorted(method.needs)), ", ".join(method.terms), defaults, method.paper)
     Console().print(table)
 
 

@@ -110,6 +110,11 @@ def print_inspection(found: Inspection, console: Console) -> None:
     console.print(methods)
 
 
+def default_arguments(method: type[Method]) -> dict[str, object]:
+    """The arguments of a method with their defaults: all have one, so that any method can be had by its name."""
+    return {name: parameter.default for name, parameter in inspect.signature(method).parameters.items()}
+
+
 def print_method(method: type[Method], console: Console) -> None:
     """Print a method's idea, paper, needs, loss terms, and its arguments with their defaults."""
     console.print(f"[bold]{method.__name__}[/]", highlight=False)
@@ -124,9 +129,8 @@ def print_method(method: type[Method], console: Console) -> None:
     console.print(f"\n{_reflow(summary)}\n", highlight=False, markup=False)
     described = {name: " ".join(text.split()) for name, text in _ARGUMENT.findall(rest)}
     arguments = Table("argument", "default", "what it is", box=None)
-    for name, parameter in inspect.signature(method).parameters.items():
-        default = "" if parameter.default is inspect.Parameter.empty else repr(parameter.default)
-        arguments.add_row(name, default, described.get(name, ""))
+    for name, value in default_arguments(method).items():
+        arguments.add_row(name, repr(value), described.get(name, ""))
     if arguments.row_count:
         console.print(arguments)
 

@@ -18,7 +18,7 @@ from tests.data._coco import document, write
 def kd(*arguments, monkeypatch, capsys):
     """Exit code, stdout and stderr of `kd`."""
     monkeypatch.setattr(sys, "argv", ["kd", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "600")
     try:
         cli.main()
         code = 0

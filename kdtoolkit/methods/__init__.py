@@ -1,10 +1,14 @@
-"""Distillation methods, one file each. `all_methods` finds them, and those that other packages announce."""
+"""Distillation methods, one file each: a file in this folder is found by itself, as is what other packages announce."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from functools import cache
 from importlib.metadata import entry_points
 
 from kdtoolkit.contract import Method
+from kdtoolkit.errors import KDError
 from kdtoolkit.methods.bckd import BCKD
 from kdtoolkit.methods.cankd import CanKD
 from kdtoolkit.methods.crosskd import CrossKD
@@ -43,11 +47,36 @@ __all__ = [
 ENTRY_POINTS = "kdtoolkit.methods"
 
 
+@cache
+def _own_methods() -> dict[str, type[Method]]:
+    """The Method classes that this package's modules define; those of names with an underscore are no methods."""
+    names = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    found = [(cls, module) for module in modules for cls in vars(module).values() if isinstance(cls, type)]
+    return {cls.__name__: cls for cls, module in found if issubclass(cls, Method) and cls.__module__ == module.__name__}
+
+
 def all_methods() -> dict[str, type[Method]]:
-    """Every method class by its name: this package's, and other packages' entry points of group kdtoolkit.methods."""
-    own: list[type[Method]] = [
-        *(CrossKD, PKD, FGD, LD, FitNet, CWD, MGD, FBKD, DeFeat, CanKD, DetKDS),
-        *(Mimic, BCKD, LogitKD, KDDETR),
-    ]
-    found = own + [entry.load() for entry in entry_points(group=ENTRY_POINTS)]
-    return {cls.__name__: cls for cls in found}
+    """Every method class by its name: this package's, and other packages' entry points of group kdtoolkit.methods.
+
+    Raises KDError where an announced one cannot be loaded.
+    """
+    found = dict(_own_methods())
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            cls = entry.load()
+            found[cls.__name__] = cls
+        except Exception as error:  # whatever somebody else's module does when it is imported
+            package = "an installed package" if entry.dist is None else f"the installed package {entry.dist.name}"
+            raise KDError(
+                f"{package} announces the method {entry.value}, which cannot be loaded: {type(error).__name__}: "
+                f"{error}. Mend it or uninstall it"
+            ) from error
+    return found
+
+
+def __getattr__(name: str) -> type[Method]:
+    """Methods in files that are not imported above, where type checkers see them."""
+    if name in (own := _own_methods()):
+        return own[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
