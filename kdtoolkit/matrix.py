@@ -273,24 +273,39 @@ def _summary(matrix: Matrix, method: str | None = None) -> str:
 
 
 def to_markdown(matrix: Matrix) -> str:
-    """One table a method, students by teachers, with the reasons of what does not work listed once each below all."""
+    """A page: one table for methods of equal outcomes, students by teachers, and the reasons, listed once each."""
     every = dict.fromkeys(reason for method in matrix.methods for reason in matrix.reasons(method))
     numbers = {reason: i for i, reason in enumerate(every, 1)}
+    pairs = [(student, teacher) for student in matrix.families for teacher in matrix.families]
+    alike: dict[tuple[Cell, ...], list[str]] = {}
+    for method in matrix.methods:
+        alike.setdefault(tuple(matrix.cells[method, *pair] for pair in pairs), []).append(method)
     head = "| student \\ teacher | " + " | ".join(map(str, range(1, len(matrix.families) + 1))) + " |"
     rule = "|---|" + ":-:|" * len(matrix.families)
     lines = [
-        f"{_summary(matrix)}: {len(matrix.methods)} methods on {len(matrix.families)} x {len(matrix.families)} "
-        "families. Columns are teachers, in the order of the rows. Small numbers are reasons, listed at the end.",
+        "# Every method on every pair of detector families",
+        "",
+        "Made by `kd adapters --matrix --markdown FILE`, with tiny detectors of random weights: ✓ finite losses and "
+        "gradient to the student; · refused at construction; ~ refused at the first step; ✗ failed. Columns are "
+        "teachers, in the order of the rows. Small numbers are reasons, listed at the end.",
+        "",
+        f"{len(matrix.methods)} methods on {len(pairs)} pairs of {len(matrix.families)} families: {_summary(matrix)}.",
+        "",
+        "| method | " + " | ".join(f"{outcome} {MARKS[outcome]}" for outcome in Outcome) + " |",
+        "|---|" + "--:|" * len(Outcome),
     ]
-    for method in matrix.methods:
-        lines += ["", f"### {method}", "", f"{_summary(matrix, method)}", "", head, rule]
+    lines += [
+        f"| {name} | {' | '.join(str(matrix.count(outcome, name)) for outcome in Outcome)} |" for name in matrix.methods
+    ]
+    for methods in alike.values():
+        lines += ["", f"## {', '.join(methods)}", "", f"{_summary(matrix, methods[0])}", "", head, rule]
         for i, student in enumerate(matrix.families, 1):
-            cells = (matrix.cells[method, student, teacher] for teacher in matrix.families)
+            cells = (matrix.cells[methods[0], student, teacher] for teacher in matrix.families)
             marks = (
                 MARKS[cell.outcome] + (f"<sup>{numbers[cell.reason]}</sup>" if cell.reason else "") for cell in cells
             )
             lines.append(f"| {i} {student} | {' | '.join(marks)} |")
     if numbers:
-        lines += ["", "### Reasons", ""]
+        lines += ["", "## Reasons", ""]
         lines += [f"{i}. {reason}" for reason, i in numbers.items()]
     return "\n".join(lines) + "\n"

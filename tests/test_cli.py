@@ -182,7 +182,7 @@ def test_the_matrix_is_printed_and_written(run, tmp_path):
     assert (code, err) == (0, "")
     assert "50%" in out
     assert "anchors" in out
-    assert "### CrossKD" in (tmp_path / "matrix.md").read_text()
+    assert "## CrossKD" in (tmp_path / "matrix.md").read_text()
     for wrong, part in ((["--method", "CrosKD"], "did you mean 'CrossKD'?"), (["--family", "GLF"], "unknown family")):
         code, _, err = run("adapters", "--matrix", *wrong)
         assert (code, part in err) == (2, True)

@@ -1173,7 +1173,7 @@ def _meant(name: str, names: Iterable[str]) -> str:
 
 _TINY_BACKBONE = {"channels": (8, 8, 16, 16), "stem_width": 4}
 # What the coarsest level's stride divides: the library spreads anchors by the canvas divided by cells, rounded down.
-_TINY_SIZES: Mapping[str, Any] = {"min_size": 64, "max_size": 96, "size_divisible": 128}
+_TINY_SIZES: Mapping[str, Any] = {"min_size": 128, "max_size": 128, "size_divisible": 128}
 
 
 def _tiny_levels(strides: Sequence[int], channels: int, extra: ExtraFPNBlock) -> TimmPyramid:

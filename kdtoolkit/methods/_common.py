@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.boxes import elementwise_giou, elementwise_iou
 from kdtoolkit.contract import Assignment, DetectorSpec, Predictions, Priors
+from kdtoolkit.errors import IncompatibleError
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -54,6 +55,15 @@ def unlike_priors(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
     if student.priors_per_cell != teacher.priors_per_cell:
         return f"{_numbers(student)} priors a cell in the student, {_numbers(teacher)} in the teacher"
     return None
+
+
+def check_grids(method: str, student: Predictions, teacher: Predictions) -> None:
+    """Raise IncompatibleError where the two detectors bring this batch to grids of other sizes."""
+    if student.priors.grid != teacher.priors.grid:
+        raise IncompatibleError(
+            f"{method} compares equal grids; this batch has {student.priors.grid} (H, W) in the student and "
+            f"{teacher.priors.grid} in the teacher: let both resize and pad images alike"
+        )
 
 
 def unlike_scores(student: DetectorSpec, teacher: DetectorSpec) -> str | None:

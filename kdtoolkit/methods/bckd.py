@@ -14,8 +14,7 @@ from torch import Tensor
 
 from kdtoolkit.boxes import elementwise_giou
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.errors import IncompatibleError
-from kdtoolkit.methods._common import EPS, quality_focal_kd, unlike_priors
+from kdtoolkit.methods._common import EPS, check_grids, quality_focal_kd, unlike_priors
 
 
 def disagreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -66,11 +65,7 @@ class BCKD(Method):
         """
         pair = exchange.matched()
         student, teacher = pair.student.predictions, pair.teacher.predictions
-        if student.priors.grid != teacher.priors.grid:
-            raise IncompatibleError(
-                f"BCKD compares equal grids; this batch has {student.priors.grid} (H, W) in the student and "
-                f"{teacher.priors.grid} in the teacher: let both resize and pad images alike"
-            )
+        check_grids("BCKD", student, teacher)
         assignment = pair.student_assignment
         normaliser = assignment.normaliser + EPS
         cls = (quality_focal_kd(student.logits, teacher.logits).sum(-1) * assignment.weights).sum()

@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kdtoolkit.boxes import centres, pairwise_iou
 from kdtoolkit.contract import Assignment, Capability, DetectorSpec, Exchange, Method, Predictions, PriorKind
-from kdtoolkit.errors import IncompatibleError
 from kdtoolkit.methods._common import (
     assignment_at_rows,
     at_levels,
+    check_grids,
     distribution_kl,
     no_shared_level,
     rows_of_levels,
@@ -186,11 +186,7 @@ class LD(Method):
             levels = shared_levels(*specs)
             assignment = assignment_at_rows(assignment, rows_of_levels(student.priors, [s for s, _ in levels]))
             student, teacher = at_levels(student, [s for s, _ in levels]), at_levels(teacher, [t for _, t in levels])
-        if student.priors.grid != teacher.priors.grid:
-            raise IncompatibleError(
-                f"LD compares equal grids; this batch has {student.priors.grid} (H, W) in the student and "
-                f"{teacher.priors.grid} in the teacher: let both resize and pad images alike"
-            )
+        check_grids("LD", student, teacher)
         between = centres(student.priors.boxes[:1]) - centres(teacher.priors.boxes[:1])
         x, y = (between[0] / student.priors.strides[0]).tolist()
         if specs[0].bins == specs[1].bins and x == y == 0:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Whose
 from kdtoolkit.errors import KDError
-from kdtoolkit.methods._common import distribution_kl, unlike_priors, unlike_scores
+from kdtoolkit.methods._common import check_grids, distribution_kl, unlike_priors, unlike_scores
 
 Kind = Literal["kd", "dkd", "dist"]
 
@@ -107,8 +107,12 @@ class LogitKD(Method):
         return unlike_priors(student, teacher) or unlike_scores(student, teacher)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`cls`: the weighted loss; 0 where no prior counts."""
+        """`cls`: the weighted loss; 0 where no prior counts.
+
+        Raises IncompatibleError where the two detectors bring the batch to other sizes.
+        """
         pair, spec = exchange.matched(self.priors), exchange.teacher.spec
+        check_grids("LogitKD", pair.student.predictions, pair.teacher.predictions)
         assignment = pair.teacher_assignment
         counts = assignment.weights > 0
         if spec.activation == "sigmoid":

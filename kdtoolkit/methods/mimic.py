@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import prediction_losses, unlike_bins, unlike_priors, unlike_scores
+from kdtoolkit.methods._common import check_grids, prediction_losses, unlike_bins, unlike_priors, unlike_scores
 
 
 class Mimic(Method):
@@ -60,9 +60,13 @@ class Mimic(Method):
         return unlike_bins(student, teacher)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`cls`, `box` and, where both heads judge quality, `quality`; those of weight 0 are left out."""
+        """`cls`, `box` and, where both heads judge quality, `quality`; those of weight 0 are left out.
+
+        Raises IncompatibleError where the two detectors bring the batch to other sizes.
+        """
         pair = exchange.matched()
         student, teacher = pair.student.predictions, pair.teacher.predictions
+        check_grids("Mimic", student, teacher)
         num_classes = exchange.teacher.spec.num_classes
         losses = prediction_losses(student, teacher, pair.teacher_assignment, num_classes, self.beta, self.box_loss)
         weights = {

@@ -402,9 +402,14 @@ def test_kinds_of_equal_strides_teach_each_other(student, teacher, amp):
     assert all(p.grad is None for p in pair[1].model.parameters())
 
 
-def test_other_levels_are_refused():
-    with pytest.raises(IncompatibleError, match="other pyramid levels"):
-        Distiller(tiny("RetinaNet"), tiny("SSD"), [CrossKD(stage=0)])
+def test_levels_in_common_are_compared_and_other_priors_refused(batch):
+    images, targets = batch
+    distiller = Distiller(tiny("RetinaNet"), tiny("SSD"), [CrossKD(stage=0)])
+    assert distiller(images[:1], targets[:1])["crosskd/cls"].isfinite()  # square: SSD squeezes others
+    with pytest.raises(IncompatibleError, match="canvases of other extents"):
+        distiller(images, targets)
+    with pytest.raises(IncompatibleError, match="the student predicts at anchors, the teacher at proposals"):
+        Distiller(tiny("Faster R-CNN"), tiny("SSD"), [CrossKD(stage=0)])
 
 
 def test_anchors_keep_their_precision_under_autocast(batch):
@@ -439,10 +444,10 @@ def test_images_are_resized_and_boxes_with_them():
     targets = [{"boxes": torch.tensor([[2.0, 4.0, 10.0, 20.0]]), "labels": torch.tensor([1])}] * 2
     batch = adapter.prepare(images, targets)
     assert batch.original_sizes == ((32, 40), (30, 128))
-    assert batch.sizes == ((64, 80), (22, 96))
+    assert batch.sizes == ((102, 128), (30, 128))
     assert batch.padded_sizes == ((128, 128), (128, 128))
     assert batch.images.shape == (2, 3, 128, 128)
-    torch.testing.assert_close(batch.boxes[0], torch.tensor([[4.0, 8.0, 20.0, 40.0]]))
+    torch.testing.assert_close(batch.boxes[0], torch.tensor([[6.4, 12.75, 32.0, 63.75]]))
     assert tiny("SSD").prepare(images).padded_sizes == ((64, 64), (64, 64))
 
 
