@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import entry_points
-from typing import ClassVar, Literal, Self, TypedDict
+from typing import Any, ClassVar, Literal, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -523,7 +523,7 @@ def adapter_classes(*, load: bool = False) -> list[type[DetectorAdapter]]:
         for library in _MODULES:
             with suppress(ImportError):
                 importlib.import_module(library)
-    return _own_classes() + _announced_classes()
+    return _own_classes() + announced(ENTRY_POINTS)
 
 
 def _own_classes() -> list[type[DetectorAdapter]]:
@@ -533,18 +533,19 @@ def _own_classes() -> list[type[DetectorAdapter]]:
     return [cls for module in modules for cls in module.ADAPTERS]
 
 
-def _announced_classes() -> list[type[DetectorAdapter]]:
-    classes: list[type[DetectorAdapter]] = []
-    for entry in entry_points(group=ENTRY_POINTS):
+def announced(group: str) -> list[Any]:
+    """What other packages announce under a group of entry points. Raises KDError where one cannot be loaded."""
+    found = []
+    for entry in entry_points(group=group):
         try:
-            classes.append(entry.load())
+            found.append(entry.load())
         except Exception as error:  # whatever somebody else's module does when it is imported
             package = "an installed package" if entry.dist is None else f"the installed package {entry.dist.name}"
             raise KDError(
-                f"{package} announces the adapter {entry.value}, which cannot be loaded: {type(error).__name__}: "
+                f"{package} announces {entry.value} ({group}), which cannot be loaded: {type(error).__name__}: "
                 f"{error}. Mend it or uninstall it"
             ) from error
-    return classes
+    return found
 
 
 def adapt(model: nn.Module | DetectorAdapter) -> DetectorAdapter:
@@ -555,10 +556,11 @@ def adapt(model: nn.Module | DetectorAdapter) -> DetectorAdapter:
     if isinstance(model, DetectorAdapter):
         return model
     # Other packages' adapters are loaded only where none of our own will do.
-    for classes in (_own_classes, _announced_classes):
+    for classes in (_own_classes, lambda: announced(ENTRY_POINTS)):
         for cls in classes():
             if cls.matches(model):
-                return cls(model)
+                adapter: DetectorAdapter = cls(model)
+                return adapter
     known = ", ".join(cls.__name__ for cls in adapter_classes()) or "none"
     raise KDError(
         f"no adapter for {type(model).__module__}.{type(model).__qualname__} (loaded adapters: {known}). "

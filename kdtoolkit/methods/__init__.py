@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
-from importlib.metadata import entry_points
 
-from kdtoolkit.contract import Method
-from kdtoolkit.errors import KDError
+from kdtoolkit.contract import Method, announced
 from kdtoolkit.methods.bckd import BCKD
 from kdtoolkit.methods.cankd import CanKD
 from kdtoolkit.methods.crosskd import CrossKD
@@ -61,18 +59,7 @@ def all_methods() -> dict[str, type[Method]]:
 
     Raises KDError where an announced one cannot be loaded.
     """
-    found = dict(_own_methods())
-    for entry in entry_points(group=ENTRY_POINTS):
-        try:
-            cls = entry.load()
-            found[cls.__name__] = cls
-        except Exception as error:  # whatever somebody else's module does when it is imported
-            package = "an installed package" if entry.dist is None else f"the installed package {entry.dist.name}"
-            raise KDError(
-                f"{package} announces the method {entry.value}, which cannot be loaded: {type(error).__name__}: "
-                f"{error}. Mend it or uninstall it"
-            ) from error
-    return found
+    return _own_methods() | {cls.__name__: cls for cls in announced(ENTRY_POINTS)}
 
 
 def __getattr__(name: str) -> type[Method]:

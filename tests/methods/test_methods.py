@@ -3,9 +3,10 @@ import inspect
 import pytest
 
 import kdtoolkit.methods
-from kdtoolkit.contract import Method
+from kdtoolkit.contract import Method, adapt, adapter_classes
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import all_methods
+from tests.conftest import tiny_gfl
 
 SOURCE = '''"""A new method, as somebody who read CONTRIBUTING writes it."""
 
@@ -63,6 +64,8 @@ def test_a_broken_package_is_named(monkeypatch):
         def load(self):
             raise ModuleNotFoundError("No module named 'lost_package'")
 
-    monkeypatch.setattr(kdtoolkit.methods, "entry_points", lambda group: [Entry()])
-    with pytest.raises(KDError, match=r"lost_package:Lost, which cannot be loaded"):
-        all_methods()
+    monkeypatch.setattr("kdtoolkit.contract.entry_points", lambda group: [Entry()])
+    for load in (all_methods, adapter_classes):
+        with pytest.raises(KDError, match=r"lost_package:Lost \(kdtoolkit\.\w+\), which cannot be loaded"):
+            load()
+    assert adapt(tiny_gfl(seed=0)).spec.name == "GFL"  # known without it
