@@ -10,7 +10,7 @@ from kdtoolkit import Distiller, IncompatibleError, KDError, adapt
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.contract import Capability, Method
 from kdtoolkit.distiller import refusal
-from kdtoolkit.methods import FGD, LD, PKD, CrossKD, Mimic, all_methods
+from kdtoolkit.methods import FGD, LD, PKD, CrossKD, FitNet, Mimic, all_methods
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
 
@@ -235,5 +235,6 @@ def test_features_of_canvases_with_other_padding_are_cut_to_the_same_scene(batch
         Shapes.seen.clear()
         Distiller(teacher, student, [Shapes()])(*batch)
         assert Shapes.seen == [[[(8, 8), (4, 4), (2, 2)]] * 2]
+        assert Distiller(teacher, student, [FitNet(region="boxes")])(*batch)["fitnet/feature"] > 0
         with pytest.raises(IncompatibleError, match=r"64 x 64 px.*neither pads"):
             Distiller(teacher, student, [CrossKD()])(*batch)
