@@ -68,7 +68,7 @@ def test_a_cell_counts_if_one_of_its_priors_does():
     doubled = torch.stack([head.priors.boxes, prior[0].expand_as(head.priors.boxes)], 1).reshape(-1, 4)
     object.__setattr__(head.priors, "boxes", doubled)
     method = ready(FitNet(region="boxes"))
-    inside = method.regions(exchange(batch([[1, 1, 9, 9]]), heads=(head, None)))
+    inside = method.regions(exchange(batch([[1, 1, 9, 9]]), features=(maps(1), ()), heads=(head, None)))
     assert [tuple(x.shape) for x in inside] == [(1, *size) for size in GRID]
     assert all(x.all() for x in inside)
 

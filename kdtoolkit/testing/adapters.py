@@ -1,0 +1,521 @@
+"""Checks of an adapter: each private function is one promise, and its name is the check's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdtoolkit.contract import Capability, Detections, DetectorAdapter, DetectorSpec, Target, View, adapt
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.testing._common import (
+    Probe,
+    Snapshot,
+    count_calls,
+    example_batch,
+    expect,
+    expect_backward,
+    expect_finite,
+    expect_float32,
+    expect_losses,
+    expect_same,
+    interrupt,
+    observe,
+    outputs,
+    total,
+    without_objects,
+    without_onednn,
+)
+from kdtoolkit.testing.report import SEED, ConformanceReport, LeftOut, by_name, run
+
+Own = Callable[[Any, Sequence[Tensor]], list[Detections]]
+"""The library's own inference: of a model in eval mode and images; labels in [0, K), pixels of the original images."""
+
+OwnLosses = Callable[[Any, Sequence[Tensor], Sequence[Target]], Mapping[str, Tensor] | Tensor]
+"""The library's own training losses: of a model in train mode, images and targets; by name, or their sum."""
+
+PIXELS = 1e-2  # boxes that went to relative coordinates and back
+
+
+def check_adapter(
+    adapter_or_model: DetectorAdapter | nn.Module,
+    *,
+    known: Mapping[str, str] | None = None,
+    own: Own | None = None,
+    own_losses: OwnLosses | None = None,
+    images: Sequence[Tensor] | None = None,
+    targets: Sequence[Target] | None = None,
+) -> ConformanceReport:
+    """Check every promise of an adapter on one detector: `check_adapter(tiny_detector(), own=...)`.
+
+    Args:
+        adapter_or_model: a small detector with random weights, or its adapter. It is copied, not changed.
+        known: reasons of failures, by check; `known` must name checks that do fail.
+        own: the library's own inference, which `detections` must equal. None leaves that check out.
+        own_losses: the library's own training losses, which `task_losses` must equal. None leaves that check out.
+        images: two or more (3, H, W) in [0, 1]; two of unequal sizes about 64 px by default.
+        targets: their ground truth; handed in with `images`.
+
+    Raises:
+        ConformanceError: promises are broken; lists them all.
+        KDError: no adapter knows the model, or `known` names no check.
+    """
+    adapter = adapt(adapter_or_model)
+    if images is None or targets is None:
+        images, targets = example_batch(adapter.spec.num_classes, next(adapter.model.parameters()).device)
+    case = _Case(adapter, tuple(images), tuple(targets), own, own_losses)
+    return run(f"adapter of {adapter.spec.name}", ADAPTER_CHECKS, case, known or {})
+
+
+@dataclass(frozen=True)
+class _Case:
+    adapter: DetectorAdapter
+    images: tuple[Tensor, ...]
+    targets: tuple[Target, ...]
+    own: Own | None = None
+    own_losses: OwnLosses | None = None
+    proposes: bool = False  # a first stage: one class, whatever the ground truth says
+
+    @property
+    def spec(self) -> DetectorSpec:
+        return self.adapter.spec
+
+    def fresh(self, *, train: bool = False) -> DetectorAdapter:
+        adapter = copy.deepcopy(self.adapter)
+        adapter.model.train(train)
+        return adapter
+
+    def show(self, adapter: DetectorAdapter | None = None, targets: Sequence[Target] | None = None) -> View:
+        """What the adapter, by default a fresh one in eval mode, shows of the batch."""
+        return observe(adapter or self.fresh(), self.images, self.targets if targets is None else targets)
+
+    def losses(self, adapter: DetectorAdapter, targets: Sequence[Target] | None = None) -> dict[str, Tensor]:
+        view = self.show(adapter, targets)
+        return adapter.task_losses(view.head, view.batch)[0]
+
+    def detections(self, adapter: DetectorAdapter) -> list[Detections]:
+        view = observe(adapter, self.images)
+        return adapter.detections(view.head, view.batch)
+
+
+def _mode(train: bool) -> str:
+    return f"{'train' if train else 'eval'} mode"
+
+
+def _matches(case: _Case) -> None:
+    """The adapter knows its model by its class, and no other."""
+    expect(case.adapter.matches(case.adapter.model), "matches(model) is False for the adapter's own model")
+    expect(not case.adapter.matches(nn.Identity()), "matches(nn.Identity()) is True")
+    expect(case.adapter.spec == case.adapter.spec, "spec differs from call to call")
+
+
+def _batch(case: _Case) -> None:
+    """`prepare` says where each image and each box went."""
+    batch = case.fresh().prepare(case.images, case.targets)
+    count, colours, *canvas = batch.images.shape
+    expect((count, colours) == (len(case.images), 3), f"images are {tuple(batch.images.shape)}")
+    originals = tuple((image.shape[-2], image.shape[-1]) for image in case.images)
+    expect(batch.original_sizes == originals, f"original_sizes {batch.original_sizes} of images {originals}")
+    for size, padded in zip(batch.sizes, batch.padded_sizes, strict=True):
+        fits = all(0 < s <= p <= c for s, p, c in zip(size, padded, canvas, strict=True))
+        expect(fits, f"size {size}, padded {padded} and canvas {canvas} do not contain each other")
+    expect(len(batch.boxes) == len(batch.labels) == count, "boxes and labels are not one tensor an image")
+    for i, target in enumerate(case.targets):
+        height, width = (size / original for size, original in zip(batch.sizes[i], originals[i], strict=True))
+        expected = target["boxes"] * target["boxes"].new_tensor([width, height] * 2)
+        expect(batch.boxes[i].shape == expected.shape, f"image {i} has boxes {tuple(batch.boxes[i].shape)}")
+        distance = (batch.boxes[i] - expected).abs().max().item() if len(expected) else 0.0
+        expect(distance <= max(PIXELS, 1e-4 * max(canvas)), f"boxes of image {i} are off by {distance:g} pixels")
+        expect(torch.equal(batch.labels[i], target["labels"]), f"labels of image {i} are {batch.labels[i].tolist()}")
+    without = case.fresh().prepare(case.images)
+    expect(without.boxes == () and without.labels == (), "without targets boxes and labels must be empty tuples")
+
+
+@torch.no_grad()
+def _levels(case: _Case) -> None:
+    """Channels and strides of the spec are those of the pyramid."""
+    view, spec = case.show(), case.spec
+    channels = tuple(level.shape[1] for level in view.features)
+    expect(channels == spec.channels, f"levels have {channels} channels, the spec says {spec.channels}")
+    expect(len(spec.strides) == len(channels), f"{len(spec.strides)} strides, {len(channels)} levels")
+    for stride, level in zip(spec.strides, view.features, strict=True):
+        for cells, pixels in zip(level.shape[-2:], view.batch.images.shape[-2:], strict=True):
+            # Levels may be rounded up or down on their way; a wrong stride is off by a factor.
+            fits = (cells - 1) * stride <= pixels <= (cells + 1) * stride
+            expect(fits, f"{pixels} pixels give {cells} cells of a stride said to be {stride}")
+
+
+@torch.no_grad()
+def _predictions(case: _Case) -> None:
+    """Predictions have the shapes, kinds and dtypes that the spec declares."""
+    predictions, spec = case.show().head.predictions, case.spec
+    size = len(case.images), predictions.priors.boxes.shape[-2]
+    expected = {
+        "logits": (*size, spec.num_classes + (spec.activation == "softmax")),
+        "regression": (*size, 4, len(spec.bins)) if spec.bins else (*size, 4),
+        "boxes": (*size, 4),
+        "quality": size,
+    }
+    for name, tensor in outputs(predictions).items():
+        shape = tuple(tensor.shape)
+        expect(shape == expected[name], f"{name} is {shape}; the spec makes it {expected[name]}")
+    expect_float32(outputs(predictions), "predictions")
+    kinds = predictions.activation, spec.activation
+    expect(kinds[0] == kinds[1], f"activation is {kinds[0]} in predictions, {kinds[1]} in the spec")
+
+
+@torch.no_grad()
+def _priors(case: _Case) -> None:
+    """Priors lie on the declared grid, with the declared strides; or on none, and then their form is said."""
+    view, spec = case.show(), case.spec
+    priors = view.head.predictions.priors
+    expect_finite({"boxes": priors.boxes}, "priors")
+    if not spec.priors.on_grid:
+        expect(spec.prior_form != "", f"{spec.priors} lie on no grid, so the spec must have a prior_form")
+        expect(spec.priors_per_cell == (), "priors_per_cell is for priors on a grid")
+        grid_free = priors.grid == () and priors.per_cell == () and priors.strides.numel() == 0
+        expect(grid_free, f"{spec.priors} lie on no grid, but Priors has a grid, strides or per_cell")
+        return
+    expect(spec.prior_form == "", f"{spec.priors} lie on a grid, so prior_form must be empty")
+    expect(priors.boxes.ndim == 2, f"priors on a grid are (A, 4), here {tuple(priors.boxes.shape)}")
+    cells = tuple((level.shape[-2], level.shape[-1]) for level in view.features)
+    expect(priors.grid == cells, f"Priors.grid is {priors.grid}, levels are {cells}")
+    counts = tuple(h * w * each for (h, w), each in zip(priors.grid, spec.priors_per_cell, strict=True))
+    expect(counts == priors.per_level, f"the spec makes {counts} priors a level, Priors.per_level {priors.per_level}")
+    found = len(priors.boxes)
+    expect(sum(counts) == found == len(priors.strides), f"{sum(counts)} priors on the levels, {found} in all")
+    centres = (priors.boxes[:, :2] + priors.boxes[:, 2:]).double() / 2
+    levels = zip(torch.split(priors.strides, [*counts]), torch.split(centres, [*counts]), strict=True)
+    for stride, grid, (strides, points) in zip(spec.strides, priors.grid, levels, strict=True):
+        where = f"priors of the level of stride {stride}"
+        # Strides of the spec are whole numbers; those of priors may be what the canvas divided by the cells gives.
+        off = (strides - stride).abs().max().item()
+        expect(off <= 0.5, f"{where} have strides off by {off:g}")
+        expect(bool((strides == strides[0]).all()), f"{where} have unequal strides")
+        for axis, moved in ((0, (0.0, stride)), (1, (stride, 0.0))):
+            steps = points.view(*grid, -1, 2).diff(dim=axis).reshape(-1, 2)
+            off = (steps - steps.new_tensor(moved)).abs().max().item() if len(steps) else 0.0
+            expect(off <= 0.5, f"{where} are not {stride} apart: off by {off:g}")
+
+
+@torch.no_grad()
+def _stages(case: _Case) -> None:
+    """States have the branches, channels and shapes of the declared stages."""
+    spec = case.spec
+    expect(bool(spec.stages) == (Capability.STAGES in spec.capabilities), "stages are declared without the capability")
+    if not spec.stages:
+        raise LeftOut("declares no stages")
+    states = case.show().head.states
+    names = [stage.name for stage in spec.stages]
+    expect(len(set(names)) == len(names), f"stages share a name: {names}")
+    expect(len(states) == len(names), f"{len(states)} states for {len(names)} stages")
+    for stage, state in zip(spec.stages, states, strict=True):
+        channels = {branch: tuple(tensor.shape[1] for tensor in tensors) for branch, tensors in state.items()}
+        declared = dict(stage.channels)
+        expect(channels == declared, f"{stage.name} has channels {channels}, the spec says {declared}")
+        for tensor in (tensor for tensors in state.values() for tensor in tensors):
+            fits = tensor.ndim == 4 if stage.spatial else tensor.ndim in (2, 3)
+            expect(fits, f"{stage.name} is {tuple(tensor.shape)}, but spatial is {stage.spatial}")
+            if stage.activation is not None:
+                once = stage.activation(tensor)
+                expect(torch.equal(stage.activation(once), once), f"activation of {stage.name} is not idempotent")
+
+
+@torch.no_grad()
+def _capabilities(case: _Case) -> None:
+    """What is declared can be called, and what is not says so."""
+    adapter, spec = case.fresh(), case.spec
+    view = case.show(adapter)
+    declared, bins, ndim = spec.capabilities, len(spec.bins), view.head.predictions.regression.ndim
+    expect(declared >= {Capability.FEATURES, Capability.PREDICTIONS}, "every detector shows features, predictions")
+    distributions, assignment = Capability.DISTRIBUTIONS in declared, Capability.ASSIGNMENT in declared
+    agree = distributions == bool(bins) == (ndim == 4)
+    expect(agree, f"distributions: {distributions}, {bins} bins, regression {ndim}-d")
+    assigns = _implemented(lambda: adapter.assign(view.head, view.batch))
+    expect(assigns or not assignment, "assignment is declared and not implemented")
+    expect(assignment or not assigns, "assign works, but assignment is not declared")
+    resumes = Capability.STAGES not in declared and _implemented(lambda: adapter.resume({}, 0, view.head))
+    expect(not resumes, "resume works, but stages are not declared")
+
+
+def _implemented(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except NotImplementedError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def _resume(case: _Case) -> None:
+    """Resumed from its own state, the head repeats the pass to the bit, whatever stands in the rest of the trace."""
+    if not case.spec.stages:
+        raise LeftOut("declares no stages")
+    adapter = case.fresh()
+    trace = case.show(adapter).head
+    once = outputs(trace.predictions)
+    for i, (stage, state) in enumerate(zip(case.spec.stages, trace.states, strict=True)):
+        what = f"resumed from stage {i} ({stage.name})"
+        expect_same(outputs(adapter.resume(state, i, trace)), once, what)
+        if stage.activation is not None:
+            activated = {branch: tuple(map(stage.activation, tensors)) for branch, tensors in state.items()}
+            expect_same(outputs(adapter.resume(activated, i, trace)), once, f"{what} after its activation")
+        other = {branch: tuple(-tensor - 1 for tensor in tensors) for branch, tensors in state.items()}
+        again = outputs(adapter.resume(other, i, trace))
+        moved = any(not torch.equal(again[name], once[name]) for name in ("logits", "regression"))
+        expect(moved, f"resumed from another state at stage {i} ({stage.name}) the head still repeats its own pass")
+
+
+@torch.no_grad()
+def _given_priors(case: _Case) -> None:
+    """Proposals or queries handed back to the head repeat the pass."""
+    if case.spec.priors.on_grid:
+        raise LeftOut("priors on a grid are not handed over")
+    adapter = case.fresh()
+    view = case.show(adapter)
+    once = outputs(view.head.predictions)
+    again = adapter.head(view.features, view.batch, view.head.predictions.priors)
+    expect_same(outputs(again.predictions), once, "with its own priors handed back")
+    for i, _ in enumerate(case.spec.stages):
+        resumed = adapter.resume(again.states[i], i, again)
+        expect_same(outputs(resumed), once, f"with given priors, resumed from stage {i}")
+
+
+@torch.no_grad()
+def _detections(case: _Case) -> None:
+    """Detections are well formed, in pixels of the original images."""
+    found, classes = case.detections(case.fresh()), case.spec.num_classes
+    expect(len(found) == len(case.images), f"{len(found)} lists of detections for {len(case.images)} images")
+    for image, each in zip(case.images, found, strict=True):
+        boxes, scores, labels = each["boxes"], each["scores"], each["labels"]
+        count = len(scores)
+        shapes = tuple(boxes.shape), tuple(scores.shape), tuple(labels.shape)
+        expect(shapes == ((count, 4), (count,), (count,)), f"boxes, scores, labels are {shapes}")
+        expect(labels.dtype == torch.int64, f"labels are {labels.dtype}, not torch.int64")
+        if not count:
+            continue
+        low, high = int(labels.min()), int(labels.max())
+        expect(0 <= low <= high < classes, f"labels {low} to {high} of {classes} classes")
+        expect(all(a >= b for a, b in pairwise(scores.tolist())), "scores do not fall")
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        limits = boxes.new_tensor([image.shape[-1], image.shape[-2]]) + 1
+        inside = bool(((centres >= -1) & (centres <= limits)).all())
+        expect(inside, f"detections lie outside of their image of {tuple(image.shape[-2:])} pixels")
+
+
+@torch.no_grad()
+def _own_detections(case: _Case) -> None:
+    """Detections are those of the library's own inference."""
+    if case.own is None:
+        raise LeftOut("no `own` was handed in")
+    adapter = case.fresh()
+    expected = case.own(adapter.model, case.images)
+    for i, (ours, theirs) in enumerate(zip(case.detections(adapter), expected, strict=True)):
+        counts = len(ours["scores"]), len(theirs["scores"])
+        expect(counts[0] == counts[1], f"image {i}: {counts[0]} detections, {counts[1]} of the library's own")
+        expect(torch.equal(ours["labels"], theirs["labels"]), f"image {i}: labels are not the library's own")
+        pairs = {"boxes": (ours["boxes"], theirs["boxes"]), "scores": (ours["scores"], theirs["scores"])}
+        for name, (actual, own) in pairs.items():
+            distance = ((actual - own).abs() / own.abs().clamp(min=1)).max().item() if len(own) else 0.0
+            expect(distance <= 1e-5, f"image {i}: {name} are off by {distance:g} from the library's own")
+    if not any(len(each["scores"]) for each in expected):
+        raise LeftOut("the model detects nothing: hand in one with a lower score threshold")
+
+
+def _task_losses(case: _Case) -> None:
+    """Task losses are finite float32 scalars, and their gradient reaches the detector."""
+    adapter = case.fresh(train=True)
+    losses = case.losses(adapter)
+    expect_losses(losses, "task losses")
+    expect_backward(losses, adapter.model, "task losses", reaches=True)
+
+
+def _own_task_losses(case: _Case) -> None:
+    """Task losses are those of the library's own training forward."""
+    if case.own_losses is None:
+        raise LeftOut("no `own_losses` was handed in")
+    torch.manual_seed(SEED)
+    expected = case.own_losses(case.fresh(train=True).model, case.images, case.targets)
+    torch.manual_seed(SEED)
+    losses = case.losses(case.fresh(train=True))
+    if isinstance(expected, Mapping):
+        expect_same(losses, expected, "task losses")
+        return
+    ours, own = total(losses).item(), expected.sum().item()
+    expect(abs(ours - own) <= 1e-6 * abs(own), f"the sum of task losses is {ours:.9g}, the library's own {own:.9g}")
+
+
+def _empty_targets(case: _Case) -> None:
+    """Images without any object give finite losses and gradients."""
+    _expect_finite_step(case, without_objects(case.targets, range(len(case.targets))), "no object at all")
+
+
+def _one_empty_image(case: _Case) -> None:
+    """One image without objects among others gives finite losses and gradients."""
+    for i in (0, len(case.targets) - 1):
+        _expect_finite_step(case, without_objects(case.targets, [i]), f"no object in image {i}")
+
+
+def _expect_finite_step(case: _Case, targets: Sequence[Target], what: str) -> None:
+    adapter = case.fresh(train=True)
+    losses = case.losses(adapter, targets)
+    expect_losses(losses, what)
+    # Without objects there may be nothing to learn (SSD takes as many negatives as there are positives): zero will do.
+    expect_backward(losses, adapter.model, what)
+    if Capability.ASSIGNMENT in case.spec.capabilities:
+        adapter.model.eval()
+        with torch.no_grad():
+            _expect_assignment(case, adapter, targets, what)
+
+
+@torch.no_grad()
+def _assignment(case: _Case) -> None:
+    """Assigned labels, boxes, weights and normaliser mean what the contract says, in eval as in train mode."""
+    if Capability.ASSIGNMENT not in case.spec.capabilities:
+        raise LeftOut("declares no assignment")
+    for train in (False, True):
+        _expect_assignment(case, case.fresh(train=train), case.targets, _mode(train))
+
+
+def _expect_assignment(case: _Case, adapter: DetectorAdapter, targets: Sequence[Target], what: str) -> None:
+    view = case.show(adapter, targets)
+    found = adapter.assign(view.head, view.batch)
+    classes, size = case.spec.num_classes, tuple(view.head.predictions.logits.shape[:2])
+    for name, tensor in (("labels", found.labels), ("weights", found.weights), ("boxes", found.boxes[..., 0])):
+        expect(tuple(tensor.shape) == size, f"{what}: {name} are of {tuple(tensor.shape)} priors, not {size}")
+    expect(found.labels.dtype == torch.int64, f"{what}: labels are {found.labels.dtype}, not torch.int64")
+    low, high = int(found.labels.min()), int(found.labels.max())
+    expect(0 <= low <= high <= classes, f"{what}: labels {low} to {high} of {classes} classes and background")
+    expect(bool((found.weights >= 0).all()), f"{what}: weights below 0, or not a number")
+    normaliser = float(found.normaliser)
+    expect(found.normaliser.shape == () and 0 < normaliser < float("inf"), f"{what}: normaliser {normaliser}")
+    allowed = max(PIXELS, 1e-4 * max(view.batch.images.shape[-2:]))
+    for i, (boxes, labels) in enumerate(zip(view.batch.boxes, view.batch.labels, strict=True)):
+        positive = found.positive(classes)[i]
+        if not len(boxes):
+            expect(not positive.any(), f"{what}: {int(positive.sum())} positives in image {i}, which has no object")
+            continue
+        distances = (found.boxes[i][positive][:, None] - boxes).abs().amax(-1)
+        if not case.proposes:
+            distances = distances.where(found.labels[i][positive][:, None] == labels, float("inf"))
+        off = distances.amin(-1).amax().item() if len(distances) else 0.0
+        problem = f"a positive of image {i} has a box, or a label, of no object in it"
+        expect(off <= allowed, f"{what}: {problem} (nearest one with its label: {off:g} pixels)")
+
+
+@without_onednn()
+def _bfloat16(case: _Case) -> None:
+    """Under bfloat16 autocast predictions and losses are finite and in float32."""
+    adapter = case.fresh(train=True)
+    autocast = partial(torch.autocast, case.images[0].device.type, torch.bfloat16)
+    with autocast():
+        losses = case.losses(adapter)
+    expect_losses(losses, "task losses")
+    expect_backward(losses, adapter.model, "task losses", reaches=True)
+    adapter.model.eval()
+    with torch.no_grad(), autocast():
+        view = case.show(adapter)
+        expect_float32(outputs(view.head.predictions), "head")
+        for i, state in enumerate(view.head.states):
+            expect_float32(outputs(adapter.resume(state, i, view.head)), f"resumed from stage {i}")
+        adapter.detections(view.head, view.batch)
+
+
+def _deterministic(case: _Case) -> None:
+    """Two runs under one seed are equal to the bit, in train and eval mode."""
+    for train in (True, False):
+        runs = []
+        for adapter in (case.fresh(train=train), case.fresh(train=train)):
+            torch.manual_seed(SEED)
+            with torch.set_grad_enabled(train):
+                view = case.show(adapter)
+                losses = adapter.task_losses(view.head, view.batch)[0] if train else {}
+                runs.append(outputs(view.head.predictions) | losses)
+        expect_same(runs[1], runs[0], f"the second run in {_mode(train)}")
+
+
+@torch.no_grad()
+def _stateless(case: _Case) -> None:
+    """Adapters hold nothing between steps: another batch in between changes nothing."""
+    adapter = case.fresh()
+    first = case.show(adapter)
+    once = outputs(first.head.predictions)
+    adapter.detections(case.show(adapter, without_objects(case.targets, [0])).head, first.batch)
+    observe(adapter, [case.images[0].flip(-1)])
+    for i, state in enumerate(first.head.states):
+        resumed = adapter.resume(state, i, first.head)
+        expect_same(outputs(resumed), once, f"stage {i} resumed after another batch")
+    expect_same(outputs(case.show(adapter).head.predictions), once, "the same batch after another one")
+
+
+def _untouched(case: _Case) -> None:
+    """Nothing of the model is changed, added or left behind, also where an error ends the pass."""
+    for train in (False, True):
+        adapter = case.fresh(train=train)
+        # What the library's own forward caches is no fault of the adapter's.
+        if case.own is not None and not train:
+            case.own(adapter.model, case.images)
+        if case.own_losses is not None and train:
+            case.own_losses(adapter.model, case.images, case.targets)
+        before = Snapshot.of(adapter.model)
+        step = partial(_call_everything, case, adapter, train)
+        step()
+        # In train mode batch norm learns its statistics.
+        before.expect_of(adapter.model, f"in {_mode(train)}, after a pass,", values=not train)
+        count = count_calls(adapter.model, step)
+        for call in sorted({1, count // 2, count} - {0}):
+            interrupt(adapter.model, step, call)
+            before.expect_of(adapter.model, "after an error inside the model", values=not train)
+
+
+def _call_everything(case: _Case, adapter: DetectorAdapter, train: bool) -> None:
+    with torch.set_grad_enabled(train):
+        view = case.show(adapter)
+        for i, state in enumerate(view.head.states):
+            adapter.resume(state, i, view.head)
+        if Capability.ASSIGNMENT in case.spec.capabilities:
+            adapter.assign(view.head, view.batch)
+        if train:
+            adapter.task_losses(view.head, view.batch)
+        else:
+            adapter.detections(view.head, view.batch)
+
+
+def _teacher(case: _Case) -> None:
+    """As a teacher it is frozen, learns nothing from a step, and passes gradient to the student's states."""
+    teacher, student = case.fresh(train=True), case.fresh(train=True)
+    distiller = Distiller(teacher, student, [Probe(case.spec.capabilities)])
+    before, keys = Snapshot.of(teacher.model), tuple(case.adapter.model.state_dict())
+    losses = distiller.train()(case.images, case.targets)
+    expect_backward(losses, student.model, "through the teacher's head", reaches=True)
+    before.expect_of(teacher.model, "after a step as a teacher")
+    saved = student.model.state_dict()
+    expect(tuple(saved) == keys, f"the student's state dict has other keys: {set(saved) ^ set(keys)}")
+    case.fresh().model.load_state_dict(saved)
+
+
+def _first_stage(case: _Case) -> None:
+    """What proposes is a detector of one class that keeps the same promises."""
+    stage, spec = case.adapter.first_stage, case.spec.first_stage
+    expect((stage is None) == (spec is None), "first_stage is said in one of adapter and spec, and not in the other")
+    if stage is None:
+        raise LeftOut("has no first stage")
+    expect(stage.spec == spec, "the spec of first_stage is not the first_stage of the spec")
+    expect(stage.spec.num_classes == 1, f"a first stage has one class, here {stage.spec.num_classes}")
+    proposing = _Case(stage, case.images, case.targets, proposes=True)
+    run(f"first stage of {case.spec.name}", FIRST_STAGE_CHECKS, proposing, {})
+
+
+_BOTH = (_levels, _predictions, _priors, _stages, _capabilities, _resume, _given_priors)
+ADAPTER_CHECKS = by_name(
+    _matches, _batch, *_BOTH, _detections, _own_detections, _task_losses, _own_task_losses, _empty_targets,
+    _one_empty_image, _assignment, _bfloat16, _deterministic, _stateless, _untouched, _teacher, _first_stage,
+)  # fmt: skip
+FIRST_STAGE_CHECKS = by_name(*_BOTH, _assignment)
+"""Those that make sense of what proposes: its losses and detections are parts of its detector's."""

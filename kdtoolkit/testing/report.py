@@ -1,0 +1,98 @@
+"""Running checks one by one, and the report of what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from kdtoolkit.errors import KDError
+
+SEED = 0
+
+Check = Callable[[Any], None]
+"""Looks at a case, and raises where a promise is broken (AssertionError) or does not apply (LeftOut)."""
+
+
+class ConformanceError(AssertionError):
+    """A promise of the contract is broken; the message names the checks, the subject and the numbers."""
+
+
+class LeftOut(Exception):
+    """The check does not apply; the message says why."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one check, and why, unless it passed."""
+
+    outcome: Literal["passed", "known failure", "left out", "refused"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ConformanceReport:
+    """The results of all checks of one subject, by the checks' names; printable."""
+
+    subject: str
+    results: Mapping[str, Result]
+
+    @property
+    def refused(self) -> str | None:
+        """Why the method refuses the pair, if it does."""
+        return next((r.reason for r in self.results.values() if r.outcome == "refused"), None)
+
+    def __str__(self) -> str:
+        """One line a check."""
+        lines = (
+            f"  {name}: {result.outcome}" + (f" ({result.reason})" if result.reason else "")
+            for name, result in self.results.items()
+        )
+        return "\n".join((self.subject, *lines))
+
+
+def by_name(*checks: Check) -> dict[str, Check]:
+    """Checks by their functions' names, without the underscore."""
+    return {check.__name__.strip("_"): check for check in checks}
+
+
+def run(subject: str, checks: Mapping[str, Check], case: object, known: Mapping[str, str]) -> ConformanceReport:
+    """Run each check on the case, under one seed.
+
+    Raises ConformanceError listing all that fail, and those of `known` that do not; KDError where `known` names none.
+    """
+    if unknown := sorted(known.keys() - checks.keys()):
+        raise KDError(f"known: there is no check {', '.join(unknown)}; the checks are {', '.join(checks)}")
+    results: dict[str, Result] = {}
+    failures: dict[str, str] = {}
+    cause: Exception | None = None
+    for name, check in checks.items():
+        result, error = _run_one(check, case)
+        if name not in known:
+            results[name] = result
+            if error is not None:
+                failures[name] = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+                cause = cause or error
+        elif error is not None:
+            results[name] = Result("known failure", known[name])
+        else:
+            what = f"is left out ({result.reason})" if result.reason else "passes"
+            failures[name] = f"{what}, so it is no known failure: remove the reason ({known[name]})"
+    if failures:
+        lines = "".join(f"\n  {name}: {message}" for name, message in failures.items())
+        raise ConformanceError(f"{subject}: {len(failures)} of {len(checks)} checks failed{lines}") from cause
+    return ConformanceReport(subject, results)
+
+
+def _run_one(check: Check, case: object) -> tuple[Result, Exception | None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        try:
+            check(case)
+        except LeftOut as left_out:
+            return Result("left out", str(left_out)), None
+        except Exception as error:  # whatever a foreign detector raises is a failure of this check alone
+            return Result("passed"), error
+    return Result("passed"), None
