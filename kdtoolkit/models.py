@@ -66,14 +66,18 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object] | None =
 
 
 def construct(factory: Callable[..., object], name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
-    """Call `factory` with `num_classes` and `args`; KDError, with what it takes, where it takes no such arguments."""
+    """Call `factory` with `num_classes` and `args`. Raises KDError where it takes no such arguments, or values."""
     signature = inspect.signature(factory)
     try:
         signature.bind(num_classes=num_classes, **args)
     except TypeError as error:
         allowed = ", ".join(parameter for parameter in signature.parameters if parameter != "num_classes")
         raise KDError(f"model {name!r}: {error}. Its arguments are num_classes, {allowed}") from error
-    model = factory(num_classes=num_classes, **args)
+    try:
+        model = factory(num_classes=num_classes, **args)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in args.items())
+        raise KDError(f"model {name!r} cannot be built from {given or 'its defaults'}: {error}") from error
     if not isinstance(model, nn.Module):
         raise KDError(f"model {name!r} must return a torch.nn.Module; it returned {type(model).__name__}")
     return model
