@@ -73,8 +73,8 @@ def first_of_each_kind():
 
 KINDS = first_of_each_kind()
 # Every method on twins of each kind and on a few mixed pairs, CrossKD on twins of every family: it depends the most on
-# what an adapter does. tests/test_matrix.py runs one step of everything. With ALL_TWINS=1 in the environment every method
-# is checked on twins of every family, which takes a quarter of an hour.
+# what an adapter does. tests/test_matrix.py runs one step of everything. With ALL_TWINS=1 in the environment every
+# method is checked on twins of every family, which takes a quarter of an hour.
 TWINS = FAMILIES if os.environ.get("ALL_TWINS") else KINDS
 PAIRS = [(family, family) for family in TWINS] + list(zip(KINDS[::3], KINDS[1::3], strict=False))
 CASES = [(method, *pair) for method in METHODS for pair in PAIRS]

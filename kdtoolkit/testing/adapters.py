@@ -165,7 +165,7 @@ def _predictions(case: _Case) -> None:
     for name, tensor in outputs(predictions).items():
         shape = tuple(tensor.shape)
         expect(shape == expected[name], f"{name} is {shape}; the spec makes it {expected[name]}")
-    expect_float32(outputs(predictions), "predictions")
+    expect_float32(outputs(predictions), "head")
     kinds = predictions.activation, spec.activation
     expect(kinds[0] == kinds[1], f"activation is {kinds[0]} in predictions, {kinds[1]} in the spec")
 

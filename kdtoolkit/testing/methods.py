@@ -208,7 +208,8 @@ def _vanishing(case: _Case) -> None:
     for name, value in there.items():
         other = elsewhere[name]
         limit = max(ZERO * abs(other), ROUNDING)
-        expect(abs(value) <= limit, f"{name} is {value:g} where the student is the teacher, and {other:g} where not")
+        found = f"{name} is {value:g} where the student is the teacher, and {other:g} where it is not"
+        expect(abs(value) <= limit, found)
         lowest = min(near[name], other)
         expect(lowest >= -limit, f"{name} falls to {lowest:g} near the teacher, so its zero is no minimum")
 
