@@ -255,7 +255,7 @@ class DetectorAdapter(ABC):
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """Tiny detectors with random weights, by family: each is built for a number of classes, without a network.
 
-        What `kd adapters --matrix` and the conformance kit (kdtoolkit/testing.py) run on; any image of 64 px will do.
+        What `kd adapters --matrix` and the conformance kit (kdtoolkit/testing) run on; any image of 64 px will do.
         """
         return {}
 

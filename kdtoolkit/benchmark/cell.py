@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdtoolkit.benchmark.keys import key_of
+from kdtoolkit.benchmark.keys import key_of, library_of
 from kdtoolkit.benchmark.store import CellResult, StoreError, write_result, write_weights, writing
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection, MethodUse
 from kdtoolkit.data import CocoDetection, DetectionDataset, ProceduralShapes, check_same_classes
@@ -188,7 +188,10 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         history=trained.history,
         warnings=trained.warnings,
-        versions={name: version(name) for name in ("kdtoolkit", "torch", "torchvision", "timm")}
+        versions={
+            name: version(name)
+            for name in dict.fromkeys(("kdtoolkit", "torch", "torchvision", "timm", library_of(task.detector.model)[1]))
+        }
         | {"python": platform.python_version()},
         machine=machine(),
         device=torch.cuda.get_device_name() if task.device.startswith("cuda") else "cpu",

@@ -44,7 +44,7 @@ def cell_parts(
 ) -> dict[str, str]:
     """What determines a student: its section, methods, seed and steps, the digests of its data and of its teacher."""
     used = [all_methods()[use.name] for use in methods]
-    _, library = _library(student.model)
+    _, library = library_of(student.model)
     return {
         "detector": digest(student.model_dump(mode="json")),
         "methods": json.dumps([[use.name, use.args] for use in methods]),
@@ -76,7 +76,8 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _library(model: str) -> tuple[tuple[str, ...], str]:
+def library_of(model: str) -> tuple[tuple[str, ...], str]:
+    """The sources of the adapter of a model, by the model's name, and the package that it is made of."""
     return _LIBRARIES.get(model.partition("/")[0], _ANY_LIBRARY)
 
 
@@ -84,7 +85,7 @@ def _library(model: str) -> tuple[tuple[str, ...], str]:
 def source_digest(model: str, extra: tuple[Path, ...] = ()) -> str:
     """Digest of the source that trains and evaluates: kdtoolkit's, the file of a model of one's own, and `extra`."""
     package = Path(kdtoolkit.__file__).parent
-    adapter, _ = _library(model)
+    adapter, _ = library_of(model)
     files = {path for pattern in (*_SOURCES, *adapter) for path in package.glob(pattern)} | set(extra)
     module, is_own, _ = model.partition("?")[0].partition(":")
     if is_own and (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
