@@ -107,9 +107,10 @@ class CrossKD(Method):
         beta: exponent of the quality focal loss.
         box_loss: "giou" (RetinaNet, ATSS), or "iou" (FCOS).
         tap: take the state "after" the activation, as the published results do, or "before" it, as the text reads.
-        priors: whose proposals or queries go through both heads; on grids the two are the same.
+        priors: whose proposals or queries go through both heads; on grids the two are the same. Why the student's:
+            docs/cross_head.md.
         proposal_weight: factor of the same losses on the region proposal networks, where both detectors have one: the
-            student's pyramid goes through the teacher's; 0 leaves it out.
+            student's pyramid goes through the teacher's. It did harm where we tried it; 0 leaves it out.
     """
 
     needs = frozenset({Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
@@ -130,8 +131,8 @@ class CrossKD(Method):
         beta: float = 1.0,
         box_loss: Literal["giou", "iou"] = "giou",
         tap: Literal["after", "before"] = "after",
-        priors: Whose = "teacher",
-        proposal_weight: float = 1.0,
+        priors: Whose = "student",
+        proposal_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.stage = stage

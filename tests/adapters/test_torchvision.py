@@ -349,8 +349,8 @@ def test_the_first_stage_is_a_detector_of_one_class(batch):
     [
         *((family, CrossKD()) for family in GRIDS if family != "torchvision SSD"),
         ("torchvision SSD", CrossKD(stage=0)),
-        *((family, CrossKD(priors=whose)) for family in TWO_STAGE for whose in ("student", "teacher")),
-        ("torchvision Faster R-CNN", CrossKD(stage=0)),
+        *((family, CrossKD(priors=whose, proposal_weight=1.0)) for family in TWO_STAGE for whose in ("student", "teacher")),
+        ("torchvision Faster R-CNN", CrossKD(stage=0, proposal_weight=1.0)),
     ],
 )
 def test_a_student_learns_from_a_teacher_of_its_family(family, method, batch):
@@ -371,7 +371,7 @@ def test_a_student_learns_from_a_teacher_of_its_family(family, method, batch):
 
 def test_a_pass_on_the_teachers_proposals_leaves_batch_norm_alone(batch):
     plain, distilled = tiny("Faster R-CNN v2", 0), tiny("Faster R-CNN v2", 0)
-    for student, methods in ((plain, []), (distilled, [CrossKD()])):
+    for student, methods in ((plain, []), (distilled, [CrossKD(priors="teacher")])):
         student.model.train()
         distiller = Distiller(tiny("Faster R-CNN v2", 1), student, methods)
         torch.manual_seed(5)
