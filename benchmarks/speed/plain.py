@@ -7,6 +7,7 @@ than it reads. tests/benchmarks/test_plain.py holds every reading to the value o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,23 @@ from kdtoolkit.contract import (
     Stage,
     View,
 )
-from kdtoolkit.methods import CWD, FBKD, FGD, LD, MGD, PKD, CrossKD, FitNet, LogitKD, Mimic
+from kdtoolkit.methods import (
+    BCKD,
+    CWD,
+    FBKD,
+    FGD,
+    KDDETR,
+    LD,
+    MGD,
+    PKD,
+    CanKD,
+    CrossKD,
+    DeFeat,
+    DetKDS,
+    FitNet,
+    LogitKD,
+    Mimic,
+)
 from kdtoolkit.methods.fbkd import NonLocal
 from kdtoolkit.methods.fgd import ContextBlock
 
@@ -62,10 +79,17 @@ class Shapes:
         return self.grid[0][0] * self.stride, self.grid[0][1] * self.stride
 
 
+def _boxes(regression: Tensor, priors: Priors) -> Tensor:
+    """Boxes around the priors' centres, whose sides' distances the first bin tells."""
+    centre = (priors.boxes[:, :2] + priors.boxes[:, 2:]) / 2
+    reach = regression[..., 0].exp() * priors.strides[:, None]
+    return torch.cat([centre - reach[..., :2], centre + reach[..., 2:]], -1)
+
+
 def _predictions(logits: Sequence[Tensor], regression: Sequence[Tensor], priors: Priors, bins: int) -> Predictions:
     """Of maps (N, K, H, W) and (N, 4 B, H, W), one a level."""
     flat = [torch.cat([x.flatten(2) for x in maps], 2).transpose(1, 2) for maps in (logits, regression)]
-    return Predictions(flat[0], flat[1].unflatten(2, (4, bins)), priors, lambda regression, priors: regression[..., 0])
+    return Predictions(flat[0], flat[1].unflatten(2, (4, bins)), priors, _boxes)
 
 
 class Detector:
@@ -392,6 +416,103 @@ def logitkd(method: LogitKD, seen: Exchange) -> Terms:
     return {"cls": method.weight * (kl * positive).sum() / positive.sum()}
 
 
+# ---- Later methods
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU of boxes (..., 4), from its definition."""
+    inner = (torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2])).clamp(min=0)
+    intersection = inner[..., 0] * inner[..., 1]
+    area_a, area_b = ((x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (a, b))
+    union = (area_a + area_b - intersection).clamp(min=1e-7)
+    outer = torch.max(a[..., 2:], b[..., 2:]) - torch.min(a[..., :2], b[..., :2])
+    hull = (outer[..., 0] * outer[..., 1]).clamp(min=1e-7)
+    return intersection / union - (hull - union) / hull
+
+
+def defeat(method: DeFeat, seen: Exchange) -> Terms:
+    """A mask of the boxes of each level, box by box; half the mean square inside and outside."""
+    inside, outside, levels = torch.zeros(()), torch.zeros(()), len(method.align)
+    spec, boxes = seen.teacher.spec, seen.teacher.batch.boxes
+    pyramids = zip(seen.student.features, seen.teacher.features, method.align, spec.strides, strict=True)
+    for level, (student, teacher, align, stride) in enumerate(pyramids):
+        images, channels, height, width = teacher.shape
+        mask = torch.zeros(images, height, width)
+        for image in range(images):
+            for x1, y1, x2, y2 in boxes[image].tolist():
+                side = math.sqrt((x2 - x1 + 1) * (y2 - y1 + 1))
+                if min(max(math.floor(math.log2(side / 56 + 1e-6)), 0), levels - 1) != level:
+                    continue
+                left, top = min(int(x1 / stride), width - 1), min(int(y1 / stride), height - 1)
+                right, bottom = min(int(x2 / stride), width), min(int(y2 / stride), height)
+                if right <= left or bottom <= top:
+                    right, bottom = left + 1, top + 1
+                mask[image, top:bottom, left:right] = 1
+        square = (align(student) - teacher) ** 2
+        inside = inside + (square * mask[:, None]).sum() / (mask.sum() * channels).clamp(min=1) / 2
+        outside = outside + (square * (1 - mask[:, None])).sum() / ((1 - mask).sum() * channels).clamp(min=1) / 2
+    return {"object": method.weights[0] * inside / levels, "background": method.weights[1] * outside / levels}
+
+
+def cankd(method: CanKD, seen: Exchange) -> Terms:
+    """Affinities of all of the student's cells to all of the teacher's; instance normalisation of both; MSE."""
+    total = torch.zeros(())
+    for student, teacher, block in zip(seen.student.features, seen.teacher.features, method.attention, strict=True):
+        window = min(teacher.shape[2], 2), min(teacher.shape[3], 2)
+        query = block.theta(student).flatten(2).transpose(1, 2)
+        key = F.max_pool2d(block.phi(teacher), window).flatten(2)
+        value = F.max_pool2d(block.g(teacher), window).flatten(2).transpose(1, 2)
+        found = torch.matmul(torch.matmul(query, key) / key.shape[2], value).transpose(1, 2)
+        added = F.batch_norm(block.out(found.reshape(len(found), -1, *student.shape[2:])), None, None, training=True)
+        mixed = student + block.scale * added
+        total = total + F.mse_loss(F.instance_norm(mixed), F.instance_norm(teacher))
+    return {"feature": method.weight * total}
+
+
+def detkds(method: DetKDS, seen: Exchange) -> Terms:
+    """Channel attention, pooling, the norm over images, mean absolute difference, one after the other."""
+    total = torch.zeros(())
+    for student, teacher in zip(seen.student.features, seen.teacher.features, strict=True):
+        chain = []
+        for x in (student, teacher):
+            attention = x.shape[1] * (x.abs().mean((2, 3)) / method.temperature).softmax(1)
+            x = x * attention.sqrt()[:, :, None, None]
+            x = F.max_pool2d(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)), 2)
+            chain.append(F.normalize(x, dim=0, eps=1e-6))
+        total = total + F.l1_loss(*chain)
+    return {"feature": method.weight * total}
+
+
+def bckd(method: BCKD, seen: Exchange) -> Terms:
+    """Binary cross entropy of each class times the difference of its scores; 1 - GIoU times the largest of them."""
+    student, teacher = seen.student.head.predictions, seen.teacher.head.predictions
+    p, q = student.logits.sigmoid(), teacher.logits.sigmoid()
+    cls = (-(q * p.log() + (1 - q) * (1 - p).log()) * (p - q).abs()).sum()
+    weight = (p - q).abs().max(-1).values.detach()
+    box = (weight * (1 - overlap(student.boxes, teacher.boxes))).sum()
+    count = seen.matched().student_assignment.normaliser
+    return {"cls": method.cls_weight * cls / count, "box": method.box_weight * box / count}
+
+
+def kddetr(method: KDDETR, seen: Exchange) -> Terms:
+    """KL of softened scores, L1 and GIoU of boxes, each weighted by the teacher's largest score."""
+    student, teacher, temperature = seen.student.head.predictions, seen.teacher.head.predictions, method.temperature
+    weight = teacher.logits.sigmoid().max(-1).values
+    p, q = ((x.logits / temperature).softmax(-1) for x in (student, teacher))
+    divergence = (q * (q.log() - p.log())).sum(-1) * temperature**2 / p.shape[-1]
+    scale = torch.tensor([(width, height) * 2 for height, width in seen.student.batch.sizes])[:, None]
+    centred = [
+        torch.cat([(x[..., :2] + x[..., 2:]) / 2, x[..., 2:] - x[..., :2]], -1) / scale
+        for x in (student.boxes, teacher.boxes)
+    ]
+    distance = (centred[0] - centred[1]).abs().mean(-1)
+    return {
+        "cls": method.cls_weight * (weight * divergence).sum(),
+        "box": method.box_weight * (weight * distance).sum() / weight.sum(),
+        "giou": method.giou_weight * (weight * (1 - overlap(student.boxes, teacher.boxes))).sum() / weight.sum(),
+    }
+
+
 CASES: dict[str, tuple[Callable[[], Method], Reading]] = {
     "CrossKD": (CrossKD, crosskd),
     "PKD": (PKD, pkd),
@@ -404,5 +525,10 @@ CASES: dict[str, tuple[Callable[[], Method], Reading]] = {
     "FBKD": (FBKD, fbkd),
     "Mimic": (Mimic, mimic),
     "LogitKD": (LogitKD, logitkd),
+    "DeFeat": (DeFeat, defeat),
+    "CanKD": (CanKD, cankd),
+    "DetKDS": (DetKDS, detkds),
+    "BCKD": (BCKD, bckd),
+    "KDDETR": (KDDETR, kddetr),
 }
 """By name: how the method is made, and its plain reading."""
