@@ -91,7 +91,9 @@ def test_the_spec_tells_the_truth(make, batch):
     assert trace.predictions.logits.shape == (2, 84 * spec.priors_per_cell[0], spec.num_classes)
     assert sum(trace.predictions.priors.per_level) == 84 * spec.priors_per_cell[0]
     assert (
-        (Capability.DISTRIBUTIONS in spec.capabilities) == (len(spec.bins) > 0) == (trace.predictions.regression.ndim == 4)
+        (Capability.DISTRIBUTIONS in spec.capabilities)
+        == (len(spec.bins) > 0)
+        == (trace.predictions.regression.ndim == 4)
     )
     assert (trace.predictions.quality is not None) == (spec.name in ("ATSS", "FCOS"))
     assert pickle.loads(pickle.dumps(spec)) == spec

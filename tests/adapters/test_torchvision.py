@@ -349,7 +349,11 @@ def test_the_first_stage_is_a_detector_of_one_class(batch):
     [
         *((family, CrossKD()) for family in GRIDS if family != "torchvision SSD"),
         ("torchvision SSD", CrossKD(stage=0)),
-        *((family, CrossKD(priors=whose, proposal_weight=1.0)) for family in TWO_STAGE for whose in ("student", "teacher")),
+        *(
+            (family, CrossKD(priors=whose, proposal_weight=1.0))
+            for family in TWO_STAGE
+            for whose in ("student", "teacher")
+        ),
         ("torchvision Faster R-CNN", CrossKD(stage=0, proposal_weight=1.0)),
     ],
 )

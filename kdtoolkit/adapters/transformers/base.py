@@ -9,7 +9,7 @@ Private name used: `TimmBackbone._backbone`, for its strides.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
@@ -161,6 +161,19 @@ class TransformersAdapter(DetectorAdapter):
         else:
             boxes = corners(queries.references.detach().float(), scale)
         return Priors(boxes, boxes.new_zeros(0), context=queries)
+
+    def given_queries(self, priors: Priors, batch: Batch) -> Queries:
+        """The queries of priors handed over, with references at the priors' boxes (N, Q, 4) on this batch's canvas.
+
+        The other detector's may be relative to something else: an image's content, a canvas with other padding.
+        """
+        queries, scale = queries_of(priors), self.scale(batch)[:, None]
+        if queries.references is None or torch.equal(self.priors(queries, batch).boxes, priors.boxes):
+            return queries
+        if queries.references.shape[-1] == 2:
+            return replace(queries, references=priors.boxes[..., :2] / scale[..., :2])
+        boxes: Tensor = _transforms.corners_to_center_format(priors.boxes) / scale
+        return replace(queries, references=boxes)
 
     def predictions(self, logits: Tensor, boxes: Tensor, priors: Priors, batch: Batch) -> Predictions:
         """Predictions from the library's `logits` (N, Q, K) or (N, Q, K + 1) and `pred_boxes` (N, Q, 4)."""

@@ -136,7 +136,7 @@ class _DetrKin(TransformersAdapter):
     def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
         """Decode the own queries, or those of `priors`."""
         memory = self.memory(features, batch)
-        queries = self.queries(memory) if priors is None else queries_of(priors)
+        queries = self.queries(memory) if priors is None else self.given_queries(priors, batch)
         # Contiguous as resumed states are: what is multiplied from other strides differs in its last bits.
         states, references = self._decode(queries.content.contiguous(), 0, queries.references, queries, memory)
         logits, boxes = self._predict(states[-1], references[-1])

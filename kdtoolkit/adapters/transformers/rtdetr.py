@@ -31,10 +31,8 @@ from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
 from kdtoolkit.adapters.transformers.base import (
     Queries,
     TransformersAdapter,
-    corners,
     from_state,
     pixel_mask,
-    queries_of,
     to_state,
 )
 from kdtoolkit.adapters.transformers.detr import tiny_backbone
@@ -194,13 +192,9 @@ class SelectingAdapter(TransformersAdapter):
         return self.select(memory, batch)
 
     def _given(self, priors: Priors, batch: Batch) -> Selection:
-        queries, scale = queries_of(priors), self.scale(batch)[:, None]
+        queries = self.given_queries(priors, batch)
         if queries.references is None:
             raise KDError("these queries have no reference boxes: hand over those of a detector of equal prior_form")
-        # The other detector's canvas may be another: its boxes are known in pixels of this one.
-        if not torch.equal(corners(queries.references.float(), scale), priors.boxes):
-            references = _transforms.corners_to_center_format(priors.boxes) / scale
-            queries = replace(queries, references=references)
         return Selection(self._as_groups(queries), slice(0, queries.content.shape[1]))
 
     def _as_groups(self, held: Held) -> Held:

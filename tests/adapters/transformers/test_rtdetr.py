@@ -17,7 +17,7 @@ from kdtoolkit.adapters.transformers.detr import DabDetrAdapter
 from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.adapters.transformers.rfdetr import LwDetrAdapter, RfDetrAdapter, tiny_lw_detr, tiny_rf_detr
 from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter, tiny
-from kdtoolkit.contract import Capability, PriorKind
+from kdtoolkit.contract import Capability, PriorKind, adapt, adapter_classes
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.methods import PKD, CrossKD
@@ -548,3 +548,16 @@ def test_examples_work_on_any_small_image(cls):
         losses = Distiller(None, adapter).train()([torch.rand(3, 64, 64)], targets)
         assert losses.total.isfinite()
         assert adapter.spec.num_classes == 2
+
+
+def test_queries_lie_at_the_same_pixels_whatever_boxes_are_relative_to():
+    """DAB-DETR's are relative to an image's content, RT-DETR's to the canvas."""
+    examples = {name: make for cls in adapter_classes(load=True) for name, make in cls.examples().items()}
+    torch.manual_seed(0)
+    ours, theirs = adapt(examples["DAB-DETR"](3).eval()), adapt(examples["RT-DETR"](3).eval())
+    images = [torch.rand(3, 64, 96), torch.rand(3, 96, 64)]
+    for receiver, giver in ((ours, theirs), (theirs, ours)):
+        batches = receiver.prepare(images), giver.prepare(images)
+        given = giver.head(giver.features(batches[1]), batches[1]).predictions.priors
+        found = receiver.head(receiver.features(batches[0]), batches[0], given).predictions.priors
+        torch.testing.assert_close(found.boxes, given.boxes, atol=1e-3, rtol=1e-4)
