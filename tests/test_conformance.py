@@ -82,7 +82,12 @@ CASES += [("CrossKD", family, family) for family in FAMILIES if family not in TW
 
 # Checks that fail, by method and teacher.
 EMPTY_BOXES = {"vanishing": "random weights give boxes without area, whose GIoU with themselves is 0"}
-KNOWN = {("CrossKD", "YOLO26"): EMPTY_BOXES}
+OTHER_QUERIES = {"mixed_precision": "in bfloat16 the random detector selects other queries than in float32"}
+KNOWN = {
+    ("CrossKD", "YOLO26"): EMPTY_BOXES,
+    ("Mimic", "YOLO26"): EMPTY_BOXES,
+    ("LogitKD", "LW-DETR"): OTHER_QUERIES,
+}
 
 
 @pytest.mark.parametrize(("method", "student", "teacher"), CASES, ids=lambda name: name.replace(" ", "-"))

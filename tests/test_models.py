@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -61,8 +59,7 @@ def test_arguments_in_the_name_are_overridden_by_arguments():
 
 
 def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ultralytics", None)  # importing it fails
-    monkeypatch.delitem(sys.modules, "kdtoolkit.adapters.ultralytics", raising=False)
+    monkeypatch.setattr("kdtoolkit.models._LIBRARIES", {"ultralytics": ("no_such_library.adapter", "ultralytics")})
     with pytest.raises(KDError, match=r"pip install 'kdtoolkit\[ultralytics\]'"):
         build_model("ultralytics/yolo11n", 3)
 

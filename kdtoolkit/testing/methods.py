@@ -34,7 +34,7 @@ from kdtoolkit.testing.report import SEED, ConformanceReport, LeftOut, Result, b
 
 MethodFactory = Callable[[], Method]
 
-ZERO = 1e-4  # a vanishing term, relative to that of another student: what float32 leaves of it after a head
+ZERO = 1e-3  # a vanishing term, relative to that of another student: what float32 leaves of it after a head
 ROUNDING = 1e-7  # the same where that of another student is hardly more
 BFLOAT16 = 0.3  # relative: terms are differences of detectors that are much alike, and rounded to 8 bits
 SIZES = (8, 16, 32, 64, 128)  # images tried for the smallest that a pair takes

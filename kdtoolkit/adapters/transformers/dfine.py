@@ -22,7 +22,7 @@ from transformers.models.d_fine import modeling_d_fine
 from transformers.models.deimv2 import modeling_deimv2
 
 from kdtoolkit.adapters.transformers.base import Queries, corners
-from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, RTDetrAdapter, tiny
+from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, RTDetrAdapter, stirred
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -58,7 +58,7 @@ class DFineAdapter(RTDetrAdapter):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow D-FINE."""
-        return {"D-FINE": partial(_stirred, DFineForObjectDetection, DFineConfig)}
+        return {"D-FINE": partial(stirred, DFineForObjectDetection, DFineConfig)}
 
     @property
     def spec(self) -> DetectorSpec:
@@ -194,23 +194,13 @@ class Deimv2Adapter(DFineAdapter):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow DEIMv2."""
-        return {"DEIMv2": partial(_stirred, Deimv2ForObjectDetection, Deimv2Config)}
+        return {"DEIMv2": partial(stirred, Deimv2ForObjectDetection, Deimv2Config)}
 
     def encode(self, batch: Batch) -> Sequence[Tensor]:
         """Backbone and encoder: one map a level."""
         model = self.model.model
         encoded: Sequence[Tensor] = model.encoder(model.conv_encoder(batch.images)).feature_maps
         return encoded
-
-
-def _stirred(model: Callable[..., nn.Module], config: Callable[..., Any], num_classes: int) -> nn.Module:
-    """A tiny detector with noise on its weights: of fresh ones, gradients of black images overflow in the library."""
-    built = tiny(model, config, num_classes)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return built
 
 
 ADAPTERS: tuple[type[DetectorAdapter], ...] = (DFineAdapter, Deimv2Adapter)
