@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdtoolkit.contract import DetectorAdapter, DetectorSpec, Method, adapt
 from kdtoolkit.distiller import refusal
-from kdtoolkit.methods import all_methods
+from kdtoolkit.methods import all_methods, published_settings
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def default_arguments(method: type[Method]) -> dict[str, object]:
 
 
 def print_method(method: type[Method], console: Console) -> None:
-    """Print a method's idea, paper, needs, loss terms, and its arguments with their defaults."""
+    """Print a method's idea, paper, needs, loss terms, arguments with their defaults, and other published settings."""
     console.print(f"[bold]{method.__name__}[/]", highlight=False)
     console.print(_reflow(sys.modules[method.__module__].__doc__), highlight=False, markup=False)
     facts = Table(box=None, show_header=False)
@@ -133,6 +133,12 @@ def print_method(method: type[Method], console: Console) -> None:
         arguments.add_row(name, repr(value), described.get(name, ""))
     if arguments.row_count:
         console.print(arguments)
+    if settings := published_settings(method):
+        console.print("\nPublished settings for other detectors, by these names in suites too:\n", highlight=False)
+        table = Table(box=None, show_header=False)
+        for name, make in settings.items():
+            table.add_row(name, inspect.getdoc(make))
+        console.print(table)
 
 
 def _reflow(doc: str | None) -> str:

@@ -128,6 +128,7 @@ def test_a_method_is_explained_with_its_defaults(run):
     assert code == 0
     for part in (CrossKD.paper, "proposal_box", "tap", "'after'", "exponent of the quality focal loss"):
         assert part in out
+    assert "CrossKD.for_fcos" in out
     code, _, err = run("methods", "CrosKD")
     assert (code, "did you mean 'CrossKD'?" in err) == (2, True)
 

@@ -16,7 +16,6 @@ import torch
 
 import kdtoolkit
 from kdtoolkit.benchmark.suite import DetectorSection, MethodUse
-from kdtoolkit.methods import all_methods
 
 # Sources that every cell depends on; the detector's adapter and the methods' own files are added.
 _SOURCES = (
@@ -43,7 +42,6 @@ def cell_parts(
     student: DetectorSection, methods: tuple[MethodUse, ...], seed: int, steps: int, data: str, teacher: str
 ) -> dict[str, str]:
     """What determines a student: its section, methods, seed and steps, the digests of its data and of its teacher."""
-    used = [all_methods()[use.name] for use in methods]
     _, library = library_of(student.model)
     return {
         "detector": digest(student.model_dump(mode="json")),
@@ -54,7 +52,7 @@ def cell_parts(
         "teacher": teacher if methods else "none",
         "torch": torch.__version__,
         "library": f"{library} {version(library)}",
-        "code": source_digest(student.model, tuple(Path(inspect.getfile(method)) for method in used)),
+        "code": source_digest(student.model, tuple(Path(inspect.getfile(use.method)) for use in methods)),
     }
 
 

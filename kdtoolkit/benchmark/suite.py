@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails
 from kdtoolkit.contract import Method
 from kdtoolkit.engine.train import TrainConfig
 from kdtoolkit.errors import KDError
-from kdtoolkit.methods import all_methods
+from kdtoolkit.methods import all_methods, published_settings
 
 BASELINE = "baseline"
 EQUAL_TIME = "baseline (equal time)"
@@ -82,6 +82,8 @@ class _Extras(_Section):
 class MethodUse(_Section):
     """A method and what is changed of its defaults; in YAML `CrossKD` or `{FGD: {foreground_weight: 0.001}}`.
 
+    Published settings for other detectors have names of their own, such as `CrossKD.for_fcos`.
+
     Besides its own arguments each takes those of its weights' schedule, `warmup`, `decay` and `stop`, in steps, and
     `strides`, the levels that it is applied to.
     """
@@ -95,7 +97,7 @@ class MethodUse(_Section):
         name, args = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
         if not isinstance(name, str) or not isinstance(args, dict):
             raise ValueError("write a method as `CrossKD` or, with arguments, as `{FGD: {foreground_weight: 0.001}}`")
-        methods = all_methods()
+        methods = _factories()
         if name not in methods:
             raise ValueError(f"unknown method '{name}'{did_you_mean(name, methods)}; there are {', '.join(methods)}")
         arguments = _signature(methods[name])
@@ -113,9 +115,14 @@ class MethodUse(_Section):
     def _write(self) -> str | dict[str, Any]:
         return {self.name: self.args} if self.args else self.name
 
+    @property
+    def method(self) -> type[Method]:
+        """The method's class."""
+        return all_methods()[self.name.partition(".")[0]]
+
     def build(self) -> Method:
         """The method, ready for a Distiller."""
-        return _build(all_methods()[self.name], self.args)
+        return _build(_factories()[self.name], self.args)
 
 
 class Suite(_Section):
@@ -212,18 +219,26 @@ def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean '{lower[close[0]]}'?)" if close else ""
 
 
-def _signature(method: type[Method]) -> type[BaseModel]:
+def _factories() -> dict[str, Callable[..., Method]]:
+    """All that makes a method, by name: classes, and their published settings."""
+    methods = all_methods()
+    settings = [published_settings(method) for method in methods.values()]
+    return {**methods, **{name: make for each in settings for name, make in each.items()}}
+
+
+def _signature(method: Callable[..., Method]) -> type[BaseModel]:
     """The method's constructor arguments as a model."""
-    hints = typing.get_type_hints(method.__init__)
-    parameters = list(inspect.signature(method.__init__).parameters.values())[1:]
+    made_by: Any = method  # a class, or a class method
+    hints = typing.get_type_hints(made_by.__init__ if isinstance(method, type) else made_by)
     fields: dict[str, Any] = {
-        p.name: (hints[p.name], ... if p.default is inspect.Parameter.empty else p.default) for p in parameters
+        p.name: (hints[p.name], ... if p.default is inspect.Parameter.empty else p.default)
+        for p in inspect.signature(method).parameters.values()
     }
     model: type[BaseModel] = create_model(method.__name__, __base__=_Extras, **fields)
     return model
 
 
-def _build(method: type[Method], args: Mapping[str, Any]) -> Method:
+def _build(method: Callable[..., Method], args: Mapping[str, Any]) -> Method:
     own = {name: value for name, value in args.items() if name not in _Extras.model_fields}
     built = method(**own)
     if schedule := {name: args[name] for name in ("warmup", "decay", "stop") if args.get(name) is not None}:

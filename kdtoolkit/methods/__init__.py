@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from functools import cache
 
 from kdtoolkit.contract import Method, announced
@@ -40,6 +41,7 @@ __all__ = [
     "LogitKD",
     "Mimic",
     "all_methods",
+    "published_settings",
 ]
 
 ENTRY_POINTS = "kdtoolkit.methods"
@@ -60,6 +62,12 @@ def all_methods() -> dict[str, type[Method]]:
     Raises KDError where an announced one cannot be loaded.
     """
     return _own_methods() | {cls.__name__: cls for cls in announced(ENTRY_POINTS)}
+
+
+def published_settings(method: type[Method]) -> dict[str, Callable[[], Method]]:
+    """A method's published settings for other detectors than its defaults are for: `CrossKD.for_fcos` and so on."""
+    names = [name for name in dir(method) if name.startswith("for_")]
+    return {f"{method.__name__}.{name}": getattr(method, name) for name in names}
 
 
 def __getattr__(name: str) -> type[Method]:

@@ -149,7 +149,7 @@ class CrossKD(Method):
 
     @classmethod
     def for_fcos(cls) -> CrossKD:
-        """The published settings for FCOS pairs: i = 2 of 4, no centerness term."""
+        """For FCOS: i = 2 of 4, -log IoU at weight 0.75, classification at 0.4, no centerness term."""
         return cls(stage=-2, cls_weight=0.4, box_weight=0.75, quality_weight=0.0, box_loss="iou")
 
     def _index(self, spec: DetectorSpec) -> int:

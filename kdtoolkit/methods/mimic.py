@@ -51,6 +51,11 @@ class Mimic(Method):
         self.beta = beta
         self.box_loss: Literal["giou", "iou"] = box_loss
 
+    @classmethod
+    def for_fcos(cls) -> Mimic:
+        """For FCOS, as `CrossKD.for_fcos`: -log IoU at weight 0.75, classification at 0.4, no centerness term."""
+        return cls(cls_weight=0.4, box_weight=0.75, quality_weight=0.0, box_loss="iou")
+
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose priors do not correspond one to one, or that predict boxes in other ways."""
         if reason := unlike_priors(student, teacher) or unlike_scores(student, teacher):

@@ -37,7 +37,7 @@ class PKD(Method):
 
     Args:
         weight: factor of the loss summed over levels. 6 is the paper's for RetinaNet-like pairs and the one used with
-            CrossKD on GFL; with CrossKD, 2 is used on FCOS and 1 on ATSS.
+            CrossKD on GFL.
     """
 
     needs = frozenset({Capability.FEATURES})
@@ -50,6 +50,16 @@ class PKD(Method):
     def __init__(self, *, weight: float = 6.0) -> None:
         super().__init__()
         self.weight = weight
+
+    @classmethod
+    def for_fcos(cls) -> PKD:
+        """For FCOS beside CrossKD: weight 2."""
+        return cls(weight=2.0)
+
+    @classmethod
+    def for_atss(cls) -> PKD:
+        """For ATSS beside CrossKD: weight 1."""
+        return cls(weight=1.0)
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride."""

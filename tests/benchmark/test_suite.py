@@ -30,6 +30,20 @@ def test_a_suite_is_read():
     assert suite.methods("baseline") == ()
 
 
+def test_published_settings_for_other_detectors_have_names():
+    use = MethodUse.model_validate("CrossKD.for_fcos")
+    assert use.method is CrossKD
+    built = use.build()
+    assert (built.stage, built.box_loss) == (-2, "iou")
+    assert MethodUse.model_validate({"PKD.for_fcos": {"stop": 9}}).build().schedule == Schedule(stop=9)
+    with pytest.raises(ValidationError, match="unknown key 'weight'"):
+        MethodUse.model_validate({"PKD.for_fcos": {"weight": 3.0}})
+    with pytest.raises(ValidationError, match=r"did you mean 'PKD.for_fcos'"):
+        MethodUse.model_validate("PKD.for_fcs")
+    text = TINY.replace("PKD: [PKD]", "PKD: [PKD.for_fcos]")
+    assert parse_suite(parse_suite(text, "mine.yaml").to_yaml(), "copy.yaml") == parse_suite(text, "mine.yaml")
+
+
 def test_what_is_written_reads_back():
     suite = parse_suite(TINY, "mine.yaml")
     assert parse_suite(suite.to_yaml(), "copy.yaml") == suite
