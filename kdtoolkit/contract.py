@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal, Self, TypedDict
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.errors import KDError
+from kdtoolkit.errors import IncompatibleError, KDError
 
 
 class Capability(enum.StrEnum):
@@ -190,6 +190,12 @@ class Predictions:
         """Class probabilities (N, A, K), without background."""
         return self.logits.sigmoid() if self.activation == "sigmoid" else self.logits.softmax(-1)[..., :-1]
 
+    @property
+    def scores(self) -> Tensor:
+        """The largest class probability of each prior (N, A)."""
+        # A sigmoid keeps the order of classes, so that one value of each prior needs it.
+        return self.logits.amax(-1).sigmoid() if self.activation == "sigmoid" else self.probabilities.amax(-1)
+
 
 State = Mapping[str, tuple[Tensor, ...]]
 """A hidden state of the head: for each branch one tensor a level, channels in dim 1."""
@@ -270,7 +276,7 @@ class DetectorAdapter(ABC):
 
     @abstractmethod
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Run backbone and neck: one (N, C, H, W) a level, finest first."""
+        """Run backbone and neck: one (N, C, H, W) a level, finest first; of DETR kin what the decoder takes."""
 
     @abstractmethod
     def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
@@ -334,7 +340,10 @@ Whose = Literal["student", "teacher"]
 
 
 class Matched:
-    """Both heads on the same priors: states and predictions of `student` and `teacher` correspond one to one."""
+    """Both heads on the same priors: states and predictions of `student` and `teacher` correspond one to one.
+
+    Boxes of each are on its own detector's canvas; `teacher_boxes` are the teacher's on the student's.
+    """
 
     def __init__(self, student: View, teacher: View) -> None:
         self._views = student, teacher
@@ -361,6 +370,15 @@ class Matched:
         with torch.no_grad():
             return teacher.adapter.assign(teacher.head, teacher.batch)
 
+    @property
+    def teacher_boxes(self) -> Tensor:
+        """The teacher's decoded boxes (N, A, 4), in pixels of the student's canvas."""
+        student, teacher = self._views
+        boxes = self.teacher.predictions.boxes
+        return (
+            boxes if student.batch.sizes == teacher.batch.sizes else boxes * _scale(student.batch, teacher.batch, boxes)
+        )
+
     def finish_with_teacher(self, state: State, stage: int) -> Predictions:
         """Cross-head predictions: the teacher's head, resumed from a student's `state` at the teacher's `stage`.
 
@@ -380,10 +398,19 @@ class Exchange:
     def matched(self, whose: Whose = "teacher") -> Matched:
         """Both heads on the same priors: on a grid each head's own pass, else with the priors of one of the two.
 
-        Proposals and queries need a second pass of the other detector's head, run at the first call. Only for pairs
-        whose priors correspond: both on a grid, or of equal `prior_form`.
+        Proposals and queries need a second pass of the other detector's head, run at the first call. Raises
+        IncompatibleError for pairs whose priors do not correspond: those on a grid do, and those of equal `prior_form`.
         """
         student, teacher = self.student, self.teacher
+        ours, theirs = student.spec, teacher.spec
+        if not (ours.priors.on_grid and theirs.priors.on_grid) and (
+            (ours.priors, ours.prior_form) != (theirs.priors, theirs.prior_form)
+        ):
+            raise IncompatibleError(
+                f"{ours.priors} of {ours.name} (student) and {theirs.priors} of {theirs.name} (teacher) do not "
+                "correspond: a method that compares them refuses such pairs (`unlike_priors` of "
+                "kdtoolkit.methods._common)"
+            )
         if student.spec.priors.on_grid:
             whose = "teacher"
         if whose not in self._matched:
@@ -419,16 +446,14 @@ def _on_priors_of(view: View, other: View) -> View:
     """The view with its head run on the other one's priors, brought to the scale of its own images."""
     priors = other.head.predictions.priors
     if view.batch.sizes != other.batch.sizes:
-        scale = torch.tensor(
-            [
-                (width / other_width, height / other_height) * 2
-                for (height, width), (other_height, other_width) in zip(
-                    view.batch.sizes, other.batch.sizes, strict=True
-                )
-            ]
-        ).to(priors.boxes)
-        priors = replace(priors, boxes=priors.boxes * scale[:, None])
+        priors = replace(priors, boxes=priors.boxes * _scale(view.batch, other.batch, priors.boxes))
     return View(view.adapter, view.batch, view.features, view.adapter.head(view.features, view.batch, priors))
+
+
+def _scale(batch: Batch, other: Batch, like: Tensor) -> Tensor:
+    """Factors (N, 1, 4) from boxes on the canvas of `other` to those on that of `batch`."""
+    sizes, others = (torch.tensor([(w, h) * 2 for h, w in each.sizes]).to(like) for each in (batch, other))
+    return (sizes / others)[:, None]
 
 
 @dataclass(frozen=True)
@@ -466,13 +491,14 @@ class Method(nn.Module, ABC):
 
     `needs`: what both detectors must show; settings of an instance may ask for other things. `terms`: the names of its
     loss terms; `vanishing`: those of them that are zero where the student shows what the teacher shows. `paper`: where
-    it comes from.
+    it comes from. `compares_classes`: whether, needing more than features, it needs detectors of the same classes.
     """
 
     needs: frozenset[Capability]
     terms: ClassVar[tuple[str, ...]]
     vanishing: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str]
+    compares_classes: bool = True
     schedule: Schedule = Schedule()
     strides: tuple[int, ...] = ()
 
@@ -500,7 +526,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """The weighted loss terms of one step, each a float32 scalar, by the names in `terms`."""
+        """The weighted loss terms of one step, float32 scalars, by names of `terms`, of which some may be missing."""
 
 
 ENTRY_POINTS = "kdtoolkit.adapters"

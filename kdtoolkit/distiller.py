@@ -42,12 +42,12 @@ def refusal(method: type[Method] | Method, student: DetectorSpec, teacher: Detec
     for role, spec in (("student", student), ("teacher", teacher)):
         if missing := sorted(method.needs - spec.capabilities):
             return f"it needs {', '.join(missing)}, which the {role} ({spec.name}) does not show"
-    if method.needs & _HEAD and student.num_classes != teacher.num_classes:
+    built = method() if isinstance(method, type) else method
+    if method.needs & _HEAD and built.compares_classes and student.num_classes != teacher.num_classes:
         return (
             f"it compares class scores, and the student has {student.num_classes} classes, "
             f"the teacher {teacher.num_classes}"
         )
-    built = method() if isinstance(method, type) else method
     for role, spec in (("student", student), ("teacher", teacher)):
         if absent := sorted(set(built.strides) - set(spec.strides)):
             return f"it is to work at strides {absent}, and the {role} ({spec.name}) has levels of {spec.strides}"
@@ -136,6 +136,9 @@ class Distiller(nn.Module):
         teacher = self.teacher_adapter
         assert teacher is not None  # methods without a teacher are refused at construction
         teacher.model.eval()  # whoever called train() on a module that holds it meanwhile
+        if teacher.spec.num_classes != self.student_adapter.spec.num_classes:
+            # Its classes are others: what is left to learn from it does not ask for any, and it may have fewer of them.
+            targets = [Target(boxes=t["boxes"], labels=torch.zeros_like(t["labels"])) for t in targets]
         batch = teacher.prepare(images, targets)
         features = teacher.features(batch)
         trace = teacher.head(features, batch) if with_head else None
@@ -207,15 +210,20 @@ def lay_over(student: View, teacher: View, needs: frozenset[Capability]) -> tupl
     if on_grids or (not even and Capability.FEATURES in needs):
         (height, width), (other_height, other_width) = (view.batch.images.shape[-2:] for view in (student, teacher))
         raise IncompatibleError(
-            f"the two detectors bring this batch to canvases of other extents: {student.spec.name} (student) to "
-            f"{width} x {height} px, {teacher.spec.name} (teacher) to {other_width} x {other_height} px, with other "
-            "shares of padding, so that their cells do not correspond. Use images of a size that neither pads (a "
-            "common multiple of what they pad to), and let both resize alike"
+            f"the two detectors show this batch, of images of {_sizes(student.batch)} (height, width), with other "
+            f"shares of padding: {student.spec.name} (student) on a canvas of {width} x {height} px, "
+            f"{teacher.spec.name} (teacher) of {other_width} x {other_height} px, so that their cells do not "
+            "correspond. Use images of a size that neither pads (a common multiple of what they pad to), and let both "
+            "resize alike"
         )
     if not even:
         return student, teacher
     cut = [_cut(view, share[0].tolist()) for view, share in zip((student, teacher), shares, strict=True)]
     return cut[0], cut[1]
+
+
+def _sizes(batch: Batch) -> str:
+    return ", ".join(map(str, dict.fromkeys(batch.original_sizes)))
 
 
 def _extents(batch: Batch) -> Tensor:

@@ -180,7 +180,7 @@ def _try(method: type[Method], student: View | str, teacher: View | str) -> Cell
             return Cell(Outcome.REFUSED, reason)
         torch.manual_seed(SEED)
         instance = method()
-        instance.setup(student.spec, teacher.spec)
+        instance.setup(*(view.spec.at_strides(instance.strides) for view in (student, teacher)))
         exchange = Exchange(*lay_over(student, teacher, method.needs)).at_strides(instance.strides)
         terms = instance.to(student.features[0].device)(exchange)
         total = torch.stack([*terms.values()]).sum()
@@ -211,16 +211,22 @@ def print_matrix(matrix: Matrix, console: Console, method: str | None = None) ->
     Raises KDError where there is no such method.
     """
     if method is None:
-        console.print(_overview(matrix))
+        _print_whole(_overview(matrix), console)
         console.print(_by_method(matrix))
         console.print(_summary(matrix))
         return
     if method not in matrix.methods:
         raise KDError(f"no method {method!r}; there are {', '.join(matrix.methods)}")
-    console.print(_grid(matrix, method))
+    _print_whole(_grid(matrix, method), console)
     for number, reason in enumerate(matrix.reasons(method), 1):
         console.print(f"{number:>3}  {escape(reason)}")
     console.print(_summary(matrix, method))
+
+
+def _print_whole(table: Table, console: Console) -> None:
+    """Print all columns, in lines longer than a narrow terminal's if need be: it would leave some out."""
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    console.print(table, width=max(needed, console.width), crop=False, no_wrap=True)
 
 
 def _numbered(matrix: Matrix, title: str) -> Table:

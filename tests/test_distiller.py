@@ -181,6 +181,17 @@ def test_other_class_counts_are_refused_with_what_would_work():
     with pytest.raises(IncompatibleError, match=r"student has 3 classes, the teacher 5\. .*work for this pair: .*PKD"):
         Distiller(tiny_gfl(seed=1, num_classes=5), tiny_gfl(seed=2), [CrossKD()])
     Distiller(tiny_gfl(seed=1, num_classes=5), tiny_gfl(seed=2), [PKD()])
+    Distiller(tiny_gfl(seed=1, num_classes=5), tiny_gfl(seed=2), [LD()])
+    with pytest.raises(IncompatibleError, match="it compares class scores"):
+        Distiller(tiny_gfl(seed=1, num_classes=5), tiny_gfl(seed=2), [LD(cls_weight=1.0)])
+
+
+def test_a_teacher_may_know_fewer_classes_than_the_ground_truth_has(batch):
+    images, targets = batch
+    targets = [{**t, "labels": torch.full_like(t["labels"], 4)} for t in targets]
+    losses = Distiller(tiny_gfl(seed=1, num_classes=2), tiny_gfl(seed=2, num_classes=5), [PKD(), LD()])(images, targets)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert losses["ld/main"] > 0
 
 
 def test_other_strides_are_refused():

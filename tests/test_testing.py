@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.contract import Capability, DetectorAdapter, HeadTrace, Method, PriorKind
 from kdtoolkit.errors import KDError
+from kdtoolkit.matrix import families
 from kdtoolkit.methods import LD, PKD, CrossKD
 from kdtoolkit.testing import ADAPTER_CHECKS, METHOD_CHECKS, ConformanceError, check_adapter, check_method
 from tests.conftest import tiny_atss, tiny_fcos, tiny_gfl, tiny_retinanet
@@ -578,6 +579,14 @@ class ChangesTheTeacher(Squares):
         return {"feature": self.loss(exchange)}
 
 
+class WritesToWhatIsShown(Squares):
+    """shown_untouched"""
+
+    def loss(self, exchange):
+        exchange.teacher.features[-1].mul_(2)
+        return super().loss(exchange)
+
+
 class MinimumAboveZero(Squares):
     """vanishing"""
 
@@ -755,6 +764,18 @@ def test_a_factory_may_be_any_function():
     report = check_method(lambda: CrossKD(stage=1, tap="before"), tiny_gfl(seed=0), tiny_gfl(seed=1))
     assert report.subject == "CrossKD from GFL to GFL"
     assert report.results["vanishing"].outcome == "passed"
+
+
+def test_a_method_of_some_levels_is_checked_on_those():
+    report = check_method(lambda: PKD().at_strides(16), gfl(), gfl())
+    assert report.refused is None
+    assert report.results["vanishing"].outcome == "passed"
+
+
+def test_images_of_equal_sizes_are_tried_where_others_are_refused():
+    torch.manual_seed(0)
+    ssd = families()["torchvision SSD"](3)
+    assert check_method(PKD, tiny_gfl(seed=0, num_classes=3), ssd).refused is None
 
 
 def test_known_failures_of_methods_need_a_reason_and_to_fail():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.boxes import elementwise_giou, elementwise_iou
 from kdtoolkit.contract import Assignment, DetectorSpec, Predictions, Priors
-from kdtoolkit.errors import IncompatibleError
+from kdtoolkit.errors import IncompatibleError, KDError
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -118,11 +118,23 @@ def assignment_at_rows(assignment: Assignment, rows: Tensor) -> Assignment:
     )
 
 
+class Projection(nn.Conv2d):
+    """A learned 1x1 convolution of maps (N, C, H, W), in float32 also under autocast."""
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__(student_channels, teacher_channels, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C', H, W)."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
 def projection(student_channels: int, teacher_channels: int) -> nn.Module:
-    """A learned 1x1 convolution from the student's channels to the teacher's; nothing where they are equal."""
+    """A `Projection` from the student's channels to the teacher's; nothing where they are equal."""
     if student_channels == teacher_channels:
         return nn.Identity()
-    return nn.Conv2d(student_channels, teacher_channels, 1)
+    return Projection(student_channels, teacher_channels)
 
 
 class StateProjection(nn.Conv2d):
@@ -168,9 +180,17 @@ def distribution_kl(student_logits: Tensor, teacher_logits: Tensor, temperature:
     return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
 
 
+def check_beta(method: str, beta: float) -> float:
+    """The exponent of `quality_focal_kd` itself. Raises KDError for one with which the gradient may be infinite."""
+    if beta != 0 and not beta >= 1:
+        raise KDError(f"{method}(beta={beta}): must be 0, or 1 and more")
+    return beta
+
+
 def quality_focal_kd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
     """Quality focal loss towards the teacher's scores, elementwise in float32, for logits of any equal shape.
 
+    `beta` is 0, or 1 and more: between them the gradient is infinite where both scores are equal.
     BCE(s, sigmoid(t)) * |sigmoid(s) - sigmoid(t)|^beta. Source: GFL (arXiv 2006.04388), equation 7, soft target.
     """
     student_logits, target = student_logits.float(), teacher_logits.detach().float().sigmoid()
@@ -195,7 +215,7 @@ def box_kd(
     Distributions: KL averaged over the four sides, divided by the sum of the weights. Else: 1 - GIoU, or -log IoU,
     of decoded boxes, divided by the normaliser of the teacher's assignment.
     """
-    weight = teacher.probabilities.amax(-1).float() * assignment.weights
+    weight = teacher.scores * assignment.weights
     if teacher.regression.ndim == 4:
         divergence = distribution_kl(student.regression, teacher.regression, temperature=1.0).mean(-1)
         return weight * divergence, weight.sum()

@@ -32,6 +32,7 @@ from kdtoolkit.contract import (
 from kdtoolkit.methods._common import (
     StateProjection,
     channel_statistics,
+    check_beta,
     no_shared_level,
     prediction_losses,
     resize_like,
@@ -104,7 +105,7 @@ class CrossKD(Method):
         distribution_weight: factor of the localisation term where boxes are distributions (GFL: 4).
         box_weight: factor of the localisation term where they are not (RetinaNet, ATSS: 1; FCOS 0.75).
         quality_weight: factor of the centerness term (ATSS: 1; FCOS 0); there is none without such a branch.
-        beta: exponent of the quality focal loss.
+        beta: exponent of the quality focal loss, 0, or 1 and more.
         box_loss: "giou" (RetinaNet, ATSS), or "iou" (FCOS).
         tap: take the state "after" the activation, as the published results do, or "before" it, as the text reads.
         priors: whose proposals or queries go through both heads; on grids the two are the same. Why the student's:
@@ -140,7 +141,7 @@ class CrossKD(Method):
         self.distribution_weight = distribution_weight
         self.box_weight = box_weight
         self.quality_weight = quality_weight
-        self.beta = beta
+        self.beta = check_beta("CrossKD", beta)
         self.box_loss: Literal["giou", "iou"] = box_loss
         self.tap = tap
         self.priors: Whose = priors

@@ -44,7 +44,8 @@ class CWD(Method):
     """Imitate where each channel of the teacher's pyramid, or of its class logits, is active.
 
     Args:
-        weight: factor of the loss summed over levels. 10 is the published setting for features of detectors.
+        weight: factor of the loss summed over levels. 10 is mmrazor's setting for features; published results have
+            5, for the features of RetinaNet's four finest levels and for GFL's class logits.
         temperature: of the softmax over cells.
         on: "features", or "logits": for detectors on grids with as many priors a cell.
     """
@@ -65,6 +66,11 @@ class CWD(Method):
         self.on = on
         self.weight = weight
         self.temperature = temperature
+
+    @classmethod
+    def for_logits(cls) -> CWD:
+        """For class logits, as published for GFL: weight 5."""
+        return cls(weight=5.0, on="logits")
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride; for logits, those without corresponding maps."""

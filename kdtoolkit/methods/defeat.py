@@ -98,21 +98,25 @@ class DeFeat(Method):
             self.align.append(convolution)
 
     def regions(
-        self, boxes: Sequence[Tensor], strides: Sequence[int], sizes: Sequence[tuple[int, int]]
+        self, boxes: Sequence[Tensor], strides: Sequence[int], levels: Sequence[int], sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        """The object region (N, H, W) bool of each level, of `strides` in pixels and (H, W) `sizes`."""
+        """The object region (N, H, W) bool of some `levels`, of (H, W) `sizes`, of a pyramid of `strides` in pixels."""
         padded = pad_sequence(list(boxes), batch_first=True, padding_value=torch.nan).float()
-        level_of = levels_of(padded.nan_to_num(), len(sizes))[..., None]
+        level_of = levels_of(padded.nan_to_num(), len(strides))[..., None]
         return [
-            object_region(torch.where(level_of == i, padded, torch.nan), stride, height, width)
-            for i, (stride, (height, width)) in enumerate(zip(strides, sizes, strict=True))
+            object_region(torch.where(level_of == level, padded, torch.nan), strides[level], height, width)
+            for level, (height, width) in zip(levels, sizes, strict=True)
         ]
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`object` and `background`: weighted means over levels."""
         student, teacher = exchange.student.features, [exchange.teacher.features[t] for _, t in self.levels]
-        strides = [exchange.teacher.spec.strides[t] for _, t in self.levels]
-        regions = self.regions(exchange.teacher.batch.boxes, strides, [(x.shape[2], x.shape[3]) for x in teacher])
+        # Whichever levels are compared, boxes belong to those of the whole pyramid.
+        strides = exchange.teacher.adapter.spec.strides
+        shown = [i for i, stride in enumerate(strides) if stride in exchange.teacher.spec.strides]
+        levels = [shown[t] for _, t in self.levels]
+        sizes = [(x.shape[2], x.shape[3]) for x in teacher]
+        regions = self.regions(exchange.teacher.batch.boxes, strides, levels, sizes)
         with torch.autocast(teacher[0].device.type, enabled=False):
             losses = [
                 torch.stack(decoupled_losses(resize_like(align(student[s].float()), t), t, region))

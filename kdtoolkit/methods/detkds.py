@@ -1,12 +1,14 @@
 """DetKDS: the feature distiller found by search for detectors (Li et al., ICML 2024, openreview SBR8Gwe1E2).
 
 The paper searches transformations and distances of what is compared. For the whole pyramid it found one chain for
-GFL, RetinaNet, FCOS and Faster R-CNN alike: weigh channels by attention, f * sqrt(C softmax(mean |f| / T)); take the
-maximum of each 2 x 2 cells; divide each value by its L2 norm over the images of the batch; mean absolute difference.
+GFL, RepPoints, RetinaNet, FCOS and Faster R-CNN with ResNet teachers: weigh channels by attention,
+f * sqrt(C softmax(mean |f| / T)); take the maximum of each 2 x 2 cells; divide each value by its L2 norm over the
+images of the batch; mean absolute difference.
 
-Follows the published configurations (lliai/DetKDS @9e43bfa). For GFL this is all; for the others they add terms on
-boxes, which are not here. The norm is at least 1e-6, not 1e-12: where a value is 0 in all images, the gradient would be
-1e12 times the loss's.
+Follows the published configurations (lliai/DetKDS @9e43bfa). For GFL and RepPoints this is all; for the others they add
+terms on boxes or logits, which are not here. Its figure for GFL, 43.7, is of a student trained twice as long, on
+several scales, and started from the teacher's neck and head. The norm is at least 1e-6, not 1e-12: where a value is 0
+in all images, the gradient would be 1e12 times the loss's.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
+from kdtoolkit.errors import IncompatibleError
 from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
 
 
@@ -41,7 +44,7 @@ def normalise_over_images(x: Tensor, eps: float = 1e-6) -> Tensor:
 def detkds_loss(student: Tensor, teacher: Tensor, temperature: float = 0.5) -> Tensor:
     """Mean absolute difference of maps (N, C, H, W) after the chain found by search: a scalar, in float32.
 
-    No gradient reaches the teacher. With one image only signs are left of the values, and no gradient.
+    No gradient reaches the teacher. One image alone, divided by itself, leaves signs without gradient.
     """
     student, teacher = (
         normalise_over_images(pool(weigh_channels(x.float(), temperature))) for x in (student, teacher.detach())
@@ -82,7 +85,12 @@ class DetKDS(Method):
         self.align = projections(self.levels, student, teacher)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`feature`: the weighted loss, summed over levels."""
+        """`feature`: the weighted loss, summed over levels.
+
+        Raises IncompatibleError for a batch of one image, in which there is nothing to compare.
+        """
+        if len(exchange.teacher.features[0]) < 2:
+            raise IncompatibleError("DetKDS compares the images of a batch: train with batches of two or more a device")
         student, teacher = exchange.student.features, exchange.teacher.features
         losses = [
             detkds_loss(resize_like(align(student[s]).float(), teacher[t]), teacher[t], self.temperature)

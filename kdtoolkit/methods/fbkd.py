@@ -92,7 +92,8 @@ class Connector(nn.Module):
 class FBKD(Method):
     """Imitate the teacher's pyramid where it looks, its means, and the relations between its cells.
 
-    Relations are to one key in 64 x 64 pixels, or in 4 x 4 cells where that is more: the published setting.
+    Relations are to one key in 64 x 64 pixels, or in 4 x 4 cells where that is more: the published setting. The default
+    weights are mmrazor's for Faster R-CNN.
 
     Args:
         temperature: of the attention.

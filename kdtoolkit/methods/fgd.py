@@ -227,12 +227,13 @@ class ContextBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        inner = max(channels // 2, 1)
         self.mask = nn.Conv2d(channels, 1, 1)
         self.add = nn.Sequential(
-            nn.Conv2d(channels, channels // 2, 1),
-            nn.LayerNorm([channels // 2, 1, 1]),
+            nn.Conv2d(channels, inner, 1),
+            nn.LayerNorm([inner, 1, 1]),
             nn.ReLU(),
-            nn.Conv2d(channels // 2, channels, 1),
+            nn.Conv2d(inner, channels, 1),
         )
         nn.init.kaiming_normal_(self.mask.weight)
         for parameter in (self.mask.bias, self.add[3].weight, self.add[3].bias):
@@ -309,6 +310,11 @@ class FGD(Method):
     def for_faster_rcnn(cls) -> FGD:
         """For Faster R-CNN: alpha and gamma 5e-5, beta 2.5e-5, lambda 5e-7."""
         return cls(foreground_weight=5e-5, background_weight=2.5e-5, attention_weight=5e-5, global_weight=5e-7)
+
+    @classmethod
+    def for_yolox(cls) -> FGD:
+        """For YOLOX: alpha 2e-3, beta and gamma 1e-3, lambda 1e-5."""
+        return cls(foreground_weight=2e-3, background_weight=1e-3, attention_weight=1e-3, global_weight=1e-5)
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride."""

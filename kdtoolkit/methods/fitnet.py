@@ -16,7 +16,6 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from kdtoolkit.boxes import centres, pairwise_iou
 from kdtoolkit.contract import Batch, Capability, DetectorSpec, Exchange, Method, PriorKind, Priors
@@ -40,9 +39,9 @@ def imitation_loss(student: Tensor, teacher: Tensor, region: Tensor | None = Non
 
 def box_region(priors: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """Which priors (A, 4) have their centre strictly inside a box of the image: (N, A) bool. `boxes`: (G, 4) each."""
-    padded = pad_sequence(list(boxes), batch_first=True)[:, None]  # (N, 1, G, 4); zeros hold no centre
     points = centres(priors)[:, None]
-    return ((points > padded[..., :2]) & (points < padded[..., 2:])).all(-1).any(-1)
+    # Image by image, here and below: a batch filled up to the most boxes of an image is several times as much to keep.
+    return torch.stack([((points > own[:, :2]) & (points < own[:, 2:])).all(-1).any(-1) for own in boxes])
 
 
 def fine_grained_region(priors: Tensor, boxes: Sequence[Tensor], valid: Tensor, share: float = 0.5) -> Tensor:
@@ -54,9 +53,11 @@ def fine_grained_region(priors: Tensor, boxes: Sequence[Tensor], valid: Tensor, 
         valid: (N, A) bool, False where a prior lies in the batch's padding.
         share: the paper's psi.
     """
-    padded = pad_sequence(list(boxes), batch_first=True)  # zeros overlap nothing
-    iou = pairwise_iou(priors, padded) * valid[..., None]  # (N, A, G)
-    return (iou > share * iou.amax(1, keepdim=True)).any(-1)
+    regions = []
+    for own, real in zip(boxes, valid, strict=True):
+        iou = pairwise_iou(priors, own) * real[:, None]  # (A, G)
+        regions.append((iou > share * iou.amax(0)).any(-1))
+    return torch.stack(regions)
 
 
 def on_image(priors: Priors, batch: Batch) -> Tensor:
@@ -69,7 +70,7 @@ class FitNet(Method):
     """Imitate the teacher's features.
 
     Args:
-        weight: factor of the loss summed over levels.
+        weight: factor of the loss summed over levels; 2 is LD's for its imitation terms on GFL.
         region: "whole" map; cells with a prior inside "boxes"; or "fine-grained": with an anchor that overlaps a
             box well. The latter two need the student's priors, on a grid.
     """

@@ -6,8 +6,9 @@ sampling. Queries weigh w, the teacher's largest class probability, since most a
 and L1 and GIoU of boxes averaged by w.
 
 Formulas and weights follow the public code for DAB-DETR (Myleswork/KD-DETR @eecf170). There the predictions of each of
-the student's decoder layers are compared, here the last layer's; and the paper's further, random queries are left out.
-Classification is a sum over the queries of the batch, as it is there.
+the student's six decoder layers are compared with the teacher's last and summed; here those of the last layer alone,
+a sixth of the terms. The paper's further, random queries are left out. Classification is a sum over the queries of the
+batch, as it is there (published with 2 images a GPU), so it grows with the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdtoolkit.boxes import elementwise_giou
-from kdtoolkit.contract import Batch, Capability, DetectorSpec, Exchange, Method, PriorKind, Whose
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, PriorKind, Whose
 from kdtoolkit.methods._common import EPS, distribution_kl, unlike_priors, unlike_scores
 
 
@@ -90,17 +91,14 @@ class KDDETR(Method):
         """`cls`, `box` and `giou`, weighted."""
         pair = exchange.matched(self.priors)
         student, teacher = pair.student.predictions, pair.teacher.predictions
-        weight = teacher.probabilities.detach().float().amax(-1)
+        weight = teacher.scores.detach()
         divergence = class_divergence(student.logits, teacher.logits, self.temperature)
-        scale, teacher_scale = (_scale(view.batch, weight) for view in (exchange.student, exchange.teacher))
-        distance, overlap = box_distances(student.boxes, teacher.boxes / teacher_scale * scale, scale)
+        sizes = exchange.student.batch.sizes
+        scale = weight.new_tensor([(width, height) * 2 for height, width in sizes])[:, None]
+        distance, overlap = box_distances(student.boxes, pair.teacher_boxes, scale)
         total = weight.sum().clamp(min=EPS)
         return {
             "cls": self.cls_weight * (weight * divergence).sum(),
             "box": self.box_weight * (weight * distance).sum() / total,
             "giou": self.giou_weight * (weight * overlap).sum() / total,
         }
-
-
-def _scale(batch: Batch, like: Tensor) -> Tensor:
-    return like.new_tensor([(width, height) * 2 for height, width in batch.sizes])[:, None]

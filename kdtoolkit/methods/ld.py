@@ -133,7 +133,8 @@ class LD(Method):
     On grids that share some strides, it works on those; bins, and where priors lie in their cells, may differ.
 
     By default the main region alone, the paper's conference version. The journal version's settings for GFL are
-    `valuable_weight=0.25, cls_weight=10`.
+    `valuable_weight=0.25, cls_weight=10`. Box terms are sums over positions, published with 2 or 3 images a GPU, so
+    they grow with the batch.
 
     Args:
         weight: factor of the main region's term.
@@ -162,6 +163,7 @@ class LD(Method):
         self.temperature = temperature
         self.valuable_weight = valuable_weight
         self.cls_weight = cls_weight
+        self.compares_classes = cls_weight != 0
         self.cls_temperature = cls_temperature
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
@@ -201,19 +203,20 @@ class LD(Method):
         """
         student, teacher, assignment, matching = self._corresponding(exchange)
         positive = assignment.positive(exchange.student.spec.num_classes)
-        score = student.probabilities.detach().float().amax(-1)
         divergence = side_divergence(
             student.regression[positive], teacher.regression[positive], self.temperature, matching
         )
-        main = (score[positive] * divergence).sum()
+        main = (student.scores.detach()[positive] * divergence).sum()
         terms = {"main": self.weight * main}
         if self.valuable_weight:
             anchors = student.priors.boxes
             if exchange.student.spec.priors is PriorKind.POINTS:
                 reach = student.priors.strides[:, None] * POINT_SIDE / 2
                 anchors = anchors + torch.cat([-reach, -reach, reach, reach], 1)
-            region = valuable_region(
-                anchors, exchange.student.batch.boxes, assignment.weights > 0, student.priors.per_level
+            # Image by image: a batch filled up to the most boxes of an image is several times as much to keep.
+            images = zip(exchange.student.batch.boxes, assignment.weights > 0, strict=True)
+            region = torch.cat(
+                [valuable_region(anchors, [own], real[None], student.priors.per_level) for own, real in images]
             )
             inside = region > 0
             divergence = side_divergence(

@@ -71,7 +71,8 @@ class LogitKD(Method):
         temperature: divides logits of both (1; DKD's own experiments on detectors use 1 as well).
         target_weight: DKD's alpha, of the target class (1).
         others_weight: DKD's beta, of the others (0.25 on detectors, 8 on ImageNet's classifiers).
-        priors: whose proposals or queries go through both heads; on grids the two are the same.
+        priors: whose proposals or queries go through both heads: the student's, in training those that it samples,
+            as in DKD's experiments on detectors. On grids the two are the same.
     """
 
     needs = frozenset({Capability.PREDICTIONS, Capability.ASSIGNMENT})
@@ -87,7 +88,7 @@ class LogitKD(Method):
         temperature: float = 1.0,
         target_weight: float = 1.0,
         others_weight: float = 0.25,
-        priors: Whose = "teacher",
+        priors: Whose = "student",
     ) -> None:
         super().__init__()
         if kind not in get_args(Kind):

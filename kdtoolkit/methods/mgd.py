@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
+from kdtoolkit.errors import KDError
 from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
 
 
@@ -33,6 +34,8 @@ def generator(channels: int) -> nn.Sequential:
 class MGD(Method):
     """Generate the teacher's pyramid from the student's, with part of its cells blanked at random.
 
+    Defaults are the published ones for RetinaNet.
+
     Args:
         weight: factor of the loss summed over levels (the paper's alpha).
         mask_ratio: share of the cells that are blanked, in [0, 1) (the paper's lambda).
@@ -47,8 +50,15 @@ class MGD(Method):
 
     def __init__(self, *, weight: float = 2e-5, mask_ratio: float = 0.65) -> None:
         super().__init__()
+        if not 0 <= mask_ratio < 1:
+            raise KDError(f"MGD(mask_ratio={mask_ratio}): must be a share in [0, 1)")
         self.weight = weight
         self.mask_ratio = mask_ratio
+
+    @classmethod
+    def for_faster_rcnn(cls) -> MGD:
+        """For Faster R-CNN: weight 5e-7, mask ratio 0.45; published on the four finest levels (`at_strides`)."""
+        return cls(weight=5e-7, mask_ratio=0.45)
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride."""

@@ -6,12 +6,20 @@ are at the same time drawn towards the teacher's, and where the two disagree the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import check_grids, prediction_losses, unlike_bins, unlike_priors, unlike_scores
+from kdtoolkit.methods._common import (
+    check_beta,
+    check_grids,
+    prediction_losses,
+    unlike_bins,
+    unlike_priors,
+    unlike_scores,
+)
 
 
 class Mimic(Method):
@@ -24,7 +32,7 @@ class Mimic(Method):
         distribution_weight: factor of the localisation term where boxes are distributions (GFL: 4).
         box_weight: factor of the localisation term where they are not (RetinaNet, ATSS: 1; FCOS 0.75).
         quality_weight: factor of the centerness term (ATSS: 1; FCOS 0); there is none without such a branch.
-        beta: exponent of the quality focal loss.
+        beta: exponent of the quality focal loss, 0, or 1 and more.
         box_loss: "giou" (RetinaNet, ATSS), or "iou" (FCOS).
     """
 
@@ -48,7 +56,7 @@ class Mimic(Method):
         self.distribution_weight = distribution_weight
         self.box_weight = box_weight
         self.quality_weight = quality_weight
-        self.beta = beta
+        self.beta = check_beta("Mimic", beta)
         self.box_loss: Literal["giou", "iou"] = box_loss
 
     @classmethod
@@ -72,6 +80,8 @@ class Mimic(Method):
         pair = exchange.matched()
         student, teacher = pair.student.predictions, pair.teacher.predictions
         check_grids("Mimic", student, teacher)
+        # Proposals and queries lie at the same place of the image, though not always of the canvas.
+        teacher = replace(teacher, decode=lambda regression, priors: pair.teacher_boxes)
         num_classes = exchange.teacher.spec.num_classes
         losses = prediction_losses(student, teacher, pair.teacher_assignment, num_classes, self.beta, self.box_loss)
         weights = {

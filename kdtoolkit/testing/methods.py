@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import DetectorAdapter, Exchange, Method, Target, adapt
+from kdtoolkit.contract import Capability, DetectorAdapter, Exchange, Method, Target, adapt
 from kdtoolkit.distiller import Distiller, refusal
 from kdtoolkit.errors import IncompatibleError
 from kdtoolkit.testing._common import (
@@ -37,6 +37,7 @@ MethodFactory = Callable[[], Method]
 ZERO = 1e-3  # a vanishing term, relative to that of another student: what float32 leaves of it after a head
 ROUNDING = 1e-7  # the same where that of another student is hardly more
 BFLOAT16 = 0.3  # relative: terms are differences of detectors that are much alike, and rounded to 8 bits
+EXAMPLES = ((64, 64), (50, 60)), ((64, 64), (64, 64))  # (height, width) of the images of a batch, tried in order
 SIZES = (8, 16, 32, 64, 128)  # images tried for the smallest that a pair takes
 
 
@@ -61,7 +62,8 @@ def check_method(
         student: a small detector with random weights, or its adapter. It is copied, not changed.
         teacher: likewise, of as many classes.
         known: reasons of failures, by check; `known` must name checks that do fail.
-        images: two or more (3, H, W) in [0, 1]; two of unequal sizes about 64 px by default.
+        images: two or more (3, H, W) in [0, 1]; by default two of unequal sizes about 64 px, or of equal sizes where
+            the pair does not take them.
         targets: their ground truth; handed in with `images`.
 
     Raises:
@@ -69,13 +71,20 @@ def check_method(
         KDError: no adapter knows a model, or `known` names no check.
     """
     pair = adapt(student), adapt(teacher)
-    if images is None or targets is None:
-        images, targets = example_batch(pair[0].spec.num_classes, next(pair[0].model.parameters()).device)
-    case = _Case(method_factory, *pair, tuple(images), tuple(targets))
     subject = f"{type(method_factory()).__name__} from {pair[1].spec.name} to {pair[0].spec.name}"
-    if reason := case.refusal():
-        return ConformanceReport(subject, {"refuses": Result("refused", reason)})
-    return run(subject, METHOD_CHECKS, case, known or {})
+    batches: list[tuple[Sequence[Tensor], Sequence[Target]]]
+    if images is not None and targets is not None:
+        batches = [(images, targets)]
+    else:
+        about = pair[0].spec.num_classes, next(pair[0].model.parameters()).device
+        batches = [example_batch(*about, sizes) for sizes in EXAMPLES]
+    reason = ""
+    for shown, truth in batches:
+        case = _Case(method_factory, *pair, tuple(shown), tuple(truth))
+        reason = case.refusal() or ""
+        if not reason:
+            return run(subject, METHOD_CHECKS, case, known or {})
+    return ConformanceReport(subject, {"refuses": Result("refused", reason)})
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,28 @@ class _Case:
         except Exception:  # the checks will say what is wrong
             pass
         return None
+
+
+class _Recorder(Method):
+    """Keeps what both detectors show in a step, and how often each tensor of it has been written to."""
+
+    terms = ()
+    paper = ""
+
+    def __init__(self, needs: frozenset[Capability]) -> None:
+        super().__init__()
+        self.needs = needs
+        self.seen: list[tuple[str, Tensor, int]] = []
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        for role, view in (("student", exchange.student), ("teacher", exchange.teacher)):
+            shown = [("features", x) for x in view.features]
+            if view.trace is not None:
+                predictions = view.trace.predictions
+                shown += [("logits", predictions.logits), ("regression", predictions.regression)]
+                shown += [("states", x) for state in view.trace.states for each in state.values() for x in each]
+            self.seen += [(f"the {role}'s {name}", x, x._version) for name, x in shown]
+        return {}
 
 
 def _method_of(distiller: Distiller) -> Method:
@@ -171,6 +202,17 @@ def _frozen_teacher(case: _Case) -> None:
     before.expect_of(_teacher_of(distiller), "after two steps, in the teacher,")
 
 
+def _shown_untouched(case: _Case) -> None:
+    """What both detectors show is not written to: other methods of the step see it too."""
+    student, teacher, _ = case._copies
+    method = case.factory()
+    recorder = _Recorder(method.needs)
+    torch.manual_seed(SEED)
+    case.terms(Distiller(teacher, student, [recorder, method]).train())
+    changed = sorted({name for name, x, version in recorder.seen if x._version != version})
+    expect(not changed, f"writes in place to {', '.join(changed)}, which other methods see too")
+
+
 def _vanishing(case: _Case) -> None:
     """Terms said to vanish are zero, and a minimum, where the student is the teacher; the gradient there is finite.
 
@@ -183,7 +225,8 @@ def _vanishing(case: _Case) -> None:
         raise LeftOut("declares no vanishing terms")
     if reason := refusal(method, teacher.spec, teacher.spec):
         raise LeftOut(f"refuses a student that is the teacher: {reason}")
-    method.setup(teacher.spec, teacher.spec)
+    spec = teacher.spec.at_strides(method.strides)
+    method.setup(spec, spec)
     method.to(case.images[0].device).eval()
     with torch.no_grad():
         theirs = observe(teacher, case.images, case.targets)
@@ -270,7 +313,8 @@ def _mixed_precision(case: _Case) -> None:
     expect_backward(terms, distiller, "terms")
     for name, value in terms.items():
         near = abs(value - exact[name]) <= BFLOAT16 * abs(exact[name]) + 1e-3 * total(exact).abs() + 1e-6
-        expect(bool(near), f"{name} is {value.item():g} in bfloat16, {exact[name].item():g} in float32")
+        found = f"{name} is {value.item():g} in bfloat16, {exact[name].item():g} in float32"
+        expect(bool(near), f"{found} (where that is about 0, give the detectors some spread)")
 
 
 def _repeatable(case: _Case) -> None:
@@ -328,6 +372,7 @@ def _pickled(method: Method) -> Method:
 
 
 METHOD_CHECKS = by_name(
-    _terms, _student_gradient, _own_parameters, _frozen_teacher, _vanishing, _no_objects, _one_image_without,
-    _constant_images, _small_images, _mixed_precision, _repeatable, _student_untouched, _round_trip, _copies,
+    _terms, _student_gradient, _own_parameters, _frozen_teacher, _shown_untouched, _vanishing, _no_objects,
+    _one_image_without, _constant_images, _small_images, _mixed_precision, _repeatable, _student_untouched,
+    _round_trip, _copies,
 )  # fmt: skip

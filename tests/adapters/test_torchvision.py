@@ -410,7 +410,7 @@ def test_levels_in_common_are_compared_and_other_priors_refused(batch):
     images, targets = batch
     distiller = Distiller(tiny("RetinaNet"), tiny("SSD"), [CrossKD(stage=0)])
     assert distiller(images[:1], targets[:1])["crosskd/cls"].isfinite()  # square: SSD squeezes others
-    with pytest.raises(IncompatibleError, match="canvases of other extents"):
+    with pytest.raises(IncompatibleError, match="other shares of padding"):
         distiller(images, targets)
     with pytest.raises(IncompatibleError, match="the student predicts at anchors, the teacher at proposals"):
         Distiller(tiny("Faster R-CNN"), tiny("SSD"), [CrossKD(stage=0)])

@@ -46,5 +46,5 @@ def test_masks_by_a_loop_over_boxes_equal_those_without():
         torch.testing.assert_close(a, b)
 
 
-def test_every_method_has_a_reading():
-    assert {type(build()).__name__ for build, _ in CASES.values()} == set(all_methods())
+def test_readings_are_of_methods():
+    assert {type(build()).__name__ for build, _ in CASES.values()} <= set(all_methods())

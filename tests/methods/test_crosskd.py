@@ -4,9 +4,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdtoolkit import Distiller, IncompatibleError
-from kdtoolkit.contract import Exchange, PriorKind, Stage, View, adapt
-from kdtoolkit.methods._common import quality_focal_kd, shared_levels
+from kdtoolkit import Distiller, IncompatibleError, KDError
+from kdtoolkit.contract import Exchange, Predictions, PriorKind, Priors, Stage, View, adapt
+from kdtoolkit.matrix import families
+from kdtoolkit.methods._common import classification_kd, quality_focal_kd, shared_levels
 from kdtoolkit.methods.crosskd import CrossKD, align_statistics
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
 from tests.methods._views import spec
@@ -41,6 +42,11 @@ def test_quality_focal_loss_against_a_loop(beta, seed):
             q, p = teacher[i, k].sigmoid(), student[i, k].sigmoid()
             bce = -(q * F.logsigmoid(student[i, k]) + (1 - q) * F.logsigmoid(-student[i, k]))
             torch.testing.assert_close(ours[i, k], bce * (p - q).abs() ** beta, rtol=1e-4, atol=1e-6)
+
+
+def seeded(family, seed):
+    torch.manual_seed(seed)
+    return families()[family](3)
 
 
 def exchange_of(teacher, student, images, targets):
@@ -87,8 +93,9 @@ def test_gradient_reaches_the_students_tower_but_not_its_predictors(batch):
     (losses["crosskd/cls"] + losses["crosskd/box"]).backward()
     reached = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
     assert any("backbone" in name for name in reached)
-    untouched = {name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()}
-    assert untouched, "the student's last blocks and predictors take no part in the cross-head path"
+    # Its last block and what predicts come after the state that is handed over.
+    own = {name for name, _ in student.named_parameters() if name.startswith(("towers", "predictors"))}
+    assert reached & own == {name for name in own if name.startswith(("towers.cls.0", "towers.reg.0"))}
     assert all(p.grad is None for p in teacher.parameters())
 
 
@@ -154,3 +161,61 @@ def test_detectors_that_share_some_strides_are_compared_on_those(batch):
 
 def test_other_strides_are_refused():
     assert "no pyramid level in common" in CrossKD().refuses(spec(strides=(8, 16)), spec(strides=(32, 64)))
+
+
+def test_an_exponent_with_an_infinite_gradient_is_refused():
+    assert CrossKD(beta=0).beta == 0
+    with pytest.raises(KDError, match="must be 0, or 1 and more"):
+        CrossKD(beta=0.5)
+
+
+def test_the_tap_before_the_activation_is_another_one(batch):
+    """Only what a ReLU cuts off tells them apart, which the ReLU after the alignment does not bring back."""
+    after, before = (
+        Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [CrossKD(tap=tap)])(*batch) for tap in ("after", "before")
+    )
+    assert after["crosskd/cls"] != before["crosskd/cls"]
+    assert after["crosskd/box"] != before["crosskd/box"]
+
+
+def test_the_settings_for_fcos_are_the_published_ones():
+    method = CrossKD.for_fcos()
+    assert (method.stage, method.cls_weight, method.box_weight, method.quality_weight) == (-2, 0.4, 0.75, 0)
+    assert method.box_loss == "iou"
+
+
+@pytest.mark.parametrize("priors", ["student", "teacher"])
+def test_whose_proposals_go_through_both_heads(priors, batch):
+    teacher, student = (seeded("torchvision Faster R-CNN", seed) for seed in (1, 2))
+    method = CrossKD(priors=priors)
+    distiller = Distiller(teacher, student, [method])
+    asked = []
+    whole = Exchange.matched
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Exchange, "matched", lambda exchange, whose="teacher": asked.append(whose) or whole(exchange, whose)
+        )
+        distiller(*batch)
+    assert asked == [priors]
+
+
+def test_proposal_terms_are_those_of_the_first_stage_weighted(batch):
+    teacher, student = (seeded("torchvision Faster R-CNN", seed) for seed in (1, 2))
+    losses = []
+    for weight in (1.0, 3.0):
+        torch.manual_seed(0)
+        losses.append(Distiller(teacher, student, [CrossKD(proposal_weight=weight)])(*batch))
+    for term in ("crosskd/proposal_cls", "crosskd/proposal_box"):
+        assert losses[0][term] > 0
+        torch.testing.assert_close(losses[1][term], 3 * losses[0][term], rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses[1]["crosskd/cls"], losses[0]["crosskd/cls"])
+
+
+def test_softmax_scores_are_compared_by_kl():
+    student, teacher = torch.randn(2, 2, 5, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    priors = Priors(torch.zeros(5, 4), torch.zeros(0))
+    pair = [
+        Predictions(x, torch.zeros(2, 5, 4), priors, lambda r, _: r, activation="softmax") for x in (student, teacher)
+    ]
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    torch.testing.assert_close(classification_kd(*pair), (q * (q / p).log()).sum(-1))

@@ -1,9 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kdtoolkit import Distiller
+from kdtoolkit.contract import Exchange
 from kdtoolkit.methods.defeat import DeFeat, decoupled_losses, levels_of, object_region
 from tests.conftest import DENSE, tiny_fcos, tiny_gfl
 from tests.methods._views import GRID, STRIDES, batch, exchange, maps, spec
@@ -62,12 +64,26 @@ def test_terms_equal_a_loop():
 
 
 def test_regions_equal_a_loop():
-    regions = DeFeat().regions(BATCH.boxes, STRIDES, GRID)
+    regions = DeFeat().regions(BATCH.boxes, STRIDES, range(len(STRIDES)), GRID)
     for level, size in enumerate(GRID):
         for i, boxes in enumerate(BATCH.boxes):
             assert regions[level][i].equal(naive_region(boxes.tolist(), level, *size))
     assert all(region[0].any() for region in regions)
     assert regions[0][1].sum() == 1  # smaller than a cell
+
+
+def test_a_level_alone_has_the_region_that_it_has_among_all():
+    regions = DeFeat().regions(BATCH.boxes, STRIDES, range(len(STRIDES)), GRID)
+    (alone,) = DeFeat().regions(BATCH.boxes, STRIDES, [1], GRID[1:])
+    assert alone.equal(regions[1])
+    step = exchange(BATCH, features=(maps(2, seed=1), maps(2, seed=2)))
+    method = DeFeat(object_weight=1).at_strides(STRIDES[1])
+    method.setup(*(spec().at_strides(method.strides),) * 2)
+    views = [replace(v, features=v.features[1:], strides=method.strides) for v in (step.student, step.teacher)]
+    terms = method(Exchange(*views))
+    difference = (views[0].features[0] - views[1].features[0]).square().sum(1)
+    expected = difference[alone].sum() / (2 * alone.sum() * 4)
+    torch.testing.assert_close(terms["object"], expected)
 
 
 @pytest.mark.parametrize(("side", "level"), [(1, 0), (110, 0), (112, 1), (223, 1), (224, 2), (5000, 4)])

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kdtoolkit import Distiller
+from kdtoolkit import Distiller, IncompatibleError
 from kdtoolkit.methods.detkds import DetKDS, detkds_loss, normalise_over_images, pool, weigh_channels
 from tests.conftest import DENSE, tiny_gfl
 from tests.methods._views import GRID, batch, exchange, maps, spec
@@ -94,9 +94,15 @@ def test_attention_that_underflows_has_a_gradient():
     assert torch.isfinite(student.grad).all()
 
 
-def test_levels_of_one_cell_and_batches_of_one_image_are_finite():
-    student, teacher = (tuple(torch.randn(1, 4, 1, 1, requires_grad=True) for _ in GRID) for _ in range(2))
-    loss = ready(DetKDS())(exchange(batch([]), features=(student, teacher)))["feature"]
+def test_a_batch_of_one_image_has_nothing_to_compare():
+    student, teacher = maps(1, seed=1), maps(1, seed=2)
+    with pytest.raises(IncompatibleError, match="batches of two or more"):
+        ready(DetKDS())(exchange(batch([]), features=(student, teacher)))
+
+
+def test_levels_of_one_cell_are_finite():
+    student, teacher = (tuple(torch.randn(2, 4, 1, 1, requires_grad=True) for _ in GRID) for _ in range(2))
+    loss = ready(DetKDS())(exchange(BATCH, features=(student, teacher)))["feature"]
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(x.grad).all() for x in student)

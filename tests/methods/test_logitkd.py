@@ -50,6 +50,28 @@ def test_decoupled_parts_equal_a_loop(temperature):
         assert others[i].item() == pytest.approx(temperature**2 * kl(*rest), rel=1e-4)
 
 
+def test_the_decoupled_term_weighs_its_parts_and_averages_over_priors():
+    student, teacher = softmax_predictions(1), softmax_predictions(2)
+    labels = torch.randint(CLASSES + 1, student.logits.shape[:2], generator=torch.Generator().manual_seed(0))
+    settings = {"weight": 3.0, "temperature": 2.0, "target_weight": 2.0, "others_weight": 0.5}
+    found = distil(student, teacher, labels, kind="dkd", **settings)
+    total = 0.0
+    for i, label in enumerate(labels.flatten().tolist()):
+        p, q = ([math.exp(v / 2) for v in x.logits.flatten(0, 1)[i].tolist()] for x in (student, teacher))
+        hits = [x[label] / sum(x) for x in (p, q)]
+        rest = [[v / (sum(x) - x[label]) for j, v in enumerate(x) if j != label] for x in (p, q)]
+        total += 4 * (2 * kl([hits[0], 1 - hits[0]], [hits[1], 1 - hits[1]]) + 0.5 * kl(*rest))
+    assert found.item() == pytest.approx(3 * total / labels.numel(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["kd", "dist"])
+def test_the_weight_is_a_factor(kind):
+    student, teacher = softmax_predictions(1), softmax_predictions(2)
+    labels = torch.zeros(student.logits.shape[:2], dtype=torch.int64)
+    once, thrice = (distil(student, teacher, labels, kind=kind, weight=w) for w in (1.0, 3.0))
+    torch.testing.assert_close(thrice, 3 * once)
+
+
 def test_relations_equal_a_loop():
     student, teacher = rows(1), rows(2)
     p, q = student.softmax(1).tolist(), teacher.softmax(1).tolist()

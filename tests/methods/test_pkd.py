@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdtoolkit.methods.pkd import pkd_loss
+from kdtoolkit.methods.pkd import PKD, pkd_loss
+from tests.methods._views import batch, exchange, maps, spec
 
 
 def naive(student, teacher):
@@ -49,3 +50,26 @@ def test_computes_in_float32():
     student, teacher = torch.randn(2, 2, 3, 16, 16).bfloat16().unbind()
     assert pkd_loss(student, teacher).dtype == torch.float32
     assert pkd_loss(student, teacher) == pkd_loss(student.float(), teacher.float())
+
+
+def test_levels_are_projected_where_channels_differ_weighted_and_summed():
+    specs = spec(channels=(3, 4)), spec(channels=(4, 4))
+    student, teacher = (maps(2, 3)[0], maps(2, 4, seed=1)[1]), maps(2, seed=2)
+    method = PKD(weight=5.0)
+    method.setup(*specs)
+    found = method(exchange(batch([], []), features=(student, teacher), specs=specs))
+    projected = torch.nn.functional.conv2d(student[0], method.align[0].weight, method.align[0].bias)
+    expected = 5 * (naive(projected, teacher[0]) + naive(student[1], teacher[1]))
+    assert found["feature"].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projections_compute_in_float32(dtype):
+    specs = spec(channels=(3, 4)), spec(channels=(4, 4))
+    student, teacher = (maps(2, 3, dtype=dtype)[0], maps(2, 4, seed=1, dtype=dtype)[1]), maps(2, seed=2)
+    method = PKD()
+    method.setup(*specs)
+    step = exchange(batch([], []), features=(student, teacher), specs=specs)
+    plain = method(step)["feature"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert method(step)["feature"] == plain

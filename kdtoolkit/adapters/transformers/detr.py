@@ -45,6 +45,7 @@ from kdtoolkit.adapters.transformers.base import (
     queries_of,
     to_state,
     weighted,
+    stirred,
 )
 from kdtoolkit.contract import (
     Assignment,
@@ -214,7 +215,7 @@ class DetrAdapter(_DetrKin):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow DETR."""
-        return {"DETR": partial(_tiny, DetrForObjectDetection, DetrConfig)}
+        return {"DETR": partial(stirred, partial(_tiny, DetrForObjectDetection, DetrConfig))}
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -314,7 +315,7 @@ class ConditionalDetrAdapter(DetrAdapter):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow Conditional DETR."""
-        return {"Conditional DETR": partial(_tiny, ConditionalDetrForObjectDetection, ConditionalDetrConfig)}
+        return {"Conditional DETR": partial(stirred, partial(_tiny, ConditionalDetrForObjectDetection, ConditionalDetrConfig))}
 
     def queries(self, memory: Memory) -> Queries:
         """Learned positions, and the points made from them; the content is zero."""
@@ -364,7 +365,7 @@ class DabDetrAdapter(DetrAdapter):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow DAB-DETR."""
-        return {"DAB-DETR": partial(_tiny, DabDetrForObjectDetection, DabDetrConfig)}
+        return {"DAB-DETR": partial(stirred, partial(_tiny, DabDetrForObjectDetection, DabDetrConfig))}
 
     def _backbone(self) -> nn.Module:
         backbone: nn.Module = self.model.model.backbone.conv_encoder.model
@@ -451,7 +452,7 @@ class DeformableDetrAdapter(_DetrKin):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow Deformable DETR with box refinement and two stages."""
-        return {"Deformable DETR": _tiny_deformable}
+        return {"Deformable DETR": partial(stirred, _tiny_deformable)}
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

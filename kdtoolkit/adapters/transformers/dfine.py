@@ -21,8 +21,8 @@ from transformers import Deimv2Config, Deimv2ForObjectDetection, DFineConfig, DF
 from transformers.models.d_fine import modeling_d_fine
 from transformers.models.deimv2 import modeling_deimv2
 
-from kdtoolkit.adapters.transformers.base import Queries, corners
-from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, RTDetrAdapter, stirred
+from kdtoolkit.adapters.transformers.base import Queries, corners, stirred
+from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, RTDetrAdapter, tiny
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -58,7 +58,7 @@ class DFineAdapter(RTDetrAdapter):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow D-FINE."""
-        return {"D-FINE": partial(stirred, DFineForObjectDetection, DFineConfig)}
+        return {"D-FINE": partial(stirred, partial(tiny, DFineForObjectDetection, DFineConfig))}
 
     @property
     def spec(self) -> DetectorSpec:
@@ -194,7 +194,7 @@ class Deimv2Adapter(DFineAdapter):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow DEIMv2."""
-        return {"DEIMv2": partial(stirred, Deimv2ForObjectDetection, Deimv2Config)}
+        return {"DEIMv2": partial(stirred, partial(tiny, Deimv2ForObjectDetection, Deimv2Config))}
 
     def encode(self, batch: Batch) -> Sequence[Tensor]:
         """Backbone and encoder: one map a level."""

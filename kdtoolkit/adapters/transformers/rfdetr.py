@@ -31,7 +31,7 @@ from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher
 from transformers.models.lw_detr import modeling_lw_detr
 from transformers.models.rf_detr import modeling_rf_detr
 
-from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, weighted
+from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, weighted, stirred
 from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, SelectingAdapter, Selection
 from kdtoolkit.contract import (
     Assignment,
@@ -75,7 +75,7 @@ class LwDetrAdapter(SelectingAdapter):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow LW-DETR."""
-        return {"LW-DETR": tiny_lw_detr}
+        return {"LW-DETR": partial(stirred, tiny_lw_detr)}
 
     @property
     def spec(self) -> DetectorSpec:
@@ -208,7 +208,7 @@ class RfDetrAdapter(LwDetrAdapter):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow RF-DETR."""
-        return {"RF-DETR": tiny_rf_detr}
+        return {"RF-DETR": partial(stirred, tiny_rf_detr)}
 
     def _strides(self) -> tuple[int, ...]:
         return (int(self.model.config.backbone_config.patch_size),)

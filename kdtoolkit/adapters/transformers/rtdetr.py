@@ -34,6 +34,7 @@ from kdtoolkit.adapters.transformers.base import (
     from_state,
     pixel_mask,
     to_state,
+    stirred,
 )
 from kdtoolkit.adapters.transformers.detr import tiny_backbone
 from kdtoolkit.contract import (
@@ -270,7 +271,7 @@ class RTDetrAdapter(SelectingAdapter):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow RT-DETR."""
-        return {"RT-DETR": partial(stirred, RTDetrForObjectDetection, RTDetrConfig)}
+        return {"RT-DETR": partial(stirred, partial(tiny, RTDetrForObjectDetection, RTDetrConfig))}
 
     @property
     def spec(self) -> DetectorSpec:
@@ -418,7 +419,7 @@ class RTDetrV2Adapter(RTDetrAdapter):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow RT-DETR v2."""
-        return {"RT-DETR v2": partial(stirred, RTDetrV2ForObjectDetection, RTDetrV2Config)}
+        return {"RT-DETR v2": partial(stirred, partial(tiny, RTDetrV2ForObjectDetection, RTDetrV2Config))}
 
 
 def tiny(model: Callable[..., nn.Module], config: Callable[..., Any], num_classes: int, **changes: Any) -> nn.Module:
@@ -441,19 +442,6 @@ def tiny(model: Callable[..., nn.Module], config: Callable[..., Any], num_classe
         "hidden_expansion": 0.5,
     }
     return model(config(**{**settings, **changes}))
-
-
-def stirred(model: Callable[..., nn.Module], config: Callable[..., Any], num_classes: int) -> nn.Module:
-    """A tiny detector with noise on its weights.
-
-    Fresh ones answer nearly alike for all queries, and of D-FINE's gradients of black images overflow in the library.
-    """
-    built = tiny(model, config, num_classes)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return built
 
 
 ADAPTERS: tuple[type[DetectorAdapter], ...] = (RTDetrAdapter, RTDetrV2Adapter)
