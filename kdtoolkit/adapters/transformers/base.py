@@ -234,7 +234,7 @@ def to_state(hidden: Tensor) -> State:
 
 def from_state(state: State) -> Tensor:
     """The inverse of `to_state`: (N, Q, C)."""
-    return state[BRANCH][0].transpose(1, 2).contiguous()
+    return state[BRANCH][0].transpose(1, 2)
 
 
 def corners(boxes: Tensor, scale: Tensor) -> Tensor:

@@ -137,8 +137,7 @@ class _DetrKin(TransformersAdapter):
         """Decode the own queries, or those of `priors`."""
         memory = self.memory(features, batch)
         queries = self.queries(memory) if priors is None else self.given_queries(priors, batch)
-        # Contiguous as resumed states are: what is multiplied from other strides differs in its last bits.
-        states, references = self._decode(queries.content.contiguous(), 0, queries.references, queries, memory)
+        states, references = self._decode(queries.content, 0, queries.references, queries, memory)
         logits, boxes = self._predict(states[-1], references[-1])
         predictions = self.predictions(logits, boxes, self.priors(queries, batch), batch)
         return HeadTrace(tuple(map(to_state, states)), predictions, Pass(memory, tuple(references)))
@@ -393,7 +392,9 @@ class DabDetrAdapter(DetrAdapter):
         if not model.num_patterns:
             content = anchors.new_zeros(*anchors.shape[:2], self.model.config.hidden_size)
         else:
-            content = _repeat(model.patterns.weight.repeat_interleave(anchors.shape[1], 0), memory)
+            # The images side by side in memory, as the library has them: other strides give other last bits.
+            patterns = model.patterns.weight.repeat_interleave(anchors.shape[1], 0).unsqueeze(1)
+            content = patterns.repeat(1, len(anchors), 1).transpose(0, 1)
             anchors = anchors.repeat(1, model.num_patterns, 1)
         return Queries(content, references=anchors.sigmoid())
 
@@ -561,6 +562,9 @@ class DeformableDetrAdapter(_DetrKin):
 
     def judge(self, i: int, hidden: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """The heads of layer `i`; boxes are offsets from the references that entered it."""
+        # The library's heads see slices of all layers' states in one tensor. What is multiplied from other strides
+        # differs in its last bits.
+        hidden = torch.stack([hidden, hidden], 1)[:, 0]
         return self.model.class_embed[i](hidden), self._boxes(self.model.bbox_embed[i](hidden), reference)
 
     def _boxes(self, offsets: Tensor, reference: Tensor | None) -> Tensor:

@@ -163,6 +163,27 @@ def test_predictions_losses_and_gradients_are_the_librarys_own(case, train, batc
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dab-patterns", "deformable", "deformable-refine", "deformable-two-stage"])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_wide_ones_are_the_librarys_own_to_the_last_bit(name, train, batch):
+    """From some width on products depend on how their factors lie in memory: states must lie as in the library."""
+    width = {"hidden_size" if name == "dab-patterns" else "d_model": 256}
+    many = {"two_stage_num_proposals": 100} if "two-stage" in name else {"num_queries": 100}
+    adapter = build(VARIANTS[name], **width, **many)
+    model = adapter.model.train(train)
+    prepared = adapter.prepare(*batch)
+    torch.manual_seed(1)
+    expected = model(prepared.images, pixel_mask=pixel_mask(prepared), labels=library_labels(batch[1], batch[0]))
+    torch.manual_seed(1)
+    trace = adapter.head(adapter.features(prepared), prepared)
+    assert torch.equal(trace.predictions.logits, expected.logits)
+    assert torch.equal(trace.predictions.regression, expected.pred_boxes)
+    assert torch.equal(sum(adapter.task_losses(trace, prepared)[0].values()), expected.loss)
+    if not train:
+        for i, state in enumerate(trace.states):
+            assert torch.equal(adapter.resume(state, i, trace).logits, trace.predictions.logits)
+
+
 @EACH
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_resumed_from_any_stage_the_head_repeats_itself_to_the_bit(case, precision, batch):
