@@ -276,7 +276,7 @@ class RTDetrAdapter(SelectingAdapter):
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
         config, projections = self.model.config, self.model.model.decoder_input_proj
-        strides = list(config.feat_strides)
+        strides = list(self._map_strides())
         # Further levels come from the encoder's last map, each of them.
         strides += [
             strides[-1] * (1 if isinstance(project, nn.Identity) else 2) for project in projections[len(strides) :]
@@ -287,6 +287,11 @@ class RTDetrAdapter(SelectingAdapter):
             layers=self.layers,
             prior_form=f"queries of content {config.d_model}, reference boxes",
         )
+
+    def _map_strides(self) -> Sequence[int]:
+        """Strides of the encoder's maps."""
+        strides: Sequence[int] = self.model.config.feat_strides
+        return strides
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Backbone, encoder, and the decoder's input projections.

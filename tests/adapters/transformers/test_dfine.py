@@ -144,15 +144,20 @@ def test_the_matching_goes_by_boxes_clamped_to_the_canvas(batch):
     assert [row.nonzero()[:, 0].tolist() for row in positive] == [sorted(queries.tolist()) for queries, _ in indices]
 
 
-def lite():
+def lite(feat_strides=(16, 32)):
     return deimv2(
         encoder_type="lite",
         backbone_config=tiny_backbone(3),
         encoder_in_channels=[16],
-        feat_strides=[16, 32],
+        feat_strides=list(feat_strides),
         num_feature_levels=2,
         decoder_in_channels=[32, 32],
     )
+
+
+def atto():
+    """As the published ones: their configs have the stride of the backbone's map alone."""
+    return lite(feat_strides=(16,))
 
 
 def dinov3():
@@ -170,7 +175,7 @@ def dinov3():
     return deimv2(backbone_config=backbone, spatial_tuning_adapter_inplanes=8)
 
 
-@pytest.mark.parametrize(("make", "strides"), [(lite, (16, 32)), (dinov3, (8, 16, 32))], ids=["lite", "dinov3"])
+@pytest.mark.parametrize(("make", "strides"), [(lite, (16, 32)), (atto, (16, 32)), (dinov3, (8, 16, 32))])
 def test_other_encoders_of_deimv2(make, strides, batch):
     adapter = build((Deimv2Adapter, partial(make)))
     prepared, features, trace = trace_of(adapter, batch)
