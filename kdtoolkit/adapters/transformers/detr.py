@@ -215,11 +215,6 @@ class DetrAdapter(_DetrKin):
         """A narrow and shallow DETR."""
         return {"DETR": partial(_tiny, DetrForObjectDetection, DetrConfig)}
 
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Whether `model` is one of the class that this adapter is for."""
-        return isinstance(model, cls.kind)
-
     @property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
@@ -295,20 +290,14 @@ class ConditionalDetrAdapter(DetrAdapter):
     kind = ConditionalDetrForObjectDetection
     prior_form = "queries of content {0}, positions {0}, reference points"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-        size_divisor: int = 32,
-    ) -> None:
-        super().__init__(model, image_mean=image_mean, image_std=image_std, size_divisor=size_divisor)
+    def refuses(self) -> str | None:
+        """Layers left out at random cannot be resumed."""
         if self.model.config.decoder_layerdrop:
-            raise KDError(
-                f"{type(model).__name__} has decoder_layerdrop={self.model.config.decoder_layerdrop}, which leaves out "
-                "layers at random: set model.config.decoder_layerdrop and model.model.decoder.layerdrop to 0"
+            return (
+                f"has decoder_layerdrop={self.model.config.decoder_layerdrop}, which leaves out layers at random: set "
+                "model.config.decoder_layerdrop and model.model.decoder.layerdrop to 0"
             )
+        return super().refuses()
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
@@ -448,16 +437,12 @@ class DeformableDetrAdapter(_DetrKin):
     """
 
     processor = DeformableDetrImageProcessor
+    kind = DeformableDetrForObjectDetection
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow Deformable DETR with box refinement and two stages."""
         return {"Deformable DETR": _tiny_deformable}
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Whether `model` is a DeformableDetrForObjectDetection."""
-        return isinstance(model, DeformableDetrForObjectDetection)
 
     @property
     def spec(self) -> DetectorSpec:

@@ -128,12 +128,6 @@ class SelectingAdapter(TransformersAdapter):
     """Base of the adapters of detectors whose queries start at the encoder's best boxes."""
 
     masked: ClassVar[bool] = False
-    kind: ClassVar[type[nn.Module]]
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Whether `model` is one of the class that this adapter is for."""
-        return isinstance(model, cls.kind)
 
     @property
     def layers(self) -> int:
@@ -271,6 +265,15 @@ class RTDetrAdapter(SelectingAdapter):
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow RT-DETR."""
         return {"RT-DETR": partial(stirred, RTDetrForObjectDetection, RTDetrConfig)}
+
+    def refuses(self) -> str | None:
+        """What configs can ask for and the library's forward cannot run (5.24): published ones do not."""
+        config = self.model.config
+        if config.learn_initial_query:
+            return "has learn_initial_query, which the library cannot run: build it without"
+        if getattr(config, "eval_idx", -1) not in (-1, self.layers - 1):
+            return f"has eval_idx={config.eval_idx}, which the library cannot run: build it with -1, the last layer"
+        return super().refuses()
 
     @property
     def spec(self) -> DetectorSpec:

@@ -21,7 +21,7 @@ from kdtoolkit.adapters.transformers.detr import (
     _tiny_deformable,
     tiny_backbone,
 )
-from kdtoolkit.contract import Capability, PriorKind
+from kdtoolkit.contract import Capability, PriorKind, adapt
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.methods import PKD, CrossKD
@@ -461,6 +461,14 @@ def test_prepare_normalises_and_pads(batch):
 def test_layers_left_out_at_random_are_refused():
     with pytest.raises(KDError, match="decoder_layerdrop"):
         ConditionalDetrAdapter(conditional(decoder_layerdrop=0.1))
+
+
+@pytest.mark.parametrize("cls", ADAPTERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused(cls, dtype):
+    for make in cls.examples().values():
+        with pytest.raises(KDError, match=rf"{dtype}.*model\.float\(\)"):
+            adapt(make(2).to(dtype))
 
 
 @pytest.mark.parametrize("cls", ADAPTERS)
