@@ -630,7 +630,7 @@ def _tiny_deformable(num_classes: int) -> nn.Module:
     )
 
 
-ADAPTERS: tuple[type[DetectorAdapter], ...] = (
+ADAPTERS: tuple[type[TransformersAdapter], ...] = (
     DetrAdapter,
     ConditionalDetrAdapter,
     DabDetrAdapter,

@@ -208,4 +208,4 @@ class Deimv2Adapter(DFineAdapter):
         return encoded
 
 
-ADAPTERS: tuple[type[DetectorAdapter], ...] = (DFineAdapter, Deimv2Adapter)
+ADAPTERS: tuple[type[RTDetrAdapter], ...] = (DFineAdapter, Deimv2Adapter)

@@ -283,4 +283,4 @@ _SMALL: Mapping[str, Any] = {
     "decoder_cross_attention_heads": 2,
 }
 
-ADAPTERS: tuple[type[DetectorAdapter], ...] = (RfDetrAdapter, LwDetrAdapter)
+ADAPTERS: tuple[type[SelectingAdapter], ...] = (RfDetrAdapter, LwDetrAdapter)

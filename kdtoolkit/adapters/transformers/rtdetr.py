@@ -464,4 +464,4 @@ def stirred(model: Callable[..., nn.Module], config: Callable[..., Any], num_cla
     return built
 
 
-ADAPTERS: tuple[type[DetectorAdapter], ...] = (RTDetrAdapter, RTDetrV2Adapter)
+ADAPTERS: tuple[type[SelectingAdapter], ...] = (RTDetrAdapter, RTDetrV2Adapter)

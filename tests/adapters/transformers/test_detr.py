@@ -546,6 +546,17 @@ def test_build_from_a_folder(tmp_path):
         build_model(str(tmp_path), 4, {"colour": 1})
 
 
+def test_weights_of_a_folder_are_read_in_float32(tmp_path):
+    model = build_model("detr", 4, TINY_ARGS)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = build_model(str(tmp_path), 4, {})
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert all(
+        torch.equal(value.float(), loaded.state_dict()[name].float()) for name, value in model.state_dict().items()
+    )
+    adapt(loaded)
+
+
 def test_pickles_are_not_read(tmp_path):
     model = build_model("detr", 4, TINY_ARGS)
     model.config.save_pretrained(tmp_path)
@@ -560,6 +571,29 @@ def test_unknown_names(tmp_path, monkeypatch):
         build_model("nobody/nothing", 4, {})
     with pytest.raises(KDError, match=r"config\.json"):
         build_model(str(tmp_path), 4, {})
+    for name in ("detr2", "some/folder/missing", str(tmp_path / "missing")):
+        with pytest.raises(
+            KDError, match=r"no such model type, and no such folder.*\(conditional_detr, d_fine, dab_detr"
+        ):
+            build_model(name, 4, {})
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch):
+    """By the library's own tries it takes more than a minute until the error comes."""
+    asked = []
+
+    def session():
+        asked.append(1)
+        raise OSError("Name or service not known")
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the library asks the hub")
+
+    monkeypatch.setattr("kdtoolkit.adapters.transformers.get_session", session)
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", fail)
+    with pytest.raises(KDError, match=r"hf/nobody/nothing.*connect"):
+        build_model("nobody/nothing", 4, {})
+    assert asked == [1]
 
 
 def test_deformable_example_is_the_strongest():

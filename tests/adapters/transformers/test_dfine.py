@@ -11,6 +11,7 @@ pytest.importorskip("scipy")
 import transformers
 
 from kdtoolkit.adapters.native import DenseAdapter
+from kdtoolkit.adapters.transformers import build_model
 from kdtoolkit.adapters.transformers.detr import tiny_backbone
 from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.distiller import Distiller
@@ -185,6 +186,21 @@ def test_other_encoders_of_deimv2(make, strides, batch):
     losses = Distiller(adapter, build(FAMILIES["deimv2"]), [PKD(), LD()]).train()(*batch)
     assert losses.total.isfinite()
     assert losses["pkd/feature"] > 0
+
+
+def test_shared_box_heads_come_back_from_a_folder(tmp_path):
+    """As published small ones have them: the library saves the last layer's, and loads the first layer's."""
+    torch.manual_seed(0)
+    model = deimv2(share_bbox_head=True)
+    with torch.no_grad():
+        for parameter in model.bbox_embed.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    loaded = build_model(str(tmp_path), 3, {})
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    fewer = build_model(str(tmp_path), 2, {})
+    assert torch.equal(fewer.bbox_embed[0].layers[0].weight, model.bbox_embed[0].layers[0].weight)
+    assert fewer.class_embed[0].out_features == 2
 
 
 def test_d_fine_is_not_deimv2():
