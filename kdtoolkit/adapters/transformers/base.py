@@ -292,5 +292,9 @@ def backbone_strides(backbone: nn.Module) -> tuple[int, ...]:
     module: Any = getattr(backbone, "_backbone", backbone)
     if hasattr(module, "feature_info"):  # timm's
         return tuple(module.feature_info.reduction())
-    # The stem (0) and the first stage have stride 4, each further stage halves: ResNet, Swin, ConvNeXt and kin.
-    return tuple(4 if index == 0 else 2 ** (index + 1) for index in module.out_indices)
+    config = module.config
+    if hasattr(config, "patch_size") and not hasattr(config, "depths"):  # a plain vision transformer
+        return (config.patch_size,) * len(module.out_indices)
+    # The stem (0) and mostly the first stage have stride 4, each further stage halves: ResNet, Swin, ConvNeXt and kin.
+    first = 8 if getattr(config, "downsample_in_first_stage", False) else 4
+    return tuple(4 if index == 0 else first * 2 ** (index - 1) for index in module.out_indices)

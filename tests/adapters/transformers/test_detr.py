@@ -229,6 +229,14 @@ def test_the_spec_tells_the_truth(case, batch):
 def test_strides_without_running():
     assert DetrAdapter(detr()).spec.strides == DabDetrAdapter(dab()).spec.strides == (32,)
     assert build(VARIANTS["deformable"]).spec.strides == (8, 16, 32, 64)
+    early = tiny_backbone(3, 4)
+    early.downsample_in_first_stage = True
+    assert build(
+        (DeformableDetrAdapter, partial(single, backbone_config=early, num_feature_levels=2))
+    ).spec.strides == (32, 64)
+    vit = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    plain = {"model_type": "dinov2", "out_features": ["stage1", "stage2"], **vit}
+    assert DetrAdapter(detr(backbone_config=plain)).spec.strides == (14,)
     timm = {"model_type": "timm_backbone", "backbone": "resnet10t", "out_indices": [2, 3], "num_channels": 3}
     for cls, make in (VARIANTS["detr"], VARIANTS["dab"]):
         assert cls(make(backbone_config=dict(timm))).spec.strides == (16,)
