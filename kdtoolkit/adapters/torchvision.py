@@ -1049,7 +1049,11 @@ class TimmPyramid(nn.Module):
         if not timm.is_model(name):
             raise KDError(f"backbone: timm has no model {name!r}" + _meant(name, timm.list_models()))
         options = cast(dict[str, Any], {**(args or {})})
-        body = cast(Any, timm.create_model(name, features_only=True, pretrained=pretrained, **options))
+        make = partial(timm.create_model, name, features_only=True, pretrained=pretrained)
+        body = cast(Any, make(**options))
+        if any(getattr(module, "strict_img_size", False) for module in body.modules()):
+            # Swin Transformers take images of one size unless told otherwise, and detectors have them of any.
+            body = cast(Any, make(**{"strict_img_size": False, **options}))
         reductions = body.feature_info.reduction()
         if missing := [stride for stride in strides if stride not in reductions]:
             raise KDError(

@@ -13,7 +13,7 @@ from kdtoolkit import Distiller, KDError
 from kdtoolkit.contract import adapt
 from kdtoolkit.detectors import FCOS, GFL
 from kdtoolkit.methods import PKD, CrossKD
-from kdtoolkit.testing import check_adapter, check_method
+from kdtoolkit.testing import check_adapter, check_method, example_batch
 from PIL import Image
 
 from kdtoolkit_effdet import EfficientDetAdapter
@@ -248,9 +248,20 @@ def test_distilled_from_and_into_kdtoolkits_own_detectors(model, kind):
         assert any(p.grad is not None and p.grad.any() for p in student.backbone.parameters())
 
 
+def test_boxes_that_a_head_blows_up_stay_finite():
+    _, _, trace = _show(EXAMPLES["EfficientDet"](CLASSES).eval(), _images((128, 128)))
+    priors = trace.predictions.priors
+    codes = torch.tensor([0.0, 0.0, 100.0, 100.0]).expand_as(priors.boxes)
+    boxes = trace.predictions.decode(codes, priors)
+    assert boxes.isfinite().all()
+    torch.testing.assert_close(boxes[:, 2:] - boxes[:, :2], 62.5 * (priors.boxes[:, 2:] - priors.boxes[:, :2]))
+
+
 @pytest.mark.parametrize("method", [PKD, CrossKD])
 def test_methods_keep_the_contract_with_it(method):
     student, teacher = _trained_a_little(EXAMPLES["EfficientDet"](CLASSES)), _native(GFL)
-    assert check_method(method, student, teacher).refused is None
+    # Of one size and square: the two pad others to canvases that cannot be compared.
+    images, targets = example_batch(CLASSES, sizes=((64, 64), (64, 64)))
+    assert check_method(method, student, teacher, images=images, targets=targets).refused is None
     if method is CrossKD:  # whose work is done in the teacher's head
-        assert check_method(method, teacher, student).refused is None
+        assert check_method(method, teacher, student, images=images, targets=targets).refused is None

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import constants, get_session
+from safetensors.torch import load_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+from transformers.utils.hub import cached_file
 
 from kdtoolkit.adapters.transformers import detr, dfine, rfdetr, rtdetr
-from kdtoolkit.contract import DetectorAdapter
+from kdtoolkit.adapters.transformers.base import TransformersAdapter
 from kdtoolkit.errors import KDError
 
-ADAPTERS: tuple[type[DetectorAdapter], ...] = (
+ADAPTERS: tuple[type[TransformersAdapter], ...] = (
     *detr.ADAPTERS,
     *rtdetr.ADAPTERS,
     *dfine.ADAPTERS,
@@ -38,7 +43,7 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
         args: fields of the config, which override its defaults or those of the folder.
 
     Raises:
-        KDError: there is no such detector, or its config has no such fields.
+        KDError: there is no such detector, its config has no such fields, or the hub is needed and does not answer.
     """
     if "num_labels" in args:
         raise KDError(f"model 'hf/{name}': num_labels follows from the data's classes; leave it out")
@@ -50,24 +55,61 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
             config = AutoConfig.for_model(model_type, num_labels=num_classes, **args)
             model: nn.Module = _auto_model.from_config(config)
             return model
+        source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": _is_local(name)}
         config, unused = AutoConfig.from_pretrained(
-            name, num_labels=num_classes, trust_remote_code=False, return_unused_kwargs=True, **args
+            name, num_labels=num_classes, return_unused_kwargs=True, **source, **args
         )
         if unused:
             raise KDError(f"model 'hf/{name}': its config has no {', '.join(unused)}")
+        # In float32 whatever they were saved in, as every adapter needs them.
         model = _auto_model.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False
+            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **source
         )
+        if getattr(config, "share_bbox_head", False):
+            _load_shared_heads(model, name)
     except KDError:
         raise
     except Exception as error:  # configs, the hub and its HTTP client share no other base
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise KDError(
-            f"model 'hf/{name}' cannot be built: {reason}. Give a model type ({', '.join(types)}), a "
-            "folder with config.json and model.safetensors, or the name of a detector on huggingface.co, which needs a "
-            "network the first time"
-        ) from error
+        raise _failure(name, " ".join(str(error).split()).rstrip(".")) from error
     return model
+
+
+def _failure(name: str, reason: str) -> KDError:
+    adapted = {cls.kind.__name__ for cls in ADAPTERS}
+    types = [model_type for model_type, kind in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.items() if kind in adapted]
+    return KDError(
+        f"model 'hf/{name}' cannot be built: {reason}. Give a model type ({', '.join(types).replace('-', '_')}), a folder "
+        "with config.json and model.safetensors, or the name of a detector on huggingface.co, which needs a network the first time"
+    )
+
+
+def _is_local(name: str) -> bool:
+    """Whether to look for files on this machine alone, in a folder or in the hub's cache.
+
+    Without a network the library asks the hub again and again, for more than a minute. Raises KDError for what is
+    neither a folder nor a name on the hub.
+    """
+    if Path(name).is_dir():
+        return True
+    if name.count("/") != 1:  # OWNER/NAME
+        raise _failure(name, "there is no such model type, and no such folder")
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # the HTTP client's own, or that of offline mode
+        return True
+    return False
+
+
+def _load_shared_heads(model: nn.Module, name: str) -> None:
+    """Load weights as they stand in the file.
+
+    Of layers that share their box head the library (5.24) saves the last one's, and loads the first one's: from such a
+    file the head stays random.
+    """
+    own = model.state_dict()
+    state = load_file(str(cached_file(name, "model.safetensors", local_files_only=True)))
+    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
 
 
 def _check_fields(name: str, model_type: str, args: Mapping[str, object]) -> None:

@@ -63,9 +63,13 @@ class TransformersAdapter(DetectorAdapter):
         image_mean: what is subtracted from images in [0, 1], a channel; the class's default if None.
         image_std: what they are divided by after it; likewise.
         size_divisor: images are padded to multiples of it, in pixels.
+
+    Raises:
+        KDError: the adapter cannot show such a model, or the library itself cannot run it.
     """
 
     model: Any
+    kind: ClassVar[type[nn.Module]]
     default_mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
     default_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
     # Whether the model masks padding, so that its boxes are relative to each image's content; else to the canvas.
@@ -83,9 +87,25 @@ class TransformersAdapter(DetectorAdapter):
         size_divisor: int = 32,
     ) -> None:
         super().__init__(model)
+        if reason := self.refuses():
+            raise KDError(f"{type(model).__name__} {reason}")
         self.image_mean = tuple(self.default_mean if image_mean is None else image_mean)
         self.image_std = tuple(self.default_std if image_std is None else image_std)
         self.size_divisor = size_divisor
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether `model` is one of the class that this adapter is for."""
+        return isinstance(model, cls.kind)
+
+    def refuses(self) -> str | None:
+        """Why a model of this class cannot be adapted; None if it can. Checked once."""
+        if other := {str(p.dtype) for p in self.model.parameters()} - {"torch.float32"}:
+            return (
+                f"has parameters of {', '.join(sorted(other))}, in which most of the library's losses do not work: call "
+                "model.float(), or from_pretrained with dtype=torch.float32. torch.autocast computes in bfloat16"
+            )
+        return None
 
     def describe(
         self, *, strides: Sequence[int], width: int, layers: int, prior_form: str, channels: Sequence[int] = ()
@@ -234,7 +254,7 @@ def to_state(hidden: Tensor) -> State:
 
 def from_state(state: State) -> Tensor:
     """The inverse of `to_state`: (N, Q, C)."""
-    return state[BRANCH][0].transpose(1, 2).contiguous()
+    return state[BRANCH][0].transpose(1, 2)
 
 
 def corners(boxes: Tensor, scale: Tensor) -> Tensor:
@@ -272,8 +292,12 @@ def backbone_strides(backbone: nn.Module) -> tuple[int, ...]:
     module: Any = getattr(backbone, "_backbone", backbone)
     if hasattr(module, "feature_info"):  # timm's
         return tuple(module.feature_info.reduction())
-    # The stem (0) and the first stage have stride 4, each further stage halves: ResNet, Swin, ConvNeXt and kin.
-    return tuple(4 if index == 0 else 2 ** (index + 1) for index in module.out_indices)
+    config = module.config
+    if hasattr(config, "patch_size") and not hasattr(config, "depths"):  # a plain vision transformer
+        return (config.patch_size,) * len(module.out_indices)
+    # The stem (0) and mostly the first stage have stride 4, each further stage halves: ResNet, Swin, ConvNeXt and kin.
+    first = 8 if getattr(config, "downsample_in_first_stage", False) else 4
+    return tuple(4 if index == 0 else first * 2 ** (index - 1) for index in module.out_indices)
 
 
 def stirred(build: Callable[[int], nn.Module], num_classes: int) -> nn.Module:

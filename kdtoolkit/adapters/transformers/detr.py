@@ -138,8 +138,7 @@ class _DetrKin(TransformersAdapter):
         """Decode the own queries, or those of `priors`."""
         memory = self.memory(features, batch)
         queries = self.queries(memory) if priors is None else self.given_queries(priors, batch)
-        # Contiguous as resumed states are: what is multiplied from other strides differs in its last bits.
-        states, references = self._decode(queries.content.contiguous(), 0, queries.references, queries, memory)
+        states, references = self._decode(queries.content, 0, queries.references, queries, memory)
         logits, boxes = self._predict(states[-1], references[-1])
         predictions = self.predictions(logits, boxes, self.priors(queries, batch), batch)
         return HeadTrace(tuple(map(to_state, states)), predictions, Pass(memory, tuple(references)))
@@ -217,11 +216,6 @@ class DetrAdapter(_DetrKin):
         """A narrow and shallow DETR."""
         return {"DETR": partial(stirred, partial(_tiny, DetrForObjectDetection, DetrConfig))}
 
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Whether `model` is one of the class that this adapter is for."""
-        return isinstance(model, cls.kind)
-
     @property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
@@ -297,20 +291,14 @@ class ConditionalDetrAdapter(DetrAdapter):
     kind = ConditionalDetrForObjectDetection
     prior_form = "queries of content {0}, positions {0}, reference points"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-        size_divisor: int = 32,
-    ) -> None:
-        super().__init__(model, image_mean=image_mean, image_std=image_std, size_divisor=size_divisor)
+    def refuses(self) -> str | None:
+        """Layers left out at random cannot be resumed."""
         if self.model.config.decoder_layerdrop:
-            raise KDError(
-                f"{type(model).__name__} has decoder_layerdrop={self.model.config.decoder_layerdrop}, which leaves out "
-                "layers at random: set model.config.decoder_layerdrop and model.model.decoder.layerdrop to 0"
+            return (
+                f"has decoder_layerdrop={self.model.config.decoder_layerdrop}, which leaves out layers at random: set "
+                "model.config.decoder_layerdrop and model.model.decoder.layerdrop to 0"
             )
+        return super().refuses()
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
@@ -394,7 +382,9 @@ class DabDetrAdapter(DetrAdapter):
         if not model.num_patterns:
             content = anchors.new_zeros(*anchors.shape[:2], self.model.config.hidden_size)
         else:
-            content = _repeat(model.patterns.weight.repeat_interleave(anchors.shape[1], 0), memory)
+            # The images side by side in memory, as the library has them: other strides give other last bits.
+            patterns = model.patterns.weight.repeat_interleave(anchors.shape[1], 0).unsqueeze(1)
+            content = patterns.repeat(1, len(anchors), 1).transpose(0, 1)
             anchors = anchors.repeat(1, model.num_patterns, 1)
         return Queries(content, references=anchors.sigmoid())
 
@@ -448,16 +438,12 @@ class DeformableDetrAdapter(_DetrKin):
     """
 
     processor = DeformableDetrImageProcessor
+    kind = DeformableDetrForObjectDetection
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow Deformable DETR with box refinement and two stages."""
         return {"Deformable DETR": partial(stirred, _tiny_deformable)}
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Whether `model` is a DeformableDetrForObjectDetection."""
-        return isinstance(model, DeformableDetrForObjectDetection)
 
     @property
     def spec(self) -> DetectorSpec:
@@ -562,6 +548,9 @@ class DeformableDetrAdapter(_DetrKin):
 
     def judge(self, i: int, hidden: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """The heads of layer `i`; boxes are offsets from the references that entered it."""
+        # The library's heads see slices of all layers' states in one tensor. What is multiplied from other strides
+        # differs in its last bits.
+        hidden = torch.stack([hidden, hidden], 1)[:, 0]
         return self.model.class_embed[i](hidden), self._boxes(self.model.bbox_embed[i](hidden), reference)
 
     def _boxes(self, offsets: Tensor, reference: Tensor | None) -> Tensor:
@@ -642,7 +631,7 @@ def _tiny_deformable(num_classes: int) -> nn.Module:
     )
 
 
-ADAPTERS: tuple[type[DetectorAdapter], ...] = (
+ADAPTERS: tuple[type[TransformersAdapter], ...] = (
     DetrAdapter,
     ConditionalDetrAdapter,
     DabDetrAdapter,

@@ -196,6 +196,11 @@ class Deimv2Adapter(DFineAdapter):
         """A narrow and shallow DEIMv2."""
         return {"DEIMv2": partial(stirred, partial(tiny, Deimv2ForObjectDetection, Deimv2Config))}
 
+    def _map_strides(self) -> Sequence[int]:
+        """Strides of the encoder's maps; the lite one makes a second of one, whose stride configs leave out."""
+        strides = super()._map_strides()
+        return (strides[0], 2 * strides[0]) if self.model.config.encoder_type == "lite" else strides
+
     def encode(self, batch: Batch) -> Sequence[Tensor]:
         """Backbone and encoder: one map a level."""
         model = self.model.model
@@ -203,4 +208,4 @@ class Deimv2Adapter(DFineAdapter):
         return encoded
 
 
-ADAPTERS: tuple[type[DetectorAdapter], ...] = (DFineAdapter, Deimv2Adapter)
+ADAPTERS: tuple[type[RTDetrAdapter], ...] = (DFineAdapter, Deimv2Adapter)

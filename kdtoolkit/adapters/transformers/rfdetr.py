@@ -77,6 +77,12 @@ class LwDetrAdapter(SelectingAdapter):
         """A narrow and shallow LW-DETR."""
         return {"LW-DETR": partial(stirred, tiny_lw_detr)}
 
+    def refuses(self) -> str | None:
+        """The library's default config has no level."""
+        if not self._strides():
+            return "has no levels: build it with projector_scale_factors, as [1.0], or [2.0, 0.5] of its large sizes"
+        return super().refuses()
+
     @property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
@@ -277,4 +283,4 @@ _SMALL: Mapping[str, Any] = {
     "decoder_cross_attention_heads": 2,
 }
 
-ADAPTERS: tuple[type[DetectorAdapter], ...] = (RfDetrAdapter, LwDetrAdapter)
+ADAPTERS: tuple[type[SelectingAdapter], ...] = (RfDetrAdapter, LwDetrAdapter)

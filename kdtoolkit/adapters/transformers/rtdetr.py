@@ -129,12 +129,6 @@ class SelectingAdapter(TransformersAdapter):
     """Base of the adapters of detectors whose queries start at the encoder's best boxes."""
 
     masked: ClassVar[bool] = False
-    kind: ClassVar[type[nn.Module]]
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Whether `model` is one of the class that this adapter is for."""
-        return isinstance(model, cls.kind)
 
     @property
     def layers(self) -> int:
@@ -273,11 +267,20 @@ class RTDetrAdapter(SelectingAdapter):
         """A narrow and shallow RT-DETR."""
         return {"RT-DETR": partial(stirred, partial(tiny, RTDetrForObjectDetection, RTDetrConfig))}
 
+    def refuses(self) -> str | None:
+        """What configs can ask for and the library's forward cannot run (5.24): published ones do not."""
+        config = self.model.config
+        if config.learn_initial_query:
+            return "has learn_initial_query, which the library cannot run: build it without"
+        if getattr(config, "eval_idx", -1) not in (-1, self.layers - 1):
+            return f"has eval_idx={config.eval_idx}, which the library cannot run: build it with -1, the last layer"
+        return super().refuses()
+
     @property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
         config, projections = self.model.config, self.model.model.decoder_input_proj
-        strides = list(config.feat_strides)
+        strides = list(self._map_strides())
         # Further levels come from the encoder's last map, each of them.
         strides += [
             strides[-1] * (1 if isinstance(project, nn.Identity) else 2) for project in projections[len(strides) :]
@@ -288,6 +291,11 @@ class RTDetrAdapter(SelectingAdapter):
             layers=self.layers,
             prior_form=f"queries of content {config.d_model}, reference boxes",
         )
+
+    def _map_strides(self) -> Sequence[int]:
+        """Strides of the encoder's maps."""
+        strides: Sequence[int] = self.model.config.feat_strides
+        return strides
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Backbone, encoder, and the decoder's input projections.
@@ -444,4 +452,4 @@ def tiny(model: Callable[..., nn.Module], config: Callable[..., Any], num_classe
     return model(config(**{**settings, **changes}))
 
 
-ADAPTERS: tuple[type[DetectorAdapter], ...] = (RTDetrAdapter, RTDetrV2Adapter)
+ADAPTERS: tuple[type[SelectingAdapter], ...] = (RTDetrAdapter, RTDetrV2Adapter)

@@ -21,7 +21,7 @@ from kdtoolkit.adapters.transformers.detr import (
     _tiny_deformable,
     tiny_backbone,
 )
-from kdtoolkit.contract import Capability, PriorKind
+from kdtoolkit.contract import Capability, PriorKind, adapt
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.methods import PKD, CrossKD
@@ -163,6 +163,27 @@ def test_predictions_losses_and_gradients_are_the_librarys_own(case, train, batc
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dab-patterns", "deformable", "deformable-refine", "deformable-two-stage"])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_wide_ones_are_the_librarys_own_to_the_last_bit(name, train, batch):
+    """From some width on products depend on how their factors lie in memory: states must lie as in the library."""
+    width = {"hidden_size" if name == "dab-patterns" else "d_model": 256}
+    many = {"two_stage_num_proposals": 100} if "two-stage" in name else {"num_queries": 100}
+    adapter = build(VARIANTS[name], **width, **many)
+    model = adapter.model.train(train)
+    prepared = adapter.prepare(*batch)
+    torch.manual_seed(1)
+    expected = model(prepared.images, pixel_mask=pixel_mask(prepared), labels=library_labels(batch[1], batch[0]))
+    torch.manual_seed(1)
+    trace = adapter.head(adapter.features(prepared), prepared)
+    assert torch.equal(trace.predictions.logits, expected.logits)
+    assert torch.equal(trace.predictions.regression, expected.pred_boxes)
+    assert torch.equal(sum(adapter.task_losses(trace, prepared)[0].values()), expected.loss)
+    if not train:
+        for i, state in enumerate(trace.states):
+            assert torch.equal(adapter.resume(state, i, trace).logits, trace.predictions.logits)
+
+
 @EACH
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_resumed_from_any_stage_the_head_repeats_itself_to_the_bit(case, precision, batch):
@@ -208,6 +229,14 @@ def test_the_spec_tells_the_truth(case, batch):
 def test_strides_without_running():
     assert DetrAdapter(detr()).spec.strides == DabDetrAdapter(dab()).spec.strides == (32,)
     assert build(VARIANTS["deformable"]).spec.strides == (8, 16, 32, 64)
+    early = tiny_backbone(3, 4)
+    early.downsample_in_first_stage = True
+    assert build(
+        (DeformableDetrAdapter, partial(single, backbone_config=early, num_feature_levels=2))
+    ).spec.strides == (32, 64)
+    vit = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    plain = {"model_type": "dinov2", "out_features": ["stage1", "stage2"], **vit}
+    assert DetrAdapter(detr(backbone_config=plain)).spec.strides == (14,)
     timm = {"model_type": "timm_backbone", "backbone": "resnet10t", "out_indices": [2, 3], "num_channels": 3}
     for cls, make in (VARIANTS["detr"], VARIANTS["dab"]):
         assert cls(make(backbone_config=dict(timm))).spec.strides == (16,)
@@ -443,6 +472,14 @@ def test_layers_left_out_at_random_are_refused():
 
 
 @pytest.mark.parametrize("cls", ADAPTERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused(cls, dtype):
+    for make in cls.examples().values():
+        with pytest.raises(KDError, match=rf"{dtype}.*model\.float\(\)"):
+            adapt(make(2).to(dtype))
+
+
+@pytest.mark.parametrize("cls", ADAPTERS)
 def test_examples_work_on_any_small_image(cls):
     for make in cls.examples().values():
         torch.manual_seed(0)
@@ -517,6 +554,17 @@ def test_build_from_a_folder(tmp_path):
         build_model(str(tmp_path), 4, {"colour": 1})
 
 
+def test_weights_of_a_folder_are_read_in_float32(tmp_path):
+    model = build_model("detr", 4, TINY_ARGS)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = build_model(str(tmp_path), 4, {})
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert all(
+        torch.equal(value.float(), loaded.state_dict()[name].float()) for name, value in model.state_dict().items()
+    )
+    adapt(loaded)
+
+
 def test_pickles_are_not_read(tmp_path):
     model = build_model("detr", 4, TINY_ARGS)
     model.config.save_pretrained(tmp_path)
@@ -531,6 +579,29 @@ def test_unknown_names(tmp_path, monkeypatch):
         build_model("nobody/nothing", 4, {})
     with pytest.raises(KDError, match=r"config\.json"):
         build_model(str(tmp_path), 4, {})
+    for name in ("detr2", "some/folder/missing", str(tmp_path / "missing")):
+        with pytest.raises(
+            KDError, match=r"no such model type, and no such folder.*\(conditional_detr, d_fine, dab_detr"
+        ):
+            build_model(name, 4, {})
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch):
+    """By the library's own tries it takes more than a minute until the error comes."""
+    asked = []
+
+    def session():
+        asked.append(1)
+        raise OSError("Name or service not known")
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the library asks the hub")
+
+    monkeypatch.setattr("kdtoolkit.adapters.transformers.get_session", session)
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", fail)
+    with pytest.raises(KDError, match=r"hf/nobody/nothing.*connect"):
+        build_model("nobody/nothing", 4, {})
+    assert asked == [1]
 
 
 def test_deformable_example_is_the_strongest():

@@ -11,6 +11,7 @@ pytest.importorskip("scipy")
 import transformers
 
 from kdtoolkit.adapters.native import DenseAdapter
+from kdtoolkit.adapters.transformers import build_model
 from kdtoolkit.adapters.transformers.detr import tiny_backbone
 from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.distiller import Distiller
@@ -144,15 +145,20 @@ def test_the_matching_goes_by_boxes_clamped_to_the_canvas(batch):
     assert [row.nonzero()[:, 0].tolist() for row in positive] == [sorted(queries.tolist()) for queries, _ in indices]
 
 
-def lite():
+def lite(feat_strides=(16, 32)):
     return deimv2(
         encoder_type="lite",
         backbone_config=tiny_backbone(3),
         encoder_in_channels=[16],
-        feat_strides=[16, 32],
+        feat_strides=list(feat_strides),
         num_feature_levels=2,
         decoder_in_channels=[32, 32],
     )
+
+
+def atto():
+    """As the published ones: their configs have the stride of the backbone's map alone."""
+    return lite(feat_strides=(16,))
 
 
 def dinov3():
@@ -170,7 +176,7 @@ def dinov3():
     return deimv2(backbone_config=backbone, spatial_tuning_adapter_inplanes=8)
 
 
-@pytest.mark.parametrize(("make", "strides"), [(lite, (16, 32)), (dinov3, (8, 16, 32))], ids=["lite", "dinov3"])
+@pytest.mark.parametrize(("make", "strides"), [(lite, (16, 32)), (atto, (16, 32)), (dinov3, (8, 16, 32))])
 def test_other_encoders_of_deimv2(make, strides, batch):
     adapter = build((Deimv2Adapter, partial(make)))
     prepared, features, trace = trace_of(adapter, batch)
@@ -180,6 +186,21 @@ def test_other_encoders_of_deimv2(make, strides, batch):
     losses = Distiller(adapter, build(FAMILIES["deimv2"]), [PKD(), LD()]).train()(*batch)
     assert losses.total.isfinite()
     assert losses["pkd/feature"] > 0
+
+
+def test_shared_box_heads_come_back_from_a_folder(tmp_path):
+    """As published small ones have them: the library saves the last layer's, and loads the first layer's."""
+    torch.manual_seed(0)
+    model = deimv2(share_bbox_head=True)
+    with torch.no_grad():
+        for parameter in model.bbox_embed.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    loaded = build_model(str(tmp_path), 3, {})
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    fewer = build_model(str(tmp_path), 2, {})
+    assert torch.equal(fewer.bbox_embed[0].layers[0].weight, model.bbox_embed[0].layers[0].weight)
+    assert fewer.class_embed[0].out_features == 2
 
 
 def test_d_fine_is_not_deimv2():

@@ -7,7 +7,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
 from kdtoolkit.adapters.transformers.base import queries_of
+from kdtoolkit.adapters.transformers.rfdetr import tiny_lw_detr
+from kdtoolkit.contract import adapt
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.errors import KDError
 from kdtoolkit.methods import CrossKD
 from tests.adapters.transformers.test_rtdetr import FAMILIES, build, trace_of, two_images
 
@@ -51,6 +54,13 @@ def test_features_lie_where_the_image_has_them():
     row, column = divmod(int(changed.argmax()), 16)
     assert 5 <= row <= 6
     assert 2 <= column <= 3
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_detector_without_levels_is_refused():
+    """As the library's default config of LW-DETR builds it."""
+    with pytest.raises(KDError, match=r"projector_scale_factors, as \[1\.0\]"):
+        adapt(tiny_lw_detr(3, projector_scale_factors=[]))
 
 
 @KIN

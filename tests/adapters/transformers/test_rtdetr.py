@@ -251,6 +251,17 @@ def test_strides_that_do_not_fit_the_backbone_are_told(batch):
         adapter.features(adapter.prepare(*batch))
 
 
+@pytest.mark.parametrize("family", ["rt-detr", "rt-detr-v2", "d-fine", "deimv2"])
+def test_what_the_library_cannot_run_is_refused(family):
+    cls, make = FAMILIES[family]
+    with pytest.raises(KDError, match="learn_initial_query"):
+        cls(make(learn_initial_query=True))
+    if family in ("d-fine", "deimv2"):
+        with pytest.raises(KDError, match="eval_idx=1"):
+            cls(make(eval_idx=1))
+        assert cls(make(eval_idx=2)).spec == cls(make()).spec
+
+
 @FAMILY
 def test_images_with_fewer_cells_than_queries_are_told(family, batch):
     adapter = build(FAMILIES[family], num_queries=1000)

@@ -8,6 +8,7 @@ Private name used: `effdet.bench._post_process`, the choice of candidates before
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 __all__ = ["EfficientDetAdapter"]
 
 MATCH_THRESHOLD = 0.5  # what DetBenchTrain gives its labeler
+LARGEST_SIDE = math.log(1000 / 16)  # of a code, as torchvision's box coder has it
 Maps = tuple[Tensor, ...]
 
 
@@ -257,9 +259,14 @@ class EfficientDetAdapter(DetectorAdapter):
 
 
 def decode(regression: Tensor, priors: Priors) -> Tensor:
-    """Boxes (..., A, 4) xyxy pixels from the library's codes (y, x, height, width) of anchors."""
+    """Boxes (..., A, 4) xyxy pixels from the library's codes (y, x, height, width) of anchors.
+
+    Sides are cut at 62 times the anchor's: the library lets them grow to infinity, of which no IoU is a number.
+    """
     anchors = _swapped(priors.boxes).expand(regression.shape).reshape(-1, 4)
-    boxes: Tensor = decode_box_outputs(regression.reshape(-1, 4), anchors, output_xyxy=True)
+    centres, sides = regression.reshape(-1, 4).split(2, -1)
+    codes = torch.cat([centres, sides.clamp(max=LARGEST_SIDE)], -1)
+    boxes: Tensor = decode_box_outputs(codes, anchors, output_xyxy=True)
     return boxes.view(regression.shape)
 
 
