@@ -117,7 +117,8 @@ def run_command(
     console = Console()
     outcome = run_suite(chosen, root, console=console, jobs=jobs, device=_device(device), only=only or (), fresh=fresh)
     print_board(build_board(root), console)
-    console.print(f"board: {root}/leaderboard.html (also .md, .csv, .json)", highlight=False, soft_wrap=True)
+    place = f"board: {root}/leaderboard.html (also .md, .csv, .json)"
+    console.print(place, highlight=False, markup=False, soft_wrap=True)
     if outcome.interrupted:
         console.print("interrupted: what is finished is kept; the same command goes on from there", style="bold yellow")
         raise typer.Exit(130)
@@ -213,6 +214,8 @@ def adapters_command(
     from kdtoolkit.methods import all_methods
 
     console = Console()
+    if not matrix and (method or family or markdown):
+        raise KDError("--method, --family and --markdown go with --matrix")
     known = families()
     if not matrix:
         table = Table("family", "adapter", "predicts at", "shows", box=None)

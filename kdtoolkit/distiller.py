@@ -83,6 +83,7 @@ class Distiller(nn.Module):
         methods: Sequence[Method] = (),
     ) -> None:
         super().__init__()
+        methods = _checked(methods)
         self.student_adapter = adapt(student)
         self.student = self.student_adapter.model
         self.teacher_adapter = None if teacher is None else adapt(teacher)
@@ -111,6 +112,8 @@ class Distiller(nn.Module):
 
         Raises IncompatibleError where the two detectors bring the batch to sizes that cannot be compared.
         """
+        if len(images) != len(targets):
+            raise KDError(f"{len(images)} images and {len(targets)} targets: there must be a target for each image")
         check_targets(targets, self.student_adapter.spec)
         step, self.step = self.step, self.step + self.training
         factors = [method.schedule.factor(step) for method in self._methods]
@@ -248,6 +251,8 @@ def check_targets(targets: Sequence[Target], spec: DetectorSpec) -> None:
                 f"target {i}: boxes must be (G, 4) and labels (G,); they are {tuple(boxes.shape)} and "
                 f"{tuple(labels.shape)}"
             )
+        if labels.is_floating_point():
+            raise KDError(f"target {i}: labels are {labels.dtype}; they are integers, classes from 0")
         if not len(boxes):
             continue
         good = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
@@ -264,6 +269,14 @@ def check_targets(targets: Sequence[Target], spec: DetectorSpec) -> None:
             f"target {i}: label {int(labels[at])}, and {spec.name} has {spec.num_classes} classes: labels count "
             "from 0, without background"
         )
+
+
+def _checked(methods: Sequence[Method]) -> list[Method]:
+    if not isinstance(methods, Sequence) or not all(isinstance(method, Method) for method in methods):
+        raise KDError(f"methods must be a list of methods, as in methods=[CrossKD(), PKD()]; it is {methods!r}")
+    if len({id(method) for method in methods}) < len(methods):
+        raise KDError("a method is listed twice: make a second one, for each learns parameters of its own")
+    return list(methods)
 
 
 def _unique_names(methods: Sequence[Method]) -> list[str]:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdtoolkit.contract import DetectorAdapter, DetectorSpec, Method, adapt
 from kdtoolkit.distiller import refusal
+from kdtoolkit.errors import KDError
 from kdtoolkit.methods import all_methods, published_settings
 
 
@@ -46,7 +47,8 @@ def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) 
     """
     adapter = adapt(model)
     training = adapter.model.training
-    adapter.model.eval()
+    learned = [p for p in adapter.model.parameters() if p.requires_grad]
+    adapter.model.eval().requires_grad_(False)  # windowed attention trips the counter where it may need gradients
     try:
         device = next(adapter.model.parameters()).device
         image = torch.rand(3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -54,15 +56,24 @@ def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) 
             batch = adapter.prepare([image])
             features = adapter.features(batch)
             trace = adapter.head(features, batch)
+    except KDError:
+        raise
+    except Exception as error:  # whatever arguments that its library does not check lead to
+        raise KDError(
+            f"{type(adapter.model).__name__} cannot be run on an image of {image_size} x {image_size} px "
+            f"({type(error).__name__}: {str(error)[:300]}): check its arguments and the image size"
+        ) from error
     finally:
         adapter.model.train(training)
+        for parameter in learned:
+            parameter.requires_grad_(True)
     parameters = list(adapter.model.parameters())
     spec = adapter.spec
     return Inspection(
         adapter=type(adapter).__name__,
         spec=spec,
         parameters=sum(p.numel() for p in parameters),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        trainable=sum(p.numel() for p in learned),
         image_size=image_size,
         canvas=(batch.images.shape[-2], batch.images.shape[-1]),
         grids=tuple((level.shape[-2], level.shape[-1]) for level in features),

@@ -12,7 +12,6 @@ from urllib.parse import parse_qsl
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -71,13 +70,14 @@ def construct(factory: Callable[..., object], name: str, num_classes: int, args:
     try:
         signature.bind(num_classes=num_classes, **args)
     except TypeError as error:
-        allowed = ", ".join(parameter for parameter in signature.parameters if parameter != "num_classes")
-        raise KDError(f"model {name!r}: {error}. Its arguments are num_classes, {allowed}") from error
+        raise KDError(f"model {name!r}: {error}. Its arguments are {', '.join(signature.parameters)}") from error
     try:
         model = factory(num_classes=num_classes, **args)
-    except (TypeError, ValueError) as error:
+    except KDError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a library, or code of the user's own, makes of the arguments
         given = ", ".join(f"{key}={value!r}" for key, value in args.items())
-        raise KDError(f"model {name!r} cannot be built from {given or 'its defaults'}: {error}") from error
+        raise KDError(f"model {name!r} cannot be built from {given or 'its defaults'}: {_said(error)}") from error
     if not isinstance(model, nn.Module):
         raise KDError(f"model {name!r} must return a torch.nn.Module; it returned {type(model).__name__}")
     return model
@@ -99,8 +99,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged, or holds Python objects, which are not loaded because they may run code: in its own "
             "library, save model.state_dict() with torch.save or safetensors"
         ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        raise KDError(f"weights file {path} cannot be read: {error}") from error
+    except Exception as error:  # torch and safetensors raise all kinds of them for what is no file of theirs
+        raise KDError(f"weights file {path} cannot be read, it is damaged or something else: {_said(error)}") from error
     for key in ("state_dict", "model"):  # where training scripts put it, beside their optimiser's
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -114,7 +114,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     state, own = read_weights(path), model.state_dict()
     problems = {
         "missing": [key for key in own if key not in state],
-        "unknown": [key for key in state if key not in own],
+        "unknown": [str(key) for key in state if key not in own],
         "of another shape": [
             f"{key} (needs {tuple(own[key].shape)}, is {tuple(state[key].shape)})"
             for key in own
@@ -127,6 +127,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
             "class count and sizes that they were trained with"
         )
     model.load_state_dict(state)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _arguments(name: str, query: str) -> dict[str, object]:
@@ -146,8 +150,8 @@ def _imported(name: str) -> Callable[..., object]:
         sys.path.append(here)
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise KDError(f"model {name!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        raise KDError(f"model {name!r} cannot be imported: {_said(error)}") from error
     if not callable(factory):
         raise KDError(f"model {name!r} is not callable: name a class or a function that returns a detector")
     found: Callable[..., object] = factory

@@ -8,6 +8,8 @@ import torch
 
 from kdtoolkit import cli
 from kdtoolkit.benchmark.suite import embedded_suites
+from kdtoolkit.inspect import inspect_detector
+from kdtoolkit.matrix import families
 from kdtoolkit.methods import CrossKD, all_methods
 from kdtoolkit.models import build_model
 from tests.benchmark._suite import TINY
@@ -189,3 +191,21 @@ def test_the_matrix_is_printed_and_written(run, tmp_path):
         assert (code, part in err) == (2, True)
     code, _, err = run(*command, "--markdown", tmp_path / "none" / "matrix.md")
     assert (code, "cannot write" in err) == (2, True)
+
+
+def test_options_of_the_matrix_alone_are_not_ignored(run):
+    code, _, err = run("adapters", "--family", "GFL")
+    assert (code, "go with --matrix" in err) == (2, True)
+
+
+def test_inspect_names_arguments_that_a_library_does_not_check(run):
+    code, _, err = run("inspect", "torchvision/fcos?backbone=resnet10t&min_size=abc", "--image-size", 64)
+    assert (code, "cannot be run on an image of 64 x 64 px" in err) == (2, True)
+
+
+def test_inspect_shows_every_family():
+    for name, build in families().items():
+        model = build(3)
+        learned = [p.requires_grad for p in model.parameters()]
+        assert inspect_detector(model, 64).multiply_adds > 0, name
+        assert [p.requires_grad for p in model.parameters()] == learned

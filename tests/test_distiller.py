@@ -186,6 +186,22 @@ def test_other_class_counts_are_refused_with_what_would_work():
         Distiller(tiny_gfl(seed=1, num_classes=5), tiny_gfl(seed=2), [LD(cls_weight=1.0)])
 
 
+def test_methods_are_instances_each_of_its_own():
+    method = FGD()
+    for methods, reason in (([PKD], "list of methods"), (PKD(), "list of methods"), ([method, method], "listed twice")):
+        with pytest.raises(KDError, match=reason):
+            Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), methods)
+
+
+def test_targets_are_as_many_as_images_and_labels_are_integers(batch):
+    images, targets = batch
+    distiller = Distiller(None, tiny_gfl(seed=2))
+    with pytest.raises(KDError, match="2 images and 1 targets"):
+        distiller(images, targets[:1])
+    with pytest.raises(KDError, match="target 0: labels are"):
+        distiller(images, [{**t, "labels": t["labels"].float()} for t in targets])
+
+
 def test_a_teacher_may_know_fewer_classes_than_the_ground_truth_has(batch):
     images, targets = batch
     targets = [{**t, "labels": torch.full_like(t["labels"], 4)} for t in targets]

@@ -51,6 +51,20 @@ def test_mistakes_are_explained(name, args, message):
         build_model(name, 3, args)
 
 
+def raises(num_classes):
+    raise RuntimeError("no such luck")
+
+
+def test_what_code_of_ones_own_raises_is_one_error(tmp_path, monkeypatch):
+    with pytest.raises(KDError, match="RuntimeError: no such luck"):
+        build_model("tests.test_models:raises", 3)
+    (tmp_path / "leaves_at_import.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("leaves_at_import:x", ":x"):
+        with pytest.raises(KDError, match="cannot be imported"):
+            build_model(name, 3)
+
+
 def test_arguments_in_the_name_are_overridden_by_arguments():
     model = build_model("kdtoolkit/gfl?backbone=resnet10t&strides=[8, 16, 32, 64]&bins=5", 4, {**ARGS, "bins": 7})
     assert (model.bins, model.strides) == (7, (8, 16, 32))  # ARGS has strides too

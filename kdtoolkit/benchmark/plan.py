@@ -10,6 +10,7 @@ from kdtoolkit.benchmark.keys import cell_parts, difference, key_of
 from kdtoolkit.benchmark.stats import dearest
 from kdtoolkit.benchmark.store import CellResult, Store, read_result, set_aside
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite
+from kdtoolkit.contract import adapt
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import KDError
 
@@ -112,6 +113,9 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
         teacher = build_detector(suite.teacher, num_classes, 0)
         where = "student"
         student = build_detector(suite.student, num_classes, 0)
+        for where, detector in (("teacher", teacher), ("student", student)):
+            if (known := adapt(detector).spec.num_classes) != num_classes:
+                raise KDError(f"model {getattr(suite, where).model!r} has {known} classes, the data {num_classes}")
         for where, uses in suite.entries.items():  # noqa: B007 - named in the error
             Distiller(teacher, student, [use.build() for use in uses])
     except KDError as error:

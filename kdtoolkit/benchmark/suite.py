@@ -35,7 +35,7 @@ _FOLDER_NAME = r"^\w[\w+().,= -]*$"  # names become folders
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSection(_Section):

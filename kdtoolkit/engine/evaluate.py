@@ -130,7 +130,9 @@ def _as_coco(output: Detections, sample: Sample, image: Tensor, category_ids: li
 
 def _score(truth: dict[str, Any], results: list[dict[str, Any]]) -> Evaluation:
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
-        expected = _index({**truth, "annotations": [dict(a) for a in truth["annotations"]]})  # it writes into them
+        # Copies, for it writes into them; numbered from 1, for it takes a match with number 0 for none.
+        annotations = [{**annotation, "id": number} for number, annotation in enumerate(truth["annotations"], 1)]
+        expected = _index({**truth, "annotations": annotations})
         scoring = COCOeval(expected, _index({**truth, "annotations": results}), "bbox")  # type: ignore[no-untyped-call]
         scoring.evaluate()  # type: ignore[no-untyped-call]
         scoring.accumulate()  # type: ignore[no-untyped-call]

@@ -25,7 +25,7 @@ HISTORY_POINTS = 100
 class TrainConfig(BaseModel):
     """How to train. The defaults suit AdamW from scratch; `sgd`, lr 0.01 and `step` give the published schedules."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(gt=0, description="optimiser steps")
     batch_size: int = Field(default=16, gt=0)

@@ -62,6 +62,7 @@ def test_what_is_written_reads_back():
         ("  val_images: 4\n", "", "data:", ["procedural data needs val_images"]),
         ("PKD: [PKD]", "PKD: [PDK]", "PDK", ["unknown method 'PDK'", "did you mean 'PKD'", "CrossKD"]),
         ("{weight: 3.0}", "{wieght: 3.0}", "wieght", ["PKD: unknown key 'wieght'", "did you mean 'weight'"]),
+        ("{weight: 3.0}", "{weight: .nan}", "nan", ["PKD: weight = nan", "finite"]),
         ("{weight: 3.0}", "{weight: heavy}", "heavy", ["PKD: weight = 'heavy'", "number"]),
         ("PKD: [PKD]", "PKD: []", "entries", ["entry 'PKD' has no methods"]),
         ("PKD: [PKD]", "Baseline: [PKD]", "entries", ["'Baseline' has the name of another row"]),

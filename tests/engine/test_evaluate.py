@@ -125,6 +125,14 @@ def test_detections_within_a_crowd_are_no_mistakes(tmp_path):
     assert evaluate(Replay(photos, beside_it), photos).per_class["cube"] < 99
 
 
+def test_annotations_may_be_numbered_from_0(tmp_path):
+    numbered = document()
+    for number, annotation in enumerate(numbered["annotations"]):
+        annotation["id"] = number
+    data = CocoDetection(write(tmp_path, numbered), "train")
+    assert evaluate(Replay(data), data).ap == pytest.approx(100)
+
+
 def test_no_detection_at_all_scores_0(data):
     found = evaluate(Replay(data, lambda found: {key: value[:0] for key, value in found.items()}), data)
     assert (found.ap, found.ap50, found.ap_small, found.ap_large, found.detections) == (0, 0, 0, None, 0)
