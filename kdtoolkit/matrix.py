@@ -226,7 +226,8 @@ def print_matrix(matrix: Matrix, console: Console, method: str | None = None) ->
 def _print_whole(table: Table, console: Console) -> None:
     """Print all columns, in lines longer than a narrow terminal's if need be: it would leave some out."""
     needed = console.measure(table, options=console.options.update(width=1000)).maximum
-    console.print(table, width=max(needed, console.width), crop=False, no_wrap=True)
+    wide = Console(file=console.file, width=max(needed, console.width), force_terminal=console.is_terminal)
+    wide.print(table)
 
 
 def _numbered(matrix: Matrix, title: str) -> Table:

@@ -172,3 +172,16 @@ def test_nothing_fails_between_any_two_families_that_are_installed():
     assert not failures
     assert all(cell.reason for cell in matrix.cells.values() if cell.outcome != Outcome.WORKS)
     assert matrix.share("PKD") > 0.5
+
+
+def test_all_columns_are_printed_in_narrow_terminals():
+    names = tuple(f"family {i}" for i in range(30))
+    cells = {("PKD", a, b): Cell(Outcome.REFUSED, f"reason {a}") for a in names for b in names}
+    out = io.StringIO()
+    matrix = Matrix(names, ("PKD",), cells)
+    for method in (None, "PKD"):
+        print_matrix(matrix, Console(file=out, width=60), method)
+    text = out.getvalue()
+    assert "…" not in text
+    assert text.count(" 30") >= 2
+    assert "·30" in text
