@@ -86,7 +86,7 @@ OTHER_QUERIES = {"mixed_precision": "in bfloat16 the random detector selects oth
 KNOWN = {
     ("CrossKD", "YOLO26"): EMPTY_BOXES,
     ("Mimic", "YOLO26"): EMPTY_BOXES,
-    ("LogitKD", "LW-DETR"): OTHER_QUERIES,
+    ("LogitKD", "RF-DETR"): OTHER_QUERIES,
 }
 
 
