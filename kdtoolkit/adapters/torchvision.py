@@ -1164,7 +1164,7 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
     options: dict[str, Any] = {"weights": None, "weights_backbone": None, **args}
     try:
         return cast(nn.Module, builder(num_classes=outputs, **options))
-    except (TypeError, ValueError, KeyError) as error:  # weights of another number of classes, or unknown ones
+    except (TypeError, ValueError, KeyError, OSError) as error:  # weights of other classes, unknown, or no network
         raise KDError(f"model {full!r}: {error}") from error
 
 
