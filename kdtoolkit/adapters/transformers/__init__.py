@@ -77,9 +77,10 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
 def _failure(name: str, reason: str) -> KDError:
     adapted = {cls.kind.__name__ for cls in ADAPTERS}
     types = [model_type for model_type, kind in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.items() if kind in adapted]
+    known = ", ".join(types).replace("-", "_")
     return KDError(
-        f"model 'hf/{name}' cannot be built: {reason}. Give a model type ({', '.join(types).replace('-', '_')}), a folder "
-        "with config.json and model.safetensors, or the name of a detector on huggingface.co, which needs a network the first time"
+        f"model 'hf/{name}' cannot be built: {reason}. Give a model type ({known}), a folder with config.json and "
+        "model.safetensors, or the name of a detector on huggingface.co, which needs a network the first time"
     )
 
 

@@ -7,7 +7,7 @@ the same submodules, called in the same order, so that predictions, losses and d
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -43,21 +43,19 @@ from kdtoolkit.adapters.transformers.base import (
     from_state,
     pixel_mask,
     queries_of,
+    stirred,
     to_state,
     weighted,
-    stirred,
 )
 from kdtoolkit.contract import (
     Assignment,
     Batch,
-    DetectorAdapter,
     DetectorSpec,
     HeadTrace,
     Predictions,
     Priors,
     State,
 )
-from kdtoolkit.errors import KDError
 
 # Without types in the library.
 _conditional: Any = modeling_conditional_detr
@@ -303,7 +301,11 @@ class ConditionalDetrAdapter(DetrAdapter):
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """A narrow and shallow Conditional DETR."""
-        return {"Conditional DETR": partial(stirred, partial(_tiny, ConditionalDetrForObjectDetection, ConditionalDetrConfig))}
+        return {
+            "Conditional DETR": partial(
+                stirred, partial(_tiny, ConditionalDetrForObjectDetection, ConditionalDetrConfig)
+            )
+        }
 
     def queries(self, memory: Memory) -> Queries:
         """Learned positions, and the points made from them; the content is zero."""

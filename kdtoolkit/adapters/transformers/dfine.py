@@ -28,7 +28,6 @@ from kdtoolkit.contract import (
     Batch,
     Capability,
     Detections,
-    DetectorAdapter,
     DetectorSpec,
     HeadTrace,
     Predictions,

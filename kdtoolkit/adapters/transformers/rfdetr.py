@@ -31,12 +31,11 @@ from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher
 from transformers.models.lw_detr import modeling_lw_detr
 from transformers.models.rf_detr import modeling_rf_detr
 
-from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, weighted, stirred
+from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, stirred, weighted
 from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, SelectingAdapter, Selection
 from kdtoolkit.contract import (
     Assignment,
     Batch,
-    DetectorAdapter,
     DetectorSpec,
     HeadTrace,
     Predictions,

@@ -33,15 +33,14 @@ from kdtoolkit.adapters.transformers.base import (
     TransformersAdapter,
     from_state,
     pixel_mask,
-    to_state,
     stirred,
+    to_state,
 )
 from kdtoolkit.adapters.transformers.detr import tiny_backbone
 from kdtoolkit.contract import (
     Assignment,
     Batch,
     Detections,
-    DetectorAdapter,
     DetectorSpec,
     HeadTrace,
     Predictions,
