@@ -375,9 +375,7 @@ class Matched:
         """The teacher's decoded boxes (N, A, 4), in pixels of the student's canvas."""
         student, teacher = self._views
         boxes = self.teacher.predictions.boxes
-        return (
-            boxes if student.batch.sizes == teacher.batch.sizes else boxes * _scale(student.batch, teacher.batch, boxes)
-        )
+        return boxes * _scale(student.batch, teacher.batch, boxes)
 
     def finish_with_teacher(self, state: State, stage: int) -> Predictions:
         """Cross-head predictions: the teacher's head, resumed from a student's `state` at the teacher's `stage`.

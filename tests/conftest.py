@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
+from kdtoolkit.matrix import families
 
 torch.set_num_threads(1)
 
@@ -37,6 +38,12 @@ def tiny_retinanet(*, seed, num_classes=3, **changes):
 
 def tiny_fcos(*, seed, num_classes=3, **changes):
     return _tiny(FCOS, seed, num_classes, **changes)
+
+
+def tiny_of(family, *, seed, num_classes=3):
+    """The example of a family, as the matrix names it, of any library."""
+    torch.manual_seed(seed)
+    return families()[family](num_classes)
 
 
 DENSE = (tiny_gfl, tiny_atss, tiny_retinanet, tiny_fcos)

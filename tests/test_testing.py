@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.contract import Capability, DetectorAdapter, HeadTrace, Method, PriorKind
 from kdtoolkit.errors import KDError
-from kdtoolkit.matrix import families
 from kdtoolkit.methods import LD, PKD, CrossKD
 from kdtoolkit.testing import ADAPTER_CHECKS, METHOD_CHECKS, ConformanceError, check_adapter, check_method
-from tests.conftest import tiny_atss, tiny_fcos, tiny_gfl, tiny_retinanet
+from tests.conftest import tiny_atss, tiny_fcos, tiny_gfl, tiny_of, tiny_retinanet
 
 
 def gfl():
@@ -773,9 +772,7 @@ def test_a_method_of_some_levels_is_checked_on_those():
 
 
 def test_images_of_equal_sizes_are_tried_where_others_are_refused():
-    torch.manual_seed(0)
-    ssd = families()["torchvision SSD"](3)
-    assert check_method(PKD, tiny_gfl(seed=0, num_classes=3), ssd).refused is None
+    assert check_method(PKD, tiny_gfl(seed=0), tiny_of("torchvision SSD", seed=0)).refused is None
 
 
 def test_known_failures_of_methods_need_a_reason_and_to_fail():

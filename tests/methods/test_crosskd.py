@@ -6,10 +6,9 @@ from hypothesis import strategies as st
 
 from kdtoolkit import Distiller, IncompatibleError, KDError
 from kdtoolkit.contract import Exchange, Predictions, PriorKind, Priors, Stage, View, adapt
-from kdtoolkit.matrix import families
 from kdtoolkit.methods._common import classification_kd, quality_focal_kd, shared_levels
 from kdtoolkit.methods.crosskd import CrossKD, align_statistics
-from tests.conftest import DENSE, tiny_atss, tiny_gfl
+from tests.conftest import DENSE, tiny_atss, tiny_gfl, tiny_of
 from tests.methods._views import spec
 
 
@@ -42,11 +41,6 @@ def test_quality_focal_loss_against_a_loop(beta, seed):
             q, p = teacher[i, k].sigmoid(), student[i, k].sigmoid()
             bce = -(q * F.logsigmoid(student[i, k]) + (1 - q) * F.logsigmoid(-student[i, k]))
             torch.testing.assert_close(ours[i, k], bce * (p - q).abs() ** beta, rtol=1e-4, atol=1e-6)
-
-
-def seeded(family, seed):
-    torch.manual_seed(seed)
-    return families()[family](3)
 
 
 def exchange_of(teacher, student, images, targets):
@@ -186,7 +180,7 @@ def test_the_settings_for_fcos_are_the_published_ones():
 
 @pytest.mark.parametrize("priors", ["student", "teacher"])
 def test_whose_proposals_go_through_both_heads(priors, batch):
-    teacher, student = (seeded("torchvision Faster R-CNN", seed) for seed in (1, 2))
+    teacher, student = (tiny_of("torchvision Faster R-CNN", seed=seed) for seed in (1, 2))
     method = CrossKD(priors=priors)
     distiller = Distiller(teacher, student, [method])
     asked = []
@@ -200,7 +194,7 @@ def test_whose_proposals_go_through_both_heads(priors, batch):
 
 
 def test_proposal_terms_are_those_of_the_first_stage_weighted(batch):
-    teacher, student = (seeded("torchvision Faster R-CNN", seed) for seed in (1, 2))
+    teacher, student = (tiny_of("torchvision Faster R-CNN", seed=seed) for seed in (1, 2))
     losses = []
     for weight in (1.0, 3.0):
         torch.manual_seed(0)

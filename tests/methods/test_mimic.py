@@ -8,9 +8,8 @@ import torch.nn.functional as F
 
 from kdtoolkit import Distiller, IncompatibleError
 from kdtoolkit.contract import PriorKind
-from kdtoolkit.matrix import families
 from kdtoolkit.methods.mimic import Mimic
-from tests.conftest import DENSE, tiny_atss, tiny_fcos, tiny_gfl, tiny_retinanet
+from tests.conftest import DENSE, tiny_atss, tiny_fcos, tiny_gfl, tiny_of, tiny_retinanet
 from tests.methods._views import CLASSES, assignment, batch, exchange, predictions, spec
 
 BATCH = batch([], [])
@@ -126,10 +125,7 @@ def test_other_kinds_of_heads_are_refused_before_the_first_step(student):
 
 def test_boxes_are_compared_in_the_same_pixels_whatever_canvases_are(batch):
     """A teacher that doubles its images says the same of them, so what it teaches is the same."""
-    torch.manual_seed(0)
-    teacher = families()["torchvision Faster R-CNN"](3)
-    torch.manual_seed(1)
-    student = families()["torchvision Faster R-CNN"](3)
+    teacher, student = (tiny_of("torchvision Faster R-CNN", seed=seed) for seed in (0, 1))
     images, targets = batch
     seen = {}
 
