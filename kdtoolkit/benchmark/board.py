@@ -171,9 +171,10 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
         "data": distinct(result.data for result in done),
         "seeds": f"{suite.seeds} (differences are taken seed by seed: same start, same order of images)",
         "student": f"{suite.student.model}, {train.steps} steps of {train.batch_size} images, "
-        f"{train.optimizer}, lr {train.lr:g}, {train.schedule}, {train.precision}",
+        f"{train.optimizer}, lr {train.lr:g}, {train.schedule}",
         "teacher": f"{suite.teacher.model}, {teacher.steps} steps of {teacher.batch_size} images, "
-        f"{teacher.optimizer}, lr {teacher.lr:g}, {teacher.schedule}, {teacher.precision}",
+        f"{teacher.optimizer}, lr {teacher.lr:g}, {teacher.schedule}",
+        "precision": distinct(result.key_parts.get("precision", train.precision) for result in done),
     }
     if equal := cells[EQUAL_TIME]:
         steps = distinct(str(result.steps) for result in equal)

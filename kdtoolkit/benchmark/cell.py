@@ -34,12 +34,16 @@ from kdtoolkit.models import build_model
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What one cell does. `parts` are its key's; `result` is where its JSON goes, `teacher` the teacher's weights."""
+    """What one cell does. `parts` are its key's; `result` is where its JSON goes, `teacher` the teacher's weights.
+
+    `pictures`: the folder that drawn pictures are kept in.
+    """
 
     entry: str
     seed: int
     detector: DetectorSection
     data: DataSection
+    pictures: Path
     result: Path
     parts: dict[str, str]
     device: str
@@ -96,10 +100,11 @@ def stretched(steps: int, stretch: float) -> int:
     return math.ceil(round(steps * stretch, 6))
 
 
-def load_data(data: DataSection) -> DataSets:
+def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
     """The data sets of a suite. The student's images are some of the teacher's.
 
-    Raises KDError where a data set cannot be read or its parts have other classes.
+    `pictures`: a folder that drawn pictures are kept in, for all cells. Raises KDError where a data set cannot be read
+    or its parts have other classes.
     """
     train: DetectionDataset
     val: DetectionDataset
@@ -109,8 +114,8 @@ def load_data(data: DataSection) -> DataSets:
         assert data.val_images is not None
         count = max(data.teacher_images, data.student_images)
         # Far apart, so that a suite's other seeds do not evaluate on what these train on.
-        train = ProceduralShapes(count, image_size=data.image_size, seed=data.seed)
-        val = ProceduralShapes(data.val_images, image_size=data.image_size, seed=data.seed + 1_000_000)
+        train = ProceduralShapes(count, image_size=data.image_size, seed=data.seed, folder=pictures)
+        val = ProceduralShapes(data.val_images, image_size=data.image_size, seed=data.seed + 1_000_000, folder=pictures)
         source = f"procedural shapes, {data.image_size} px, seed {data.seed}"
     else:
         train = CocoDetection(data.root, "train", max_size=data.image_size, on_bad=data.on_bad)
@@ -141,7 +146,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     """Run a cell and store what it measured. Raises KDError where it cannot run."""
     torch.set_num_threads(task.threads)
     report(Report("reading data"))
-    sets = load_data(task.data)
+    sets = load_data(task.data, task.pictures)
     images = sets.teacher if task.entry == TEACHER else sets.student
     num_classes = len(images.class_names)
     student = build_detector(task.detector, num_classes, task.seed).to(task.device)
@@ -194,7 +199,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
         }
         | {"python": platform.python_version()},
         machine=machine(),
-        device=torch.cuda.get_device_name() if task.device.startswith("cuda") else "cpu",
+        device=device_name(task.device),
         threads=task.threads,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
@@ -257,6 +262,11 @@ def machine() -> str:
                 name = line.partition(":")[2].strip()
                 break
     return f"{name}, {cores()} cores, {platform.system()}"
+
+
+def device_name(device: str) -> str:
+    """What a cell computes on: `cpu`, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def cores() -> int:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from kdtoolkit.benchmark.cell import Report, Task
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER
 
-METHOD_FACTOR = 2.0  # a step with a teacher costs about this many plain steps; used until one has been measured
+TEACHER_SHARE = 1 / 3  # of a teacher's training step is its forward pass, which a method's step has besides its own
+FIRST_STEPS = 10  # after so many a running cell's cost counts
 
 
 class Costs:
@@ -17,15 +18,28 @@ class Costs:
     def __init__(self) -> None:
         self._measured: dict[str, list[float]] = {}
         self._running: dict[str, float] = {}
+        self._first: dict[Task, Report] = {}
+        self._around: list[float] = []
+        self._start_up = 0.0
 
     def finished(self, row: str, seconds_per_step: float) -> None:
         """A cell of the row has cost this much."""
         self._measured.setdefault(row, []).append(seconds_per_step)
 
-    def running(self, row: str, report: Report) -> None:
-        """A cell of the row is under way."""
-        if report.phase == "training" and report.step > 5:
-            self._running[row] = report.seconds / report.step
+    def ended(self, seconds_around: float) -> None:
+        """A cell has spent this much besides training: starting, reading data, evaluation."""
+        self._around.append(seconds_around)
+
+    def running(self, task: Task, report: Report, seconds: float) -> None:
+        """A cell is under way, for `seconds` so far."""
+        if report.phase != "training":
+            return
+        if task not in self._first:
+            self._first[task] = report
+            self._start_up = max(0.0, seconds - report.seconds)
+        first = self._first[task]  # the steps before it are slow: memory is allocated, kernels are chosen
+        if (steps := report.step - first.step) >= FIRST_STEPS:
+            self._running[task.entry] = (report.seconds - first.seconds) / steps
 
     def of(self, row: str) -> float | None:
         """Seconds per step of a row, as far as they can be told."""
@@ -35,28 +49,36 @@ class Costs:
             return self._running[row]
         if row in (BASELINE, TEACHER):
             return None
-        plain = self.of(BASELINE)
-        return None if plain is None else plain * (1 if row == EQUAL_TIME else METHOD_FACTOR)
+        plain, teacher = self.of(BASELINE), self.of(TEACHER)
+        if plain is None or row == EQUAL_TIME:
+            return plain
+        return None if teacher is None else plain + TEACHER_SHARE * teacher
 
     def remaining(
-        self, pending: Iterable[Task], running: Mapping[Task, Report], jobs: int, equal_time: tuple[int, Iterable[str]]
+        self,
+        pending: Iterable[Task],
+        running: Mapping[Task, Report],
+        jobs: int,
+        later: int,
+        equal_time: tuple[int, Iterable[str]],
     ) -> float | None:
         """Seconds until the run is done; None as long as a row's cost is unknown.
 
-        `equal_time`: steps of the baseline times seeds that its stretched row still needs, and the methods it follows.
+        `later`: cells that are not among `pending` yet: those of the baseline at equal time. `equal_time`: steps of
+        the baseline that these would have unstretched, and the methods they follow.
         """
+        around = statistics.fmean(self._around) if self._around else self._start_up
         seconds: dict[str, float] = {}
-        for task, done in [
-            *((task, 0) for task in pending),
-            *((task, report.step) for task, report in running.items()),
-        ]:
+        cells = [*((task, 0) for task in pending), *((task, report.step) for task, report in running.items())]
+        for task, done in cells:
             cost = self.of(task.entry)
             if cost is None:
                 return None
-            seconds[task.entry] = seconds.get(task.entry, 0) + cost * (task.steps - done)
+            left = cost * (task.steps - done) + around * (done < task.steps)
+            seconds[task.entry] = seconds.get(task.entry, 0) + left
         steps, rows = equal_time
         dearest = max((cost for row in rows if (cost := self.of(row)) is not None), default=0.0)
-        total = sum(seconds.values()) + steps * dearest
+        total = sum(seconds.values()) + steps * dearest + around * later
         teacher = seconds.get(TEACHER, 0.0)
         after = total - teacher - seconds.get(BASELINE, 0.0)
         return max(total / jobs, teacher + after / jobs)

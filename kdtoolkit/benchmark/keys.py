@@ -39,9 +39,21 @@ _ANY_LIBRARY = ("adapters/**/*.py", "detectors/*.py"), "torchvision"  # a model 
 
 
 def cell_parts(
-    student: DetectorSection, methods: tuple[MethodUse, ...], seed: int, steps: int, data: str, teacher: str
+    student: DetectorSection,
+    methods: tuple[MethodUse, ...],
+    *,
+    seed: int,
+    steps: int,
+    data: str,
+    teacher: str,
+    device: str,
+    threads: int,
 ) -> dict[str, str]:
-    """What determines a student: its section, methods, seed and steps, the digests of its data and of its teacher."""
+    """What determines a student and what it costs.
+
+    That is its section, with the precision resolved; methods, seed and steps; the digests of its data and of its
+    teacher; the device by name, threads, versions and source.
+    """
     _, library = library_of(student.model)
     return {
         "detector": digest(student.model_dump(mode="json")),
@@ -50,6 +62,9 @@ def cell_parts(
         "steps": str(steps),
         "data": data,
         "teacher": teacher if methods else "none",
+        "precision": student.train.precision,
+        "device": device,
+        "threads": str(threads),
         "torch": torch.__version__,
         "library": f"{library} {version(library)}",
         "code": source_digest(student.model, tuple(Path(inspect.getfile(use.method)) for use in methods)),
@@ -64,7 +79,7 @@ def key_of(parts: Mapping[str, str]) -> str:
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     """What changed between two cells, in words."""
     changed = [name for name in new if old.get(name) != new[name]]
-    told = ("torch", "library", "steps")
+    told = ("torch", "library", "steps", "precision", "device", "threads")
     shown = (f"{name} ({old.get(name)} -> {new[name]})" if name in told else name for name in changed)
     return "changed: " + ", ".join(shown)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kdtoolkit.benchmark.cell import DataSets, Task, build_detector, load_data, stretched
+from kdtoolkit.benchmark.cell import DataSets, Task, build_detector, device_name, stretched
 from kdtoolkit.benchmark.keys import cell_parts, difference, key_of
 from kdtoolkit.benchmark.stats import dearest
 from kdtoolkit.benchmark.store import CellResult, Store, read_result, set_aside
-from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, MethodUse, Suite
 from kdtoolkit.contract import adapt
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.errors import KDError
 
 STRETCH_SLACK = 1.05  # a stored equal-time row stands until the dearest method has become dearer than this
@@ -27,26 +28,29 @@ class Fingerprints:
 
 
 class Plan:
-    """The tasks of a suite's run in a store."""
+    """The tasks of a suite's run in a store, for a device (`cpu` or `cuda`) and a number of threads a cell."""
 
     def __init__(self, suite: Suite, store: Store, sets: DataSets, *, device: str, threads: int) -> None:
         self.suite = suite
         self.store = store
         self.device = device
         self.threads = threads
+        self._teacher_section = _for_device(suite.teacher, device)
+        self._student_section = _for_device(suite.student, device)
         self._data = Fingerprints(sets.teacher.fingerprint(), sets.student.fingerprint(), sets.val.fingerprint())
 
     def teacher(self) -> Task:
         """The teacher's task; its result and weights are cached by its key."""
-        section = self.suite.teacher
+        section = self._teacher_section
         data = f"{self._data.teacher} {self._data.val}"
-        parts = cell_parts(section, (), 0, section.train.steps, data, "none")
+        parts = self._parts(section, (), 0, section.train.steps, data, "none")
         result = self.store.teacher_path(key_of(parts))
-        return Task(TEACHER, 0, section, self.suite.data, result, parts, self.device, self.threads)
+        pictures = self.store.pictures
+        return Task(TEACHER, 0, section, self.suite.data, pictures, result, parts, self.device, self.threads)
 
     def cell(self, row: str, seed: int, stretch: float = 1.0) -> Task:
         """The task of a row and seed."""
-        section, methods, teacher = self.suite.student, self.suite.methods(row), self.teacher()
+        section, methods, teacher = self._student_section, self.suite.methods(row), self.teacher()
         data = f"{self._data.student} {self._data.val}"
         steps = stretched(section.train.steps, stretch)
         return Task(
@@ -54,15 +58,41 @@ class Plan:
             seed=seed,
             detector=section,
             data=self.suite.data,
+            pictures=self.store.pictures,
             result=self.store.result_path(row, seed),
-            parts=cell_parts(section, methods, seed, steps, data, teacher.result.stem),
+            parts=self._parts(section, methods, seed, steps, data, teacher.result.stem),
             device=self.device,
             threads=self.threads,
             methods=methods,
-            teacher_detector=self.suite.teacher if methods else None,
+            teacher_detector=self._teacher_section if methods else None,
             teacher=teacher.result.with_suffix(".pt") if methods else None,
             stretch=stretch,
         )
+
+    def _parts(
+        self, section: DetectorSection, methods: tuple[MethodUse, ...], seed: int, steps: int, data: str, teacher: str
+    ) -> dict[str, str]:
+        return cell_parts(
+            section,
+            methods,
+            seed=seed,
+            steps=steps,
+            data=data,
+            teacher=teacher,
+            device=device_name(self.device),
+            threads=self.threads,
+        )
+
+    def complete(self, rows: Iterable[str]) -> bool:
+        """Whether the teacher, all cells of these rows and the baseline at equal time are done and up to date."""
+        tasks = [self.teacher(), *self.cells(rows)]
+        if any(self.result(task) is None for task in tasks):
+            return False
+        found = self.stretch()
+        equal_time = (
+            () if found is None else [self.cell(EQUAL_TIME, seed, found[1]) for seed in range(self.suite.seeds)]
+        )
+        return all(self.result(task) is not None for task in equal_time)
 
     def cells(self, rows: Iterable[str]) -> list[Task]:
         """The tasks of all seeds of these rows, seed by seed: rows can then be compared early."""
@@ -122,8 +152,7 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
         raise KDError(f"suite {suite.name}, {where}: {error}") from error
 
 
-def load_checked(suite: Suite) -> DataSets:
-    """The suite's data, after a check of its detectors and methods on it."""
-    sets = load_data(suite.data)
-    check_methods(suite, sets)
-    return sets
+def _for_device(section: DetectorSection, device: str) -> DetectorSection:
+    """The section with the precision that `auto` stands for."""
+    precision = resolve_precision(section.train.precision, device)
+    return section.model_copy(update={"train": section.train.model_copy(update={"precision": precision})})

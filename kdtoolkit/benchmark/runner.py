@@ -10,12 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from kdtoolkit.benchmark.board import build_board
-from kdtoolkit.benchmark.cell import Failure, Report, Task, cores
+from kdtoolkit.benchmark.cell import DataSets, Failure, Report, Task, cores, device_name, load_data, machine
 from kdtoolkit.benchmark.display import Display, duration
 from kdtoolkit.benchmark.estimate import Costs
-from kdtoolkit.benchmark.plan import Plan, load_checked
+from kdtoolkit.benchmark.plan import Plan, check_methods
 from kdtoolkit.benchmark.report import write_board
-from kdtoolkit.benchmark.store import Store, StoreError, discard, read_result, set_aside, write_atomic
+from kdtoolkit.benchmark.store import CellResult, Store, StoreError, discard, read_result, set_aside, write_atomic
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite, did_you_mean
 from kdtoolkit.benchmark.workers import Ended, Workers
 from kdtoolkit.errors import KDError
@@ -58,18 +58,23 @@ def run_suite(
         raise KDError(f"no entry '{unknown[0]}'{did_you_mean(unknown[0], suite.entries)} in {suite.name}: {known}")
     jobs = jobs or (cores() if device == "cpu" else 1)
     store = Store(root)
-    sets = load_checked(suite)
+    sets = load_data(suite.data, store.pictures)
+    plan = Plan(suite, store, sets, device=device, threads=max(1, cores() // jobs))
+    if not fresh and plan.complete([BASELINE, *(only or suite.entries)]):
+        console.print(f"{root}: all is done, nothing is run again", highlight=False, markup=False, soft_wrap=True)
+        return Outcome()
+    check_methods(suite, sets)
     with store.lock(), Display(console) as display:
         for notice in sets.notices:
             display.line(f"note: {notice}", "yellow")
         write_atomic(store.suite_path, suite.to_yaml().encode())
-        plan = Plan(suite, store, sets, device=device, threads=max(1, cores() // jobs))
-        return _Run(plan, display, jobs, list(only), fresh).run()
+        return _Run(plan, sets, display, jobs, list(only), fresh).run()
 
 
 class _Run:
-    def __init__(self, plan: Plan, display: Display, jobs: int, only: list[str], fresh: bool) -> None:
+    def __init__(self, plan: Plan, sets: DataSets, display: Display, jobs: int, only: list[str], fresh: bool) -> None:
         self.plan = plan
+        self.sets = sets
         self.display = display
         self.jobs = jobs
         self.rows = [BASELINE, *(row for row in plan.suite.entries if not only or row in only)]
@@ -79,13 +84,16 @@ class _Run:
         self.outcome = Outcome()
         self.pending: list[Task] = []
         self.running: dict[Task, Report] = {}
+        self.begun: dict[Task, float] = {}
         self.done = 0
         self.warned: set[tuple[str, str]] = set()
         self.started = time.monotonic()
+        self.estimated = False
 
     def run(self) -> Outcome:
         try:
             self._prepare()
+            self._introduce()
             self._drain()
             self._plan_equal_time()
             self._drain()
@@ -94,6 +102,8 @@ class _Run:
         finally:
             self.workers.stop()
         self._write_board()
+        if not self.outcome.interrupted:
+            self.display.line(f"took {duration(time.monotonic() - self.started)}")
         return self.outcome
 
     def _prepare(self) -> None:
@@ -114,6 +124,7 @@ class _Run:
             self.pending.append(teacher)
         else:
             self._keep_teacher()
+            self.costs.finished(TEACHER, self._teacher_result().seconds_per_step)
             display.line(f"teacher: taken from {teacher.result.with_suffix('.pt')}")
         for task in plan.cells(self.rows):
             if (result := plan.result(task)) is None:
@@ -123,6 +134,32 @@ class _Run:
                 self.done += 1
         if self.done:
             display.line(f"done already: {self.done} cells, besides the baseline at equal time")
+
+    def _introduce(self) -> None:
+        """Say what is going to happen, before anything takes long."""
+        suite, display = self.plan.suite, self.display
+        if any(task.entry == TEACHER for task in self.pending):
+            display.line(f"teacher: {suite.teacher.model}, {suite.teacher.train.steps} steps")
+        rows, seeds = ", ".join(self.rows), f"{suite.seeds} seed{'s' if suite.seeds > 1 else ''}"
+        display.line(f"students: {seeds} each of {rows}; {suite.student.train.steps} steps")
+        if len(self.rows) > 1:
+            display.line("then the baseline again, for as long as the dearest method took")
+        threads = f"{self.plan.threads} thread{'s' if self.plan.threads > 1 else ''} each"
+        where = machine() if self.plan.device == "cpu" else device_name(self.plan.device)
+        display.line(f"on {where}: {self.jobs} at a time, {threads}, {self._precision()}")
+        display.line(f"results: {self.plan.store.root}; after Ctrl-C the same command goes on")
+        if self.pending:
+            display.line(f"data: {self.sets.description}")
+            for images in (self.sets.teacher, self.sets.val):
+                _ = images[0]  # drawn pictures are then there for all cells
+
+    def _precision(self) -> str:
+        """The precision of the cells, and why it was chosen where it was."""
+        sections = self.plan.suite.teacher, self.plan.suite.student
+        precision = self.plan.cell(BASELINE, 0).parts["precision"]
+        if any(section.train.precision != "auto" for section in sections):
+            return precision
+        return f"{precision}, as its hardware has {'' if precision == 'bfloat16' else 'no '}bfloat16"
 
     def _plan_equal_time(self) -> None:
         found = self.plan.stretch()
@@ -148,6 +185,7 @@ class _Run:
                 self.pending.remove(task)
                 self.running[task] = Report("starting")
                 discard(self._error_path(task))
+                self.begun[task] = time.monotonic()
                 self.workers.start(task)
                 self.display.started(task)
             for task, event in self.workers.events(timeout=0.5):
@@ -163,7 +201,7 @@ class _Run:
 
     def _progress(self, task: Task, report: Report) -> None:
         self.running[task] = report
-        self.costs.running(task.entry, report)
+        self.costs.running(task, report, time.monotonic() - self.begun[task])
         self.display.progress(task, report)
         for warning in report.warnings:
             if (task.entry, warning) not in self.warned:
@@ -179,6 +217,7 @@ class _Run:
             return
         self.done += 1
         self.costs.finished(task.entry, result.seconds_per_step)
+        self.costs.ended(time.monotonic() - self.begun[task] - result.train_seconds)
         ap = result.evaluation["ap"]
         shown = "undefined" if ap is None else f"{ap:.1f}"
         cost = f"{result.step_ms:.0f} ms/step, {duration(result.train_seconds)}"
@@ -206,9 +245,12 @@ class _Run:
 
     def _keep_teacher(self) -> None:
         """The run's folder tells everything on its own: it has a copy of the teacher's result."""
+        write_atomic(self.plan.store.teacher_copy, self._teacher_result().model_dump_json(indent=1).encode())
+
+    def _teacher_result(self) -> CellResult:
         result = read_result(self.plan.teacher().result)
         assert result is not None  # called when it is there
-        write_atomic(self.plan.store.teacher_copy, result.model_dump_json(indent=1).encode())
+        return result
 
     def _write_board(self) -> None:
         write_board(build_board(self.plan.store.root), self.plan.store.root)
@@ -218,10 +260,14 @@ class _Run:
         planned = any(task.entry == EQUAL_TIME for task in (*self.pending, *self.running))
         later = 0 if planned or self.plan.measured(EQUAL_TIME) else suite.seeds
         left = self.costs.remaining(
-            self.pending, self.running, self.jobs, (later * suite.student.train.steps, self.rows[1:])
+            self.pending, self.running, self.jobs, later, (later * suite.student.train.steps, self.rows[1:])
         )
-        elapsed = time.monotonic() - self.started
-        expected = max(60 * suite.expected_minutes - elapsed, 60)
-        words = f"about {duration(expected if left is None else left)} left" + (" (estimate)" if left is None else "")
+        if left is None:
+            words = "first steps"
+        else:
+            words = f"about {duration(left)} left"
+            if not self.estimated:
+                self.estimated = True
+                self.display.line(f"time: about {duration(left)}, by the first steps on this machine", "bold")
         cells = self.done + len(self.pending) + len(self.running) + later + len(self.outcome.failures)
         self.display.overall(suite.name, self.done, cells, words)

@@ -63,11 +63,15 @@ class CellResult(BaseModel):
 
 
 class Store:
-    """One run's folder, `root`: suite, cells and boards; `teachers` is shared by all runs of an output folder."""
+    """One run's folder, `root`: suite, cells and boards.
+
+    `teachers` and `pictures` (drawn ones) lie beside it and are shared by all runs of an output folder.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.teachers = root.parent / "teachers"
+        self.pictures = root.parent / "pictures"
 
     @property
     def suite_path(self) -> Path:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdtoolkit.data.dataset import DetectionDataset, Sample, digest
@@ -31,10 +36,12 @@ class ProceduralShapes(DetectionDataset):
     """`count` square pictures with shapes of six classes; picture i of a seed and size is the same whatever the count.
 
     At 96 px a picture has 1 to 6 objects of 10 to 24 px radius. Larger pictures have more objects, from the same 10 px
-    to a quarter of the side. Raises KDError where an argument is out of range.
+    to a quarter of the side. Pictures are drawn when the first one is asked for. With a `folder` they are drawn once:
+    the file written there serves all processes, which share its memory. Raises KDError where an argument is out of
+    range or the folder cannot be written.
     """
 
-    def __init__(self, count: int, *, image_size: int = 96, seed: int = 0) -> None:
+    def __init__(self, count: int, *, image_size: int = 96, seed: int = 0, folder: Path | None = None) -> None:
         if count < 1:
             raise KDError(f"ProceduralShapes: count must be at least 1, not {count}")
         if image_size < 32:
@@ -42,27 +49,63 @@ class ProceduralShapes(DetectionDataset):
         if seed < 0:
             raise KDError(f"ProceduralShapes: seed must not be negative, as {seed} is")
         self.class_names = CLASS_NAMES
-        self._identity = ("procedural shapes", VERSION, count, image_size, seed)
-        self._images = torch.empty((count, 3, image_size, image_size), dtype=torch.uint8)
-        self._samples: list[Sample] = []
-        for index in range(count):
-            scene = _Scene(image_size, np.random.default_rng([seed, index]))
-            self._images[index] = torch.from_numpy(scene.pixels()).permute(2, 0, 1)
-            boxes, labels = scene.objects()
-            self._samples.append(
-                {"boxes": boxes, "labels": labels, "image_id": index + 1, "original_size": (image_size, image_size)}
-            )
+        self._count = count
+        self._size = image_size
+        self._seed = seed
+        self._folder = folder
 
     def __str__(self) -> str:
         return "procedural shapes"
 
     def __len__(self) -> int:
         """Number of pictures."""
-        return len(self._samples)
+        return self._count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Sample]:
         """Picture (3, H, W) uint8 and its objects."""
-        return self._images[index], self._samples[index]
+        return self._pictures["images"][index], self._samples[index]
+
+    @functools.cached_property
+    def _pictures(self) -> dict[str, Tensor]:
+        """`images` (N, 3, S, S) uint8; `boxes` (G, 4) and `labels` (G,) of all pictures; `counts` (N,) of each."""
+        if self._folder is None:
+            return self._drawn()
+        path = self._folder / f"shapes-{self.fingerprint()}.safetensors"
+        with suppress(FileNotFoundError, SafetensorError):  # a damaged file is written again
+            return load_file(path)
+        pictures = self._drawn()
+        beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file(pictures, beside)
+            beside.replace(path)
+        except (OSError, SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            raise KDError(f"cannot write the drawn pictures to {path}: {error}") from error
+        return load_file(path)
+
+    def _drawn(self) -> dict[str, Tensor]:
+        images = torch.empty((self._count, 3, self._size, self._size), dtype=torch.uint8)
+        objects = []
+        for index in range(self._count):
+            scene = _Scene(self._size, np.random.default_rng([self._seed, index]))
+            images[index] = torch.from_numpy(scene.pixels()).permute(2, 0, 1)
+            objects.append(scene.objects())
+        return {
+            "images": images,
+            "boxes": torch.cat([boxes for boxes, _ in objects]),
+            "labels": torch.cat([labels for _, labels in objects]),
+            "counts": torch.tensor([len(labels) for _, labels in objects]),
+        }
+
+    @functools.cached_property
+    def _samples(self) -> list[Sample]:
+        counts = self._pictures["counts"].tolist()
+        objects = zip(*(torch.split(self._pictures[name], counts) for name in ("boxes", "labels")), strict=True)
+        return [
+            {"boxes": boxes, "labels": labels, "image_id": index, "original_size": (self._size, self._size)}
+            for index, (boxes, labels) in enumerate(objects, start=1)
+        ]
 
     def coco(self) -> dict[str, Any]:
         """Ground truth in COCO's format; category ids count from 1."""
@@ -88,7 +131,7 @@ class ProceduralShapes(DetectionDataset):
 
     def fingerprint(self) -> str:
         """Digest of the arguments and of the version of the drawing."""
-        return digest(*self._identity)
+        return digest("procedural shapes", VERSION, self._count, self._size, self._seed)
 
 
 class _Scene:

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdtoolkit.data import Augmentation, DetectionDataset, batches
 from kdtoolkit.distiller import Distiller, Losses
+from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.errors import NonFiniteLossError
 
 SILENT_STEPS = 5  # a term that says nothing in all of the first steps is reported
@@ -42,7 +43,9 @@ class TrainConfig(BaseModel):
     ema: float = Field(
         default=0.0, ge=0, lt=1, description="decay of the weights' moving average, which is kept at the end; 0: off"
     )
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="float32", description="auto: bfloat16 where the hardware has it, else float32"
+    )
     channels_last: bool = Field(
         default=False, description="memory format; faster convolutions if channels are multiples of 8"
     )
@@ -111,6 +114,7 @@ def train(
     if config.ema:
         ema = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
         average = AveragedModel(student, multi_avg_fn=ema, use_buffers=True)
+    precision = resolve_precision(config.precision, device)
     silence = SilenceDetector(student)
     window, history = _Window(), _Window()
     points: list[dict[str, float]] = []
@@ -124,7 +128,7 @@ def train(
         images = [image.to(device) for image in images]
         targets = [{"boxes": t["boxes"].to(device), "labels": t["labels"].to(device)} for t in targets]
         buffers = [buffer.clone() for buffer in student.buffers()]  # batch norm's change in a forward already
-        autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.precision == "bfloat16")
+        autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bfloat16")
         with autocast:
             losses = distiller(images, targets)
         values = dict(

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import build_detector, load_data
+from kdtoolkit.benchmark.keys import difference
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
 from kdtoolkit.benchmark.store import Store, read_result
@@ -88,13 +89,52 @@ def test_the_same_suite_gives_the_same_students(finished, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
 
-def test_what_is_done_is_not_run_again(finished):
+def test_what_is_done_is_not_run_again(finished, monkeypatch):
     before = dates(finished)
+    monkeypatch.setattr("kdtoolkit.data.shapes._Scene", None)  # nor is anything drawn
     outcome, text = run(tiny(), finished)
     assert dates(finished) == before
-    assert "started" not in text
-    assert "done already: 6 cells" in text
+    assert text.strip() == f"{finished}: all is done, nothing is run again"
     assert outcome.failures == {}
+
+
+def test_the_first_lines_say_what_will_be_done_and_how_long_it_takes(tmp_path):
+    suite = tiny(("train: {steps: 3,", "train: {steps: 40, precision: auto,"), ("seeds: 2", "seeds: 1"))
+    suite = change(suite, student={**suite.student.model_dump(), "train": {"steps": 40, "batch_size": 2}})
+    _, text = run(suite, tmp_path / "tiny", only=["PKD"])
+    first = text.partition("started")[0]
+    for part in ("kdtoolkit/gfl, 40 steps", "1 seed each of baseline, PKD", "2 at a time, 1 thread each", "float32"):
+        assert part in first
+    assert f"results: {tmp_path / 'tiny'}" in first
+    assert "took " in text.splitlines()[-1]
+
+
+def test_drawn_pictures_serve_all_cells(finished):
+    files = list((finished.parent / "pictures").iterdir())
+    assert len(files) == 2  # for training and for evaluation
+    suite = tiny()
+    ours, theirs = load_data(suite.data), load_data(suite.data, finished.parent / "pictures")
+    for mine, kept in ((ours.student, theirs.student), (ours.val, theirs.val)):
+        assert mine.coco() == kept.coco()
+        assert all(torch.equal(mine[i][0], kept[i][0]) for i in range(len(mine)))
+
+
+def test_a_key_knows_precision_device_and_threads(tmp_path, monkeypatch):
+    suite = tiny(
+        (
+            "model: kdtoolkit/gfl\n  args: *detector\n  train: {steps: 2,",
+            "model: kdtoolkit/gfl\n  args: *detector\n  train: {steps: 2, precision: auto,",
+        )
+    )
+    sets = load_data(suite.data)
+
+    def parts(precision, threads):
+        monkeypatch.setattr("kdtoolkit.benchmark.plan.resolve_precision", lambda *_: precision)
+        return Plan(suite, Store(tmp_path), sets, device="cpu", threads=threads).cell("PKD", 0).parts
+
+    ours, other = parts("bfloat16", 1), parts("float32", 2)
+    assert (ours["precision"], ours["device"], ours["threads"]) == ("bfloat16", "cpu", "1")
+    assert difference(ours, other) == ("changed: detector, teacher, precision (bfloat16 -> float32), threads (1 -> 2)")
 
 
 def test_a_changed_entry_is_run_again_and_no_other(finished):

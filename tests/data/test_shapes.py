@@ -34,6 +34,28 @@ def test_the_global_random_state_is_neither_used_nor_changed():
     assert torch.equal(first, ProceduralShapes(2)[1][0])
 
 
+def test_pictures_kept_in_a_folder_are_the_same_and_drawn_once(data, tmp_path, monkeypatch):
+    first = ProceduralShapes(5, seed=5, folder=tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []  # nothing is drawn before it is asked for
+    assert torch.equal(first[3][0], data[3][0])
+    (file,) = (tmp_path / "new").iterdir()
+    monkeypatch.setattr(shapes, "_Scene", None)
+    again = ProceduralShapes(5, seed=5, folder=tmp_path / "new")
+    for i in range(5):
+        assert torch.equal(again[i][0], data[i][0])
+        assert torch.equal(again[i][1]["boxes"], data[i][1]["boxes"])
+        assert torch.equal(again[i][1]["labels"], data[i][1]["labels"])
+    monkeypatch.undo()
+    file.write_bytes(file.read_bytes()[:1000])  # a damaged file is drawn again
+    assert torch.equal(ProceduralShapes(5, seed=5, folder=tmp_path / "new")[3][0], data[3][0])
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KDError, match=r"cannot write the drawn pictures to .*file"):
+        ProceduralShapes(1, folder=tmp_path / "file")[0]
+
+
 def test_items_are_what_every_data_set_promises(data):
     image, sample = data[0]
     assert (image.dtype, image.shape) == (torch.uint8, (3, 96, 96))

@@ -1,0 +1,38 @@
+"""Which precision suits a machine: bfloat16 is faster only where the hardware computes in it."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+Precision = Literal["float32", "bfloat16"]
+
+# Values of oneDNN's environment variable that keep its kernels from bfloat16 instructions which the CPU may have.
+_ISA_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+
+
+def has_bfloat16(device: str | torch.device = "cpu") -> bool:
+    """Whether the device multiplies bfloat16 in hardware.
+
+    On a CPU that takes AVX512-BF16 or AMX instructions, which `ONEDNN_MAX_CPU_ISA` can hide; on CUDA a compute
+    capability of at least 8. Other devices count as without.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cpu":
+        return False
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    if isa.upper() in _ISA_WITHOUT_BFLOAT16:
+        return False
+    # Private names of torch.cpu, seen in torch 2.6 to 2.14; what replaces them in public is not in 2.6.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def resolve_precision(precision: Literal["auto"] | Precision, device: str | torch.device = "cpu") -> Precision:
+    """The precision that `auto` stands for on a device: bfloat16 where its hardware has it, else float32."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if has_bfloat16(device) else "float32"
