@@ -169,9 +169,9 @@ def methods_command(
 
       kd methods CrossKD
     """
-    from kdtoolkit.benchmark.suite import did_you_mean
     from kdtoolkit.inspect import default_arguments, print_method
     from kdtoolkit.methods import all_methods
+    from kdtoolkit.options import did_you_mean
 
     known = all_methods()
     if name is not None:
@@ -271,7 +271,7 @@ def inspect_command(
 
 def _chosen(known: Mapping[str, T], names: list[str] | None, what: str) -> dict[str, T]:
     """Those of `known` that are named; all of them where none is. Raises KDError for an unknown name."""
-    from kdtoolkit.benchmark.suite import did_you_mean
+    from kdtoolkit.options import did_you_mean
 
     for name in names or ():
         if name not in known:

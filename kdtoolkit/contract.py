@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Self, TypedDict
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.options import bound_options, check_options
 
 
 class Capability(enum.StrEnum):
@@ -461,7 +462,8 @@ class Schedule:
     It rises linearly from 0 over the first `warmup` steps; is 1; falls linearly to 0 over the last `decay` steps before
     `stop`; and is 0 from `stop` on, where there is one: then the method is not run any more.
 
-    Raises KDError for negative numbers, a `decay` without `stop`, or a `stop` before warm-up and decay are over.
+    Raises KDError for numbers of steps that are negative or not whole, a `stop` of 0, a `decay` without `stop`, or a
+    `stop` before warm-up and decay are over.
     """
 
     warmup: int = 0
@@ -469,6 +471,9 @@ class Schedule:
     stop: int | None = None
 
     def __post_init__(self) -> None:
+        check_options("scheduled", Schedule, vars(self))
+        if self.stop == 0:
+            raise KDError("stop is the step at which the method ends: with stop=0 it never runs. Leave the method out")
         if min(self.warmup, self.decay) < 0:
             raise KDError("warmup and decay are numbers of steps, from 0")
         if self.stop is None and self.decay:
@@ -490,6 +495,9 @@ class Method(nn.Module, ABC):
     `needs`: what both detectors must show; settings of an instance may ask for other things. `terms`: the names of its
     loss terms; `vanishing`: those of them that are zero where the student shows what the teacher shows. `paper`: where
     it comes from. `compares_classes`: whether, needing more than features, it needs detectors of the same classes.
+
+    Arguments of `__init__` are checked by their type hints before it runs: see `kdtoolkit.options.check_options`.
+    `in_use`: whether a Distiller has set it up; each wants one of its own.
     """
 
     needs: frozenset[Capability]
@@ -499,6 +507,12 @@ class Method(nn.Module, ABC):
     compares_classes: bool = True
     schedule: Schedule = Schedule()
     strides: tuple[int, ...] = ()
+    in_use: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _checking_options(cls.__init__)  # type: ignore[method-assign]
 
     def scheduled(self, *, warmup: int = 0, decay: int = 0, stop: int | None = None) -> Self:
         """Let the weights follow a `Schedule`; returns the method itself: `PKD().scheduled(stop=9000)`."""
@@ -512,6 +526,8 @@ class Method(nn.Module, ABC):
         """
         if self.needs != frozenset({Capability.FEATURES}):
             raise KDError(f"{type(self).__name__} compares heads: levels can be chosen for methods of features alone")
+        if not all(isinstance(stride, int) for stride in strides):
+            raise KDError(f"at_strides{strides}: strides are whole numbers of pixels, as in at_strides(8, 16)")
         self.strides = strides
         return self
 
@@ -525,6 +541,18 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """The weighted loss terms of one step, float32 scalars, by names of `terms`, of which some may be missing."""
+
+
+def _checking_options(init: Callable[..., None]) -> Callable[..., None]:
+    @wraps(init)
+    def checked(self: Method, *args: Any, **kwargs: Any) -> None:
+        own = {name: value for name, value in bound_options(init, (self, *args), kwargs).items() if value is not self}
+        check_options(type(self).__name__, init, own)
+        init(self, *args, **kwargs)
+        if "_modules" not in vars(self):
+            raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__() before anything else")
+
+    return checked
 
 
 ENTRY_POINTS = "kdtoolkit.adapters"

@@ -45,8 +45,9 @@ def refusal(method: type[Method] | Method, student: DetectorSpec, teacher: Detec
     built = method() if isinstance(method, type) else method
     if method.needs & _HEAD and built.compares_classes and student.num_classes != teacher.num_classes:
         return (
-            f"it compares class scores, and the student has {student.num_classes} classes, "
-            f"the teacher {teacher.num_classes}"
+            f"it compares class scores, and the student has {student.num_classes} classes, the teacher "
+            f"{teacher.num_classes}. Classes of two lists cannot be matched: use a teacher trained on the student's "
+            "classes, or a method that compares no classes"
         )
     for role, spec in (("student", student), ("teacher", teacher)):
         if absent := sorted(set(built.strides) - set(spec.strides)):
@@ -106,6 +107,8 @@ class Distiller(nn.Module):
             method.setup(*(spec.at_strides(method.strides) for spec in specs))
             method.to(next(self.student.parameters()).device)
         self.teacher_adapter.model.eval().requires_grad_(False)
+        for method in methods:
+            method.in_use = True
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Losses:
         """Losses of one step, for images (3, H, W) in [0, 1] and their ground truth, in torchvision's convention.
@@ -130,7 +133,7 @@ class Distiller(nn.Module):
         needs: frozenset[Capability] = frozenset().union(*(method.needs for _, method, _ in active))
         exchange = Exchange(*lay_over(view, self._observe_teacher(images, targets, bool(needs & _HEAD)), needs))
         for name, method, factor in active:
-            terms = method(exchange.at_strides(method.strides))
+            terms = _checked_terms(method, method(exchange.at_strides(method.strides)))
             losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
         return losses
 
@@ -276,7 +279,26 @@ def _checked(methods: Sequence[Method]) -> list[Method]:
         raise KDError(f"methods must be a list of methods, as in methods=[CrossKD(), PKD()]; it is {methods!r}")
     if len({id(method) for method in methods}) < len(methods):
         raise KDError("a method is listed twice: make a second one, for each learns parameters of its own")
+    if used := [type(method).__name__ for method in methods if method.in_use]:
+        raise KDError(
+            f"this {used[0]} is in another Distiller already, which trains what it learns: make a new one, "
+            f"{used[0]}(), for each Distiller"
+        )
     return list(methods)
+
+
+def _checked_terms(method: Method, terms: object) -> dict[str, Tensor]:
+    """What a method's forward returned, if it keeps the contract. Raises TypeError saying what does not."""
+    name = type(method).__name__
+    if not isinstance(terms, dict):
+        raise TypeError(f"{name}.forward must return a dict of loss terms; it returned a {type(terms).__name__}")
+    for term, loss in terms.items():
+        if term not in method.terms:
+            raise TypeError(f"{name}.forward returned the term {term!r}, and {name}.terms declares {method.terms}")
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+            what = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise TypeError(f"{name}.forward returned {what} as the term {term!r}: it must be a scalar float tensor")
+    return terms
 
 
 def _unique_names(methods: Sequence[Method]) -> list[str]:

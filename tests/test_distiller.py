@@ -178,7 +178,9 @@ def test_terms_are_those_declared(name, batch):
 
 
 def test_other_class_counts_are_refused_with_what_would_work():
-    with pytest.raises(IncompatibleError, match=r"student has 3 classes, the teacher 5\. .*work for this pair: .*PKD"):
+    with pytest.raises(
+        IncompatibleError, match=r"student has 3 classes, the teacher 5\. .*no classes.*this pair: .*PKD"
+    ):
         Distiller(tiny_gfl(seed=1, num_classes=5), tiny_gfl(seed=2), [CrossKD()])
     Distiller(tiny_gfl(seed=1, num_classes=5), tiny_gfl(seed=2), [PKD()])
     Distiller(tiny_gfl(seed=1, num_classes=5), tiny_gfl(seed=2), [LD()])
@@ -191,6 +193,47 @@ def test_methods_are_instances_each_of_its_own():
     for methods, reason in (([PKD], "list of methods"), (PKD(), "list of methods"), ([method, method], "listed twice")):
         with pytest.raises(KDError, match=reason):
             Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), methods)
+
+
+def test_a_method_is_in_one_distiller():
+    method = FGD()
+    with pytest.raises(IncompatibleError):
+        Distiller(tiny_gfl(seed=1), tiny_atss(seed=2), [method, LD()])
+    first = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [method])  # it was not set up by what failed
+    learned = {name: p.clone() for name, p in first.named_parameters()}
+    with pytest.raises(KDError, match=r"this FGD is in another Distiller already.*make a new one, FGD\(\)"):
+        Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2, neck_channels=24), [method])
+    assert all(torch.equal(p, learned[name]) for name, p in first.named_parameters())
+
+
+class Wrong(Method):
+    needs = frozenset({Capability.FEATURES})
+    terms = ("feature",)
+    paper = "none"
+
+    def __init__(self, *, returned=None):
+        super().__init__()
+        self.returned = returned
+
+    def forward(self, exchange):
+        return self.returned
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ({"feature": 1.5}, "returned 1.5 as the term 'feature': it must be a scalar float tensor"),
+        ({"feature": torch.ones(2)}, r"returned a torch.float32 tensor of shape \(2,\) as the term"),
+        ({"feature": torch.tensor(1)}, "returned a torch.int64 tensor"),
+        ({"features": torch.tensor(1.0)}, r"the term 'features', and Wrong.terms declares \('feature',\)"),
+        (torch.tensor(1.0), "must return a dict of loss terms; it returned a Tensor"),
+        (None, "it returned a NoneType"),
+    ],
+)
+def test_wrong_terms_are_one_sentence(batch, returned, words):
+    with pytest.raises(TypeError, match=words) as error:
+        Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [Wrong(returned=returned)])(*batch)
+    assert "\n" not in str(error.value)
 
 
 def test_targets_are_as_many_as_images_and_labels_are_integers(batch):

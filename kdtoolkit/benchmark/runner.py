@@ -16,9 +16,10 @@ from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.plan import Plan, check_methods
 from kdtoolkit.benchmark.report import write_board
 from kdtoolkit.benchmark.store import CellResult, Store, StoreError, discard, read_result, set_aside, write_atomic
-from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite, did_you_mean
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite
 from kdtoolkit.benchmark.workers import Ended, Workers
 from kdtoolkit.errors import KDError
+from kdtoolkit.options import did_you_mean
 
 
 @dataclass

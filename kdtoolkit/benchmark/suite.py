@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    create_model,
     field_validator,
     model_serializer,
     model_validator,
@@ -26,6 +25,7 @@ from kdtoolkit.contract import Method
 from kdtoolkit.engine.train import TrainConfig
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import all_methods, published_settings
+from kdtoolkit.options import check_options, did_you_mean
 
 BASELINE = "baseline"
 EQUAL_TIME = "baseline (equal time)"
@@ -78,6 +78,12 @@ class _Extras(_Section):
     stop: int | None = Field(None, ge=0)
     strides: tuple[int, ...] | None = None
 
+    def extend(self, method: Method) -> Method:
+        """Give a method its schedule and its levels."""
+        if schedule := self.model_dump(include={"warmup", "decay", "stop"}, exclude_none=True):
+            method.scheduled(**schedule)
+        return method.at_strides(*self.strides) if self.strides else method
+
 
 class MethodUse(_Section):
     """A method and what is changed of its defaults; in YAML `CrossKD` or `{FGD: {foreground_weight: 0.001}}`.
@@ -100,16 +106,28 @@ class MethodUse(_Section):
         methods = _factories()
         if name not in methods:
             raise ValueError(f"unknown method '{name}'{did_you_mean(name, methods)}; there are {', '.join(methods)}")
-        arguments = _signature(methods[name])
+        own, extras = _split(args)
+        allowed = [*inspect.signature(methods[name]).parameters, *_Extras.model_fields]
+        if any(isinstance(key, bool) for key in own):
+            raise ValueError(
+                f"{name}: YAML takes the key `on` for true, and `off` for false: write it in quotes, as 'on'"
+            )
+        if unknown := [_unknown_key(str(key), allowed) for key in own if key not in allowed]:
+            raise ValueError("; ".join(f"{name}: {problem}" for problem in unknown))
         try:
-            checked = arguments.model_validate(args).model_dump(exclude_unset=True)
-            _build(methods[name], checked)
+            own = check_options(name, methods[name], {key: _number(value) for key, value in own.items()})
+            method = methods[name](**own)
+        except KDError as error:
+            raise ValueError(str(error)) from None
+        try:
+            checked = _Extras.model_validate(extras)
+            checked.extend(method)
         except ValidationError as error:
-            reasons = [f"{name}: {_reason(arguments, problem)}" for problem in error.errors()]
+            reasons = [f"{name}: {_reason(_Extras, problem)}" for problem in error.errors()]
             raise ValueError("; ".join(reasons)) from None
         except KDError as error:
             raise ValueError(f"{name}: {error}") from None
-        return {"name": name, "args": checked}
+        return {"name": name, "args": own | checked.model_dump(exclude_unset=True)}
 
     @model_serializer
     def _write(self) -> str | dict[str, Any]:
@@ -122,7 +140,8 @@ class MethodUse(_Section):
 
     def build(self) -> Method:
         """The method, ready for a Distiller."""
-        return _build(_factories()[self.name], self.args)
+        own, extras = _split(self.args)
+        return _Extras(**extras).extend(_factories()[self.name](**own))
 
 
 class Suite(_Section):
@@ -212,13 +231,6 @@ def change(suite: Suite, data: Mapping[str, Any] | None = None, **fields: Any) -
     return Suite.model_validate({**raw, **fields})
 
 
-def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    """` (did you mean 'x'?)` if one of the known words is close; else nothing."""
-    lower = {name.lower(): name for name in known}
-    close = get_close_matches(word.lower(), lower, 1)
-    return f" (did you mean '{lower[close[0]]}'?)" if close else ""
-
-
 def _factories() -> dict[str, Callable[..., Method]]:
     """All that makes a method, by name: classes, and their published settings."""
     methods = all_methods()
@@ -226,24 +238,18 @@ def _factories() -> dict[str, Callable[..., Method]]:
     return {**methods, **{name: make for each in settings for name, make in each.items()}}
 
 
-def _signature(method: Callable[..., Method]) -> type[BaseModel]:
-    """The method's constructor arguments as a model."""
-    made_by: Any = method  # a class, or a class method
-    hints = typing.get_type_hints(made_by.__init__ if isinstance(method, type) else made_by)
-    fields: dict[str, Any] = {
-        p.name: (hints[p.name], ... if p.default is inspect.Parameter.empty else p.default)
-        for p in inspect.signature(method).parameters.values()
-    }
-    model: type[BaseModel] = create_model(method.__name__, __base__=_Extras, **fields)
-    return model
+def _split(args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A method's own arguments, and those that every method takes."""
+    extras = {name: args[name] for name in _Extras.model_fields if name in args}
+    return {name: value for name, value in args.items() if name not in extras}, extras
 
 
-def _build(method: Callable[..., Method], args: Mapping[str, Any]) -> Method:
-    own = {name: value for name, value in args.items() if name not in _Extras.model_fields}
-    built = method(**own)
-    if schedule := {name: args[name] for name in ("warmup", "decay", "stop") if args.get(name) is not None}:
-        built.scheduled(**schedule)
-    return built.at_strides(*args["strides"]) if args.get("strides") else built
+def _number(value: Any) -> Any:
+    """A number where YAML takes one for text: 1e-3 without a point."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _explain(error: ErrorDetails) -> str:
@@ -254,11 +260,14 @@ def _explain(error: ErrorDetails) -> str:
     return (f"{where}: " if where else "") + _reason(section, error)
 
 
+def _unknown_key(key: str, allowed: Sequence[str]) -> str:
+    return f"unknown key '{key}'{did_you_mean(key, allowed)}; allowed: {', '.join(allowed) or 'none'}"
+
+
 def _reason(section: type[BaseModel], error: ErrorDetails) -> str:
     key = str(error["loc"][-1]) if error["loc"] else ""
     if error["type"] == "extra_forbidden":
-        allowed = list(section.model_fields)
-        return f"unknown key '{key}'{did_you_mean(key, allowed)}; allowed: {', '.join(allowed) or 'none'}"
+        return _unknown_key(key, list(section.model_fields))
     if error["type"] == "missing":
         return f"key '{key}' is missing"
     if error["type"] == "value_error":

@@ -1,0 +1,85 @@
+"""Options, checked by the type hints of what takes them: the same check for Python, suites and other packages."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from kdtoolkit.errors import KDError
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` if one of the known words is close; else nothing."""
+    lower = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), lower, 1)
+    return f" (did you mean '{lower[close[0]]}'?)" if close else ""
+
+
+def check_options(owner: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Check options by the hints of the function or class that takes them; return them, with floats where hinted.
+
+    `Literal`, `float` (finite), `int`, `bool`, `str` and unions of them are checked; values of other hints are not.
+    Names tell the range: a weight (`weight`, `box_weight`) must be 0 or more, a temperature above 0.
+
+    Raises KDError that names the owner, the option, its value and what is allowed.
+    """
+    try:
+        hints = typing.get_type_hints(getattr(function, "__init__") if isinstance(function, type) else function)  # noqa: B009
+    except NameError:  # hints that are imported for type checkers alone
+        hints = {}
+    checked = {}
+    for name, value in options.items():
+        if problem := _problem(hints.get(name), name, value):
+            raise KDError(f"{owner}({name}={value!r}): {problem}")
+        checked[name] = float(value) if hints.get(name) is float else value
+    return checked
+
+
+def bound_options(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call by name. Raises TypeError, in Python's words, where they do not fit the signature."""
+    signature = inspect.signature(function)
+    bound = signature.bind(*args, **kwargs).arguments
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: value for name, value in bound.items() if signature.parameters[name].kind in plain}
+
+
+def _problem(hint: Any, name: str, value: Any) -> str | None:
+    """What is wrong with a value, as the end of a sentence; None if nothing is."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        # By type as well: True == 1.
+        if any(type(value) is type(each) and value == each for each in inner):
+            return None
+        return f"must be {' or '.join(map(repr, inner))}{did_you_mean(str(value), map(str, inner))}"
+    if origin in (typing.Union, types.UnionType):
+        problems = [_problem(each, name, value) for each in inner if each is not type(None)]
+        if None in problems or (value is None and type(None) in inner):
+            return None
+        return " or ".join(filter(None, problems)).replace(" or must be", " or")
+    if hint is float:
+        return _number_problem(name, value)
+    if hint is int and (not isinstance(value, Integral) or isinstance(value, bool)):
+        return "must be a whole number"
+    if hint is bool and not isinstance(value, bool):
+        return "must be True or False"
+    if hint is str and not isinstance(value, str):
+        return "must be a string"
+    return None
+
+
+def _number_problem(name: str, value: Any) -> str | None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return "must be a number"
+    if not math.isfinite(value):
+        return "must be finite"
+    if value < 0 and name.endswith("weight"):
+        return "must be 0 or more"
+    if value <= 0 and name.endswith("temperature"):
+        return "must be above 0"
+    return None
