@@ -12,15 +12,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from plain import CASES, Shapes, exchange, fgd_masks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from kdtoolkit.methods.fgd import region_masks
+from kdtoolkit.methods.fgd import cells_of_content, region_masks
 
 Run = Callable[[], list[Tensor]]
 MASKS = "FGD, masks alone"
@@ -51,7 +52,13 @@ def mask_runs(shapes: Shapes) -> tuple[Run, Run]:
     def run(masks: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
         return [mask for hw in shapes.grid for mask in masks(batch.boxes, batch.sizes, *hw)]
 
-    return lambda: run(region_masks), lambda: run(fgd_masks)
+    def ours(
+        boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]], height: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        padded = pad_sequence(list(boxes), batch_first=True, padding_value=torch.nan)
+        return region_masks(cells_of_content(padded, sizes, height, width), height, width)
+
+    return lambda: run(ours), lambda: run(fgd_masks)
 
 
 def check(name: str, ours: Run, plain: Run) -> None:

@@ -516,7 +516,7 @@ def kddetr(method: KDDETR, seen: Exchange) -> Terms:
 CASES: dict[str, tuple[Callable[[], Method], Reading]] = {
     "CrossKD": (CrossKD, crosskd),
     "PKD": (PKD, pkd),
-    "FGD": (FGD, fgd),
+    "FGD": (lambda: FGD(published_masks=True), fgd),
     "LD": (LD, ld),
     "FitNet": (FitNet, fitnet),
     "FitNet, boxes": (lambda: FitNet(region="boxes"), fitnet),

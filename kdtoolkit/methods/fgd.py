@@ -4,8 +4,9 @@ Focal: squared feature difference, weighted by the teacher's spatial and channel
 background apart, and the L1 distance of both detectors' attention (section 3.1). Global: squared difference after a
 context block each (section 3.2). All are sums over a level divided by N, as published.
 
-Numbers agree with the published code (yzd-v/FGD @c03a6cf). Each image's boxes are scaled by the size of its content,
-although the map covers the padding too.
+Numbers agree with the published code (yzd-v/FGD @c03a6cf), but for one thing: there boxes are scaled as if the map
+showed an image's content alone. On padded images its masks lie elsewhere than the objects, by the factor of the
+padding. Here masks lie where the boxes are; `published_masks=True` gives the published ones.
 
 All terms are sums over whole maps, so none of them needs a second map: the region masks need no loop over boxes, and
 `compare` takes what the terms are made of in one walk through both maps, with a gradient that is one walk as well.
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
+from kdtoolkit.contract import Batch, Capability, DetectorSpec, Exchange, Method
 from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
 
 CHUNK = 2**18  # entries: what the walk through a map has at hand at a time, so that it stays in a processor's cache
@@ -43,32 +44,36 @@ def channel_attention(x: Tensor, temperature: float = 0.5) -> Tensor:
     return _attention(x.float().abs().mean((2, 3)), temperature)
 
 
-def region_masks(
-    boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]], height: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """Foreground and background weights (N, H, W) of the cells of one level.
+def region_masks(cells: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Foreground and background weights (N, height, width) of the cells of one level.
 
     A cell's foreground weight is 1 / (area in cells) of the smallest box over it; a box covers every cell it touches.
     The background is where no box is; its weights sum to 1 in each image. Source: section 3.1.
 
     Args:
-        boxes: of each image (G, 4) xyxy, in pixels of the content.
-        sizes: (height, width) of each image's content, in pixels, taken to fill the map.
-        height: H.
-        width: W.
+        cells: boxes (N, G, 4) xyxy, in cells of the map; NaN is no box.
+        height: of the map.
+        width: of the map.
     """
-    padded = pad_sequence(list(boxes), batch_first=True, padding_value=torch.nan).float()
     # One more that is no box, so that there is something to take the maximum of. NaN lies over no cell.
-    padded = torch.cat([padded, padded.new_full((len(boxes), 1, 4), torch.nan)], 1)
-    content = padded.new_tensor([(w, h, w, h) for h, w in sizes])[:, None]
-    x1, y1, x2, y2 = (padded / content * padded.new_tensor([width, height, width, height])).unbind(-1)
+    cells = torch.cat([cells, cells.new_full((len(cells), 1, 4), torch.nan)], 1)
+    x1, y1, x2, y2 = cells.unbind(-1)
     x1, y1, x2, y2 = (side[..., None] for side in (x1.floor(), y1.floor(), x2.ceil(), y2.ceil()))
-    x, y = torch.arange(width, device=padded.device), torch.arange(height, device=padded.device)
+    x, y = torch.arange(width, device=cells.device), torch.arange(height, device=cells.device)
     columns = ((x >= x1) & (x <= x2)).float()
     rows = torch.where((y >= y1) & (y <= y2), 1 / ((y2 + 1 - y1) * (x2 + 1 - x1)), 0.0)
     foreground = (rows[..., :, None] * columns[..., None, :]).amax(1)
     background = (foreground == 0).float()
     return foreground, background / background.sum((1, 2), keepdim=True).clamp(min=1)
+
+
+def cells_of_content(boxes: Tensor, sizes: Sequence[tuple[int, int]], height: int, width: int) -> Tensor:
+    """Boxes (N, G, 4) in cells, as if the map showed each image's content alone, of (height, width) `sizes` in pixels.
+
+    It is what the published code does. On padded images boxes come to lie beside what they belong to.
+    """
+    content = boxes.new_tensor([(w, h, w, h) for h, w in sizes])[:, None]
+    return boxes / content * boxes.new_tensor([width, height, width, height])
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
@@ -271,6 +276,8 @@ class FGD(Method):
         background_weight: beta.
         attention_weight: gamma.
         global_weight: lambda.
+        published_masks: lay boxes over the map as the published code does: see `cells_of_content`. Without padding the
+            two are the same.
     """
 
     needs = frozenset({Capability.FEATURES})
@@ -290,10 +297,12 @@ class FGD(Method):
         background_weight: float = 5e-4,
         attention_weight: float = 5e-4,
         global_weight: float = 5e-6,
+        published_masks: bool = False,
     ) -> None:
         super().__init__()
         self.temperature = temperature
         self.weights = foreground_weight, background_weight, attention_weight, global_weight
+        self.published_masks = published_masks
 
     @classmethod
     def for_fcos(cls) -> FGD:
@@ -341,13 +350,21 @@ class FGD(Method):
         relation = found.spread.sum() + student.shape[2] * student.shape[3] * mean.square().sum()
         return torch.stack([*_focal(found, *masks), relation / len(student)])
 
+    def masks(self, batch: Batch, stride: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Foreground and background weights (N, height, width) of the level of a stride in pixels."""
+        boxes = pad_sequence(list(batch.boxes), batch_first=True, padding_value=torch.nan).float()
+        if self.published_masks:
+            return region_masks(cells_of_content(boxes, batch.sizes, height, width), height, width)
+        return region_masks(boxes / stride, height, width)
+
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`foreground`, `background`, `attention`, `global`: weighted, summed over levels."""
         student, teacher, batch = exchange.student.features, exchange.teacher.features, exchange.teacher.batch
+        strides = exchange.teacher.spec.strides
         with torch.autocast(teacher[0].device.type, enabled=False):  # sums over whole maps overflow in half precision
             losses = [
                 self.level_losses(
-                    student[s], teacher[t], region_masks(batch.boxes, batch.sizes, *teacher[t].shape[2:]), i
+                    student[s], teacher[t], self.masks(batch, strides[t], teacher[t].shape[2], teacher[t].shape[3]), i
                 )
                 for i, (s, t) in enumerate(self.levels)
             ]

@@ -96,6 +96,17 @@ def test_boxes_out_of_the_map_cover_its_border_alone():
     assert object_region(outside, 8, 4, 6)[0].nonzero().tolist() == [[1, 5]]
 
 
+def test_regions_lie_where_the_boxes_are_on_padded_images():
+    seen = batch([[4, 4, 30, 40]], [[10, 12, 24, 30]])  # the second image fills 40 x 30 of 64 x 48
+    (regions,) = DeFeat().regions(seen.boxes, (8,), [0], [(8, 6)])
+    for region, ((x1, y1, x2, y2),) in zip(regions, (b.tolist() for b in seen.boxes), strict=True):
+        rows, columns = region.any(1).nonzero() * 8, region.any(0).nonzero() * 8
+        assert rows.min() <= y1 < rows.min() + 8
+        assert columns.min() <= x1 < columns.min() + 8
+        assert y2 - 16 <= rows.max() < y2  # the published rule leaves out the last cell
+        assert x2 - 16 <= columns.max() < x2
+
+
 def test_each_region_is_averaged_by_itself():
     student, teacher = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
     objects = torch.zeros(1, 4, 4, dtype=torch.bool)

@@ -4,9 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pad_sequence
 
 from kdtoolkit.methods import fgd
-from kdtoolkit.methods.fgd import FGD, ContextBlock, channel_attention, focal_losses, region_masks, spatial_attention
+from kdtoolkit.methods.fgd import (
+    FGD,
+    ContextBlock,
+    cells_of_content,
+    channel_attention,
+    focal_losses,
+    region_masks,
+    spatial_attention,
+)
 from tests.methods._views import batch, exchange, maps, spec
 
 
@@ -41,7 +50,9 @@ def test_masks_equal_a_loop_over_boxes_and_cells(counts, height, width, seed):
         corners = (torch.rand(count, 2, 2, generator=generator) * torch.tensor([w, h]) * 4).round() / 4
         low, high = corners.amin(1), corners.amax(1)
         boxes.append(torch.cat([low, high], 1))
-    ours, naive = region_masks(boxes, sizes, height, width), naive_masks(boxes, sizes, height, width)
+    padded = pad_sequence(boxes, batch_first=True, padding_value=torch.nan)
+    ours = region_masks(cells_of_content(padded, sizes, height, width), height, width)
+    naive = naive_masks(boxes, sizes, height, width)
     agree = torch.isclose(ours[0], naive[0], rtol=1e-5)
     if agree.all():
         torch.testing.assert_close(ours[1], naive[1])
@@ -58,6 +69,29 @@ def _boxes_with_sizes(boxes, sizes, agree):
 def _near_a_border(boxes, size, height, width):
     cells = boxes.double() / torch.tensor([size[1], size[0]] * 2) * torch.tensor([width, height] * 2)
     return ((cells - cells.round()).abs() < 1e-5).any()
+
+
+@pytest.mark.parametrize(("stride", "height", "width"), [(8, 8, 6), (16, 4, 3), (32, 2, 2)])
+def test_masks_lie_where_the_boxes_are_on_padded_images(stride, height, width):
+    seen = batch([[4, 4, 30, 40]], [[10, 12, 24, 30]])  # the second image fills 40 x 30 of 64 x 48
+    foreground, _ = FGD().masks(seen, stride, height, width)
+    for mask, ((x1, y1, x2, y2),) in zip(foreground, (b.tolist() for b in seen.boxes), strict=True):
+        rows, columns = mask.any(1).nonzero() * stride, mask.any(0).nonzero() * stride
+        assert rows.min() <= y1 < rows.min() + stride
+        assert columns.min() <= x1 < columns.min() + stride
+        # The published rule takes in the cell behind the last as well.
+        assert y2 - stride <= rows.max() < y2 + stride
+        assert x2 - stride <= columns.max() < x2 + stride
+
+
+def test_published_masks_differ_on_padded_images_alone():
+    seen, published = batch([[4, 4, 30, 40]], [[10, 12, 24, 30]]), FGD(published_masks=True)
+    for ours, theirs in zip(FGD().masks(seen, 8, 8, 6), published.masks(seen, 8, 8, 6), strict=True):
+        torch.testing.assert_close(ours[0], theirs[0])
+        assert not torch.equal(ours[1], theirs[1])
+    naive = naive_masks(seen.boxes, seen.sizes, 8, 6)
+    for theirs, expected in zip(published.masks(seen, 8, 8, 6), naive, strict=True):
+        torch.testing.assert_close(theirs, expected)
 
 
 def naive_focal(student, teacher, foreground, background, temperature):
@@ -117,7 +151,7 @@ def test_terms_are_weighted_sums_over_levels():
     terms = method(exchange(BATCH, features=(student, teacher)))
     expected = [0.0] * 4
     for s, t in zip(student, teacher, strict=True):
-        masks = naive_masks(BATCH.boxes, BATCH.sizes, *t.shape[2:])
+        masks = naive_masks(BATCH.boxes, [(64, 48)] * 2, *t.shape[2:])  # the canvas, padding and all
         values = *naive_focal(s, t, *masks, 0.7), (s - t).square().sum().item() / 2  # context blocks add nothing yet
         expected = [a + b for a, b in zip(expected, values, strict=True)]
     assert tuple(terms) == FGD.terms

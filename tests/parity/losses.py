@@ -29,7 +29,7 @@ from kdtoolkit.methods._common import distribution_kl, quality_focal_kd, resize_
 from kdtoolkit.methods.cwd import cwd_loss
 from kdtoolkit.methods.fbkd import FBKD, Connector
 from kdtoolkit.methods.fbkd import spatial_attention as fbkd_attention
-from kdtoolkit.methods.fgd import FGD, channel_attention, region_masks, spatial_attention
+from kdtoolkit.methods.fgd import FGD, channel_attention, spatial_attention
 from kdtoolkit.methods.fitnet import box_region, fine_grained_region, imitation_loss
 from kdtoolkit.methods.ld import LD, valuable_region
 from kdtoolkit.methods.logitkd import decoupled_kl, dist_loss
@@ -299,6 +299,7 @@ def fgd(z: Golden) -> Iterator[Check]:
         background_weight=cfg["beta_fgd"],
         attention_weight=cfg["gamma_fgd"],
         global_weight=cfg["lambda_fgd"],
+        published_masks=True,
     )
     specs = [DetectorSpec("", 1, (8,), (x.shape[1],), PriorKind.POINTS) for x in (student, teacher)]
     method.setup(*specs)
@@ -308,7 +309,7 @@ def fgd(z: Golden) -> Iterator[Check]:
         parameters[name].data = tensor(z, key)
 
     batch = batch_of(z, len(student))
-    masks = region_masks(batch.boxes, batch.sizes, *teacher.shape[2:])
+    masks = method.masks(batch, specs[1].strides[0], teacher.shape[2], teacher.shape[3])
     yield Check("mid.mask_fg", masks[0], z["mid.mask_fg"])
     yield Check("mid.mask_bg", masks[1], z["mid.mask_bg"])
     aligned = method.align[0](student)
