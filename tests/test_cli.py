@@ -158,7 +158,7 @@ def test_inspect_shows_a_detector(run, tmp_path):
     assert [line.split()[1:3] for line in out.splitlines() if "8 x 8" in line] == [["8", "16"]]
     code, _, err = run(*command[:3], 4, *command[4:])
     assert code == 2
-    assert "do not fit GFL" in err
+    assert "are for 3 classes" in err
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from itertools import chain, pairwise
 from types import SimpleNamespace
 from typing import Any, cast
 
-import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -58,6 +57,7 @@ from kdtoolkit.contract import (
     State,
     Target,
 )
+from kdtoolkit.detectors.backbone import build_backbone, without_autocast
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import construct
 
@@ -1032,7 +1032,7 @@ class TimmPyramid(nn.Module):
         args: further arguments of timm.create_model.
 
     Raises:
-        KDError: timm has no such model, or the model has no such levels.
+        KDError: timm has no such model, or the model has no such levels or takes images of one size only.
     """
 
     def __init__(
@@ -1046,33 +1046,32 @@ class TimmPyramid(nn.Module):
         args: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
-        if not timm.is_model(name):
-            raise KDError(f"backbone: timm has no model {name!r}" + _meant(name, timm.list_models()))
-        options = cast(dict[str, Any], {**(args or {})})
-        make = partial(timm.create_model, name, features_only=True, pretrained=pretrained)
-        body = cast(Any, make(**options))
-        if any(getattr(module, "strict_img_size", False) for module in body.modules()):
-            # Swin Transformers take images of one size unless told otherwise, and detectors have them of any.
-            body = cast(Any, make(**{"strict_img_size": False, **options}))
-        reductions = body.feature_info.reduction()
-        if missing := [stride for stride in strides if stride not in reductions]:
-            raise KDError(
-                f"backbone {name!r} gives feature maps of strides {reductions}, and the pyramid needs {list(strides)}: "
-                f"{missing} missing. Take another backbone"
-            )
-        self.levels = [reductions.index(stride) for stride in strides]
-        channels = [body.feature_info.channels()[level] for level in self.levels]
-        self.channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
-        self.body = body
-        self.fpn = FeaturePyramidNetwork(channels, out_channels, extra_blocks=extra)
+        self.body, self.levels = build_backbone(name, strides, pretrained=pretrained, args=args)
+        self.fpn = FeaturePyramidNetwork(list(self.levels.channels), out_channels, extra_blocks=extra)
         self.out_channels = out_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Pyramid levels (N, C, H, W) by name, finest first, of images (N, 3, H, W)."""
-        maps = self.body(images)
-        chosen = [maps[level].permute(0, 3, 1, 2) if self.channels_last else maps[level] for level in self.levels]
-        levels: dict[str, Tensor] = self.fpn(OrderedDict((str(i), x) for i, x in enumerate(chosen)))
+        maps = self.levels.of(self.body(images))
+        levels: dict[str, Tensor] = self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps)))
         return levels
+
+    @property
+    def normalisation(self) -> dict[str, Any]:
+        """The detector's arguments that let it normalise images as the backbone's own training did."""
+        return {"image_mean": list(self.levels.mean), "image_std": list(self.levels.std)}
+
+
+class _CoarserLevels(LastLevelP6P7):
+    """P6 and P7 in float32 whatever autocast says; why: `kdtoolkit.detectors.dense.ExtraLevels`."""
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """Append levels to the pyramid's."""
+        with without_autocast(p[-1]):
+            levels: tuple[list[Tensor], list[str]] = super().forward(
+                [*p[:-1], p[-1].float()], [*c[:-1], c[-1].float()], names
+            )
+            return levels
 
 
 def retinanet(
@@ -1086,9 +1085,10 @@ def retinanet(
     max_size: int = 1333,
 ) -> RetinaNet:
     """The library's RetinaNet above a timm backbone. Arguments are those of `TimmPyramid` and of the detector."""
-    extra = LastLevelP6P7(out_channels, out_channels)
+    extra = _CoarserLevels(out_channels, out_channels)
     levels = TimmPyramid(backbone, (8, 16, 32), out_channels, extra, pretrained=pretrained, args=backbone_args)
-    return cast(RetinaNet, _LIBRARY.detection.RetinaNet(levels, num_classes, min_size=min_size, max_size=max_size))
+    sizes = {"min_size": min_size, "max_size": max_size}
+    return cast(RetinaNet, _LIBRARY.detection.RetinaNet(levels, num_classes, **sizes, **levels.normalisation))
 
 
 def fcos(
@@ -1102,9 +1102,9 @@ def fcos(
     max_size: int = 1333,
 ) -> FCOS:
     """The library's FCOS above a timm backbone. Arguments are those of `TimmPyramid` and of the detector."""
-    extra = LastLevelP6P7(out_channels, out_channels)
+    extra = _CoarserLevels(out_channels, out_channels)
     levels = TimmPyramid(backbone, (8, 16, 32), out_channels, extra, pretrained=pretrained, args=backbone_args)
-    return FCOS(levels, num_classes, min_size=min_size, max_size=max_size)
+    return FCOS(levels, num_classes, min_size=min_size, max_size=max_size, **levels.normalisation)
 
 
 def fasterrcnn(
@@ -1123,8 +1123,8 @@ def fasterrcnn(
     """
     extra = LastLevelMaxPool()
     levels = TimmPyramid(backbone, (4, 8, 16, 32), out_channels, extra, pretrained=pretrained, args=backbone_args)
-    model = _LIBRARY.detection.FasterRCNN(levels, num_classes + 1, min_size=min_size, max_size=max_size)
-    return cast(FasterRCNN, model)
+    sizes = {"min_size": min_size, "max_size": max_size}
+    return cast(FasterRCNN, _LIBRARY.detection.FasterRCNN(levels, num_classes + 1, **sizes, **levels.normalisation))
 
 
 _TIMM_MODELS: Mapping[str, Callable[..., nn.Module]] = {"retinanet": retinanet, "fcos": fcos, "fasterrcnn": fasterrcnn}

@@ -31,7 +31,7 @@ _SOURCES = (
 # First part of a model's name -> its adapter's sources, and the package that it is made of.
 _LIBRARIES = {
     "kdtoolkit": (("adapters/native.py", "detectors/*.py"), "timm"),
-    "torchvision": (("adapters/torchvision.py",), "torchvision"),
+    "torchvision": (("adapters/torchvision.py", "detectors/backbone.py"), "torchvision"),
     "hf": (("adapters/transformers/*.py",), "transformers"),
     "ultralytics": (("adapters/ultralytics.py",), "ultralytics"),
 }

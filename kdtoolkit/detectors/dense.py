@@ -9,11 +9,9 @@ import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,10 +20,9 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from kdtoolkit.boxes import clip
 from kdtoolkit.contract import Assignment, Batch, Detections, Predictions, PriorKind, Priors, State, Target
+from kdtoolkit.detectors.backbone import build_backbone, without_autocast
 from kdtoolkit.errors import KDError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 BACKBONE_STRIDES = (8, 16, 32)
 PADDING = 32  # images are padded to a multiple of it
 PRIOR_PROBABILITY = 0.01  # of each class at the start of training, so that background does not swamp the first steps
@@ -37,6 +34,8 @@ class ExtraLevels(ExtraFPNBlock):
     """Coarser pyramid levels by 3x3 convolutions of stride 2, each from the level before it.
 
     With `from_input` (channels) the first is from the backbone's last map instead. `relu` stands between them.
+    They are computed in float32 whatever autocast says: on some CPUs the bfloat16 weight gradient of a strided
+    convolution is uninitialised memory where its map is one cell wide (torch 2.14, oneDNN).
     """
 
     def __init__(self, channels: int, count: int, *, from_input: int = 0, relu: bool = False) -> None:
@@ -53,9 +52,10 @@ class ExtraLevels(ExtraFPNBlock):
         """Append levels to the pyramid's `results`."""
         levels = list(results)
         source = x[-1] if self.from_input else levels[-1]
-        for conv in self.convs:
-            levels.append(conv(source))
-            source = F.relu(levels[-1]) if self.relu else levels[-1]
+        with without_autocast(source):
+            for conv in self.convs:
+                levels.append(conv(source.float()))
+                source = F.relu(levels[-1]) if self.relu else levels[-1]
         return levels, [str(i) for i in range(len(levels))]
 
 
@@ -87,11 +87,12 @@ class DenseDetector(nn.Module, ABC):
         score_threshold: detections below it are dropped before NMS.
         nms_iou: IoU above which the lower of two detections of a class is dropped.
         detections_per_image: the most that are kept.
-        image_mean: subtracted from images, by channel.
-        image_std: divides images, by channel.
+        image_mean: subtracted from images in [0, 1], a channel; None for what timm names for the backbone's weights.
+        image_std: what images are divided by after it; likewise.
 
     Raises:
-        KDError: the backbone has no such levels, or channels are not divisible by groups.
+        KDError: the backbone has no such levels or takes images of one size only, strides are others than those above,
+            or channels are not divisible by groups.
     """
 
     kind: ClassVar[PriorKind] = PriorKind.ANCHORS
@@ -124,13 +125,16 @@ class DenseDetector(nn.Module, ABC):
         score_threshold: float = 0.05,
         nms_iou: float = 0.6,
         detections_per_image: int = 100,
-        image_mean: Sequence[float] = IMAGENET_MEAN,
-        image_std: Sequence[float] = IMAGENET_STD,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        expected = tuple(8 * 2**i for i in range(len(strides)))
-        if len(strides) < len(BACKBONE_STRIDES) or tuple(strides) != expected:
-            raise KDError(f"strides must be 8, 16, 32 and so on, each twice the one before; got {tuple(strides)}")
+        expected = tuple(8 * 2**i for i in range(max(len(strides), len(BACKBONE_STRIDES))))
+        if tuple(strides) != expected:
+            raise KDError(
+                f"strides are {tuple(strides)}: they must be {', '.join(map(str, expected))}. A pyramid has at least "
+                "levels of strides 8, 16 and 32, and each further level has twice the stride of the one before."
+            )
         if head_groups and head_channels % head_groups:
             raise KDError(f"head_channels ({head_channels}) must be a multiple of head_groups ({head_groups})")
         self.num_classes = num_classes
@@ -141,12 +145,18 @@ class DenseDetector(nn.Module, ABC):
         self.score_threshold = score_threshold
         self.nms_iou = nms_iou
         self.detections_per_image = detections_per_image
-        self.register_buffer("image_mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
 
-        self.backbone, self.backbone_levels, channels = _backbone(backbone, pretrained, backbone_args or {})
+        self.backbone, self.levels = build_backbone(
+            backbone, BACKBONE_STRIDES, pretrained=pretrained, args=backbone_args
+        )
+        channels = self.levels.channels
+        for name, value in (
+            ("image_mean", self.levels.mean if image_mean is None else image_mean),
+            ("image_std", self.levels.std if image_std is None else image_std),
+        ):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
         self.neck = FeaturePyramidNetwork(
-            channels,
+            list(channels),
             neck_channels,
             extra_blocks=ExtraLevels(
                 neck_channels,
@@ -243,9 +253,8 @@ class DenseDetector(nn.Module, ABC):
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
         """Pyramid levels (N, C, H, W), finest first, of normalised images (N, 3, H, W)."""
-        maps = self.backbone(images)
-        named = OrderedDict((str(i), maps[i]) for i in self.backbone_levels)
-        return tuple(self.neck(named).values())
+        maps = self.levels.of(self.backbone(images))
+        return tuple(self.neck(OrderedDict((str(i), x) for i, x in enumerate(maps))).values())
 
     def entry(self, features: tuple[Tensor, ...]) -> State:
         """The state at stage 0: both towers take the pyramid."""
@@ -393,19 +402,3 @@ def _logit(probability: float) -> float:
 
 def _round_up(size: int) -> int:
     return -(-size // PADDING) * PADDING
-
-
-def _backbone(name: str, pretrained: bool, args: Mapping[str, object]) -> tuple[nn.Module, list[int], list[int]]:
-    """The timm model, and indices and channels of its feature maps of strides 8, 16 and 32."""
-    if not timm.is_model(name):
-        close = " or ".join(get_close_matches(name, timm.list_models()))
-        raise KDError(f"backbone: timm has no model {name!r}" + (f"; did you mean {close}?" if close else ""))
-    model: Any = timm.create_model(name, features_only=True, pretrained=pretrained, **cast(dict[str, Any], args))
-    reductions = model.feature_info.reduction()
-    if missing := [stride for stride in BACKBONE_STRIDES if stride not in reductions]:
-        raise KDError(
-            f"backbone {name!r} gives feature maps of strides {reductions}, and the pyramid needs {BACKBONE_STRIDES}: "
-            f"{missing} missing. Take another backbone, or mend backbone_args (out_indices)."
-        )
-    levels = [reductions.index(stride) for stride in BACKBONE_STRIDES]
-    return model, levels, [model.feature_info.channels()[level] for level in levels]

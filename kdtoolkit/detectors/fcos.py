@@ -20,7 +20,7 @@ from kdtoolkit.boxes import centres, distances, elementwise_iou, from_distances
 from kdtoolkit.contract import Assignment, Batch, Predictions, PriorKind, Priors
 from kdtoolkit.detectors.assign import pad_targets
 from kdtoolkit.detectors.atss import centerness
-from kdtoolkit.detectors.dense import EPS, IMAGENET_MEAN, IMAGENET_STD, DenseDetector, cell_priors, select
+from kdtoolkit.detectors.dense import EPS, DenseDetector, cell_priors, select
 
 MIN_IOU = 1e-6  # below it the IoU loss grows no further
 
@@ -108,8 +108,8 @@ class FCOS(DenseDetector):
         score_threshold: float = 0.05,
         nms_iou: float = 0.5,
         detections_per_image: int = 100,
-        image_mean: Sequence[float] = IMAGENET_MEAN,
-        image_std: Sequence[float] = IMAGENET_STD,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(
             num_classes,

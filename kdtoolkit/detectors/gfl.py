@@ -16,7 +16,7 @@ from torch import Tensor
 from kdtoolkit.boxes import centres, distances, elementwise_giou, elementwise_iou, from_distances
 from kdtoolkit.contract import Assignment, Batch, Predictions, Priors
 from kdtoolkit.detectors.assign import ATSSAssigner
-from kdtoolkit.detectors.dense import EPS, IMAGENET_MEAN, IMAGENET_STD, DenseDetector, predictor, select, square_anchors
+from kdtoolkit.detectors.dense import EPS, DenseDetector, predictor, select, square_anchors
 
 ANCHOR_SCALE = 8.0
 BOX_WEIGHT = 2.0
@@ -59,8 +59,8 @@ class GFL(DenseDetector):
         score_threshold: float = 0.05,
         nms_iou: float = 0.6,
         detections_per_image: int = 100,
-        image_mean: Sequence[float] = IMAGENET_MEAN,
-        image_std: Sequence[float] = IMAGENET_STD,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(
             num_classes,

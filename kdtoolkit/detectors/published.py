@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kdtoolkit.detectors.dense import BACKBONE_STRIDES, DenseDetector
-from kdtoolkit.errors import KDError
-from kdtoolkit.models import read_weights
+from kdtoolkit.models import fitted, read_weights
 
 # (published name, our name); the first that fits counts.
 _RENAMINGS = (
@@ -33,8 +33,8 @@ def load_published(model: DenseDetector, source: str | os.PathLike[str] | Mappin
 
     The layout is that of the authors' projects: `backbone.*` with torchvision's names for a ResNet,
     `neck.lateral_convs.*` and `neck.fpn_convs.*`, finest level first, and `bbox_head.*`; in a file, perhaps under
-    "state_dict". Build the model with the class count, backbone and sizes of the checkpoint. Every parameter must be
-    found, and every entry be used.
+    "state_dict" and behind a prefix that all names share. Build the model with the class count, backbone and sizes of
+    the checkpoint. Every parameter must be found, and every entry be used; `num_batches_tracked` may be missing.
 
     Names do not tell all: backbones in Caffe's style (many FCOS checkpoints: BGR images in [0, 255], stride in the
     first convolution of a block) load without complaint but detect badly: timm's ResNets have it in the second.
@@ -46,26 +46,16 @@ def load_published(model: DenseDetector, source: str | os.PathLike[str] | Mappin
     Raises:
         KDError: the file cannot be read, or keys are missing, unexpected or of other shapes.
     """
-    published = read_weights(Path(source)) if isinstance(source, (str, os.PathLike)) else dict(source)
-    name = str(source) if isinstance(source, (str, os.PathLike)) else "the state dict"
-    renamed = rename_published(model, published)
+    if isinstance(source, (str, os.PathLike)):
+        published, name = read_weights(Path(source)), str(source)
+    else:
+        published, name = dict(source), "the state dict"
     own = model.state_dict()
-    problems = {
-        "missing": sorted(own.keys() - renamed.keys()),
-        "unexpected": sorted(renamed.keys() - own.keys()),
-        "of another shape": [
-            f"{key} (needs {tuple(own[key].shape)}, is {tuple(renamed[key].shape)})"
-            for key in own.keys() & renamed.keys()
-            if own[key].shape != renamed[key].shape
-        ],
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
-        raise KDError(
-            f"{name} does not fit this {type(model).__name__} ({listed}). Build the model with the checkpoint's "
-            "num_classes, backbone, strides and head sizes, or leave out what is not the detector's."
-        )
-    model.load_state_dict(renamed)
+
+    def known(key: str) -> bool:
+        return rename(model, key) in own
+
+    model.load_state_dict(fitted(model, published, name, known, partial(rename_published, model)))
 
 
 def rename_published(model: DenseDetector, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,7 +80,3 @@ def rename(model: DenseDetector, key: str) -> str:
     if (match := _PREDICTOR.fullmatch(key)) and match[1] in model.published_predictors:
         return f"predictors.{model.published_predictors[match[1]]}.{match[2]}"
     return key
-
-
-def _some(keys: list[str], most: int = 6) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

@@ -20,7 +20,7 @@ from kdtoolkit.boxes import centres, pairwise_iou
 from kdtoolkit.contract import Assignment, Batch, Predictions, Priors
 from kdtoolkit.detectors.assign import inside_padded, pad_targets
 from kdtoolkit.detectors.atss import decode_offsets
-from kdtoolkit.detectors.dense import EPS, IMAGENET_MEAN, IMAGENET_STD, DenseDetector, cell_priors
+from kdtoolkit.detectors.dense import EPS, DenseDetector, cell_priors
 
 ANCHOR_SCALES = tuple(4 * 2 ** (i / 3) for i in range(3))  # square root of the area, in strides
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
@@ -99,8 +99,8 @@ class RetinaNet(DenseDetector):
         score_threshold: float = 0.05,
         nms_iou: float = 0.5,
         detections_per_image: int = 100,
-        image_mean: Sequence[float] = IMAGENET_MEAN,
-        image_std: Sequence[float] = IMAGENET_STD,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(
             num_classes,

@@ -523,6 +523,19 @@ def test_backbones_whose_maps_have_channels_last():
     assert [tuple(x.shape) for x in levels.values()][:2] == [(1, 256, 8, 8), (1, 256, 4, 4)]
 
 
+@pytest.mark.parametrize("name", ["retinanet", "fcos", "fasterrcnn"])
+def test_timm_backbones_bring_their_normalisation(name):
+    transform = build_model(name, K, {"backbone": "test_resnet", "out_channels": 32}).transform
+    assert list(transform.image_mean) == list(transform.image_std) == [0.5] * 3  # as timm names it
+
+
+def test_coarse_levels_are_computed_in_float32():
+    backbone = build_model("fcos", K, {"backbone": "test_resnet", "out_channels": 32}).backbone
+    with torch.autocast("cpu", torch.bfloat16):
+        levels = backbone(torch.zeros(1, 3, 64, 64))
+    assert levels["p6"].dtype == levels["p7"].dtype == torch.float32  # bfloat16 gradients may be garbage there
+
+
 def test_wrong_names_and_arguments_are_named():
     with pytest.raises(KDError, match="did you mean fcos_resnet50_fpn"):
         build_model("fcos_resnet50", K, {})

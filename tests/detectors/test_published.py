@@ -131,12 +131,12 @@ def test_what_does_not_fit_is_named():
     model, published = build("gfl", "resnet18"), checkpoint("gfl", "resnet18")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     cases = {
-        r"unexpected: teacher\.x": published | {"teacher.x": torch.ones(1)},
-        r"missing: scales; unexpected: bbox_head\.scales": {k: v for k, v in published.items() if "scales.4" not in k},
+        r"1 unknown: teacher\.x": published | {"teacher.x": torch.ones(1)},
+        r"1 missing: scales; 4 unknown: bbox_head\.scales": {k: v for k, v in published.items() if "scales.4" not in k},
         r"missing: predictors\.cls\.weight": {k: v for k, v in published.items() if k != "bbox_head.gfl_cls.weight"},
-        r"of another shape: predictors\.cls\.bias \(needs \(3,\), is \(80,\)\)": published
+        r"are for 80 classes, and this GFL has 3 \(predictors\.cls\.bias \(needs \(3,\), is \(80,\)\)\)": published
         | {"bbox_head.gfl_cls.bias": torch.ones(80)},
-        r"unexpected: bbox_head\.integral\.project": published | {"bbox_head.integral.project": torch.arange(9.0) / 2},
+        r"1 unknown: bbox_head\.integral\.project": published | {"bbox_head.integral.project": torch.arange(9.0) / 2},
     }
     for message, wrong in cases.items():
         with pytest.raises(KDError, match=message):

@@ -153,7 +153,7 @@ def test_without_objects_only_scores_are_trained(batch):
 def test_coarser_levels_start_from_the_backbones_last_map(batch):
     model = tiny_retinanet(seed=0, strides=(8, 16, 32, 64, 128)).eval()
     images = model.prepare(batch[0]).images
-    features, last = model.features(images), model.backbone(images)[model.backbone_levels[-1]]
+    features, last = model.features(images), model.backbone(images)[model.levels.indices[-1]]
     first, second = model.neck.extra_blocks.convs
     assert torch.equal(features[3], first(last))
     assert torch.equal(features[4], second(features[3]))

@@ -1,0 +1,123 @@
+"""timm's models as backbones: which of a model's maps a pyramid takes, their layout, and what images it wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from kdtoolkit.errors import KDError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_TRIAL = 64, 96  # height and width in pixels: both unlike those that models are made for, and unlike each other
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The feature maps that a pyramid takes from a backbone.
+
+    `indices` are their places among all maps that the backbone gives, `channels` their channels. With `channels_last`
+    the backbone gives maps (N, H, W, C), as Swin Transformers do. `mean` and `std` are what the backbone's own training
+    normalised images in [0, 1] by, a channel; ImageNet's where the backbone says nothing.
+    """
+
+    indices: tuple[int, ...]
+    channels: tuple[int, ...]
+    channels_last: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def of(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The pyramid's maps (N, C, H, W), finest first, of all that the backbone gave."""
+        chosen = [maps[index] for index in self.indices]
+        return [x.permute(0, 3, 1, 2) for x in chosen] if self.channels_last else chosen
+
+
+def build_backbone(
+    name: str, strides: Sequence[int], *, pretrained: bool = False, args: Mapping[str, object] | None = None
+) -> tuple[nn.Module, Levels]:
+    """Build a timm model, and find its maps of `strides` (pixels).
+
+    Args:
+        name: of the timm model.
+        strides: of the maps that the pyramid needs, finest first.
+        pretrained: load timm's weights (downloads them).
+        args: further arguments of timm.create_model.
+
+    Raises:
+        KDError: timm has no such model or cannot build it, it has no such maps, or it does not run on images of sizes
+            other than its own.
+    """
+    if not timm.is_model(name):
+        close = " or ".join(get_close_matches(name, timm.list_models()))
+        raise KDError(f"backbone: timm has no model {name!r}" + (f"; did you mean {close}?" if close else ""))
+    options = dict(args or {})
+    model = _created(name, pretrained, options)
+    reductions = model.feature_info.reduction()
+    if missing := [stride for stride in strides if stride not in reductions]:
+        raise KDError(
+            f"backbone {name!r} gives feature maps of strides {reductions}, and the pyramid needs {tuple(strides)}: "
+            f"{missing} missing. Take another backbone, or mend backbone_args (out_indices)."
+        )
+    if any(getattr(module, "strict_img_size", False) for module in model.modules()):
+        # Swin Transformers take images of one size unless told otherwise. A detector's images have any size.
+        with suppress(KDError):
+            model = _created(name, pretrained, {"strict_img_size": False, **options})
+    indices = tuple(reductions.index(stride) for stride in strides)
+    channels = tuple(model.feature_info.channels()[index] for index in indices)
+    shapes = _trial_shapes(name, model)
+    cells = [tuple(-(-side // stride) for side in _TRIAL) for stride in strides]
+    found = [shapes[index] for index in indices]
+    channels_last = found == [(*each, count) for each, count in zip(cells, channels, strict=True)]
+    if not channels_last and found != [(count, *each) for each, count in zip(cells, channels, strict=True)]:
+        raise KDError(
+            f"backbone {name!r} gives maps of shapes {found} for images of {_TRIAL[0]} x {_TRIAL[1]} px, which do not "
+            f"fit strides {tuple(strides)} and {channels} channels. Take another backbone."
+        )
+    config = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
+    return model, Levels(indices, channels, channels_last, tuple(mean), tuple(std))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Where operations on the device of `x` run in the precision of their inputs. The device may be `meta`."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def _created(name: str, pretrained: bool, args: dict[str, Any]) -> Any:
+    try:
+        return timm.create_model(name, features_only=True, pretrained=pretrained, **args)
+    except Exception as error:  # whatever the model makes of the arguments, or the hub of the network
+        given = ", ".join(f"{key}={value!r}" for key, value in args.items()) or "its defaults"
+        raise KDError(
+            f"backbone {name!r} cannot be built from {given}: {_said(error)}. Mend backbone_args, or take another "
+            "backbone: one that timm can build with features_only=True"
+        ) from error
+
+
+def _trial_shapes(name: str, model: nn.Module) -> list[tuple[int, ...]]:
+    """The shapes of all maps without the batch, of a small image that is not square."""
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            maps = model.eval()(torch.zeros(1, 3, *_TRIAL, device=device))
+    except Exception as error:  # each model has its own way to complain
+        raise KDError(
+            f"backbone {name!r} does not run on images of {_TRIAL[0]} x {_TRIAL[1]} px ({_said(error)}), and a "
+            "detector's images have any size. Take a backbone that takes any size: most convolutional ones do, and Swin"
+        ) from error
+    finally:
+        model.train()
+    return [tuple(x.shape[1:]) for x in maps]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
