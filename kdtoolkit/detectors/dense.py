@@ -313,7 +313,6 @@ class DenseDetector(nn.Module, ABC):
         Threshold and choice go by class probability; order and NMS by its product with quality, where there is one.
         """
         probabilities = predictions.probabilities
-        count, _, classes = probabilities.shape
         images, priors, labels = self._candidates(probabilities, predictions.priors.per_level)
         scores = probabilities[images, priors, labels]
         if predictions.quality is not None:
@@ -323,14 +322,20 @@ class DenseDetector(nn.Module, ABC):
         boxes = clip(boxes, sizes[images])
         solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(-1)
         images, labels, scores, boxes = images[solid], labels[solid], scores[solid], boxes[solid]
-        # batched_nms moves each group to its own place; float64, so that boxes far out keep their precision.
-        keep = batched_nms(boxes.double(), scores.double(), images * classes + labels, self.nms_iou)
-        images, labels, scores, boxes = images[keep], labels[keep], scores[keep], boxes[keep]
         original = torch.tensor(batch.original_sizes, device=scores.device, dtype=torch.float32)
-        factors = (original / sizes).flip(-1).repeat(1, 2)[images]
-        boxes = boxes * factors
-        chosen = [(images == i).nonzero()[: self.detections_per_image, 0] for i in range(count)]
-        return [{"boxes": boxes[i], "scores": scores[i], "labels": labels[i]} for i in chosen]
+        factors = (original / sizes).flip(-1).repeat(1, 2)
+        counts = torch.bincount(images, minlength=len(sizes)).tolist()
+        found: list[Detections] = []
+        # Image by image: the cost of an NMS grows with the square of the number of its boxes.
+        each = zip(*(torch.split(x, counts) for x in (boxes, scores, labels)), factors, strict=True)
+        for image_boxes, image_scores, image_labels, factor in each:
+            # batched_nms moves each class to its own place; float64, so that boxes far out keep their precision.
+            keep = batched_nms(image_boxes.double(), image_scores.double(), image_labels, self.nms_iou)
+            keep = keep[: self.detections_per_image]
+            found.append(
+                {"boxes": image_boxes[keep] * factor, "scores": image_scores[keep], "labels": image_labels[keep]}
+            )
+        return found
 
     def _candidates(self, probabilities: Tensor, per_level: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Image, prior and class of what passes the threshold, at most MAX_CANDIDATES an image and level."""

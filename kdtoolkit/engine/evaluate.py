@@ -1,21 +1,18 @@
-"""COCO average precision of a detector on a data set, by pycocotools."""
+"""COCO average precision of a detector on a data set."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from kdtoolkit.contract import Detections, adapt
 from kdtoolkit.data import DetectionDataset, Sample
+from kdtoolkit.engine.scoring import IOU_THRESHOLDS, Floats, Found, precisions
 from kdtoolkit.errors import KDError
 
 
@@ -56,8 +53,8 @@ def evaluate(
     Raises KDError where a detection is not finite or has a label that the data set does not know.
     """
     truth = dataset.coco()
-    category_ids = [category["id"] for category in truth["categories"]]
-    results: list[dict[str, Any]] = []
+    places = {image["id"]: place for place, image in enumerate(truth["images"])}
+    found: list[Found] = []
     detect = _detector(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -70,16 +67,13 @@ def evaluate(
                 torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bfloat16"),
             ):
                 outputs = detect(images)
-            for (image, sample), output in zip(items, outputs, strict=True):
-                results += _as_coco(output, sample, image, category_ids)
+            found.append(_found(outputs, items, places, len(truth["categories"])))
             if progress is not None:
                 progress(start + len(items), len(dataset))
     finally:
         for module, training in modes:
             module.training = training
-    for number, result in enumerate(results, 1):
-        result["id"] = number
-    return _score(truth, results)
+    return _score(truth, found)
 
 
 def _detector(model: nn.Module) -> Callable[[Sequence[Tensor]], list[Detections]]:
@@ -95,52 +89,44 @@ def _detector(model: nn.Module) -> Callable[[Sequence[Tensor]], list[Detections]
     return detect
 
 
-def _as_coco(output: Detections, sample: Sample, image: Tensor, category_ids: list[int]) -> list[dict[str, Any]]:
-    """One image's detections in COCO's format, in pixels of the original image."""
-    boxes, scores = output["boxes"].float().cpu(), output["scores"].float().cpu()
-    labels = output["labels"].cpu()
-    for name, tensor in (("boxes", boxes), ("scores", scores)):
-        if not tensor.isfinite().all():
+def _found(
+    outputs: Sequence[Detections],
+    items: Sequence[tuple[Tensor, Sample]],
+    places: Mapping[int, int],
+    num_classes: int,
+) -> Found:
+    """A batch's detections in pixels of the original images, of which `places` has the place by id."""
+    counts = [len(output["scores"]) for output in outputs]
+    where = np.repeat(np.arange(len(items)), counts)
+    boxes, scores = (torch.cat([output[name] for output in outputs]).float().cpu() for name in ("boxes", "scores"))
+    labels = torch.cat([output["labels"] for output in outputs]).cpu().numpy()
+    for name, tensor in (("boxes", boxes.reshape(-1, 4)), ("scores", scores[:, None])):
+        if len(bad := where[~tensor.isfinite().all(1).numpy()]):
             raise KDError(
-                f"the detector gives {name} that are NaN or infinite on image {sample['image_id']}: its weights are "
-                "broken. Train it again with a lower learning rate, or evaluate in float32."
+                f"the detector gives {name} that are NaN or infinite on image {items[bad[0]][1]['image_id']}: its "
+                "weights are broken. Train it again with a lower learning rate, or evaluate in float32."
             )
-    if unknown := {label for label in labels.tolist() if not 0 <= label < len(category_ids)}:
+    if len(bad := np.flatnonzero((labels < 0) | (labels >= num_classes))):
         raise KDError(
-            f"the detector gives the label {min(unknown)} on image {sample['image_id']}; the data set has labels 0 to "
-            f"{len(category_ids) - 1}. Build it for {len(category_ids)} classes."
+            f"the detector gives the label {labels[bad[0]]} on image {items[where[bad[0]]][1]['image_id']}; the data "
+            f"set has labels 0 to {num_classes - 1}. Build it for {num_classes} classes."
         )
-    height, width = sample["original_size"]
-    scale = torch.tensor([width / image.shape[2], height / image.shape[1]], dtype=torch.float64).repeat(2)
-    corners = boxes * scale
-    xywh = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-    areas = xywh[:, 2:].prod(1)
-    return [
-        {
-            "image_id": sample["image_id"],
-            "category_id": category_ids[label],
-            "bbox": box,
-            "area": area,
-            "score": score,
-            "iscrowd": 0,
-        }
-        for box, area, score, label in zip(xywh.tolist(), areas.tolist(), scores.tolist(), labels.tolist(), strict=True)
+    scales = [
+        (sample["original_size"][1] / image.shape[2], sample["original_size"][0] / image.shape[1])
+        for image, sample in items
     ]
+    corners = boxes.numpy().astype(np.float64) * np.tile(np.array(scales), 2)[where]
+    xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
+    images = np.array([places[sample["image_id"]] for _, sample in items])[where]
+    return Found(images, labels.astype(np.int64), xywh, scores.numpy().astype(np.float64))
 
 
-def _score(truth: dict[str, Any], results: list[dict[str, Any]]) -> Evaluation:
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
-        # Copies, for it writes into them; numbered from 1, for it takes a match with number 0 for none.
-        annotations = [{**annotation, "id": number} for number, annotation in enumerate(truth["annotations"], 1)]
-        expected = _index({**truth, "annotations": annotations})
-        scoring = COCOeval(expected, _index({**truth, "annotations": results}), "bbox")  # type: ignore[no-untyped-call]
-        scoring.evaluate()  # type: ignore[no-untyped-call]
-        scoring.accumulate()  # type: ignore[no-untyped-call]
-    # (thresholds, recalls, categories, areas, largest numbers of detections); -1 where there is nothing to find.
-    precision: np.ndarray[Any, np.dtype[np.float64]] = scoring.eval["precision"][..., -1]
-    thresholds = scoring.params.iouThrs.round(2).tolist()
+def _score(truth: dict[str, Any], batches: Sequence[Found]) -> Evaluation:
+    found = Found.concatenated(batches)
+    precision = precisions(truth, found)
+    thresholds = IOU_THRESHOLDS.round(2).tolist()
     all_areas, small, medium, large = range(4)
-    categories = list(scoring.params.catIds)
+    categories = sorted(category["id"] for category in truth["categories"])
     return Evaluation(
         ap=_mean(precision[..., all_areas]),
         ap50=_mean(precision[thresholds.index(0.5), ..., all_areas]),
@@ -153,18 +139,11 @@ def _score(truth: dict[str, Any], results: list[dict[str, Any]]) -> Evaluation:
             for category in truth["categories"]
         },
         images=len(truth["images"]),
-        detections=len(results),
+        detections=len(found.scores),
     )
 
 
-def _index(document: dict[str, Any]) -> COCO:
-    coco = COCO()  # type: ignore[no-untyped-call]
-    coco.dataset = document
-    coco.createIndex()  # type: ignore[no-untyped-call]
-    return coco
-
-
-def _mean(precision: np.ndarray[Any, np.dtype[np.float64]]) -> float | None:
+def _mean(precision: Floats) -> float | None:
     """In percent; None where there is nothing to find."""
     found = precision[precision > -1]
     return 100 * float(found.mean()) if found.size else None
