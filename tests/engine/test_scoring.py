@@ -8,6 +8,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from kdtoolkit.engine import scoring
 from kdtoolkit.engine.scoring import Found, precisions
 
 
@@ -95,6 +96,14 @@ def test_precisions_are_those_of_pycocotools(whole, changes):
         assert np.array_equal(precisions(truth, found), expected)
         if changes == {}:
             assert 0.05 < expected[expected > -1].mean() < 0.95  # something to compare
+
+
+def test_without_hotcoco_pycocotools_scores(monkeypatch):
+    monkeypatch.setattr(scoring, "COCO", COCO)
+    monkeypatch.setattr(scoring, "COCOeval", COCOeval)
+    for changes in ({}, {"detections": 0}):
+        truth, found = scene(0, **changes)
+        assert np.array_equal(precisions(truth, found), by_pycocotools(truth, found))
 
 
 def test_boxes_at_the_very_threshold_and_equal_overlaps():
