@@ -1,9 +1,25 @@
 """Knowledge distillation for object detectors: any method, alone or combined, on any detector."""
 
-from kdtoolkit.contract import adapt
-from kdtoolkit.distiller import Distiller, Losses
+import importlib
+from typing import TYPE_CHECKING
+
 from kdtoolkit.errors import IncompatibleError, KDError, NonFiniteLossError
 
 __all__ = ["Distiller", "IncompatibleError", "KDError", "Losses", "NonFiniteLossError", "adapt"]
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kdtoolkit.contract import adapt
+    from kdtoolkit.distiller import Distiller, Losses
+else:
+    # Imported at their first use, because they import torch, which takes seconds and which `kd --help` does not need.
+    _LATE = {"Distiller": "kdtoolkit.distiller", "Losses": "kdtoolkit.distiller", "adapt": "kdtoolkit.contract"}
+
+    def __getattr__(name: str) -> object:
+        if name not in _LATE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_LATE[name]), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LATE})

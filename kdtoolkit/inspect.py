@@ -1,27 +1,31 @@
-"""Detectors and methods as the toolkit sees them, for `kd inspect` and `kd methods NAME`."""
+"""Detectors and pairs of them as the toolkit sees them, for `kd inspect` and `kd adapters`."""
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdtoolkit.contract import DetectorAdapter, DetectorSpec, Method, adapt
+from kdtoolkit.contract import Capability, DetectorAdapter, DetectorSpec, Method, adapt
 from kdtoolkit.distiller import refusal
 from kdtoolkit.errors import KDError
-from kdtoolkit.methods import all_methods, published_settings
+from kdtoolkit.listing import columns, definitions
+from kdtoolkit.methods import all_methods
+
+Pair = tuple[DetectorSpec, DetectorSpec]
+"""Student and teacher."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a detector shows: its spec, sizes measured on one image, and each method's reason to refuse it (or None).
+    """What a detector shows: its spec, and sizes measured on one image.
 
     `grids` are (H, W) of each level and `priors` their number on the image that the detector makes of a square one of
     `image_size` pixels, which is `canvas` (H, W) large. `multiply_adds` are of one such pass up to the predictions.
@@ -36,14 +40,13 @@ class Inspection:
     grids: tuple[tuple[int, int], ...]
     priors: int
     multiply_adds: int
-    methods: dict[str, str | None]
 
 
 @torch.no_grad()
 def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) -> Inspection:
     """Look at a detector, in eval mode, by one pass over a random image of `image_size` pixels.
 
-    `methods` are those that can distil it from a twin of itself. Raises KDError where no adapter knows the class.
+    Raises KDError where no adapter knows the class, or where the detector cannot be run on such an image.
     """
     adapter = adapt(model)
     training = adapter.model.training
@@ -67,42 +70,104 @@ def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) 
         adapter.model.train(training)
         for parameter in learned:
             parameter.requires_grad_(True)
-    parameters = list(adapter.model.parameters())
-    spec = adapter.spec
     return Inspection(
         adapter=type(adapter).__name__,
-        spec=spec,
-        parameters=sum(p.numel() for p in parameters),
+        spec=adapter.spec,
+        parameters=sum(p.numel() for p in adapter.model.parameters()),
         trainable=sum(p.numel() for p in learned),
         image_size=image_size,
         canvas=(batch.images.shape[-2], batch.images.shape[-1]),
         grids=tuple((level.shape[-2], level.shape[-1]) for level in features),
         priors=trace.predictions.priors.boxes.shape[-2],
         multiply_adds=counter.get_total_flops() // 2,  # torch counts both
-        methods={name: refusal(cls, spec, spec) for name, cls in all_methods().items()},
     )
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a method can distil a pair: `reason` says why not, `mends` what the two would have to have in common.
+
+    `mends` are the fewest changes that are enough; there are none where only another kind of detector would do.
+    """
+
+    reason: str | None = None
+    mends: tuple[str, ...] = ()
+
+
+def judge_pair(student: DetectorSpec, teacher: DetectorSpec) -> dict[str, Verdict]:
+    """Whether each method, with its default settings, can distil this pair."""
+    verdicts = {}
+    for name, method in all_methods().items():
+        reason = refusal(method, student, teacher)
+        verdicts[name] = Verdict(reason, () if reason is None else _mends(method, student, teacher))
+    return verdicts
+
+
+def _mends(method: type[Method], student: DetectorSpec, teacher: DetectorSpec) -> tuple[str, ...]:
+    """What makes the method's own check pass when the two detectors agree in it, found by trying."""
+    differ = {what: change for what, change in _AGREEMENTS.items() if change(student, teacher) != (student, teacher)}
+    for count in range(1, len(differ) + 1):
+        for chosen in combinations(differ, count):
+            changed = student, teacher
+            for what in chosen:
+                changed = differ[what](*changed)
+            if refusal(method, *changed) is None:
+                return chosen
+    return ()
+
+
+def _equal_levels(student: DetectorSpec, teacher: DetectorSpec) -> Pair:
+    levels = len(teacher.strides)
+    stages = (
+        replace(stage, channels={branch: each[:1] * levels for branch, each in stage.channels.items()})
+        if stage.spatial
+        else stage
+        for stage in student.stages
+    )
+    return (
+        replace(
+            student,
+            strides=teacher.strides,
+            channels=student.channels[:1] * levels,
+            priors_per_cell=student.priors_per_cell[:1] * levels,
+            stages=tuple(stages),
+        )
+        if student.strides != teacher.strides
+        else student
+    ), teacher
+
+
+def _equal_bins(student: DetectorSpec, teacher: DetectorSpec) -> Pair:
+    bins = teacher.bins or student.bins
+    if not bins:
+        return student, teacher
+    shown = frozenset({Capability.DISTRIBUTIONS})
+    ours, theirs = (replace(spec, bins=bins, capabilities=spec.capabilities | shown) for spec in (student, teacher))
+    return ours, theirs
+
+
+# What two detectors can be made to agree in: their specs, changed so that they do. Levels come before what is counted
+# in each of them.
+_AGREEMENTS: Mapping[str, Callable[[DetectorSpec, DetectorSpec], Pair]] = {
+    "equal class counts": lambda s, t: (replace(s, num_classes=t.num_classes), t),
+    "equal pyramid levels": _equal_levels,
+    "equal numbers of priors a cell": lambda s, t: (replace(s, priors_per_cell=t.priors_per_cell), t),
+    "sigmoid scores in both": lambda s, t: (replace(s, activation="sigmoid"), replace(t, activation="sigmoid")),
+    "box distributions over equal bins": _equal_bins,
+}
+
+
 def print_inspection(found: Inspection, console: Console) -> None:
-    """Print levels, stages, priors, capabilities, methods and sizes."""
+    """Print a detector's sizes, capabilities, levels, stages, and the methods that apply."""
     spec = found.spec
-    facts = Table(box=None, show_header=False)
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column()
-    facts.add_row("detector", f"{spec.name} ({found.adapter})")
-    facts.add_row("classes", f"{spec.num_classes}, {spec.activation} scores")
-    frozen = "" if found.trainable == found.parameters else f", of which {found.trainable / 1e6:.2f} M are trained"
-    facts.add_row("parameters", f"{found.parameters / 1e6:.2f} M{frozen}")
-    height, width = found.canvas
-    facts.add_row("multiply-adds", f"{found.multiply_adds / 1e9:.2f} G for an image of {width} x {height} px")
-    facts.add_row("priors", _priors(found))
-    if spec.bins:
-        facts.add_row("box sides", f"distributions over {len(spec.bins)} bins, {spec.bins[0]:g} to {spec.bins[-1]:g}")
-    facts.add_row("shows", ", ".join(sorted(spec.capabilities)))
+    facts = definitions()
+    for title, fact in _facts(found).items():
+        facts.add_row(title, Text(fact))
     console.print(facts)
 
-    console.print("\n[bold]levels[/]")
-    levels = Table("level", "stride", "channels", f"grid at {width} x {height}", "priors a cell", box=None)
+    height, width = found.canvas
+    _print_title("levels", console)
+    levels = columns("level", "stride", "channels", f"grid at {width} x {height}", "priors a cell")
     each = spec.priors_per_cell or ("",) * len(spec.strides)
     for i, (stride, channels, grid, count) in enumerate(
         zip(spec.strides, spec.channels, found.grids, each, strict=True)
@@ -111,55 +176,76 @@ def print_inspection(found: Inspection, console: Console) -> None:
     console.print(levels)
     for title, part in (("stages of the head", spec), ("stages of the first stage", spec.first_stage)):
         if part is not None and part.stages:
-            console.print(f"\n[bold]{title}[/]")
+            _print_title(title, console)
             console.print(_stages(part))
 
-    console.print("\n[bold]methods, for a twin of itself as the teacher[/]")
-    methods = Table(box=None, show_header=False)
-    for name, reason in found.methods.items():
-        methods.add_row(name, "applies" if reason is None else f"refused: {reason}")
-    console.print(methods)
+    _print_title("methods, for a twin of itself as the teacher", console)
+    _print_verdicts(judge_pair(spec, spec), console)
 
 
-def default_arguments(method: type[Method]) -> dict[str, object]:
-    """The arguments of a method with their defaults: all have one, so that any method can be had by its name."""
-    return {name: parameter.default for name, parameter in inspect.signature(method).parameters.items()}
+def print_pair(student: Inspection, teacher: Inspection, console: Console) -> None:
+    """Print both detectors side by side, what they have in common, and each method that works, or why it does not."""
+    ours, theirs = _facts(student), _facts(teacher)
+    table = Table(box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column("student", overflow="fold")
+    table.add_column("teacher", overflow="fold")
+    for title in dict.fromkeys([*ours, *theirs]):
+        table.add_row(title, Text(ours.get(title, "-")), Text(theirs.get(title, "-")))
+    console.print(table)
+    common = [stride for stride in student.spec.strides if stride in teacher.spec.strides]
+    shared = definitions()
+    shared.add_row("common strides", ", ".join(map(str, common)) or "none")
+    if student.spec.num_classes != teacher.spec.num_classes:
+        shared.add_row("class counts", f"{student.spec.num_classes} and {teacher.spec.num_classes}: they differ")
+    console.print()
+    console.print(shared)
+    _print_title("methods", console)
+    _print_verdicts(judge_pair(student.spec, teacher.spec), console)
 
 
-def print_method(method: type[Method], console: Console) -> None:
-    """Print a method's idea, paper, needs, loss terms, arguments with their defaults, and other published settings."""
-    console.print(f"[bold]{method.__name__}[/]", highlight=False)
-    console.print(_reflow(sys.modules[method.__module__].__doc__), highlight=False, markup=False)
-    facts = Table(box=None, show_header=False)
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_row("paper", method.paper)
-    facts.add_row("needs", ", ".join(sorted(method.needs)))
-    facts.add_row("loss terms", ", ".join(method.terms))
-    console.print(facts)
-    summary, _, rest = inspect.cleandoc(method.__doc__ or "").partition("\n\nArgs:\n")
-    console.print(f"\n{_reflow(summary)}\n", highlight=False, markup=False)
-    described = {name: " ".join(text.split()) for name, text in _ARGUMENT.findall(rest)}
-    arguments = Table("argument", "default", "what it is", box=None)
-    for name, value in default_arguments(method).items():
-        arguments.add_row(name, repr(value), described.get(name, ""))
-    if arguments.row_count:
-        console.print(arguments)
-    if settings := published_settings(method):
-        console.print("\nPublished settings for other detectors, by these names in suites too:\n", highlight=False)
-        table = Table(box=None, show_header=False)
-        for name, make in settings.items():
-            table.add_row(name, inspect.getdoc(make))
-        console.print(table)
+def print_families(families: Mapping[str, Callable[[int], nn.Module]], console: Console) -> None:
+    """Print each family of detectors, what it predicts at, and what it shows to methods."""
+    table = columns("family", "predicts at", "shows")
+    for name, example in families.items():
+        spec = adapt(example(3)).spec
+        table.add_row(Text(name), str(spec.priors), ", ".join(sorted(spec.capabilities)))
+    console.print(table)
 
 
-def _reflow(doc: str | None) -> str:
-    """Paragraphs in one line each, for the terminal to break; what is indented stays as it is."""
-    paragraphs = inspect.cleandoc(doc or "").split("\n\n")
-    return "\n\n".join(p if "\n  " in p or p.startswith(" ") else " ".join(p.split()) for p in paragraphs)
+def _print_title(text: str, console: Console) -> None:
+    console.print(Text(f"\n{text}", style="bold"))
 
 
-# `    name: text`, and deeper lines that go on with it.
-_ARGUMENT = re.compile(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+def _print_verdicts(verdicts: Mapping[str, Verdict], console: Console) -> None:
+    table = definitions()
+    works = [name for name, verdict in verdicts.items() if verdict.reason is None]
+    table.add_row(Text("work", style="green"), Text(", ".join(works) or "none"))
+    for name, verdict in verdicts.items():
+        if verdict.reason is not None:
+            mend = f"\nwould work with {', '.join(verdict.mends)}" if verdict.mends else ""
+            table.add_row(Text(name), Text(f"refused: {verdict.reason}").append(mend, style="dim"))
+    console.print(table)
+    if any(verdict.reason and not verdict.mends for verdict in verdicts.values()):
+        line = "Where no mend is named, it takes a detector of another kind: `kd adapters --matrix`."
+        console.print(Text(f"\n{line}"))
+
+
+def _facts(found: Inspection) -> dict[str, str]:
+    spec = found.spec
+    frozen = "" if found.trainable == found.parameters else f", of which {found.trainable / 1e6:.2f} M are trained"
+    height, width = found.canvas
+    facts = {
+        "detector": f"{spec.name} ({found.adapter})",
+        "classes": f"{spec.num_classes}, {spec.activation} scores",
+        "parameters": f"{found.parameters / 1e6:.2f} M{frozen}",
+        "multiply-adds": f"{found.multiply_adds / 1e9:.2f} G for an image of {width} x {height} px",
+        "strides": ", ".join(map(str, spec.strides)),
+        "priors": _priors(found),
+    }
+    if spec.bins:
+        facts["box sides"] = f"distributions over {len(spec.bins)} bins, {spec.bins[0]:g} to {spec.bins[-1]:g}"
+    return {**facts, "shows": ", ".join(sorted(spec.capabilities))}
 
 
 def _priors(found: Inspection) -> str:
@@ -170,10 +256,10 @@ def _priors(found: Inspection) -> str:
 
 
 def _stages(spec: DetectorSpec) -> Table:
-    table = Table("stage", "state after", "channels of its branches", "shape", box=None)
+    table = columns("stage", "state after", "shape", "channels of its branches")
     for i, stage in enumerate(spec.stages):
         channels = "; ".join(
             f"{branch} {', '.join(map(str, dict.fromkeys(each)))}" for branch, each in stage.channels.items()
         )
-        table.add_row(str(i), stage.name, channels, "maps" if stage.spatial else "vectors")
+        table.add_row(str(i), Text(stage.name), "maps" if stage.spatial else "vectors", Text(channels))
     return table

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdtoolkit.benchmark.suite import embedded_suites
+from kdtoolkit.listing import embedded_suites
 from kdtoolkit.methods import all_methods
 from tests.conftest import tiny_gfl
 

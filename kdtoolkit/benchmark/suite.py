@@ -24,13 +24,13 @@ from pydantic_core import ErrorDetails
 from kdtoolkit.contract import Method
 from kdtoolkit.engine.train import TrainConfig
 from kdtoolkit.errors import KDError
+from kdtoolkit.listing import SUITES, suite_path
 from kdtoolkit.methods import all_methods, published_settings
 from kdtoolkit.options import check_options, did_you_mean
 
 BASELINE = "baseline"
 EQUAL_TIME = "baseline (equal time)"
 TEACHER = "teacher"
-SUITES = Path(__file__).parent / "suites"
 _FOLDER_NAME = r"^\w[\w+().,= -]*$"  # names become folders
 
 
@@ -178,27 +178,14 @@ class Suite(_Section):
         return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=120)
 
 
-def embedded_suites() -> dict[str, Path]:
-    """The suites that come with the package, by name."""
-    return {path.stem: path for path in sorted(SUITES.glob("*.yaml"))}
-
-
 def load_suite(name_or_path: str) -> Suite:
     """Read an embedded suite or a YAML file. Raises KDError naming file, line and what is allowed."""
-    known = embedded_suites()
-    path = known.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
-        if path.suffix in (".yaml", ".yml"):
-            raise KDError(f"there is no suite file {path}")
-        raise KDError(
-            f"unknown suite '{name_or_path}'{did_you_mean(name_or_path, known)}; embedded are {', '.join(known)}. "
-            "A suite of your own is a path that ends in .yaml."
-        )
+    path = suite_path(name_or_path)
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise KDError(f"cannot read suite file {path}: {error}") from error
-    suite = parse_suite(text, path.name if path in known.values() else str(path))
+    suite = parse_suite(text, path.name if path.parent == SUITES else str(path))
     root = suite.data.root
     return suite if root is None else change(suite, data={"root": (path.parent / root).resolve()})
 

@@ -2,9 +2,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from kdtoolkit.benchmark.suite import MethodUse, change, embedded_suites, load_suite, parse_suite
+from kdtoolkit.benchmark.suite import MethodUse, change, load_suite, parse_suite
 from kdtoolkit.contract import Schedule
 from kdtoolkit.errors import KDError
+from kdtoolkit.listing import embedded_suites
 from kdtoolkit.methods import PKD, CrossKD
 from tests.benchmark._suite import TINY
 

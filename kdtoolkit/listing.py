@@ -1,0 +1,218 @@
+"""What there is to choose from: methods and embedded suites, read from their files without importing torch.
+
+Importing torch takes seconds, and a list of names needs none of it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kdtoolkit.errors import KDError
+from kdtoolkit.options import did_you_mean
+
+if TYPE_CHECKING:
+    from kdtoolkit.contract import Method
+
+METHODS = Path(__file__).parent / "methods"
+SUITES = Path(__file__).parent / "benchmark" / "suites"
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """What a method's file says of it.
+
+    `idea` is the file's docstring, `doc` the class's. `arguments` are the defaults by name, as Python writes them.
+    `settings` are the docstrings of published settings for other detectors, by names such as `CrossKD.for_fcos`.
+    """
+
+    name: str
+    idea: str
+    doc: str
+    needs: tuple[str, ...]
+    terms: tuple[str, ...]
+    paper: str
+    arguments: Mapping[str, str]
+    settings: Mapping[str, str]
+
+
+def all_method_facts() -> dict[str, MethodFacts]:
+    """The facts about every method that `kdtoolkit.methods.all_methods` finds, by name and in that order.
+
+    Our own files are read, not imported. Where that is not enough, all methods are imported: where another package
+    announces a method, or where a file computes or inherits a fact instead of writing it down.
+    """
+    if not entry_points(group="kdtoolkit.methods"):
+        try:
+            files = sorted(METHODS.glob("[!_]*.py"))
+            return {facts.name: facts for path in files for facts in _written(ast.parse(path.read_text("utf-8")))}
+        except (KeyError, ValueError):
+            pass
+    from kdtoolkit.methods import all_methods
+
+    return {name: facts_of(method) for name, method in all_methods().items()}
+
+
+def facts_of(method: type[Method]) -> MethodFacts:
+    """The facts about a method's class."""
+    from kdtoolkit.methods import published_settings
+
+    parameters = inspect.signature(method).parameters.values()
+    return MethodFacts(
+        name=method.__name__,
+        idea=inspect.getdoc(sys.modules[method.__module__]) or "",
+        doc=inspect.cleandoc(method.__doc__ or ""),
+        needs=tuple(sorted(method.needs)),
+        terms=method.terms,
+        paper=method.paper,
+        arguments={p.name: repr(p.default) for p in parameters if p.default is not p.empty},
+        settings={name: inspect.getdoc(make) or "" for name, make in published_settings(method).items()},
+    )
+
+
+def _written(module: ast.Module) -> Iterator[MethodFacts]:
+    """The facts about a file's methods. Raises KeyError or ValueError where one of them is not written down."""
+    imports = (node for node in module.body if isinstance(node, ast.ImportFrom))
+    methods = {"Method"} | {  # names of methods and, harmlessly, of what they share
+        alias.asname or alias.name
+        for node in imports
+        for alias in node.names
+        if str(node.module).startswith("kdtoolkit.methods")
+    }
+    for node in module.body:
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base) in methods for base in node.bases):
+            methods.add(node.name)
+            yield _facts_written(node, ast.get_docstring(module) or "")
+
+
+def _facts_written(node: ast.ClassDef, idea: str) -> MethodFacts:
+    assigned = (line for line in node.body if isinstance(line, ast.Assign))
+    values = {ast.unparse(target): line.value for line in assigned for target in line.targets}
+    functions = {line.name: line for line in node.body if isinstance(line, ast.FunctionDef)}
+    needs = re.fullmatch(r"frozenset\(\{(Capability\.\w+(?:, Capability\.\w+)*)\}\)", ast.unparse(values["needs"]))
+    if needs is None:
+        raise ValueError("needs are not written down")
+    init = functions["__init__"].args
+    defaults = [*zip(init.args[-len(init.defaults) :], init.defaults, strict=False)]  # the last ones have defaults
+    defaults += [(name, value) for name, value in zip(init.kwonlyargs, init.kw_defaults, strict=True) if value]
+    return MethodFacts(
+        name=node.name,
+        idea=idea,
+        doc=ast.get_docstring(node) or "",
+        needs=tuple(sorted(needs[1].replace("Capability.", "").lower().split(", "))),
+        terms=ast.literal_eval(values["terms"]),
+        paper=ast.literal_eval(values["paper"]),
+        arguments={argument.arg: repr(ast.literal_eval(value)) for argument, value in defaults},
+        settings={
+            f"{node.name}.{name}": ast.get_docstring(function) or ""
+            for name, function in sorted(functions.items())
+            if name.startswith("for_")
+        },
+    )
+
+
+def print_methods(methods: Mapping[str, MethodFacts], console: Console) -> None:
+    """Print each method's name, what it does, what it needs, and its paper."""
+    table = definitions()
+    for name, facts in methods.items():
+        text = Text(_reflow(facts.doc.partition("\n\n")[0]))
+        text.append(f"\nneeds {', '.join(facts.needs)}; {facts.paper}", style="dim")
+        table.add_row(Text(name), text)
+    console.print(table)
+    console.print("\n`kd methods NAME` shows one with its arguments.", highlight=False)
+
+
+def print_method(facts: MethodFacts, console: Console) -> None:
+    """Print a method's idea, paper, needs, loss terms, arguments with their defaults, and other published settings."""
+    doc, _, rest = facts.doc.partition("\n\nArgs:\n")
+    console.print(Text(facts.name, style="bold"))
+    console.print(Text(f"{_reflow(facts.idea)}\n"))
+    table = definitions()
+    for title, fact in (
+        ("paper", facts.paper),
+        ("needs", ", ".join(facts.needs)),
+        ("loss terms", ", ".join(facts.terms)),
+    ):
+        table.add_row(title, Text(fact))
+    console.print(table)
+    console.print(Text(f"\n{_reflow(doc)}\n"))
+    if facts.arguments:
+        described = {name: " ".join(text.split()) for name, text in _ARGUMENT.findall(rest)}
+        arguments = columns("argument", "default", "what it is")
+        for name, default in facts.arguments.items():
+            arguments.add_row(Text(name), Text(default), Text(described.get(name, "")))
+        console.print(arguments)
+    if facts.settings:
+        console.print("\nPublished settings for other detectors, by these names in suites too:\n", highlight=False)
+        settings = definitions()
+        for name, doc in facts.settings.items():
+            settings.add_row(Text(name), Text(_reflow(doc)))
+        console.print(settings)
+
+
+def embedded_suites() -> dict[str, Path]:
+    """The suites that come with the package, by name."""
+    return {path.stem: path for path in sorted(SUITES.glob("*.yaml"))}
+
+
+def suite_path(name_or_path: str) -> Path:
+    """The file of an embedded suite or of a path. Raises KDError where there is none."""
+    known = embedded_suites()
+    path = known.get(name_or_path, Path(name_or_path))
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise KDError(f"there is no suite file {path}")
+    raise KDError(
+        f"unknown suite '{name_or_path}'{did_you_mean(name_or_path, known)}; embedded are {', '.join(known)}. "
+        "A suite of your own is a path that ends in .yaml."
+    )
+
+
+def print_suites(console: Console) -> None:
+    """Print each embedded suite's name, time, number of seeds, and what it is."""
+    table = columns("suite", "takes about", "seeds", "what it is")
+    for name, path in embedded_suites().items():
+        suite = yaml.safe_load(path.read_text("utf-8"))
+        minutes, seeds = suite["expected_minutes"], suite["seeds"]
+        table.add_row(name, f"{minutes:g} min", str(seeds), Text(suite["description"]))
+    console.print(table)
+
+
+def definitions() -> Table:
+    """A table of names and texts without a header: the texts wrap."""
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def columns(*names: str) -> Table:
+    """A table in which the last column wraps and the others keep their width."""
+    table = Table(box=None)
+    for name in names[:-1]:
+        table.add_column(name, no_wrap=True)
+    table.add_column(names[-1], overflow="fold")
+    return table
+
+
+def _reflow(doc: str) -> str:
+    """Paragraphs in one line each, for the terminal to break; what is indented stays as it is."""
+    paragraphs = doc.split("\n\n")
+    return "\n\n".join(p if "\n  " in p or p.startswith(" ") else " ".join(p.split()) for p in paragraphs)
+
+
+# `    name: text`, and deeper lines that go on with it.
+_ARGUMENT = re.compile(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
