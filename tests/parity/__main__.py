@@ -59,6 +59,9 @@ KINDS: tuple[tuple[str, str, Compare], ...] = (
     ("loss.GLOBAL", "detkds", features.detkds),
     ("level_of.0", "defeat", features.defeat),
     ("loss.dab.last.TOTAL_weighted", "kddetr", queries.kd_detr),
+    ("loss.official.TOTAL", "detrdistill_official", queries.detr_distill),
+    ("loss.target_aware_loss.0", "detrdistill", queries.detr_distill),
+    ("loss.teacher_loss_self_attn.0", "d3etr", queries.detr_distill),
 )
 
 
@@ -84,6 +87,9 @@ def run(path: Path) -> list[Check]:
     """All checks of one file; raises UnknownFileError."""
     z = read(path)
     compare = comparison(z, path)
+    if "inputs_in" in z:  # of the file beside it
+        inputs = read(path.with_name(f"{z['inputs_in']}.npz"))
+        z = {**inputs, "inputs_cfg_json": inputs["cfg_json"], **z}
     try:
         return list(compare(z))
     except KeyError as error:
