@@ -24,16 +24,17 @@ def elementwise_iou(a: Tensor, b: Tensor) -> Tensor:
     return intersection / union
 
 
-def elementwise_giou(a: Tensor, b: Tensor) -> Tensor:
+def elementwise_giou(a: Tensor, b: Tensor, eps: Tensor | float = 0.0) -> Tensor:
     """Generalised IoU (...) in [-1, 1] of boxes at the same place of `a` and `b` (..., 4), which may broadcast.
 
-    Source: Rezatofighi et al., arXiv 1902.09630, with union and hull clamped at 1e-7.
+    Source: Rezatofighi et al., arXiv 1902.09630, with union and hull clamped at 1e-7. `eps` is added to both divisors,
+    as some published losses do: the GIoU of equal boxes is then below 1.
     """
     a, b = a.float(), b.float()
     intersection, union = _intersection_union(a, b)
     hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     hull_area = (hull[..., 0] * hull[..., 1]).clamp(min=EPS)
-    return intersection / union - (hull_area - union) / hull_area
+    return intersection / (union + eps) - (hull_area - union) / (hull_area + eps)
 
 
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -73,6 +73,14 @@ def unlike_scores(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
     return f"class scores are a {student.activation} in the student, a {teacher.activation} in the teacher"
 
 
+def too_few_classes(spec: DetectorSpec, least: int = 2) -> str | None:
+    """The reason why a softmax over the detector's classes tells nothing, if so: of one class it is always 1."""
+    classes = spec.num_classes + (spec.activation == "softmax")
+    return (
+        None if classes >= least else f"a softmax over classes needs {least} of them, and the detectors have {classes}"
+    )
+
+
 def unlike_bins(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
     """The reason why distributions of box sides cannot be compared, if so."""
     if student.bins == teacher.bins:
@@ -168,6 +176,18 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     count = max(x.numel() // x.shape[1] - 1, 1)
     variance = (x - mean).square().sum(dims, keepdim=True) / count
     return mean, variance.clamp(min=1e-24).sqrt()
+
+
+def standardise(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Standardise (N, C, ...) per channel over all else, by the unbiased std + `eps`, in float32.
+
+    A channel that does not vary, but for rounding, becomes 0 and gets no gradient, which would be 1 / `eps` times the
+    loss's.
+    """
+    x = x.float()
+    mean, std = channel_statistics(x)
+    varies = std > eps * mean.abs().clamp(min=1)
+    return (x - mean) * torch.where(varies, 1 / (std + eps), 0.0)
 
 
 def distribution_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

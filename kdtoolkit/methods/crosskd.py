@@ -38,6 +38,7 @@ from kdtoolkit.methods._common import (
     resize_like,
     rows_of_levels,
     shared_levels,
+    standardise,
     unlike_cells,
 )
 
@@ -45,11 +46,11 @@ from kdtoolkit.methods._common import (
 def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
     """Give `student` the mean and std of `teacher`, both (N, C, ...), per channel over all else, in float32.
 
-    Gradient flows through the student's statistics. Stds are unbiased; `eps` is added to the student's alone.
+    Gradient flows through the student's statistics. Stds are unbiased; `eps` is added to the student's alone. A channel
+    of the student that does not vary becomes the teacher's mean.
     """
-    student, teacher = student.float(), teacher.float()
-    (mean, std), (teacher_mean, teacher_std) = channel_statistics(student), channel_statistics(teacher)
-    return (student - mean) / (std + eps) * teacher_std + teacher_mean
+    mean, std = channel_statistics(teacher.float())
+    return standardise(student, eps) * std + mean
 
 
 def cross_state(

@@ -7,8 +7,8 @@ images of the batch; mean absolute difference.
 
 Follows the published configurations (lliai/DetKDS @9e43bfa). For GFL and RepPoints this is all; for the others they add
 terms on boxes or logits, which are not here. Its figure for GFL, 43.7, is of a student trained twice as long, on
-several scales, and started from the teacher's neck and head. The norm is at least 1e-6, not 1e-12: where a value is 0
-in all images, the gradient would be 1e12 times the loss's.
+several scales, and started from the teacher's neck and head. One thing differs: a value that is 0 in all images, as on
+maps that end in a ReLU, gets no gradient; there it gets the loss's times 1e12.
 """
 
 from __future__ import annotations
@@ -31,14 +31,19 @@ def weigh_channels(x: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 def pool(x: Tensor) -> Tensor:
-    """The maximum of each 2 x 2 cells of (N, C, H, W); an odd map is filled up with 0 at the right and bottom."""
-    return F.max_pool2d(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)), 2)
+    """The maximum of each 2 x 2 cells of (N, C, H, W); an odd map is filled up with 0 at the right and bottom.
+
+    Cells of one value share its gradient, as in the published code.
+    """
+    padded = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+    images, channels, height, width = padded.shape
+    return padded.reshape(images, channels, height // 2, 2, width // 2, 2).amax((3, 5))
 
 
 def normalise_over_images(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Values of (N, ...) divided by their L2 norm over the N images, at least `eps`."""
+    """Values of (N, ...) divided by their L2 norm over the N images; 0, without gradient, where it is below `eps`."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=0, keepdim=True)
-    return x / norm.clamp(min=eps)
+    return torch.where(norm < eps, 0.0, x / norm.clamp(min=eps))
 
 
 def detkds_loss(student: Tensor, teacher: Tensor, temperature: float = 0.5) -> Tensor:

@@ -5,10 +5,12 @@ queries, beside the student's own pass, which alone meets the ground truth: the 
 sampling. Queries weigh w, the teacher's largest class probability, since most are background: sum w * KL of classes,
 and L1 and GIoU of boxes averaged by w.
 
-Formulas and weights follow the public code for DAB-DETR (Myleswork/KD-DETR @eecf170). There the predictions of each of
-the student's six decoder layers are compared with the teacher's last and summed; here those of the last layer alone,
-a sixth of the terms. The paper's further, random queries are left out. Classification is a sum over the queries of the
-batch, as it is there (published with 2 images a GPU), so it grows with the batch.
+Numbers agree with the public code for DAB-DETR (Myleswork/KD-DETR @e7dfccb), but for this. There each of the student's
+six decoder layers is compared with the teacher's last, and the terms are summed; here the last layer alone is compared,
+a sixth of the terms. The paper's further, random queries are left out. The code's GIoU adds 1e-6 to union and hull, in
+shares of the image's area: 1e-3 of 32 x 32 px in 800 x 1333. Here GIoU is exact; `published_giou` has the code's.
+Classification is a sum over the queries of the batch, as it is there (with 8 or 16 images a process), so it grows with
+the batch.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from torch import Tensor
 
 from kdtoolkit.boxes import elementwise_giou
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, PriorKind, Whose
-from kdtoolkit.methods._common import EPS, distribution_kl, unlike_priors, unlike_scores
+from kdtoolkit.methods._common import EPS, distribution_kl, too_few_classes, unlike_priors, unlike_scores
+
+PUBLISHED_EPS = 1e-6  # of the GIoU, in shares of the image's area
 
 
 def class_divergence(student: Tensor, teacher: Tensor, temperature: float = 10.0) -> Tensor:
@@ -32,17 +36,19 @@ def centres_and_sizes(boxes: Tensor) -> Tensor:
     return torch.cat([(low + high) / 2, high - low], -1)
 
 
-def box_distances(student: Tensor, teacher: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def box_distances(student: Tensor, teacher: Tensor, scale: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     """Mean L1 of centres and sizes relative to the image, and 1 - GIoU, of boxes (N, Q, 4): (N, Q) each.
 
     Args:
         student: xyxy in pixels.
         teacher: likewise, of the same image size; gets no gradient.
         scale: (N, 1, 4) width, height, width, height of each image in pixels.
+        eps: what the GIoU adds to union and hull, in shares of the image's area.
     """
     student, teacher = student.float(), teacher.detach().float()
     difference = (centres_and_sizes(student) - centres_and_sizes(teacher)) / scale
-    return difference.abs().mean(-1), 1 - elementwise_giou(student, teacher)
+    area = scale[..., 0] * scale[..., 1]
+    return difference.abs().mean(-1), 1 - elementwise_giou(student, teacher, eps * area)
 
 
 class KDDETR(Method):
@@ -57,6 +63,7 @@ class KDDETR(Method):
         giou_weight: factor of 1 - GIoU.
         temperature: of the class scores.
         priors: whose queries go through both decoders.
+        published_giou: add the published code's epsilon to the GIoU's union and hull.
     """
 
     needs = frozenset({Capability.PREDICTIONS})
@@ -72,6 +79,7 @@ class KDDETR(Method):
         giou_weight: float = 2.0,
         temperature: float = 10.0,
         priors: Whose = "teacher",
+        published_giou: bool = False,
     ) -> None:
         super().__init__()
         self.cls_weight = cls_weight
@@ -79,26 +87,30 @@ class KDDETR(Method):
         self.giou_weight = giou_weight
         self.temperature = temperature
         self.priors: Whose = priors
+        self.giou_eps = PUBLISHED_EPS if published_giou else 0.0
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-        """Refuse detectors that do not predict at queries of one make, or score classes in other ways."""
+        """Refuse detectors that do not predict at queries of one make, differ in kind of scores, or have one class."""
         for role, spec in (("student", student), ("teacher", teacher)):
             if spec.priors is not PriorKind.QUERIES:
                 return f"it compares queries, and the {role} predicts at {spec.priors}"
+        if self.cls_weight and (reason := too_few_classes(student)):
+            return f"{reason}; KDDETR(cls_weight=0) compares boxes alone"
         return unlike_priors(student, teacher) or unlike_scores(student, teacher)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`cls`, `box` and `giou`, weighted."""
+        """`cls`, `box` and `giou`, weighted; those of weight 0 are left out."""
         pair = exchange.matched(self.priors)
         student, teacher = pair.student.predictions, pair.teacher.predictions
         weight = teacher.scores.detach()
         divergence = class_divergence(student.logits, teacher.logits, self.temperature)
         sizes = exchange.student.batch.sizes
         scale = weight.new_tensor([(width, height) * 2 for height, width in sizes])[:, None]
-        distance, overlap = box_distances(student.boxes, pair.teacher_boxes, scale)
+        distance, overlap = box_distances(student.boxes, pair.teacher_boxes, scale, self.giou_eps)
         total = weight.sum().clamp(min=EPS)
-        return {
-            "cls": self.cls_weight * (weight * divergence).sum(),
-            "box": self.box_weight * (weight * distance).sum() / total,
-            "giou": self.giou_weight * (weight * overlap).sum() / total,
+        terms = {
+            "cls": (self.cls_weight, (weight * divergence).sum()),
+            "box": (self.box_weight, (weight * distance).sum() / total),
+            "giou": (self.giou_weight, (weight * overlap).sum() / total),
         }
+        return {name: factor * loss for name, (factor, loss) in terms.items() if factor}

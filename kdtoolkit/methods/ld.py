@@ -26,6 +26,7 @@ from kdtoolkit.methods._common import (
     no_shared_level,
     rows_of_levels,
     shared_levels,
+    too_few_classes,
     unlike_bins,
     unlike_priors,
 )
@@ -170,6 +171,8 @@ class LD(Method):
         """Refuse pairs whose priors or distributions do not correspond one to one."""
         if self.valuable_weight and not student.priors.on_grid:
             return f"the valuable region is of priors on a grid, and the student has {student.priors}"
+        if self.cls_weight and (reason := too_few_classes(student)):
+            return f"{reason}; LD(cls_weight=0) compares boxes alone"
         if not (student.priors.on_grid and teacher.priors.on_grid):
             return unlike_priors(student, teacher) or unlike_bins(student, teacher)
         pairs = shared_levels(student, teacher)

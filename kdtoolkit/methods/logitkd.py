@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Whose
-from kdtoolkit.methods._common import check_grids, distribution_kl, unlike_priors, unlike_scores
+from kdtoolkit.methods._common import check_grids, distribution_kl, too_few_classes, unlike_priors, unlike_scores
 
 Kind = Literal["kd", "dkd", "dist"]
 
@@ -48,10 +48,13 @@ def relation_distance(student: Tensor, teacher: Tensor, dim: int, eps: float = 1
 
     Source: arXiv 2205.10536, equations 7 to 10; `eps` is added to the product of the norms.
     """
-    student, teacher = student - student.mean(dim, keepdim=True), teacher - teacher.mean(dim, keepdim=True)
+    centred = [x - x.mean(dim, keepdim=True) for x in (student, teacher)]
     # Not Tensor.norm: its gradient is 0 / 0 where all are equal.
-    norms = [x.square().sum(dim).clamp(min=1e-24).sqrt() for x in (student, teacher)]
-    return (1 - (student * teacher).sum(dim) / (norms[0] * norms[1] + eps)).mean()
+    norms = [x.square().sum(dim).clamp(min=1e-24).sqrt() for x in centred]
+    # Scores that do not vary, but for rounding, correlate with nothing; 1 / `eps` would be the size of their gradient.
+    varies = norms[0] > 1e-6 * student.detach().square().sum(dim).sqrt()
+    correlation = (centred[0] * centred[1]).sum(dim) / (norms[0] * norms[1] + eps)
+    return (1 - torch.where(varies, correlation, 0.0)).mean()
 
 
 def dist_loss(student: Tensor, teacher: Tensor, temperature: float, inter: float = 1.0, intra: float = 1.0) -> Tensor:
@@ -99,9 +102,8 @@ class LogitKD(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose priors or scores do not correspond, or that have nothing to compare."""
-        classes = student.num_classes + (student.activation == "softmax")
-        if classes < (3 if self.kind == "dkd" else 2):
-            return f"a softmax over {classes} classes says too little for {self.kind}"
+        if reason := too_few_classes(student, 3 if self.kind == "dkd" else 2):
+            return f"{reason}; Mimic and BCKD compare each class by itself"
         return unlike_priors(student, teacher) or unlike_scores(student, teacher)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:

@@ -10,14 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import channel_statistics, no_shared_level, projections, resize_like, shared_levels
-
-
-def standardise(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Standardise maps (N, C, H, W) per channel over batch and space (unbiased std + `eps`), in float32."""
-    x = x.float()
-    mean, std = channel_statistics(x)
-    return (x - mean) / (std + eps)
+from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels, standardise
 
 
 def pkd_loss(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:

@@ -67,6 +67,22 @@ def test_equals_a_loop():
     assert ours["box"].item() == pytest.approx(3 * box / 5, rel=1e-5)
 
 
+def test_the_published_code_leaves_out_levels_without_positives():
+    student, teacher = boxed(2, 1), boxed(2, 2)
+    first = GRID[0][0] * GRID[0][1]
+    labels = background(student)
+    labels[1, 5] = 0  # on the first level, in one of the images
+    weights = torch.ones(2, student.logits.shape[1])
+    weights[:, first:] = 0
+    alone = bckd(student, teacher, labels, weights=weights)
+    published = bckd(student, teacher, labels, BCKD(published_levels=True))
+    everywhere = bckd(student, teacher, labels)
+    for name, loss in published.items():
+        torch.testing.assert_close(loss, alone[name])
+        assert loss < everywhere[name]
+    assert not any(bckd(student, teacher, background(student), BCKD(published_levels=True)).values())
+
+
 def test_twins_are_at_the_minimum():
     student, teacher = boxed(2, 1), boxed(2, 1)
     terms = bckd(student, teacher, background(student))

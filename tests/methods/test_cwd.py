@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,3 +79,12 @@ def test_logits_are_imitated_as_maps(batch):
     assert Distiller(tiny_gfl(seed=1), twin, [CWD(on="logits")]).eval()(*batch)["cwd/feature"].abs() < 1e-5
     assert "priors a cell" in CWD(on="logits").refuses(spec(), spec(priors_per_cell=(9, 9)))
     assert "grid" in CWD(on="logits").refuses(spec(priors=PriorKind.QUERIES), spec())
+
+
+def test_one_class_has_a_distribution_over_cells():
+    one = spec(num_classes=1)
+    heads = [replace(h, logits=h.logits[..., :1]) for h in (predictions(2, seed=1), predictions(2, seed=2))]
+    method = CWD(on="logits")
+    assert method.refuses(one, one) is None
+    method.setup(one, one)
+    assert method(exchange(BATCH, heads=heads, specs=(one, one)))["feature"] > 0

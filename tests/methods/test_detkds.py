@@ -86,6 +86,20 @@ def test_constant_features_have_moderate_gradients(value):
     assert all(x.grad.abs().max() < 1e6 for x in student)
 
 
+def test_values_that_are_0_in_all_images_get_no_gradient():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 2, 6, 16, 12, generator=generator).relu().unbind()  # as SSD's levels
+    student[:, 0] = 0.0
+    student.requires_grad_()
+    loss = detkds_loss(student, teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(naive(student, teacher, 0.5), rel=1e-5)
+    dead = pool(student.detach()).amax(0) == 0
+    assert 0.1 < dead.float().mean() < 0.9
+    assert (student.grad.abs().amax(0) * dead.repeat_interleave(2, 1).repeat_interleave(2, 2) == 0).all()
+    assert 0 < student.grad.norm() < 1
+
+
 def test_attention_that_underflows_has_a_gradient():
     student = torch.randn(2, 4, 6, 6)
     student[:, 0] *= 1e4

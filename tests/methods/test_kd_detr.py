@@ -247,6 +247,25 @@ def test_queries_that_do_not_correspond_are_refused(change, reason):
     assert re.search(reason, KDDETR().refuses(spec(**(facts | change)), QUERIES))
 
 
+def test_a_softmax_over_one_class_is_refused_and_boxes_alone_are_not():
+    one = spec(priors=PriorKind.QUERIES, priors_per_cell=(), bins=(), prior_form="points of 4", num_classes=1)
+    assert "KDDETR(cls_weight=0) compares boxes alone" in KDDETR().refuses(one, one)
+    boxes = KDDETR(cls_weight=0)
+    assert boxes.refuses(one, one) is None
+    assert set(step(outputs(1, classes=1)[-1], outputs(2, classes=1)[-1], boxes)) == {"box", "giou"}
+
+
+def test_the_published_giou_adds_to_union_and_hull_in_shares_of_the_image():
+    a, b = torch.tensor([[10.0, 10, 14, 16]]), torch.tensor([[11.0, 12, 17, 15]])
+    scale = torch.tensor([[[800.0, 600, 800, 600]]])
+    found = box_distances(a, b, scale, 1e-6)[1].item()
+    area = 800 * 600
+    intersection, union, hull = 9 / area, 33 / area, 42 / area
+    assert found == pytest.approx(1 - intersection / (union + 1e-6) + (hull - union) / (hull + 1e-6), rel=1e-5)
+    assert found > box_distances(a, b, scale)[1].item() + 1e-3
+    assert KDDETR(published_giou=True).giou_eps == 1e-6
+
+
 def test_detectors_on_a_grid_are_refused():
     with pytest.raises(IncompatibleError, match="it compares queries, and the student predicts at anchors"):
         Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [KDDETR()])

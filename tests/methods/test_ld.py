@@ -234,3 +234,9 @@ def test_matching_equal_bins_changes_nothing():
     student, teacher = torch.randn(6, 4, 5), torch.randn(6, 4, 5)
     matching = match_bins(range(5), range(5), (0.0, 0.0))
     torch.testing.assert_close(side_divergence(student, teacher, 10.0, matching), side_divergence(student, teacher))
+
+
+def test_a_softmax_over_one_class_is_refused():
+    one = spec(num_classes=1)
+    assert LD().refuses(one, one) is None
+    assert "LD(cls_weight=0)" in LD(cls_weight=1.0).refuses(one, one)

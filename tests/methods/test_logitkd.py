@@ -140,7 +140,9 @@ def test_minimum_empty_and_constant(kind):
 def test_refusals(change, reason):
     assert LogitKD().refuses(spec(), spec()) is None
     assert reason in LogitKD().refuses(spec(**change), spec())
-    assert "says too little" in LogitKD(kind="dkd").refuses(spec(num_classes=2), spec(num_classes=2))
+    for kind, classes in (("kd", 1), ("dist", 1), ("dkd", 2)):
+        refusal = LogitKD(kind=kind).refuses(spec(num_classes=classes), spec(num_classes=classes))
+        assert f"of them; the detectors have {classes}; Mimic and BCKD" in refusal
     with pytest.raises(KDError, match="must be 'kd' or 'dkd' or 'dist'"):
         LogitKD(kind="tkd")
 
@@ -154,3 +156,11 @@ def test_a_step_between_detectors(batch, kind):
     assert any(p.grad is not None and p.grad.any() for p in student.parameters())
     with pytest.raises(IncompatibleError, match="LogitKD"):
         Distiller(tiny_gfl(seed=1, strides=(8, 16, 32, 64)), student, [LogitKD(kind=kind)])
+
+
+def test_scores_that_do_not_vary_have_no_steep_gradient():
+    teacher = torch.randn(5, 4)
+    for student in (torch.zeros(5, 4), torch.randn(4).expand(5, 4)):
+        leaf = student.clone().requires_grad_()
+        dist_loss(leaf, teacher, 1.0).backward()
+        assert leaf.grad.abs().max() < 10

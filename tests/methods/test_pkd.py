@@ -73,3 +73,17 @@ def test_projections_compute_in_float32(dtype):
     plain = method(step)["feature"]
     with torch.autocast("cpu", torch.bfloat16):
         assert method(step)["feature"] == plain
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, 1e3])
+def test_a_channel_that_does_not_vary_says_nothing_and_gets_no_gradient(value):
+    student, teacher = torch.randn(2, 2, 3, 8, 6).unbind()
+    student[:, 1] = value
+    student.requires_grad_()
+    loss = pkd_loss(student, teacher)
+    loss.backward()
+    n = student[:, 0].numel()
+    varying = naive(student.detach()[:, ::2], teacher[:, ::2]) * 2 / 3
+    assert loss.item() == pytest.approx(varying + (n - 1) / n / 6, rel=1e-4)  # of the other: the teacher's variance / 2
+    assert (student.grad[:, 1] == 0).all()
+    assert 0 < student.grad.abs().max() < 1

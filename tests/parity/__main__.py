@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.parity import losses
+from tests.parity import features, losses, queries
 from tests.parity._check import Check
 
 Compare = Callable[[losses.Golden], Iterator[Check]]
@@ -34,6 +34,11 @@ def ld(z: losses.Golden) -> Iterator[Check]:
     yield from head(z)
 
 
+def bckd(z: losses.Golden) -> Iterator[Check]:
+    yield from losses.bckd(z)
+    yield from head(z)
+
+
 # A kind of file: a key that only it has, its name, and the comparison, if there is an implementation to compare.
 KINDS: tuple[tuple[str, str, Compare], ...] = (
     ("student.gfl_cls.weight", "crosskd_gfl", head),
@@ -41,6 +46,7 @@ KINDS: tuple[tuple[str, str, Compare], ...] = (
     ("student.retina_cls.weight", "crosskd_retinanet", head),
     ("student.conv_centerness.weight", "crosskd_fcos", head),
     ("loss.relation", "fgd", losses.fgd),
+    ("loss.loss_score_kd.0", "bckd", bckd),
     ("soft_target.0", "ld", ld),
     ("pyramid.loss", "loss_pkd", losses.pkd),
     ("target_logits", "loss_kdqfl", losses.kdqfl),
@@ -49,6 +55,13 @@ KINDS: tuple[tuple[str, str, Compare], ...] = (
     ("case0.generated", "mmrazor_mgd", losses.mgd),
     ("loss.unweighted_feat", "mmrazor_fbkd", losses.fbkd),
     ("dkd_mean.tau1.loss", "mmrazor_logits", losses.logits),
+    ("param.0.non_local_att.W.1.weight", "cankd", features.cankd),
+    ("loss.GLOBAL", "detkds", features.detkds),
+    ("level_of.0", "defeat", features.defeat),
+    ("loss.dab.last.TOTAL_weighted", "kddetr", queries.kd_detr),
+    ("loss.official.TOTAL", "detrdistill_official", queries.detr_distill),
+    ("loss.target_aware_loss.0", "detrdistill", queries.detr_distill),
+    ("loss.teacher_loss_self_attn.0", "d3etr", queries.detr_distill),
 )
 
 
@@ -74,6 +87,9 @@ def run(path: Path) -> list[Check]:
     """All checks of one file; raises UnknownFileError."""
     z = read(path)
     compare = comparison(z, path)
+    if "inputs_in" in z:  # of the file beside it
+        inputs = read(path.with_name(f"{z['inputs_in']}.npz"))
+        z = {**inputs, "inputs_cfg_json": inputs["cfg_json"], **z}
     try:
         return list(compare(z))
     except KeyError as error:

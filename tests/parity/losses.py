@@ -26,6 +26,7 @@ from kdtoolkit.contract import (
 )
 from kdtoolkit.detectors.gfl import distribution_focal_loss, quality_focal_loss
 from kdtoolkit.methods._common import distribution_kl, quality_focal_kd, resize_like
+from kdtoolkit.methods.bckd import BCKD
 from kdtoolkit.methods.cwd import cwd_loss
 from kdtoolkit.methods.fbkd import FBKD, Connector
 from kdtoolkit.methods.fbkd import spatial_attention as fbkd_attention
@@ -359,9 +360,6 @@ def ld(z: Golden) -> Iterator[Check]:
     anchors = [_anchors(size, stride) for size, stride in zip(grid, strides, strict=True)]
     labels, weights = indexed(z, "target.labels"), indexed(z, "target.label_weights")
 
-    def flat(maps: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        return torch.cat([x.permute(0, 2, 3, 1).reshape(images, -1, *shape) for x in maps], 1)
-
     def exchange(levels: slice) -> Exchange:
         """What LD sees of these levels."""
         boxes = torch.cat(anchors[levels])
@@ -372,10 +370,10 @@ def ld(z: Golden) -> Iterator[Check]:
         spec = DetectorSpec(
             "", classes, strides[levels], (1,) * len(grid), PriorKind.ANCHORS, bins=tuple(map(float, range(bins)))
         )
-        own = Predictions(flat(cls_maps[levels], (classes,)), flat(box_maps[levels], (4, bins)), priors, _no_decode)
+        own = Predictions(_flat(cls_maps[levels], (classes,)), _flat(box_maps[levels], (4, bins)), priors, _no_decode)
         soft_cls = indexed(z, "soft_label") if repo else [x.detach() for x in cls_maps]
         soft = Predictions(
-            flat(soft_cls[levels], (classes,)), flat(indexed(z, "soft_target")[levels], (4, bins)), priors, _no_decode
+            _flat(soft_cls[levels], (classes,)), _flat(indexed(z, "soft_target")[levels], (4, bins)), priors, _no_decode
         )
         assigned = torch.cat(labels[levels], 1)
         assignment = Assignment(assigned, boxes.expand(images, -1, -1), torch.cat(weights[levels], 1), torch.ones(()))
@@ -415,6 +413,64 @@ def ld(z: Golden) -> Iterator[Check]:
             yield Check(key, gradient(total, maps[level]), z[key], GRADIENT_BOUND)
     if repo:
         yield from _ld_regions(z, cfg, torch.cat(anchors), batch, torch.cat(weights, 1) > 0, labels)
+
+
+# ---- BCKD
+
+
+def bckd(z: Golden) -> Iterator[Check]:
+    cfg = json.loads(str(z["cfg_json"]))
+    classes, strides = cfg["num_classes"], tuple(z["strides"].tolist())
+    cls_maps = [x.requires_grad_() for x in indexed(z, "cls_score")]
+    box_maps = [x.requires_grad_() for x in indexed(z, "bbox_pred")]
+    images, grid = len(cls_maps[0]), tuple(tuple(x.shape[2:]) for x in cls_maps)
+    labels, weights = torch.cat(indexed(z, "target.labels"), 1), torch.cat(indexed(z, "target.label_weights"), 1)
+    anchors = torch.cat([_anchors(hw, stride) for hw, stride in zip(grid, strides, strict=True)])
+    counts = torch.tensor([h * w for h, w in grid])
+    priors = Priors(anchors, torch.tensor(strides).repeat_interleave(counts), grid)
+    spec = DetectorSpec("", classes, strides, (1,) * len(grid), PriorKind.ANCHORS, (1,) * len(grid))
+    normaliser = tensor(z, "norm.avg_factor").float()
+    assert cfg["beta"] == 1, "BCKD has one exponent"
+
+    def predictions(cls: list[Tensor], box: list[Tensor]) -> Predictions:
+        return Predictions(_flat(cls, (classes,)), _flat(box, (4, cfg["reg_max"] + 1)), priors, _integral)
+
+    def terms(weights: Tensor, published_levels: bool) -> dict[str, Tensor]:
+        method = BCKD(cls_weight=cfg["loss_kd"], box_weight=cfg["loss_score_kd"], published_levels=published_levels)
+        assignment = Assignment(labels, anchors.expand(images, -1, -1), weights, normaliser)
+        own = predictions(cls_maps, box_maps)
+        soft = predictions(indexed(z, "soft_label"), indexed(z, "soft_target"))
+        batch = batch_of(z, images)
+        return method(Exchange(view(spec, batch, (), own, assignment), view(spec, batch, (), soft)))
+
+    names = {"cls": "loss_kd", "box": "loss_score_kd"}
+    published = terms(weights, True)
+    total = sum(published.values())
+    for term, name in names.items():
+        yield Check(f"{name} (sum of levels)", published[term], sum(float(x) for x in indexed(z, f"loss.{name}")))
+    yield Check("loss.KD", total, z["loss.KD"])
+    level_of = torch.arange(len(grid)).repeat_interleave(counts)
+    for level, (cls, box) in enumerate(zip(cls_maps, box_maps, strict=True)):
+        alone = terms(weights * (level_of == level), True)
+        for term, name in names.items():
+            yield Check(f"loss.{name}.{level}", alone[term], z[f"loss.{name}.{level}"])
+        for name, maps in (("cls_score", cls), ("bbox_pred", box)):
+            key = f"grad_kd.{name}.{level}"
+            yield Check(key, gradient(total, maps), z[key], GRADIENT_BOUND)
+    # The default counts every level; on those that the published code counts, it is the same.
+    counted = (labels < classes).any(0)
+    counted = torch.stack([counted[level_of == level].any() for level in range(len(grid))])[level_of]
+    yield Check("loss.KD (default, on the levels counted)", sum(terms(weights * counted, False).values()), z["loss.KD"])
+
+
+def _flat(maps: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, *shape) for x in maps], 1)
+
+
+def _integral(regression: Tensor, priors: Priors) -> Tensor:
+    """Boxes of distributions over the distances, in strides, from the anchors' centres."""
+    sides = (regression.softmax(-1) * torch.arange(regression.shape[-1])).sum(-1)
+    return from_distances(centres(priors.boxes), sides * priors.strides[:, None])
 
 
 def _gfl_losses(z: Golden, given: Exchange) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from tests.parity.__main__ import KINDS, main, run
 from tests.parity._check import Check
+from tests.parity.heads import EXACT, _conditioned
 
 HERE = Path(__file__).parent / "data"
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
@@ -27,12 +28,32 @@ def test_all_reference_files_are_found():
     assert len(FILES) >= len(list(GOLDEN.glob("*.npz"))) > len(list(HERE.glob("*.npz")))
 
 
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is absent")
+def test_an_error_in_an_ill_conditioned_file_is_still_found(tmp_path):
+    path = GOLDEN / "crosskd_fcos_normonbbox_2.npz"
+    with np.load(path) as z:
+        wrong = {key: z[key] * np.float32(1.1) for key in ("grad.feat_student.0", "gradnorm.student.conv_reg.weight")}
+    above = [check.quantity.split()[0] for check in run(Path(altered(path, tmp_path, **wrong))) if not check.passed]
+    assert above == list(wrong)
+
+
 def test_difference_is_relative_to_the_largest_entry():
     assert Check("x", torch.tensor([1.0, -4.0]), np.array([1.0, -5.0])).difference == pytest.approx(0.2)
     assert Check("shape", torch.ones(2), np.ones(3)).difference == float("inf")
     assert Check("nan", float("nan"), 1.0).difference == float("inf")
     assert not Check("zero", 1e-3, 0.0).passed
     assert Check("noise", 1e-3, 0.0, 1e-2, 1.0).passed
+
+
+def test_only_what_a_rounding_moves_is_ill_conditioned():
+    off = Check("gradient", torch.tensor([1.0, 2.003]), torch.tensor([1.0, 2.0]), 1e-3)
+    steady = [off._replace(ours=torch.tensor([1.0, 2.0031])) for _ in range(3)]
+    assert _conditioned(off, steady) == off
+    moved = _conditioned(off, [*steady, off._replace(ours=torch.tensor([1.0, 1.998]))])
+    assert moved.passed
+    assert moved.quantity == "gradient (ill-conditioned: 2e-03)"
+    labels = Check("target.labels", torch.tensor([1, 2]), torch.tensor([1, 3]), EXACT)
+    assert _conditioned(labels, [labels._replace(ours=torch.tensor([1, 3]))]) == labels
 
 
 def altered(path, tmp_path, **changes):
