@@ -17,7 +17,7 @@ import enum
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
@@ -237,10 +237,17 @@ class Assignment:
 class DetectorAdapter(ABC):
     """Shows one detector as a pipeline with joints. Holds the model, adds nothing to it and patches nothing.
 
-    Every method works under autocast and returns predictions in float32.
+    Every method works under autocast and returns predictions in float32. Raises KDError for a model whose parameters
+    are in another precision.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
+        if other := sorted(dtypes - {"torch.float32"}):
+            raise KDError(
+                f"{type(model).__name__} has parameters of {', '.join(other)}: call model.float() (from_pretrained of "
+                "transformers takes dtype=torch.float32). To compute in half precision, train under torch.autocast"
+            )
         self.model = model
 
     @property
@@ -578,11 +585,28 @@ def adapter_classes(*, load: bool = False) -> list[type[DetectorAdapter]]:
     return _own_classes() + announced(ENTRY_POINTS)
 
 
-def _own_classes() -> list[type[DetectorAdapter]]:
-    modules = [
-        importlib.import_module(m) for library, names in _MODULES.items() if library in sys.modules for m in names
-    ]
-    return [cls for module in modules for cls in module.ADAPTERS]
+def _own_classes(libraries: Iterable[str] = tuple(_MODULES)) -> list[type[DetectorAdapter]]:
+    """The adapter classes of those of `libraries` that are loaded. Raises KDError for a version that will not do."""
+    found: list[type[DetectorAdapter]] = []
+    for library in libraries:
+        if library not in sys.modules:
+            continue
+        for module in _MODULES[library]:
+            try:
+                found += importlib.import_module(module).ADAPTERS
+            except ImportError as error:
+                package = library.partition(".")[0]
+                raise KDError(
+                    f"kdtoolkit cannot work with this version of {package} (importing {module} failed: {error}): pip "
+                    f"install -U 'kdtoolkit[{package}]'"
+                ) from error
+    return found
+
+
+def _libraries_of(model: nn.Module) -> list[str]:
+    """The libraries, of those that have adapters, that the class of a model or one of its bases is from."""
+    modules = [f"{cls.__module__}." for cls in type(model).__mro__]
+    return [library for library in _MODULES if any(module.startswith(f"{library}.") for module in modules)]
 
 
 def announced(group: str) -> list[Any]:
@@ -607,14 +631,15 @@ def adapt(model: nn.Module | DetectorAdapter) -> DetectorAdapter:
     """
     if isinstance(model, DetectorAdapter):
         return model
-    # Other packages' adapters are loaded only where none of our own will do.
-    for classes in (_own_classes, lambda: announced(ENTRY_POINTS)):
+    # Other packages' adapters are loaded only where none of our own will do, and none of another library's: what is
+    # installed of it may be too old.
+    for classes in (lambda: _own_classes(_libraries_of(model)), lambda: announced(ENTRY_POINTS)):
         for cls in classes():
             if cls.matches(model):
                 adapter: DetectorAdapter = cls(model)
                 return adapter
-    known = ", ".join(cls.__name__ for cls in adapter_classes()) or "none"
+    known = ", ".join([*_MODULES, *(cls.__name__ for cls in announced(ENTRY_POINTS))])
     raise KDError(
-        f"no adapter for {type(model).__module__}.{type(model).__qualname__} (loaded adapters: {known}). "
-        "Install the extra for its library, or write an adapter: CONTRIBUTING.md, 'Add a detector library'."
+        f"no adapter for {type(model).__module__}.{type(model).__qualname__}: there are some for detectors of {known} "
+        "(docs/detectors.md). Write one: CONTRIBUTING.md, 'Add a detector library'."
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdtoolkit.contract import (
     Batch,
@@ -74,7 +75,8 @@ class Distiller(nn.Module):
 
     Raises:
         IncompatibleError: a method cannot work between the two; says why, and which methods would.
-        KDError: no adapter knows a model's class; teacher and student are one model or on different devices.
+        KDError: no adapter knows a model's class; teacher and student are one model or on different devices; no
+            parameter of the student is trainable.
     """
 
     def __init__(
@@ -87,6 +89,11 @@ class Distiller(nn.Module):
         methods = _checked(methods)
         self.student_adapter = adapt(student)
         self.student = self.student_adapter.model
+        if not any(p.requires_grad for p in self.student.parameters()):
+            raise KDError(
+                f"no parameter of the student ({type(self.student).__name__}) is trainable, so it would stay as it is: "
+                "call student.requires_grad_(True). Checkpoints of a moving average hold such models, as YOLO's do"
+            )
         self.teacher_adapter = None if teacher is None else adapt(teacher)
         self.methods = nn.ModuleList(methods)
         self.step = 0
@@ -160,6 +167,24 @@ class Distiller(nn.Module):
         roles = [("student", student)] + ([] if teacher is None else [("teacher", teacher)])
         found = [f"{role}: {_first_non_finite(adapter, images, targets)}" for role, adapter in roles]
         return "; ".join(found)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all but the student's frozen batch norms, which keep their statistics.
+
+        A batch norm is frozen if it is in eval mode and has no trainable parameter.
+        """
+        frozen = [module for module in self.student.modules() if self._is_frozen(module)]
+        super().train(mode)
+        for module in frozen:
+            module.eval()
+        return self
+
+    def _is_frozen(self, module: nn.Module) -> bool:
+        if not isinstance(module, _BatchNorm) or module.training:
+            return False
+        parameters = [*module.parameters()]
+        # One without parameters is in eval mode because the whole student is, or because it was set so by itself.
+        return not any(p.requires_grad for p in parameters) and (bool(parameters) or self.student.training)
 
     @property
     def _methods(self) -> list[Method]:

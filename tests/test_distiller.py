@@ -253,6 +253,49 @@ def test_a_teacher_may_know_fewer_classes_than_the_ground_truth_has(batch):
     assert losses["ld/main"] > 0
 
 
+def test_a_student_that_cannot_learn_is_refused(batch):
+    student = tiny_gfl(seed=2).requires_grad_(False)  # what YOLO("best.pt") holds: a moving average
+    for teacher, methods in ((tiny_gfl(seed=1), [FGD()]), (None, [])):
+        with pytest.raises(KDError, match=r"no parameter of the student \(GFL\).*student\.requires_grad_\(True\)"):
+            Distiller(teacher, student, methods)
+    Distiller(None, student.requires_grad_(True))
+    student.backbone.requires_grad_(False)
+    assert Distiller(None, student)(*batch).total.requires_grad  # a part may be frozen
+
+
+def norms_of(student):
+    return [module for module in student.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+
+
+def test_frozen_batch_norms_stay_frozen(batch):
+    student = tiny_gfl(seed=2)
+    frozen, free = norms_of(student)[:3], norms_of(student)[3:]
+    for norm in frozen:
+        norm.eval().requires_grad_(False)
+    distiller = Distiller(tiny_gfl(seed=1), student, [PKD()])
+    for _ in range(2):
+        assert distiller.train() is distiller
+        assert not any(norm.training for norm in frozen)
+        assert all(norm.training for norm in free)
+        distiller(*batch)
+        distiller.eval()
+    assert not any(norm.running_mean.any() for norm in frozen)
+    assert all(norm.running_mean.any() for norm in free)
+    frozen[0].requires_grad_(True)
+    assert distiller.train() is distiller
+    assert frozen[0].training
+
+
+def test_batch_norms_without_parameters_are_frozen_where_they_alone_are_in_eval_mode():
+    student = tiny_gfl(seed=2)
+    student.backbone.bn1 = torch.nn.BatchNorm2d(4, affine=False)
+    distiller = Distiller(None, student)
+    student.eval()
+    assert distiller.train().student.backbone.bn1.training
+    student.backbone.bn1.eval()
+    assert not distiller.train().student.backbone.bn1.training
+
+
 def test_other_strides_are_refused():
     with pytest.raises(IncompatibleError, match="strides"):
         Distiller(tiny_gfl(seed=1, strides=(8, 16, 32, 64, 128)), tiny_gfl(seed=2), [Mimic()])
@@ -300,8 +343,9 @@ class Shapes(Method):
 
 
 def test_features_of_canvases_with_other_padding_are_cut_to_the_same_scene(batch):
-    padded, plain = PaddedAdapter(tiny_gfl(seed=1)), tiny_gfl(seed=2)
-    for teacher, student in ((padded, plain), (plain, padded)):
+    for swapped in (False, True):
+        pair = PaddedAdapter(tiny_gfl(seed=1)), tiny_gfl(seed=2)
+        teacher, student = reversed(pair) if swapped else pair
         Shapes.seen.clear()
         Distiller(teacher, student, [Shapes()])(*batch)
         assert Shapes.seen == [[[(8, 8), (4, 4), (2, 2)]] * 2]

@@ -100,11 +100,6 @@ class TransformersAdapter(DetectorAdapter):
 
     def refuses(self) -> str | None:
         """Why a model of this class cannot be adapted; None if it can. Checked once."""
-        if other := {str(p.dtype) for p in self.model.parameters()} - {"torch.float32"}:
-            return (
-                f"has parameters of {', '.join(sorted(other))}, in which most of the library's losses do not work: "
-                "call model.float(), or from_pretrained with dtype=torch.float32. torch.autocast computes in bfloat16"
-            )
         return None
 
     def describe(
