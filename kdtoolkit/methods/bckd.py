@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
 from kdtoolkit.methods._common import EPS, check_grids, quality_focal_kd, unlike_priors
@@ -67,7 +68,7 @@ class BCKD(Method):
         student, teacher = pair.student.predictions, pair.teacher.predictions
         check_grids("BCKD", student, teacher)
         assignment = pair.student_assignment
-        normaliser = assignment.normaliser + EPS
+        normaliser = processes.share(assignment.normaliser) + EPS
         cls = (quality_focal_kd(student.logits, teacher.logits).sum(-1) * assignment.weights).sum()
         weight = disagreement(student.logits, teacher.logits) * assignment.weights
         box = iou_distance(student.boxes, teacher.boxes, weight)

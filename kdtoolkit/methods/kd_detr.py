@@ -8,7 +8,8 @@ and L1 and GIoU of boxes averaged by w.
 Formulas and weights follow the public code for DAB-DETR (Myleswork/KD-DETR @eecf170). There the predictions of each of
 the student's six decoder layers are compared with the teacher's last and summed; here those of the last layer alone,
 a sixth of the terms. The paper's further, random queries are left out. Classification is a sum over the queries of the
-batch, as it is there (published with 2 images a GPU), so it grows with the batch.
+batch, as it is there, so it grows with the batch: that of all processes, where the published code sums the 2 images of
+each GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, PriorKind, Whose
 from kdtoolkit.methods._common import EPS, distribution_kl, unlike_priors, unlike_scores
@@ -96,9 +98,9 @@ class KDDETR(Method):
         sizes = exchange.student.batch.sizes
         scale = weight.new_tensor([(width, height) * 2 for height, width in sizes])[:, None]
         distance, overlap = box_distances(student.boxes, pair.teacher_boxes, scale)
-        total = weight.sum().clamp(min=EPS)
+        total = processes.share(weight.sum(), at_least=EPS)
         return {
-            "cls": self.cls_weight * (weight * divergence).sum(),
+            "cls": self.cls_weight * (weight * divergence).sum() * processes.count(),
             "box": self.box_weight * (weight * distance).sum() / total,
             "giou": self.giou_weight * (weight * overlap).sum() / total,
         }
