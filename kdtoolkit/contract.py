@@ -221,7 +221,8 @@ class Assignment:
 
     `labels` (N, A) int64, K for background; `boxes` (N, A, 4), of use where a label is a class; `weights` (N, A)
     float, 0 where the detector's classification loss leaves a prior out (padding, ambiguous anchors).
-    `normaliser`: the scalar by which the detector divides sums over its priors.
+    `normaliser`: the scalar by which the detector divides sums over its priors, of this process's images; see
+    kdtoolkit/processes.py.
     """
 
     labels: Tensor
@@ -638,6 +639,17 @@ def adapt(model: nn.Module | DetectorAdapter) -> DetectorAdapter:
             if cls.matches(model):
                 adapter: DetectorAdapter = cls(model)
                 return adapter
+    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        raise KDError(
+            f"this {type(inner).__qualname__} is compiled: hand in the model as it was before torch.compile. What can "
+            "be compiled is the whole step: torch.compile(distiller)"
+        )
+    if isinstance(inner := getattr(model, "module", None), nn.Module):
+        wrapper = type(model).__qualname__
+        raise KDError(
+            f"this is a {wrapper} around {type(inner).__qualname__}: hand in the model itself, model.module, and wrap "
+            "the whole step instead, as in DistributedDataParallel(distiller)"
+        )
     known = ", ".join([*_MODULES, *(cls.__name__ for cls in announced(ENTRY_POINTS))])
     raise KDError(
         f"no adapter for {type(model).__module__}.{type(model).__qualname__}: there are some for detectors of {known} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Self, cast
@@ -10,7 +10,9 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import register_pytree_node
 
+from kdtoolkit import processes
 from kdtoolkit.contract import (
     Batch,
     Capability,
@@ -36,6 +38,15 @@ class Losses(dict[str, Tensor]):
     def total(self) -> Tensor:
         """The sum of all terms, to call `backward` on."""
         return reduce(torch.add, self.values())
+
+
+# DistributedDataParallel and torch.compile look for tensors in what forward returns, and know only what is registered.
+register_pytree_node(
+    Losses,
+    lambda losses: (list(losses.values()), list(losses)),
+    lambda values, names: Losses(zip(names, values, strict=True)),
+    serialized_type_name="kdtoolkit.Losses",
+)
 
 
 def refusal(method: type[Method] | Method, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
@@ -65,18 +76,19 @@ class Distiller(nn.Module):
     """Train `student` with the help of `teacher` by any number of methods.
 
     Its parameters are the student's and what the methods must learn; the teacher is held beside, in eval mode and
-    frozen, and is neither saved nor trained with it. Models are taken where they are: move them to their device first.
-    Every call in training mode counts as a step, by which the methods' schedules go.
+    frozen, and is neither saved nor trained with it. It moves with it: `to`, `cuda`, `half` and the like take the
+    teacher along. How to train over several processes, in half precision and so on: docs/training.md.
 
     Args:
         teacher: a detector, or an adapter of one; None if there are no methods.
         student: likewise. Nothing is added to it: its state dict fits the plain model at any time.
         methods: what to distil by. With none, the losses are the student's own, to the last bit.
+        accumulation: how many calls in training mode make one optimiser step; the methods' schedules count steps.
 
     Raises:
         IncompatibleError: a method cannot work between the two; says why, and which methods would.
         KDError: no adapter knows a model's class; teacher and student are one model or on different devices; no
-            parameter of the student is trainable.
+            parameter of the student is trainable; `accumulation` is no number from 1.
     """
 
     def __init__(
@@ -84,8 +96,12 @@ class Distiller(nn.Module):
         teacher: nn.Module | DetectorAdapter | None,
         student: nn.Module | DetectorAdapter,
         methods: Sequence[Method] = (),
+        *,
+        accumulation: int = 1,
     ) -> None:
         super().__init__()
+        if accumulation < 1:
+            raise KDError(f"accumulation ({accumulation}) is a number of calls for one optimiser step, from 1")
         methods = _checked(methods)
         self.student_adapter = adapt(student)
         self.student = self.student_adapter.model
@@ -96,7 +112,8 @@ class Distiller(nn.Module):
             )
         self.teacher_adapter = None if teacher is None else adapt(teacher)
         self.methods = nn.ModuleList(methods)
-        self.step = 0
+        self.accumulation = accumulation
+        self.calls = 0
         self._names = _unique_names(methods)
         if self.teacher_adapter is None:
             if methods:
@@ -125,8 +142,8 @@ class Distiller(nn.Module):
         if len(images) != len(targets):
             raise KDError(f"{len(images)} images and {len(targets)} targets: there must be a target for each image")
         check_targets(targets, self.student_adapter.spec)
-        step, self.step = self.step, self.step + self.training
-        factors = [method.schedule.factor(step) for method in self._methods]
+        factors = [method.schedule.factor(self.step) for method in self._methods]
+        self.calls += self.training
         active = [each for each in zip(self._names, self._methods, factors, strict=True) if each[2]]
         student = self.student_adapter
         batch = student.prepare(images, targets)
@@ -134,6 +151,9 @@ class Distiller(nn.Module):
         trace = student.head(features, batch)
         own, assignment = student.task_losses(trace, batch)
         losses = Losses({f"task/{name}": loss for name, loss in own.items()})
+        if processes.count() > 1:
+            name = next(iter(losses))
+            losses[name] = processes.reach(losses[name], [p for p in self.parameters() if p.requires_grad])
         if not active:
             return losses
         view = View(student, batch, features, trace, assignment)
@@ -186,6 +206,18 @@ class Distiller(nn.Module):
         # One without parameters is in eval mode because the whole student is, or because it was set so by itself.
         return not any(p.requires_grad for p in parameters) and (bool(parameters) or self.student.training)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert the teacher too: it is no submodule, for it would be saved and trained if it were."""
+        if self.teacher_adapter is not None:
+            self.teacher_adapter.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    @property
+    def step(self) -> int:
+        """The number of optimiser steps done: of `accumulation` calls in training mode each."""
+        return self.calls // self.accumulation
+
     @property
     def _methods(self) -> list[Method]:
         return [cast(Method, method) for method in self.methods]
@@ -196,7 +228,7 @@ class Distiller(nn.Module):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Go on at the step of a saved state."""
-        self.step = state["step"]
+        self.calls = state["step"] * self.accumulation
 
 
 def _first_non_finite(adapter: DetectorAdapter, images: Sequence[Tensor], targets: Sequence[Target]) -> str:

@@ -5,11 +5,12 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 from kdtoolkit import Distiller, IncompatibleError, KDError, adapt
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.contract import Capability, Method
-from kdtoolkit.distiller import refusal
+from kdtoolkit.distiller import Losses, refusal
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD, FitNet, Mimic, all_methods
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
@@ -90,6 +91,58 @@ def test_weights_follow_the_schedule_and_go_on_from_a_saved_state(batch):
     resumed.load_state_dict(scheduled.state_dict())
     found += [terms(resumed).get("pkd/feature", 0) for _ in range(3)]
     assert found == pytest.approx([constant / 2, constant, constant, constant / 2, 0])
+
+
+def test_schedules_count_optimiser_steps_not_calls(batch):
+    def distiller():
+        return Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [PKD().scheduled(stop=2)], accumulation=3)
+
+    first = distiller()
+    assert ["pkd/feature" in first(*batch) for _ in range(7)] == [True] * 6 + [False]
+    assert first.step == 2
+    resumed = distiller()
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.step == 2
+    with pytest.raises(KDError, match=r"accumulation \(0\)"):
+        Distiller(None, tiny_gfl(seed=1), accumulation=0)
+
+
+@pytest.mark.parametrize(
+    ("move", "check"),
+    [
+        (lambda distiller: distiller.half(), lambda p: p.dtype == torch.float16),
+        (lambda distiller: distiller.to("meta"), lambda p: p.is_meta),
+        (lambda distiller: torch.nn.ModuleList([distiller]).bfloat16(), lambda p: p.dtype == torch.bfloat16),
+        (
+            lambda distiller: distiller.to(memory_format=torch.channels_last),
+            lambda p: p.ndim != 4 or p.is_contiguous(memory_format=torch.channels_last),
+        ),
+    ],
+)
+def test_the_teacher_moves_with_the_distiller_and_is_none_of_its_parameters(move, check):
+    teacher = tiny_gfl(seed=1)
+    distiller = Distiller(teacher, tiny_gfl(seed=2), [PKD()])
+    move(distiller)
+    assert all(check(p) for p in teacher.parameters())
+    assert all(check(p) for p in distiller.parameters())
+    assert {id(p) for p in teacher.parameters()}.isdisjoint(id(p) for p in distiller.parameters())
+    assert not any("teacher" in name for name in distiller.state_dict())
+
+
+def test_wrapped_models_are_named_with_what_to_hand_in():
+    teacher = tiny_gfl(seed=1)
+    with pytest.raises(KDError, match=r"as it was before torch\.compile"):
+        Distiller(teacher, torch.compile(tiny_gfl(seed=2)), [PKD()])
+    with pytest.raises(KDError, match=r"a DataParallel around GFL: hand in the model itself, model\.module"):
+        Distiller(torch.nn.DataParallel(teacher), tiny_gfl(seed=2), [PKD()])
+
+
+def test_losses_are_taken_apart_and_put_together_by_pytree(batch):
+    losses = Distiller(None, tiny_gfl(seed=1))(*batch)
+    doubled = tree_map(lambda loss: 2 * loss, losses)
+    assert type(doubled) is Losses
+    assert list(doubled) == list(losses)
+    assert doubled.total.item() == pytest.approx(2 * losses.total.item())
 
 
 def test_a_stopped_method_costs_no_teacher_pass(batch):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
+from kdtoolkit import processes
 from kdtoolkit.boxes import centres, distances, elementwise_giou
 from kdtoolkit.contract import Assignment, Batch, Predictions, Priors
 from kdtoolkit.detectors.assign import ATSSAssigner
@@ -82,9 +83,9 @@ class ATSS(DenseDetector):
             predictions.quality[image, prior], target_centerness, reduction="sum"
         )
         box = (1 - elementwise_giou(boxes, target_boxes)) * target_centerness
-        normaliser = assignment.normaliser + EPS
+        normaliser = processes.share(assignment.normaliser) + EPS
         return {
             "cls": (cls * assignment.weights).sum() / normaliser,
-            "box": BOX_WEIGHT * box.sum() / target_centerness.sum().clamp(min=1),
+            "box": BOX_WEIGHT * box.sum() / processes.share(target_centerness.sum(), at_least=1),
             "centerness": quality / normaliser,
         }

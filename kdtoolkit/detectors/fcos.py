@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
+from kdtoolkit import processes
 from kdtoolkit.boxes import centres, distances, elementwise_iou, from_distances
 from kdtoolkit.contract import Assignment, Batch, Predictions, PriorKind, Priors
 from kdtoolkit.detectors.assign import pad_targets
@@ -167,9 +168,10 @@ class FCOS(DenseDetector):
         quality = F.binary_cross_entropy_with_logits(
             predictions.quality[image, prior], target_centerness, reduction="sum"
         )
-        positives = max(len(prior), 1) + EPS
+        positives = processes.share(assignment.positive(self.num_classes).sum(), at_least=1) + EPS
         return {
             "cls": cls / positives,
-            "box": box.sum() / (assignment.normaliser + EPS),
+            # Not the assignment's normaliser, which is 1 in a process without positives, where this sum is 0.
+            "box": box.sum() / (processes.share(target_centerness.sum(), at_least=1e-6) + EPS),
             "centerness": quality / positives,
         }

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdtoolkit import processes
 from kdtoolkit.boxes import centres, distances, elementwise_giou, elementwise_iou, from_distances
 from kdtoolkit.contract import Assignment, Batch, Predictions, Priors
 from kdtoolkit.detectors.assign import ATSSAssigner
@@ -120,10 +121,10 @@ class GFL(DenseDetector):
             quality = torch.zeros_like(logits)
             quality[image, prior, labels] = elementwise_iou(boxes, target_boxes)
             weight = logits[image, prior].amax(-1).sigmoid()
-            divisor = weight.sum().clamp(min=1)
+            divisor = processes.share(weight.sum(), at_least=1)
         cls = quality_focal_loss(logits, quality).sum(-1)
         return {
-            "cls": (cls * assignment.weights).sum() / (assignment.normaliser + EPS),
+            "cls": (cls * assignment.weights).sum() / (processes.share(assignment.normaliser) + EPS),
             "box": BOX_WEIGHT * ((1 - elementwise_giou(boxes, target_boxes)) * weight).sum() / divisor,
             "dfl": DFL_WEIGHT * (dfl * weight).sum() / divisor,
         }

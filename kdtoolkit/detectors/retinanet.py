@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
+from kdtoolkit import processes
 from kdtoolkit.boxes import centres, pairwise_iou
 from kdtoolkit.contract import Assignment, Batch, Predictions, Priors
 from kdtoolkit.detectors.assign import inside_padded, pad_targets
@@ -143,5 +144,5 @@ class RetinaNet(DenseDetector):
         box = F.l1_loss(predictions.regression[image, prior], target, reduction="sum")
         labels = F.one_hot(assignment.labels, self.num_classes + 1)[..., :-1].float()
         cls = sigmoid_focal_loss(predictions.logits, labels, alpha=0.25, gamma=2).sum(-1)
-        normaliser = assignment.normaliser + EPS
+        normaliser = processes.share(assignment.normaliser) + EPS
         return {"cls": (cls * assignment.weights).sum() / normaliser, "box": box / normaliser}

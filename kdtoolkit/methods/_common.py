@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou, elementwise_iou
 from kdtoolkit.contract import Assignment, DetectorSpec, Predictions, Priors
 from kdtoolkit.errors import IncompatibleError, KDError
@@ -169,12 +170,19 @@ def resize_like(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased std of (N, C, ...) per channel over all else, kept as (1, C, 1, ...)."""
+    """Mean and unbiased std of (N, C, ...) per channel over all else, kept as (1, C, 1, ...).
+
+    The images of all processes count, as if one process had them.
+    """
     dims = [dim for dim in range(x.ndim) if dim != 1]
+    cells = x.numel() // x.shape[1]
     mean = x.mean(dims, keepdim=True)
+    freedom: Tensor | int = max(cells - 1, 1)
+    if processes.count() > 1:  # each process may have images of a different size
+        sums = processes.total(torch.cat([x.sum(dims), x.new_full((1,), cells)]))
+        mean, freedom = (sums[:-1] / sums[-1]).view_as(mean), sums[-1].detach() - 1
     # Not x.std(): its gradient is 0 / 0 at a constant channel, and a single cell in all has no unbiased std.
-    count = max(x.numel() // x.shape[1] - 1, 1)
-    variance = (x - mean).square().sum(dims, keepdim=True) / count
+    variance = processes.total((x - mean).square().sum(dims, keepdim=True)) / freedom
     return mean, variance.clamp(min=1e-24).sqrt()
 
 
@@ -238,12 +246,12 @@ def box_kd(
     weight = teacher.scores * assignment.weights
     if teacher.regression.ndim == 4:
         divergence = distribution_kl(student.regression, teacher.regression, temperature=1.0).mean(-1)
-        return weight * divergence, weight.sum()
+        return weight * divergence, processes.share(weight.sum())
     if kind == "giou":
         distance = 1 - elementwise_giou(student.boxes, teacher.boxes)
     else:
         distance = -elementwise_iou(student.boxes, teacher.boxes).clamp(min=1e-6).log()
-    return weight * distance, assignment.normaliser
+    return weight * distance, processes.share(assignment.normaliser)
 
 
 def prediction_losses(
@@ -258,7 +266,7 @@ def prediction_losses(
 
     The published ones of CrossKD (arXiv 2306.11369, equations 4 and 5); `assignment` is of the teacher's priors.
     """
-    normaliser = assignment.normaliser + EPS
+    normaliser = processes.share(assignment.normaliser) + EPS
     cls = (classification_kd(student, teacher, beta) * assignment.weights).sum() / normaliser
     box, divisor = box_kd(student, teacher, assignment, box_loss)
     losses = {"cls": cls, "box": box.sum() / (divisor + EPS)}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
 from kdtoolkit.methods._common import EPS, check_grids, quality_focal_kd, unlike_priors
@@ -72,7 +73,7 @@ class BCKD(Method):
         student, teacher = pair.student.predictions, pair.teacher.predictions
         check_grids("BCKD", student, teacher)
         assignment = pair.student_assignment
-        normaliser, weights = assignment.normaliser + EPS, assignment.weights
+        normaliser, weights = processes.share(assignment.normaliser) + EPS, assignment.weights
         if self.published_levels:
             positive = assignment.positive(exchange.student.spec.num_classes).any(0)
             levels = torch.split(positive, list(student.priors.per_level))

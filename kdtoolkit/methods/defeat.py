@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from kdtoolkit import processes
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
 from kdtoolkit.methods._common import no_shared_level, resize_like, shared_levels
 
@@ -54,7 +55,7 @@ def decoupled_losses(student: Tensor, teacher: Tensor, objects: Tensor) -> tuple
     Scalars in float32, 0 where a region is empty. No gradient reaches the teacher.
     """
     difference = (student.float() - teacher.detach().float()).square().sum(1)
-    values = [(region.sum() * student.shape[1]).clamp(min=1) for region in (objects, ~objects)]
+    values = [processes.share(region.sum() * student.shape[1], at_least=1) for region in (objects, ~objects)]
     inside = torch.where(objects, difference, 0.0).sum() / values[0]
     outside = torch.where(objects, 0.0, difference).sum() / values[1]
     return inside / 2, outside / 2

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdtoolkit import processes
 from kdtoolkit.boxes import centres, pairwise_iou
 from kdtoolkit.contract import Batch, Capability, DetectorSpec, Exchange, Method, PriorKind, Priors
 from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
@@ -33,7 +34,8 @@ def imitation_loss(student: Tensor, teacher: Tensor, region: Tensor | None = Non
     if region is None:
         return F.mse_loss(student, teacher)
     difference = F.mse_loss(student, teacher, reduction="none").sum(1)
-    return torch.where(region, difference, 0.0).sum() / (region.sum() * student.shape[1]).clamp(min=1)
+    values = processes.share(region.sum() * student.shape[1], at_least=1)
+    return torch.where(region, difference, 0.0).sum() / values
 
 
 def box_region(priors: Tensor, boxes: Sequence[Tensor]) -> Tensor:

@@ -9,8 +9,8 @@ Numbers agree with the public code for DAB-DETR (Myleswork/KD-DETR @e7dfccb), bu
 six decoder layers is compared with the teacher's last, and the terms are summed; here the last layer alone is compared,
 a sixth of the terms. The paper's further, random queries are left out. The code's GIoU adds 1e-6 to union and hull, in
 shares of the image's area: 1e-3 of 32 x 32 px in 800 x 1333. Here GIoU is exact; `published_giou` has the code's.
-Classification is a sum over the queries of the batch, as it is there (with 8 or 16 images a process), so it grows with
-the batch.
+Classification is a sum over the queries of the batch of all processes, so it grows with the batch; there it is one over
+the batch of each process (8 or 16 images).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, PriorKind, Whose
 from kdtoolkit.methods._common import EPS, distribution_kl, too_few_classes, unlike_priors, unlike_scores
@@ -107,9 +108,9 @@ class KDDETR(Method):
         sizes = exchange.student.batch.sizes
         scale = weight.new_tensor([(width, height) * 2 for height, width in sizes])[:, None]
         distance, overlap = box_distances(student.boxes, pair.teacher_boxes, scale, self.giou_eps)
-        total = weight.sum().clamp(min=EPS)
+        total = processes.share(weight.sum(), at_least=EPS)
         terms = {
-            "cls": (self.cls_weight, (weight * divergence).sum()),
+            "cls": (self.cls_weight, (weight * divergence).sum() * processes.count()),
             "box": (self.box_weight, (weight * distance).sum() / total),
             "giou": (self.giou_weight, (weight * overlap).sum() / total),
         }

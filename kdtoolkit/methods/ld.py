@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kdtoolkit import processes
 from kdtoolkit.boxes import centres, pairwise_iou
 from kdtoolkit.contract import Assignment, Capability, DetectorSpec, Exchange, Method, Predictions, PriorKind
 from kdtoolkit.methods._common import (
@@ -134,8 +135,8 @@ class LD(Method):
     On grids that share some strides, it works on those; bins, and where priors lie in their cells, may differ.
 
     By default the main region alone, the paper's conference version. The journal version's settings for GFL are
-    `valuable_weight=0.25, cls_weight=10`. Box terms are sums over positions, published with 2 or 3 images a GPU, so
-    they grow with the batch.
+    `valuable_weight=0.25, cls_weight=10`. Box terms are sums over positions, so they grow with the batch: that of all
+    processes, where the published code sums over the 2 or 3 images of each GPU.
 
     Args:
         weight: factor of the main region's term.
@@ -209,7 +210,7 @@ class LD(Method):
         divergence = side_divergence(
             student.regression[positive], teacher.regression[positive], self.temperature, matching
         )
-        main = (student.scores.detach()[positive] * divergence).sum()
+        main = (student.scores.detach()[positive] * divergence).sum() * processes.count()
         terms = {"main": self.weight * main}
         if self.valuable_weight:
             anchors = student.priors.boxes
@@ -226,13 +227,13 @@ class LD(Method):
                 student.regression[inside], teacher.regression[inside], self.temperature, matching
             )
             # Published so: sides averaged, then a quarter again.
-            terms["valuable"] = self.valuable_weight * (region[inside] * divergence).sum() / 4
+            terms["valuable"] = self.valuable_weight * (region[inside] * divergence).sum() * processes.count() / 4
         if self.cls_weight:
             # Each positive weighs 1 / (positives of its level), and a level without any has none.
             per_level = torch.tensor(student.priors.per_level, device=positive.device)
             level = torch.arange(len(per_level), device=positive.device).repeat_interleave(per_level)
             level = level.expand_as(positive)[positive]
-            share = 1 / level.bincount(minlength=len(per_level)).clamp(min=1)
+            share = 1 / processes.share(level.bincount(minlength=len(per_level)), at_least=1)
             kl = distribution_kl(student.logits[positive], teacher.logits[positive], self.cls_temperature)
             terms["cls"] = self.cls_weight * (kl * share[level]).sum() / student.logits.shape[-1]
         return terms

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdtoolkit import processes
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Whose
 from kdtoolkit.methods._common import check_grids, distribution_kl, too_few_classes, unlike_priors, unlike_scores
 
@@ -118,7 +119,7 @@ class LogitKD(Method):
         if spec.activation == "sigmoid":
             counts = counts & assignment.positive(spec.num_classes)
         student, teacher = pair.student.predictions.logits[counts], pair.teacher.predictions.logits[counts]
-        rows = max(len(student), 1)
+        rows = processes.share(counts.sum(), at_least=1)
         if self.kind == "dist" and len(student):
             loss = dist_loss(student, teacher, self.temperature)
         elif self.kind == "dkd":

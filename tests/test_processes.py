@@ -1,0 +1,70 @@
+"""Two processes with half of the batch each do what one does with all of it."""
+
+import pytest
+import torch
+
+from tests import _pair
+
+# Their own losses are divided by what one process has, and they choose proposals or background for it.
+OWN_LOSS_PER_PROCESS = {"torchvision FCOS", "torchvision SSD", "torchvision SSDlite"}
+# Proposals are drawn at random, so that no two runs have the same.
+RANDOM = {
+    "torchvision Faster R-CNN",
+    "torchvision Faster R-CNN v2",
+    "torchvision Mask R-CNN",
+    "torchvision Keypoint R-CNN",
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return _pair.run(tmp_path_factory.mktemp("pair"), _pair.NATIVE, with_ways=True)
+
+
+@pytest.fixture(scope="module")
+def torchvision_pair(tmp_path_factory):
+    return _pair.run(tmp_path_factory.mktemp("pair"), _pair.TORCHVISION)
+
+
+def same(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    largest = max(value.norm() for value in expected.values())
+    for name, value in expected.items():
+        difference = (found[name] - value).norm()
+        bound = tolerance * (value.norm() + 0.1 * largest)  # some are 0 but for rounding
+        assert difference <= bound, f"{name}: {difference} of {value.norm()}"
+
+
+@pytest.mark.parametrize("family", _pair.NATIVE)
+def test_native_detectors_train_as_in_one_process(pair, family):
+    first, second = (found[family]["all"] for found in pair)
+    same(first, second, 0)
+    same(first, _pair.alone(family)["all"], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", _pair.TORCHVISION)
+def test_torchvision_detectors_train_as_in_one_process(torchvision_pair, family):
+    first, second = (found[family] for found in torchvision_pair)
+    same(first["all"], second["all"], 0)
+    same(first["methods"], second["methods"], 0)
+    if family not in RANDOM:
+        expected = _pair.alone(family)
+        same(first["methods"], expected["methods"], 1e-5)
+        if family not in OWN_LOSS_PER_PROCESS:
+            same(first["all"], expected["all"], 1e-5)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("case", _pair.UNUSED)
+def test_parameters_without_gradient_are_no_trouble(pair, case, static):
+    first, second = (found[case, static] for found in pair)
+    same(first, second, 0)
+    same(first, _pair.trained("GFL", _pair.UNUSED[case](), _pair.whole()), 1e-5)
+
+
+def test_processes_may_have_images_of_different_sizes_and_none_with_objects(pair):
+    first, second = (found["uneven"] for found in pair)
+    same(first, second, 0)
+    assert all(torch.isfinite(gradient).all() for gradient in first.values())
+    assert any(gradient.any() for gradient in first.values())

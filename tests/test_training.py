@@ -1,0 +1,149 @@
+"""docs/training.md: each of its code blocks does what the page says."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdtoolkit import Distiller
+from kdtoolkit.methods import FGD, LD, PKD, CrossKD
+from tests.conftest import tiny_gfl
+
+PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text("utf-8")
+BLOCKS = {
+    title: re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    for title, section in re.findall(r"^## (.*?)$(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
+}
+
+
+@pytest.fixture
+def names(batch):
+    """What a block may use: what the blocks before it have made."""
+    found = {
+        "teacher": tiny_gfl(seed=1),
+        "student": tiny_gfl(seed=2, head_channels=8),
+        "loader": [batch, batch],
+        "device": torch.device("cpu"),
+    }
+    exec(BLOCKS["The loop"][0], {**found, "loader": []}, found)
+    return found
+
+
+def run(block, names):
+    """Run a block in training mode; the student's weights of before."""
+    before = copy.deepcopy(names["student"].state_dict())
+    exec(block, names)
+    return before
+
+
+def changed(before, student):
+    after = student.state_dict()
+    assert all(value.isfinite().all() for value in after.values() if value.is_floating_point())
+    return any(not torch.equal(value, after[name]) for name, value in before.items() if "running" not in name)
+
+
+def test_the_loop(names):
+    before = run(BLOCKS["The loop"][0], names)
+    assert changed(before, names["student"])
+    assert names["distiller"].step == 2
+    assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-3 * (0.01 + 0.99 * 2 / 500))
+
+
+def test_one_process_by_distributed_data_parallel(names, monkeypatch):
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": 0,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    before = run(BLOCKS["Several processes"][0], names)
+    assert changed(before, names["student"])
+    assert not torch.distributed.is_initialized()
+
+
+def test_bfloat16(names):
+    before = run(BLOCKS["Half precision"][0], names)
+    assert changed(before, names["student"])
+    assert {loss.dtype for loss in names["losses"].values()} == {torch.float32}
+
+
+def test_float16_with_scaled_gradients(names, batch):
+    names["loader"] = [batch] * 12
+    before = run(BLOCKS["Half precision"][1], names)
+    assert changed(before, names["student"])
+    assert {loss.dtype for loss in names["losses"].values()} == {torch.float32}
+    assert 0 < names["scaler"].get_scale() < 2**16  # it came down to what fits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_in_half_precision_are_near_those_in_float32(batch, dtype):
+    torch.manual_seed(3)
+    methods = [CrossKD(), PKD(), FGD(), LD()]
+    distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2, head_channels=8), methods)
+    exact = distiller(*batch)
+    with torch.autocast("cpu", dtype):
+        found = distiller(*batch)
+    for name, loss in exact.items():
+        assert found[name].item() == pytest.approx(loss.item(), rel=0.05, abs=1e-3), name
+
+
+def test_accumulation(names):
+    before = run(BLOCKS["Gradient accumulation"][0], names)
+    assert changed(before, names["student"])
+    assert names["distiller"].step == 1
+
+
+def test_accumulated_gradients_are_the_mean_of_the_calls(batch):
+    def gradients(calls):
+        torch.manual_seed(3)
+        distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [CrossKD(), PKD()], accumulation=calls)
+        distiller.student.backbone.eval()  # batch norm's statistics move with each call
+        for _ in range(calls):
+            (distiller(*batch).total / calls).backward()
+        return [p.grad for p in distiller.parameters() if p.grad is not None]
+
+    for one, two in zip(gradients(1), gradients(2), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_averaged_weights(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = run(BLOCKS["Averaged weights (EMA)"][0], names)
+    saved = torch.load("student.pt", weights_only=True)
+    tiny_gfl(seed=4, head_channels=8).load_state_dict(saved)
+    assert changed(before, names["student"])
+    now, name = names["student"].state_dict(), "predictors.cls.weight"
+    # The first update copies the weights; the second moves them by a thousandth of the way.
+    assert (saved[name] - before[name]).abs().max() > 0
+    assert (saved[name] - now[name]).abs().max() > 0
+
+
+@pytest.mark.slow
+def test_compiled(names, batch, monkeypatch):
+    names["student"].backbone.eval()  # batch norm's statistics move with each call
+    plain = names["distiller"](*batch)
+    compile_ = torch.compile
+    # Traced as for any other backend; the default one would call a C++ compiler for a minute.
+    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="eager"))
+    names["loader"] = [batch]
+    before = run(BLOCKS["torch.compile"][0], names)
+    assert changed(before, names["student"])
+    assert list(names["losses"]) == list(plain)
+    assert names["losses"].total.item() == pytest.approx(plain.total.item(), rel=1e-5)
+
+
+def test_channels_last(names, batch):
+    plain = names["distiller"](*batch)
+    torch.manual_seed(0)
+    exec(BLOCKS["channels_last"][0], names)
+    for model in (names["teacher"], names["student"]):
+        weight = model.backbone.conv1[0].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    losses = names["distiller"](*batch)
+    losses.total.backward()
+    assert losses["task/cls"].item() == pytest.approx(plain["task/cls"].item(), rel=1e-4)
+    assert losses["pkd/feature"].item() == pytest.approx(plain["pkd/feature"].item(), rel=1e-4)
