@@ -208,8 +208,8 @@ class Distiller(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert the teacher too: it is no submodule, for it would be saved and trained if it were."""
-        if self.teacher_adapter is not None:
-            self.teacher_adapter.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.teacher_adapter is not None and recurse:
+            self.teacher_adapter.model._apply(fn)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

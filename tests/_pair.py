@@ -45,7 +45,7 @@ def distiller_of(family, methods=None):
     return distiller
 
 
-def halves():
+def halves(device="cpu"):
     """The parts of a batch of four images, whose canvases are of one size; there are more objects in the second."""
     generator = torch.Generator().manual_seed(0)
     boxes = [
@@ -56,37 +56,38 @@ def halves():
     ]
     batch = [
         (
-            torch.rand(3, *((64, 64), (50, 60))[i % 2], generator=generator),
-            {"boxes": torch.tensor(own), "labels": torch.arange(len(own)) % 3},
+            torch.rand(3, *((64, 64), (50, 60))[i % 2], generator=generator).to(device),
+            {"boxes": torch.tensor(own, device=device), "labels": torch.arange(len(own), device=device) % 3},
         )
         for i, own in enumerate(boxes)
     ]
     return [tuple(zip(*part, strict=True)) for part in (batch[:2], batch[2:])]
 
 
-def whole():
-    (images, targets), (more_images, more_targets) = halves()
+def whole(device="cpu"):
+    (images, targets), (more_images, more_targets) = halves(device)
     return images + more_images, targets + more_targets
 
 
 def gradients(distiller):
-    return {name: p.grad.clone() for name, p in distiller.named_parameters() if p.grad is not None}
+    return {name: p.grad.cpu() for name, p in distiller.named_parameters() if p.grad is not None}
 
 
-def together(family, rank):
+def together(family, rank, device):
     """Gradients of a step with all losses, and of the methods' alone, averaged over both processes."""
-    distiller = distiller_of(family)
+    distiller = distiller_of(family).to(device)
     model = DistributedDataParallel(distiller)
     torch.manual_seed(4)
-    model(*halves()[rank]).total.backward()
+    model(*halves(device)[rank]).total.backward()
     found = {"all": gradients(distiller)}
     distiller.zero_grad()
     torch.manual_seed(4)
-    methods_alone(distiller(*halves()[rank])).backward()
+    methods_alone(distiller(*halves(device)[rank])).backward()
+    for p in distiller.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= 2
     found["methods"] = gradients(distiller)
-    for gradient in found["methods"].values():
-        dist.all_reduce(gradient)
-        gradient /= 2
     return found
 
 
@@ -94,13 +95,13 @@ def methods_alone(losses):
     return torch.stack([loss for name, loss in losses.items() if not name.startswith("task/")]).sum()
 
 
-def alone(family):
+def alone(family, device="cpu"):
     """The same of one process that has the whole batch."""
     found = {}
     for name, chosen in (("all", lambda losses: losses.total), ("methods", methods_alone)):
-        distiller = distiller_of(family)
+        distiller = distiller_of(family).to(device)
         torch.manual_seed(4)
-        chosen(distiller(*whole())).backward()
+        chosen(distiller(*whole(device))).backward()
         found[name] = gradients(distiller)
     return found
 
@@ -136,10 +137,14 @@ def uneven(rank):
     return gradients(distiller)
 
 
-def _work(rank, folder, families, with_ways):
+def _work(rank, folder, families, with_ways, kind):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    found = {family: together(family, rank) for family in families}
+    device, backend = (f"cuda:{rank}", "nccl") if kind == "cuda" else ("cpu", "gloo")
+    if kind == "cuda":
+        torch.cuda.set_device(rank)
+        torch.backends.cudnn.allow_tf32 = False
+    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = {family: together(family, rank, device) for family in families}
     if with_ways:
         for name, methods in UNUSED.items():
             for static in (False, True):
@@ -154,7 +159,7 @@ def _work(rank, folder, families, with_ways):
     dist.destroy_process_group()
 
 
-def run(folder: Path, families, *, with_ways=False):
-    """What each of the two processes found."""
-    torch.multiprocessing.spawn(_work, (str(folder), list(families), with_ways), nprocs=2)
+def run(folder: Path, families, *, with_ways=False, kind="cpu"):
+    """What each of the two processes found, on a CPU or on a GPU each; `with_ways` on a CPU alone."""
+    torch.multiprocessing.spawn(_work, (str(folder), list(families), with_ways, kind), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]

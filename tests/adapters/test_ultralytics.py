@@ -291,6 +291,12 @@ def test_a_yolo_object_stands_for_its_model():
         assert adapter.model is wrapper.model
 
 
+def test_a_teacher_moves_with_the_distiller():
+    teacher = tiny(seed=1)
+    Distiller(teacher, tiny(seed=2), [PKD()]).to("meta")
+    assert all(p.is_meta for p in teacher.parameters())
+
+
 def test_other_tasks_do_not_match():
     assert not UltralyticsAdapter.matches(SegmentationModel("yolo11n-seg.yaml", verbose=False))
     assert not UltralyticsAdapter.matches(YOLO("yolo11n-cls.yaml"))
