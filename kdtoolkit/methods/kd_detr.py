@@ -89,6 +89,8 @@ class KDDETR(Method):
         self.temperature = temperature
         self.priors: Whose = priors
         self.giou_eps = PUBLISHED_EPS if published_giou else 0.0
+        if published_giou:
+            self.vanishing = ("cls", "box")
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse detectors that do not predict at queries of one make, differ in kind of scores, or have one class."""
