@@ -69,7 +69,7 @@ class KDDETR(Method):
 
     needs = frozenset({Capability.PREDICTIONS})
     terms = ("cls", "box", "giou")
-    vanishing = ("cls", "box", "giou")
+    vanishing: tuple[str, ...] = ("cls", "box", "giou")
     paper = "arXiv 2211.08071 (CVPR 2024)"
 
     def __init__(
