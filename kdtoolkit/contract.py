@@ -510,7 +510,7 @@ class Method(nn.Module, ABC):
 
     needs: frozenset[Capability]
     terms: ClassVar[tuple[str, ...]]
-    vanishing: ClassVar[tuple[str, ...]] = ()
+    vanishing: tuple[str, ...] = ()
     paper: ClassVar[str]
     compares_classes: bool = True
     schedule: Schedule = Schedule()

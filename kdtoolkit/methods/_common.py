@@ -36,21 +36,24 @@ def no_shared_level(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
 
 
 def unlike_cells(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-    """The reason why heads cannot be run on corresponding places, if so: other strides, or priors of another make."""
+    """The reason why two heads do not predict at corresponding places, if so: unequal strides, or kinds of priors."""
     if student.priors.on_grid and teacher.priors.on_grid:
         if student.strides == teacher.strides:
             return None
-        return f"other pyramid levels: strides {student.strides} of the student, {teacher.strides} of the teacher"
+        return (
+            f"it compares whole grids, and strides are {student.strides} in the student, {teacher.strides} in the "
+            "teacher; CrossKD, LD and methods of features work on the strides in common"
+        )
     if student.priors != teacher.priors:
         return f"the student predicts at {student.priors}, the teacher at {teacher.priors}"
     if student.prior_form != teacher.prior_form:
         forms = f"{student.prior_form} in the student, {teacher.prior_form} in the teacher"
-        return f"{student.priors} of another make: {forms}"
+        return f"{student.priors} are of two makes: {forms}"
     return None
 
 
 def unlike_priors(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-    """The reason why priors do not correspond one to one, if so: other places, or more of them in a cell."""
+    """The reason why priors do not correspond one to one, if so: unequal places, or numbers of them in a cell."""
     if reason := unlike_cells(student, teacher):
         return reason
     if student.priors_per_cell != teacher.priors_per_cell:
@@ -89,7 +92,7 @@ def unlike_bins(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
     ours, theirs = (
         f"{len(s.bins)} bins of {s.bins[0]:g} to {s.bins[-1]:g}" if s.bins else "none" for s in (student, teacher)
     )
-    return f"box sides are other distributions: {ours} in the student, {theirs} in the teacher"
+    return f"box sides are distributions over unequal bins: {ours} in the student, {theirs} in the teacher"
 
 
 def rows_of_levels(priors: Priors, levels: Sequence[int]) -> Tensor:

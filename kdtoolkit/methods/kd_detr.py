@@ -69,7 +69,7 @@ class KDDETR(Method):
 
     needs = frozenset({Capability.PREDICTIONS})
     terms = ("cls", "box", "giou")
-    vanishing = ("cls", "box", "giou")
+    vanishing: tuple[str, ...] = ("cls", "box", "giou")
     paper = "arXiv 2211.08071 (CVPR 2024)"
 
     def __init__(
@@ -89,6 +89,8 @@ class KDDETR(Method):
         self.temperature = temperature
         self.priors: Whose = priors
         self.giou_eps = PUBLISHED_EPS if published_giou else 0.0
+        if published_giou:
+            self.vanishing = ("cls", "box")
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse detectors that do not predict at queries of one make, differ in kind of scores, or have one class."""

@@ -157,7 +157,7 @@ def test_detectors_that_predict_boxes_otherwise_can_be_paired(batch):
     ("change", "reason"),
     [
         ({"priors": PriorKind.QUERIES}, "dense predictions, and the student predicts at queries"),
-        ({"strides": (16, 32)}, r"strides \(16, 32\) of the student"),
+        ({"strides": (16, 32)}, r"strides are \(16, 32\) in the student"),
         ({"priors_per_cell": (9, 9)}, "9 priors a cell in the student, 1 in the teacher"),
         ({"activation": "softmax"}, "binary tasks, and the student's scores are a softmax"),
     ],

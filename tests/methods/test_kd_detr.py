@@ -237,7 +237,7 @@ def test_the_same_weights_cost_nothing_although_queries_differ(batch):
     ("change", "reason"),
     [
         ({"priors": PriorKind.PROPOSALS}, "it compares queries, and the student predicts at proposals"),
-        ({"prior_form": "boxes of 8"}, "queries of another make: boxes of 8 in the student, points of 4"),
+        ({"prior_form": "boxes of 8"}, "queries are of two makes: boxes of 8 in the student, points of 4"),
         ({"activation": "softmax"}, "softmax in the student, a sigmoid in the teacher"),
     ],
 )
@@ -263,7 +263,9 @@ def test_the_published_giou_adds_to_union_and_hull_in_shares_of_the_image():
     intersection, union, hull = 9 / area, 33 / area, 42 / area
     assert found == pytest.approx(1 - intersection / (union + 1e-6) + (hull - union) / (hull + 1e-6), rel=1e-5)
     assert found > box_distances(a, b, scale)[1].item() + 1e-3
-    assert KDDETR(published_giou=True).giou_eps == 1e-6
+    published = KDDETR(published_giou=True)
+    assert published.giou_eps == 1e-6
+    assert published.vanishing == ("cls", "box")  # equal boxes have a GIoU below 1
 
 
 def test_detectors_on_a_grid_are_refused():

@@ -105,7 +105,7 @@ def test_empty_targets_are_finite(detector, batch):
     ("change", "reason"),
     [
         ({"priors": PriorKind.PROPOSALS}, "the student predicts at proposals, the teacher at anchors"),
-        ({"strides": (16, 32)}, r"strides \(16, 32\) of the student"),
+        ({"strides": (16, 32)}, r"strides are \(16, 32\) in the student"),
         ({"priors_per_cell": (9, 9)}, "9 priors a cell in the student, 1 in the teacher"),
         ({"priors": PriorKind.POINTS}, "relative to points in the student, to anchors in the teacher"),
         ({"activation": "softmax"}, "softmax in the student, a sigmoid in the teacher"),
