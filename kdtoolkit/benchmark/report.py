@@ -130,8 +130,9 @@ def print_board(board: Board, console: Console) -> None:
     """Print table, claims and warnings; columns that a narrow terminal has no room for are in the files."""
     names = tuple(COLUMNS) if console.width >= WIDE else NARROW
     table = Table(box=box.SIMPLE_HEAD, title=f"{board.title}: {board.description}", title_justify="left")
-    for name in names:
-        table.add_column(name, justify="left" if name == "entry" else "right")
+    table.add_column("entry", overflow="fold")
+    for name in names[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in table_rows(board):
         style = "bold" if row.methods else "dim" if row is board.teacher else ""
         table.add_row(*(escape(COLUMNS[name](row)) for name in names), style=style)

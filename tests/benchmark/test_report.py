@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -149,6 +150,18 @@ def test_the_terminal_shows_rows_claims_and_warnings(tmp_path, width):
     for part in ("23.0 ± 1.1", "+2.0 [+1.5, +2.5]", "holds", "WARNING"):
         assert part in text
     assert ("12,345" in text) == (width == 200)
+
+
+def test_a_narrow_terminal_cuts_no_entry(tmp_path):
+    name = "CrossKD+PKD+FGD+LD+FitNet+CWD"
+    board = build_board(make_run(tmp_path))
+    board = replace(board, rows=tuple(replace(row, entry=name) for row in board.rows))
+    console = Console(width=80, file=io.StringIO())
+    print_board(board, console)
+    rows = console.file.getvalue().splitlines()
+    start = next(i for i, row in enumerate(rows) if row.startswith("  CrossKD"))
+    assert "".join(row.split()[0] for row in rows[start : start + 2]) == name
+    assert not any("…" in row for row in rows)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
