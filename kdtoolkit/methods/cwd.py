@@ -77,7 +77,7 @@ class CWD(Method):
         if self.on == "features":
             return no_shared_level(student, teacher)
         if not student.priors.on_grid:
-            return f"maps of logits need priors on a grid; the student has {student.priors}"
+            return f"maps of logits need priors on a grid, and the student has {student.priors}: use CWD(on='features')"
         return unlike_priors(student, teacher) or unlike_scores(student, teacher)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:

@@ -35,9 +35,10 @@ def pool(x: Tensor) -> Tensor:
 
     Cells of one value share its gradient, as in the published code.
     """
-    padded = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-    images, channels, height, width = padded.shape
-    return padded.reshape(images, channels, height // 2, 2, width // 2, 2).amax((3, 5))
+    x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+    # Not max_pool2d, which gives all gradient to the first of equal cells.
+    x = torch.maximum(x[..., ::2], x[..., 1::2])
+    return torch.maximum(x[..., ::2, :], x[..., 1::2, :])
 
 
 def normalise_over_images(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -91,9 +91,9 @@ class FitNet(Method):
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride, and regions that the student's priors cannot mark."""
         if self.region != "whole" and not student.priors.on_grid:
-            return f"region {self.region!r} needs priors on a grid; the student has {student.priors}"
+            return f"region {self.region!r} needs priors on a grid, unlike {student.priors}: use region 'whole'"
         if self.region == "fine-grained" and student.priors is PriorKind.POINTS:
-            return "region 'fine-grained' needs anchors; the student has points"
+            return "region 'fine-grained' needs anchors, and the student has points: use region 'boxes'"
         return no_shared_level(student, teacher)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:

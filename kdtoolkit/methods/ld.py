@@ -171,7 +171,7 @@ class LD(Method):
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose priors or distributions do not correspond one to one."""
         if self.valuable_weight and not student.priors.on_grid:
-            return f"the valuable region is of priors on a grid, and the student has {student.priors}"
+            return f"the valuable region needs priors on a grid, unlike {student.priors}: use valuable_weight=0"
         if self.cls_weight and (reason := too_few_classes(student)):
             return f"{reason}; LD(cls_weight=0) compares boxes alone"
         if not (student.priors.on_grid and teacher.priors.on_grid):
