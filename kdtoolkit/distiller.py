@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import register_pytree_node
 
 from kdtoolkit import processes
+from kdtoolkit.checks import checked_batch
 from kdtoolkit.contract import (
     Batch,
     Capability,
@@ -137,11 +138,12 @@ class Distiller(nn.Module):
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Losses:
         """Losses of one step, for images (3, H, W) in [0, 1] and their ground truth, in torchvision's convention.
 
-        Raises IncompatibleError where the two detectors bring the batch to sizes that cannot be compared.
+        Ground truth may be on the host: it is checked there, then copied to the images' device.
+
+        Raises KDError for a batch that cannot be learnt from, and IncompatibleError where the two detectors bring it to
+        sizes that cannot be compared.
         """
-        if len(images) != len(targets):
-            raise KDError(f"{len(images)} images and {len(targets)} targets: there must be a target for each image")
-        check_targets(targets, self.student_adapter.spec)
+        images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
         factors = [method.schedule.factor(self.step) for method in self._methods]
         self.calls += self.training
         active = [each for each in zip(self._names, self._methods, factors, strict=True) if each[2]]
@@ -183,6 +185,7 @@ class Distiller(nn.Module):
 
         A level is named by its stride. Where all is finite, the largest values are told: losses of them overflowed.
         """
+        images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
         student, teacher = self.student_adapter, self.teacher_adapter
         roles = [("student", student)] + ([] if teacher is None else [("teacher", teacher)])
         found = [f"{role}: {_first_non_finite(adapter, images, targets)}" for role, adapter in roles]
@@ -300,35 +303,6 @@ def _cut(view: View, share: list[float]) -> View:
         return x[:, :, :height, :width]
 
     return replace(view, features=tuple(kept(x) for x in view.features))
-
-
-def check_targets(targets: Sequence[Target], spec: DetectorSpec) -> None:
-    """Check ground truth against the detector. Raises KDError naming the image and box that cannot be learnt from."""
-    for i, target in enumerate(targets):
-        boxes, labels = target["boxes"], target["labels"]
-        if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
-            raise KDError(
-                f"target {i}: boxes must be (G, 4) and labels (G,); they are {tuple(boxes.shape)} and "
-                f"{tuple(labels.shape)}"
-            )
-        if labels.is_floating_point():
-            raise KDError(f"target {i}: labels are {labels.dtype}; they are integers, classes from 0")
-        if not len(boxes):
-            continue
-        good = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-        known = (labels >= 0) & (labels < spec.num_classes)
-        if bool((good & known).all()):
-            continue
-        if not bool(good.all()):
-            at = int((~good).nonzero()[0])
-            raise KDError(
-                f"target {i}: box {at} is {boxes[at].tolist()}: boxes are x1, y1, x2, y2 in pixels, x1 < x2, y1 < y2"
-            )
-        at = int((~known).nonzero()[0])
-        raise KDError(
-            f"target {i}: label {int(labels[at])}, and {spec.name} has {spec.num_classes} classes: labels count "
-            "from 0, without background"
-        )
 
 
 def _checked(methods: Sequence[Method]) -> list[Method]:

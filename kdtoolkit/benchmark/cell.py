@@ -103,8 +103,8 @@ def stretched(steps: int, stretch: float) -> int:
 def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
     """The data sets of a suite. The student's images are some of the teacher's.
 
-    `pictures`: a folder that drawn pictures are kept in, for all cells. Raises KDError where a data set cannot be read
-    or its parts have other classes.
+    `pictures`: a folder that drawn pictures are kept in, for all cells. No photo is decoded. Raises KDError where a
+    data set cannot be read, its parts have other classes, or the images chosen have no box.
     """
     train: DetectionDataset
     val: DetectionDataset
@@ -127,7 +127,12 @@ def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
     def take(dataset: DetectionDataset, count: int | None, role: str) -> DetectionDataset:
         if count is not None and count > len(dataset):
             notices.append(f"the suite asks for {count} images for {role}; the data has {len(dataset)}, all are used")
-        return dataset if count is None or count >= len(dataset) else dataset.subset(count, data.seed)
+        if count is None or count >= len(dataset):
+            return dataset
+        try:
+            return dataset.subset(count, data.seed)
+        except KDError as error:
+            raise KDError(f"data for {role}: {error}") from error
 
     teacher = take(train, data.teacher_images, "the teacher")
     student = take(train, data.student_images, "the student")

@@ -8,9 +8,9 @@ from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Column
+from rich.text import Text
 
 from kdtoolkit.benchmark.cell import Report, Task
 
@@ -23,16 +23,16 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._total = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} cells  {task.fields[left]}"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} cells  {task.fields[left]}", markup=False),
             console=console,
         )
         self._cells = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20 if console.width >= 110 else 8),
             MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
-            TextColumn("{task.fields[phase]}"),
+            TextColumn("{task.fields[phase]}", markup=False),
             console=console,
         )
         self._live = Live(Group(self._total, self._cells), console=console, refresh_per_second=4, transient=True)
@@ -52,7 +52,7 @@ class Display:
 
     def line(self, text: str, style: str = "") -> None:
         """Print a line that stays; `style` is a rich style."""
-        self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
+        self.console.print(Text(text, style=style), soft_wrap=True)
 
     def overall(self, title: str, done: int, cells: int, left: str) -> None:
         """How far the run is: cells done of `cells`, and the time left in words."""
@@ -67,7 +67,7 @@ class Display:
 
     def started(self, task: Task) -> None:
         """A cell has got its process."""
-        self._bars[task] = self._cells.add_task(escape(task.name), total=task.steps, phase="starting")
+        self._bars[task] = self._cells.add_task(task.name, total=task.steps, phase="starting")
         if not self.console.is_terminal:
             self.line(f"started   {task.name}: {task.steps} steps")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from kdtoolkit.benchmark.board import METRICS, Board, Row
 from kdtoolkit.benchmark.display import duration
@@ -129,16 +129,17 @@ def to_csv(board: Board) -> str:
 def print_board(board: Board, console: Console) -> None:
     """Print table, claims and warnings; columns that a narrow terminal has no room for are in the files."""
     names = tuple(COLUMNS) if console.width >= WIDE else NARROW
-    table = Table(box=box.SIMPLE_HEAD, title=f"{board.title}: {board.description}", title_justify="left")
+    title = Text(f"{board.title}: {board.description}", style="table.title")
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("entry", overflow="fold")
     for name in names[1:]:
         table.add_column(name, justify="right", no_wrap=True)
     for row in table_rows(board):
         style = "bold" if row.methods else "dim" if row is board.teacher else ""
-        table.add_row(*(escape(COLUMNS[name](row)) for name in names), style=style)
+        table.add_row(*(Text(COLUMNS[name](row)) for name in names), style=style)
     console.print(table)
     colours = {"holds": "green", "not shown": "yellow", "does not help": "red"}
     for claim in board.claims:
-        console.print(escape(claim.text), style=colours[claim.verdict], highlight=False)
+        console.print(Text(claim.text, style=colours[claim.verdict]))
     for warning in board.warnings:
-        console.print(escape(f"WARNING  {warning}"), style="bold red", highlight=False)
+        console.print(Text(f"WARNING  {warning}", style="bold red"))

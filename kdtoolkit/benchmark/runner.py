@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from rich.text import Text
 
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import DataSets, Failure, Report, Task, cores, device_name, load_data, machine
@@ -36,7 +38,7 @@ def run_suite(
     *,
     console: Console,
     jobs: int | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     only: Sequence[str] = (),
     fresh: bool = False,
 ) -> Outcome:
@@ -57,8 +59,11 @@ def run_suite(
     if unknown:
         known = ", ".join([BASELINE, *suite.entries])
         raise KDError(f"no entry '{unknown[0]}'{did_you_mean(unknown[0], suite.entries)} in {suite.name}: {known}")
-    jobs = jobs or (cores() if device == "cpu" else 1)
     store = Store(root)
+    device = str(device)
+    jobs = jobs or (cores() if device == "cpu" else 1)
+    if suite.data.root is not None:
+        console.print(Text(f"reading {suite.data.root}"), soft_wrap=True)  # many large files take a while
     sets = load_data(suite.data, store.pictures)
     plan = Plan(suite, store, sets, device=device, threads=max(1, cores() // jobs))
     if not fresh and plan.complete([BASELINE, *(only or suite.entries)]):
@@ -151,8 +156,9 @@ class _Run:
         display.line(f"results: {self.plan.store.root}; after Ctrl-C the same command goes on")
         if self.pending:
             display.line(f"data: {self.sets.description}")
-            for images in (self.sets.teacher, self.sets.val):
-                _ = images[0]  # drawn pictures are then there for all cells
+            if suite.data.root is None:
+                for images in (self.sets.teacher, self.sets.val):
+                    _ = images[0]  # drawn pictures are then there for all cells
 
     def _precision(self) -> str:
         """The precision of the cells, and why it was chosen where it was."""

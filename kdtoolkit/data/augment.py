@@ -90,7 +90,7 @@ def _zoom(
     ratio = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
     boxes = target["boxes"] * ratio + torch.tensor([left, top, left, top])
     clipped = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height, width, height]))
-    keep = _areas(clipped) >= MIN_VISIBLE * _areas(boxes)
+    keep = (_areas(clipped) >= MIN_VISIBLE * _areas(boxes)) & (clipped[:, 2:] > clipped[:, :2]).all(1)
     return image, {"boxes": clipped[keep], "labels": target["labels"][keep]}
 
 

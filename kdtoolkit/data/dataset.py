@@ -48,17 +48,33 @@ class DetectionDataset(Dataset[tuple[Tensor, Sample]], ABC):
     def fingerprint(self) -> str:
         """Digest of all that determines the content: equal for equal data, wherever it lies."""
 
-    def subset(self, count: int | None, seed: int) -> DetectionDataset:
-        """Choose `count` images by `seed`, kept in their order; all of them if `count` is None.
+    def in_memory(self) -> DetectionDataset:
+        """The data set with its images decoded and kept, for what reads them again and again; itself if it cannot be.
 
-        Raises KDError where `count` is below 1 or more than there are.
+        Raises KDError where an image cannot be decoded.
+        """
+        return self
+
+    def subset(self, count: int | None, seed: int) -> DetectionDataset:
+        """Choose `count` images by `seed`, kept in their order; all of them if `count` is None. Decodes none.
+
+        Raises KDError where `count` is below 1 or more than there are, or where none of the images chosen has a box.
         """
         if count is None:
             return self
         if not 1 <= count <= len(self):
             raise KDError(f"a subset of {count} images was asked for, of a data set that has {len(self)}")
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return _Subset(self, sorted(chosen.tolist()))
+        part = self._part(sorted(chosen.tolist()))
+        if all(annotation.get("iscrowd") for annotation in part.coco()["annotations"]):
+            raise KDError(
+                f"{part}, chosen by seed {seed}, have no box: nothing can be trained or scored on them. Ask for more "
+                "images, or for another seed"
+            )
+        return part
+
+    def _part(self, indices: Sequence[int]) -> DetectionDataset:
+        return _Subset(self, indices)
 
 
 class _Subset(DetectionDataset):
@@ -85,6 +101,15 @@ class _Subset(DetectionDataset):
 
     def fingerprint(self) -> str:
         return digest(self._whole.fingerprint(), self._indices)
+
+
+def checked_item(dataset: DetectionDataset, index: int) -> tuple[Tensor, Sample]:
+    """An item of a data set, which users may have written. Raises KDError where its image is not (3, H, W) uint8."""
+    image, sample = dataset[index]
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise KDError(f"image {index} of {dataset} is {what}; data sets give tensors (3, H, W) of uint8, 0 to 255")
+    return image, sample
 
 
 def digest(*parts: object) -> str:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdtoolkit.contract import Target
 from kdtoolkit.data.augment import Augmentation
-from kdtoolkit.data.dataset import DetectionDataset
+from kdtoolkit.data.dataset import DetectionDataset, checked_item
 
 
 def batches(
@@ -26,8 +26,9 @@ def batches(
 
     Epochs follow each other without a break, each shuffled anew, so a batch may hold the end of one and the beginning
     of the next. What comes out depends on `seed`, not on `workers` (processes that read ahead: of use where images are
-    large or decoded on access) nor on the global random state.
+    large or decoded on access) nor on the global random state. Images are read `in_memory` first.
     """
+    dataset = dataset.in_memory()
     presented = _Presented(dataset, augment)
     plan = _plan(len(dataset), batch_size, steps, seed)
     if workers == 0:
@@ -65,7 +66,7 @@ class _Presented(Dataset[tuple[Tensor, Target]]):
 
     def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, Target]:
         index, seed = index_and_seed
-        image, sample = self._dataset[index]
+        image, sample = checked_item(self._dataset, index)
         target: Target = {"boxes": sample["boxes"], "labels": sample["labels"]}
         image, target = self._augment(image, target, self._generator.manual_seed(seed))
         return image.float().div_(255), target

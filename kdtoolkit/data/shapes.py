@@ -80,7 +80,8 @@ class ProceduralShapes(DetectionDataset):
             save_file(pictures, beside)
             beside.replace(path)
         except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink()
             raise KDError(f"cannot write the drawn pictures to {path}: {error}") from error
         return load_file(path)
 

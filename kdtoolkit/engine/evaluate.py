@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.contract import Detections, adapt
 from kdtoolkit.data import DetectionDataset, Sample
+from kdtoolkit.data.dataset import checked_item
 from kdtoolkit.engine.scoring import IOU_THRESHOLDS, Floats, Found, precisions
 from kdtoolkit.errors import KDError
 
@@ -40,7 +41,7 @@ def evaluate(
     dataset: DetectionDataset,
     *,
     batch_size: int = 32,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     precision: Literal["float32", "bfloat16"] = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -50,21 +51,23 @@ def evaluate(
     called as torchvision's detectors are: on a list of images (3, H, W) float32 in [0, 1], for a list of Detections.
     `progress(done, total)` counts images.
 
-    Raises KDError where a detection is not finite or has a label that the data set does not know.
+    Raises KDError where the detector has another number of classes than the data set, and where a detection is not
+    finite or has a label that the data set does not know.
     """
+    dataset = dataset.in_memory()
     truth = dataset.coco()
     places = {image["id"]: place for place, image in enumerate(truth["images"])}
     found: list[Found] = []
-    detect = _detector(model)
+    detect = _detector(model, len(dataset.class_names))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for start in range(0, len(dataset), batch_size):
-            items = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+            items = [checked_item(dataset, i) for i in range(start, min(start + batch_size, len(dataset)))]
             images = [image.to(device).float().div_(255) for image, _ in items]
             with (
                 torch.no_grad(),
-                torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bfloat16"),
+                torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"),
             ):
                 outputs = detect(images)
             found.append(_found(outputs, items, places, len(truth["categories"])))
@@ -76,11 +79,16 @@ def evaluate(
     return _score(truth, found)
 
 
-def _detector(model: nn.Module) -> Callable[[Sequence[Tensor]], list[Detections]]:
+def _detector(model: nn.Module, num_classes: int) -> Callable[[Sequence[Tensor]], list[Detections]]:
     try:
         adapter = adapt(model)
     except KDError:
         return model
+    if (known := adapter.spec.num_classes) != num_classes:
+        raise KDError(
+            f"{adapter.spec.name} has {known} classes, the data set {num_classes}: labels would not agree. "
+            f"Build the detector for {num_classes} classes, or choose the data set's by class_names"
+        )
 
     def detect(images: Sequence[Tensor]) -> list[Detections]:
         batch = adapter.prepare(images)

@@ -93,7 +93,7 @@ def train(
     config: TrainConfig,
     *,
     seed: int,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     report: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
     """Train the distiller's student in place; `report` is called at the first step, about every second, at the end.
@@ -101,6 +101,7 @@ def train(
     Same seed, same machine, same result. Raises NonFiniteLossError where a loss term is NaN or infinite; the student
     then has the weights of the last good step.
     """
+    dataset = dataset.in_memory()  # before the clock starts
     torch.manual_seed(seed)
     student = distiller.student
     if config.channels_last:
@@ -126,9 +127,8 @@ def train(
     for step, (images, targets) in enumerate(data):
         begun = time.perf_counter()
         images = [image.to(device) for image in images]
-        targets = [{"boxes": t["boxes"].to(device), "labels": t["labels"].to(device)} for t in targets]
         buffers = [buffer.clone() for buffer in student.buffers()]  # batch norm's change in a forward already
-        autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bfloat16")
+        autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
         with autocast:
             losses = distiller(images, targets)
         values = dict(

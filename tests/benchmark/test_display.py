@@ -37,14 +37,14 @@ def test_a_terminal_gets_bars_and_losses_and_other_outputs_plain_lines(plan, ter
         display.progress(task, Report("training", 2, losses, 0.5))
         if terminal:
             display._live.refresh()
-        display.ended(task, "finished  [it]")
+        display.ended(task, "finished  [bold]it[/] :dog: [/x] \\[")
     text = console.file.getvalue()
-    assert "finished  [it]" in text  # brackets are no markup
+    assert "finished  [bold]it[/] :dog: [/x] \\[" in text  # no markup
     if terminal:
         for part in ("3/9 cells", "about 5 min left", "CrossKD+PKD, seed 1", "250 ms/step", "task 0.75", "pkd 3"):
             assert part in text
     else:
-        assert text.splitlines() == ["started   CrossKD+PKD, seed 1: 2 steps", "finished  [it]"]
+        assert text.splitlines() == ["started   CrossKD+PKD, seed 1: 2 steps", "finished  [bold]it[/] :dog: [/x] \\["]
 
 
 def test_durations():

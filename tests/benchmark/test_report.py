@@ -164,6 +164,18 @@ def test_a_narrow_terminal_cuts_no_entry(tmp_path):
     assert not any("…" in row for row in rows)
 
 
+def test_what_users_wrote_is_no_markup(tmp_path):
+    root = make_run(tmp_path)
+    suite = Store(root).suite_path
+    suite.write_text(suite.read_text().replace("a <few> | steps", "a [red]few[/] [/x]:dog:steps"))
+    path = Store(root).result_path("CrossKD+PKD", 2)
+    store_result(path, made_up("CrossKD+PKD", 2, 25.5, warnings=["class [/cat] :cat: is never found"]))
+    console = Console(width=200, file=io.StringIO())
+    print_board(build_board(root), console)
+    assert "a [red]few[/] [/x]:dog:steps" in console.file.getvalue()
+    assert "class [/cat] :cat: is never found" in console.file.getvalue()
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(KDError, match="is not a folder of `kd benchmark run`"):
         build_board(tmp_path)

@@ -1,6 +1,7 @@
 """Runs of real cells, a few steps each."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from kdtoolkit.benchmark.board import build_board
@@ -61,6 +63,26 @@ def test_every_cell_is_stored_and_on_the_board(finished):
     assert board.teacher.steps == 3
     for ending in ("md", "csv", "json", "html"):
         assert (finished / f"leaderboard.{ending}").stat().st_size > 100
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_images_without_a_box_are_refused_before_anything_is_trained(tmp_path, device):
+    document = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in range(12)],
+        "annotations": [{"image_id": 5, "category_id": 1, "bbox": [10, 10, 30, 20]}],
+        "categories": [{"id": 1, "name": "fox"}],
+    }
+    for folder in ("images", "annotations"):
+        (tmp_path / folder).mkdir()
+    for i in range(12):
+        Image.new("L", (64, 48), 20 * i).save(tmp_path / "images" / f"{i}.png")
+    for split in ("train", "val"):
+        (tmp_path / "annotations" / f"{split}.json").write_text(json.dumps(document))
+    for counts, role in (({}, "the teacher"), ({"teacher_images": 12, "student_images": 12}, "evaluation")):
+        suite = change(tiny(), data={"root": tmp_path, **counts})
+        with pytest.raises(KDError, match=rf"data for {role}: \d images of .*, chosen by seed 0, have no box"):
+            run(suite, tmp_path / "runs", device=device)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_stored_weights_are_the_student_that_was_measured(finished):

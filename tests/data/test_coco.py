@@ -1,17 +1,20 @@
+import contextlib
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from kdtoolkit import KDError
-from kdtoolkit.data import CocoDetection, check_same_classes
+from kdtoolkit.data import Augmentation, CocoDetection, check_same_classes, coco
+from kdtoolkit.data.pictures import decode
 from tests.data._coco import document, pixels, write
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -60,15 +63,80 @@ def test_scaling_down_is_antialiased(tmp_path):
     assert (image[..., 1:-1] - 100).abs().max() < 15  # a nearest neighbour gives 0 or 200
 
 
-def test_decoded_on_access_it_gives_the_same(tmp_path):
-    cached = CocoDetection(write(tmp_path), "train", max_size=25)
-    lazy = CocoDetection(tmp_path, "train", max_size=25, cache_bytes=100)
-    assert torch.equal(cached[0][0], lazy[0][0])
-    assert cached.fingerprint() == lazy.fingerprint()
+def test_in_memory_it_gives_the_same_as_on_access(tmp_path):
+    lazy = CocoDetection(write(tmp_path), "train", max_size=25)
+    kept = lazy.in_memory()
+    assert torch.equal(kept[0][0], lazy[0][0])
+    assert torch.equal(kept[0][1]["boxes"], lazy[0][1]["boxes"])
+    assert kept.fingerprint() == lazy.fingerprint()
+    assert kept.coco() == lazy.coco()
+    assert lazy.in_memory() is kept is kept.in_memory()  # decoded once
     (tmp_path / "images" / "7.png").unlink()
-    assert cached[0][0].shape == lazy[1][0].shape
+    assert kept[0][0].shape == kept.subset(1, seed=1)[0][0].shape == (3, 19, 25)
     with pytest.raises(KDError, match=r"train.json: image 7 \(7.png\): there is no file"):
         lazy[0]
+
+
+def test_a_set_too_large_for_memory_is_decoded_on_access(tmp_path):
+    data = CocoDetection(write(tmp_path), "train", cache_bytes=3 * 30 * 40 * 2 - 1)
+    assert data.in_memory() is data
+    part = data.subset(1, seed=0)  # which is small enough
+    assert part.in_memory() is not part
+
+
+def decoded_files(monkeypatch):
+    """The names of files that are decoded from now on, as they come."""
+    names = []
+
+    def spy(path, size):
+        names.append(path.name)
+        return decode(path, size)
+
+    monkeypatch.setattr(coco, "decode", spy)
+    return names
+
+
+def test_only_what_is_used_is_decoded(tmp_path, monkeypatch):
+    names = decoded_files(monkeypatch)
+    data = CocoDetection(write(tmp_path), "train")
+    part = data.subset(1, seed=0)
+    for each in (data, part):
+        each.fingerprint(), each.coco(), len(each), str(each)
+    assert names == []
+    kept = part.in_memory()
+    assert names == [image["file_name"] for image in part.coco()["images"]]
+    for _ in range(2):
+        kept[0]
+    assert len(names) == 1
+
+
+def test_a_subset_is_a_data_set_of_its_own(tmp_path):
+    data = CocoDetection(write(tmp_path), "train")
+    part = data.subset(1, seed=0)
+    (chosen,) = part.coco()["images"]
+    assert str(part) == f"1 images of {data}"
+    assert part[0][1]["image_id"] == chosen["id"]
+    assert {a["image_id"] for a in part.coco()["annotations"]} == {chosen["id"]}
+    assert part.fingerprint() != data.fingerprint()
+    assert data.subset(2, seed=0).fingerprint() == data.fingerprint()
+    other = next(name for name in ("7.png", "9.png") if name != chosen["file_name"])
+    Image.fromarray(pixels(1)).save(tmp_path / "images" / other)
+    assert CocoDetection(tmp_path, "train").subset(1, seed=0).fingerprint() == part.fingerprint()
+
+
+def test_a_subset_without_a_box_is_refused(tmp_path):
+    doc = document()
+    doc["annotations"] = [a for a in doc["annotations"] if a["image_id"] == 9]
+    doc["annotations"].append({**document()["annotations"][1]})  # a crowd, which is no box to learn
+    data = CocoDetection(write(tmp_path, doc), "train")
+    found = [seed for seed in range(20) if torch.randperm(2, generator=torch.Generator().manual_seed(seed))[0] == 0]
+    assert 0 < len(found) < 20
+    for seed in range(20):
+        if seed not in found:
+            assert len(data.subset(1, seed)[0][1]["boxes"]) == 1
+            continue
+        with pytest.raises(KDError, match=rf"1 images of .*train.json, chosen by seed {seed}, have no box"):
+            data.subset(1, seed)
 
 
 def test_class_names_choose_classes_and_their_order(tmp_path):
@@ -92,16 +160,28 @@ def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
     first = CocoDetection(write(tmp_path / "a"), "train").fingerprint()
     assert first == CocoDetection(write(tmp_path / "b"), "train").fingerprint()
     assert first != CocoDetection(tmp_path / "b", "train", max_size=20).fingerprint()
-    Image.fromarray(pixels(7) // 64).save(tmp_path / "b" / "images" / "7.png")  # another file size
-    assert first != CocoDetection(tmp_path / "b", "train").fingerprint()
+    for value in (0, 1):  # files of one size, and of one time
+        (tmp_path / "b" / "images" / "7.bmp").unlink(missing_ok=True)
+        renamed = changed("images.0.file_name", "7.bmp")
+        write(tmp_path / "b", renamed)
+        Image.fromarray(np.full_like(pixels(7), value)).save(tmp_path / "b" / "images" / "7.bmp")
+        os.utime(tmp_path / "b" / "images" / "7.bmp", (0, 0))
+        second = CocoDetection(tmp_path / "b", "train").fingerprint()
+        assert second != first
+        first = second
+    first = CocoDetection(tmp_path / "a", "train").fingerprint()
     moved = document()
     moved["annotations"][0]["bbox"][0] = 2
     assert first != CocoDetection(write(tmp_path / "c", moved), "train").fingerprint()
 
 
 def changed(path, value):
-    """The document with one value replaced; `path` is like "annotations.0.bbox"."""
-    doc = document()
+    """The document with one value replaced."""
+    return change_in(document(), path, value)
+
+
+def change_in(doc, path, value):
+    """Replace the value at a path like "annotations.0.bbox"."""
     *parents, last = (int(key) if key.isdigit() else key for key in path.split("."))
     inner = doc
     for key in parents:
@@ -122,6 +202,12 @@ FATAL = {
         r"categories\[0\] must be an object with an integer id",
     ),
     "category id twice": (changed("categories.0.id", 3), r"categories 3 \(cube\) and 3 \(ball\) have the same id"),
+    "category name with half a character": (
+        changed("categories.0.name", "\ud800"),
+        r"categories\[0\] must be an object",
+    ),
+    "nested without end": ("[" * 10**5, r"train\.json cannot be read: "),
+    "a number without end": ('{"images": ' + "1" * 5000 + "}", r"train\.json cannot be read: "),
     "category name twice": (changed("categories.0.name", "ball"), r"8 \(ball\) and 3 \(ball\) have the same name"),
     "no categories": (changed("categories", []), r"lists no categories"),
     "no images": (changed("images", []) | {"annotations": []}, r"lists no usable image"),
@@ -159,7 +245,6 @@ BAD = {
     "file missing": (changed("images.0.file_name", "x.png"), r"image 7 \(x.png\): there is no file .*x\.png", 1, 1),
     "other size": (changed("images.0.width", 41), r"image 7 \(7.png\): the file is 40x30, the JSON says 41x30", 1, 1),
     "annotation no object": (changed("annotations.0", []), r"annotations\[0\] must be an object", 2, 2),
-    "annotation id twice": (changed("annotations.2.id", 1), r"annotations\[2\]: the id 1 is there already", 2, 2),
     "unknown image": (changed("annotations.0.image_id", 5), r"annotation 1: no image has the id 5", 2, 2),
     "unknown category": (
         changed("annotations.0.category_id", 1),
@@ -189,8 +274,41 @@ BAD = {
         2,
     ),
     "beyond the top": (changed("annotations.0.bbox", [5, -3, 7, 9]), r"annotation 1 .*reaches 3 px beyond", 2, 2),
-    "outside": (changed("annotations.0.bbox", [50, 2, 7, 4]), r"annotation 1 .*reaches 17 px beyond", 2, 2),
-    "outside, just": (changed("annotations.0.bbox", [40, 2, 1, 4]), r"annotation 1 .*reaches 1 px beyond", 2, 2),
+    "outside": (changed("annotations.0.bbox", [50, 2, 7, 4]), r"annotation 1 .*lies outside the image", 2, 2),
+    "outside, just": (changed("annotations.0.bbox", [40, 2, 1, 4]), r"annotation 1 .*lies outside the image", 2, 2),
+    "outside, but for rounding": (
+        changed("annotations.0.bbox", [39.9999999, 2, 1, 4]),
+        r"annotation 1 .*lies outside the image",
+        2,
+        2,
+    ),
+    "no width but rounding noise": (
+        changed("annotations.0.bbox", [20.5, 1, 7.1e-15, 4]),
+        r"annotation 1 \(image 7\): bbox \[20.5, 1, 7.1e-15, 4\] has no area",
+        2,
+        2,
+    ),
+    "no height in float32": (changed("annotations.0.bbox", [1e-5, 5, 9, 2e-6]), r"annotation 1 .*no area", 2, 2),
+    "a crowd without width": (changed("annotations.1.bbox", [5, 5, 1e-9, 9]), r"annotation 2 .*no area", 2, 2),
+    "more pixels than are read": (
+        changed("images.0.width", 10**8) | {"annotations": document()["annotations"]},
+        r"image 7 \(7.png\): 100000000x30 are more than the 500 million pixels that are read; cut it into tiles",
+        1,
+        1,
+    ),
+    "half a character in a name": (
+        changed("images.0.file_name", "\ud800.png"),
+        r"image 7: file_name is .*no text",
+        1,
+        1,
+    ),
+    "another case": (
+        changed("images.0.file_name", "7.PNG"),
+        r"image 7 \(7.PNG\): there is no file .*7.PNG \(but 7.png: upper and lower case count\)",
+        1,
+        1,
+    ),
+    "a value of any length": (changed("annotations.0.iscrowd", "x" * 10**5), r"not 'x{79}\.\.\.", 2, 2),
 }
 
 
@@ -216,25 +334,43 @@ PATHS = [
     for key, entries in document().items()
     for index, entry in enumerate(entries)
     for field in entry
-] + ["annotations.0.bbox.2", "images.1", "annotations.2", "categories.0", "images", "annotations", "categories"]
+] + [
+    *("annotations.0.bbox.0", "annotations.0.bbox.2", "annotations.0.bbox.3", "images.1", "annotations.2"),
+    *("categories.0", "images", "annotations", "categories"),
+]
+NUMBERS = st.integers() | st.floats() | st.sampled_from([0.0, 1e-7, 7.0, 8, 29.9999999, 40.5, 1e300, 2**63, -(2**70)])
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=5) | st.sampled_from(["\ud800", "\0", "..", "/", "9.png"]),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["id", "name", "bbox"]), inner),
     max_leaves=6,
 )
+BOXES = st.lists(st.floats(-2, 42) | NUMBERS, min_size=4, max_size=4)
 
 
-@given(path=st.sampled_from(PATHS), value=VALUES)
-def test_whatever_stands_in_the_file_it_is_read_or_refused_in_words(tmp_path_factory, path, value):
+@settings(max_examples=200, deadline=None)
+@given(
+    changes=st.lists(st.tuples(st.sampled_from(PATHS[:-3]), VALUES), max_size=3),
+    last=st.tuples(st.sampled_from(PATHS), VALUES) | st.tuples(st.just("annotations.0.bbox"), BOXES),
+    on_bad=st.sampled_from(["error", "skip"]),
+    max_size=st.none() | st.integers(1, 50),
+)
+def test_whatever_stands_in_the_file_it_is_read_or_refused_in_words(tmp_path_factory, changes, last, on_bad, max_size):
     root = tmp_path_factory.getbasetemp() / "fuzz"
-    write(root, changed(path, value))
+    doc = document()
+    for path, value in (*changes, last):
+        with contextlib.suppress(TypeError, KeyError, IndexError):  # an earlier change has taken the place away
+            change_in(doc, path, value)
+    write(root, doc)
     try:
-        data = CocoDetection(root, "train")
-    except KDError:
+        data = CocoDetection(root, "train", on_bad=on_bad, max_size=max_size).in_memory()
+        data.fingerprint()
+    except KDError as error:
+        str(error).encode()
         return
     for image, sample in (data[i] for i in range(len(data))):
         assert (sample["boxes"][:, 2:] > sample["boxes"][:, :2]).all()
         assert (sample["boxes"][:, 2:] <= torch.tensor([image.shape[2], image.shape[1]])).all()
+    json.dumps(data.coco(), allow_nan=False).encode()
 
 
 def test_many_faults_are_one_error_with_the_first_few_and_their_number(tmp_path):
@@ -292,6 +428,86 @@ def spoil(path, how):
         path.write_bytes(how)
 
 
+# Odd, but clear: (path in the document, value).
+READ = {
+    "annotation without id": ("annotations.0.id", None),
+    "annotation with an id of text": ("annotations.0.id", "c33c3539-8bd1"),
+    "annotation id twice": ("annotations.2.id", 1),
+    "image id as a float": ("annotations.0.image_id", 7.0),
+    "image's own id as a float": ("images.0.id", 7.0),
+    "category id as a float": ("annotations.0.category_id", 3.0),
+    "category's own id as a float": ("categories.1.id", 3.0),
+    "width as a float": ("images.0.width", 40.0),
+    "iscrowd null": ("annotations.0.iscrowd", None),
+    "iscrowd false": ("annotations.0.iscrowd", False),
+    "area null": ("annotations.0.area", None),
+}
+
+
+@pytest.mark.parametrize(("path", "value"), READ.values(), ids=READ)
+def test_what_is_odd_but_clear_is_read(tmp_path, path, value):
+    plain = CocoDetection(write(tmp_path / "a"), "train")
+    data = CocoDetection(write(tmp_path / "b", changed(path, value)), "train")
+    assert json.dumps(data.coco()) == json.dumps(plain.coco())
+    assert data[0][1]["boxes"].tolist() == plain[0][1]["boxes"].tolist()
+
+
+def test_annotations_without_ids_are_named_by_their_place(tmp_path):
+    doc = changed("annotations.0.bbox", [0, 0, 0, 0])
+    del doc["annotations"][0]["id"]
+    with pytest.raises(KDError, match=r"annotations\[0\] \(image 7\): bbox"):
+        CocoDetection(write(tmp_path, doc), "train")
+
+
+@pytest.mark.parametrize(
+    ("written", "stored"), [("sub\\7.png", "sub/7.png"), ("\xe9.png", "e\u0301.png"), ("e\u0301.png", "\xe9.png")]
+)
+def test_names_of_other_systems_are_found(tmp_path, written, stored):
+    write(tmp_path, changed("images.0.file_name", written))
+    path = tmp_path / "images" / stored
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / "images" / "7.png").rename(path)
+    assert np.array_equal(CocoDetection(tmp_path, "train")[0][0].permute(1, 2, 0).numpy(), pixels(7))
+
+
+@pytest.mark.parametrize("box", [[20.5, 11, 5e-5, 12], [1e-5, 5, 5e-5, 10], [39.99995, 5, 1, 10]])
+def test_the_thinnest_boxes_that_are_taken_stay_boxes(tmp_path, box):
+    for max_size in (None, 10):
+        data = CocoDetection(write(tmp_path, changed("annotations.0.bbox", box)), "train", max_size=max_size)
+        for image, sample in (data[0],):
+            target = {"boxes": sample["boxes"], "labels": sample["labels"]}
+            _, mirrored = Augmentation(flip=1)(image, target, torch.Generator())
+            for boxes in (sample["boxes"], mirrored["boxes"]):
+                assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_images_with_many_boxes_are_spoken_of(tmp_path, caplog):
+    doc = document()
+    doc["annotations"] += [{"image_id": 9, "category_id": 3, "bbox": [i % 30, 1, 2, 2]} for i in range(100)]
+    with caplog.at_level(logging.WARNING):
+        CocoDetection(write(tmp_path, doc), "train")
+    assert "images with up to 101 boxes (image 9 (9.png)). COCO scores at most 100 detections an image" in caplog.text
+
+
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+def test_pixels_that_turn_out_broken_when_they_are_decoded(tmp_path, caplog, on_bad):
+    path = write(tmp_path) / "images" / "7.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes(50) + whole[250:])  # both ends are good
+    data = CocoDetection(tmp_path, "train", on_bad=on_bad)
+    with pytest.raises(KDError, match=r"train.json: image 7 \(7.png\): the file cannot be decoded"):
+        data[0]
+    if on_bad == "error":
+        with pytest.raises(KDError, match=r"1 fault:\n  image 7 \(7.png\): the file cannot be decoded"):
+            data.in_memory()
+        return
+    with caplog.at_level(logging.WARNING):
+        kept = data.in_memory()
+    assert "left out, as they are bad: 1 fault" in caplog.text
+    assert [kept[i][1]["image_id"] for i in range(len(kept))] == [9]
+    assert [a["image_id"] for a in kept.coco()["annotations"]] == [9]
+
+
 @pytest.mark.parametrize("how", ["truncated", b"", b"no image"], ids=["truncated", "empty", "text"])
 def test_broken_images(tmp_path, how):
     spoil(write(tmp_path) / "images" / "7.png", how)
@@ -300,74 +516,23 @@ def test_broken_images(tmp_path, how):
     assert len(CocoDetection(tmp_path, "train", on_bad="skip")) == 1
 
 
-def test_a_truncated_image_that_is_not_cached_is_found_on_access(tmp_path):
-    write(tmp_path, changed("images.0.file_name", "7.jpg"))
-    Image.fromarray(pixels(7)).save(tmp_path / "images" / "7.jpg")
-    spoil(tmp_path / "images" / "7.jpg", "truncated")
-    data = CocoDetection(tmp_path, "train", cache_bytes=0)
-    with pytest.raises(KDError, match=r"train.json: image 7 \(7.jpg\): the file cannot be decoded"):
-        data[0]
-
-
-def save_with_orientation(path, array, orientation):
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
+def test_width_and_height_are_those_that_one_sees(tmp_path, ending):
+    upright = np.zeros((40, 30, 3), np.uint8)
+    upright[:15, 20:] = 255
     exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(array).save(path, exif=exif)
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    write(tmp_path)
-    upright = pixels(7)
-    # 6: to be turned a quarter clockwise; stored as turned the other way.
-    save_with_orientation(tmp_path / "images" / "7.png", np.rot90(upright), 6)
-    for cache_bytes in (0, 10**6):
-        image = CocoDetection(tmp_path, "train", cache_bytes=cache_bytes)[0][0]
-        assert np.array_equal(image.permute(1, 2, 0).numpy(), upright)
-
-
-def test_exif_orientation_that_the_json_does_not_know_is_refused(tmp_path):
-    save_with_orientation(write(tmp_path) / "images" / "7.png", pixels(7), 6)
-    message = "the file is 30x40 with its EXIF orientation applied, the JSON says 40x30"
-    for cache_bytes in (0, 10**6):
-        with pytest.raises(KDError, match=message):
-            CocoDetection(tmp_path, "train", cache_bytes=cache_bytes)
-
-
-def grey16(values):
-    return Image.fromarray((values[..., 0].astype(np.uint16) << 8) + 255)
-
-
-MODES = {
-    "L": (lambda v: Image.fromarray(v[..., 0]), lambda v: np.repeat(v[..., :1], 3, 2), "png"),
-    "LA": (lambda v: Image.fromarray(v[..., 0]).convert("LA"), lambda v: np.repeat(v[..., :1], 3, 2), "png"),
-    "1": (lambda v: Image.fromarray(v[..., 0] > 127), lambda v: 255 * np.repeat(v[..., :1] > 127, 3, 2), "png"),
-    "P": (
-        lambda v: Image.fromarray(v // 128 * 255).quantize(8),
-        lambda v: v // 128 * 255,
-        "png",
-    ),
-    "RGBA": (lambda v: Image.fromarray(np.dstack([v, v[..., 0]])), lambda v: v, "png"),
-    "I;16": (grey16, lambda v: np.repeat(v[..., :1], 3, 2), "png"),
-    "CMYK": (lambda v: Image.fromarray(v).convert("CMYK"), lambda v: v, "tiff"),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_all_kinds_of_pixels_become_rgb(tmp_path, mode):
-    make, expected, kind = MODES[mode]
-    write(tmp_path, changed("images.0.file_name", f"odd.{kind}"))
-    make(pixels(7)).save(tmp_path / "images" / f"odd.{kind}")
-    with Image.open(tmp_path / "images" / f"odd.{kind}") as image:
-        assert image.mode == mode
-    found = CocoDetection(tmp_path, "train")[0][0].permute(1, 2, 0).numpy()
-    assert np.abs(found.astype(int) - expected(pixels(7))).max() <= 1
-
-
-def test_floating_point_pixels_are_refused(tmp_path):
-    write(tmp_path, changed("images.0.file_name", "odd.tiff"))
-    Image.fromarray(np.zeros((30, 40), np.float32)).save(tmp_path / "images" / "odd.tiff")
-    with pytest.raises(KDError, match=r"image 7 \(odd.tiff\): .*store it with 8 or 16 bits"):
-        CocoDetection(tmp_path, "train")
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    doc = changed("images.0.file_name", f"x.{ending}")
+    doc["images"][0] |= {"width": 30, "height": 40}
+    doc["annotations"] = [{"image_id": 7, "category_id": 3, "bbox": [20, 0, 10, 15]}]
+    Image.fromarray(np.rot90(upright)).save(write(tmp_path, doc) / "images" / f"x.{ending}", exif=exif)
+    image, sample = CocoDetection(tmp_path, "train")[0]
+    x1, y1, x2, y2 = map(int, sample["boxes"][0])
+    assert sample["original_size"] == image.shape[1:] == (40, 30)
+    assert image[:, y1:y2, x1:x2].float().mean() > 245
+    doc["images"][0] |= {"width": 40, "height": 30}  # as it is stored
+    with pytest.raises(KDError, match="the file is 30x40 with its EXIF orientation applied, the JSON says 40x30"):
+        CocoDetection(write(tmp_path, doc), "train")
 
 
 def test_splits_must_agree_on_classes(tmp_path):

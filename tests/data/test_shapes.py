@@ -108,9 +108,11 @@ def test_boxes_are_tight(data, side):
 
 def test_objects_are_labelled_by_how_much_of_them_can_be_seen(data, monkeypatch):
     found = {0.35: data}
+    _ = data[0]
     for share in (0.0, 0.99):
         monkeypatch.setattr(shapes, "MIN_VISIBLE", share)
         found[share] = ProceduralShapes(300, seed=5)
+        _ = found[share][0]  # drawn now
     assert all(torch.equal(data[i][0], found[0.0][i][0]) for i in range(300))
     counts = [len(everything(found[share], "labels")) for share in (0.0, 0.35, 0.99)]
     assert counts[0] > counts[1] > 1.2 * counts[2]

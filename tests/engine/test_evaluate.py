@@ -43,6 +43,40 @@ def data():
     return ProceduralShapes(40, seed=2)
 
 
+def test_a_detector_of_other_classes_is_refused_before_it_runs(data):
+    with pytest.raises(KDError, match=r"has 91 classes, the data set 6: .* Build the detector for 6 classes"):
+        evaluate(tiny_gfl(seed=0, num_classes=91), data)
+
+
+class Floats(ProceduralShapes):
+    """A data set of somebody's own that gives images in [0, 1]."""
+
+    def __getitem__(self, index):
+        image, sample = super().__getitem__(index)
+        return image.float() / 255, sample
+
+
+def test_a_data_set_of_floats_is_refused():
+    with pytest.raises(
+        KDError, match=r"image 0 of procedural shapes is torch.float32 \(3, 96, 96\); .* of uint8, 0 to 255"
+    ):
+        evaluate(tiny_gfl(seed=0, num_classes=6), Floats(2))
+
+
+def test_a_torch_device_is_taken_like_its_name():
+    images, model = ProceduralShapes(2), tiny_gfl(seed=0, num_classes=6)
+    assert evaluate(model, images, device=torch.device("cpu")) == evaluate(model, images)
+
+
+def test_photos_that_turn_out_broken_are_left_out_where_that_is_asked_for(tmp_path, caplog):
+    path = write(tmp_path) / "images" / "7.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes(50) + whole[250:])
+    photos = CocoDetection(tmp_path, "train", on_bad="skip")
+    assert evaluate(Replay(photos.in_memory()), photos).images == 1
+    assert caplog.text.count("image 7 (7.png): the file cannot be decoded") == 1
+
+
 def test_the_ground_truth_itself_scores_100(data):
     found = evaluate(Replay(data), data, batch_size=7)
     assert (found.ap, found.ap50, found.ap75, found.ap_small, found.ap_medium) == (100, 100, 100, 100, 100)

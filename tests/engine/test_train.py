@@ -43,6 +43,13 @@ def test_same_seed_same_student_to_the_last_bit(data):
     assert not torch.equal(students[0], students[2])
 
 
+def test_a_torch_device_is_taken_like_its_name(data):
+    students = [model(2), model(2)]
+    for student, device in zip(students, ("cpu", torch.device("cpu")), strict=True):
+        train(Distiller(None, student), data, config(precision="bfloat16"), seed=0, device=device)
+    assert torch.equal(*map(weights, students))
+
+
 def test_the_loss_falls_and_history_tells(data):
     result = train(Distiller(None, model(2)), data, config(steps=150, lr=1e-2), seed=0)
     totals = [sum(v for k, v in point.items() if k.startswith("task/")) for point in result.history]
