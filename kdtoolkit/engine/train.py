@@ -126,7 +126,6 @@ def train(
     for step, (images, targets) in enumerate(data):
         begun = time.perf_counter()
         images = [image.to(device) for image in images]
-        targets = [{"boxes": t["boxes"].to(device), "labels": t["labels"].to(device)} for t in targets]
         buffers = [buffer.clone() for buffer in student.buffers()]  # batch norm's change in a forward already
         autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bfloat16")
         with autocast:
