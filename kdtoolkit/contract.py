@@ -13,11 +13,12 @@ An adapter's author writes `DetectorAdapter`; a method's author writes `Method`.
 
 from __future__ import annotations
 
+import copy
 import enum
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
@@ -206,13 +207,27 @@ State = Mapping[str, tuple[Tensor, ...]]
 class HeadTrace:
     """One pass through a head: the state at each stage, and the predictions they led to.
 
-    `context` is what the adapter needs besides, to resume (the encoder's memory) or for the library's own losses and
-    post-processing (raw outputs).
+    States that nobody asked for are empty. `context` is what the adapter needs besides, to resume (the encoder's
+    memory) or for the library's own losses and post-processing (raw outputs). `first` is the pass of the first stage,
+    where the head ran one.
     """
 
     states: tuple[State, ...]
     predictions: Predictions
     context: object = None
+    first: HeadTrace | None = None
+
+
+def keep_states(states: Iterable[State], stages: Collection[int] | None) -> tuple[tuple[State, ...], State]:
+    """The states of a head, of which those of other `stages` are empty (None keeps all), and the last one.
+
+    Given a generator, it lets go of what nobody asked for while the head runs.
+    """
+    kept: list[State] = []
+    last: State = {}
+    for i, last in enumerate(states):
+        kept.append(last if stages is None or i in stages else {})
+    return tuple(kept), last
 
 
 @dataclass(frozen=True)
@@ -233,6 +248,10 @@ class Assignment:
     def positive(self, num_classes: int) -> Tensor:
         """(N, A) bool: priors that answer for an object."""
         return self.labels < num_classes
+
+    def at_rows(self, rows: Tensor) -> Assignment:
+        """The assignment of some priors, by their indices (A',); the normaliser stays that of all."""
+        return replace(self, labels=self.labels[:, rows], boxes=self.boxes[:, rows], weights=self.weights[:, rows])
 
 
 class DetectorAdapter(ABC):
@@ -280,16 +299,33 @@ class DetectorAdapter(ABC):
         """Whether this adapter is for `model`, by its class."""
 
     @abstractmethod
-    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
-        """Do what the detector does to images (3, H, W) in [0, 1] before its backbone: resize, normalise, pad."""
+    def prepare(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
+    ) -> Batch:
+        """Do what the detector does to images (3, H, W) in [0, 1] before its backbone: resize, normalise, pad.
+
+        `like` is what a student made of the same images. Then images get the sizes that they have there and lie on a
+        canvas of that size; it is padded further, at the right and bottom, where the detector cannot run otherwise. A
+        detector built for one size scales that canvas as a whole. `kdtoolkit.canvas` has the code for both.
+        """
 
     @abstractmethod
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Run backbone and neck: one (N, C, H, W) a level, finest first; of DETR kin what the decoder takes."""
 
     @abstractmethod
-    def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
-        """Run the head; with `priors`, of an equal `prior_form`, for those instead of its own. Grids ignore it."""
+    def head(
+        self,
+        features: tuple[Tensor, ...],
+        batch: Batch,
+        priors: Priors | None = None,
+        stages: Collection[int] | None = None,
+    ) -> HeadTrace:
+        """Run the head on its own features, whole as `features` gave them.
+
+        With `priors`, of an equal `prior_form`, it runs for those instead of its own; grids ignore it. `stages`: of
+        which states are kept (`keep_states`); all of them if None.
+        """
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
         """Run the head from `state` at `stage` to its end, for the priors and context of `trace`.
@@ -314,35 +350,102 @@ class DetectorAdapter(ABC):
         """Score filter, NMS and all, in pixels of the original images."""
 
 
-@dataclass(frozen=True)
 class View:
-    """What one detector showed in this step. `trace` is None where no method asked for its head."""
+    """What one detector shows in a step. Its head runs when it is first asked for, and then once.
 
-    adapter: DetectorAdapter
-    batch: Batch
-    features: tuple[Tensor, ...]
-    trace: HeadTrace | None
-    assignment: Assignment | None = None
-    strides: tuple[int, ...] = ()
+    `maps` is the pyramid as the detector made it, which its head takes. `features` is what methods compare: the maps of
+    some levels, or cut to the part of the canvas that the other detector has too.
+
+    Args:
+        adapter: of the detector.
+        batch: what it was shown.
+        maps: its pyramid.
+        trace: its head's own pass, if that has been run already.
+        assignment: the one that its losses used, if they told.
+        spec: the adapter's, for which it is not asked again.
+        stages: of which hidden states are kept; all of them if None.
+        frozen: run the head without gradient, as a teacher's.
+    """
+
+    def __init__(
+        self,
+        adapter: DetectorAdapter,
+        batch: Batch,
+        maps: tuple[Tensor, ...],
+        trace: HeadTrace | None = None,
+        assignment: Assignment | None = None,
+        *,
+        spec: DetectorSpec | None = None,
+        stages: frozenset[int] | None = None,
+        frozen: bool = False,
+    ) -> None:
+        self.adapter = adapter
+        self.batch = batch
+        self.maps = maps
+        self.features = maps
+        self.assignment = assignment
+        self.spec = adapter.spec if spec is None else spec
+        self.shown: tuple[int, int] | None = None
+        self.frozen = frozen
+        self._stages = stages
+        self._own = [] if trace is None else [trace]  # parts of a view share it: the first to ask runs the head
 
     @property
-    def spec(self) -> DetectorSpec:
-        """The detector's facts; of the levels of `strides` alone, if any are named."""
-        return self.adapter.spec.at_strides(self.strides)
+    def trace(self) -> HeadTrace | None:
+        """The head's own pass; None while nobody has asked for it."""
+        return self._own[0] if self._own else None
+
+    @property
+    def head(self) -> HeadTrace:
+        """The head's own pass."""
+        if not self._own:
+            self._own.append(self.run_head())
+        return self._own[0]
+
+    def run_head(self, priors: Priors | None = None) -> HeadTrace:
+        """A new pass of the head, on the priors given instead of its own."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.adapter.head(self.maps, self.batch, priors, self._stages)
 
     def at_strides(self, strides: tuple[int, ...]) -> View:
         """The view of some levels' features alone; of all of them where none is named."""
         if not strides:
             return self
-        levels = zip(self.adapter.spec.strides, self.features, strict=True)
-        return replace(self, features=tuple(x for stride, x in levels if stride in strides), strides=strides)
+        part = copy.copy(self)
+        levels = zip(self.spec.strides, self.features, strict=True)
+        part.features = tuple(x for stride, x in levels if stride in strides)
+        part.spec = self.spec.at_strides(strides)
+        return part
 
-    @property
-    def head(self) -> HeadTrace:
-        """The head's pass; only for methods that declare a need beyond features."""
-        if self.trace is None:
-            raise RuntimeError("the method must declare that it needs predictions or stages")
-        return self.trace
+    def beside(self, batch: Batch) -> View:
+        """The view, with features of the part of its canvas alone that another detector's `batch` has as well.
+
+        That part is `shown`, (height, width) in pixels of its own canvas; None if it is all of it.
+        """
+        canvases = self.batch.images.shape[-2:], batch.images.shape[-2:]
+        # Of all images together, for the size of each is rounded.
+        contents = (map(sum, zip(*each.sizes, strict=True)) for each in (self.batch, batch))
+        sides = zip(*canvases, *contents, strict=True)
+        height, width = (min(own, round(other * size / seen)) for own, other, size, seen in sides)
+        if (height, width) == canvases[0]:
+            return self
+        part = copy.copy(self)
+        part.shown = height, width
+        part.features = tuple(part.cut(x, i) for i, x in enumerate(self.features))
+        return part
+
+    def cut(self, x: Tensor, level: int) -> Tensor:
+        """A map (N, C, H, W) of a level, cut to what is `shown`."""
+        height, width = self.shown_cells(level, (x.shape[2], x.shape[3]))
+        return x[:, :, :height, :width]
+
+    def shown_cells(self, level: int, size: tuple[int, int]) -> tuple[int, int]:
+        """How many of the (H, W) cells of a level lie in what is `shown`: all that begin there."""
+        if self.shown is None:
+            return size
+        stride = self.spec.strides[level]
+        height, width = (min(cells, -(-side // stride)) for cells, side in zip(size, self.shown, strict=True))
+        return height, width
 
 
 Whose = Literal["student", "teacher"]
@@ -351,47 +454,64 @@ Whose = Literal["student", "teacher"]
 class Matched:
     """Both heads on the same priors: states and predictions of `student` and `teacher` correspond one to one.
 
-    Boxes of each are on its own detector's canvas; `teacher_boxes` are the teacher's on the student's.
+    On grids, where the teacher pads further than the student, its states and predictions are those of the student's
+    cells alone. Boxes of each are on its own detector's canvas; `teacher_boxes` are the teacher's on the student's.
     """
 
-    def __init__(self, student: View, teacher: View) -> None:
+    def __init__(self, student: View, teacher: View, passes: tuple[HeadTrace, HeadTrace]) -> None:
         self._views = student, teacher
-        self.student = student.head
-        self.teacher = teacher.head
+        self._passes = passes
+        self._rows = _shown_rows(passes[1].predictions.priors, teacher)
+        self.student = passes[0]
+        self.teacher = _cut_trace(passes[1], self._rows, teacher)
 
     @cached_property
     def student_assignment(self) -> Assignment:
         """Ground truth assigned to these priors by the student's own rule."""
-        student, _ = self._views
-        if student.assignment is not None:
+        student, trace = self._views[0], self._passes[0]
+        if student.assignment is not None and trace is student.trace:
             return student.assignment
         with torch.no_grad():
-            return student.adapter.assign(student.head, student.batch)
+            return student.adapter.assign(trace, student.batch)
 
     @cached_property
     def teacher_assignment(self) -> Assignment:
-        """Ground truth assigned to these priors by the teacher's own rule: what cross-head losses go by."""
+        """Ground truth assigned to these priors by the rule of whose layout they are: what cross-head losses go by.
+
+        That is the teacher's on a grid, and for its own proposals or queries; for the student's it is the student's.
+        """
         student, teacher = self._views
-        ours, theirs = self.student.predictions.priors, self.teacher.predictions.priors
-        alike = student.adapter.assigner == teacher.adapter.assigner
-        if alike and ours.grid == theirs.grid and torch.equal(ours.boxes, theirs.boxes):
+        ours, theirs = (trace.predictions.priors for trace in self._passes)
+        if not theirs.grid and self._passes[1] is not teacher.trace:
+            return self.student_assignment
+        alike = student.adapter.assigner == teacher.adapter.assigner and student.batch.sizes == teacher.batch.sizes
+        # Kept anchors are the same tensor; to ask whether two are equal makes a GPU's host wait.
+        if alike and ours.grid == theirs.grid and (ours.boxes is theirs.boxes or torch.equal(ours.boxes, theirs.boxes)):
             return self.student_assignment
         with torch.no_grad():
-            return teacher.adapter.assign(teacher.head, teacher.batch)
+            found = teacher.adapter.assign(self._passes[1], teacher.batch)
+        return found if self._rows is None else found.at_rows(self._rows)
 
     @property
     def teacher_boxes(self) -> Tensor:
         """The teacher's decoded boxes (N, A, 4), in pixels of the student's canvas."""
         student, teacher = self._views
         boxes = self.teacher.predictions.boxes
+        if student.batch.sizes == teacher.batch.sizes:
+            return boxes
         return boxes * _scale(student.batch, teacher.batch, boxes)
 
     def finish_with_teacher(self, state: State, stage: int) -> Predictions:
         """Cross-head predictions: the teacher's head, resumed from a student's `state` at the teacher's `stage`.
 
-        Gradient flows through the teacher's frozen layers into `state` and nowhere else.
+        Gradient flows through the teacher's frozen layers into `state` and nowhere else. Where the teacher has padded
+        further than the student, its own state stays.
         """
-        return self._views[1].adapter.resume(state, stage, self.teacher)
+        teacher, trace = self._views[1], self._passes[1]
+        if self._rows is not None:
+            own = trace.states[stage]
+            state = {branch: tuple(map(_laid_over, own[branch], maps)) for branch, maps in state.items()}
+        return _at_rows(teacher.adapter.resume(state, stage, trace), self._rows, teacher)
 
 
 class Exchange:
@@ -399,68 +519,121 @@ class Exchange:
 
     def __init__(self, student: View, teacher: View) -> None:
         self.student = student
-        self.teacher = teacher
+        self.teacher = teacher.beside(student.batch)
         self._matched: dict[Whose, Matched] = {}
 
-    def matched(self, whose: Whose = "teacher") -> Matched:
+    def matched(self, whose: Whose = "student") -> Matched:
         """Both heads on the same priors: on a grid each head's own pass, else with the priors of one of the two.
 
-        Proposals and queries need a second pass of the other detector's head, run at the first call. Raises
+        With the student's proposals or queries each head runs once: the student's on its own, the teacher's on these
+        alone. The teacher's need a second pass of the student's head, with gradient, run at the first call. Raises
         IncompatibleError for pairs whose priors do not correspond: those on a grid do, and those of equal `prior_form`.
         """
         student, teacher = self.student, self.teacher
         ours, theirs = student.spec, teacher.spec
-        if not (ours.priors.on_grid and theirs.priors.on_grid) and (
-            (ours.priors, ours.prior_form) != (theirs.priors, theirs.prior_form)
-        ):
+        on_grids = ours.priors.on_grid and theirs.priors.on_grid
+        if not on_grids and (ours.priors, ours.prior_form) != (theirs.priors, theirs.prior_form):
             raise IncompatibleError(
                 f"{ours.priors} of {ours.name} (student) and {theirs.priors} of {theirs.name} (teacher) do not "
                 "correspond: a method that compares them refuses such pairs (`unlike_priors` of "
                 "kdtoolkit.methods._common)"
             )
-        if student.spec.priors.on_grid:
-            whose = "teacher"
+        if on_grids:
+            whose = "student"
         if whose not in self._matched:
-            if not student.spec.priors.on_grid and whose == "teacher":
-                student = _on_priors_of(student, teacher)
-            elif not student.spec.priors.on_grid:
-                with torch.no_grad():
-                    teacher = _on_priors_of(teacher, student)
-            self._matched[whose] = Matched(student, teacher)
+            if on_grids:
+                passes = student.head, teacher.head
+            elif whose == "student":
+                passes = student.head, teacher.run_head(_priors_for(teacher, student))
+            else:
+                passes = student.run_head(_priors_for(student, teacher)), teacher.head
+            self._matched[whose] = Matched(student, teacher, passes)
         return self._matched[whose]
 
     def at_strides(self, strides: tuple[int, ...]) -> Exchange:
         """The exchange of some levels' features alone; itself where none is named."""
-        return Exchange(self.student.at_strides(strides), self.teacher.at_strides(strides)) if strides else self
+        if not strides:
+            return self
+        part = copy.copy(self)
+        part.student, part.teacher = self.student.at_strides(strides), self.teacher.at_strides(strides)
+        return part
 
     @cached_property
     def first_stage(self) -> Exchange | None:
         """The same step as seen by both detectors' first stages; None unless both have one."""
-        student, teacher = self.student.adapter.first_stage, self.teacher.adapter.first_stage
-        if student is None or teacher is None:
-            return None
-        ours = View(student, self.student.batch, self.student.features, _head(student, self.student))
-        with torch.no_grad():
-            theirs = View(teacher, self.teacher.batch, self.teacher.features, _head(teacher, self.teacher))
-        return Exchange(ours, theirs)
+        student, teacher = _first_stage(self.student), _first_stage(self.teacher)
+        return None if student is None or teacher is None else Exchange(student, teacher)
 
 
-def _head(adapter: DetectorAdapter, view: View) -> HeadTrace:
-    return adapter.head(view.features, view.batch)
+def _first_stage(view: View) -> View | None:
+    """A detector's first stage, which its head's own pass has run already."""
+    adapter, trace = view.adapter.first_stage, view.trace
+    if adapter is None:
+        return None
+    return View(adapter, view.batch, view.maps, None if trace is None else trace.first, frozen=view.frozen)
 
 
-def _on_priors_of(view: View, other: View) -> View:
-    """The view with its head run on the other one's priors, brought to the scale of its own images."""
+def _priors_for(view: View, other: View) -> Priors:
+    """The priors of the other view's own pass, brought to the scale of this one's images."""
     priors = other.head.predictions.priors
-    if view.batch.sizes != other.batch.sizes:
-        priors = replace(priors, boxes=priors.boxes * _scale(view.batch, other.batch, priors.boxes))
-    return View(view.adapter, view.batch, view.features, view.adapter.head(view.features, view.batch, priors))
+    if view.batch.sizes == other.batch.sizes:
+        return priors
+    return replace(priors, boxes=priors.boxes * _scale(view.batch, other.batch, priors.boxes))
 
 
 def _scale(batch: Batch, other: Batch, like: Tensor) -> Tensor:
     """Factors (N, 1, 4) from boxes on the canvas of `other` to those on that of `batch`."""
-    sizes, others = (torch.tensor([(w, h) * 2 for h, w in each.sizes]).to(like) for each in (batch, other))
-    return (sizes / others)[:, None]
+    pairs = zip(batch.sizes, other.sizes, strict=True)
+    return like.new_tensor([(w / v, h / u) * 2 for (h, w), (u, v) in pairs])[:, None]
+
+
+def _shown_rows(priors: Priors, view: View) -> Tensor | None:
+    """Indices (A',) of the priors on a grid that lie in cells which the view shows; None where these are all."""
+    if view.shown is None or not priors.grid:
+        return None
+    rows, start = [], 0
+    for i, (size, count) in enumerate(zip(priors.grid, priors.per_level, strict=True)):
+        cells = torch.arange(start, start + count, device=priors.boxes.device).view(1, *size, -1)
+        rows.append(view.cut(cells.permute(0, 3, 1, 2), i).permute(0, 2, 3, 1).flatten())
+        start += count
+    found = torch.cat(rows)
+    return None if len(found) == start else found
+
+
+def _at_rows(predictions: Predictions, rows: Tensor | None, view: View) -> Predictions:
+    """The predictions at some priors on a grid, those of the cells that the view shows."""
+    if rows is None:
+        return predictions
+    priors, quality = predictions.priors, predictions.quality
+    kept = replace(
+        priors,
+        boxes=priors.boxes[..., rows, :],
+        strides=priors.strides[rows],
+        grid=tuple(view.shown_cells(i, size) for i, size in enumerate(priors.grid)),
+    )
+    return replace(
+        predictions,
+        logits=predictions.logits[:, rows],
+        regression=predictions.regression[:, rows],
+        quality=None if quality is None else quality[:, rows],
+        priors=kept,
+    )
+
+
+def _cut_trace(trace: HeadTrace, rows: Tensor | None, view: View) -> HeadTrace:
+    if rows is None:
+        return trace
+    states = tuple(
+        {branch: tuple(view.cut(x, i) for i, x in enumerate(maps)) for branch, maps in state.items()}
+        for state in trace.states
+    )
+    return replace(trace, states=states, predictions=_at_rows(trace.predictions, rows, view))
+
+
+def _laid_over(own: Tensor, x: Tensor) -> Tensor:
+    """The map `own` (N, C, H, W) with `x` (N, C, h, w) over its top left part."""
+    height, width = x.shape[-2:]
+    return torch.cat([torch.cat([x, own[:, :, :height, width:]], 3), own[:, :, height:]], 2)
 
 
 @dataclass(frozen=True)
@@ -503,6 +676,8 @@ class Method(nn.Module, ABC):
     `needs`: what both detectors must show; settings of an instance may ask for other things. `terms`: the names of its
     loss terms; `vanishing`: those of them that are zero where the student shows what the teacher shows. `paper`: where
     it comes from. `compares_classes`: whether, needing more than features, it needs detectors of the same classes.
+    `stages`: the student's and the teacher's stage whose states it takes, once `setup` knows them; while it is None
+    all are kept, and those of first stages, which costs memory.
 
     Arguments of `__init__` are checked by their type hints before it runs: see `kdtoolkit.options.check_options`.
     `in_use`: whether a Distiller has set it up; each wants one of its own.
@@ -515,6 +690,7 @@ class Method(nn.Module, ABC):
     compares_classes: bool = True
     schedule: Schedule = Schedule()
     strides: tuple[int, ...] = ()
+    stages: tuple[int, int] | None = None
     in_use: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

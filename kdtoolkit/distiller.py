@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import reduce
 from typing import Self, cast
 
@@ -28,7 +27,7 @@ from kdtoolkit.contract import (
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.methods import all_methods
 
-# What a method may need beyond features: all of it comes from one pass of the head.
+# What a method may need beyond features.
 _HEAD = {Capability.PREDICTIONS, Capability.STAGES, Capability.DISTRIBUTIONS, Capability.ASSIGNMENT}
 
 
@@ -116,12 +115,15 @@ class Distiller(nn.Module):
         self.accumulation = accumulation
         self.calls = 0
         self._names = _unique_names(methods)
+        # Detectors tell their facts once: some work them out anew each time.
+        ours = self.student_adapter.spec
+        self._specs = ours, ours if self.teacher_adapter is None else self.teacher_adapter.spec
         if self.teacher_adapter is None:
             if methods:
                 raise KDError("methods need a teacher: Distiller(teacher, student, methods=[...])")
             return
         _check_models(self.teacher_adapter.model, self.student)
-        specs = self.student_adapter.spec, self.teacher_adapter.spec
+        specs = self._specs
         for name, method in zip(self._names, methods, strict=True):
             if reason := refusal(method, *specs):
                 working = ", ".join(working_methods(*specs)) or "none"
@@ -140,17 +142,16 @@ class Distiller(nn.Module):
 
         Ground truth may be on the host: it is checked there, then copied to the images' device.
 
-        Raises KDError for a batch that cannot be learnt from, and IncompatibleError where the two detectors bring it to
-        sizes that cannot be compared.
+        Raises KDError for a batch that cannot be learnt from.
         """
-        images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
+        images, targets = checked_batch(images, targets, self.student, self._specs[0])
         factors = [method.schedule.factor(self.step) for method in self._methods]
         self.calls += self.training
         active = [each for each in zip(self._names, self._methods, factors, strict=True) if each[2]]
-        student = self.student_adapter
+        student, methods = self.student_adapter, [method for _, method, _ in active]
         batch = student.prepare(images, targets)
         features = student.features(batch)
-        trace = student.head(features, batch)
+        trace = student.head(features, batch, stages=_stages(methods, 0))
         own, assignment = student.task_losses(trace, batch)
         losses = Losses({f"task/{name}": loss for name, loss in own.items()})
         if processes.count() > 1:
@@ -158,26 +159,26 @@ class Distiller(nn.Module):
             losses[name] = processes.reach(losses[name], [p for p in self.parameters() if p.requires_grad])
         if not active:
             return losses
-        view = View(student, batch, features, trace, assignment)
-        needs: frozenset[Capability] = frozenset().union(*(method.needs for _, method, _ in active))
-        exchange = Exchange(*lay_over(view, self._observe_teacher(images, targets, bool(needs & _HEAD)), needs))
+        view = View(student, batch, features, trace, assignment, spec=self._specs[0])
+        exchange = Exchange(view, self._observe_teacher(images, targets, batch, _stages(methods, 1)))
         for name, method, factor in active:
             terms = _checked_terms(method, method(exchange.at_strides(method.strides)))
             losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
         return losses
 
     @torch.no_grad()
-    def _observe_teacher(self, images: Sequence[Tensor], targets: Sequence[Target], with_head: bool) -> View:
-        teacher = self.teacher_adapter
+    def _observe_teacher(
+        self, images: Sequence[Tensor], targets: Sequence[Target], like: Batch, stages: frozenset[int] | None
+    ) -> View:
+        """The teacher's view of what the student was shown; its head runs when a method asks for it."""
+        teacher, (ours, theirs) = self.teacher_adapter, self._specs
         assert teacher is not None  # methods without a teacher are refused at construction
         teacher.model.eval()  # whoever called train() on a module that holds it meanwhile
-        if teacher.spec.num_classes != self.student_adapter.spec.num_classes:
+        if theirs.num_classes != ours.num_classes:
             # Its classes are others: what is left to learn from it does not ask for any, and it may have fewer of them.
             targets = [Target(boxes=t["boxes"], labels=torch.zeros_like(t["labels"])) for t in targets]
-        batch = teacher.prepare(images, targets)
-        features = teacher.features(batch)
-        trace = teacher.head(features, batch) if with_head else None
-        return View(teacher, batch, features, trace)
+        batch = teacher.prepare(images, targets, like=like)
+        return View(teacher, batch, teacher.features(batch), spec=theirs, stages=stages, frozen=True)
 
     @torch.no_grad()
     def locate_non_finite(self, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
@@ -185,7 +186,7 @@ class Distiller(nn.Module):
 
         A level is named by its stride. Where all is finite, the largest values are told: losses of them overflowed.
         """
-        images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
+        images, targets = checked_batch(images, targets, self.student, self._specs[0])
         student, teacher = self.student_adapter, self.teacher_adapter
         roles = [("student", student)] + ([] if teacher is None else [("teacher", teacher)])
         found = [f"{role}: {_first_non_finite(adapter, images, targets)}" for role, adapter in roles]
@@ -257,52 +258,12 @@ def _first_non_finite(adapter: DetectorAdapter, images: Sequence[Tensor], target
     return f"all finite, the largest {largest:.3g} ({place})"
 
 
-def lay_over(student: View, teacher: View, needs: frozenset[Capability]) -> tuple[View, View]:
-    """Let both views' features show the same part of the scene, so that methods may resize one map to the other.
-
-    Detectors that pad otherwise have canvases of other extents: the features of the larger are cut. Raises
-    IncompatibleError where cutting does not help: for methods that compare heads on grids, and where the two resize
-    the images of the batch by other factors.
-    """
-    extents = [_extents(view.batch) for view in (student, teacher)]  # of the canvas, in units of each image's content
-    # Half a cell of the finest level, on the canvas.
-    tolerance = min(min(view.spec.strides) / max(view.batch.images.shape[-2:]) for view in (student, teacher)) / 2
-    if bool(((extents[0] - extents[1]).abs() <= tolerance * extents[0]).all()):
-        return student, teacher
-    common = torch.minimum(extents[0], extents[1])
-    shares = [common / each for each in extents]  # (N, 2) of the canvas, as height and width
-    even = all(bool(((share - share[0]).abs() <= tolerance).all()) for share in shares)
-    on_grids = student.spec.priors.on_grid and teacher.spec.priors.on_grid and bool(needs & _HEAD)
-    if on_grids or (not even and Capability.FEATURES in needs):
-        (height, width), (other_height, other_width) = (view.batch.images.shape[-2:] for view in (student, teacher))
-        raise IncompatibleError(
-            f"the two detectors show this batch, of images of {_sizes(student.batch)} (height, width), with other "
-            f"shares of padding: {student.spec.name} (student) on a canvas of {width} x {height} px, "
-            f"{teacher.spec.name} (teacher) of {other_width} x {other_height} px, so that their cells do not "
-            "correspond. Use images of a size that neither pads (a common multiple of what they pad to), and let both "
-            "resize alike"
-        )
-    if not even:
-        return student, teacher
-    cut = [_cut(view, share[0].tolist()) for view, share in zip((student, teacher), shares, strict=True)]
-    return cut[0], cut[1]
-
-
-def _sizes(batch: Batch) -> str:
-    return ", ".join(map(str, dict.fromkeys(batch.original_sizes)))
-
-
-def _extents(batch: Batch) -> Tensor:
-    height, width = batch.images.shape[-2:]
-    return torch.tensor([(height / h, width / w) for h, w in batch.sizes])
-
-
-def _cut(view: View, share: list[float]) -> View:
-    def kept(x: Tensor) -> Tensor:
-        height, width = (max(1, round(share[i] * x.shape[2 + i])) for i in range(2))
-        return x[:, :, :height, :width]
-
-    return replace(view, features=tuple(kept(x) for x in view.features))
+def _stages(methods: Sequence[Method], role: int) -> frozenset[int] | None:
+    """The stages of the student's (role 0) or the teacher's (1) head whose states methods take; None for all."""
+    stages = [method.stages for method in methods if Capability.STAGES in method.needs]
+    if None in stages:
+        return None
+    return frozenset(each[role] for each in stages if each)
 
 
 def _checked(methods: Sequence[Method]) -> list[Method]:

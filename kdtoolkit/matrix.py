@@ -4,8 +4,8 @@
     print_matrix(matrix, console)
 
 A cell is one step of the pair as `Distiller` does it: what the student shows in train mode, the frozen teacher in eval
-mode, the method's terms between the two and their gradient. But each detector is run once for all its pairs and
-methods, for a step does not change its weights: thousands of cells take less than a minute.
+mode, the method's terms between the two and their gradient. But each student is run once, each teacher once for each
+size of canvas that students have, and each pair's heads once for all methods, for a step does not change weights.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kdtoolkit.contract import DetectorAdapter, Exchange, Method, Target, View, adapt, adapter_classes
-from kdtoolkit.distiller import lay_over, refusal
+from kdtoolkit.distiller import refusal
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.testing import example_batch, observe
 
 NUM_CLASSES = 3
 SEED = 0
-SIZES = ((64, 64), (64, 64))  # pixels: of one size, so that few detectors pad them, for unlike padding is refused late
+SIZES = ((64, 64), (50, 60))  # pixels: of two sizes, so that all detectors pad one of them
 
 Family = Callable[[int], nn.Module]
 """Builds a tiny detector with random weights, for a number of classes."""
@@ -132,57 +132,95 @@ def run_matrix(
     with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
         bar = progress.add_task("building the detectors", total=total)
         with torch.random.fork_rng():
-            students = {name: _shown(build, "student", SEED) for name, build in families.items()}
-            teachers = {name: _shown(build, "teacher", SEED + 1) for name, build in families.items()}
+            students = {name: _student(build) for name, build in families.items()}
+            teachers = {name: _Teacher.of(build) for name, build in families.items()}
             cells: dict[tuple[str, str, str], Cell] = {}
             for student, ours in students.items():
                 for teacher, theirs in teachers.items():
                     progress.update(bar, description=f"{teacher} → {student}")
+                    pair = _pair(ours, theirs)
                     for name, method in methods.items():
-                        cells[name, student, teacher] = _try(method, ours, theirs)
+                        cells[name, student, teacher] = _try(method, pair)
                         progress.advance(bar)
     return Matrix(tuple(families), tuple(methods), cells)
 
 
-def _shown(build: Family, role: str, seed: int) -> View | str:
-    """What a family's detector shows of the example batch, or the error that keeps it from it."""
+Examples = tuple[Sequence[Tensor], Sequence[Target]]
+
+
+def _built(build: Family, seed: int) -> tuple[DetectorAdapter, Examples]:
+    torch.manual_seed(seed)
+    adapter = adapt(build(NUM_CLASSES))
+    return adapter, example_batch(NUM_CLASSES, next(adapter.model.parameters()).device, SIZES)
+
+
+def _student(build: Family) -> View | str:
+    """What a family's detector shows of the example batch while it trains, or the error that keeps it from it."""
     try:
-        torch.manual_seed(seed)
-        adapter = adapt(build(NUM_CLASSES))
-        device = next(adapter.model.parameters()).device
-        images, targets = example_batch(NUM_CLASSES, device, SIZES)
-        if role == "student":
-            return _as_student(adapter, images, targets)
-        adapter.model.eval().requires_grad_(False)
-        with torch.no_grad():
-            return observe(adapter, images, targets)
+        adapter, examples = _built(build, SEED)
+        adapter.model.train()
+        view = observe(adapter, *examples)
+        _, assignment = adapter.task_losses(view.head, view.batch)
+        return View(adapter, view.batch, view.maps, view.head, assignment)
     except Exception as error:  # a foreign detector may raise anything, and the matrix reports it
-        return f"as a {role} alone: {_line(error)}"
+        return f"as a student alone: {_line(error)}"
 
 
-def _as_student(adapter: DetectorAdapter, images: Sequence[Tensor], targets: Sequence[Target]) -> View:
-    adapter.model.train()
-    view = observe(adapter, images, targets)
-    _, assignment = adapter.task_losses(view.head, view.batch)
-    return View(adapter, view.batch, view.features, view.trace, assignment)
+class _Teacher:
+    """A frozen detector, and what it shows of the example batch on each canvas that students have."""
+
+    def __init__(self, adapter: DetectorAdapter, examples: Examples) -> None:
+        self.adapter = adapter
+        self.examples = examples
+        self._views: dict[object, View] = {}
+
+    @classmethod
+    def of(cls, build: Family) -> _Teacher | str:
+        """Of a family, or the error that keeps it from being built."""
+        try:
+            adapter, examples = _built(build, SEED + 1)
+        except Exception as error:  # likewise
+            return f"as a teacher alone: {_line(error)}"
+        adapter.model.eval().requires_grad_(False)
+        return cls(adapter, examples)
+
+    @torch.no_grad()
+    def beside(self, student: View) -> View:
+        """Its view of the example batch as a student has it; its head runs once on each canvas."""
+        batch = student.batch
+        key = batch.images.shape, batch.sizes, batch.padded_sizes
+        if key not in self._views:
+            prepared = self.adapter.prepare(*self.examples, like=batch)
+            self._views[key] = View(self.adapter, prepared, self.adapter.features(prepared), frozen=True)
+        return self._views[key]
 
 
-def _try(method: type[Method], student: View | str, teacher: View | str) -> Cell:
+def _pair(student: View | str, teacher: _Teacher | str) -> Exchange | str:
+    """What methods see of a pair, or why there is nothing to see."""
     if isinstance(student, str):
-        return Cell(Outcome.FAILED, student)
+        return student
     if isinstance(teacher, str):
-        return Cell(Outcome.FAILED, teacher)
+        return teacher
     try:
-        if reason := refusal(method, student.spec, teacher.spec):
+        return Exchange(student, teacher.beside(student))
+    except Exception as error:  # likewise
+        return f"as a teacher of this student: {_line(error)}"
+
+
+def _try(method: type[Method], pair: Exchange | str) -> Cell:
+    if isinstance(pair, str):
+        return Cell(Outcome.FAILED, pair)
+    student, specs = pair.student, (pair.student.spec, pair.teacher.spec)
+    try:
+        if reason := refusal(method, *specs):
             # Rows and columns say which detectors these are; without their names reasons are few.
-            for name in {student.spec.name, teacher.spec.name}:
+            for name in {spec.name for spec in specs}:
                 reason = reason.replace(f" ({name})", "")
             return Cell(Outcome.REFUSED, reason)
         torch.manual_seed(SEED)
         instance = method()
-        instance.setup(*(view.spec.at_strides(instance.strides) for view in (student, teacher)))
-        exchange = Exchange(*lay_over(student, teacher, method.needs)).at_strides(instance.strides)
-        terms = instance.to(student.features[0].device)(exchange)
+        instance.setup(*(spec.at_strides(instance.strides) for spec in specs))
+        terms = instance.to(student.features[0].device)(pair.at_strides(instance.strides))
         total = torch.stack([*terms.values()]).sum()
         if not torch.isfinite(total):
             values = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())

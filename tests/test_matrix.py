@@ -110,11 +110,14 @@ def test_a_detector_that_breaks_spoils_its_own_pairs_alone():
         del model.predictors["reg"]
         return model
 
-    matrix = run_matrix({**PAIR, "broken": broken, "unknown": lambda k: torch.nn.Linear(k, 1)}, {"PKD": PKD})
-    assert matrix.count(Outcome.WORKS) == 4
-    assert matrix.count(Outcome.FAILED) == 12
+    families = {**PAIR, "broken": broken, "unknown": lambda k: torch.nn.Linear(k, 1)}
+    matrix = run_matrix(families, {"PKD": PKD, "CrossKD": CrossKD})
+    assert matrix.count(Outcome.WORKS, "CrossKD") == 4
+    assert matrix.count(Outcome.WORKS, "PKD") == 6  # which asks for no teacher's head
+    assert matrix.count(Outcome.FAILED) == 22
     assert matrix.cells["PKD", "broken", "GFL"].reason == "as a student alone: KeyError: 'reg'"
-    assert matrix.cells["PKD", "GFL", "broken"].reason == "as a teacher alone: KeyError: 'reg'"
+    assert matrix.cells["CrossKD", "GFL", "broken"].reason == "KeyError: 'reg'"
+    assert "as a teacher alone: no adapter" in matrix.cells["PKD", "GFL", "unknown"].reason
     assert "no adapter for torch.nn" in matrix.cells["PKD", "unknown", "GFL"].reason
 
 

@@ -73,7 +73,7 @@ class TooManyBins(DenseAdapter):
 class HalfPrecision(DenseAdapter):
     """predictions"""
 
-    def head(self, features, batch, priors=None):
+    def head(self, features, batch, priors=None, stages=None):
         trace = super().head(features, batch)
         return replace(trace, predictions=replace(trace.predictions, logits=trace.predictions.logits.double()))
 
@@ -105,7 +105,7 @@ class NoPriorForm(DenseAdapter):
 class TransposedPriors(DenseAdapter):
     """priors"""
 
-    def head(self, features, batch, priors=None):
+    def head(self, features, batch, priors=None, stages=None):
         trace = super().head(features, batch)
         own = trace.predictions.priors
         moved = replace(own, boxes=own.boxes[..., [1, 0, 3, 2]])
@@ -283,7 +283,7 @@ class NormaliserZero(DenseAdapter):
 class AutocastLeaks(DenseAdapter):
     """bfloat16"""
 
-    def head(self, features, batch, priors=None):
+    def head(self, features, batch, priors=None, stages=None):
         trace = super().head(features, batch)
         dtype = trace.states[-1]["cls"][0].to(features[0].dtype).dtype
         logits = trace.predictions.logits.to(dtype)
@@ -405,16 +405,16 @@ class WrongFirstStage(DenseAdapter):
 class UnscaledTargets(DenseAdapter):
     """batch"""
 
-    def prepare(self, images, targets=None):
-        batch = super().prepare(images, targets)
+    def prepare(self, images, targets=None, like=None):
+        batch = super().prepare(images, targets, like)
         return replace(batch, boxes=tuple(boxes / 2 for boxes in batch.boxes))
 
 
 class SizesOfTheCanvas(DenseAdapter):
     """batch"""
 
-    def prepare(self, images, targets=None):
-        batch = super().prepare(images, targets)
+    def prepare(self, images, targets=None, like=None):
+        batch = super().prepare(images, targets, like)
         return replace(batch, original_sizes=((64, 64), (64, 64)))
 
 
@@ -433,7 +433,7 @@ class HeadOnAGridTakesNoPriors(DenseAdapter):
     def spec(self):
         return replace(super().spec, priors=PriorKind.QUERIES, prior_form="points")
 
-    def head(self, features, batch, priors=None):
+    def head(self, features, batch, priors=None, stages=None):
         trace = super().head(features, batch)
         if priors is None:
             return trace

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property, partial
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from kdtoolkit.contract import (
     Stage,
     State,
     Target,
+    keep_states,
 )
 from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
 from kdtoolkit.detectors.dense import DenseDetector
@@ -47,7 +48,7 @@ class DenseAdapter(DetectorAdapter):
         """Whether `model` is a DenseDetector."""
         return isinstance(model, DenseDetector)
 
-    @property
+    @cached_property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
         model = self.model
@@ -78,22 +79,31 @@ class DenseAdapter(DetectorAdapter):
         """The settings of the detector's assigner."""
         return self.model.assigner
 
-    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+    def prepare(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
+    ) -> Batch:
         """Normalise and pad."""
-        return self.model.prepare(images, targets)
+        return self.model.prepare(images, targets, like)
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Backbone and pyramid."""
         return self.model.features(batch.images)
 
-    def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
+    def head(
+        self,
+        features: tuple[Tensor, ...],
+        batch: Batch,
+        priors: Priors | None = None,
+        stages: Collection[int] | None = None,
+    ) -> HeadTrace:
         """Towers and predictors."""
-        states = self.model.run_towers(self.model.entry(features))
-        return HeadTrace(tuple(states), self.model.predict(states[-1]))
+        states, last = keep_states(self.model.walk_towers(self.model.entry(features)), stages)
+        return HeadTrace(states, self.model.predict(last))
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
         """The rest of towers and predictors; `trace` is not needed."""
-        return self.model.predict(self.model.run_towers(state, stage)[-1])
+        _, last = keep_states(self.model.walk_towers(state, stage), ())
+        return self.model.predict(last)
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """The detector's own losses."""

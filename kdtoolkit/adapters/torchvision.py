@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, partial
@@ -42,6 +42,7 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import FeaturePyramidNetwork, box_iou
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
+from kdtoolkit.canvas import Layout, check_images, lay_out, round_up
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -56,6 +57,7 @@ from kdtoolkit.contract import (
     Stage,
     State,
     Target,
+    keep_states,
 )
 from kdtoolkit.detectors.backbone import build_backbone, without_autocast
 from kdtoolkit.errors import KDError
@@ -97,11 +99,6 @@ class TorchvisionAdapter(DetectorAdapter):
         """Number of classes, without background."""
         raise NotImplementedError
 
-    @property
-    def _label_classes(self) -> int:
-        """Number of classes that ground truth may have."""
-        return self._num_classes
-
     @cached_property
     def _levels(self) -> Levels:
         model = self.model
@@ -118,53 +115,35 @@ class TorchvisionAdapter(DetectorAdapter):
         strides = tuple(round(height / x.shape[-2]) for x in maps.values())
         return Levels(tuple(maps), strides, tuple(x.shape[1] for x in maps.values()))
 
-    @property
-    def _resizing(self) -> object:
-        """Equal where two detectors bring images to equal sizes."""
-        transform = self.model.transform
-        if len(transform.min_size) > 1:  # drawn at random while training
-            return self
-        return tuple(transform.min_size), transform.max_size, transform.fixed_size, transform.size_divisible
-
-    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+    def prepare(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
+    ) -> Batch:
         """Normalise, resize and pad by the detector's own transform.
 
-        Raises KDError for what is no image, labels beyond the classes, and boxes without area.
+        Raises KDError for what is no image.
         """
-        for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-                raise KDError(
-                    f"image {i} of the batch is {tuple(image.shape)} {image.dtype}; expected (3, H, W) floats in [0, 1]"
-                )
+        transform = self.model.transform
+        if like is not None:
+            layout = self._layout(like)
+            return lay_out(images, targets, layout, mean=transform.image_mean, std=transform.image_std)
+        check_images(images)
         if targets is not None:
-            self._check_targets(targets)
             targets = [{"boxes": t["boxes"].float().reshape(-1, 4), "labels": t["labels"].long()} for t in targets]
-        batched, resized = self.model.transform(list(images), targets)
-        divisor = self.model.transform.size_divisible
+        batched, resized = transform(list(images), targets)
+        divisor = transform.size_divisible
         sizes = tuple((int(height), int(width)) for height, width in batched.image_sizes)
         return Batch(
             batched.tensors,
             sizes,
-            tuple((_round_up(height, divisor), _round_up(width, divisor)) for height, width in sizes),
+            tuple((round_up(height, divisor), round_up(width, divisor)) for height, width in sizes),
             tuple((image.shape[-2], image.shape[-1]) for image in images),
             tuple(target["boxes"] for target in resized or ()),
             tuple(target["labels"] for target in resized or ()),
         )
 
-    def _check_targets(self, targets: Sequence[Target]) -> None:
-        num_classes = self._label_classes
-        for i, target in enumerate(targets):
-            boxes, labels = target["boxes"].reshape(-1, 4), target["labels"]
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-                raise KDError(
-                    f"targets of image {i} have labels {int(labels.min())} to {int(labels.max())}; "
-                    f"this detector's {num_classes} classes are 0 to {num_classes - 1}"
-                )
-            if (boxes[:, 2:] <= boxes[:, :2]).any():
-                raise KDError(
-                    f"image {i} of the batch has a box without area, on which torchvision's detectors do not train: "
-                    "leave such boxes out"
-                )
+    def _layout(self, like: Batch) -> Layout:
+        """Where the images of a student's batch lie."""
+        return Layout.of(like, self.model.transform.size_divisible)
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Backbone and pyramid."""
@@ -212,7 +191,7 @@ class GridAdapter(TorchvisionAdapter):
         """Predictions from the predictors' input."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
         return DetectorSpec(
@@ -227,17 +206,23 @@ class GridAdapter(TorchvisionAdapter):
             capabilities=_CAPABILITIES,
         )
 
-    def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
+    def head(
+        self,
+        features: tuple[Tensor, ...],
+        batch: Batch,
+        priors: Priors | None = None,
+        stages: Collection[int] | None = None,
+    ) -> HeadTrace:
         """Towers and predictors; for its own priors whatever is given."""
         towers = self._towers()
-        states = _run_towers(dict.fromkeys(towers, features), 0, towers, self.activation)
-        return HeadTrace(tuple(states), self._finish(states[-1], self._priors(features, batch)))
+        states, last = keep_states(_walk_towers(dict.fromkeys(towers, features), 0, towers, self.activation), stages)
+        return HeadTrace(states, self._finish(last, self._priors(features, batch)))
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
         """The rest of towers and predictors."""
         towers = {branch: [_still(blocks) for blocks in levels] for branch, levels in self._towers().items()}
-        states = _run_towers(state, stage, towers, self.activation)
-        return self._finish(states[-1], trace.predictions.priors)
+        _, last = keep_states(_walk_towers(state, stage, towers, self.activation), ())
+        return self._finish(last, trace.predictions.priors)
 
     def _finish(self, state: State, priors: Priors) -> Predictions:
         towers = self._towers()
@@ -286,14 +271,13 @@ class RetinaNetAdapter(GridAdapter):
 
     @property
     def assigner(self) -> object:
-        """Thresholds, anchors, and what images are resized to."""
+        """Thresholds and anchors."""
         generator = self.model.anchor_generator
         return (
             "torchvision RetinaNet",
             _thresholds(self.model.proposal_matcher),
             generator.sizes,
             generator.aspect_ratios,
-            self._resizing,
         )
 
     def _towers(self) -> Mapping[str, Sequence[Blocks]]:
@@ -308,15 +292,23 @@ class RetinaNetAdapter(GridAdapter):
             decode=partial(_decode_offsets, self.model.box_coder),
         )
 
-    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], None]:
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """`classification` and `bbox_regression`."""
-        predictions = trace.predictions
+        predictions, matches = trace.predictions, self._matches(trace, batch)
         outputs = {"cls_logits": predictions.logits, "bbox_regression": predictions.regression}
-        return self.model.compute_loss(self._targets(batch), outputs, _each_image(predictions.priors, batch)), None
+        anchors = _each_image(predictions.priors, batch)
+        losses = self.model.head.compute_loss(self._targets(batch), outputs, anchors, list(matches))
+        return losses, self._assigned(matches, batch)
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
         """By IoU; of weight 0 between the thresholds. The normaliser is the sum over images of max(positives, 1)."""
-        matches = _match(self.model.proposal_matcher, trace.predictions.priors, batch)
+        return self._assigned(self._matches(trace, batch), batch)
+
+    def _matches(self, trace: HeadTrace, batch: Batch) -> Tensor:
+        """What the library's compute_loss hands to that of its head."""
+        return _match(self.model.proposal_matcher, trace.predictions.priors, batch)
+
+    def _assigned(self, matches: Tensor, batch: Batch) -> Assignment:
         positives = (matches >= 0).sum(1).clamp(min=1).sum()
         return _assignment(matches, batch, self._num_classes, positives)
 
@@ -356,13 +348,8 @@ class FCOSAdapter(GridAdapter):
 
     @property
     def assigner(self) -> object:
-        """Radius, squares around the points, and what images are resized to."""
-        return (
-            "torchvision FCOS",
-            self.model.center_sampling_radius,
-            self.model.anchor_generator.sizes,
-            self._resizing,
-        )
+        """Radius, and squares around the points."""
+        return "torchvision FCOS", self.model.center_sampling_radius, self.model.anchor_generator.sizes
 
     def _towers(self) -> Mapping[str, Sequence[Blocks]]:
         return _shared_towers(self.model.head, len(self._levels.strides))
@@ -385,10 +372,12 @@ class FCOSAdapter(GridAdapter):
             quality=_flatten([regression_head.bbox_ctrness(x) for x in maps["reg"]], 1)[..., 0],
         )
 
-    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], None]:
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """`classification`, `bbox_regression` and `bbox_ctrness`."""
-        outputs, anchors, per_level = self._outputs(trace, batch)
-        return self.model.compute_loss(self._targets(batch), outputs, anchors, per_level), None
+        outputs, anchors, _ = self._outputs(trace, batch)
+        matches = self._matches(trace, batch)
+        losses = self.model.head.compute_loss(self._targets(batch), outputs, anchors, list(matches))
+        return losses, self._assigned(matches, batch)
 
     def _outputs(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor], list[int]]:
         """The head's outputs, each image's anchors and the number of them on each level, as the library wants them."""
@@ -404,6 +393,10 @@ class FCOSAdapter(GridAdapter):
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
         """By place and size; all weights are 1, and the normaliser is max(positives, 1)."""
+        return self._assigned(self._matches(trace, batch), batch)
+
+    def _matches(self, trace: HeadTrace, batch: Batch) -> Tensor:
+        """(N, A) what the library's compute_loss hands to that of its head."""
         _, anchors, per_level = self._outputs(trace, batch)
         # The rule has no function of its own: it is the part of compute_loss before the head computes the losses. So it
         # runs with a head that hands back the matches.
@@ -411,7 +404,10 @@ class FCOSAdapter(GridAdapter):
             center_sampling_radius=self.model.center_sampling_radius,
             head=SimpleNamespace(compute_loss=lambda targets, outputs, anchors, matches: matches),
         )
-        matches = torch.stack(cast(Any, FCOS).compute_loss(matcher, self._targets(batch), {}, anchors, per_level))
+        matches: Sequence[Tensor] = cast(Any, FCOS).compute_loss(matcher, self._targets(batch), {}, anchors, per_level)
+        return torch.stack([*matches])
+
+    def _assigned(self, matches: Tensor, batch: Batch) -> Assignment:
         return _assignment(matches, batch, self._num_classes, (matches >= 0).sum().clamp(min=1))
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
@@ -454,10 +450,15 @@ class SSDAdapter(GridAdapter):
 
     @property
     def assigner(self) -> object:
-        """Threshold, default boxes, and what images are resized to."""
+        """Threshold and default boxes."""
         generator = self.model.anchor_generator
         boxes = (repr(generator.aspect_ratios), tuple(generator.scales), generator.clip, self._strides)
-        return "torchvision SSD", _thresholds(self.model.proposal_matcher), boxes, self._resizing
+        return "torchvision SSD", _thresholds(self.model.proposal_matcher), boxes
+
+    def _layout(self, like: Batch) -> Layout:
+        """On the one canvas that it is built for: its default boxes are shares of it."""
+        width, height = self.model.transform.fixed_size
+        return Layout.fitted(like, (height, width))
 
     def _towers(self) -> Mapping[str, Sequence[Blocks]]:
         head = self.model.head
@@ -528,14 +529,10 @@ class RPNAdapter(GridAdapter):
         return 1
 
     @property
-    def _label_classes(self) -> int:
-        return int(self.model.roi_heads.box_predictor.cls_score.out_features) - 1
-
-    @property
     def _generator(self) -> nn.Module:
         return cast(nn.Module, self.model.rpn.anchor_generator)
 
-    @property
+    @cached_property
     def spec(self) -> DetectorSpec:
         """The first stage's facts."""
         spec = super().spec
@@ -543,14 +540,13 @@ class RPNAdapter(GridAdapter):
 
     @property
     def assigner(self) -> object:
-        """Thresholds, anchors, and what images are resized to."""
+        """Thresholds and anchors."""
         generator = self.model.rpn.anchor_generator
         return (
             "torchvision RPN",
             _thresholds(self.model.rpn.proposal_matcher),
             generator.sizes,
             generator.aspect_ratios,
-            self._resizing,
         )
 
     def _towers(self) -> Mapping[str, Sequence[Blocks]]:
@@ -609,12 +605,13 @@ class RPNAdapter(GridAdapter):
 class BoxOutputs:
     """What the box head said of the R real proposals, raw.
 
-    `class_logits` (R, K + 1), background first; `box_regression` (R, (K + 1) * 4). In training `labels` and `targets`
-    are those of the proposals drawn, by image, and `rpn_losses` the first stage's.
+    `class_logits` (R, K + 1), background first; `box_regression` (R, (K + 1) * 4). In training `matches`, `labels` and
+    `targets` are those of the proposals drawn, by image, and `rpn_losses` the first stage's.
     """
 
     class_logits: Tensor
     box_regression: Tensor
+    matches: list[Tensor] | None = None
     labels: list[Tensor] | None = None
     targets: list[Tensor] | None = None
     rpn_losses: Mapping[str, Tensor] | None = None
@@ -655,7 +652,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
     def _num_classes(self) -> int:
         return int(self.model.roi_heads.box_predictor.cls_score.out_features) - 1
 
-    @property
+    @cached_property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
         levels = self._levels
@@ -688,42 +685,54 @@ class FasterRCNNAdapter(TorchvisionAdapter):
 
     @property
     def assigner(self) -> object:
-        """Thresholds, and what images are resized to."""
-        return "torchvision RoI heads", _thresholds(self.model.roi_heads.proposal_matcher), self._resizing
+        """Thresholds."""
+        return "torchvision RoI heads", _thresholds(self.model.roi_heads.proposal_matcher)
 
     @property
     def first_stage(self) -> RPNAdapter:
         """The region proposal network."""
         return self._rpn
 
-    def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
+    def head(
+        self,
+        features: tuple[Tensor, ...],
+        batch: Batch,
+        priors: Priors | None = None,
+        stages: Collection[int] | None = None,
+    ) -> HeadTrace:
         """The first stage and, in training, the draw of proposals; or the `priors` given; then the box head."""
         roi_heads = self.model.roi_heads
-        labels = targets = rpn_losses = None
+        matches = labels = targets = rpn_losses = first = None
         blocks = self._blocks() if priors is None else _still(self._blocks())
+        # The pooler tells strides by the size of images, which in the library is that of their content. Where much of a
+        # canvas is another detector's padding that would be wrong.
+        shown = list(batch.sizes) if priors is None else [tuple(batch.images.shape[-2:])]
         if priors is None:
-            first = self._rpn.head(features, batch)
+            first = self._rpn.head(features, batch, stages=None if stages is None else ())
             proposals, _ = self._rpn.proposals(first, batch)
             if self.model.training and batch.boxes:
                 # In the library's order, for both losses draw at random.
                 rpn_losses, _ = self._rpn.task_losses(first, batch)
-                proposals, _, labels, targets = roi_heads.select_training_samples(proposals, self._targets(batch))
+                proposals, matches, labels, targets = roi_heads.select_training_samples(proposals, self._targets(batch))
             priors = _filled(proposals, batch)
         rows = _Rows.of(priors)
         maps = {name: x.float() for name, x in zip(self._levels.names, features, strict=True)}
         # A copy, for the pooler writes down the scales of the first maps it sees.
-        pooled = copy.copy(roi_heads.box_roi_pool)(maps, rows.boxes, list(batch.sizes))
-        states = _run(pooled, blocks, 0, F.relu)
-        class_logits, box_regression = self._outputs(states[-1])
-        outputs = BoxOutputs(class_logits[: rows.count], box_regression[: rows.count], labels, targets, rpn_losses)
-        trace = tuple({"box": (rows.spread(x),)} for x in states)
-        return HeadTrace(trace, self._predictions(class_logits, box_regression, priors, rows), outputs)
+        pooled = copy.copy(roi_heads.box_roi_pool)(maps, rows.boxes, shown)
+        walk = ({"box": (x,)} for x in _walk(pooled, blocks, 0, F.relu))
+        states, last = keep_states(walk, stages)
+        class_logits, box_regression = self._outputs(last["box"][0])
+        outputs = BoxOutputs(
+            class_logits[: rows.count], box_regression[: rows.count], matches, labels, targets, rpn_losses
+        )
+        spread = tuple({branch: tuple(map(rows.spread, x)) for branch, x in state.items()} for state in states)
+        return HeadTrace(spread, self._predictions(class_logits, box_regression, priors, rows), outputs, first)
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
         """The rest of the box head."""
         priors = trace.predictions.priors
         rows = _Rows.of(priors)
-        last = _run(rows.take(state["box"][0]), _still(self._blocks()), stage, F.relu)[-1]
+        *_, last = _walk(rows.take(state["box"][0]), _still(self._blocks()), stage, F.relu)
         return self._predictions(*self._outputs(last), priors, rows)
 
     def _outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -768,11 +777,17 @@ class FasterRCNNAdapter(TorchvisionAdapter):
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
         """By IoU, all proposals, none drawn; of weight 0 where they fill up. The normaliser is the sum of weights."""
-        priors = trace.predictions.priors
+        priors, outputs = trace.predictions.priors, cast(BoxOutputs, trace.context)
         proposals, targets = priors.boxes, self._targets(batch)
-        matches, found = self.model.roi_heads.assign_targets_to_proposals(
-            list(proposals), [t["boxes"] for t in targets], [t["labels"] for t in targets]
-        )
+        if outputs.matches is not None and outputs.labels is not None:  # the library matched what it drew
+            rows = proposals.shape[1]
+            matches, found = (
+                [F.pad(x, (0, rows - len(x))) for x in each] for each in (outputs.matches, outputs.labels)
+            )
+        else:
+            matches, found = self.model.roi_heads.assign_targets_to_proposals(
+                list(proposals), [t["boxes"] for t in targets], [t["labels"] for t in targets]
+            )
         counted = torch.stack(found)  # 0: background, -1: between thresholds
         counts = torch.tensor(_counts(priors), device=proposals.device)
         real = torch.arange(proposals.shape[1], device=proposals.device) < counts[:, None]
@@ -819,10 +834,12 @@ class _Rows:
         boxes = [image[:count] for image, count in zip(priors.boxes, run, strict=True)]
         if min(run) == longest:
             return cls(boxes, sum(counts), None, None)
-        real = torch.arange(longest) < torch.tensor(run)[:, None]
-        source = (real.flatten().cumsum(0) - 1).clamp(min=0)
+        # On the host, where the numbers are known.
+        index = torch.tensor([i * longest + j for i, count in enumerate(run) for j in range(count)])
+        real = torch.zeros(images * longest, dtype=torch.long).index_fill(0, index, 1)
+        source = (real.cumsum(0) - 1).clamp(min=0)
         device = priors.boxes.device
-        return cls(boxes, sum(counts), real.flatten().nonzero()[:, 0].to(device), source.to(device))
+        return cls(boxes, sum(counts), index.to(device), source.to(device))
 
     def take(self, x: Tensor) -> Tensor:
         """(N * P, ...) -> (R, ...)."""
@@ -864,10 +881,6 @@ def _require(head: nn.Module, *known: type[nn.Module]) -> None:
             f"{type(head).__name__} is no head of torchvision's ({' or '.join(cls.__name__ for cls in known)}), so its "
             "stages are unknown: write an adapter for it (CONTRIBUTING.md, 'Add a detector library')"
         )
-
-
-def _round_up(size: int, divisor: int) -> int:
-    return -(-size // divisor) * divisor
 
 
 def _thresholds(matcher: Any) -> tuple[float, float, bool]:
@@ -943,31 +956,30 @@ def _stages(
     )
 
 
-def _run(x: Tensor, blocks: Blocks, stage: int, activation: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def _walk(x: Tensor, blocks: Blocks, stage: int, activation: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """States of one tensor from `stage`, whose state is `x`, to the tower's end, each before the activation."""
-    states = [x]
+    yield x
     for i in range(stage, len(blocks)):
-        x = activation(states[-1]) if i else states[-1]
+        x = activation(x) if i else x
         for layer in blocks[i]:
             x = layer(x)
-        states.append(x)
-    return states
+        yield x
 
 
-def _run_towers(
+def _walk_towers(
     state: State,
     stage: int,
     towers: Mapping[str, Sequence[Blocks]],
     activation: Callable[[Tensor], Tensor],
-) -> list[State]:
-    """States of all branches and levels from `stage`, whose state is given, to the end."""
-    branches = {
-        branch: zip(
-            *(_run(x, blocks, stage, activation) for x, blocks in zip(maps, towers[branch], strict=True)), strict=True
-        )
+) -> Iterator[State]:
+    """States of all branches and levels from `stage`, whose state is given, to the end, one by one."""
+    walks = {
+        branch: [_walk(x, blocks, stage, activation) for x, blocks in zip(maps, towers[branch], strict=True)]
         for branch, maps in state.items()
     }
-    return [dict(zip(branches, states, strict=True)) for states in zip(*branches.values(), strict=True)]
+    depth = max(len(blocks) for levels in towers.values() for blocks in levels)
+    for _ in range(stage, depth + 1):
+        yield {branch: tuple(map(next, levels)) for branch, levels in walks.items()}
 
 
 def _flatten(maps: Sequence[Tensor], columns: int) -> Tensor:

@@ -18,14 +18,13 @@ they are at the start, 0.8 and 0.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
@@ -33,6 +32,7 @@ from ultralytics.nn.modules import Detect, v10Detect
 from ultralytics.utils import DEFAULT_CFG_DICT, loss, ops, tal
 from ultralytics.utils.nms import non_max_suppression
 
+from kdtoolkit.canvas import Layout, lay_out
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -47,7 +47,9 @@ from kdtoolkit.contract import (
     Stage,
     State,
     Target,
+    keep_states,
 )
+from kdtoolkit.detectors.assign import pad_targets
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import construct
 
@@ -112,7 +114,7 @@ class UltralyticsAdapter(DetectorAdapter):
     def _is_double(self) -> bool:
         return getattr(self._head, "one2one_cv2", None) is not None
 
-    @property
+    @cached_property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
         towers = self._towers
@@ -136,27 +138,16 @@ class UltralyticsAdapter(DetectorAdapter):
             capabilities=_CAPABILITIES | ({Capability.DISTRIBUTIONS} if bins else frozenset()),
         )
 
-    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+    def prepare(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
+    ) -> Batch:
         """Pad with grey to a multiple of the coarsest stride, at least of 32. Neither resizes nor normalises.
 
         The library puts images in the middle of the canvas; here they stay at its top left.
         """
-        for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-                raise KDError(
-                    f"image {i} of the batch is {tuple(image.shape)} {image.dtype}; expected (3, H, W) floats in [0, 1]"
-                )
-        sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
         multiple = max(32, *self._strides)
-        padded = tuple((_round_up(height, multiple), _round_up(width, multiple)) for height, width in sizes)
-        height, width = max(h for h, _ in padded), max(w for _, w in padded)
-        canvas = torch.stack(
-            [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]), value=GREY) for image in images]
-        )
-        if targets is None:
-            return Batch(canvas, sizes, padded, sizes)
-        boxes = tuple(target["boxes"].float().reshape(-1, 4) for target in targets)
-        return Batch(canvas, sizes, padded, sizes, boxes, tuple(target["labels"].long() for target in targets))
+        layout = Layout.padded(images, multiple) if like is None else Layout.of(like, multiple)
+        return lay_out(images, targets, layout, fill=GREY)
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Backbone and neck: the maps that enter the Detect head."""
@@ -168,14 +159,20 @@ class UltralyticsAdapter(DetectorAdapter):
             outputs.append(x if layer.i in self.model.save else None)
         return tuple(_inputs(head, x, outputs))
 
-    def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
-        """Towers and predictors."""
-        *states, outputs = _run(self._towers, dict.fromkeys(self._towers, features))
-        return HeadTrace(tuple(states), self._predictions(outputs))
+    def head(
+        self,
+        features: tuple[Tensor, ...],
+        batch: Batch,
+        priors: Priors | None = None,
+        stages: Collection[int] | None = None,
+    ) -> HeadTrace:
+        """Towers and predictors. The context is the features, which the one-to-one towers take as well."""
+        states, outputs = keep_states(_walk(self._towers, dict.fromkeys(self._towers, features)), stages)
+        return HeadTrace(states[:-1], self._predictions(outputs), context=features)
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
         """The rest of towers and predictors; `trace` is not needed."""
-        return self._predictions(_run(self._towers, state, stage)[-1])
+        return self._predictions(_outputs(self._towers, state, stage))
 
     def _predictions(self, outputs: State) -> Predictions:
         """Predictions of what the towers gave out: maps (N, K, H, W) and (N, 4 * B, H, W)."""
@@ -189,11 +186,11 @@ class UltralyticsAdapter(DetectorAdapter):
 
     def _one_to_one(self, trace: HeadTrace) -> Predictions:
         """What the one-to-one towers say of the trace's features."""
-        features: tuple[Tensor, ...] = trace.states[0]["reg"]
+        features = cast(tuple[Tensor, ...], trace.context)
         if self._head.training:  # as the library has it: these towers must not disturb what the others need
             features = tuple(level.detach() for level in features)
         towers: Towers = {"cls": self._head.one2one_cv3, "reg": self._head.one2one_cv2}
-        return self._predictions(_run(towers, dict.fromkeys(towers, features))[-1])
+        return self._predictions(_outputs(towers, dict.fromkeys(towers, features)))
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """Terms `box`, `cls` and `dfl` (`l1` where sides are no distributions), times the batch size, like the library.
@@ -205,35 +202,60 @@ class UltralyticsAdapter(DetectorAdapter):
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
         """The task-aligned assignment. It goes by predictions, so no two detectors assign alike."""
-        return self._criticise(trace.predictions, None, batch)[1]
+        predictions = trace.predictions
+        priors, (boxes, labels, real) = predictions.priors, pad_targets(batch.boxes, batch.labels)
+        with torch.autocast(boxes.device.type, enabled=False):
+            found = self._assigner(
+                predictions.probabilities.detach(),
+                _corners(predictions.regression.detach(), priors),
+                priors.boxes[:, :2],
+                labels[..., None].float(),
+                boxes,
+                real[..., None].float(),
+            )
+        return self._assignment(found)
 
-    def _criticise(
-        self, predictions: Predictions, one_to_one: Predictions | None, batch: Batch
-    ) -> tuple[dict[str, Tensor], Assignment]:
-        """The library's losses in float32, and the assignment that those of `predictions` went by."""
-        model, device = self.model, predictions.logits.device
+    @cached_property
+    def _assigner(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The library's assigner of the towers that answer with many predictions an object."""
+        return cast(Callable[..., tuple[Tensor, ...]], self._criteria(double=False)[1].assigner)
+
+    def _criteria(self, *, double: bool) -> tuple[Any, Any]:
+        """The library's criterion, and its part for towers that answer with many predictions an object."""
+        model = self.model
         settings = SimpleNamespace(
             args=_hyperparameters(model),
             model=model.model,
             parameters=model.parameters,
             class_weights=getattr(model, "class_weights", None),
         )
-        criterion: Any = _loss.v8DetectionLoss(settings) if one_to_one is None else _loss.E2ELoss(settings)
-        first = criterion if one_to_one is None else criterion.one2many
+        criterion: Any = _loss.E2ELoss(settings) if double else _loss.v8DetectionLoss(settings)
+        return criterion, criterion.one2many if double else criterion
+
+    def _criticise(
+        self, predictions: Predictions, one_to_one: Predictions | None, batch: Batch
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """The library's losses in float32, and the assignment that those of `predictions` went by."""
+        device = predictions.logits.device
+        criterion, first = self._criteria(double=one_to_one is not None)
         kept = first.assigner = _Kept(first.assigner)
         raw = _as_raw(predictions)
         with torch.autocast(device.type, enabled=False):
             losses, named = criterion(
                 raw if one_to_one is None else {"one2many": raw, "one2one": _as_raw(one_to_one)}, _as_targets(batch)
             )
-        labels, boxes, scores, positive, _ = kept.result
-        assignment = Assignment(
+        terms = {name.removesuffix("_loss"): value for name, value in zip(named, losses, strict=True)}
+        return terms, self._assignment(kept.result)
+
+    def _assignment(self, found: tuple[Tensor, ...]) -> Assignment:
+        """From what the library's assigner gives."""
+        labels, boxes, scores, positive, _ = found
+        return Assignment(
             labels=labels.long().where(positive, self._head.nc),
             boxes=boxes,
             weights=torch.ones_like(positive, dtype=torch.float32),
             normaliser=scores.sum().clamp(min=1),
         )
-        return {name.removesuffix("_loss"): value for name, value in zip(named, losses, strict=True)}, assignment
 
     @torch.no_grad()
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
@@ -284,16 +306,21 @@ def _inputs(layer: Any, last: Any, outputs: Sequence[Any]) -> Any:
     return [last if i == -1 else outputs[i] for i in layer.f]
 
 
-def _run(towers: Towers, state: State, stage: int = 0) -> list[State]:
-    """States from `stage`, whose state is given, to the end, and what the predictors give out."""
-    states = [state]
+def _walk(towers: Towers, state: State, stage: int = 0) -> Iterator[State]:
+    """States from `stage`, whose state is given, to the end, one by one; last what the predictors give out."""
+    yield state
     for i in range(stage, len(towers["cls"][0])):
         state = {
             branch: tuple(tower[i](level) for tower, level in zip(levels, state[branch], strict=True))
             for branch, levels in towers.items()
         }
-        states.append(state)
-    return states
+        yield state
+
+
+def _outputs(towers: Towers, state: State, stage: int = 0) -> State:
+    """What the predictors give out, from the state at `stage`."""
+    _, outputs = keep_states(_walk(towers, state, stage), ())
+    return outputs
 
 
 def _flatten(maps: Sequence[Tensor]) -> Tensor:
@@ -361,10 +388,6 @@ def _name(model: Any) -> str:
     """The name of the YAML that a model was built from."""
     stem = str(model.yaml.get("yaml_file", "")).replace("\\", "/").rpartition("/")[2].rpartition(".")[0]
     return stem or type(model).__name__
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 ADAPTERS: tuple[type[DetectorAdapter], ...] = (UltralyticsAdapter,)

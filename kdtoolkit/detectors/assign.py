@@ -19,9 +19,10 @@ from kdtoolkit.contract import Assignment, Batch, Priors
 def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Stack ground truth: boxes (N, G, 4), labels (N, G), and which of them are real (N, G) bool; G is at least 1."""
     device = boxes[0].device
-    counts = torch.tensor([len(image) for image in boxes], device=device)
+    lengths = [len(image) for image in boxes]
+    counts = torch.tensor(lengths, device=device)
     # One box that is not real beyond the longest list, so that no batch has G = 0 and maxima over G always exist.
-    sentinel = torch.zeros(int(counts.max()) + 1, 4, device=device)
+    sentinel = torch.zeros(max(lengths) + 1, 4, device=device)
     padded = pad_sequence([*boxes, sentinel], batch_first=True)[:-1]
     padded_labels = pad_sequence([*labels, sentinel[:, 0].long()], batch_first=True)[:-1]
     real = torch.arange(padded.shape[1], device=device) < counts[:, None]

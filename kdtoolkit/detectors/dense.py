@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import ClassVar, Literal, cast
 
@@ -19,6 +19,7 @@ from torchvision.ops import FeaturePyramidNetwork, batched_nms
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from kdtoolkit.boxes import clip
+from kdtoolkit.canvas import Layout, lay_out
 from kdtoolkit.contract import Assignment, Batch, Detections, Predictions, PriorKind, Priors, State, Target
 from kdtoolkit.detectors.backbone import build_backbone, without_autocast
 from kdtoolkit.errors import KDError
@@ -216,40 +217,30 @@ class DenseDetector(nn.Module, ABC):
         """Losses in training mode, detections in eval mode."""
         if self.training and targets is None:
             raise KDError("a detector in training mode needs targets; call model.eval() to detect")
+        if targets is not None:
+            self._check_labels(torch.cat([target["labels"] for target in targets]))
         batch = self.prepare(images, targets)
         predictions = self.predict(self.run_towers(self.entry(self.features(batch.images)))[-1])
         if self.training:
             return self.losses(predictions, self.assign(predictions, batch))
         return self.postprocess(predictions, batch)
 
-    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
-        """Normalise images (3, H, W) in [0, 1], and pad them at the right and bottom to one canvas."""
-        for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-                raise KDError(
-                    f"image {i} of the batch is {tuple(image.shape)} {image.dtype}; expected (3, H, W) floats in [0, 1]"
-                )
-        sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
-        padded = tuple((_round_up(height), _round_up(width)) for height, width in sizes)
-        canvas = max(height for height, _ in padded), max(width for _, width in padded)
-        if set(sizes) == {canvas}:
-            stacked = torch.stack([*images])
-        else:
-            stacked = self.image_mean.expand(len(images), 3, *canvas).clone()  # 0 when normalised
-            for i, (image, (height, width)) in enumerate(zip(images, sizes, strict=True)):
-                stacked[i, :, :height, :width] = image
-        normalised = stacked.sub_(self.image_mean).div_(self.image_std)
-        if targets is None:
-            return Batch(normalised, sizes, padded, sizes)
-        boxes = tuple(target["boxes"].float().reshape(-1, 4) for target in targets)
-        labels = tuple(target["labels"].long() for target in targets)
-        every = torch.cat(labels)
-        if len(every) and not 0 <= int(every.min()) <= int(every.max()) < self.num_classes:
+    def prepare(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
+    ) -> Batch:
+        """Normalise images (3, H, W) in [0, 1], and pad them at the right and bottom to one canvas.
+
+        With `like` they are scaled to the sizes of that batch, and lie on its canvas, padded further if need be.
+        """
+        layout = Layout.padded(images, PADDING) if like is None else Layout.of(like, PADDING)
+        return lay_out(images, targets, layout, mean=self.image_mean, std=self.image_std)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise KDError(
-                f"targets have labels {int(every.min())} to {int(every.max())}; "
+                f"targets have labels {int(labels.min())} to {int(labels.max())}; "
                 f"this detector's {self.num_classes} classes are 0 to {self.num_classes - 1}"
             )
-        return Batch(normalised, sizes, padded, sizes, boxes, labels)
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
         """Pyramid levels (N, C, H, W), finest first, of normalised images (N, 3, H, W)."""
@@ -261,19 +252,22 @@ class DenseDetector(nn.Module, ABC):
         return dict.fromkeys(self.towers, features)
 
     def run_towers(self, state: State, stage: int = 0) -> list[State]:
-        """Hidden states from `stage`, whose state is given, to the end.
+        """Hidden states from `stage`, whose state is given, to the end: all that `walk_towers` comes by."""
+        return [*self.walk_towers(state, stage)]
+
+    def walk_towers(self, state: State, stage: int = 0) -> Iterator[State]:
+        """Hidden states from `stage`, whose state is given, to the end, one after the other.
 
         States are taken before the activation, which is applied on entry to the next block.
         """
-        states = [state]
+        yield state
         for i in range(stage, self.head_blocks):
             activation = self.activation(i)
             state = {
                 branch: tuple(tower[i](activation(level)) for level in state[branch])  # type: ignore[index]
                 for branch, tower in self.towers.items()
             }
-            states.append(state)
-        return states
+            yield state
 
     def activation(self, stage: int) -> Callable[[Tensor], Tensor]:
         """What stands between the state at `stage` and the next layer."""
@@ -403,7 +397,3 @@ def _identity(x: Tensor) -> Tensor:
 
 def _logit(probability: float) -> float:
     return math.log(probability / (1 - probability))
-
-
-def _round_up(size: int) -> int:
-    return -(-size // PADDING) * PADDING

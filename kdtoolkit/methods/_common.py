@@ -120,16 +120,6 @@ def at_levels(predictions: Predictions, levels: Sequence[int]) -> Predictions:
     )
 
 
-def assignment_at_rows(assignment: Assignment, rows: Tensor) -> Assignment:
-    """The assignment of some priors; the normaliser stays that of all."""
-    return replace(
-        assignment,
-        labels=assignment.labels[:, rows],
-        boxes=assignment.boxes[:, rows],
-        weights=assignment.weights[:, rows],
-    )
-
-
 class Projection(nn.Conv2d):
     """A learned 1x1 convolution of maps (N, C, H, W), in float32 also under autocast."""
 

@@ -120,7 +120,7 @@ class CrossKD(Method):
     vanishing = ("cls", "box", "proposal_cls", "proposal_box")
     paper = "arXiv 2306.11369 (CVPR 2024)"
     project: nn.ModuleDict
-    stages: tuple[int, int]
+    joints: tuple[int, int]
 
     def __init__(
         self,
@@ -181,8 +181,9 @@ class CrossKD(Method):
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         """Project each branch's channels where they differ."""
-        self.stages = self._index(student), self._index(teacher)
-        ours, theirs = student.stages[self.stages[0]], teacher.stages[self.stages[1]]
+        self.joints = self._index(student), self._index(teacher)
+        self.stages = None if self.proposal_weight else self.joints  # proposal networks have states besides
+        ours, theirs = student.stages[self.joints[0]], teacher.stages[self.joints[1]]
         # Proposals and queries have one tensor a branch.
         self.levels = shared_levels(student, teacher) if teacher.priors.on_grid else [(0, 0)]
         self.all_levels = len(self.levels) == (len(teacher.strides) if teacher.priors.on_grid else 1)
@@ -201,13 +202,13 @@ class CrossKD(Method):
 
     def cross(self, pair: Matched) -> Predictions:
         """Cross-head predictions: the teacher's head, finishing from the student's state."""
-        states = pair.student.states[self.stages[0]], pair.teacher.states[self.stages[1]]
+        states = pair.student.states[self.joints[0]], pair.teacher.states[self.joints[1]]
         student, teacher = (
             state if act is None else {branch: tuple(map(act, maps)) for branch, maps in state.items()}
             for state, act in zip(states, self.activations, strict=True)
         )
         project = cast(dict[str, nn.ModuleList], dict(self.project.items()))
-        return pair.finish_with_teacher(cross_state(student, teacher, project, self.levels), self.stages[1])
+        return pair.finish_with_teacher(cross_state(student, teacher, project, self.levels), self.joints[1])
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`cls`, `box` and, where the teacher judges quality, `quality`; those of weight 0 are left out.

@@ -93,7 +93,8 @@ class CWD(Method):
         student: Sequence[Tensor] = exchange.student.features
         teacher: Sequence[Tensor] = exchange.teacher.features
         if self.on == "logits":
-            student, teacher = (logit_maps(v.head.predictions) for v in (exchange.student, exchange.teacher))
+            pair = exchange.matched()
+            student, teacher = logit_maps(pair.student.predictions), logit_maps(pair.teacher.predictions)
         losses = [
             cwd_loss(resize_like(align(student[s]), teacher[t]), teacher[t], self.temperature)
             for (s, t), align in zip(self.levels, self.align, strict=True)

@@ -113,13 +113,11 @@ class FitNet(Method):
             region = fine_grained_region(priors.boxes, batch.boxes, on_image(priors, batch))
         strides = exchange.student.adapter.spec.strides
         levels = zip(torch.split(region, list(priors.per_level), 1), priors.grid, strides, strict=True)
-        cells = [
+        return [
             level.view(len(region), height, width, -1).any(-1)
             for level, (height, width), stride in levels
             if stride in exchange.student.spec.strides
         ]
-        # Features may have been cut to what both detectors show.
-        return [x[:, : f.shape[2], : f.shape[3]] for x, f in zip(cells, exchange.student.features, strict=True)]
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`feature`: the weighted loss, summed over levels."""

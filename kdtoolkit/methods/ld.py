@@ -11,6 +11,7 @@ region follows that code rather than the paper: see `valuable_region`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from kdtoolkit import processes
 from kdtoolkit.boxes import centres, pairwise_iou
 from kdtoolkit.contract import Assignment, Capability, DetectorSpec, Exchange, Method, Predictions, PriorKind
 from kdtoolkit.methods._common import (
-    assignment_at_rows,
     at_levels,
     check_grids,
     distribution_kl,
@@ -190,9 +190,11 @@ class LD(Method):
             return student, teacher, assignment, None
         if specs[0].strides != specs[1].strides:
             levels = shared_levels(*specs)
-            assignment = assignment_at_rows(assignment, rows_of_levels(student.priors, [s for s, _ in levels]))
+            assignment = assignment.at_rows(rows_of_levels(student.priors, [s for s, _ in levels]))
             student, teacher = at_levels(student, [s for s, _ in levels]), at_levels(teacher, [t for _, t in levels])
         check_grids("LD", student, teacher)
+        if specs[0].bins == specs[1].bins and student.priors.boxes is teacher.priors.boxes:
+            return student, teacher, assignment, None
         between = centres(student.priors.boxes[:1]) - centres(teacher.priors.boxes[:1])
         x, y = (between[0] / student.priors.strides[0]).tolist()
         if specs[0].bins == specs[1].bins and x == y == 0:
@@ -206,7 +208,7 @@ class LD(Method):
         Raises IncompatibleError where the two detectors bring the batch to other sizes.
         """
         student, teacher, assignment, matching = self._corresponding(exchange)
-        positive = assignment.positive(exchange.student.spec.num_classes)
+        positive = assignment.positive(exchange.student.spec.num_classes).nonzero(as_tuple=True)
         divergence = side_divergence(
             student.regression[positive], teacher.regression[positive], self.temperature, matching
         )
@@ -222,7 +224,7 @@ class LD(Method):
             region = torch.cat(
                 [valuable_region(anchors, [own], real[None], student.priors.per_level) for own, real in images]
             )
-            inside = region > 0
+            inside = (region > 0).nonzero(as_tuple=True)
             divergence = side_divergence(
                 student.regression[inside], teacher.regression[inside], self.temperature, matching
             )
@@ -230,10 +232,10 @@ class LD(Method):
             terms["valuable"] = self.valuable_weight * (region[inside] * divergence).sum() * processes.count() / 4
         if self.cls_weight:
             # Each positive weighs 1 / (positives of its level), and a level without any has none.
-            per_level = torch.tensor(student.priors.per_level, device=positive.device)
-            level = torch.arange(len(per_level), device=positive.device).repeat_interleave(per_level)
-            level = level.expand_as(positive)[positive]
-            share = 1 / processes.share(level.bincount(minlength=len(per_level)), at_least=1)
+            ends = torch.tensor([*accumulate(student.priors.per_level)], device=positive[1].device)
+            level = torch.searchsorted(ends, positive[1], right=True)
+            counts = torch.zeros_like(ends).index_add(0, level, torch.ones_like(level))
+            share = 1 / processes.share(counts, at_least=1)
             kl = distribution_kl(student.logits[positive], teacher.logits[positive], self.cls_temperature)
             terms["cls"] = self.cls_weight * (kl * share[level]).sum() / student.logits.shape[-1]
         return terms

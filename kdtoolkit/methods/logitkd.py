@@ -118,12 +118,13 @@ class LogitKD(Method):
         counts = assignment.weights > 0
         if spec.activation == "sigmoid":
             counts = counts & assignment.positive(spec.num_classes)
-        student, teacher = pair.student.predictions.logits[counts], pair.teacher.predictions.logits[counts]
+        chosen = counts.nonzero(as_tuple=True)
+        student, teacher = pair.student.predictions.logits[chosen], pair.teacher.predictions.logits[chosen]
         rows = processes.share(counts.sum(), at_least=1)
         if self.kind == "dist" and len(student):
             loss = dist_loss(student, teacher, self.temperature)
         elif self.kind == "dkd":
-            target, others = decoupled_kl(student, teacher, assignment.labels[counts], self.temperature)
+            target, others = decoupled_kl(student, teacher, assignment.labels[chosen], self.temperature)
             loss = (self.target_weight * target + self.others_weight * others).sum() / rows
         else:
             loss = distribution_kl(student, teacher, self.temperature).sum() / rows

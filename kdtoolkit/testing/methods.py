@@ -145,13 +145,13 @@ class _Recorder(Method):
         self.seen: list[tuple[str, Tensor, int]] = []
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        for role, view in (("student", exchange.student), ("teacher", exchange.teacher)):
-            shown = [("features", x) for x in view.features]
-            if view.trace is not None:
-                predictions = view.trace.predictions
-                shown += [("logits", predictions.logits), ("regression", predictions.regression)]
-                shown += [("states", x) for state in view.trace.states for each in state.values() for x in each]
-            self.seen += [(f"the {role}'s {name}", x, x._version) for name, x in shown]
+        shown = [(role, "features", x) for role in ("student", "teacher") for x in getattr(exchange, role).features]
+        if self.needs != {Capability.FEATURES}:
+            pair = exchange.matched()
+            for role, trace in (("student", pair.student), ("teacher", pair.teacher)):
+                shown += [(role, name, getattr(trace.predictions, name)) for name in ("logits", "regression")]
+                shown += [(role, "states", x) for state in trace.states for each in state.values() for x in each]
+        self.seen += [(f"the {role}'s {name}", x, x._version) for role, name, x in shown]
         return {}
 
 

@@ -230,4 +230,4 @@ def test_wrong_input_is_explained(batch):
         model.prepare([(images[0] * 255).byte()])
     counted_from_one = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in targets]
     with pytest.raises(KDError, match="labels 1 to 3; this detector's 3 classes are 0 to 2"):
-        model.prepare(images, counted_from_one)
+        model(images, counted_from_one)

@@ -57,7 +57,7 @@ class QueryAdapter(DetectorAdapter):
     def matches(cls, model):
         return isinstance(model, TinyQueries)
 
-    def prepare(self, images, targets=None):
+    def prepare(self, images, targets=None, like=None):
         sizes = tuple(tuple(image.shape[1:]) for image in images)
         canvas = images[0].new_zeros(len(images), 3, 64, 64)
         for canvas_image, image in zip(canvas, images, strict=True):
@@ -68,7 +68,7 @@ class QueryAdapter(DetectorAdapter):
     def features(self, batch):
         return (self.model.backbone(batch.images),)
 
-    def head(self, features, batch, priors=None):
+    def head(self, features, batch, priors=None, stages=None):
         n = len(batch.sizes)
         if priors is None:
             queries = self.model.queries.expand(n, -1, -1)
@@ -110,7 +110,7 @@ def step(student, teacher, method=None, batches=(BATCH, BATCH)):
     views = []
     for head, each in zip((student, teacher), batches, strict=True):
         trace = HeadTrace((), head)
-        adapter = SimpleNamespace(spec=QUERIES, head=lambda features, batch, priors, trace=trace: trace)
+        adapter = SimpleNamespace(spec=QUERIES, head=lambda *_, trace=trace: trace)
         views.append(View(adapter, each, (), trace))
     return (method or KDDETR())(Exchange(*views))
 

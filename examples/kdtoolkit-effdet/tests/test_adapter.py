@@ -216,6 +216,17 @@ def test_sizes_whose_levels_are_no_pyramid_are_refused(size):
         adapt(EfficientDet(_config(image_size=size), pretrained_backbone=False))
 
 
+def test_a_students_canvas_is_scaled_as_a_whole(model):
+    student = adapt(_native(GFL)).prepare(_images((100, 200), (60, 80)), TARGETS)
+    batch = adapt(model).prepare(_images((100, 200), (60, 80)), TARGETS, like=student)
+    assert student.images.shape[-2:] == (128, 224)
+    assert batch.images.shape[-2:] == (128, 128)
+    assert batch.sizes == ((57, 114), (34, 46))
+    for ours, theirs, size, other in zip(batch.boxes, student.boxes, batch.sizes, student.sizes, strict=True):
+        factors = torch.tensor([size[1] / other[1], size[0] / other[0]] * 2)
+        torch.testing.assert_close(ours, theirs * factors)
+
+
 def test_images_of_bytes_are_refused(model):
     with pytest.raises(KDError, match=r"image 0 .*uint8"):
         adapt(model).prepare([torch.zeros(3, 8, 8, dtype=torch.uint8)])

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import image_transforms
 
+from kdtoolkit.canvas import Layout, lay_out
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -124,31 +127,19 @@ class TransformersAdapter(DetectorAdapter):
             capabilities=_CAPABILITIES,
         )
 
-    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+    def prepare(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
+    ) -> Batch:
         """Normalise, and pad at the right and bottom to the largest size, a multiple of `size_divisor`. No resizing.
 
         Raises KDError for images that are not (3, H, W) floats.
         """
-        for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-                raise KDError(
-                    f"image {i} of the batch is {tuple(image.shape)} {image.dtype}; expected (3, H, W) floats in [0, 1]"
-                )
-        sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
-        padded = tuple((self._round_up(height), self._round_up(width)) for height, width in sizes)
-        canvas = max(height for height, _ in padded), max(width for _, width in padded)
-        stacked = images[0].new_zeros(len(images), 3, *canvas)  # 0 is the mean
-        mean, std = (images[0].new_tensor(value)[:, None, None] for value in (self.image_mean, self.image_std))
-        for i, (image, (height, width)) in enumerate(zip(images, sizes, strict=True)):
-            stacked[i, :, :height, :width] = (image - mean) / std
-        if targets is None:
-            return Batch(stacked, sizes, padded, sizes)
-        boxes = tuple(target["boxes"].float().reshape(-1, 4) for target in targets)
-        labels = tuple(target["labels"].long() for target in targets)
-        return Batch(stacked, sizes, padded, sizes, boxes, labels)
+        layout = Layout.padded(images, self.size_divisor) if like is None else Layout.of(like, self.size_divisor)
+        return self.lay_out(images, targets, layout)
 
-    def _round_up(self, size: int) -> int:
-        return -(-size // self.size_divisor) * self.size_divisor
+    def lay_out(self, images: Sequence[Tensor], targets: Sequence[Target] | None, layout: Layout) -> Batch:
+        """The images normalised, where the layout has them; padding is 0, the mean."""
+        return lay_out(images, targets, layout, mean=self.image_mean, std=self.image_std)
 
     def scale(self, batch: Batch) -> Tensor:
         """(N, 4): pixels (width, height, width, height) that boxes in [0, 1] are relative to, an image."""
@@ -183,12 +174,15 @@ class TransformersAdapter(DetectorAdapter):
         The other detector's may be relative to something else: an image's content, a canvas with other padding.
         """
         queries, scale = queries_of(priors), self.scale(batch)[:, None]
-        if queries.references is None or torch.equal(self.priors(queries, batch).boxes, priors.boxes):
+        if queries.references is None:
             return queries
+        # Where both are relative to the same, to the bit: chosen box by box, for a question would make a GPU wait.
+        same = (self.priors(queries, batch).boxes == priors.boxes).all(-1, keepdim=True)
         if queries.references.shape[-1] == 2:
-            return replace(queries, references=priors.boxes[..., :2] / scale[..., :2])
-        boxes: Tensor = _transforms.corners_to_center_format(priors.boxes) / scale
-        return replace(queries, references=boxes)
+            moved = priors.boxes[..., :2] / scale[..., :2]
+        else:
+            moved = _transforms.corners_to_center_format(priors.boxes) / scale
+        return replace(queries, references=torch.where(same, queries.references, moved))
 
     def predictions(self, logits: Tensor, boxes: Tensor, priors: Priors, batch: Batch) -> Predictions:
         """Predictions from the library's `logits` (N, Q, K) or (N, Q, K + 1) and `pred_boxes` (N, Q, 4)."""
@@ -204,18 +198,50 @@ class TransformersAdapter(DetectorAdapter):
         """The library's matcher, as its loss builds it: takes outputs and labels, gives pairs of indices an image."""
         raise NotImplementedError
 
+    def criticise(
+        self,
+        batch: Batch,
+        loss: Callable[[list[dict[str, Tensor]]], tuple[Any, Mapping[str, Tensor], Any]],
+        queries: int,
+    ) -> tuple[Mapping[str, Tensor], Assignment]:
+        """The terms of the library's `loss` function, given labels, and the matching of the last layer that it made.
+
+        `queries` is the number of those that detect, the first ones.
+        """
+        labels = self.library_labels(batch)
+        matchings: list[Any] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if len(args) > 1 and args[1] is labels:  # a matcher, or last the whole criterion
+                matchings.append(output)
+
+        # The library builds its criterion inside the function: this looks on, and changes nothing.
+        with register_module_forward_hook(keep):
+            _, terms, _ = loss(labels)
+        return terms, self._assignment(matchings[0], queries, batch)
+
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
         """The library's one-to-one matching of the last layer's predictions; the normaliser is the count of boxes."""
-        predictions, num_classes = trace.predictions, self.model.config.num_labels
+        predictions = trace.predictions
         outputs = {"logits": predictions.logits.detach(), "pred_boxes": predictions.regression.detach()}
         indices = self.matcher()(outputs, self.library_labels(batch))
-        labels = torch.full(predictions.logits.shape[:2], num_classes, device=predictions.logits.device)
-        boxes = torch.zeros_like(outputs["pred_boxes"])
-        for i, (queries, objects) in enumerate(indices):
-            labels[i, queries] = batch.labels[i][objects]
-            boxes[i, queries] = batch.boxes[i][objects]
-        count = max(1, sum(map(len, batch.labels)))
-        return Assignment(labels, boxes, torch.ones_like(boxes[..., 0]), boxes.new_tensor(float(count)))
+        return self._assignment(indices, predictions.logits.shape[1], batch)
+
+    def _assignment(self, indices: Sequence[tuple[Tensor, Tensor]], queries: int, batch: Batch) -> Assignment:
+        """From the matcher's pairs (query, box) of each image, which lie on the host."""
+        images, count = len(batch.labels), sum(map(len, batch.labels))
+        device, starts = batch.images.device, accumulate(map(len, batch.labels), initial=0)
+        found = [
+            torch.stack([query + i * queries, box + start])[:, query < queries]
+            for i, ((query, box), start) in enumerate(zip(indices, starts, strict=False))
+        ]
+        rows, chosen = torch.cat(found, 1).to(device, non_blocking=True)
+        labels = torch.full((images * queries,), self.model.config.num_labels, device=device)
+        boxes = torch.zeros(images * queries, 4, device=device)
+        labels[rows], boxes[rows] = torch.cat(batch.labels)[chosen], torch.cat(batch.boxes)[chosen]
+        weights = torch.ones(images, queries, device=device)
+        normaliser = torch.full((), float(max(1, count)), device=device)
+        return Assignment(labels.view(images, queries), boxes.view(images, queries, 4), weights, normaliser)
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """The library's own postprocessing, with no score threshold, by falling score."""

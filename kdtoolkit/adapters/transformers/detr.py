@@ -7,9 +7,9 @@ the same submodules, called in the same order, so that predictions, losses and d
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -55,6 +55,7 @@ from kdtoolkit.contract import (
     Predictions,
     Priors,
     State,
+    keep_states,
 )
 
 # Without types in the library.
@@ -80,10 +81,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Pass:
-    """The context of a trace: the memory, and the references (N, Q, 2 or 4) that entered each layer, None if none."""
+    """The context of a trace: the memory, and the references (N, Q, 2 or 4) that entered each layer, None if none.
+
+    `states` are the hidden ones (N, Q, C) of all stages, of which the losses of inner layers are made; `attend` is the
+    mask of cross-attention as the library prepares it, which makes a GPU's host wait.
+    """
 
     memory: Memory
     references: tuple[Tensor | None, ...]
+    states: tuple[Tensor, ...]
+    attend: Tensor | None
 
 
 class _DetrKin(TransformersAdapter):
@@ -132,29 +139,42 @@ class _DetrKin(TransformersAdapter):
         """The norm between an inner layer and the heads, for auxiliary losses."""
         return hidden
 
-    def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
+    def head(
+        self,
+        features: tuple[Tensor, ...],
+        batch: Batch,
+        priors: Priors | None = None,
+        stages: Collection[int] | None = None,
+    ) -> HeadTrace:
         """Decode the own queries, or those of `priors`."""
         memory = self.memory(features, batch)
         queries = self.queries(memory) if priors is None else self.given_queries(priors, batch)
-        states, references = self._decode(queries.content, 0, queries.references, queries, memory)
+        attend = self.attention_mask(queries, memory)
+        states, references = self._decode(queries.content, 0, queries.references, queries, memory, attend)
         logits, boxes = self._predict(states[-1], references[-1])
         predictions = self.predictions(logits, boxes, self.priors(queries, batch), batch)
-        return HeadTrace(tuple(map(to_state, states)), predictions, Pass(memory, tuple(references)))
+        kept, _ = keep_states(map(to_state, states), stages)
+        return HeadTrace(kept, predictions, Pass(memory, tuple(references), tuple(states), attend))
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
         """The layers after `stage`, on the memory of `trace`, from the references that entered there."""
         past: Any = trace.context
         reference = past.references[min(stage, len(past.references) - 1)]
         queries = queries_of(trace.predictions.priors)
-        states, references = self._decode(from_state(state), stage, reference, queries, past.memory)
+        states, references = self._decode(from_state(state), stage, reference, queries, past.memory, past.attend)
         logits, boxes = self._predict(states[-1], references[-1])
         return replace(trace.predictions, logits=logits.float(), regression=boxes.float())
 
     def _decode(
-        self, hidden: Tensor, start: int, reference: Tensor | None, queries: Queries, memory: Memory
+        self,
+        hidden: Tensor,
+        start: int,
+        reference: Tensor | None,
+        queries: Queries,
+        memory: Memory,
+        attend: Tensor | None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """The states from stage `start` on, and the references that entered each layer from there on (one at least)."""
-        attend = self.attention_mask(queries, memory)
         states, references = [hidden], [reference]
         for i in range(start, len(self.model.model.decoder.layers)):
             if i > start:
@@ -165,7 +185,7 @@ class _DetrKin(TransformersAdapter):
     def _predict(self, hidden: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.judge(len(self.model.model.decoder.layers) - 1, self.last_norm(hidden), reference)
 
-    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment | None]:
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """The library's terms with its weights, those of inner layers too if the config has `auxiliary_loss`."""
         config, predictions = self.model.config, trace.predictions
         logits, boxes = None, None
@@ -173,23 +193,26 @@ class _DetrKin(TransformersAdapter):
             inner = self._inner_layers(trace)
             logits = torch.stack([*(each for each, _ in inner), predictions.logits])
             boxes = torch.stack([*(each for _, each in inner), predictions.regression])
-        labels, device = self.library_labels(batch), predictions.logits.device
-        _, losses, _ = self.model.loss_function(
-            predictions.logits, labels, device, predictions.regression, config, logits, boxes
+        device = predictions.logits.device
+        losses, assignment = self.criticise(
+            batch,
+            lambda labels: self.model.loss_function(
+                predictions.logits, labels, device, predictions.regression, config, logits, boxes
+            ),
+            predictions.logits.shape[1],
         )
         weights = {
             "loss_ce": 1.0,
             "loss_bbox": config.bbox_loss_coefficient,
             "loss_giou": config.giou_loss_coefficient,
         }
-        return weighted(losses, weights), None
+        return weighted(losses, weights), assignment
 
     def _inner_layers(self, trace: HeadTrace) -> list[tuple[Tensor, Tensor]]:
         """Logits and boxes after each layer but the last, in float32."""
         past: Any = trace.context
         judged = [
-            self.judge(i, self.auxiliary_norm(from_state(state)), past.references[i])
-            for i, state in enumerate(trace.states[1:-1])
+            self.judge(i, self.auxiliary_norm(state), past.references[i]) for i, state in enumerate(past.states[1:-1])
         ]
         return [(logits.float(), boxes.float()) for logits, boxes in judged]
 
@@ -214,7 +237,7 @@ class DetrAdapter(_DetrKin):
         """A narrow and shallow DETR."""
         return {"DETR": partial(stirred, partial(_tiny, DetrForObjectDetection, DetrConfig))}
 
-    @property
+    @cached_property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
         config = self.model.config
@@ -447,7 +470,7 @@ class DeformableDetrAdapter(_DetrKin):
         """A narrow and shallow Deformable DETR with box refinement and two stages."""
         return {"Deformable DETR": partial(stirred, _tiny_deformable)}
 
-    @property
+    @cached_property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
         config = self.model.config

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -59,7 +59,7 @@ class DFineAdapter(RTDetrAdapter):
         """A narrow and shallow D-FINE."""
         return {"D-FINE": partial(stirred, partial(tiny, DFineForObjectDetection, DFineConfig))}
 
-    @property
+    @cached_property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
         spec = super().spec

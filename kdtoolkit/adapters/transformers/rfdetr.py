@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     DeformableDetrImageProcessor,
@@ -33,6 +32,7 @@ from transformers.models.rf_detr import modeling_rf_detr
 
 from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, stirred, weighted
 from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, SelectingAdapter, Selection
+from kdtoolkit.canvas import Layout
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -82,7 +82,7 @@ class LwDetrAdapter(SelectingAdapter):
             return "has no levels: build it with projector_scale_factors, as [1.0], or [2.0, 0.5] of its large sizes"
         return super().refuses()
 
-    @property
+    @cached_property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
         width = self.model.config.d_model
@@ -169,29 +169,34 @@ class LwDetrAdapter(SelectingAdapter):
         logits, boxes = self._judge(self.model.model.decoder.layernorm(progress.hidden), progress.boxes)
         return self.predictions(logits, boxes, priors, batch)
 
-    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment | None]:
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """The library's terms with its weights, of the encoder (`enc`) and, if the config says so, inner layers too."""
         past, encoder_logits, encoder_boxes = self.encoder_outputs(trace)
         config, final = self.model.config, past.progress[-1]
         normalised = torch.stack([self.model.model.decoder.layernorm(at.hidden) for at in past.progress[1:]])
         logits, boxes = self._judge(normalised[-1], final.boxes)
         inner = self._judge(normalised, final.boxes.unsqueeze(0)) if config.auxiliary_loss else (logits, boxes)
-        _, losses, _ = self.model.loss_function(
-            logits.float(),
-            self.library_labels(batch),
-            batch.images.device,
-            boxes.float(),
-            config,
-            *(output.float() for output in inner),
-            encoder_logits,
-            encoder_boxes,
+        losses, assignment = self.criticise(
+            batch,
+            lambda labels: self.model.loss_function(
+                logits.float(),
+                labels,
+                batch.images.device,
+                boxes.float(),
+                config,
+                *(output.float() for output in inner),
+                encoder_logits,
+                encoder_boxes,
+            ),
+            trace.predictions.logits.shape[1],
         )
         weights = {
             "loss_ce": config.class_loss_coefficient,
             "loss_bbox": config.bbox_loss_coefficient,
             "loss_giou": config.giou_loss_coefficient,
         }
-        return weighted(losses, weights), None
+        # In eval mode the library's loss goes on to match group by group, where there is one alone.
+        return weighted(losses, weights), assignment if self.model.training else self.assign(trace, batch)
 
     def matcher(self) -> Any:
         """The library's matcher with the costs of the config, for one group."""
@@ -222,13 +227,9 @@ class RfDetrAdapter(LwDetrAdapter):
         config = self.model.config.backbone_config
         return int(config.patch_size * config.num_windows)
 
-    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
-        """Normalise, and pad at the right and bottom to a square, as large as the largest side needs. No resizing."""
-        batch = super().prepare(images, targets)
-        height, width = batch.images.shape[-2:]
-        side = max(height, width)
-        square = F.pad(batch.images, (0, side - width, 0, side - height))
-        return replace(batch, images=square, padded_sizes=tuple((max(size),) * 2 for size in batch.padded_sizes))
+    def lay_out(self, images: Sequence[Tensor], targets: Sequence[Target] | None, layout: Layout) -> Batch:
+        """On a square, as large as the largest side needs."""
+        return super().lay_out(images, targets, layout.squared())
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Backbone and projector."""

@@ -9,7 +9,7 @@ These detectors know no padding: boxes are relative to the canvas, and padding i
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, TypeVar
@@ -46,6 +46,7 @@ from kdtoolkit.contract import (
     Predictions,
     Priors,
     State,
+    keep_states,
 )
 from kdtoolkit.errors import KDError
 
@@ -160,7 +161,13 @@ class SelectingAdapter(TransformersAdapter):
         assert queries.references is not None
         return Progress(queries.content, queries.references)
 
-    def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
+    def head(
+        self,
+        features: tuple[Tensor, ...],
+        batch: Batch,
+        priors: Priors | None = None,
+        stages: Collection[int] | None = None,
+    ) -> HeadTrace:
         """Select queries and decode them, or those of `priors`.
 
         Raises KDError for images with fewer cells than queries to select.
@@ -173,7 +180,8 @@ class SelectingAdapter(TransformersAdapter):
         if priors is None:
             priors = self.priors(over_queries(selection.queries, lambda x: x[:, selection.shown]), batch)
         predictions = self.predict(shown[-1], priors, batch)
-        return HeadTrace(tuple(to_state(at.hidden) for at in shown), predictions, past)
+        states, _ = keep_states((to_state(at.hidden) for at in shown), stages)
+        return HeadTrace(states, predictions, past)
 
     def _select(self, memory: Memory, batch: Batch) -> Selection:
         count, cells = self.model.config.num_queries, memory.tokens.shape[1]
@@ -275,7 +283,7 @@ class RTDetrAdapter(SelectingAdapter):
             return f"has eval_idx={config.eval_idx}, which the library cannot run: build it with -1, the last layer"
         return super().refuses()
 
-    @property
+    @cached_property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
         config, projections = self.model.config, self.model.model.decoder_input_proj
@@ -387,22 +395,26 @@ class RTDetrAdapter(SelectingAdapter):
         """Predictions by the last layer's heads."""
         return self.predictions(self.classify(self.layers - 1, progress), progress.boxes, priors, batch)
 
-    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment | None]:
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """The library's terms with its weights: of each layer (`aux`), and of denoising (`dn`)."""
         past, encoder_logits, encoder_boxes = self.encoder_outputs(trace)
         outputs = {name: torch.stack(each, 1).float() for name, each in self.layer_outputs(past.progress).items()}
-        _, losses, _ = self.model.loss_function(
-            outputs["outputs_class"][:, -1],
-            self.library_labels(batch),
-            batch.images.device,
-            outputs["outputs_coord"][:, -1],
-            self.model.config,
-            enc_topk_logits=encoder_logits,
-            enc_topk_bboxes=encoder_boxes,
-            denoising_meta_values=past.selection.denoising,
-            **outputs,
+        losses, assignment = self.criticise(
+            batch,
+            lambda labels: self.model.loss_function(
+                outputs["outputs_class"][:, -1],
+                labels,
+                batch.images.device,
+                outputs["outputs_coord"][:, -1],
+                self.model.config,
+                enc_topk_logits=encoder_logits,
+                enc_topk_bboxes=encoder_boxes,
+                denoising_meta_values=past.selection.denoising,
+                **outputs,
+            ),
+            trace.predictions.logits.shape[1],
         )
-        return dict(losses), None
+        return dict(losses), assignment
 
     def layer_outputs(self, progress: tuple[Progress, ...]) -> dict[str, list[Tensor]]:
         """What the library's loss takes of each layer, by the names of its arguments."""

@@ -9,8 +9,8 @@ Private name used: `effdet.bench._post_process`, the choice of candidates before
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from effdet.config import get_efficientdet_config
 from effdet.data import resolve_input_config
 from effdet.data.transforms import resolve_fill_color
 from effdet.loss import DetectionLoss
+from kdtoolkit.canvas import Layout, check_images
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -36,6 +37,7 @@ from kdtoolkit.contract import (
     Stage,
     State,
     Target,
+    keep_states,
 )
 from kdtoolkit.errors import KDError
 from torch import Tensor, nn
@@ -86,7 +88,7 @@ class EfficientDetAdapter(DetectorAdapter):
         """Whether `model` is an EfficientDet."""
         return isinstance(model, EfficientDet)
 
-    @property
+    @cached_property
     def spec(self) -> DetectorSpec:
         """The detector's facts."""
         config = self.model.config
@@ -115,14 +117,15 @@ class EfficientDetAdapter(DetectorAdapter):
         shapes = tuple(ratio if isinstance(ratio, float) else tuple(ratio) for ratio in anchors.aspect_ratios)
         return AnchorLabeler, MATCH_THRESHOLD, anchors.num_scales, shapes, tuple(anchors.anchor_scales)
 
-    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+    def prepare(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
+    ) -> Batch:
         """Scale to fit the model's image size (bilinear, the default of the library's loader), normalise, pad.
 
-        Raises KDError for images that are not (3, H, W) floats.
+        The model is built for that size alone, so the canvas of a student's batch is scaled to fit as a whole. Raises
+        KDError for images that are not (3, H, W) floats.
         """
-        for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-                raise KDError(f"image {i} is {tuple(image.shape)} {image.dtype}; expected (3, H, W) floats in [0, 1]")
+        check_images(images)
         settings = resolve_input_config({}, self.model.config)
         fill = resolve_fill_color(settings["fill_color"], settings["mean"])
         mean, std, colour = (
@@ -130,11 +133,14 @@ class EfficientDetAdapter(DetectorAdapter):
         )
         stacked = ((colour / 255 - mean) / std).repeat(len(images), 1, *self.canvas)
         originals = tuple((image.shape[-2], image.shape[-1]) for image in images)
-        sizes = tuple(self._fit(size) for size in originals)
+        if like is None:
+            sizes, padded = tuple(self._fit(size) for size in originals), (self.canvas,) * len(images)
+        else:
+            layout = Layout.fitted(like, self._fit((like.images.shape[-2], like.images.shape[-1])))
+            sizes, padded = layout.sizes, layout.padded_sizes
         for canvas, image, (height, width) in zip(stacked, images, sizes, strict=True):
             resized = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
             canvas[:, :height, :width] = (resized - mean) / std
-        padded = (self.canvas,) * len(images)
         if targets is None:
             return Batch(stacked, sizes, padded, originals)
         boxes = tuple(
@@ -147,19 +153,29 @@ class EfficientDetAdapter(DetectorAdapter):
         """Backbone and BiFPN."""
         return tuple(self.model.fpn(self.model.backbone(batch.images)))
 
-    def head(self, features: tuple[Tensor, ...], batch: Batch, priors: Priors | None = None) -> HeadTrace:
+    def head(
+        self,
+        features: tuple[Tensor, ...],
+        batch: Batch,
+        priors: Priors | None = None,
+        stages: Collection[int] | None = None,
+    ) -> HeadTrace:
         """Towers and predictors. The context is their raw maps, class scores and boxes, as the library's loss wants."""
-        states: list[State] = [dict.fromkeys(self._towers, features)]
-        for i in range(len(self.model.class_net.conv_rep)):
-            states.append(self._block(states[-1], i))
-        scores, boxes = self._predict(states[-1])
-        return HeadTrace(tuple(states), self._predictions(scores, boxes), context=(scores, boxes))
+        states, last = keep_states(self._walk(dict.fromkeys(self._towers, features)), stages)
+        scores, boxes = self._predict(last)
+        return HeadTrace(states, self._predictions(scores, boxes), context=(scores, boxes))
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
         """The rest of towers and predictors; `trace` is not needed."""
+        _, last = keep_states(self._walk(state, stage), ())
+        return self._predictions(*self._predict(last))
+
+    def _walk(self, state: State, stage: int = 0) -> Iterator[State]:
+        """States from `stage`, whose state is given, to the end."""
+        yield state
         for i in range(stage, len(self.model.class_net.conv_rep)):
             state = self._block(state, i)
-        return self._predictions(*self._predict(state))
+            yield state
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """The library's two losses, the box loss with its weight: their sum is the library's `loss`."""
