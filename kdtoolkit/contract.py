@@ -422,6 +422,8 @@ class View:
 
         That part is `shown`, (height, width) in pixels of its own canvas; None if it is all of it.
         """
+        if self.batch is batch:
+            return self
         canvases = self.batch.images.shape[-2:], batch.images.shape[-2:]
         # Of all images together, for the size of each is rounded.
         contents = (map(sum, zip(*each.sizes, strict=True)) for each in (self.batch, batch))

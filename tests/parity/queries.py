@@ -29,7 +29,7 @@ def _decode(regression: Tensor, priors: Priors) -> Tensor:
 def _view(logits: Tensor, boxes: Tensor) -> View:
     trace = HeadTrace((), Predictions(logits, boxes, Priors(torch.zeros_like(boxes), torch.zeros(0)), _decode))
     spec = DetectorSpec("", logits.shape[-1], (8,), (1,), PriorKind.QUERIES)
-    adapter = SimpleNamespace(spec=spec, head=lambda features, batch, priors: trace)
+    adapter = SimpleNamespace(spec=spec, head=lambda features, batch, priors, stages: trace)
     return View(adapter, Batch(torch.zeros(len(logits), 3, 1, 1), *((SIZE,) * len(logits),) * 3), (), trace)
 
 

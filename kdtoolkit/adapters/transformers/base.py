@@ -231,11 +231,12 @@ class TransformersAdapter(DetectorAdapter):
         """From the matcher's pairs (query, box) of each image, which lie on the host."""
         images, count = len(batch.labels), sum(map(len, batch.labels))
         device, starts = batch.images.device, accumulate(map(len, batch.labels), initial=0)
-        found = [
-            torch.stack([query + i * queries, box + start])[:, query < queries]
+        pairs = [
+            torch.stack([query, query + i * queries, box + start])
             for i, ((query, box), start) in enumerate(zip(indices, starts, strict=False))
         ]
-        rows, chosen = torch.cat(found, 1).to(device, non_blocking=True)
+        found = torch.cat(pairs, 1)
+        rows, chosen = found[1:, found[0] < queries].to(device, non_blocking=True)
         labels = torch.full((images * queries,), self.model.config.num_labels, device=device)
         boxes = torch.zeros(images * queries, 4, device=device)
         labels[rows], boxes[rows] = torch.cat(batch.labels)[chosen], torch.cat(batch.boxes)[chosen]
