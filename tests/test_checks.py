@@ -122,8 +122,7 @@ def test_what_is_not_finite_passes_for_training_tells_where_it_comes_from():
 
 
 def test_images_get_the_dtype_of_the_weights():
-    model = tiny_gfl(seed=1).bfloat16()
-    spec = Distiller(None, model).student_adapter.spec
-    images, targets = checked_batch([IMAGE], [TARGET], model, spec)
+    distiller = Distiller(None, tiny_gfl(seed=1)).bfloat16()
+    images, targets = checked_batch([IMAGE], [TARGET], distiller.student, distiller.student_adapter.spec)
     assert images[0].dtype == torch.bfloat16
     assert targets[0]["boxes"].dtype == torch.float32
