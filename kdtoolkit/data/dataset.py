@@ -103,6 +103,16 @@ class _Subset(DetectionDataset):
         return digest(self._whole.fingerprint(), self._indices)
 
 
+def read_in(dataset: DetectionDataset) -> DetectionDataset:
+    """A data set `in_memory`. Raises KDError for anything else, such as a list of images."""
+    if not isinstance(dataset, DetectionDataset):
+        raise KDError(
+            f"the data must be a DetectionDataset (CocoDetection, ProceduralShapes, or a subclass of your own), not "
+            f"{type(dataset).__name__}"
+        )
+    return dataset.in_memory()
+
+
 def checked_item(dataset: DetectionDataset, index: int) -> tuple[Tensor, Sample]:
     """An item of a data set, which users may have written. Raises KDError where its image is not (3, H, W) uint8."""
     image, sample = dataset[index]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.contract import Detections, adapt
 from kdtoolkit.data import DetectionDataset, Sample
-from kdtoolkit.data.dataset import checked_item
+from kdtoolkit.data.dataset import checked_item, read_in
 from kdtoolkit.engine.scoring import IOU_THRESHOLDS, Floats, Found, precisions
 from kdtoolkit.errors import KDError
 
@@ -51,10 +51,11 @@ def evaluate(
     called as torchvision's detectors are: on a list of images (3, H, W) float32 in [0, 1], for a list of Detections.
     `progress(done, total)` counts images.
 
-    Raises KDError where the detector has another number of classes than the data set, and where a detection is not
-    finite or has a label that the data set does not know.
+    Raises KDError where the detector lies elsewhere or has another number of classes than the data set, and where a
+    detection is not finite or has a label that the data set does not know.
     """
-    dataset = dataset.in_memory()
+    dataset = read_in(dataset)
+    _check_device(model, torch.device(device))
     truth = dataset.coco()
     places = {image["id"]: place for place, image in enumerate(truth["images"])}
     found: list[Found] = []
@@ -77,6 +78,12 @@ def evaluate(
         for module, training in modes:
             module.training = training
     return _score(truth, found)
+
+
+def _check_device(model: nn.Module, device: torch.device) -> None:
+    weight = next(model.parameters(), None)
+    if weight is not None and weight.device.type != device.type:
+        raise KDError(f"the detector is on {weight.device}: call evaluate with device='{weight.device}', or move it")
 
 
 def _detector(model: nn.Module, num_classes: int) -> Callable[[Sequence[Tensor]], list[Detections]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdtoolkit.data import Augmentation, DetectionDataset, batches
+from kdtoolkit.data.dataset import read_in
 from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.errors import NonFiniteLossError
@@ -101,7 +102,7 @@ def train(
     Same seed, same machine, same result. Raises NonFiniteLossError where a loss term is NaN or infinite; the student
     then has the weights of the last good step.
     """
-    dataset = dataset.in_memory()  # before the clock starts
+    dataset = read_in(dataset)  # before the clock starts
     torch.manual_seed(seed)
     student = distiller.student
     if config.channels_last:

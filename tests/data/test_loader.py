@@ -3,6 +3,7 @@ from itertools import islice
 import pytest
 import torch
 
+from kdtoolkit import KDError
 from kdtoolkit.data import Augmentation, CocoDetection, ProceduralShapes, batches
 from tests.data._coco import write
 
@@ -77,6 +78,11 @@ def test_an_image_is_changed_otherwise_each_time(data):
     one = data.subset(1, seed=0)
     images = [images[0] for images, _ in run(one, batch_size=1, steps=5)]
     assert len({image.numpy().tobytes() for image in images}) == 5
+
+
+def test_a_list_of_images_is_no_data_set(data):
+    with pytest.raises(KDError, match=r"the data must be a DetectionDataset \(CocoDetection, .* not list"):
+        run([data[0]])
 
 
 def test_workers_change_nothing(data, tmp_path):

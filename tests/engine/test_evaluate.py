@@ -48,6 +48,16 @@ def test_a_detector_of_other_classes_is_refused_before_it_runs(data):
         evaluate(tiny_gfl(seed=0, num_classes=91), data)
 
 
+def test_a_detector_on_another_device_is_told_of(data):
+    with pytest.raises(KDError, match="the detector is on meta: call evaluate with device='meta', or move it"):
+        evaluate(tiny_gfl(seed=0, num_classes=6).to("meta"), data)
+
+
+def test_a_list_of_images_is_no_data_set(data):
+    with pytest.raises(KDError, match=r"the data must be a DetectionDataset \(CocoDetection, .* not list"):
+        evaluate(tiny_gfl(seed=0, num_classes=6), [data[0]])
+
+
 class Floats(ProceduralShapes):
     """A data set of somebody's own that gives images in [0, 1]."""
 
