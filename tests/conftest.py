@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kdtoolkit.contract import adapt
 from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
 from kdtoolkit.matrix import families
 
@@ -44,6 +45,15 @@ def tiny_of(family, *, seed, num_classes=3):
     """The example of a family, as the matrix names it, of any library."""
     torch.manual_seed(seed)
     return families()[family](num_classes)
+
+
+def first_of_each_kind():
+    """A family of each kind that a method can tell apart: to methods, families of one kind are one."""
+    found = {}
+    for family in families():
+        spec = adapt(tiny_of(family, seed=0)).spec
+        found.setdefault((spec.priors, spec.activation, bool(spec.bins), spec.first_stage is not None), family)
+    return list(found.values())
 
 
 DENSE = (tiny_gfl, tiny_atss, tiny_retinanet, tiny_fcos)

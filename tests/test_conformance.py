@@ -1,7 +1,5 @@
 """Every adapter's examples and every method, found by themselves: what lands in the tree is covered."""
 
-import os
-
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ from kdtoolkit.distiller import refusal
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import all_methods
 from kdtoolkit.testing import check_adapter, check_method, example_batch
+from tests.conftest import first_of_each_kind
 
 FAMILIES = families()
 METHODS = all_methods()
@@ -25,13 +24,7 @@ def library(model):
     return type(model).__module__.split(".")[0]
 
 
-def kind(family):
-    """What a method can tell a family by: to it, families of one kind are one."""
-    spec = adapt(build(family)).spec
-    return spec.priors, spec.activation, bool(spec.bins), spec.first_stage is not None
-
-
-# The library's own forward, where it takes images as they are. Others are compared in tests/adapters.
+# The library's own forward.
 
 
 def torchvision_own(model, images):
@@ -41,44 +34,77 @@ def torchvision_own(model, images):
 
 def torchvision_own_losses(model, images, targets):
     shift = int(adapt(model).spec.activation == "softmax")
-    return model(list(images), [{"boxes": t["boxes"], "labels": t["labels"] + shift} for t in targets])
+    masks = [
+        torch.ones(len(t["boxes"]), *image.shape[1:], dtype=torch.uint8)
+        for t, image in zip(targets, images, strict=True)
+    ]
+    truth = [
+        {"boxes": t["boxes"], "labels": t["labels"] + shift, "masks": m} for t, m in zip(targets, masks, strict=True)
+    ]
+    losses = model(list(images), truth)
+    losses.pop("loss_mask", None)  # which is no part of distillation
+    return losses
 
 
-OWN = {
-    "kdtoolkit": (lambda model, images: model(images), lambda model, images, targets: model(images, targets)),
-    "torchvision": (torchvision_own, torchvision_own_losses),
-}
+def own_of(library):
+    if library == "ultralytics":
+        from tests.adapters.test_ultralytics import own_detections, own_losses
+
+        return own_detections, own_losses
+    return {
+        "kdtoolkit": (lambda model, images: model(images), lambda model, images, targets: model(images, targets)),
+        "torchvision": (torchvision_own, torchvision_own_losses),
+        "transformers": ("its processors want pixels in bytes: tests/adapters/transformers compares them",) * 2,
+    }[library]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_adapter(family):
-    model = build(family)
-    own, own_losses = OWN.get(library(model), (None, None))
-    if type(model).__name__ in ("MaskRCNN", "KeypointRCNN"):
-        own_losses = None  # it wants masks or keypoints, which are no part of distillation
-    if library(model) == "kdtoolkit":
-        model.score_threshold = 0.0
-    report = check_adapter(model, own=own, own_losses=own_losses)
-    assert report.results["resume"].outcome == "passed"
-    if own is not None:
-        assert report.results["own_detections"].outcome == "passed"
+def rarely(families, often):
+    """The families as parameters, all but some of them marked slow."""
+    return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in families]
 
 
-def first_of_each_kind():
+KNOWN_OF_ADAPTERS = {"YOLO26": {"sources": "it detects with its second head, and learns with both"}}
+
+
+def first_of_each_adapter():
     found = {}
     for family in FAMILIES:
-        found.setdefault(kind(family), family)
-    return list(found.values())
+        found.setdefault(type(adapt(build(family))), family)
+    return found.values()
+
+
+@pytest.mark.parametrize("family", rarely(FAMILIES, first_of_each_adapter()))
+def test_adapter(family):
+    model = build(family)
+    own, own_losses = own_of(library(model))
+    if library(model) == "kdtoolkit":
+        model.score_threshold = 0.0
+    report = check_adapter(model, own=own, own_losses=own_losses, known=KNOWN_OF_ADAPTERS.get(family))
+    for check in ("resume", "shown", "assignment", "teacher"):
+        assert report.results[check].outcome == "passed"
+    for check, function in (("own_detections", own), ("own_task_losses", own_losses)):
+        assert report.results[check].outcome == ("passed" if callable(function) else "left out")
 
 
 KINDS = first_of_each_kind()
-# Every method on twins of each kind and on a few mixed pairs, CrossKD on twins of every family: it depends the most on
-# what an adapter does. tests/test_matrix.py runs one step of everything. With ALL_TWINS=1 in the environment every
-# method is checked on twins of every family, which takes a quarter of an hour.
-TWINS = FAMILIES if os.environ.get("ALL_TWINS") else KINDS
-PAIRS = [(family, family) for family in TWINS] + list(zip(KINDS[::3], KINDS[1::3], strict=False))
-CASES = [(method, *pair) for method in METHODS for pair in PAIRS]
-CASES += [("CrossKD", family, family) for family in FAMILIES if family not in TWINS]
+TWINS = [(family, family) for family in KINDS]
+MIXED = list(zip(KINDS[::3], KINDS[1::3], strict=False))
+
+
+def cases():
+    """Of each method a pair, and of each pair a method; the slow ones are every method on all of these pairs.
+
+    CrossKD, which depends the most on what an adapter does, comes on twins of every family. tests/test_matrix.py runs
+    one step of everything.
+    """
+    specs = {family: adapt(build(family)).spec for family in KINDS}
+    often = {("PKD", *pair) for pair in MIXED} | {("CrossKD", *pair) for pair in TWINS + MIXED[:1]}
+    for name, method in METHODS.items():
+        often.add(next((name, f, f) for f, spec in specs.items() if refusal(method, spec, spec) is None))
+    every = [(name, *pair) for name in METHODS for pair in TWINS + MIXED]
+    every += [("CrossKD", family, family) for family in FAMILIES if family not in KINDS]
+    return [case if case in often else pytest.param(*case, marks=pytest.mark.slow) for case in every]
+
 
 # Checks that fail, by method and teacher.
 EMPTY_BOXES = {"vanishing": "random weights give boxes without area, whose GIoU with themselves is 0"}
@@ -90,7 +116,7 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize(("method", "student", "teacher"), CASES, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize(("method", "student", "teacher"), cases(), ids=lambda name: name.replace(" ", "-"))
 def test_method(method, student, teacher):
     pair = build(student, 0), build(teacher, 1)
     # Of one size where detectors may pad otherwise, which is refused at the first step.

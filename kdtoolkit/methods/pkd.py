@@ -16,8 +16,10 @@ from kdtoolkit.methods._common import no_shared_level, projections, resize_like,
 def pkd_loss(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
     """Half the mean squared difference of standardised features, both (N, C, H, W): a scalar in [0, 2].
 
-    Where sizes differ the smaller map is resized bilinearly to the larger. Source: equation 5.
+    Where sizes differ the smaller map is resized bilinearly to the larger. No gradient reaches the teacher. Source:
+    equation 5.
     """
+    teacher = teacher.detach()
     if student.shape[-2:].numel() < teacher.shape[-2:].numel():
         student = resize_like(student, teacher)
     else:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Capability, DetectorAdapter, Exchange, Method, Predictions, Target, View
+from kdtoolkit.contract import (
+    Batch,
+    Capability,
+    DetectorAdapter,
+    Exchange,
+    HeadTrace,
+    Method,
+    Predictions,
+    Target,
+    View,
+)
 from kdtoolkit.testing.report import SEED
 
 
@@ -63,6 +75,30 @@ class Probe(Method):
                 crossed = pair.finish_with_teacher(state, i)
                 total = total + (crossed.logits - pair.teacher.predictions.logits).square().mean()
         return {"probe": total}
+
+
+def transformed(
+    adapter: DetectorAdapter,
+    levels: Callable[[Tensor], Tensor] = lambda level: level,
+    predictions: Callable[[Predictions], Predictions] = lambda predictions: predictions,
+) -> DetectorAdapter:
+    """A second adapter of the same model, whose levels and predictions go through these functions."""
+    cls: Any = type(adapter)
+
+    class Transformed(cls):  # type: ignore[misc]
+        def features(self, batch: Batch) -> tuple[Tensor, ...]:
+            return tuple(map(levels, super().features(batch)))
+
+        def head(self, *args: Any, **kwargs: Any) -> HeadTrace:
+            trace = super().head(*args, **kwargs)
+            return replace(trace, predictions=predictions(trace.predictions))
+
+        def resume(self, *args: Any, **kwargs: Any) -> Predictions:
+            return predictions(super().resume(*args, **kwargs))
+
+    second = copy.copy(adapter)
+    second.__class__ = Transformed
+    return second
 
 
 # Tensors.

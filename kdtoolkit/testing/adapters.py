@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Capability, Detections, DetectorAdapter, DetectorSpec, Target, View, adapt
+from kdtoolkit.contract import (
+    Assignment,
+    Capability,
+    Detections,
+    DetectorAdapter,
+    DetectorSpec,
+    Predictions,
+    PriorKind,
+    Target,
+    View,
+    adapt,
+)
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.errors import KDError
 from kdtoolkit.testing._common import (
     Probe,
     Snapshot,
@@ -32,7 +45,7 @@ from kdtoolkit.testing._common import (
     without_objects,
     without_onednn,
 )
-from kdtoolkit.testing.report import SEED, ConformanceReport, LeftOut, by_name, run
+from kdtoolkit.testing.report import SEED, ConformanceError, ConformanceReport, LeftOut, by_name, run
 
 Own = Callable[[Any, Sequence[Tensor]], list[Detections]]
 """The library's own inference: of a model in eval mode and images; labels in [0, K), pixels of the original images."""
@@ -41,36 +54,48 @@ OwnLosses = Callable[[Any, Sequence[Tensor], Sequence[Target]], Mapping[str, Ten
 """The library's own training losses: of a model in train mode, images and targets; by name, or their sum."""
 
 PIXELS = 1e-2  # boxes that went to relative coordinates and back
+SCORE = 1e-3  # scores computed in another order
+ORDER = 30.0  # a plain classification loss, next to the detector's own losses: from a tenth to eight times in ours
+LOOKED_AT = 20  # detections of an image that are traced back to predictions
 
 
 def check_adapter(
     adapter_or_model: DetectorAdapter | nn.Module,
     *,
+    own: Own | str,
+    own_losses: OwnLosses | str,
     known: Mapping[str, str] | None = None,
-    own: Own | None = None,
-    own_losses: OwnLosses | None = None,
+    only: Collection[str] = (),
     images: Sequence[Tensor] | None = None,
     targets: Sequence[Target] | None = None,
 ) -> ConformanceReport:
-    """Check every promise of an adapter on one detector: `check_adapter(tiny_detector(), own=...)`.
+    """Check every promise of an adapter on one detector: `check_adapter(tiny_detector(), own=..., own_losses=...)`.
+
+    Nothing but the library itself shows that losses are weighted as it weights them, or images normalised as it does.
 
     Args:
         adapter_or_model: a small detector with random weights, or its adapter. It is copied, not changed.
+        own: the library's own inference, which `detections` must equal; or the reason why there is none to compare.
+        own_losses: the library's own training losses, which `task_losses` must equal; or a reason likewise.
         known: reasons of failures, by check; `known` must name checks that do fail.
-        own: the library's own inference, which `detections` must equal. None leaves that check out.
-        own_losses: the library's own training losses, which `task_losses` must equal. None leaves that check out.
+        only: names of the checks to run; all by default.
         images: two or more (3, H, W) in [0, 1]; two of unequal sizes about 64 px by default.
         targets: their ground truth; handed in with `images`.
 
     Raises:
         ConformanceError: promises are broken; lists them all.
-        KDError: no adapter knows the model, or `known` names no check.
+        KDError: no adapter knows the model, `known` or `only` names no check, or a reason is empty.
     """
+    for name, value in (("own", own), ("own_losses", own_losses)):
+        if not callable(value) and not (isinstance(value, str) and value.strip()):
+            raise KDError(f"{name} must be a function, or the reason why there is nothing to compare with")
     adapter = adapt(adapter_or_model)
+    if getattr(adapter, "model", None) is None:
+        raise ConformanceError(f"{type(adapter).__name__}.__init__ must call super().__init__(model)")
     if images is None or targets is None:
         images, targets = example_batch(adapter.spec.num_classes, next(adapter.model.parameters()).device)
     case = _Case(adapter, tuple(images), tuple(targets), own, own_losses)
-    return run(f"adapter of {adapter.spec.name}", ADAPTER_CHECKS, case, known or {})
+    return run(f"adapter of {adapter.spec.name}", ADAPTER_CHECKS, case, known or {}, only)
 
 
 @dataclass(frozen=True)
@@ -78,8 +103,8 @@ class _Case:
     adapter: DetectorAdapter
     images: tuple[Tensor, ...]
     targets: tuple[Target, ...]
-    own: Own | None = None
-    own_losses: OwnLosses | None = None
+    own: Own | str = ""
+    own_losses: OwnLosses | str = ""
     proposes: bool = False  # a first stage: one class, whatever the ground truth says
 
     @property
@@ -117,7 +142,20 @@ def _matches(case: _Case) -> None:
 
 def _batch(case: _Case) -> None:
     """`prepare` says where each image and each box went."""
-    batch = case.fresh().prepare(case.images, case.targets)
+    adapter = case.fresh()
+    given = [
+        *case.images,
+        *(target["boxes"] for target in case.targets),
+        *(target["labels"] for target in case.targets),
+    ]
+    versions, copies = [x._version for x in given], [dict(target) for target in case.targets]
+    batch = adapter.prepare(case.images, case.targets)
+    kept = versions == [x._version for x in given] and all(
+        target[key] is value
+        for target, copied in zip(case.targets, copies, strict=True)
+        for key, value in copied.items()
+    )
+    expect(kept, "prepare writes to the images or targets that it is given")
     count, colours, *canvas = batch.images.shape
     expect((count, colours) == (len(case.images), 3), f"images are {tuple(batch.images.shape)}")
     originals = tuple((image.shape[-2], image.shape[-1]) for image in case.images)
@@ -133,8 +171,15 @@ def _batch(case: _Case) -> None:
         distance = (batch.boxes[i] - expected).abs().max().item() if len(expected) else 0.0
         expect(distance <= max(PIXELS, 1e-4 * max(canvas)), f"boxes of image {i} are off by {distance:g} pixels")
         expect(torch.equal(batch.labels[i], target["labels"]), f"labels of image {i} are {batch.labels[i].tolist()}")
-    without = case.fresh().prepare(case.images)
+    # One more, small enough to be padded up to a larger one by what pads to the batch's largest.
+    height, width = originals[-1]
+    images = [*case.images, case.images[-1][:, : height // 2, : width // 2]]
+    without = adapter.prepare(images)
     expect(without.boxes == () and without.labels == (), "without targets boxes and labels must be empty tuples")
+    for i, (image, padded) in enumerate(zip(images, without.padded_sizes, strict=True)):
+        alone = tuple(adapter.prepare([image]).images.shape[-2:])
+        what = f"padded_sizes of image {i} is {padded}, and alone it is brought to a canvas of {alone}"
+        expect(padded == alone, f"{what}: its content with its own padding, not that of the batch")
 
 
 @torch.no_grad()
@@ -166,6 +211,11 @@ def _predictions(case: _Case) -> None:
         shape = tuple(tensor.shape)
         expect(shape == expected[name], f"{name} is {shape}; the spec makes it {expected[name]}")
     expect_float32(outputs(predictions), "head")
+    for name in ("logits", "quality"):
+        values = outputs(predictions).get(name, predictions.logits)
+        low, high = values.min().item(), values.max().item()
+        problem = f"{name} lie between {low:g} and {high:g}, as probabilities do; predictions are logits"
+        expect(low == high or low < 0 or high > 1, problem)
     kinds = predictions.activation, spec.activation
     expect(kinds[0] == kinds[1], f"activation is {kinds[0]} in predictions, {kinds[1]} in the spec")
 
@@ -266,10 +316,19 @@ def _resume(case: _Case) -> None:
         if stage.activation is not None:
             activated = {branch: tuple(map(stage.activation, tensors)) for branch, tensors in state.items()}
             expect_same(outputs(adapter.resume(activated, i, trace)), once, f"{what} after its activation")
-        other = {branch: tuple(-tensor - 1 for tensor in tensors) for branch, tensors in state.items()}
-        again = outputs(adapter.resume(other, i, trace))
-        moved = any(not torch.equal(again[name], once[name]) for name in ("logits", "regression"))
-        expect(moved, f"resumed from another state at stage {i} ({stage.name}) the head still repeats its own pass")
+        elif any(bool((x < 0).any()) for tensors in state.values() for x in tensors):
+            cut = {branch: tuple(x.clamp(min=0) for x in tensors) for branch, tensors in state.items()}
+            problem = "negative values change nothing, so the head takes the state through an activation (ReLU)"
+            expect(_moved(adapter.resume(cut, i, trace), once), f"{what}: {problem}, and the stage declares none")
+        for branch, tensors in state.items():
+            other = {**state, branch: tuple(-tensor - 1 for tensor in tensors)}
+            moved = _moved(adapter.resume(other, i, trace), once)
+            expect(moved, f"{what}, from another state of branch {branch}, the head still repeats its own pass")
+
+
+def _moved(predictions: Predictions, once: Mapping[str, Tensor]) -> bool:
+    again = outputs(predictions)
+    return any(not torch.equal(again[name], value) for name, value in once.items())
 
 
 @torch.no_grad()
@@ -310,10 +369,42 @@ def _detections(case: _Case) -> None:
 
 
 @torch.no_grad()
+def _sources(case: _Case) -> None:
+    """Each detection is a prediction: of its class, its score and, but for proposals, its box."""
+    adapter = case.fresh()
+    view = observe(adapter, case.images)
+    found, predictions = adapter.detections(view.head, view.batch), view.head.predictions
+    if not any(len(each["scores"]) for each in found):
+        raise LeftOut("the model detects nothing: hand in one with a lower score threshold")
+    probabilities, boxes = predictions.probabilities, predictions.boxes
+    quality = None if predictions.quality is None else predictions.quality.sigmoid()
+    for i, each in enumerate(found):
+        count = min(len(each["scores"]), LOOKED_AT)
+        scores = probabilities[i][:, each["labels"][:count]].T
+        # Where a quality counts, a score is some mean of both, or their product.
+        low, high = (scores, scores) if quality is None else (scores * quality[i], scores.maximum(quality[i]))
+        scored = each["scores"][:count, None]
+        fits = (scored >= low - SCORE) & (scored <= high + SCORE)
+        if predictions.priors.boxes.numel() and case.spec.priors != PriorKind.PROPOSALS:
+            (height, width), (content_height, content_width) = view.batch.original_sizes[i], view.batch.sizes[i]
+            limits = boxes.new_tensor([width, height] * 2)
+            scaled = boxes[i] * limits / boxes.new_tensor([content_width, content_height] * 2)
+            ours, theirs = (x.clamp(min=0).minimum(limits) for x in (each["boxes"][:count, None], scaled))
+            fits &= (ours - theirs).abs().amax(-1) <= 10 * PIXELS + 1e-4 * limits.max()
+        if not bool(fits.any(1).all()):
+            at = int((~fits.any(1)).nonzero()[0])
+            what = f"box {[round(x, 1) for x in each['boxes'][at].tolist()]}, label {int(each['labels'][at])}"
+            raise AssertionError(
+                f"detection {at} of image {i} ({what}, score {each['scores'][at]:.3f}) is nowhere in the predictions: "
+                "no prior has that box, in pixels of the original image, with that probability of that class"
+            )
+
+
+@torch.no_grad()
 def _own_detections(case: _Case) -> None:
     """Detections are those of the library's own inference."""
-    if case.own is None:
-        raise LeftOut("no `own` was handed in")
+    if isinstance(case.own, str):
+        raise LeftOut(case.own)
     adapter = case.fresh()
     expected = case.own(adapter.model, case.images)
     for i, (ours, theirs) in enumerate(zip(case.detections(adapter), expected, strict=True)):
@@ -328,18 +419,103 @@ def _own_detections(case: _Case) -> None:
         raise LeftOut("the model detects nothing: hand in one with a lower score threshold")
 
 
-def _task_losses(case: _Case) -> None:
-    """Task losses are finite float32 scalars, and their gradient reaches the detector."""
+def _shown(case: _Case) -> None:
+    """What methods are shown hangs together by gradient, and is not written to afterwards."""
     adapter = case.fresh(train=True)
-    losses = case.losses(adapter)
+    batch = adapter.prepare(case.images, case.targets)
+    features = adapter.features(batch)
+    seen = [(f"level {i}", x, x._version) for i, x in enumerate(features)]
+    trace = adapter.head(features, batch)
+    states = [
+        (f"state {i} ({stage.name}), branch {branch}", x)
+        for i, (stage, state) in enumerate(zip(case.spec.stages, trace.states, strict=True))
+        # The first state of queries may be a constant.
+        if i or case.spec.priors.on_grid
+        for branch, tensors in state.items()
+        for x in tensors
+    ]
+    shown = [*((f"level {i}", x) for i, x in enumerate(features)), *outputs(trace.predictions).items(), *states]
+    for name, x in shown:
+        expect(x.requires_grad, f"no gradient flows from {name} to the detector: it is detached from it")
+    seen += [(name, x, x._version) for name, x in shown]
+    if Capability.ASSIGNMENT in case.spec.capabilities:
+        adapter.assign(trace, batch)
+    adapter.task_losses(trace, batch)
+    _expect_unwritten(seen)
+    for what, said in (("predictions", [*outputs(trace.predictions).values()]), ("states", [x for _, x in states])):
+        reached = not said or _reached(said, features)
+        expect(reached, f"no gradient flows from {what} to the pyramid: the head detaches what it takes")
+    adapter.model.requires_grad_(False)
+    for i, (stage, state) in enumerate(zip(case.spec.stages, trace.states, strict=True)):
+        leaves = {branch: tuple(x.detach().requires_grad_() for x in tensors) for branch, tensors in state.items()}
+        predictions = adapter.resume(leaves, i, trace)
+        for branch, tensors in leaves.items():
+            reached = _reached([*outputs(predictions).values()], tensors)
+            expect(reached, f"resumed from stage {i} ({stage.name}), no gradient flows back to branch {branch}")
+    _expect_unwritten(seen)
+
+
+def _expect_unwritten(seen: Sequence[tuple[str, Tensor, int]]) -> None:
+    written = sorted({name for name, x, version in seen if x._version != version})
+    expect(not written, f"{', '.join(written)} is written to after it was shown, and methods see the changed values")
+
+
+def _reached(said: Sequence[Tensor], wrt: Sequence[Tensor]) -> bool:
+    """Whether gradient flows from what is said, all in all, to any of these."""
+    value = torch.stack([x.square().sum() for x in said]).sum()
+    if not value.requires_grad:
+        return False
+    gradients = torch.autograd.grad(value, wrt, retain_graph=True, allow_unused=True)
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
+def _task_losses(case: _Case) -> None:
+    """Task losses are finite float32 scalars, their gradient reaches the detector, and assignments fit them."""
+    adapter = case.fresh(train=True)
+    view = case.show(adapter)
+    losses, used = adapter.task_losses(view.head, view.batch)
     expect_losses(losses, "task losses")
+    if Capability.ASSIGNMENT in case.spec.capabilities:
+        with torch.no_grad():
+            _expect_fitting(case, adapter, view, losses, used)
     expect_backward(losses, adapter.model, "task losses", reaches=True)
+
+
+def _expect_fitting(
+    case: _Case, adapter: DetectorAdapter, view: View, losses: Mapping[str, Tensor], used: Assignment | None
+) -> None:
+    """Expect that `assign` gives what the losses went by, in any mode, and a normaliser of their order."""
+    found = adapter.assign(view.head, view.batch)
+    adapter.model.eval()
+    others = {"assign in eval mode": adapter.assign(view.head, view.batch)}
+    adapter.model.train()
+    if used is not None:
+        others["the assignment that the losses used"] = used
+    for what, other in others.items():
+        alike = torch.equal(other.labels, found.labels) and torch.equal(other.weights, found.weights)
+        expect(alike, f"{what} has other labels or weights than assign in train mode, of one pass")
+        normalisers = float(other.normaliser), float(found.normaliser)
+        near = abs(normalisers[0] - normalisers[1]) <= 1e-5 * abs(normalisers[1])
+        expect(near, f"{what} has the normaliser {normalisers[0]:g}, assign in train mode {normalisers[1]:g}")
+    logits, labels = view.head.predictions.logits, found.labels
+    if case.spec.activation == "softmax":
+        plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    else:
+        scores = F.one_hot(labels, case.spec.num_classes + 1)[..., :-1].float()
+        plain = F.binary_cross_entropy_with_logits(logits, scores, reduction="none").sum(-1)
+    value, own = float((plain * found.weights).sum() / found.normaliser), float(total(losses))
+    ratio = value / own
+    expect(
+        1 / ORDER <= ratio <= ORDER,
+        f"a plain classification loss, summed over priors and divided by the normaliser ({float(found.normaliser):g}), "
+        f"is {value:.3g}, and the detector's own losses are {own:.3g} in all: that is not what it divides by",
+    )
 
 
 def _own_task_losses(case: _Case) -> None:
     """Task losses are those of the library's own training forward."""
-    if case.own_losses is None:
-        raise LeftOut("no `own_losses` was handed in")
+    if isinstance(case.own_losses, str):
+        raise LeftOut(case.own_losses)
     torch.manual_seed(SEED)
     expected = case.own_losses(case.fresh(train=True).model, case.images, case.targets)
     torch.manual_seed(SEED)
@@ -395,12 +571,21 @@ def _expect_assignment(case: _Case, adapter: DetectorAdapter, targets: Sequence[
     expect(bool((found.weights >= 0).all()), f"{what}: weights below 0, or not a number")
     normaliser = float(found.normaliser)
     expect(found.normaliser.shape == () and 0 < normaliser < float("inf"), f"{what}: normaliser {normaliser}")
+    counted = int((found.weights > 0).sum())
+    if sum(map(len, view.batch.labels)):
+        expect(counted > 0, f"{what}: all weights are 0, so that no prior counts")
+        most = counted * classes  # a mean over all priors that count and all classes
+        expect(normaliser <= most, f"{what}: normaliser {normaliser:g}, of {counted} priors that count")
     allowed = max(PIXELS, 1e-4 * max(view.batch.images.shape[-2:]))
     for i, (boxes, labels) in enumerate(zip(view.batch.boxes, view.batch.labels, strict=True)):
         positive = found.positive(classes)[i]
         if not len(boxes):
             expect(not positive.any(), f"{what}: {int(positive.sum())} positives in image {i}, which has no object")
             continue
+        some = case.spec.priors == PriorKind.PROPOSALS or bool(positive.any())
+        expect(some, f"{what}: no prior answers for any of the {len(boxes)} objects of image {i}")
+        counts = bool((found.weights[i][positive] > 0).all())
+        expect(counts, f"{what}: priors that answer for objects of image {i} have weight 0")
         distances = (found.boxes[i][positive][:, None] - boxes).abs().amax(-1)
         if not case.proposes:
             distances = distances.where(found.labels[i][positive][:, None] == labels, float("inf"))
@@ -459,9 +644,9 @@ def _untouched(case: _Case) -> None:
     for train in (False, True):
         adapter = case.fresh(train=train)
         # What the library's own forward caches is no fault of the adapter's.
-        if case.own is not None and not train:
+        if not isinstance(case.own, str) and not train:
             case.own(adapter.model, case.images)
-        if case.own_losses is not None and train:
+        if not isinstance(case.own_losses, str) and train:
             case.own_losses(adapter.model, case.images, case.targets)
         before = Snapshot.of(adapter.model)
         step = partial(_call_everything, case, adapter, train)
@@ -514,8 +699,9 @@ def _first_stage(case: _Case) -> None:
 
 _BOTH = (_levels, _predictions, _priors, _stages, _capabilities, _resume, _given_priors)
 ADAPTER_CHECKS = by_name(
-    _matches, _batch, *_BOTH, _detections, _own_detections, _task_losses, _own_task_losses, _empty_targets,
-    _one_empty_image, _assignment, _bfloat16, _deterministic, _stateless, _untouched, _teacher, _first_stage,
+    _matches, _batch, *_BOTH, _detections, _sources, _own_detections, _shown, _task_losses, _own_task_losses,
+    _empty_targets, _one_empty_image, _assignment, _bfloat16, _deterministic, _stateless, _untouched, _teacher,
+    _first_stage,
 )  # fmt: skip
 FIRST_STAGE_CHECKS = by_name(*_BOTH, _assignment)
 """Those that make sense of what proposes: its losses and detections are parts of its detector's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,31 +58,40 @@ def by_name(*checks: Check) -> dict[str, Check]:
     return {check.__name__.strip("_"): check for check in checks}
 
 
-def run(subject: str, checks: Mapping[str, Check], case: object, known: Mapping[str, str]) -> ConformanceReport:
-    """Run each check on the case, under one seed.
+def run(
+    subject: str, checks: Mapping[str, Check], case: object, known: Mapping[str, str], only: Collection[str] = ()
+) -> ConformanceReport:
+    """Run each check on the case, or those of `only`, under one seed.
 
-    Raises ConformanceError listing all that fail, and those of `known` that do not; KDError where `known` names none.
+    Raises ConformanceError listing all that fail, with one sentence for all that fail alike, and those of `known` that
+    do not; KDError where `known` or `only` names no check.
     """
-    if unknown := sorted(known.keys() - checks.keys()):
-        raise KDError(f"known: there is no check {', '.join(unknown)}; the checks are {', '.join(checks)}")
+    for what, names in (("known", known), ("only", only)):
+        if unknown := sorted(set(names) - checks.keys()):
+            raise KDError(f"{what}: there is no check {', '.join(unknown)}; the checks are {', '.join(checks)}")
     results: dict[str, Result] = {}
-    failures: dict[str, str] = {}
+    failures: dict[str, list[str]] = {}
     cause: Exception | None = None
     for name, check in checks.items():
+        if only and name not in only:
+            continue
         result, error = _run_one(check, case)
         if name not in known:
             results[name] = result
             if error is not None:
-                failures[name] = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+                message = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+                failures.setdefault(message, []).append(name)
                 cause = cause or error
         elif error is not None:
             results[name] = Result("known failure", known[name])
         else:
             what = f"is left out ({result.reason})" if result.reason else "passes"
-            failures[name] = f"{what}, so it is no known failure: remove the reason ({known[name]})"
+            message = f"{what}, so it is no known failure: remove the reason ({known[name]})"
+            failures.setdefault(message, []).append(name)
     if failures:
-        lines = "".join(f"\n  {name}: {message}" for name, message in failures.items())
-        raise ConformanceError(f"{subject}: {len(failures)} of {len(checks)} checks failed{lines}") from cause
+        lines = "".join(f"\n  {', '.join(names)}: {message}" for message, names in failures.items())
+        count = sum(map(len, failures.values()))
+        raise ConformanceError(f"{subject}: {count} of {len(only or checks)} checks failed{lines}") from cause
     return ConformanceReport(subject, results)
 
 

@@ -30,6 +30,13 @@ def test_scale_and_offset_do_not_matter():
     assert pkd_loss(x, -x).item() == pytest.approx(2, rel=0.02)
 
 
+def test_no_gradient_reaches_the_teacher():
+    student, teacher = (torch.randn(2, 3, 6, 5, requires_grad=True) for _ in range(2))
+    pkd_loss(student, teacher).backward()
+    assert student.grad.any()
+    assert teacher.grad is None
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 1, 1), (2, 2, 4, 4)])
 def test_constant_features_and_single_cells_have_finite_gradients(shape):
     student = torch.zeros(shape, requires_grad=True)
