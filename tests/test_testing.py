@@ -372,6 +372,13 @@ class DetachedStates(DenseAdapter):
         return replace(trace, states=states)
 
 
+class DetachedFeatures(DenseAdapter):
+    """shown"""
+
+    def head(self, features, batch, *args, **kwargs):
+        return super().head(tuple(level.detach() for level in features), batch, *args, **kwargs)
+
+
 class ResumesWithoutGradient(DenseAdapter):
     """shown"""
 

@@ -3,7 +3,7 @@
 One line of pytest each, for a detector with random weights and images of 64 px:
 
     def test_my_adapter():
-        check_adapter(my_tiny_detector())
+        check_adapter(my_tiny_detector(), own=the_librarys_inference, own_losses=the_librarys_losses)
 
     def test_my_method():
         check_method(MyMethod, student=my_tiny_detector(), teacher=another_tiny_detector())

@@ -441,30 +441,32 @@ def _shown(case: _Case) -> None:
     if Capability.ASSIGNMENT in case.spec.capabilities:
         adapter.assign(trace, batch)
     adapter.task_losses(trace, batch)
-    if not case.spec.stages:
-        _expect_unwritten(seen)
-        return
+    _expect_unwritten(seen)
+    for what, said in (("predictions", [*outputs(trace.predictions).values()]), ("states", [x for _, x in states])):
+        reached = not said or _reached(said, features)
+        expect(reached, f"no gradient flows from {what} to the pyramid: the head detaches what it takes")
     adapter.model.requires_grad_(False)
     for i, (stage, state) in enumerate(zip(case.spec.stages, trace.states, strict=True)):
         leaves = {branch: tuple(x.detach().requires_grad_() for x in tensors) for branch, tensors in state.items()}
         predictions = adapter.resume(leaves, i, trace)
         for branch, tensors in leaves.items():
-            gradients = _gradients(predictions, tensors)
-            reached = any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+            reached = _reached([*outputs(predictions).values()], tensors)
             expect(reached, f"resumed from stage {i} ({stage.name}), no gradient flows back to branch {branch}")
     _expect_unwritten(seen)
-
-
-def _gradients(predictions: Predictions, wrt: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    said = torch.stack([x.square().sum() for x in outputs(predictions).values()]).sum()
-    if not said.requires_grad:
-        return [None] * len(wrt)
-    return torch.autograd.grad(said, wrt, allow_unused=True)
 
 
 def _expect_unwritten(seen: Sequence[tuple[str, Tensor, int]]) -> None:
     written = sorted({name for name, x, version in seen if x._version != version})
     expect(not written, f"{', '.join(written)} is written to after it was shown, and methods see the changed values")
+
+
+def _reached(said: Sequence[Tensor], wrt: Sequence[Tensor]) -> bool:
+    """Whether gradient flows from what is said, all in all, to any of these."""
+    value = torch.stack([x.square().sum() for x in said]).sum()
+    if not value.requires_grad:
+        return False
+    gradients = torch.autograd.grad(value, wrt, retain_graph=True, allow_unused=True)
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
 def _task_losses(case: _Case) -> None:
