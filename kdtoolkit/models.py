@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import pickle
@@ -9,6 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -84,6 +86,28 @@ def construct(factory: Callable[..., object], name: str, num_classes: int, args:
     if not isinstance(model, nn.Module):
         raise KDError(f"model {name!r} must return a torch.nn.Module; it returned {type(model).__name__}")
     return model
+
+
+def content_of(name: str) -> str:
+    """Digest of the files that a name such as `hf/FOLDER` stands for; empty for names that stand for none.
+
+    A folder's content may change while its name stays. What lies on the hub is known by its name alone.
+    """
+    library, _, place = name.partition("?")[0].partition("/")
+    if library != "hf" or not Path(place).is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(Path(place).iterdir()):
+        if path.suffix in (".json", ".safetensors"):
+            about = path.stat()
+            digest.update(path.name.encode() + b"\0" + _digest_of(path.resolve(), about.st_size, about.st_mtime_ns))
+    return digest.hexdigest()[:16]
+
+
+@cache  # a plan asks for each of its cells
+def _digest_of(path: Path, size: int, modified: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
