@@ -129,6 +129,7 @@ WRAPPED = {
     "moving average": lambda w: {"model": zeros(w), "ema": {"module": w, "updates": 5}, "scaler": {"scale": 2.0}},
     "moving average of torch": lambda w: {"n_averaged": torch.tensor(4), **prefixed(w, "module.")},
     "moving average of timm": lambda w: {"state_dict": zeros(w), "state_dict_ema": w},
+    "another name of it": lambda w: {"model": zeros(w), "averaged_model": prefixed(w, "module.")},
     "averages exchanged": lambda w: {
         "state_dict": w, "ema_state_dict": {**prefixed(zeros(w), "module."), "steps": torch.tensor(4)}
     },
