@@ -37,12 +37,10 @@ class Processing:
         made = [processor.resize(image, size=processor.size, resample=processor.resample) for image in images]
         if targets is None:
             return made, None
+        sizes, originals = ([(x.shape[-2], x.shape[-1]) for x in each] for each in (made, images))
         return made, [
-            Target(
-                boxes=scaled(target["boxes"].float().reshape(-1, 4), new.shape[-2:], old.shape[-2:]),
-                labels=target["labels"],
-            )
-            for target, new, old in zip(targets, made, images, strict=True)
+            Target(boxes=scaled(target["boxes"].float().reshape(-1, 4), size, original), labels=target["labels"])
+            for target, size, original in zip(targets, sizes, originals, strict=True)
         ]
 
 
