@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: benchmark test check format wheel-check clean
+.PHONY: benchmark test check check-lowest format wheel-check clean
 
 benchmark: .venv/.installed  ## train, distil and compare on the embedded suite; the board lands in runs/quick
 	$(BIN)/kd benchmark run
@@ -15,6 +15,19 @@ check: .venv/.installed-dev  ## format, lint, types, tests: what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Each requirement of pyproject.toml at its lower bound, for Python 3.11, which all of them have wheels for.
+LOWEST := import re, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	wanted = [*project["dependencies"], *(r for e in ("transformers", "ultralytics") for r in project["optional-dependencies"][e])]; \
+	print(*(re.sub(">=([0-9.]+)", r"==\1", r) for r in wanted), sep="\n")
+
+check-lowest:  ## the tests of detectors, adapters, data and training with the oldest versions that pyproject.toml allows
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) -c '$(LOWEST)' > .venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install -r .venv-lowest/requirements.txt pytest hypothesis
+	.venv-lowest/bin/python -m pip install --no-deps -e .
+	.venv-lowest/bin/python -m pytest tests/detectors tests/adapters tests/data tests/engine tests/benchmark \
+		tests/test_adapt.py tests/test_distiller.py tests/test_models.py tests/test_cli.py tests/test_imports.py
 
 format: .venv/.installed-dev  ## mend format and what lint can mend
 	$(BIN)/ruff format .
@@ -31,7 +44,7 @@ wheel-check: .venv/.installed-dev  ## build the wheel and run `kd` from it, away
 		bin/kd benchmark suites
 
 clean:  ## remove the environment and build products; runs/ stays
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-lowest build dist *.egg-info
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -76,6 +76,7 @@ def lay_out(
     Raises KDError for images that are not (3, H, W) floats.
     """
     check_images(images)
+    images = [image.float() for image in images]
     subtract, divide = (
         x if isinstance(x, Tensor) else _channels(tuple(x), images[0].dtype, images[0].device) for x in (mean, std)
     )
@@ -86,7 +87,7 @@ def lay_out(
     if targets is None:
         return Batch(canvas, layout.sizes, layout.padded_sizes, originals)
     boxes = tuple(
-        _scaled(target["boxes"].float().reshape(-1, 4), size, original)
+        scaled(target["boxes"].float().reshape(-1, 4), size, original)
         for target, size, original in zip(targets, layout.sizes, originals, strict=True)
     )
     labels = tuple(target["labels"].long() for target in targets)
@@ -113,7 +114,8 @@ def _resized(image: Tensor, size: Size) -> Tensor:
     return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
 
 
-def _scaled(boxes: Tensor, size: Size, original: Size) -> Tensor:
+def scaled(boxes: Tensor, size: Size, original: Size) -> Tensor:
+    """Boxes (G, 4) in pixels of an image of size `original`, in pixels of that image resized to `size`."""
     if size == original:
         return boxes
     (height, width), (old_height, old_width) = size, original

@@ -254,6 +254,16 @@ class Assignment:
         return replace(self, labels=self.labels[:, rows], boxes=self.boxes[:, rows], weights=self.weights[:, rows])
 
 
+def check_precision(model: nn.Module) -> None:
+    """Raise KDError for a model whose parameters are in another precision than float32."""
+    dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
+    if other := sorted(dtypes - {"torch.float32"}):
+        raise KDError(
+            f"{type(model).__name__} has parameters of {', '.join(other)}: call model.float() (from_pretrained of "
+            "transformers takes dtype=torch.float32). To compute in half precision, train under torch.autocast"
+        )
+
+
 class DetectorAdapter(ABC):
     """Shows one detector as a pipeline with joints. Holds the model, adds nothing to it and patches nothing.
 
@@ -262,12 +272,7 @@ class DetectorAdapter(ABC):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
-        if other := sorted(dtypes - {"torch.float32"}):
-            raise KDError(
-                f"{type(model).__name__} has parameters of {', '.join(other)}: call model.float() (from_pretrained of "
-                "transformers takes dtype=torch.float32). To compute in half precision, train under torch.autocast"
-            )
+        check_precision(model)
         self.model = model
 
     @property

@@ -23,6 +23,7 @@ from kdtoolkit.contract import (
     Target,
     View,
     adapt,
+    check_precision,
 )
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.methods import all_methods
@@ -144,6 +145,9 @@ class Distiller(nn.Module):
 
         Raises KDError for a batch that cannot be learnt from.
         """
+        for adapter in (self.student_adapter, self.teacher_adapter):  # half() may have been called meanwhile
+            if adapter is not None:
+                check_precision(adapter.model)
         images, targets = checked_batch(images, targets, self.student, self._specs[0])
         factors = [method.schedule.factor(self.step) for method in self._methods]
         self.calls += self.training

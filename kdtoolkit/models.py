@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import pickle
@@ -9,6 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -86,6 +88,28 @@ def construct(factory: Callable[..., object], name: str, num_classes: int, args:
     return model
 
 
+def content_of(name: str) -> str:
+    """Digest of the files that a name such as `hf/FOLDER` stands for; empty for names that stand for none.
+
+    A folder's content may change while its name stays. What lies on the hub is known by its name alone.
+    """
+    library, _, place = name.partition("?")[0].partition("/")
+    if library != "hf" or not Path(place).is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(Path(place).iterdir()):
+        if path.suffix in (".json", ".safetensors"):
+            about = path.stat()
+            digest.update(path.name.encode() + b"\0" + _digest_of(path.resolve(), about.st_size, about.st_mtime_ns))
+    return digest.hexdigest()[:16]
+
+
+@cache  # a plan asks for each of its cells
+def _digest_of(path: Path, size: int, modified: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors file, or a .pth or .pt file in which nothing but tensors is loaded.
 
@@ -117,9 +141,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-# Names of state dicts in training scripts' checkpoints, the one to take first. `ema_state_dict` is no moving average
-# where a `state_dict` stands beside it with a `steps` entry: then they were exchanged before saving.
-_AVERAGES = ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict")
+# What training scripts call a moving average of weights, as in `model_ema`, and the weights themselves: the first of
+# these names counts.
+_AVERAGE = re.compile("(^|_)(ema|swa|avg|averaged?)(_|$)")
 _PLAIN = ("state_dict", "model_state_dict", "model", "student", "net", "network", "weights", "module")
 
 
@@ -138,11 +162,15 @@ def _state_dicts(content: object, name: str = "") -> Iterator[tuple[str, dict[st
 
 def _preferred(found: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """The one state dict of several that a checkpoint's other contents belong to; none where that is not clear."""
-    exchanged = "state_dict" in found and "steps" in found.get("ema_state_dict", {})
-    for known in (() if exchanged else _AVERAGES, _PLAIN):
-        for top in known:
-            if named := {name: state for name, state in found.items() if name.partition(".")[0] == top}:
-                return named if len(named) == 1 else {}
+    tops = {name: name.partition(".")[0] for name in found}
+    averages = {name: found[name] for name, top in tops.items() if _AVERAGE.search(top)}
+    # OpenMMLab exchanges the two before it saves them, and adds the average's counter to what it took out.
+    exchanged = "state_dict" in found and any("steps" in state for state in averages.values())
+    if averages and not exchanged:
+        return averages if len(averages) == 1 else {}
+    for known in _PLAIN:
+        if named := {name: found[name] for name, top in tops.items() if top == known}:
+            return named if len(named) == 1 else {}
     return {}
 
 

@@ -12,6 +12,7 @@ from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.contract import adapt
 from kdtoolkit.errors import KDError
 from kdtoolkit.matrix import families
+from kdtoolkit.methods import PKD
 from tests.conftest import tiny_gfl
 
 
@@ -47,3 +48,10 @@ def test_models_in_other_precisions_are_refused_in_words(family, dtype):
         adapt(families()[family](3).to(dtype))
     with pytest.raises(KDError, match=rf"has parameters of {dtype}"):
         Distiller(tiny_gfl(seed=0).to(dtype), tiny_gfl(seed=1))
+
+
+def test_a_distiller_in_half_precision_says_so(batch):
+    distiller = Distiller(tiny_gfl(seed=0), tiny_gfl(seed=1), [PKD()]).half()
+    with pytest.raises(KDError, match=r"has parameters of torch\.float16: call model\.float\(\)"):
+        distiller(*batch)
+    assert distiller.float()(*batch).total.isfinite()

@@ -7,7 +7,7 @@ from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.detectors import ATSS, GFL, load_published
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import PKD
-from kdtoolkit.models import build_model, load_weights, read_weights
+from kdtoolkit.models import build_model, content_of, load_weights, read_weights
 from tests.conftest import TINY, tiny_of
 
 ARGS = {**TINY, "backbone_args": {"channels": (8, 8, 16, 16), "stem_width": 4}, "head_channels": 16}
@@ -129,6 +129,7 @@ WRAPPED = {
     "moving average": lambda w: {"model": zeros(w), "ema": {"module": w, "updates": 5}, "scaler": {"scale": 2.0}},
     "moving average of torch": lambda w: {"n_averaged": torch.tensor(4), **prefixed(w, "module.")},
     "moving average of timm": lambda w: {"state_dict": zeros(w), "state_dict_ema": w},
+    "another name of it": lambda w: {"model": zeros(w), "averaged_model": prefixed(w, "module.")},
     "averages exchanged": lambda w: {
         "state_dict": w, "ema_state_dict": {**prefixed(zeros(w), "module."), "steps": torch.tensor(4)}
     },
@@ -190,6 +191,20 @@ def test_other_sizes_are_not_taken_for_class_counts(tmp_path):
     path = saved(GFL(4, **ARGS, bins=17).state_dict(), tmp_path)
     with pytest.raises(KDError, match=r"2 of another shape: predictors\.reg\.weight"):
         load_weights(GFL(4, **ARGS, bins=5), path)
+
+
+def test_a_folders_content_is_known_by_its_files(tmp_path):
+    assert content_of("kdtoolkit/gfl") == content_of("hf/rt_detr") == content_of("hf/owner/name") == ""
+    name = f"hf/{tmp_path}"
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    before = content_of(name)
+    assert before
+    assert content_of(f"{name}?num_queries=5") == before
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    after = content_of(name)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert len({before, after, content_of(name)}) == 3
 
 
 class Sprung:

@@ -16,6 +16,7 @@ import torch
 
 import kdtoolkit
 from kdtoolkit.benchmark.suite import DetectorSection, MethodUse
+from kdtoolkit.models import content_of
 
 # Sources that every cell depends on; the detector's adapter and the methods' own files are added.
 _SOURCES = (
@@ -67,6 +68,7 @@ def cell_parts(
         "threads": str(threads),
         "torch": torch.__version__,
         "library": f"{library} {version(library)}",
+        **({"weights": content} if (content := content_of(student.model)) else {}),
         "code": source_digest(student.model, tuple(Path(inspect.getfile(use.method)) for use in methods)),
     }
 

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
-from kdtoolkit.adapters.transformers import detr, dfine, rfdetr, rtdetr
+from kdtoolkit.adapters.transformers import detr, dfine, processing, rfdetr, rtdetr
 from kdtoolkit.adapters.transformers.base import TransformersAdapter
 from kdtoolkit.errors import KDError
 
@@ -38,7 +38,7 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
     Args:
         name: a model type, as "deformable_detr", for random weights; else a folder that `save_pretrained` wrote, or a
             name on the Hugging Face hub, for the weights there (safetensors alone), the class head made anew where
-            the number of classes differs.
+            the number of classes differs. Its adapter does to images what the image processor there says.
         num_classes: without background.
         args: fields of the config, which override its defaults or those of the folder.
 
@@ -64,6 +64,13 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
         # In float32 whatever they were saved in, as every adapter needs them.
         model = _auto_model.from_pretrained(
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **source
+        )
+        # Into the hub's cache, where the adapter looks for it; without it, the class's defaults hold.
+        cached_file(
+            name,
+            processing.FILE,
+            local_files_only=source["local_files_only"],
+            _raise_exceptions_for_missing_entries=False,
         )
         if getattr(config, "share_bbox_head", False):
             _load_shared_heads(model, name)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import image_transforms
 
-from kdtoolkit.canvas import Layout, lay_out
+from kdtoolkit.adapters.transformers.processing import Processing, published_processing
+from kdtoolkit.canvas import Layout, check_images, lay_out
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -63,7 +64,8 @@ class TransformersAdapter(DetectorAdapter):
 
     Args:
         model: the detector, one of the library's `...ForObjectDetection`.
-        image_mean: what is subtracted from images in [0, 1], a channel; the class's default if None.
+        image_mean: what is subtracted from images in [0, 1], a channel. None for that of the image processor in the
+            folder or repository that the model was loaded from; where there is none, of the class's default.
         image_std: what they are divided by after it; likewise.
         size_divisor: images are padded to multiples of it, in pixels.
 
@@ -92,14 +94,20 @@ class TransformersAdapter(DetectorAdapter):
         super().__init__(model)
         if reason := self.refuses():
             raise KDError(f"{type(model).__name__} {reason}")
-        self.image_mean = tuple(self.default_mean if image_mean is None else image_mean)
-        self.image_std = tuple(self.default_std if image_std is None else image_std)
+        self.processing: Processing | None = published_processing(model, self.processor)
+        mean, std = (self.processing.mean, self.processing.std) if self.processing else self.default_normalisation()
+        self.image_mean = tuple(mean if image_mean is None else image_mean)
+        self.image_std = tuple(std if image_std is None else image_std)
         self.size_divisor = size_divisor
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether `model` is one of the class that this adapter is for."""
         return isinstance(model, cls.kind)
+
+    def default_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The mean and std that published models of this kind want."""
+        return self.default_mean, self.default_std
 
     def refuses(self) -> str | None:
         """Why a model of this class cannot be adapted; None if it can. Checked once."""
@@ -130,12 +138,18 @@ class TransformersAdapter(DetectorAdapter):
     def prepare(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
     ) -> Batch:
-        """Normalise, and pad at the right and bottom to the largest size, a multiple of `size_divisor`. No resizing.
+        """Normalise, and pad at the right and bottom to the largest size, a multiple of `size_divisor`.
+
+        Images are resized only where the model was loaded with an image processor that does so, and to those of `like`.
 
         Raises KDError for images that are not (3, H, W) floats.
         """
+        check_images(images)
+        originals = tuple((image.shape[-2], image.shape[-1]) for image in images)
+        if like is None and self.processing is not None:
+            images, targets = self.processing.resized(images, targets)
         layout = Layout.padded(images, self.size_divisor) if like is None else Layout.of(like, self.size_divisor)
-        return self.lay_out(images, targets, layout)
+        return replace(self.lay_out(images, targets, layout), original_sizes=originals)
 
     def lay_out(self, images: Sequence[Tensor], targets: Sequence[Target] | None, layout: Layout) -> Batch:
         """The images normalised, where the layout has them; padding is 0, the mean."""
@@ -193,6 +207,14 @@ class TransformersAdapter(DetectorAdapter):
             decode=partial(_decode, self.scale(batch)[:, None]),
             activation=self.activation,
         )
+
+    def check_cells(self, queries: int, cells: int, field: str) -> None:
+        """Raise KDError where images have fewer `cells` than the config's `field` selects of them, `queries`."""
+        if cells < queries:
+            raise KDError(
+                f"{type(self.model).__name__} selects {queries} queries of an image's cells, and the images of this "
+                f"batch have {cells}: hand in larger images, or build the model with fewer {field}"
+            )
 
     def matcher(self) -> Any:
         """The library's matcher, as its loss builds it: takes outputs and labels, gives pairs of indices an image."""

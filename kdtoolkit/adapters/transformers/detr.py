@@ -260,6 +260,7 @@ class DetrAdapter(_DetrKin):
             inputs_embeds=_to_tokens(model.input_projection(feature_map)),
             attention_mask=mask.flatten(1),
             spatial_position_embeddings=self._positions(feature_map, mask, batch),
+            return_dict=True,
         )
         return (_to_map(encoded.last_hidden_state, feature_map.shape[-2:]),)
 
@@ -497,11 +498,7 @@ class DeformableDetrAdapter(_DetrKin):
         shapes = tuple((x.shape[-2], x.shape[-1]) for x in sources)
         masks = [_mask_at(batch, shape) for shape in shapes]
         positions = [
-            _to_tokens(
-                model.position_embedding(shape=x.shape, device=x.device, dtype=batch.images.dtype, mask=mask).to(
-                    x.dtype
-                )
-            )
+            _to_tokens(model.position_embedding(shape=x.shape, device=x.device, dtype=batch.images.dtype, mask=mask))
             + model.level_embed[i]
             for i, (x, mask) in enumerate(zip(sources, masks, strict=True))
         ]
@@ -510,14 +507,16 @@ class DeformableDetrAdapter(_DetrKin):
             inputs_embeds=tokens,
             attention_mask=torch.cat([mask.flatten(1) for mask in masks], 1),
             spatial_position_embeddings=torch.cat(positions, 1),
-            valid_ratios=self._valid_ratios(masks, tokens.dtype),
+            valid_ratios=self._valid_ratios(masks),
+            return_dict=True,
             **_levels(shapes, tokens.device),
         ).last_hidden_state
         levels = torch.split(encoded, [height * width for height, width in shapes], 1)
         return tuple(_to_map(level, shape) for level, shape in zip(levels, shapes, strict=True))
 
-    def _valid_ratios(self, masks: list[Tensor], dtype: torch.dtype) -> Tensor:
-        return torch.stack([self.model.model.get_valid_ratio(mask, dtype=dtype) for mask in masks], 1)
+    def _valid_ratios(self, masks: list[Tensor]) -> Tensor:
+        """In float32 under autocast too: places in an image that are worked out in bfloat16 are off by pixels."""
+        return torch.stack([self.model.model.get_valid_ratio(mask, dtype=torch.float32) for mask in masks], 1)
 
     def memory(self, features: tuple[Tensor, ...], batch: Batch) -> Memory:
         """The encoder's output."""
@@ -526,15 +525,21 @@ class DeformableDetrAdapter(_DetrKin):
         return Memory(torch.cat([_to_tokens(level) for level in features], 1), mask, shapes)
 
     def queries(self, memory: Memory) -> Queries:
-        """Learned content and positions, with points made from these; or all three from the encoder's best boxes."""
+        """Learned content and positions, with points made from these; or all three from the encoder's best boxes.
+
+        Raises KDError for images with fewer cells than boxes to select.
+        """
         model, width = self.model.model, self.model.config.d_model
         if not self.model.config.two_stage:
             positions, content = torch.split(_repeat(model.query_position_embeddings.weight, memory), width, -1)
             return Queries(content, positions, model.reference_points(positions).sigmoid())
-        candidates, proposals = model.gen_encoder_output_proposals(memory.tokens, ~memory.mask, memory.shapes)
+        count = self.model.config.two_stage_num_proposals
+        self.check_cells(count, memory.tokens.shape[1], "two_stage_num_proposals")
+        # Of tokens in float32 under autocast too, for proposals are made in their precision.
+        candidates, proposals = model.gen_encoder_output_proposals(memory.tokens.float(), ~memory.mask, memory.shapes)
         scores = model.decoder.class_embed[-1](candidates)[..., 0]
         boxes = model.decoder.bbox_embed[-1](candidates).float() + proposals
-        best = scores.topk(self.model.config.two_stage_num_proposals, dim=1).indices
+        best = scores.topk(count, dim=1).indices
         boxes = boxes.gather(1, best.unsqueeze(-1).expand(-1, -1, 4)).detach()
         embedded = model.pos_trans_norm(model.pos_trans(model.get_proposal_pos_embed(boxes)))
         positions, content = torch.split(embedded, width, -1)
@@ -551,7 +556,7 @@ class DeformableDetrAdapter(_DetrKin):
         assert reference is not None
         levels = torch.split(memory.mask, [height * width for height, width in memory.shapes], 1)
         masks = [mask.reshape(-1, *shape) for mask, shape in zip(levels, memory.shapes, strict=True)]
-        ratios = self._valid_ratios(masks, memory.tokens.dtype).repeat(1, 1, reference.shape[-1] // 2)
+        ratios = self._valid_ratios(masks).repeat(1, 1, reference.shape[-1] // 2)
         output: Tensor = self.model.model.decoder.layers[i](
             hidden,
             queries.positions,

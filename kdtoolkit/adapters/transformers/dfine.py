@@ -21,7 +21,7 @@ from transformers import Deimv2Config, Deimv2ForObjectDetection, DFineConfig, DF
 from transformers.models.d_fine import modeling_d_fine
 from transformers.models.deimv2 import modeling_deimv2
 
-from kdtoolkit.adapters.transformers.base import Queries, corners, stirred
+from kdtoolkit.adapters.transformers.base import IMAGENET_MEAN, IMAGENET_STD, Queries, corners, stirred
 from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, RTDetrAdapter, tiny
 from kdtoolkit.contract import (
     Assignment,
@@ -183,8 +183,8 @@ def _with_boxes(trace: HeadTrace, *, clamp: bool) -> HeadTrace:
 class Deimv2Adapter(DFineAdapter):
     """Adapter of Deimv2ForObjectDetection: as D-FINE, with other blocks and losses.
 
-    Images are rescaled to [0, 1] and no more, as the library's image processor does by default; checkpoints whose own
-    processor normalises need `image_mean` and `image_std`.
+    By default images are rescaled to [0, 1] and no more, as in the published models on HGNet; on DINOv3 they are
+    normalised by ImageNet's mean and std.
     """
 
     kind: ClassVar[type[nn.Module]] = Deimv2ForObjectDetection
@@ -195,6 +195,11 @@ class Deimv2Adapter(DFineAdapter):
         """A narrow and shallow DEIMv2."""
         return {"DEIMv2": partial(stirred, partial(tiny, Deimv2ForObjectDetection, Deimv2Config))}
 
+    def default_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The mean and std that published models want, by their backbone."""
+        on_dinov3 = self.model.config.backbone_config.model_type.startswith("dinov3")
+        return (IMAGENET_MEAN, IMAGENET_STD) if on_dinov3 else super().default_normalisation()
+
     def _map_strides(self) -> Sequence[int]:
         """Strides of the encoder's maps; the lite one makes a second of one, whose stride configs leave out."""
         strides = super()._map_strides()
@@ -203,7 +208,7 @@ class Deimv2Adapter(DFineAdapter):
     def encode(self, batch: Batch) -> Sequence[Tensor]:
         """Backbone and encoder: one map a level."""
         model = self.model.model
-        encoded: Sequence[Tensor] = model.encoder(model.conv_encoder(batch.images)).feature_maps
+        encoded: Sequence[Tensor] = model.encoder(model.conv_encoder(batch.images), return_dict=True).feature_maps
         return encoded
 
 

@@ -115,7 +115,7 @@ class LwDetrAdapter(SelectingAdapter):
         """Each group's learned content, at the best boxes by its heads on the encoder, with learned offsets."""
         model, count = self.model.model, self.model.config.num_queries
         tokens, proposals, invalid = model.gen_encoder_output_proposals(
-            memory.tokens, self._no_padding(memory), memory.shapes
+            memory.tokens.float(), self._no_padding(memory), memory.shapes
         )
         logits, boxes = [], []
         for i in range(self.groups):

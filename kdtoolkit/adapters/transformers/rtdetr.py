@@ -173,7 +173,9 @@ class SelectingAdapter(TransformersAdapter):
         Raises KDError for images with fewer cells than queries to select.
         """
         memory = Memory.of(features)
-        selection = self._select(memory, batch) if priors is None else self._given(priors, batch)
+        if priors is None:
+            self.check_cells(self.model.config.num_queries, memory.tokens.shape[1], "num_queries")
+        selection = self.select(memory, batch) if priors is None else self._given(priors, batch)
         progress = self._decode(self.start(selection.queries), 0, memory, selection.mask)
         past = Pass(memory, selection, tuple(progress), batch)
         shown = [past.shown(stage) for stage in range(len(progress))]
@@ -182,16 +184,6 @@ class SelectingAdapter(TransformersAdapter):
         predictions = self.predict(shown[-1], priors, batch)
         states, _ = keep_states((to_state(at.hidden) for at in shown), stages)
         return HeadTrace(states, predictions, past)
-
-    def _select(self, memory: Memory, batch: Batch) -> Selection:
-        count, cells = self.model.config.num_queries, memory.tokens.shape[1]
-        if cells < count:
-            raise KDError(
-                f"{type(self.model).__name__} selects {count} queries of an image's cells, and images of "
-                f"{batch.images.shape[-2]} x {batch.images.shape[-1]} px have {cells}: hand in larger images, or build "
-                "the model with fewer num_queries"
-            )
-        return self.select(memory, batch)
 
     def _given(self, priors: Priors, batch: Batch) -> Selection:
         queries = self.given_queries(priors, batch)
@@ -327,14 +319,15 @@ class RTDetrAdapter(SelectingAdapter):
         model = self.model.model
         maps = model.backbone(batch.images, pixel_mask(batch))
         projected = [project(x) for project, (x, _) in zip(model.encoder_input_proj, maps, strict=False)]
-        encoded: Sequence[Tensor] = model.encoder(projected).last_hidden_state
+        encoded: Sequence[Tensor] = model.encoder(projected, return_dict=True).last_hidden_state
         return encoded
 
     def select(self, memory: Memory, batch: Batch) -> Selection:
         """The encoder's best boxes, behind them in train mode noisy versions of the ground truth."""
         model, config, tokens = self.model.model, self.model.config, memory.tokens
         noise = self._noise(batch)
-        anchors, valid = model.generate_anchors(memory.shapes, device=tokens.device, dtype=tokens.dtype)
+        # In float32 under autocast too: anchors in bfloat16 are off by pixels.
+        anchors, valid = model.generate_anchors(memory.shapes, device=tokens.device, dtype=torch.float32)
         candidates = model.enc_output(valid.to(tokens.dtype) * tokens)
         scores = model.enc_score_head(candidates)
         boxes = model.enc_bbox_head(candidates) + anchors

@@ -243,6 +243,49 @@ def test_strides_without_running():
         assert cls(make(backbone_config=dict(timm))).spec.strides == (16,)
 
 
+def test_places_in_images_are_exact_under_autocast(batch):
+    adapter = build(VARIANTS["deformable-two-stage"])
+    given = []
+    adapter.model.model.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs), with_kwargs=True
+    )
+    with torch.no_grad():
+        for name, parameter in adapter.model.named_parameters():
+            if "bbox_embed" in name or "class_embed" in name:
+                parameter.zero_()  # each box is the place of its cell, each cell as good as the others
+        prepared = adapter.prepare(*batch)
+        features = adapter.features(prepared)
+        adapter.model.config.two_stage_num_proposals = sum(level[0, 0].numel() for level in features)
+        expected = adapter.head(features, prepared).predictions.priors.boxes
+        with torch.autocast("cpu", torch.bfloat16):
+            adapter.features(prepared)
+            rounded = tuple(level.bfloat16() for level in features)
+            found = adapter.head(rounded, prepared).predictions.priors.boxes
+    for name in ("valid_ratios", "spatial_position_embeddings"):
+        assert torch.equal(given[0][name], given[1][name])
+    orders = [boxes[0].double() @ torch.tensor([1.0, 1e3, 1e6, 1e9]).double() for boxes in (expected, found)]
+    ordered = [boxes[0][order.argsort()] for boxes, order in zip((expected, found), orders, strict=True)]
+    torch.testing.assert_close(ordered[1], ordered[0], rtol=0, atol=1e-3)
+
+
+def test_two_stage_images_with_fewer_cells_than_queries_are_told(batch):
+    adapter = build(VARIANTS["deformable-two-stage"], two_stage_num_proposals=1000)
+    with pytest.raises(KDError, match=r"selects 1000 queries .* have \d+: .*fewer two_stage_num_proposals"):
+        trace_of(adapter, batch)
+
+
+@pytest.mark.parametrize("cls", ADAPTERS)
+def test_configs_may_ask_for_tuples(cls, batch):
+    images, targets = batch
+    for make in cls.examples().values():
+        torch.manual_seed(0)
+        model = make(3).eval()
+        expected = Distiller(None, model).eval()(images, targets)
+        model.config.return_dict = False
+        losses = Distiller(None, model).eval()(images, targets)
+        assert {k: v.item() for k, v in losses.items()} == {k: v.item() for k, v in expected.items()}
+
+
 @FAMILY
 def test_boxes_are_relative_to_each_images_content(family, batch):
     """Padding changes nothing: boxes of an image alone are those of the image in a wider batch, but for the weave."""
@@ -555,6 +598,51 @@ def test_build_from_a_folder(tmp_path):
     assert torch.equal(other.bbox_predictor.layers[0].weight, model.bbox_predictor.layers[0].weight)
     with pytest.raises(KDError, match="no colour"):
         build_model(str(tmp_path), 4, {"colour": 1})
+
+
+def test_a_folder_brings_its_image_processor(tmp_path):
+    build_model("detr", 4, TINY_ARGS).save_pretrained(tmp_path)
+    assert adapt(build_model(str(tmp_path), 4, {})).image_mean == pytest.approx((0.485, 0.456, 0.406))
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    processor = transformers.DetrImageProcessor(size=size, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])
+    processor.save_pretrained(tmp_path)
+    adapter = adapt(build_model(str(tmp_path), 4, {}))
+    image, box = torch.rand(3, 50, 100), torch.tensor([[10.0, 10.0, 50.0, 40.0]])
+    batch = adapter.prepare([image], [{"boxes": box, "labels": torch.tensor([1])}])
+    own = processor(images=image, do_rescale=False, return_tensors="pt")["pixel_values"]
+    height, width = own.shape[-2:]
+    assert (batch.sizes, batch.original_sizes) == (((height, width),), ((50, 100),))
+    torch.testing.assert_close(batch.images[..., :height, :width], own)
+    factor = torch.tensor([width / 100, height / 50] * 2)
+    torch.testing.assert_close(batch.boxes[0], box * factor)
+    found = adapter.detections(adapter.head(adapter.features(batch), batch), batch)
+    assert found[0]["boxes"].max() < 110
+    plain = type(adapter)(adapter.model, image_mean=(0.0,) * 3, image_std=(1.0,) * 3).prepare([image])
+    torch.testing.assert_close(plain.images[0, :, :height, :width], processor.resize(image, processor.size))
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        ({"do_normalize": False}, 0.0, 1.0),
+        ({"image_mean": 0.5, "image_std": 0.25}, 0.5, 0.25),
+        ({"rescale_factor": 2 / 255, "image_mean": 1.0, "image_std": 0.5}, 0.5, 0.25),
+        ({"do_rescale": False, "image_mean": 127.5, "image_std": 51.0}, 0.5, 0.2),
+    ],
+)
+def test_all_that_a_processor_does_to_values_is_one_mean_and_std(settings, mean, std, tmp_path):
+    build_model("detr", 4, TINY_ARGS).save_pretrained(tmp_path)
+    transformers.DetrImageProcessor(**settings).save_pretrained(tmp_path)
+    adapter = adapt(build_model(str(tmp_path), 4, {}))
+    assert adapter.image_mean == pytest.approx((mean,) * 3)
+    assert adapter.image_std == pytest.approx((std,) * 3)
+
+
+def test_a_broken_image_processor_is_named(tmp_path):
+    build_model("detr", 4, TINY_ARGS).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(KDError, match=r"preprocessor_config\.json, which says what .* cannot be used"):
+        adapt(build_model(str(tmp_path), 4, {}))
 
 
 def test_weights_of_a_folder_are_read_in_float32(tmp_path):

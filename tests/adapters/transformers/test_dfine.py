@@ -188,6 +188,14 @@ def test_other_encoders_of_deimv2(make, strides, batch):
     assert losses["pkd/feature"] > 0
 
 
+def test_images_of_deimv2_on_dinov3_are_normalised():
+    """As the published ones are; those on HGNet are not."""
+    on_dinov3, on_hgnet = build((Deimv2Adapter, partial(dinov3))), build(FAMILIES["deimv2"])
+    assert on_dinov3.image_mean == pytest.approx((0.485, 0.456, 0.406))
+    assert on_dinov3.image_std == pytest.approx((0.229, 0.224, 0.225))
+    assert (on_hgnet.image_mean, on_hgnet.image_std) == ((0.0,) * 3, (1.0,) * 3)
+
+
 def test_shared_box_heads_come_back_from_a_folder(tmp_path):
     """As published small ones have them: the library saves the last layer's, and loads the first layer's."""
     torch.manual_seed(0)

@@ -271,6 +271,31 @@ def test_images_with_fewer_cells_than_queries_are_told(family, batch):
 
 
 @FAMILY
+def test_places_of_cells_are_exact_under_autocast(family, batch):
+    adapter = build(FAMILIES[family])
+    with torch.no_grad():
+        for name, parameter in adapter.model.named_parameters():
+            if any(part in name for part in ("bbox", "class", "score", "reference_point")):
+                parameter.zero_()  # each box is the place of its cell, each cell as good as the others
+        prepared = adapter.prepare(*batch)
+        features = adapter.features(prepared)
+        adapter.model.config.num_queries = count = sum(level[0, 0].numel() for level in features)
+        for name in ("query_feat", "reference_point_embed"):
+            if hasattr(adapter.model.model, name):
+                setattr(adapter.model.model, name, torch.nn.Embedding.from_pretrained(torch.zeros(count, 32)))
+        if hasattr(adapter.model.model, "reference_point_embed"):
+            adapter.model.model.reference_point_embed = torch.nn.Embedding.from_pretrained(torch.zeros(count, 4))
+        expected = adapter.head(features, prepared).predictions.priors.boxes
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = tuple(level.bfloat16() for level in features)
+            found = adapter.head(rounded, prepared).predictions.priors.boxes
+    assert found.dtype == torch.float32
+    orders = [boxes[0].double() @ torch.tensor([1.0, 1e3, 1e6, 1e9]).double() for boxes in (expected, found)]
+    ordered = [boxes[0][order.argsort()] for boxes, order in zip((expected, found), orders, strict=True)]
+    torch.testing.assert_close(ordered[1], ordered[0], rtol=0, atol=1e-3)
+
+
+@FAMILY
 def test_selected_boxes_are_the_encoders_best(family, batch):
     adapter = build(FAMILIES[family])
     prepared, _, trace = trace_of(adapter, batch)

@@ -1,0 +1,74 @@
+"""What a published detector of transformers wants done to images: the image processor in its folder or repository."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.utils.hub import cached_file
+
+from kdtoolkit.canvas import scaled
+from kdtoolkit.contract import Target
+from kdtoolkit.errors import KDError
+
+FILE = "preprocessor_config.json"
+
+
+class Processing:
+    """The mean and std (a channel, for images in [0, 1]) and the resizing of an image processor of the library."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        # The library's images are in [0, 255] until it rescales them.
+        factor = 255 * processor.rescale_factor if processor.do_rescale else 255
+        normalised = bool(processor.do_normalize)
+        self.mean = tuple(x / factor for x in _three(processor.image_mean if normalised else 0.0))
+        self.std = tuple(x / factor for x in _three(processor.image_std if normalised else 1.0))
+
+    def resized(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None
+    ) -> tuple[Sequence[Tensor], Sequence[Target] | None]:
+        """Images (3, H, W) as large as the processor makes them, with their ground truth."""
+        processor = self._processor
+        if not processor.do_resize:
+            return images, targets
+        made = [processor.resize(image, size=processor.size, resample=processor.resample) for image in images]
+        if targets is None:
+            return made, None
+        sizes, originals = ([(x.shape[-2], x.shape[-1]) for x in each] for each in (made, images))
+        return made, [
+            Target(boxes=scaled(target["boxes"].float().reshape(-1, 4), size, original), labels=target["labels"])
+            for target, size, original in zip(targets, sizes, originals, strict=True)
+        ]
+
+
+def published_processing(model: nn.Module, processor: type[Any]) -> Processing | None:
+    """The processing of the folder or repository that `model` was loaded from; None where it was not, or has none.
+
+    Looks at files on this machine alone. Raises KDError where the file there cannot be read.
+    """
+    config: Any = model.config
+    source = str(config.name_or_path or "")
+    found = cached_file(
+        source,
+        FILE,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    ) if source else None  # fmt: skip
+    if found is None:
+        return None
+    try:
+        return Processing(processor.from_pretrained(Path(found).parent, local_files_only=True))
+    except Exception as error:  # the library's many ways to complain of a file
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise KDError(
+            f"{found}, which says what {type(model).__name__} wants done to images, cannot be used ({reason}): mend "
+            "it, or remove it to have the library's defaults"
+        ) from error
+
+
+def _three(value: Any) -> tuple[float, ...]:
+    return tuple(map(float, value)) if isinstance(value, list | tuple) else (float(value),) * 3
