@@ -105,9 +105,9 @@ def _detector(
         adapter = adapt(model)
     except KDError as error:
         raise KDError(
-            f"{error} To evaluate a plain module, which returns boxes, scores and labels as torchvision's detectors "
-            "do, say what its labels count from: evaluate(..., labels_from=1) if 0 is background, labels_from=0 if 0 "
-            "is the first class."
+            f"{str(error).rstrip('.')}. A module that itself returns boxes, scores and labels as torchvision's "
+            "detectors do can be evaluated as it is: evaluate(..., labels_from=1) if label 0 is background, "
+            "labels_from=0 if 0 is the first class"
         ) from error
 
     def detect(images: Sequence[Tensor]) -> list[Detections]:

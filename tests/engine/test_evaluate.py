@@ -211,7 +211,7 @@ def test_detectors_of_any_library_are_run_through_their_adapter(data, family):
 
 
 def test_a_plain_module_must_say_what_its_labels_count_from(data):
-    with pytest.raises(KDError, match=r"no adapter for .*Replay.*labels_from=1\) if 0 is background"):
+    with pytest.raises(KDError, match=r"no adapter for .*Replay.*labels_from=1\) if label 0 is background"):
         evaluate(Replay(data), data)
 
     def from_one(found):
@@ -243,7 +243,7 @@ def test_what_an_adapter_refuses_is_not_taken_for_a_plain_module(data):
     channels = model.roi_heads.box_predictor.cls_score.in_features
     model.roi_heads.box_predictor = OwnHead(channels, 7)
     few = data.subset(4, seed=0)
-    with pytest.raises(KDError, match=r"head.*labels_from=1\) if 0 is background"):
+    with pytest.raises(KDError, match=r"head.*labels_from=1\) if label 0 is background"):
         evaluate(model, few)
     assert evaluate(model, few, labels_from=1).images == 4
 
@@ -253,7 +253,7 @@ def test_another_number_of_classes_is_refused_before_anything_runs(data, classes
     model = tiny_gfl(seed=0, num_classes=classes)
     model.backbone = None
     with pytest.raises(
-        KDError, match=rf"GFL has {classes} classes, the data set 6 \(disc, .*\): build the detector for 6"
+        KDError, match=rf"GFL has {classes} classes, the data set 6: .* Build the detector for 6 classes"
     ):
         evaluate(model, data)
 
@@ -283,8 +283,3 @@ def test_what_cannot_be_evaluated_is_told_in_one_sentence(data, changes, message
     arguments = {"model": tiny_gfl(seed=0, num_classes=6), "dataset": data, **changes}
     with pytest.raises(KDError, match=message):
         evaluate(**arguments)
-
-
-def test_weights_of_lower_precision_are_named(data):
-    with pytest.raises(KDError, match=r"weights are torch.float16, torch.float32|weights are torch.float16: make them"):
-        evaluate(tiny_gfl(seed=0, num_classes=6).half(), data)

@@ -196,7 +196,6 @@ def test_devices_are_taken_by_name_or_as_they_are(data):
         ({"dataset": [1, 2]}, "the data set is a list; it must be a DetectionDataset"),
         ({"distiller": nn.Identity()}, r"train takes a Distiller, not a Identity: .* Distiller\(None, student\)"),
         ({"distiller": Distiller(None, tiny_gfl(seed=2, num_classes=91))}, "GFL has 91 classes, the data set 6"),
-        ({"distiller": Distiller(None, model(2)).half()}, r"weights are torch.float16: make them float32"),
     ],
 )
 def test_wrong_arguments_are_told_in_one_sentence(data, changes, message):
