@@ -130,7 +130,7 @@ def train(
         average = AveragedModel(student, multi_avg_fn=ema, use_buffers=True)
     precision = resolve_precision(config.precision, device)
     silence = SilenceDetector(student, distiller.vanishing)
-    dead = DeadParts(names, patience=min(max(config.steps // 10, 5), 50), device=device)
+    dead = DeadParts(student, names, patience=min(max(config.steps // 10, 5), 50), device=device)
     with_boxes = 0
     window, history = _Window(), _Window()
     points: list[dict[str, float]] = []

@@ -74,12 +74,14 @@ class DeadParts:
     """Finds parts of the student whose gradient has become exactly zero: whatever is shown, they learn no more.
 
     Boxes of which all sides are zero are the best known case: no small change of a weight gives them an area. A part is
-    called dead if it has had a gradient, and none in the last `patience` steps with boxes.
+    called dead if it has had a gradient, and none in the last `patience` steps with boxes. One of a list of parts whose
+    others learn on is not: of heads that have a level each, some may get no object for long.
     """
 
-    def __init__(self, names: Sequence[str], patience: int, device: torch.device) -> None:
+    def __init__(self, student: nn.Module, names: Sequence[str], patience: int, device: torch.device) -> None:
         """`names` are of a Distiller's parameters; what methods learn is left out of the warnings."""
         self._names = names
+        self._lists = {name for name, module in student.named_modules() if isinstance(module, nn.ModuleList)}
         self._patience = patience
         self._with_boxes = [0]  # the number of steps with boxes, after each step
         self._alive = torch.zeros(len(names), dtype=torch.int64, device=device)  # the last step with a gradient
@@ -103,11 +105,14 @@ class DeadParts:
                 dead.update({module: max(last, dead.get(module, 0)) for module in modules})
             elif last:
                 alive.update(modules)
-        whole = [module for module in dead if module not in alive]
-        largest = [module for module in whole if not module or module.rpartition(".")[0] not in whole]
+        whole = {module for module in dead if module not in alive}
+        largest = [
+            module
+            for module in dead
+            if module in whole and (not module or module.rpartition(".")[0] not in whole | self._lists)
+        ]
         return [
             f"the gradient of the student's {module or 'every parameter'} has been exactly 0 since step "
-            f"{dead[module] + 1}: it learns no more, for its outputs are stuck or no object falls to it. Lower lr or "
-            "lengthen warmup_steps"
+            f"{dead[module] + 1}: it has died and learns no more. Lower lr or lengthen warmup_steps"
             for module in largest
         ]

@@ -104,32 +104,48 @@ def test_a_head_that_was_dead_at_the_start_is_named_by_its_loss_term():
     ]
 
 
+class Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.ModuleDict({"conv": nn.Conv2d(1, 1, 1), "norm": nn.PReLU()})
+        self.levels = nn.ModuleList([nn.PReLU(), nn.PReLU()])
+
+
 def watched(*steps, patience=2):
-    """What is said after steps, each of the parameters with a gradient and whether its images had boxes."""
-    names = [
-        "student.a.conv.weight",
-        "student.a.conv.bias",
-        "student.a.norm.weight",
-        "student.b.weight",
-        "methods.0.c.weight",
-    ]
-    dead = DeadParts(names, patience, torch.device("cpu"))
+    """What is said after steps: the parameters with a gradient in each, and whether its images had boxes."""
+    letters = {
+        "w": "a.conv.weight",
+        "b": "a.conv.bias",
+        "n": "a.norm.weight",
+        "0": "levels.0.weight",
+        "1": "levels.1.weight",
+    }
+    parts = Parts()
+    assert set(letters.values()) == {name for name, _ in parts.named_parameters()}
+    names = [*(f"student.{name}" for name in letters.values()), "methods.0.projection.weight"]
+    dead = DeadParts(parts, names, patience, torch.device("cpu"))
     for alive, has_boxes in steps:
-        dead.observe(torch.tensor([float(letter in alive) for letter in "wbnBm"]), has_boxes)
+        dead.observe(torch.tensor([float(letter in alive) for letter in [*letters, "m"]]), has_boxes)
     return [warning.partition(" has been")[0].rpartition("student's ")[2] for warning in dead.warnings()]
 
 
 def test_the_largest_part_all_of_whose_parameters_are_dead_is_named():
-    everything, boxes = ("wbnBm", True), True
-    assert watched(everything, ("B", boxes), ("B", boxes)) == ["a"]
-    assert watched(everything, ("nB", boxes), ("nB", boxes)) == ["a.conv"]
-    assert watched(everything, ("bnB", boxes), ("bnB", boxes)) == []  # a bias learns on
+    everything, boxes = ("wbn01m", True), True
+    assert watched(everything, ("01", boxes), ("01", boxes)) == ["a"]
+    assert watched(everything, ("n01", boxes), ("n01", boxes)) == ["a.conv"]
+    assert watched(everything, ("bn01", boxes), ("bn01", boxes)) == []  # a bias learns on
     assert watched(everything, ("", boxes), ("", boxes)) == ["every parameter"]
 
 
+def test_one_head_of_several_levels_may_get_no_object_for_long():
+    everything, boxes = ("wbn01m", True), True
+    assert watched(everything, ("wbn0", boxes), ("wbn0", boxes)) == []
+    assert watched(everything, ("wbn", boxes), ("wbn", boxes)) == ["levels"]
+
+
 def test_parts_are_dead_only_after_some_steps_with_boxes_and_if_they_have_lived():
-    everything, boxes = ("wbnBm", True), True
-    assert watched(everything, ("B", boxes)) == []
-    assert watched(everything, ("B", False), ("B", False), ("B", boxes)) == []
-    assert watched(everything, ("B", boxes), ("B", boxes), ("wB", boxes)) == ["a.norm"]
-    assert watched(("B", boxes), ("B", boxes), ("B", boxes)) == []  # never in use
+    everything, boxes = ("wbn01m", True), True
+    assert watched(everything, ("01", boxes)) == []
+    assert watched(everything, ("01", False), ("01", False), ("01", boxes)) == []
+    assert watched(everything, ("01", boxes), ("01", boxes), ("w01", boxes)) == ["a.norm"]
+    assert watched(("01", boxes), ("01", boxes), ("01", boxes)) == []  # never in use
