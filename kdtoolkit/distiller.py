@@ -227,6 +227,12 @@ class Distiller(nn.Module):
         return self.calls // self.accumulation
 
     @property
+    def vanishing(self) -> frozenset[str]:
+        """Names of the loss terms that are zero where the student shows what the teacher shows: `pkd/feature`."""
+        methods = zip(self._names, self._methods, strict=True)
+        return frozenset(f"{name}/{term}" for name, method in methods for term in method.vanishing)
+
+    @property
     def _methods(self) -> list[Method]:
         return [cast(Method, method) for method in self.methods]
 

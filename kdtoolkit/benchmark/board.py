@@ -24,7 +24,10 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row: means over its seeds. Differences and the share of the gap are to the baselines on the same seeds."""
+    """One row: means over its seeds. Differences and the share of the gap are to the baselines on the same seeds.
+
+    Times and memory are None where the row's cells were measured on different hardware.
+    """
 
     entry: str
     methods: str
@@ -34,9 +37,9 @@ class Row:
     versus_equal_time: Difference | None
     gap_recovered: float | None
     steps: float
-    step_ms: float
-    train_seconds: float
-    peak_memory_mb: float
+    step_ms: float | None
+    train_seconds: float | None
+    peak_memory_mb: float | None
     parameters: int
 
     @property
@@ -105,7 +108,9 @@ def _aps(results: Iterable[CellResult]) -> dict[int, float]:
 def _row(
     suite: Suite, entry: str, results: list[CellResult], aps: Mapping[str, dict[int, float]], teacher: float | None
 ) -> Row:
-    def mean(name: str) -> float:
+    def cost(name: str) -> float | None:
+        if len({result.hardware for result in results}) > 1:
+            return None
         return statistics.fmean(getattr(result, name) for result in results)
 
     def versus(reference: str) -> Difference | None:
@@ -125,10 +130,10 @@ def _row(
         versus_baseline=own,
         versus_equal_time=None if entry == BASELINE else versus(EQUAL_TIME),
         gap_recovered=gap,
-        steps=mean("steps"),
-        step_ms=mean("step_ms"),
-        train_seconds=mean("train_seconds"),
-        peak_memory_mb=mean("peak_memory_mb"),
+        steps=statistics.fmean(result.steps for result in results),
+        step_ms=cost("step_ms"),
+        train_seconds=cost("train_seconds"),
+        peak_memory_mb=cost("peak_memory_mb"),
         parameters=results[0].parameters,
     )
 
@@ -153,7 +158,7 @@ def _claim(row: Row, against: str, difference: Difference | None) -> Iterable[Cl
     interval = (
         "no interval" if difference.low is None else f"95 % interval {difference.low:+.2f} to {difference.high:+.2f}"
     )
-    verdicts = {"holds": "holds", "not shown": f"not shown with {seeds}", "does not help": "does not help here"}
+    verdicts = {"holds": "holds", "not shown": f"not shown with {seeds}", "hurts": "hurts here"}
     budget = "at equal steps" if against == BASELINE else "at equal time"
     text = (
         f"{row.entry} is {where} the baseline {budget}: {difference.mean:+.2f} AP ({interval}, {seeds}): "
@@ -205,6 +210,7 @@ def _warnings(
             f"the teacher (AP {teacher.evaluation['ap'] or 0.0:.1f}) is no better than the student's baseline "
             f"({baseline.mean:.1f}): there is nothing to distil. Train it longer, on more images, or make it larger."
         )
+    yield from _mixed_hardware(cells, teacher)
     for path in (store.teacher_copy.with_suffix(".error"), *sorted((store.root / "cells").glob("*/*.error"))):
         if path.exists():
             name = "teacher" if path.parent == store.root else f"{path.parent.name}, {path.stem}"
@@ -214,3 +220,21 @@ def _warnings(
             yield f"{row}: {len(cells[row])} of {suite.seeds} seeds are done"
     if suite.seeds == 1:
         yield "one seed: there is no spread and no interval, so no difference can be told from chance"
+
+
+def _mixed_hardware(cells: Mapping[str, list[CellResult]], teacher: CellResult | None) -> Iterable[str]:
+    """A warning where the board's times are not all of the same hardware."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row, results in {**cells, TEACHER: [teacher] if teacher else []}.items():
+        for result in results:
+            found.setdefault(result.hardware, {}).setdefault(row, []).append(str(result.seed))
+    if len(found) > 1:
+        rows = (
+            f"{hardware}: "
+            + ", ".join(row if row == TEACHER else f"{row} (seed {', '.join(s)})" for row, s in at.items())
+            for hardware, at in found.items()
+        )
+        yield (
+            "times and memory were measured on different hardware, so compare them within one, and a row that has both "
+            f"shows none. {'; '.join(rows)}"
+        )

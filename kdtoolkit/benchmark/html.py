@@ -17,7 +17,7 @@ th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align
 th:first-child, td:first-child { text-align: left; }
 tr.plain { opacity: .75; }
 .warning { border-left: .3rem solid var(--bad); padding: .2rem .8rem; }
-.holds { color: var(--good); } .not-shown { color: var(--open); } .does-not-help { color: var(--bad); }
+.holds { color: var(--good); } .not-shown { color: var(--open); } .hurts { color: var(--bad); }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; }
 small { display: block; max-width: 60rem; opacity: .8; }
 """.strip()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from kdtoolkit.benchmark.cell import DataSets, Task, build_detector, device_name, stretched
 from kdtoolkit.benchmark.keys import cell_parts, difference, key_of
 from kdtoolkit.benchmark.stats import dearest
-from kdtoolkit.benchmark.store import CellResult, Store, read_result, set_aside
+from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, MethodUse, Suite
 from kdtoolkit.contract import adapt
 from kdtoolkit.distiller import Distiller
@@ -100,39 +102,65 @@ class Plan:
         return [self.cell(row, seed) for seed in range(self.suite.seeds) for row in names]
 
     def result(self, task: Task) -> CellResult | None:
-        """The stored result of a task, if it is of this very task."""
-        found = read_result(task.result)
-        whole = found is not None and found.key == key_of(task.parts) and task.result.with_suffix(".pt").exists()
+        """The stored result of a task, if it is of this very task and whole."""
+        found = _readable(task.result)
+        whole = found is not None and found.key == key_of(task.parts) and are_whole(task.result.with_suffix(".pt"))
         return found if whole else None
 
     def measured(self, row: str) -> list[CellResult]:
         """The stored results of a row."""
-        found = (read_result(self.store.result_path(row, seed)) for seed in range(self.suite.seeds))
+        found = (_readable(self.store.result_path(row, seed)) for seed in range(self.suite.seeds))
         return [result for result in found if result is not None]
 
-    def set_aside_stale(self) -> dict[str, str]:
-        """Take results off the board that are not of the suite as it is now; why, by the cell's name."""
+    def set_aside_unusable(self) -> dict[str, str]:
+        """Take results away that are damaged, or not of the suite as it is now; why, by the cell's name."""
         reasons = {}
-        tasks = self.cells([BASELINE, *self.suite.entries])
-        tasks += [self.cell(EQUAL_TIME, result.seed, result.stretch) for result in self.measured(EQUAL_TIME)]
+        stretches = {result.seed: result.stretch for result in self.measured(EQUAL_TIME)}
+        tasks = [self.teacher(), *self.cells([BASELINE, *self.suite.entries])]
+        tasks += [self.cell(EQUAL_TIME, seed, stretches.get(seed, 1.0)) for seed in range(self.suite.seeds)]
         for task in tasks:
-            old = read_result(task.result)
-            if old is not None and self.result(task) is None:
-                reasons[task.name] = difference(old.key_parts, task.parts)
+            if reason := self._unusable(task):
+                reasons[task.name] = reason
                 set_aside(task.result)
         return reasons
+
+    def _unusable(self, task: Task) -> str | None:
+        """Why a stored result cannot stay; None if it can, or if there is none."""
+        old = _readable(task.result)
+        if old is None:
+            return f"is trained again, for {task.result} is damaged" if task.result.exists() else None
+        if old.key != key_of(task.parts):
+            return f"is out of date ({difference(old.key_parts, task.parts)})"
+        weights = task.result.with_suffix(".pt")
+        return None if are_whole(weights) else f"is trained again, for {weights} is missing or damaged"
 
     def stretch(self) -> tuple[str, float] | None:
         """The dearest method, and how far the baseline's schedule is stretched to cost as much; None if unmeasured.
 
-        A stored stretch stands unless the one needed now is more than 5 % longer.
+        Costs are compared on the same hardware. A stored stretch stands unless the one needed now is more than 5 %
+        longer.
         """
-        costs = {row: [result.seconds_per_step for result in self.measured(row)] for row in self.suite.entries}
-        found = dearest([result.seconds_per_step for result in self.measured(BASELINE)], costs)
+        cells = {row: self.measured(row) for row in (BASELINE, *self.suite.entries)}
+        found: tuple[str, float] | None = None
+        for hardware in {result.hardware for result in cells[BASELINE]}:
+            costs = {
+                row: [result.seconds_per_step for result in results if result.hardware == hardware]
+                for row, results in cells.items()
+            }
+            here = dearest(costs.pop(BASELINE), costs)
+            if here is not None and (found is None or here[1] > found[1]):
+                found = here
         if found is None:
             return None
         stored = max((result.stretch for result in self.measured(EQUAL_TIME)), default=0.0)
         return found if found[1] > stored * STRETCH_SLACK else (found[0], stored)
+
+
+def _readable(path: Path) -> CellResult | None:
+    """A stored result; None if there is none, or if it is damaged."""
+    with suppress(KDError):
+        return read_result(path)
+    return None
 
 
 def check_methods(suite: Suite, sets: DataSets) -> None:

@@ -65,9 +65,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     ),
     "seeds": lambda row: str(len(row.seeds)),
     "steps": lambda row: f"{row.steps:.0f}",
-    "ms/step": lambda row: f"{row.step_ms:.0f}",
-    "train time": lambda row: duration(row.train_seconds),
-    "memory": lambda row: f"{row.peak_memory_mb:.0f} MB",
+    "ms/step": lambda row: "-" if row.step_ms is None else f"{row.step_ms:.0f}",
+    "train time": lambda row: "-" if row.train_seconds is None else duration(row.train_seconds),
+    "memory": lambda row: "-" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f} MB",
     "parameters": lambda row: f"{row.parameters:,}",
 }
 WIDE = 170  # characters that all columns need
@@ -138,7 +138,7 @@ def print_board(board: Board, console: Console) -> None:
         style = "bold" if row.methods else "dim" if row is board.teacher else ""
         table.add_row(*(Text(COLUMNS[name](row)) for name in names), style=style)
     console.print(table)
-    colours = {"holds": "green", "not shown": "yellow", "does not help": "red"}
+    colours = {"holds": "green", "not shown": "yellow", "hurts": "red"}
     for claim in board.claims:
         console.print(Text(claim.text, style=colours[claim.verdict]))
     for warning in board.warnings:

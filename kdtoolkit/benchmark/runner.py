@@ -122,8 +122,8 @@ class _Run:
             )
             for path in paths:
                 discard(path)
-        for name, reason in plan.set_aside_stale().items():
-            display.line(f"{name} is out of date ({reason}); its old result is kept as .json.old", "yellow")
+        for name, reason in plan.set_aside_unusable().items():
+            display.line(f"{name} {reason}; its old result is kept as .json.old", "yellow")
         teacher = plan.teacher()
         if plan.result(teacher) is None:
             discard(plan.store.teacher_copy)
@@ -171,6 +171,10 @@ class _Run:
     def _plan_equal_time(self) -> None:
         found = self.plan.stretch()
         if found is None:
+            if any(self.plan.measured(row) for row in self.plan.suite.entries):
+                self.display.line(
+                    "no baseline at equal time: no method was timed on the hardware of the baseline", "yellow"
+                )
             return
         dearest, stretch = found
         for seed in range(self.plan.suite.seeds):

@@ -16,7 +16,7 @@ _T95 = {
     **{25: 2.060, 30: 2.042, 40: 2.021, 60: 2.000, 120: 1.980},
 }
 
-Verdict = Literal["holds", "not shown", "does not help"]
+Verdict = Literal["holds", "not shown", "hurts"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """What the difference shows: `holds` if the interval lies above 0, `does not help` if the mean does not."""
-        if self.mean <= 0:
-            return "does not help"
-        return "holds" if self.low is not None and self.low > 0 else "not shown"
+        """What the difference shows: `holds` if the interval lies above 0, `hurts` if below, else `not shown`."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+            return "not shown"
+        return "holds" if self.low > 0 else "hurts"
 
 
 def t95(degrees: int) -> float:

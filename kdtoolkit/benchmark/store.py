@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,12 @@ class CellResult(BaseModel):
     def seconds_per_step(self) -> float:
         """Mean seconds of a training step."""
         return self.train_seconds / self.steps
+
+    @property
+    def hardware(self) -> str:
+        """What it was measured on, in words: times of different hardware are not comparable."""
+        where = self.machine if self.device == "cpu" else f"{self.device} ({self.machine})"
+        return f"{where}, {self.threads} thread{'s' if self.threads > 1 else ''} a cell"
 
 
 class Store:
@@ -118,13 +125,18 @@ class Store:
 
 
 def read_result(path: Path) -> CellResult | None:
-    """A stored result; None if there is none. Raises KDError if the file is not one."""
+    """A stored result; None if there is none. Raises KDError if the file is damaged."""
     try:
         return CellResult.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValidationError) as error:
-        raise KDError(f"{path} is not a result that can be read: delete it, and the cell runs again") from error
+        raise KDError(f"{path} is damaged: `kd benchmark run` sets it aside and runs the cell again") from error
+
+
+def are_whole(weights: Path) -> bool:
+    """Whether a file of weights is there and has its end: one that was cut short is no archive any more."""
+    return zipfile.is_zipfile(weights)
 
 
 def write_weights(path: Path, model: nn.Module) -> None:

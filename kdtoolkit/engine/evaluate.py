@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Detections, adapt
+from kdtoolkit.contract import Detections, DetectorAdapter, DetectorSpec, adapt
 from kdtoolkit.data import DetectionDataset, Sample
-from kdtoolkit.data.dataset import checked_item, read_in
+from kdtoolkit.data.dataset import checked_item
+from kdtoolkit.engine.inputs import check_dataset, resolve_device
+from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.engine.scoring import IOU_THRESHOLDS, Floats, Found, precisions
 from kdtoolkit.errors import KDError
 
@@ -37,71 +40,98 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | DetectorAdapter,
     dataset: DetectionDataset,
     *,
     batch_size: int = 32,
-    device: str | torch.device = "cpu",
-    precision: Literal["float32", "bfloat16"] = "float32",
+    device: str | torch.device | None = None,
+    precision: Literal["auto", "float32", "bfloat16"] = "float32",
+    labels_from: Literal[0, 1] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Run a detector on all images and score it against the ground truth at original sizes.
 
-    `model` lies on `device` and runs in eval mode; the modes of its modules are restored. One that no adapter knows is
-    called as torchvision's detectors are: on a list of images (3, H, W) float32 in [0, 1], for a list of Detections.
-    `progress(done, total)` counts images.
+    Args:
+        model: a detector or an adapter of one. It runs in eval mode; the modes of its modules are restored.
+        dataset: the images and their ground truth.
+        batch_size: images at a time.
+        device: where `model` lies; None asks the model itself.
+        precision: `bfloat16` for autocast; `auto` for it where the hardware has it.
+        labels_from: for a plain module, which is called as torchvision's detectors are: on a list of images (3, H, W)
+            float32 in [0, 1], for a list of Detections. It says whether the first class has the label 0 or, where 0 is
+            background, 1. None runs the detector through the adapter that knows it.
+        progress: called with the images done, and all of them.
 
-    Raises KDError where the detector lies elsewhere or has another number of classes than the data set, and where a
-    detection is not finite or has a label that the data set does not know.
+    Raises KDError before anything runs where no adapter knows the model or one refuses it, where its number of classes
+    is not the data set's, and where the model lies on another device. Raises it later where a detection is not finite
+    or has a label that the data set does not know.
     """
-    dataset = read_in(dataset)
-    _check_device(model, torch.device(device))
+    if not isinstance(model, nn.Module | DetectorAdapter):
+        raise KDError(f"the model must be a detector, an nn.Module, or an adapter of one; it is {model!r}")
+    if batch_size < 1:
+        raise KDError(f"batch_size ({batch_size}) is a number of images, from 1")
+    module, detect, spec = _detector(model, labels_from)
+    check_dataset(dataset, spec)
+    dataset = dataset.in_memory()
+    device = resolve_device(module, device)
+    precision = resolve_precision(precision, device)
     truth = dataset.coco()
     places = {image["id"]: place for place, image in enumerate(truth["images"])}
     found: list[Found] = []
-    detect = _detector(model, len(dataset.class_names))
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
     try:
         for start in range(0, len(dataset), batch_size):
             items = [checked_item(dataset, i) for i in range(start, min(start + batch_size, len(dataset)))]
             images = [image.to(device).float().div_(255) for image, _ in items]
-            with (
-                torch.no_grad(),
-                torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"),
-            ):
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 outputs = detect(images)
-            found.append(_found(outputs, items, places, len(truth["categories"])))
+            found.append(_found(outputs, items, places, len(truth["categories"]), labels_from or 0))
             if progress is not None:
                 progress(start + len(items), len(dataset))
     finally:
-        for module, training in modes:
-            module.training = training
+        for part, training in modes:
+            part.training = training
     return _score(truth, found)
 
 
-def _check_device(model: nn.Module, device: torch.device) -> None:
-    weight = next(model.parameters(), None)
-    if weight is not None and weight.device.type != device.type:
-        raise KDError(f"the detector is on {weight.device}: call evaluate with device='{weight.device}', or move it")
-
-
-def _detector(model: nn.Module, num_classes: int) -> Callable[[Sequence[Tensor]], list[Detections]]:
+def _detector(
+    model: nn.Module | DetectorAdapter, labels_from: int | None
+) -> tuple[nn.Module, Callable[[Sequence[Tensor]], Sequence[Detections]], DetectorSpec | None]:
+    """The module that detects, how it is called, and the detector's facts where an adapter tells them."""
+    if labels_from is not None:
+        if labels_from not in (0, 1) or isinstance(model, DetectorAdapter):
+            raise KDError(f"labels_from is 0 or 1, and for plain modules alone; it is {labels_from!r}")
+        return model, partial(_detect_plainly, model), None
     try:
         adapter = adapt(model)
-    except KDError:
-        return model
-    if (known := adapter.spec.num_classes) != num_classes:
+    except KDError as error:
         raise KDError(
-            f"{adapter.spec.name} has {known} classes, the data set {num_classes}: labels would not agree. "
-            f"Build the detector for {num_classes} classes, or choose the data set's by class_names"
-        )
+            f"{str(error).rstrip('.')}. A module that itself returns boxes, scores and labels as torchvision's "
+            "detectors do can be evaluated as it is: evaluate(..., labels_from=1) if label 0 is background, "
+            "labels_from=0 if 0 is the first class"
+        ) from error
 
     def detect(images: Sequence[Tensor]) -> list[Detections]:
         batch = adapter.prepare(images)
         return adapter.detections(adapter.head(adapter.features(batch), batch), batch)
 
-    return detect
+    return adapter.model, detect, adapter.spec
+
+
+def _detect_plainly(model: nn.Module, images: Sequence[Tensor]) -> Sequence[Detections]:
+    outputs = model(images)
+    keys = Detections.__required_keys__
+    if (
+        not isinstance(outputs, Sequence)
+        or len(outputs) != len(images)
+        or not all(isinstance(output, Mapping) and keys <= output.keys() for output in outputs)
+    ):
+        raise KDError(
+            f"{type(model).__name__} must return a list with a dict of boxes, scores and labels for each image, as "
+            f"torchvision's detectors do in eval mode; it returned a {type(outputs).__name__}"
+        )
+    return outputs
 
 
 def _found(
@@ -109,12 +139,13 @@ def _found(
     items: Sequence[tuple[Tensor, Sample]],
     places: Mapping[int, int],
     num_classes: int,
+    labels_from: int,
 ) -> Found:
     """A batch's detections in pixels of the original images, of which `places` has the place by id."""
     counts = [len(output["scores"]) for output in outputs]
     where = np.repeat(np.arange(len(items)), counts)
     boxes, scores = (torch.cat([output[name] for output in outputs]).float().cpu() for name in ("boxes", "scores"))
-    labels = torch.cat([output["labels"] for output in outputs]).cpu().numpy()
+    labels = torch.cat([output["labels"] for output in outputs]).cpu().numpy().astype(np.int64) - labels_from
     for name, tensor in (("boxes", boxes.reshape(-1, 4)), ("scores", scores[:, None])):
         if len(bad := where[~tensor.isfinite().all(1).numpy()]):
             raise KDError(
@@ -123,8 +154,9 @@ def _found(
             )
     if len(bad := np.flatnonzero((labels < 0) | (labels >= num_classes))):
         raise KDError(
-            f"the detector gives the label {labels[bad[0]]} on image {items[where[bad[0]]][1]['image_id']}; the data "
-            f"set has labels 0 to {num_classes - 1}. Build it for {num_classes} classes."
+            f"the detector gives the label {labels[bad[0]] + labels_from} on image "
+            f"{items[where[bad[0]]][1]['image_id']}; the data set has labels {labels_from} to "
+            f"{num_classes - 1 + labels_from}. Build it for {num_classes} classes, or mend labels_from."
         )
     scales = [
         (sample["original_size"][1] / image.shape[2], sample["original_size"][0] / image.shape[1])
@@ -133,7 +165,7 @@ def _found(
     corners = boxes.numpy().astype(np.float64) * np.tile(np.array(scales), 2)[where]
     xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
     images = np.array([places[sample["image_id"]] for _, sample in items])[where]
-    return Found(images, labels.astype(np.int64), xywh, scores.numpy().astype(np.float64))
+    return Found(images, labels, xywh, scores.numpy().astype(np.float64))
 
 
 def _score(truth: dict[str, Any], batches: Sequence[Found]) -> Evaluation:

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from kdtoolkit.errors import KDError
+
 Precision = Literal["float32", "bfloat16"]
 
 # Values of oneDNN's environment variable that keep its kernels from bfloat16 instructions which the CPU may have.
@@ -32,7 +34,12 @@ def has_bfloat16(device: str | torch.device = "cpu") -> bool:
 
 
 def resolve_precision(precision: Literal["auto"] | Precision, device: str | torch.device = "cpu") -> Precision:
-    """The precision that `auto` stands for on a device: bfloat16 where its hardware has it, else float32."""
+    """The precision that `auto` stands for on a device: bfloat16 where its hardware has it, else float32.
+
+    Raises KDError for the name of another precision.
+    """
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise KDError(f"precision is 'auto', 'float32' or 'bfloat16', not {precision!r}")
     if precision != "auto":
         return precision
     return "bfloat16" if has_bfloat16(device) else "float32"

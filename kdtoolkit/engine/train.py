@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdtoolkit.data import Augmentation, DetectionDataset, batches
-from kdtoolkit.data.dataset import read_in
-from kdtoolkit.distiller import Distiller, Losses
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.inputs import check_dataset, resolve_device
 from kdtoolkit.engine.precision import resolve_precision
-from kdtoolkit.errors import NonFiniteLossError
+from kdtoolkit.engine.watch import DeadParts, SilenceDetector
+from kdtoolkit.errors import KDError, NonFiniteLossError
 
-SILENT_STEPS = 5  # a term that says nothing in all of the first steps is reported
 HISTORY_POINTS = 100
+UNTIMED_STEPS = 5  # the first steps are slower, and are left out of the median
 
 
 class TrainConfig(BaseModel):
@@ -37,8 +38,8 @@ class TrainConfig(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
     warmup_steps: int = Field(default=50, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    milestones: tuple[float, ...] = Field(
-        default=(2 / 3, 11 / 12), description="shares of the steps where `step` divides lr by 10"
+    milestones: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        default=(2 / 3, 11 / 12), description="shares of the steps, from 0 to 1, where `step` divides lr by 10"
     )
     clip_norm: float = Field(default=35.0, ge=0, description="largest gradient norm; 0 switches clipping off")
     ema: float = Field(
@@ -57,7 +58,8 @@ class TrainConfig(BaseModel):
 class Progress:
     """Where a run is: `losses` are means since the last report, `seconds` the time since its start.
 
-    `warnings` are the loss terms found to do nothing so far.
+    `warnings`: one line for each loss term that has taught the student nothing so far, and for each part of it that
+    has died.
     """
 
     step: int
@@ -69,7 +71,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run cost and how it went: `history` has about 100 points of step, lr and every loss term (means)."""
+    """What a run cost and how it went.
+
+    `history` has about 100 points of step, lr and every loss term (means). `warnings` are those of `Progress`, for the
+    whole run.
+    """
 
     steps: int
     seconds: float
@@ -94,22 +100,29 @@ def train(
     config: TrainConfig,
     *,
     seed: int,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
     """Train the distiller's student in place; `report` is called at the first step, about every second, at the end.
 
-    Same seed, same machine, same result. Raises NonFiniteLossError where a loss term is NaN or infinite; the student
-    then has the weights of the last good step.
+    `device` is where the models lie; None asks the student itself. Same seed, same machine, same result.
+
+    Raises KDError before the first step where an argument is of another type, where nothing of the student is to be
+    trained, where its number of classes is not the data set's, and where it lies on another device. Raises
+    NonFiniteLossError where a loss term is NaN or infinite; the student then has the weights of the last good step.
     """
-    dataset = read_in(dataset)  # before the clock starts
+    _check_arguments(distiller, config)
+    check_dataset(dataset, distiller.student_adapter.spec)
+    dataset = dataset.in_memory()  # before the clock starts
+    device = resolve_device(distiller.student, device)
     torch.manual_seed(seed)
     student = distiller.student
     if config.channels_last:
         student.to(memory_format=torch.channels_last)
         if distiller.teacher_adapter is not None:
             distiller.teacher_adapter.model.to(memory_format=torch.channels_last)
-    parameters = [p for p in distiller.parameters() if p.requires_grad]
+    trained = {name: p for name, p in distiller.named_parameters() if p.requires_grad}
+    names, parameters = list(trained), list(trained.values())
     optimizer = _optimizer(parameters, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
     average = None
@@ -117,7 +130,9 @@ def train(
         ema = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
         average = AveragedModel(student, multi_avg_fn=ema, use_buffers=True)
     precision = resolve_precision(config.precision, device)
-    silence = SilenceDetector(student)
+    silence = SilenceDetector(student, distiller.vanishing)
+    dead = DeadParts(student, names, patience=min(max(config.steps // 10, 5), 50), device=device)
+    with_boxes = 0
     window, history = _Window(), _Window()
     points: list[dict[str, float]] = []
     durations: list[float] = []
@@ -129,7 +144,7 @@ def train(
         begun = time.perf_counter()
         images = [image.to(device) for image in images]
         buffers = [buffer.clone() for buffer in student.buffers()]  # batch norm's change in a forward already
-        autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
         with autocast:
             losses = distiller(images, targets)
         values = dict(
@@ -139,11 +154,14 @@ def train(
             with autocast:
                 where = distiller.locate_non_finite(images, targets)
             _stop(student, buffers, step, bad, where)
-        if step < SILENT_STEPS:
-            silence.observe(losses)
+        if has_boxes := any(len(target["boxes"]) for target in targets):
+            with_boxes += 1
+            silence.observe(losses, values)
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norms = _gradient_norms(parameters)
+        dead.observe(norms, has_boxes)
+        norm = torch.linalg.vector_norm(norms)
         if bad := _non_finite({"gradient norm": norm.item()}):
             _stop(student, buffers, step, bad, "all losses are finite, their gradient is not")
         if config.clip_norm:
@@ -159,52 +177,24 @@ def train(
         history.add(values)
         last = step + 1 == config.steps
         if report is not None and (now - reported > 1 or step == 0 or last):
-            warnings = silence.warnings() if step + 1 >= SILENT_STEPS else []
-            report(Progress(step + 1, config.steps, window.flush(), now - started, tuple(warnings)))
+            warnings = (*silence.warnings(), *dead.warnings())
+            report(Progress(step + 1, config.steps, window.flush(), now - started, warnings))
             reported = now
         if (step + 1) % max(1, config.steps // HISTORY_POINTS) == 0 or last:
             points.append({"step": step + 1, "lr": optimizer.param_groups[0]["lr"], **history.flush()})
 
     if average is not None:
         student.load_state_dict(average.module.state_dict())
+    warnings = (*silence.warnings(final=True), *dead.warnings())
+    if not with_boxes:
+        warnings = (f"none of the images of the {config.steps} steps has a box: the student has seen background alone",)
     return TrainResult(
         steps=config.steps,
         seconds=time.perf_counter() - started,
-        step_ms=1000 * statistics.median(durations[min(SILENT_STEPS, len(durations) - 1) :]),
+        step_ms=1000 * statistics.median(durations[min(UNTIMED_STEPS, len(durations) - 1) :]),
         history=points,
-        warnings=silence.warnings(),
+        warnings=list(warnings),
     )
-
-
-class SilenceDetector:
-    """Finds methods' loss terms that teach the student nothing: exactly zero, or without gradient to it."""
-
-    def __init__(self, student: nn.Module) -> None:
-        self._parameters = [p for p in student.parameters() if p.requires_grad]
-        self._reasons: dict[str, set[str]] = {}
-
-    def observe(self, losses: Losses) -> None:
-        """Look at one step's terms, before `backward`; leaves their graph and all gradients as they are."""
-        for name, loss in losses.items():
-            if not name.startswith("task/"):
-                self._reasons.setdefault(name, set()).add(self._silence(loss))
-
-    def _silence(self, loss: Tensor) -> str:
-        if loss.item() == 0:
-            return "is exactly zero"
-        if not loss.requires_grad:
-            return "has no gradient"
-        gradients = torch.autograd.grad(loss, self._parameters, retain_graph=True, allow_unused=True)
-        return "" if any(g is not None and bool(g.any()) for g in gradients) else "has no gradient to the student"
-
-    def warnings(self) -> list[str]:
-        """One line for each term that was silent in every step observed."""
-        return [
-            f"loss term {name} {' or '.join(sorted(reasons))} in each of the first {SILENT_STEPS} steps: "
-            "the method does nothing here"
-            for name, reasons in self._reasons.items()
-            if "" not in reasons
-        ]
 
 
 class _Window:
@@ -221,6 +211,28 @@ class _Window:
         means = {name: statistics.fmean(values) for name, values in self._values.items()}
         self._values = {}
         return means
+
+
+def _check_arguments(distiller: object, config: object) -> None:
+    if not isinstance(distiller, Distiller):
+        raise KDError(
+            f"train takes a Distiller, not a {type(distiller).__name__}: write Distiller(teacher, student, methods) "
+            "or, to train alone, Distiller(None, student)"
+        )
+    if not isinstance(config, TrainConfig):
+        raise KDError(f"config is a {type(config).__name__}; it must be a TrainConfig, as in TrainConfig(steps=1000)")
+    if not any(p.requires_grad for p in distiller.student.parameters()):
+        raise KDError(
+            "nothing of the student is to be trained: all its parameters are frozen. Call student.requires_grad_(True)"
+        )
+
+
+def _gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of each parameter's gradient (P,), 0 where it has none. Waits for no result of the device."""
+    # A private name that torch's own get_total_norm rests on; it takes all gradients at once.
+    norms = iter(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
+    none = torch.zeros((), device=parameters[0].device)
+    return torch.stack([none if p.grad is None else next(norms) for p in parameters])
 
 
 def _optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:

@@ -26,7 +26,7 @@ APS = {
 }
 
 
-def make_run(folder, aps=APS, *, teacher=31.0, seeds=3):
+def make_run(folder, aps=APS, *, teacher=31.0, seeds=3, elsewhere=()):
     store = Store(folder / "tiny")
     suite = tiny(("seeds: 2", f"seeds: {seeds}"), ("a few steps", "a <few> | steps"))
     write_atomic(store.suite_path, suite.to_yaml().encode())
@@ -35,7 +35,9 @@ def make_run(folder, aps=APS, *, teacher=31.0, seeds=3):
         stretch = {"stretch": 2.5, "steps": 250} if row == EQUAL_TIME else {}
         for seed, ap in enumerate(values):
             warnings = ["loss term pkd/feature is exactly zero"] if (row, seed) == ("CrossKD+PKD", 1) else []
-            store_result(store.result_path(row, seed), made_up(row, seed, ap, warnings=warnings, **stretch))
+            machine = "another machine" if (row, seed) in elsewhere else "a machine"
+            result = made_up(row, seed, ap, warnings=warnings, machine=machine, **stretch)
+            store_result(store.result_path(row, seed), result)
     return store.root
 
 
@@ -53,7 +55,7 @@ def test_rows_and_claims_by_hand(tmp_path):
     assert verdicts == {
         ("PKD", BASELINE): "holds",
         ("CrossKD+PKD", BASELINE): "not shown",
-        ("PKD", EQUAL_TIME): "does not help",
+        ("PKD", EQUAL_TIME): "hurts",
         ("CrossKD+PKD", EQUAL_TIME): "not shown",
     }
     assert board.warnings == ("CrossKD+PKD (seed 1): loss term pkd/feature is exactly zero",)
@@ -87,6 +89,25 @@ def test_an_unfinished_board_pairs_what_is_there(tmp_path):
     assert pkd.versus_equal_time is None
     assert "PKD: 1 of 3 seeds are done" in board.warnings
     assert "CrossKD+PKD: 0 of 3 seeds are done" in board.warnings
+
+
+def test_times_of_different_hardware_are_neither_averaged_nor_unnamed(tmp_path):
+    root = make_run(tmp_path, elsewhere=[("PKD", 1), *((EQUAL_TIME, seed) for seed in range(3))])
+    board = build_board(root)
+    rows = {row.entry: row for row in board.rows}
+    assert (rows["PKD"].step_ms, rows["PKD"].train_seconds, rows["PKD"].peak_memory_mb) == (None, None, None)
+    assert rows["PKD"].versus_baseline.mean == pytest.approx(2.0)
+    assert (rows[BASELINE].step_ms, rows[EQUAL_TIME].step_ms) == (200.0, 200.0)
+    assert board.warnings[1] == (
+        "times and memory were measured on different hardware, so compare them within one, and a row that has both "
+        "shows none. a machine, 1 thread a cell: baseline (seed 0, 1, 2), PKD (seed 0, 2), CrossKD+PKD (seed 0, 1, 2), "
+        "teacher; another machine, 1 thread a cell: PKD (seed 1), baseline (equal time) (seed 0, 1, 2)"
+    )
+    write_board(board, root)
+    text = (root / "leaderboard.md").read_text("utf-8")
+    assert "| 3 | 100 | - | - | - | 12,345 |" in text
+    assert "different hardware" in text
+    assert ",100,,,,12345" in to_csv(board)
 
 
 def test_failed_cells_are_on_the_board(tmp_path):
@@ -185,5 +206,5 @@ def test_a_broken_result_is_named(tmp_path):
     root = make_run(tmp_path)
     broken = root / "cells" / "PKD" / "seed0.json"
     broken.write_text('{"entry": "PKD"')
-    with pytest.raises(KDError, match=r"PKD/seed0\.json is not a result"):
+    with pytest.raises(KDError, match=r"PKD/seed0\.json is damaged"):
         build_board(root)

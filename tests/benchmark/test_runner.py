@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,46 @@ def test_a_key_knows_precision_device_and_threads(tmp_path, monkeypatch):
     ours, other = parts("bfloat16", 1), parts("float32", 2)
     assert (ours["precision"], ours["device"], ours["threads"]) == ("bfloat16", "cpu", "1")
     assert difference(ours, other) == ("changed: detector, teacher, precision (bfloat16 -> float32), threads (1 -> 2)")
+
+
+def test_damaged_files_are_named_and_trained_again(finished, tmp_path):
+    runs = shutil.copytree(finished.parent, tmp_path / "runs")
+    root = runs / finished.name
+    (teacher,) = (runs / "teachers").glob("*.pt")
+    result = Store(root).result_path("PKD", 0)
+    weights = Store(root).result_path("PKD", 1).with_suffix(".pt")
+    equal = Store(root).result_path(EQUAL_TIME, 0)
+    for path in (teacher, result, weights, equal):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    before = dates(root)
+    outcome, text = run(tiny(), root)
+    assert outcome.failures == {}
+    for name, path in (("teacher", teacher), ("PKD, seed 1", weights)):
+        assert f"{name} is trained again, for {path} is missing or damaged" in text
+    for name, path in (("PKD, seed 0", result), (f"{EQUAL_TIME}, seed 0", equal)):
+        assert f"{name} is trained again, for {path} is damaged" in text
+    changed = {path for path, date in dates(root).items() if date != before.get(path)}
+    assert changed >= {
+        result.relative_to(root),
+        weights.relative_to(root).with_suffix(".json"),
+        equal.relative_to(root),
+    }
+    assert not any(path.parent.name in (BASELINE, "CrossKD+PKD") for path in changed)
+    assert all(torch.load(path, weights_only=True) for path in (teacher, weights))
+
+
+def test_equal_time_goes_by_costs_on_the_same_hardware(tmp_path):
+    suite = tiny()
+    store = Store(tmp_path / "tiny")
+    plan = Plan(suite, store, load_data(suite.data), device="cpu", threads=1)
+    for row, seconds, machine in ((BASELINE, 10.0, "slow"), ("PKD", 30.0, "slow"), ("CrossKD+PKD", 4.0, "fast")):
+        store_result(store.result_path(row, 0), made_up(row, 0, 20.0, train_seconds=seconds, machine=machine))
+    assert plan.stretch() == ("PKD", pytest.approx(3.0))
+    store_result(store.result_path(BASELINE, 1), made_up(BASELINE, 1, 20.0, train_seconds=1.0, machine="fast"))
+    assert plan.stretch() == ("CrossKD+PKD", pytest.approx(4.0))
+    for seed in (0, 1):
+        store_result(store.result_path(BASELINE, seed), made_up(BASELINE, seed, 20.0, machine="a third"))
+    assert plan.stretch() is None
 
 
 def test_a_changed_entry_is_run_again_and_no_other(finished):

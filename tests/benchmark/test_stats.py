@@ -51,10 +51,13 @@ def test_pairs_are_by_seed_and_only_of_seeds_both_have():
     [
         ([3.0, 3.1, 2.9], "holds"),
         ([3.0, 0.1, 0.0], "not shown"),
-        ([-3.0, 1.0, 1.0], "does not help"),
-        ([-3.0, -3.1, -2.9], "does not help"),
-        ([0.0, 0.0, 0.0], "does not help"),
+        ([-3.0, 1.0, 1.0], "not shown"),
+        ([-2.0, 1.98, -0.01], "not shown"),  # -0.01 is as little shown as +0.01
+        ([2.0, -1.98, 0.01], "not shown"),
+        ([-3.0, -3.1, -2.9], "hurts"),
+        ([0.0, 0.0, 0.0], "not shown"),
         ([5.0], "not shown"),  # one seed shows nothing
+        ([-5.0], "not shown"),
     ],
 )
 def test_verdicts(values, verdict):
@@ -70,6 +73,7 @@ def test_difference_is_antisymmetric_and_ignores_what_both_share(pairs, shift):
     assert one.mean == pytest.approx(statistics.fmean(a - b for a, b in pairs), abs=1e-9)
     assert (one.low, one.high) == (pytest.approx(-other.high), pytest.approx(-other.low))
     assert one.low <= one.mean <= one.high
+    assert {one.verdict, other.verdict} in ({"holds", "hurts"}, {"not shown"})
 
 
 @given(st.lists(st.one_of(st.none(), aps), max_size=8))

@@ -4,7 +4,15 @@ import os
 import pytest
 import torch
 
-from kdtoolkit.benchmark.store import Store, StoreError, read_result, write_atomic, write_result, write_weights
+from kdtoolkit.benchmark.store import (
+    Store,
+    StoreError,
+    are_whole,
+    read_result,
+    write_atomic,
+    write_result,
+    write_weights,
+)
 from kdtoolkit.errors import KDError
 from tests.benchmark._suite import made_up
 
@@ -17,9 +25,23 @@ def test_results_read_back(tmp_path):
     write_weights(path.with_suffix(".pt"), model)
     write_result(path, result)
     assert read_result(path) == result
+    assert are_whole(path.with_suffix(".pt"))
     weights = torch.load(path.with_suffix(".pt"), weights_only=True)
     assert torch.equal(weights["weight"], model.weight)
     assert sorted(file.name for file in path.parent.iterdir()) == ["seed1.json", "seed1.pt"]
+
+
+@pytest.mark.parametrize("size", [0, 10, -1])
+def test_what_was_cut_short_is_not_whole(tmp_path, size):
+    path = tmp_path / "seed0.json"
+    write_weights(path.with_suffix(".pt"), torch.nn.Linear(2, 1))
+    write_result(path, made_up("PKD", 0, 12.5))
+    for file in (path, path.with_suffix(".pt")):
+        file.write_bytes(file.read_bytes()[:size])
+    assert not are_whole(path.with_suffix(".pt"))
+    with pytest.raises(KDError, match=r"seed0\.json is damaged"):
+        read_result(path)
+    assert not are_whole(tmp_path / "absent.pt")
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -6,11 +6,11 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from kdtoolkit import Distiller, NonFiniteLossError
+from kdtoolkit import Distiller, KDError, NonFiniteLossError
 from kdtoolkit.contract import Capability, Method
 from kdtoolkit.data import ProceduralShapes
 from kdtoolkit.engine.train import TrainConfig, lr_factor, train
-from kdtoolkit.methods import PKD, CrossKD
+from kdtoolkit.methods import FGD, PKD, CrossKD
 from tests.conftest import tiny_gfl
 
 CLASSES = len(ProceduralShapes(1).class_names)
@@ -162,7 +162,17 @@ def test_ema_keeps_an_average(data):
     assert 0 < (weights(averaged) - start).norm() < (weights(plain) - start).norm()
 
 
-@pytest.mark.parametrize("changes", [{"steps": 0}, {"lr": -1}, {"schedule": "linear"}, {"learning_rate": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0},
+        {"lr": -1},
+        {"schedule": "linear"},
+        {"learning_rate": 1},
+        {"milestones": (8, 11)},
+        {"milestones": [-0.5]},
+    ],
+)
 def test_wrong_settings_are_refused(changes):
     with pytest.raises(ValidationError):
         config(**changes)
@@ -174,3 +184,36 @@ def test_sgd_trains_what_the_method_must_learn(data):
     before = weights(distiller.methods).clone()
     train(distiller, data, config(optimizer="sgd", lr=0.01, schedule="step"), seed=0)
     assert not torch.equal(weights(distiller.methods), before)
+
+
+def test_devices_are_taken_by_name_or_as_they_are(data):
+    students = [model(2) for _ in range(3)]
+    for student, device in zip(students, (None, "cpu", torch.device("cpu")), strict=True):
+        train(Distiller(None, student), data, config(steps=2), seed=0, device=device)
+    assert torch.equal(weights(students[0]), weights(students[1]))
+    assert torch.equal(weights(students[0]), weights(students[2]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "cuda"}, r"device is cuda, and the model lies on cpu: move it there first, model.to\('cuda'\)"),
+        ({"device": "gpu"}, "device='gpu' is no device"),
+        ({"config": {"steps": 4}}, r"config is a dict; it must be a TrainConfig, as in TrainConfig\(steps=1000\)"),
+        ({"dataset": [1, 2]}, "the data set is a list; it must be a DetectionDataset"),
+        ({"distiller": nn.Identity()}, r"train takes a Distiller, not a Identity: .* Distiller\(None, student\)"),
+        ({"distiller": Distiller(None, tiny_gfl(seed=2, num_classes=91))}, "GFL has 91 classes, the data set 6"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_sentence(data, changes, message):
+    arguments = {"distiller": Distiller(None, model(2)), "dataset": data, "config": config(), **changes}
+    with pytest.raises(KDError, match=message):
+        train(**arguments, seed=0)
+
+
+@pytest.mark.parametrize("methods", [[], [FGD()]])
+def test_a_frozen_student_is_refused(data, methods):
+    distiller = Distiller(model(1), model(2), methods)
+    distiller.student.requires_grad_(False)
+    with pytest.raises(KDError, match=r"all its parameters are frozen. Call student.requires_grad_\(True\)"):
+        train(distiller, data, config(), seed=0)
