@@ -611,6 +611,13 @@ class UnscaledTargets(DenseAdapter):
         return replace(batch, boxes=tuple(boxes / 2 for boxes in batch.boxes))
 
 
+class SizesOfItsOwn(DenseAdapter):
+    """beside"""
+
+    def prepare(self, images, targets=None, like=None):
+        return super().prepare(images, targets)
+
+
 class SizesOfTheCanvas(DenseAdapter):
     """batch"""
 

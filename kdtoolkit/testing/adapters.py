@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.contract import (
     Assignment,
+    Batch,
     Capability,
     Detections,
     DetectorAdapter,
@@ -180,6 +181,36 @@ def _batch(case: _Case) -> None:
         alone = tuple(adapter.prepare([image]).images.shape[-2:])
         what = f"padded_sizes of image {i} is {padded}, and alone it is brought to a canvas of {alone}"
         expect(padded == alone, f"{what}: its content with its own padding, not that of the batch")
+
+
+@torch.no_grad()
+def _beside(case: _Case) -> None:
+    """Prepared like a student's batch, images lie as they do there: of the same shares, on a canvas that has it all."""
+    originals = tuple((image.shape[-2], image.shape[-1]) for image in case.images)
+    sizes = tuple((height + 9, 2 * width) for height, width in originals)
+    padded = tuple(max(sides) + 23 for sides in zip(*sizes, strict=True))
+    boxes = tuple(
+        target["boxes"] * _factors(size, original, target["boxes"])
+        for target, size, original in zip(case.targets, sizes, originals, strict=True)
+    )
+    like = Batch(case.images[0].new_zeros(len(sizes), 3, *padded), sizes, sizes, originals, boxes)
+    batch = case.fresh().prepare(case.images, case.targets, like=like)
+    scale = [sum(size[i] for size in batch.sizes) / sum(size[i] for size in sizes) for i in range(2)]
+    for ours, theirs in zip(batch.sizes, sizes, strict=True):
+        off = max(abs(a - b * factor) for a, b, factor in zip(ours, theirs, scale, strict=True))
+        expect(off <= 1, f"images of sizes {sizes} in the student's batch have {batch.sizes}, which are other shares")
+    canvas = tuple(batch.images.shape[-2:])
+    missing = [side for side, other, factor in zip(canvas, padded, scale, strict=True) if side < other * factor - 1]
+    expect(not missing, f"a canvas of {canvas}, scaled by {scale}, does not hold the student's of {padded}")
+    for i, (own, seen) in enumerate(zip(batch.boxes, like.boxes, strict=True)):
+        distance = (own - seen * _factors(batch.sizes[i], sizes[i], seen)).abs()
+        off = distance.max().item() if len(own) else 0.0
+        expect(off <= PIXELS * max(canvas), f"boxes of image {i} are off by {off:g} pixels from where the image lies")
+
+
+def _factors(size: tuple[int, int], original: tuple[int, int], like: Tensor) -> Tensor:
+    """(4,): from boxes on an image of one (height, width) to those on another."""
+    return like.new_tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
 
 
 @torch.no_grad()
@@ -699,7 +730,7 @@ def _first_stage(case: _Case) -> None:
 
 _BOTH = (_levels, _predictions, _priors, _stages, _capabilities, _resume, _given_priors)
 ADAPTER_CHECKS = by_name(
-    _matches, _batch, *_BOTH, _detections, _sources, _own_detections, _shown, _task_losses, _own_task_losses,
+    _matches, _batch, _beside, *_BOTH, _detections, _sources, _own_detections, _shown, _task_losses, _own_task_losses,
     _empty_targets, _one_empty_image, _assignment, _bfloat16, _deterministic, _stateless, _untouched, _teacher,
     _first_stage,
 )  # fmt: skip
