@@ -46,7 +46,6 @@ register_pytree_node(
     Losses,
     lambda losses: (list(losses.values()), list(losses)),
     lambda values, names: Losses(zip(names, values, strict=True)),
-    serialized_type_name="kdtoolkit.Losses",
 )
 
 

@@ -13,15 +13,26 @@ from kdtoolkit import Distiller
 from kdtoolkit.adapters import torchvision
 from kdtoolkit.contract import adapt
 from kdtoolkit.distiller import refusal
-from kdtoolkit.methods import FGD, LD, PKD, CrossKD
+from kdtoolkit.methods import BCKD, CWD, FGD, LD, PKD, CrossKD, DeFeat, FitNet, LogitKD, Mimic
 from tests.conftest import tiny_atss, tiny_fcos, tiny_gfl, tiny_retinanet
 
 NATIVE = {"GFL": tiny_gfl, "ATSS": tiny_atss, "FCOS": tiny_fcos, "RetinaNet": tiny_retinanet}
 TORCHVISION = {name: build for cls in torchvision.ADAPTERS for name, build in cls.examples().items()}
 
 
+# Further methods and settings that divide by what the batch has.
+OTHERS = "GFL, other methods"
+
+
+def other_methods():
+    ld = LD(valuable_weight=0.25, cls_weight=1.0)
+    return [ld, Mimic(), BCKD(), LogitKD(), FitNet(region="boxes"), DeFeat(), CWD()]
+
+
 def detectors(family):
     """A teacher, and a student of other channels where the family has an option for them."""
+    if family == OTHERS:
+        return NATIVE["GFL"](seed=1), NATIVE["GFL"](seed=2)
     if family in NATIVE:
         return NATIVE[family](seed=1), NATIVE[family](seed=2, head_channels=8)
     pair = []
@@ -33,6 +44,8 @@ def detectors(family):
 
 def distiller_of(family, methods=None):
     teacher, student = detectors(family)
+    if family == OTHERS:
+        methods = other_methods()
     if methods is None:
         specs = adapt(student).spec, adapt(teacher).spec
         methods = [method for method in (CrossKD(), PKD(), FGD(), LD()) if refusal(method, *specs) is None]

@@ -18,7 +18,7 @@ RANDOM = {
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return _pair.run(tmp_path_factory.mktemp("pair"), _pair.NATIVE, with_ways=True)
+    return _pair.run(tmp_path_factory.mktemp("pair"), [*_pair.NATIVE, _pair.OTHERS], with_ways=True)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def same(found, expected, tolerance):
         assert difference <= bound, f"{name}: {difference} of {value.norm()}"
 
 
-@pytest.mark.parametrize("family", _pair.NATIVE)
+@pytest.mark.parametrize("family", [*_pair.NATIVE, _pair.OTHERS])
 def test_native_detectors_train_as_in_one_process(pair, family):
     first, second = (found[family]["all"] for found in pair)
     same(first, second, 0)
