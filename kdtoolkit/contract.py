@@ -739,7 +739,11 @@ def _checking_options(init: Callable[..., None]) -> Callable[..., None]:
     def checked(self: Method, *args: Any, **kwargs: Any) -> None:
         own = {name: value for name, value in bound_options(init, (self, *args), kwargs).items() if value is not self}
         check_options(type(self).__name__, init, own)
-        init(self, *args, **kwargs)
+        try:
+            init(self, *args, **kwargs)
+        except AttributeError:  # torch's, of parameters and modules that are assigned too early
+            if "_modules" in vars(self):
+                raise
         if "_modules" not in vars(self):
             raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__() before anything else")
 

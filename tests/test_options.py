@@ -3,6 +3,8 @@ import typing
 from typing import Literal
 
 import pytest
+import torch
+from torch import nn
 
 from kdtoolkit.contract import Capability, Method, Schedule
 from kdtoolkit.errors import KDError
@@ -87,14 +89,23 @@ def test_a_forgotten_super_call_is_named():
         terms = ()
         paper = "none"
 
-        def __init__(self):
-            self.weight = 1.0
+        def __init__(self, learned: object = 1.0):
+            self.learned = learned
 
         def forward(self, exchange):
             return {}
 
-    with pytest.raises(TypeError, match=r"Forgetful.__init__ must call super\(\).__init__\(\)"):
-        Forgetful()
+    class Broken(Forgetful):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.learned.missing  # noqa: B018
+
+    for learned in (1.0, nn.Linear(1, 1), nn.Parameter(torch.zeros(1))):
+        with pytest.raises(TypeError, match=r"^Forgetful.__init__ must call super\(\).__init__\(\) before") as error:
+            Forgetful(learned)
+        assert error.value.__context__ is None  # nothing of torch's above it
+    with pytest.raises(AttributeError, match="learned"):
+        Broken()
 
 
 def test_whole_numbers_become_floats_where_these_are_hinted():
