@@ -21,6 +21,7 @@ from kdtoolkit.benchmark.suite import DetectorSection, MethodUse
 _SOURCES = (
     "contract.py",
     "boxes.py",
+    "checks.py",
     "distiller.py",
     "models.py",
     "methods/_common.py",
