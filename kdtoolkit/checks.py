@@ -32,7 +32,7 @@ def checked_batch(
     facts = torch.stack([check.all() for check in _checks(boxes, labels, spec)]).float()
     lows, highs = zip(*(torch.aminmax(image) for image in images), strict=True)
     ranges = torch.stack([*lows, *highs]).float()
-    solid, known, relative, *extremes = torch.cat([facts.to(device), ranges]).tolist()
+    solid, known, relative, *extremes = torch.cat([facts.to(device, non_blocking=True), ranges]).tolist()
     _check_ranges(list(zip(extremes[: len(images)], extremes[len(images) :], strict=True)))
     if len(boxes) and relative and all(min(image.shape[1:]) >= SMALLEST for image in images):
         raise KDError(

@@ -22,6 +22,7 @@ from kdtoolkit.models import content_of
 _SOURCES = (
     "contract.py",
     "boxes.py",
+    "checks.py",
     "distiller.py",
     "models.py",
     "methods/_common.py",

@@ -67,7 +67,7 @@ def run_suite(
     sets = load_data(suite.data, store.pictures)
     plan = Plan(suite, store, sets, device=device, threads=max(1, cores() // jobs))
     if not fresh and plan.complete([BASELINE, *(only or suite.entries)]):
-        console.print(f"{root}: all is done, nothing is run again", highlight=False, markup=False, soft_wrap=True)
+        console.print(Text(f"{root}: all is done, nothing is run again"), soft_wrap=True)
         return Outcome()
     check_methods(suite, sets)
     with store.lock(), Display(console) as display:

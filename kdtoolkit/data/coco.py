@@ -140,6 +140,16 @@ class CocoDetection(DetectionDataset):
         ]
         return digest(self._max_size, self.class_names, self._categories, content)
 
+    def subset(self, count: int | None, seed: int) -> DetectionDataset:
+        """As every data set's; raises KDError also where none of the images chosen has a box."""
+        part = super().subset(count, seed)
+        if isinstance(part, CocoDetection) and part._has_no_box():
+            raise KDError(
+                f"{part}, chosen by seed {seed}, have no box: nothing can be trained or scored on them. Ask for more "
+                "images, or for another seed"
+            )
+        return part
+
     def in_memory(self) -> DetectionDataset:
         """The data set with its images decoded and kept; itself where they take more than `cache_bytes`.
 
@@ -172,11 +182,14 @@ class CocoDetection(DetectionDataset):
     def _check_not_empty(self) -> None:
         if not self._images:
             raise KDError(f"{self._path} lists no usable image; nothing can be trained or scored on it")
-        if all(a["iscrowd"] for image in self._images for a in self._annotations[image.id]):
+        if self._has_no_box():
             raise KDError(
                 f"{self} has no usable annotation of {', '.join(self.class_names)}; "
                 "nothing can be trained or scored on it"
             )
+
+    def _has_no_box(self) -> bool:
+        return all(a["iscrowd"] for image in self._images for a in self._annotations[image.id])
 
     def _warn_of_many_boxes(self) -> None:
         fullest = max(self._images, key=lambda image: len(self._annotations[image.id]))

@@ -58,20 +58,14 @@ class DetectionDataset(Dataset[tuple[Tensor, Sample]], ABC):
     def subset(self, count: int | None, seed: int) -> DetectionDataset:
         """Choose `count` images by `seed`, kept in their order; all of them if `count` is None. Decodes none.
 
-        Raises KDError where `count` is below 1 or more than there are, or where none of the images chosen has a box.
+        Raises KDError where `count` is below 1 or more than there are.
         """
         if count is None:
             return self
         if not 1 <= count <= len(self):
             raise KDError(f"a subset of {count} images was asked for, of a data set that has {len(self)}")
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        part = self._part(sorted(chosen.tolist()))
-        if all(annotation.get("iscrowd") for annotation in part.coco()["annotations"]):
-            raise KDError(
-                f"{part}, chosen by seed {seed}, have no box: nothing can be trained or scored on them. Ask for more "
-                "images, or for another seed"
-            )
-        return part
+        return self._part(sorted(chosen.tolist()))
 
     def _part(self, indices: Sequence[int]) -> DetectionDataset:
         return _Subset(self, indices)
