@@ -98,7 +98,7 @@ def test_mistakes_are_one_error_and_code_2(run, tmp_path):
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")
         assert err.startswith("error: ")
-        assert part in err
+        assert part.lower() in err.lower()  # some versions of typer name arguments in capitals
         assert len(err.splitlines()) == 1
 
 
