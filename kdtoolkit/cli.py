@@ -46,7 +46,7 @@ def main() -> None:
         sys.exit(app(prog_name="kd", standalone_mode=False))
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "kd"
-        message = " ".join(error.format_message().split())
+        message = " ".join(error.format_message().replace("Value error, ", "").split())
         sys.stderr.write(f"error: {message} (see `{command} --help`)\n")
         sys.exit(2)
     except KDError as error:

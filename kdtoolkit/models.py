@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.contract import adapt
 from kdtoolkit.errors import KDError
+from kdtoolkit.options import did_you_mean
 
 # First part of a name -> the adapter module whose `build_model` makes it, and the extra that brings its library.
 _LIBRARIES: Mapping[str, tuple[str, str | None]] = {
@@ -75,7 +76,10 @@ def construct(factory: Callable[..., object], name: str, num_classes: int, args:
     try:
         signature.bind(num_classes=num_classes, **args)
     except TypeError as error:
-        raise KDError(f"model {name!r}: {error}. Its arguments are {', '.join(signature.parameters)}") from error
+        known = list(signature.parameters)
+        unknown = next((each for each in args if each not in known), "")
+        hint = did_you_mean(unknown, known)
+        raise KDError(f"model {name!r}: {error}{hint}. Its arguments are {', '.join(known) or 'none'}") from error
     try:
         model = factory(num_classes=num_classes, **args)
     except KDError:
@@ -311,7 +315,8 @@ def _arguments(name: str, query: str) -> dict[str, object]:
 def _imported(name: str) -> Callable[..., object]:
     module_name, _, attribute = name.partition(":")
     if not attribute:
-        raise KDError(f"unknown model {name!r}: write a name such as {', '.join(EXAMPLES)}")
+        hint = did_you_mean(name.partition("/")[0], _LIBRARIES)
+        raise KDError(f"unknown model {name!r}{hint}: write a name such as {', '.join(EXAMPLES)}")
     if (here := str(Path.cwd())) not in sys.path:  # as `python -m` has it, and console scripts have not
         sys.path.append(here)
     try:

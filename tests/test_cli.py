@@ -87,7 +87,7 @@ def test_mistakes_are_one_error_and_code_2(run, tmp_path):
         (["benchmark", "report", tmp_path], "is not a folder of `kd benchmark run`"),
         (["benchmark", "run", "--data", tmp_path / "none"], "none' does not exist"),
         (["benchmark", "run", "--sed", "3"], "--seeds"),
-        (["benchmark", "run", "--device", "gpu"], "'auto', 'cpu', 'cuda'"),
+        (["benchmark", "run", "--device", "gpu"], "'--device': 'gpu' is not one of 'auto', 'cpu', 'cuda'"),
         (["benchmark", "run", "--jobs", "0"], "'--jobs'"),
         (["benchmark", "run", "quick", "photos"], "unexpected extra argument"),
         (["bench"], "Did you mean 'benchmark'? (see `kd --help`)"),
@@ -189,6 +189,10 @@ def test_inspect_shows_a_pair(run, tmp_path):
     [
         ("gfl", "unknown model 'gfl': write a name such as kdtoolkit/gfl"),
         ("kdtoolkit/gfl?depth=3", "keyword argument 'depth'"),
+        ("kdtoolkit/gfl?backbon=resnet18", "(did you mean 'backbone'?)"),
+        ("kdtoolkit/glf", "(did you mean 'kdtoolkit/gfl'?)"),
+        ("torchvison/fcos_resnet50_fpn", "(did you mean 'torchvision'?)"),
+        ("os:getcwd", "Its arguments are none"),
     ],
 )
 def test_inspect_explains_wrong_names(run, name, part):

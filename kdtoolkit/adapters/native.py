@@ -26,6 +26,7 @@ from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
 from kdtoolkit.detectors.dense import DenseDetector
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import construct
+from kdtoolkit.options import did_you_mean
 
 _CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
 
@@ -139,5 +140,7 @@ _MODELS: Mapping[str, type[DenseDetector]] = {"gfl": GFL, "atss": ATSS, "fcos": 
 def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
     """Build gfl, atss, fcos or retinanet. Raises KDError for another name, or arguments that it does not take."""
     if name not in _MODELS:
-        raise KDError(f"unknown model 'kdtoolkit/{name}': write one of {', '.join(f'kdtoolkit/{m}' for m in _MODELS)}")
+        known = [f"kdtoolkit/{model}" for model in _MODELS]
+        hint = did_you_mean(f"kdtoolkit/{name}", known)
+        raise KDError(f"unknown model 'kdtoolkit/{name}'{hint}: write one of {', '.join(known)}")
     return construct(_MODELS[name], f"kdtoolkit/{name}", num_classes, args)
