@@ -1,20 +1,22 @@
 # Every target sets up what it needs, once: a virtual environment in .venv, made again when pyproject.toml changes.
 PYTHON ?= python3
 BIN := .venv/bin
+# One process a core, of one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: benchmark test check check-lowest format wheel-check clean
 
 benchmark: .venv/.installed  ## train, distil and compare on the embedded suite; the board lands in runs/quick
 	$(BIN)/kd benchmark run
 
-test: .venv/.installed-dev  ## run the tests
-	$(BIN)/python -m pytest
+test: .venv/.installed-dev  ## run the tests, but for the slow ones
+	$(PYTEST) -m "not slow"
 
-check: .venv/.installed-dev  ## format, lint, types, tests: what CI runs
+check: .venv/.installed-dev  ## format, lint, types, all tests: what CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Each requirement of pyproject.toml at its lower bound, for Python 3.11, which all of them have wheels for.
 LOWEST := import re, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
