@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit.contract import (
@@ -81,15 +82,30 @@ def transformed(
     adapter: DetectorAdapter,
     levels: Callable[[Tensor], Tensor] = lambda level: level,
     predictions: Callable[[Predictions], Predictions] = lambda predictions: predictions,
+    note: Callable[[str], None] = lambda what: None,
+    padding: int = 0,
 ) -> DetectorAdapter:
-    """A second adapter of the same model, whose levels and predictions go through these functions."""
+    """A second adapter of the same model, whose levels and predictions go through these functions.
+
+    `note` is told of each pass; beside a student it pads the canvas by so many pixels of `padding` more.
+    """
     cls: Any = type(adapter)
 
     class Transformed(cls):  # type: ignore[misc]
+        def prepare(
+            self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
+        ) -> Batch:
+            if like is not None and padding:
+                like = replace(like, images=F.pad(like.images, (0, padding, 0, padding)))
+            prepared: Batch = super().prepare(images, targets, like)
+            return prepared
+
         def features(self, batch: Batch) -> tuple[Tensor, ...]:
+            note("features")
             return tuple(map(levels, super().features(batch)))
 
         def head(self, *args: Any, **kwargs: Any) -> HeadTrace:
+            note("head")
             trace: HeadTrace = super().head(*args, **kwargs)
             return replace(trace, predictions=predictions(trace.predictions))
 

@@ -144,18 +144,14 @@ def _matches(case: _Case) -> None:
 def _batch(case: _Case) -> None:
     """`prepare` says where each image and each box went."""
     adapter = case.fresh()
-    given = [
-        *case.images,
-        *(target["boxes"] for target in case.targets),
-        *(target["labels"] for target in case.targets),
-    ]
-    versions, copies = [x._version for x in given], [dict(target) for target in case.targets]
+
+    def given() -> list[Tensor]:
+        truth = [tensor for target in case.targets for tensor in (target["boxes"], target["labels"])]
+        return [*case.images, *truth]
+
+    before = [(x, x._version) for x in given()]
     batch = adapter.prepare(case.images, case.targets)
-    kept = versions == [x._version for x in given] and all(
-        dict(target)[key] is value
-        for target, copied in zip(case.targets, copies, strict=True)
-        for key, value in copied.items()
-    )
+    kept = all(x is now and x._version == version for (x, version), now in zip(before, given(), strict=True))
     expect(kept, "prepare writes to the images or targets that it is given")
     count, colours, *canvas = batch.images.shape
     expect((count, colours) == (len(case.images), 3), f"images are {tuple(batch.images.shape)}")
@@ -194,7 +190,8 @@ def _beside(case: _Case) -> None:
         for target, size, original in zip(case.targets, sizes, originals, strict=True)
     )
     like = Batch(case.images[0].new_zeros(len(sizes), 3, *padded), sizes, sizes, originals, boxes)
-    batch = case.fresh().prepare(case.images, case.targets, like=like)
+    adapter = case.fresh()
+    batch = adapter.prepare(case.images, case.targets, like=like)
     scale = [sum(size[i] for size in batch.sizes) / sum(size[i] for size in sizes) for i in range(2)]
     for ours, theirs in zip(batch.sizes, sizes, strict=True):
         off = max(abs(a - b * factor) for a, b, factor in zip(ours, theirs, scale, strict=True))
@@ -206,6 +203,8 @@ def _beside(case: _Case) -> None:
         distance = (own - seen * _factors(batch.sizes[i], sizes[i], seen)).abs()
         off = distance.max().item() if len(own) else 0.0
         expect(off <= PIXELS * max(canvas), f"boxes of image {i} are off by {off:g} pixels from where the image lies")
+    predictions = adapter.head(adapter.features(batch), batch).predictions
+    expect_finite(outputs(predictions), "beside a student's batch")
 
 
 def _factors(size: tuple[int, int], original: tuple[int, int], like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -40,9 +41,9 @@ MethodFactory = Callable[[], Method]
 
 ZERO = 1e-3  # a vanishing term, relative to that of another student: what float32 leaves of it after a head
 ROUNDING = 1e-7  # the same where that of another student is hardly more
+PADDING = 64  # pixels
 LAYOUT = 1e-3  # relative to the terms: sums in another order
 BFLOAT16 = 0.3  # relative: terms are differences of detectors that are much alike, and rounded to 8 bits
-EXAMPLES = ((64, 64), (50, 60)), ((64, 64), (64, 64))  # (height, width) of the images of a batch, tried in order
 SIZES = (8, 16, 32, 64, 128)  # images tried for the smallest that a pair takes
 # What terms may be in sum, where levels have the spread 1 and logits 2; ours are 0.03 to 300 where they compare heads,
 # and from 0.002 up where they compare features, for maps of four cells.
@@ -72,8 +73,7 @@ def check_method(
         teacher: likewise, of as many classes.
         known: reasons of failures, by check; `known` must name checks that do fail.
         only: names of the checks to run; all by default.
-        images: two or more (3, H, W) in [0, 1]; by default two of unequal sizes about 64 px, or of equal sizes where
-            the pair does not take them.
+        images: two or more (3, H, W) in [0, 1]; two of unequal sizes about 64 px by default.
         targets: their ground truth; handed in with `images`.
 
     Raises:
@@ -82,22 +82,16 @@ def check_method(
     """
     pair = adapt(student), adapt(teacher)
     subject = f"{type(method_factory()).__name__} from {pair[1].spec.name} to {pair[0].spec.name}"
-    batches: list[tuple[Sequence[Tensor], Sequence[Target]]]
-    if images is not None and targets is not None:
-        batches = [(images, targets)]
-    else:
-        about = pair[0].spec.num_classes, next(pair[0].model.parameters()).device
-        batches = [example_batch(*about, sizes) for sizes in EXAMPLES]
-    reason = ""
-    for shown, truth in batches:
-        case = _Case(method_factory, *pair, tuple(shown), tuple(truth))
-        try:
-            reason = case.refusal() or ""
-        except Exception:  # no step can be made: one check says why, and the others would only repeat it
-            return run(subject, METHOD_CHECKS, case, known or {}, ["terms"])
-        if not reason:
-            return run(subject, METHOD_CHECKS, case, known or {}, only)
-    return ConformanceReport(subject, {"refuses": Result("refused", reason)})
+    if images is None or targets is None:
+        images, targets = example_batch(pair[0].spec.num_classes, next(pair[0].model.parameters()).device)
+    case = _Case(method_factory, *pair, tuple(images), tuple(targets))
+    try:
+        reason = case.refusal()
+    except Exception:  # no step can be made: one check says why, and the others would only repeat it
+        return run(subject, METHOD_CHECKS, case, known or {}, ["terms"])
+    if reason is not None:
+        return ConformanceReport(subject, {"refuses": Result("refused", reason)})
+    return run(subject, METHOD_CHECKS, case, known or {}, only)
 
 
 Change = Callable[[DetectorAdapter], DetectorAdapter]
@@ -171,10 +165,10 @@ class _Recorder(Method):
         self.seen: list[tuple[str, Tensor, int]] = []
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        shown = []
-        for role, view in (("student", exchange.student), ("teacher", exchange.teacher)):
-            shown += [(role, "features", x) for x in view.features]
-            shown += [(role, "boxes", x) for x in view.batch.boxes] + [(role, "labels", x) for x in view.batch.labels]
+        views = {"student": exchange.student, "teacher": exchange.teacher}
+        shown = [(role, "features", x) for role, view in views.items() for x in view.features]
+        shown += [(role, "boxes", x) for role, view in views.items() for x in view.batch.boxes]
+        shown += [(role, "labels", x) for role, view in views.items() for x in view.batch.labels]
         if self.needs != {Capability.FEATURES}:
             pair = exchange.matched()
             for role, trace in (("student", pair.student), ("teacher", pair.teacher)):
@@ -322,6 +316,38 @@ def _no_signal(case: _Case) -> None:
         what = f"features of the {role} that are all 0"
         expect_losses(terms, what)
         expect_backward(terms, distiller, what)
+
+
+def _passes(case: _Case) -> None:
+    """Each detector is run once a step, and the teacher's head once at most."""
+    calls: Counter[str] = Counter()
+
+    def counted(role: str, adapter: DetectorAdapter) -> DetectorAdapter:
+        return transformed(adapter, note=lambda what: calls.update([f"{what} of the {role}"]))
+
+    with torch.no_grad():
+        case.terms(case.fresh(student=partial(counted, "student"), teacher=partial(counted, "teacher")))
+    # On the teacher's queries or proposals the student's head runs a second time.
+    most = {
+        "features of the student": 1,
+        "features of the teacher": 1,
+        "head of the student": 2,
+        "head of the teacher": 1,
+    }
+    for what, count in calls.items():
+        expect(count <= most[what], f"{what}: run {count} times a step; take what `exchange` and `matched` have")
+
+
+def _unequal_padding(case: _Case) -> None:
+    """A teacher that pads further than the student gives finite terms and gradients."""
+    distiller = case.fresh(teacher=partial(transformed, padding=PADDING))
+    try:
+        terms = case.terms(distiller)
+    except IncompatibleError as error:  # a teacher of one size has other cells then
+        raise LeftOut(f"refuses it: {error}") from error
+    what = f"{PADDING} pixels more padding in the teacher"
+    expect_losses(terms, what)
+    expect_backward(terms, distiller, what)
 
 
 def _magnitude(case: _Case) -> None:
@@ -482,9 +508,18 @@ def _student_untouched(case: _Case) -> None:
     distiller = case.fresh()
     teacher = _teacher_of(distiller)
     before, teacher_before = Snapshot.of(distiller.student), Snapshot.of(teacher)
-    for model in (teacher, _method_of(distiller)):
-        if count := count_calls(model, lambda: case.terms(distiller)):
-            interrupt(model, lambda: case.terms(distiller), count)
+    method, counts = _method_of(distiller), [0, 0]
+
+    def step() -> None:
+        case.terms(distiller)
+
+    def counted_step() -> None:
+        counts[1] = count_calls(method, step)
+
+    counts[0] = count_calls(teacher, counted_step)
+    for model, count in zip((teacher, method), counts, strict=True):
+        if count:
+            interrupt(model, step, count)
         before.expect_of(distiller.student, "after an error, in the student,", values=False)
         teacher_before.expect_of(teacher, "after an error, in the teacher,")
 
@@ -497,20 +532,14 @@ def _round_trip(case: _Case) -> None:
 
 
 def _copies(case: _Case) -> None:
-    """Deep copies and pickles of the method give equal terms."""
-    for what, again in (("a deep copy", copy.deepcopy), ("a pickle", _pickled)):
-        distiller = case.fresh()
-        distiller.methods[0] = again(_method_of(distiller))
-        expect_same(case.terms(distiller), case.usual, what)
-
-
-def _pickled(method: Method) -> Method:
-    again: Method = pickle.loads(pickle.dumps(method))
-    return again
+    """A deep copy of the method, through a pickle, gives equal terms."""
+    distiller = case.fresh()
+    distiller.methods[0] = pickle.loads(pickle.dumps(copy.deepcopy(_method_of(distiller))))
+    expect_same(case.terms(distiller), case.usual, "a pickled copy")
 
 
 METHOD_CHECKS = by_name(
-    _options, _terms, _student_gradient, _own_parameters, _frozen_teacher, _shown_untouched, _vanishing, _magnitude,
-    _weights_of_zero, _no_objects, _one_image_without, _constant_images, _no_signal, _small_images, _one_image,
-    _channels_last, _mixed_precision, _repeatable, _student_untouched, _round_trip, _copies,
+    _options, _terms, _student_gradient, _own_parameters, _frozen_teacher, _shown_untouched, _passes, _vanishing,
+    _magnitude, _weights_of_zero, _no_objects, _one_image_without, _constant_images, _no_signal, _unequal_padding,
+    _small_images, _one_image, _channels_last, _mixed_precision, _repeatable, _student_untouched, _round_trip, _copies,
 )  # fmt: skip
