@@ -18,18 +18,10 @@ import kdtoolkit
 from kdtoolkit.benchmark.suite import DetectorSection, MethodUse
 from kdtoolkit.models import content_of
 
-# Sources that every cell depends on; the detector's adapter and the methods' own files are added.
-_SOURCES = (
-    "contract.py",
-    "boxes.py",
-    "checks.py",
-    "distiller.py",
-    "models.py",
-    "methods/_common.py",
-    "benchmark/cell.py",
-    "data/*.py",
-    "engine/*.py",
-)
+# Sources that every cell depends on: all but the commands and what they print. The detector's adapter and the methods'
+# own files are added.
+_SOURCES = ("*.py", "methods/_common.py", "benchmark/cell.py", "data/*.py", "engine/*.py")
+_NOT_OF_CELLS = {"__main__.py", "cli.py", "inspect.py", "listing.py", "matrix.py"}
 # First part of a model's name -> its adapter's sources, and the package that it is made of.
 _LIBRARIES = {
     "kdtoolkit": (("adapters/native.py", "detectors/*.py"), "timm"),
@@ -103,6 +95,7 @@ def source_digest(model: str, extra: tuple[Path, ...] = ()) -> str:
     package = Path(kdtoolkit.__file__).parent
     adapter, _ = library_of(model)
     files = {path for pattern in (*_SOURCES, *adapter) for path in package.glob(pattern)} | set(extra)
+    files -= {package / name for name in _NOT_OF_CELLS}
     module, is_own, _ = model.partition("?")[0].partition(":")
     if is_own and (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
         files.add(Path(spec.origin))
