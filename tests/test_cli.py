@@ -190,7 +190,7 @@ def test_inspect_shows_a_pair(run, tmp_path):
         ("gfl", "unknown model 'gfl': write a name such as kdtoolkit/gfl"),
         ("kdtoolkit/gfl?depth=3", "keyword argument 'depth'"),
         ("kdtoolkit/gfl?backbon=resnet18", "(did you mean 'backbone'?)"),
-        ("kdtoolkit/glf", "(did you mean 'kdtoolkit/gfl'?)"),
+        ("kdtoolkit/glf", "(did you mean 'gfl'?)"),
         ("torchvison/fcos_resnet50_fpn", "(did you mean 'torchvision'?)"),
         ("os:getcwd", "Its arguments are none"),
     ],

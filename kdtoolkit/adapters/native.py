@@ -140,7 +140,6 @@ _MODELS: Mapping[str, type[DenseDetector]] = {"gfl": GFL, "atss": ATSS, "fcos": 
 def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
     """Build gfl, atss, fcos or retinanet. Raises KDError for another name, or arguments that it does not take."""
     if name not in _MODELS:
-        known = [f"kdtoolkit/{model}" for model in _MODELS]
-        hint = did_you_mean(f"kdtoolkit/{name}", known)
-        raise KDError(f"unknown model 'kdtoolkit/{name}'{hint}: write one of {', '.join(known)}")
+        known = ", ".join(f"kdtoolkit/{model}" for model in _MODELS)
+        raise KDError(f"unknown model 'kdtoolkit/{name}'{did_you_mean(name, _MODELS)}: write one of {known}")
     return construct(_MODELS[name], f"kdtoolkit/{name}", num_classes, args)
