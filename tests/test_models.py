@@ -37,7 +37,7 @@ def test_any_callable_by_its_path():
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("kdtoolkit/yolo", {}, "unknown model 'kdtoolkit/yolo': write one of kdtoolkit/gfl, kdtoolkit/atss"),
+        ("kdtoolkit/yolo", {}, r"unknown model 'kdtoolkit/yolo'.*: write one of kdtoolkit/gfl, kdtoolkit/atss"),
         ("kdtoolkit/gfl", {"depth": 50}, "'kdtoolkit/gfl': got an unexpected keyword argument 'depth'.*backbone_args"),
         ("kdtoolkit/atss", {"bins": 9}, "unexpected keyword argument 'bins'"),
         ("kdtoolkit/gfl", {"bins": "many"}, "'kdtoolkit/gfl' cannot be built from bins='many': "),
