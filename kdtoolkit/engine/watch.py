@@ -26,8 +26,8 @@ class SilenceDetector:
     """Finds loss terms that teach the student nothing: they are exactly zero, or have no gradient to it.
 
     It goes by steps whose images have boxes, for many terms are zero without. `vanishing` are terms that may be zero
-    for a good reason: the student agrees with the teacher, or no prior has been assigned yet. These, and the student's
-    own terms, are called zero only at the end of a run.
+    for a good reason: the student agrees with the teacher, or no prior has been assigned yet. They are called zero only
+    at the end of a run. The student's own terms never are: D-FINE, for one, compares its last layer with itself.
     """
 
     def __init__(self, student: nn.Module, vanishing: frozenset[str] = frozenset()) -> None:
@@ -59,9 +59,10 @@ class SilenceDetector:
         """One line for each term that has taught nothing so far; `final`: the run is over."""
         found = []
         for name, term in self._terms.items():
-            may_be_zero = name in self._vanishing or name.startswith("task/")
             steps = term.nonzero or term.steps
-            if term.reason and (final or (steps >= FIRST_STEPS and (term.nonzero or not may_be_zero))):
+            too_early = not final and (steps < FIRST_STEPS or (not term.nonzero and name in self._vanishing))
+            own_and_zero = not term.nonzero and name.startswith("task/")
+            if term.reason and not too_early and not own_and_zero:
                 which = "in which it is above zero" if term.nonzero else "with boxes"
                 found.append(
                     f"loss term {name} {term.reason} in each of the first {min(steps, FIRST_STEPS)} steps {which}, "

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from kdtoolkit import Distiller
+from kdtoolkit import Distiller, Losses
 from kdtoolkit.data import DetectionDataset, ProceduralShapes
 from kdtoolkit.engine.train import TrainConfig, train
-from kdtoolkit.engine.watch import DeadParts
+from kdtoolkit.engine.watch import DeadParts, SilenceDetector
 from kdtoolkit.methods import LD, DeFeat, LogitKD
 from tests.conftest import tiny_gfl, tiny_of
 
@@ -67,6 +67,16 @@ def test_a_term_that_vanishes_in_every_step_is_told_at_the_end():
     assert len(result.warnings) == 1
     assert result.warnings[0].startswith("loss term ld/main is exactly zero in each of the first 5 steps with boxes")
     assert result.warnings[0].endswith("and never since: this term teaches the student nothing")
+
+
+def test_a_term_of_the_students_own_may_be_zero():
+    student = nn.Linear(1, 1)
+    silence = SilenceDetector(student)
+    for _ in range(6):
+        zero = 0 * student(torch.ones(1, 1)).sum()
+        silence.observe(Losses({"task/aux": zero, "kd/term": zero}), {"task/aux": 0.0, "kd/term": 0.0})
+    for final in (False, True):
+        assert [warning[:33] for warning in silence.warnings(final=final)] == ["loss term kd/term is exactly zero"]
 
 
 def fcos(*, steps=12, before=False, after_one_step=False):
