@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Literal, Self, TypedDict
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.errors import IncompatibleError, KDError, UnknownDetectorError
 from kdtoolkit.options import bound_options, check_options
 
 
@@ -815,7 +815,7 @@ def announced(group: str) -> list[Any]:
 def adapt(model: nn.Module | DetectorAdapter) -> DetectorAdapter:
     """Wrap a detector in the adapter for its class; an adapter is returned as it is.
 
-    Raises KDError where no adapter knows the class.
+    Raises UnknownDetectorError where no adapter knows the class, and KDError where the one that does refuses the model.
     """
     if isinstance(model, DetectorAdapter):
         return model
@@ -838,7 +838,7 @@ def adapt(model: nn.Module | DetectorAdapter) -> DetectorAdapter:
             "the whole step instead, as in DistributedDataParallel(distiller)"
         )
     known = ", ".join([*_MODULES, *(cls.__name__ for cls in announced(ENTRY_POINTS))])
-    raise KDError(
+    raise UnknownDetectorError(
         f"no adapter for {type(model).__module__}.{type(model).__qualname__}: there are some for detectors of {known} "
         "(docs/detectors.md). Write one: CONTRIBUTING.md, 'Add a detector library'."
     )

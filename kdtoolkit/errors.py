@@ -9,5 +9,9 @@ class IncompatibleError(KDError):
     """A method cannot work between these two detectors; the message says why and what would work."""
 
 
+class UnknownDetectorError(KDError):
+    """No adapter knows the class of a model; the message says for which libraries there are some."""
+
+
 class NonFiniteLossError(KDError):
     """A loss term became NaN or infinite; the message names the term and the step."""

@@ -17,7 +17,7 @@ from kdtoolkit.data.dataset import checked_item
 from kdtoolkit.engine.inputs import check_dataset, resolve_device
 from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.engine.scoring import IOU_THRESHOLDS, Floats, Found, precisions
-from kdtoolkit.errors import KDError
+from kdtoolkit.errors import KDError, UnknownDetectorError
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def evaluate(
         precision: `bfloat16` for autocast; `auto` for it where the hardware has it.
         labels_from: for a plain module, which is called as torchvision's detectors are: on a list of images (3, H, W)
             float32 in [0, 1], for a list of Detections. It says whether the first class has the label 0 or, where 0 is
-            background, 1. None runs the detector through the adapter that knows it.
+            background, 1. None runs the detector through the adapter that knows it, or counts from 0 if none does.
         progress: called with the images done, and all of them.
 
-    Raises KDError before anything runs where no adapter knows the model or one refuses it, where its number of classes
+    Raises KDError before anything runs where the adapter for the model refuses it, where its number of classes
     is not the data set's, and where the model lies on another device. Raises it later where a detection is not finite
     or has a label that the data set does not know.
     """
@@ -105,6 +105,9 @@ def _detector(
         return model, partial(_detect_plainly, model), None
     try:
         adapter = adapt(model)
+    except UnknownDetectorError:
+        assert isinstance(model, nn.Module)  # adapters are known
+        return model, partial(_detect_plainly, model), None
     except KDError as error:
         raise KDError(
             f"{str(error).rstrip('.')}. A module that itself returns boxes, scores and labels as torchvision's "
