@@ -91,15 +91,12 @@ class Plan:
         if any(self.result(task) is None for task in tasks):
             return False
         found = self.stretch()
-        equal_time = (
-            () if found is None else [self.cell(EQUAL_TIME, seed, found[1]) for seed in range(self.suite.seeds)]
-        )
-        return all(self.result(task) is not None for task in equal_time)
+        return found is None or all(self.result(task) is not None for task in self.cells([EQUAL_TIME], found[1]))
 
-    def cells(self, rows: Iterable[str]) -> list[Task]:
+    def cells(self, rows: Iterable[str], stretch: float = 1.0) -> list[Task]:
         """The tasks of all seeds of these rows, seed by seed: rows can then be compared early."""
         names = list(rows)
-        return [self.cell(row, seed) for seed in range(self.suite.seeds) for row in names]
+        return [self.cell(row, seed, stretch) for seed in range(self.suite.seeds) for row in names]
 
     def result(self, task: Task) -> CellResult | None:
         """The stored result of a task, if it is of this very task and whole."""

@@ -177,8 +177,7 @@ class _Run:
                 )
             return
         dearest, stretch = found
-        for seed in range(self.plan.suite.seeds):
-            task = self.plan.cell(EQUAL_TIME, seed, stretch)
+        for task in self.plan.cells([EQUAL_TIME], stretch):
             if self.plan.result(task) is not None:
                 self.done += 1
                 continue

@@ -1,11 +1,11 @@
 """Comparisons of methods of features: what the golden files of CanKD, DetKDS and DeFeat hold, by kdtoolkit."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdtoolkit.contract import DetectorSpec, Exchange, Method, PriorKind
 from kdtoolkit.methods.cankd import CanKD, cankd_loss, standardise
@@ -36,6 +36,13 @@ def take(z: Golden, names: dict[str, Tensor]) -> None:
     """Give parameters the file's values."""
     for key, parameter in names.items():
         parameter.data = tensor(z, key).view_as(parameter)
+
+
+def parameters_of(levels: Iterable[nn.Module], module: str) -> dict[str, Tensor]:
+    """The parameters of a module a level, by their keys in a file that calls it `module`."""
+    return {
+        f"param.{level}.{module}.{name}": p for level, each in enumerate(levels) for name, p in each.named_parameters()
+    }
 
 
 def gradients(
@@ -101,11 +108,7 @@ def detkds(z: Golden) -> Iterator[Check]:
     student, teacher = pyramids(z)
     method = DetKDS(weight=cfg["gamma_global"], temperature=cfg["T"])
     given = exchange(z, method, student, teacher)
-    parameters = {
-        f"param.{level}.align.{name}": p
-        for level, module in enumerate(method.align)
-        for name, p in module.named_parameters()
-    }
+    parameters = parameters_of(method.align, "align")
     take(z, parameters)
     dead = []
     for level, (s, t) in enumerate(zip(student, teacher, strict=True)):
@@ -140,11 +143,7 @@ def defeat(z: Golden) -> Iterator[Check]:
     student, teacher = pyramids(z)
     method = DeFeat(object_weight=cfg["hint_neck_w"], background_weight=cfg["hint_neck_back_w"])
     given = exchange(z, method, student, teacher)
-    parameters = {
-        f"param.{level}.adapt.{name}": p
-        for level, module in enumerate(method.align)
-        for name, p in module.named_parameters()
-    }
+    parameters = parameters_of(method.align, "adapt")
     take(z, parameters)
     boxes, grid = indexed(z, "gt_boxes"), [tuple(x.shape[2:]) for x in student]
     strides = tuple(z["strides"].tolist())
