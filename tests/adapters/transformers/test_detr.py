@@ -21,9 +21,10 @@ from kdtoolkit.adapters.transformers.detr import (
     _tiny_deformable,
     tiny_backbone,
 )
-from kdtoolkit.contract import Capability, PriorKind, adapt
+from kdtoolkit.contract import Capability, PriorKind
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import PKD, CrossKD
 from tests.conftest import tiny_gfl
 

@@ -1,4 +1,4 @@
-"""`adapt` (kdtoolkit/contract.py): which adapters it looks at, and what it says of models that it does not take."""
+"""`adapt` (kdtoolkit/libraries.py): which adapters it looks at, and what it says of models that it does not take."""
 
 import sys
 from types import ModuleType
@@ -9,8 +9,8 @@ from torch import nn
 
 from kdtoolkit import Distiller
 from kdtoolkit.adapters.native import DenseAdapter
-from kdtoolkit.contract import adapt
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import PKD
 from tests.conftest import tiny_gfl
