@@ -1,4 +1,4 @@
-"""DetectorAdapter, which shows one detector as a pipeline: what an adapter's author writes."""
+"""DetectorAdapter: shows one detector as a pipeline with joints. The author of an adapter writes a subclass."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kdtoolkit.errors import KDError
 
 
 class DetectorAdapter(ABC):
-    """Shows one detector as a pipeline with joints. Holds the model, adds nothing to it and patches nothing.
+    """Shows one detector as a pipeline with joints.
 
-    Every method works under autocast and returns predictions in float32. Raises KDError for a model whose parameters
-    are in another precision.
+    An adapter holds the model. It adds nothing to the model and patches nothing. Every method works under autocast and
+    returns predictions in float32. Raises KDError if the model's parameters are not float32.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,26 +30,31 @@ class DetectorAdapter(ABC):
 
     @property
     def assigner(self) -> object:
-        """Detectors whose assigners compare equal assign alike on the same priors, so that one of them will do."""
+        """Identifies the rule of `assign`.
+
+        If the assigners of two detectors are equal (`==`), both assign the same boxes to the same priors. Then one
+        assignment serves both.
+        """
         return self
 
     @property
     def first_stage(self) -> DetectorAdapter | None:
-        """What proposes, as a detector of one class that takes the same batch and features; None in one-stage kinds."""
+        """The part that proposes, as a detector of one class that takes the same batch and features; None if none."""
         return None
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """Tiny detectors with random weights, by family: each is built for a number of classes, without a network.
+        """Tiny detectors with random weights: for each family, a function that builds one for a number of classes.
 
-        What `kd adapters --matrix` and the conformance kit (kdtoolkit/testing) run on; any image of 64 px will do.
+        It needs no network, and the detector takes images of 64 px. `kd adapters --matrix` and the conformance kit
+        (kdtoolkit/testing) run on them.
         """
         return {}
 
     @classmethod
     @abstractmethod
     def matches(cls, model: nn.Module) -> bool:
-        """Whether this adapter is for `model`, by its class."""
+        """Whether this adapter knows the class of `model`."""
 
     @abstractmethod
     def prepare(
@@ -57,14 +62,19 @@ class DetectorAdapter(ABC):
     ) -> Batch:
         """Do what the detector does to images (3, H, W) in [0, 1] before its backbone: resize, normalise, pad.
 
-        `like` is what a student made of the same images. Then images get the sizes that they have there and lie on a
-        canvas of that size; it is padded further, at the right and bottom, where the detector cannot run otherwise. A
-        detector built for one size scales that canvas as a whole. `kdtoolkit.canvas` has the code for both.
+        With `like`, the detector is a teacher, and `like` is the student's batch of the same images. Then each image
+        gets the size that it has there, and the canvas the size of that one. The canvas is padded further, at the right
+        and bottom, only if the detector cannot run otherwise. A detector built for one size scales the whole canvas.
+        `kdtoolkit.canvas` has the code for both.
         """
 
     @abstractmethod
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Run backbone and neck: one (N, C, H, W) a level, finest first; of DETR kin what the decoder takes."""
+        """Run backbone and neck.
+
+        Returns one map (N, C, H, W) per level, finest level first. For DETR and its relatives these are the maps that
+        the decoder takes.
+        """
 
     @abstractmethod
     def head(
@@ -74,24 +84,29 @@ class DetectorAdapter(ABC):
         priors: Priors | None = None,
         stages: Collection[int] | None = None,
     ) -> HeadTrace:
-        """Run the head on its own features, whole as `features` gave them.
+        """Run the head.
 
-        With `priors`, of an equal `prior_form`, it runs for those instead of its own; grids ignore it. `stages`: of
-        which states are kept (`keep_states`); all of them if None.
+        Args:
+            features: exactly what `features` returned.
+            batch: what `prepare` returned.
+            priors: proposals or queries of another detector with the same `prior_form`, to use instead of the
+                detector's own. Detectors on a grid ignore them.
+            stages: indices of the stages whose states are kept (`keep_states`); None keeps all.
         """
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
-        """Run the head from `state` at `stage` to its end, for the priors and context of `trace`.
+        """Run the head from `state` at `stage` to its end, with the priors and context of `trace`.
 
-        With the state that `trace` has at that stage it gives the predictions of `trace` bit for bit.
+        With the state that `trace` itself has at that stage, the result equals the predictions of `trace` bit for bit.
         """
         raise NotImplementedError(f"{self.spec.name} declares no stages")
 
     @abstractmethod
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment | None]:
-        """The detector's own loss terms, weighted, as its training forward sums them; and the assignment they used.
+        """The detector's own loss terms, and the assignment that they used.
 
-        The assignment is None where the library does not hand it out.
+        Each term has its weight applied, so that their sum is the loss of the library's own training step. The
+        assignment is None if the library does not return it.
         """
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
@@ -100,13 +115,14 @@ class DetectorAdapter(ABC):
 
     @abstractmethod
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """Score filter, NMS and all, in pixels of the original images."""
+        """Final detections by the library's own post-processing, in pixels of the original images."""
 
 
 def keep_states(states: Iterable[State], stages: Collection[int] | None) -> tuple[tuple[State, ...], State]:
-    """The states of a head, of which those of other `stages` are empty (None keeps all), and the last one.
+    """Collect the states of a head. Returns one entry per state, and the last state.
 
-    Given a generator, it lets go of what nobody asked for while the head runs.
+    Only the states of `stages` are kept; the entries of all others are empty. None keeps all states. If `states` is a
+    generator, a state that is not kept is freed while the head runs.
     """
     kept: list[State] = []
     last: State = {}
@@ -116,10 +132,11 @@ def keep_states(states: Iterable[State], stages: Collection[int] | None) -> tupl
 
 
 def check_precision(model: nn.Module) -> None:
-    """Raise KDError for a model whose parameters are in another precision than float32."""
+    """Raise KDError if parameters of the model are not float32."""
     dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
-    if other := sorted(dtypes - {"torch.float32"}):
+    if wrong := sorted(dtypes - {"torch.float32"}):
         raise KDError(
-            f"{type(model).__name__} has parameters of {', '.join(other)}: call model.float() (from_pretrained of "
-            "transformers takes dtype=torch.float32). To compute in half precision, train under torch.autocast"
+            f"{type(model).__name__} has parameters of {', '.join(wrong)}, and they must be float32: call "
+            "model.float() (from_pretrained of transformers takes dtype=torch.float32). To compute in half precision, "
+            "train under torch.autocast"
         )

@@ -17,7 +17,7 @@ class Target(TypedDict):
 
 
 class Detections(TypedDict):
-    """Detections of one image by falling score: `boxes` (D, 4) xyxy pixels, `scores` (D,), `labels` (D,) int64."""
+    """Detections of one image, best first: `boxes` (D, 4) xyxy in pixels, `scores` (D,), `labels` (D,) int64."""
 
     boxes: Tensor
     scores: Tensor
@@ -26,11 +26,18 @@ class Detections(TypedDict):
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as one detector wants them: `images` (N, 3, H, W), normalised, padded at the right and bottom.
+    """Images as one detector needs them, and their ground truth.
 
-    `sizes` are (height, width) of each image's content, `padded_sizes` of its content with its own padding: cells
-    beyond them belong to no image. `original_sizes` are those that detections refer to. Boxes and labels are on the
-    canvas, one tensor an image, and empty lists where there is no ground truth.
+    All sizes are (height, width) in pixels, one per image.
+
+    Attributes:
+        images: (N, 3, H, W), normalised. Each image lies at the top left of the canvas, which is padded at the right
+            and bottom.
+        sizes: size of each image on the canvas, without padding.
+        padded_sizes: size of each image with the padding that it would have alone. Cells beyond it belong to no image.
+        original_sizes: sizes before `prepare`. Detections are in pixels of these.
+        boxes: one tensor (G, 4) per image, in pixels of the canvas; empty if the batch has no ground truth.
+        labels: one tensor (G,) per image; empty likewise.
     """
 
     images: Tensor
@@ -43,12 +50,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Priors:
-    """What predictions are relative to: `boxes` (A, 4), or (N, A, 4) where images differ; a point is (x, y, x, y).
+    """What predictions are relative to.
 
-    On a grid `strides` (A,) is in pixels, `grid` the (H, W) of each level and `per_cell` how many priors a cell of it
-    has (empty: as many on each level); elsewhere all three are empty. `context` holds what else identifies priors to
-    detectors of one `prior_form` (query embeddings). Images with fewer proposals than others are filled up with
-    boxes of the whole image, to which assignments give weight 0.
+    Proposals may be fewer in some images of a batch. The gaps are filled with boxes of the whole image, and assignments
+    give them weight 0.
+
+    Attributes:
+        boxes: (A, 4), or (N, A, 4) if each image has its own. A point is (x, y, x, y).
+        strides: (A,) in pixels if the priors lie on a grid, else empty.
+        grid: (H, W) of each level if the priors lie on a grid, else empty.
+        context: what a detector of the same `prior_form` needs besides the boxes, such as query embeddings.
+        per_cell: number of priors in a cell of each level. Empty if all levels have the same number, or no grid.
     """
 
     boxes: Tensor
@@ -59,7 +71,7 @@ class Priors:
 
     @property
     def per_level(self) -> tuple[int, ...]:
-        """Number of priors on each level; their sum is A."""
+        """Number of priors on each level; the numbers sum to A."""
         total = self.boxes.shape[-2]
         if not self.grid:
             return (total,)
@@ -70,11 +82,15 @@ class Priors:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the head says of each prior, raw, in float32.
+    """What the head predicts at each prior, before any post-processing, in float32.
 
-    `logits` (N, A, K) where `activation` is sigmoid; (N, A, K + 1), background last, where it is softmax.
-    `regression` (N, A, 4), or (N, A, 4, B) logits over bins; `decode` turns it into boxes (N, A, 4).
-    `quality` (N, A): logits of centerness or the like.
+    Attributes:
+        logits: (N, A, K) class logits; (N, A, K + 1) with background last if `activation` is "softmax".
+        regression: (N, A, 4), or (N, A, 4, B) with logits over bins.
+        priors: what the predictions are relative to.
+        decode: turns `regression` and `priors` into boxes (N, A, 4).
+        quality: (N, A) logits of centerness, or of another measure of how good a box is; None if there are none.
+        activation: how class logits become scores, as in the spec.
     """
 
     logits: Tensor
@@ -86,7 +102,7 @@ class Predictions:
 
     @property
     def boxes(self) -> Tensor:
-        """Decoded boxes (N, A, 4), neither clipped nor filtered."""
+        """Decoded boxes (N, A, 4), not clipped and not filtered."""
         return self.decode(self.regression, self.priors)
 
     @property
@@ -97,21 +113,24 @@ class Predictions:
     @property
     def scores(self) -> Tensor:
         """The largest class probability of each prior (N, A)."""
-        # A sigmoid keeps the order of classes, so that one value of each prior needs it.
+        # A sigmoid keeps the order of the classes, so it is enough to apply it to the largest logit.
         return self.logits.amax(-1).sigmoid() if self.activation == "sigmoid" else self.probabilities.amax(-1)
 
 
 State = Mapping[str, tuple[Tensor, ...]]
-"""A hidden state of the head: for each branch one tensor a level, channels in dim 1."""
+"""A hidden state of the head: for each branch one tensor per level, channels in dim 1."""
 
 
 @dataclass(frozen=True)
 class HeadTrace:
-    """One pass through a head: the state at each stage, and the predictions they led to.
+    """One pass through a head.
 
-    States that nobody asked for are empty. `context` is what the adapter needs besides, to resume (the encoder's
-    memory) or for the library's own losses and post-processing (raw outputs). `first` is the pass of the first stage,
-    where the head ran one.
+    Attributes:
+        states: the state at each stage. States that were not asked for are empty.
+        predictions: what the pass led to.
+        context: what else the adapter needs to resume the head (the encoder's memory), or to compute the library's own
+            losses and detections (raw outputs).
+        first: the pass of the first stage, if the head ran one.
     """
 
     states: tuple[State, ...]
@@ -122,12 +141,14 @@ class HeadTrace:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which prior answers for what, as the detector's own loss has it.
+    """Which prior answers for which object, by the rule of the detector's own loss.
 
-    `labels` (N, A) int64, K for background; `boxes` (N, A, 4), of use where a label is a class; `weights` (N, A)
-    float, 0 where the detector's classification loss leaves a prior out (padding, ambiguous anchors).
-    `normaliser`: the scalar by which the detector divides sums over its priors, of this process's images; see
-    kdtoolkit/processes.py.
+    Attributes:
+        labels: (N, A) int64, the object's class; K for background.
+        boxes: (N, A, 4), the object's box. Without meaning for background.
+        weights: (N, A) float, 0 if the detector's classification loss ignores the prior (padding, ambiguous anchors).
+        normaliser: the scalar by which the detector divides sums over priors, for this process's images. For several
+            processes see kdtoolkit/processes.py.
     """
 
     labels: Tensor
@@ -140,5 +161,5 @@ class Assignment:
         return self.labels < num_classes
 
     def at_rows(self, rows: Tensor) -> Assignment:
-        """The assignment of some priors, by their indices (A',); the normaliser stays that of all."""
+        """The assignment of the priors with these indices (A',). The normaliser stays that of all priors."""
         return replace(self, labels=self.labels[:, rows], boxes=self.boxes[:, rows], weights=self.weights[:, rows])

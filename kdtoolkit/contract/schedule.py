@@ -10,13 +10,14 @@ from kdtoolkit.options import check_options
 
 @dataclass(frozen=True)
 class Schedule:
-    """The factor of a method's weights over training, by the number of steps done before.
+    """The factor by which a method's weights are multiplied, as a function of the training step.
 
-    It rises linearly from 0 over the first `warmup` steps; is 1; falls linearly to 0 over the last `decay` steps before
-    `stop`; and is 0 from `stop` on, where there is one: then the method is not run any more.
+    The factor rises linearly from 0 to 1 over the first `warmup` steps. It falls linearly to 0 over the last `decay`
+    steps before step `stop`. From `stop` on it is 0, and the method is no longer run. If `stop` is None, the method
+    runs to the end.
 
-    Raises KDError for numbers of steps that are negative or not whole, a `stop` of 0, a `decay` without `stop`, or a
-    `stop` before warm-up and decay are over.
+    Raises KDError if a number of steps is negative or not whole, if `stop` is 0, if `decay` has no `stop`, or if `stop`
+    comes before warm-up and decay are over.
     """
 
     warmup: int = 0
@@ -26,16 +27,23 @@ class Schedule:
     def __post_init__(self) -> None:
         check_options("scheduled", Schedule, vars(self))
         if self.stop == 0:
-            raise KDError("stop is the step at which the method ends: with stop=0 it never runs. Leave the method out")
+            raise KDError("stop=0 ends the method before its first step: leave the method out, or name a later step")
         if min(self.warmup, self.decay) < 0:
-            raise KDError("warmup and decay are numbers of steps, from 0")
+            raise KDError(
+                f"warmup ({self.warmup}) and decay ({self.decay}) are numbers of steps, and must be 0 or more"
+            )
         if self.stop is None and self.decay:
-            raise KDError("decay needs stop: the step at which it has come down to 0")
+            raise KDError(
+                f"decay ({self.decay}) needs stop, the step at which the weights have fallen to 0: add stop=STEP"
+            )
         if self.stop is not None and self.stop < self.warmup + self.decay:
-            raise KDError(f"stop ({self.stop}) comes before warmup ({self.warmup}) and decay ({self.decay}) are over")
+            raise KDError(
+                f"stop ({self.stop}) comes before warmup ({self.warmup}) and decay ({self.decay}) are over: it must be "
+                f"{self.warmup + self.decay} or more"
+            )
 
     def factor(self, step: int) -> float:
-        """The factor at a step, counted from 0."""
+        """The factor at a step; steps count from 0."""
         if self.stop is not None and step >= self.stop:
             return 0.0
         rise = min(1.0, (step + 1) / (self.warmup + 1))

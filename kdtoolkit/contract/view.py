@@ -14,20 +14,20 @@ from kdtoolkit.contract.spec import DetectorSpec
 
 
 class View:
-    """What one detector shows in a step. Its head runs when it is first asked for, and then once.
+    """What one detector shows in a step. Its head runs when it is first asked for, and only once.
 
-    `maps` is the pyramid as the detector made it, which its head takes. `features` is what methods compare: the maps of
-    some levels, or cut to the part of the canvas that the other detector has too.
+    `maps` is the pyramid as the detector made it, and its head takes all of it. `features` is what methods compare: the
+    maps of some levels, or maps cut to the part of the canvas that the other detector has too.
 
     Args:
-        adapter: of the detector.
-        batch: what it was shown.
-        maps: its pyramid.
-        trace: its head's own pass, if that has been run already.
-        assignment: the one that its losses used, if they told.
-        spec: the adapter's, for which it is not asked again.
-        stages: of which hidden states are kept; all of them if None.
-        frozen: run the head without gradient, as a teacher's.
+        adapter: the detector's adapter.
+        batch: what the detector was shown.
+        maps: the detector's pyramid for this batch.
+        trace: the head's own pass, if it has been run already.
+        assignment: the assignment that the detector's losses used, if they returned one.
+        spec: `adapter.spec`, if it is at hand: some adapters work it out anew at every call.
+        stages: indices of the stages whose hidden states are kept; None keeps all.
+        frozen: run the head without gradient, as for a teacher.
     """
 
     def __init__(
@@ -51,27 +51,27 @@ class View:
         self.shown: tuple[int, int] | None = None
         self.frozen = frozen
         self._stages = stages
-        self._own = [] if trace is None else [trace]  # parts of a view share it: the first to ask runs the head
+        self._own = [] if trace is None else [trace]  # a list, for parts of the view share it
 
     @property
     def trace(self) -> HeadTrace | None:
-        """The head's own pass; None while nobody has asked for it."""
+        """The head's own pass; None if it has not run yet."""
         return self._own[0] if self._own else None
 
     @property
     def head(self) -> HeadTrace:
-        """The head's own pass."""
+        """The head's own pass; runs the head if it has not run yet."""
         if not self._own:
             self._own.append(self.run_head())
         return self._own[0]
 
     def run_head(self, priors: Priors | None = None) -> HeadTrace:
-        """A new pass of the head, on the priors given instead of its own."""
+        """Run the head once more, with `priors` instead of its own."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.adapter.head(self.maps, self.batch, priors, self._stages)
 
     def at_strides(self, strides: tuple[int, ...]) -> View:
-        """The view of some levels' features alone; of all of them where none is named."""
+        """The view of the levels with these strides; the whole view if `strides` is empty."""
         if not strides:
             return self
         part = copy.copy(self)
@@ -81,17 +81,18 @@ class View:
         return part
 
     def beside(self, batch: Batch) -> View:
-        """The view, with features of the part of its canvas alone that another detector's `batch` has as well.
+        """The view of the part of the canvas that another detector's `batch` has too.
 
-        That part is `shown`, (height, width) in pixels of its own canvas; None if it is all of it.
+        `shown` of the result is the size of that part, (height, width) in pixels of this detector's own canvas; None if
+        it is the whole canvas.
         """
         if self.batch is batch:
             return self
         canvases = self.batch.images.shape[-2:], batch.images.shape[-2:]
-        # Of all images together, for the size of each is rounded.
-        contents = (map(sum, zip(*each.sizes, strict=True)) for each in (self.batch, batch))
-        sides = zip(*canvases, *contents, strict=True)
-        height, width = (min(own, round(other * size / seen)) for own, other, size, seen in sides)
+        # The sizes of single images are rounded, so the scale is that of all images together.
+        own_sums, its_sums = (map(sum, zip(*each.sizes, strict=True)) for each in (self.batch, batch))
+        sides = zip(*canvases, own_sums, its_sums, strict=True)
+        height, width = (min(own, round(its * own_sum / its_sum)) for own, its, own_sum, its_sum in sides)
         if (height, width) == canvases[0]:
             return self
         part = copy.copy(self)
@@ -100,12 +101,12 @@ class View:
         return part
 
     def cut(self, x: Tensor, level: int) -> Tensor:
-        """A map (N, C, H, W) of a level, cut to what is `shown`."""
+        """Cut a map (N, C, H, W) of a level to the part that is `shown`."""
         height, width = self.shown_cells(level, (x.shape[2], x.shape[3]))
         return x[:, :, :height, :width]
 
     def shown_cells(self, level: int, size: tuple[int, int]) -> tuple[int, int]:
-        """How many of the (H, W) cells of a level lie in what is `shown`: all that begin there."""
+        """How many of the (H, W) cells of a level are `shown`: those that begin in that part."""
         if self.shown is None:
             return size
         stride = self.spec.strides[level]
@@ -113,7 +114,7 @@ class View:
         return height, width
 
     def shown_rows(self, priors: Priors) -> Tensor | None:
-        """Indices (A',) of the priors on a grid that lie in the cells shown; None where these are all."""
+        """Indices (A',) of the priors in the cells that are shown; None if all are, or if there is no grid."""
         if self.shown is None or not priors.grid:
             return None
         rows, start = [], 0
@@ -125,7 +126,7 @@ class View:
         return None if len(found) == start else found
 
     def cut_predictions(self, predictions: Predictions, rows: Tensor | None) -> Predictions:
-        """The predictions at the `shown_rows` of their priors; all of them where `rows` is None."""
+        """The predictions at `rows`, the `shown_rows` of their priors; all predictions if `rows` is None."""
         if rows is None:
             return predictions
         priors, quality = predictions.priors, predictions.quality
@@ -144,7 +145,7 @@ class View:
         )
 
     def cut_trace(self, trace: HeadTrace, rows: Tensor | None) -> HeadTrace:
-        """The states of the cells shown, and the predictions at `rows`; the trace itself where `rows` is None."""
+        """The states of the cells that are shown, and the predictions at `rows`; the whole trace if `rows` is None."""
         if rows is None:
             return trace
         states = tuple(
