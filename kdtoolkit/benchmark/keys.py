@@ -25,7 +25,7 @@ _NOT_OF_CELLS = {"__main__.py", "cli.py", "inspect.py", "listing.py", "matrix.py
 # First part of a model's name -> its adapter's sources, and the package that it is made of.
 _LIBRARIES = {
     "kdtoolkit": (("adapters/native.py", "detectors/*.py"), "timm"),
-    "torchvision": (("adapters/torchvision.py", "detectors/backbone.py"), "torchvision"),
+    "torchvision": (("adapters/_*.py", "adapters/torchvision/*.py", "detectors/backbone.py"), "torchvision"),
     "hf": (("adapters/transformers/*.py",), "transformers"),
     "ultralytics": (("adapters/ultralytics.py",), "ultralytics"),
 }
