@@ -22,10 +22,10 @@ from kdtoolkit.contract import (
     Method,
     Target,
     View,
-    adapt,
     check_precision,
 )
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import all_methods
 
 # What a method may need beyond features.

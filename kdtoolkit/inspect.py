@@ -13,9 +13,10 @@ from rich.text import Text
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdtoolkit.contract import Capability, DetectorAdapter, DetectorSpec, Method, adapt
+from kdtoolkit.contract import Capability, DetectorAdapter, DetectorSpec, Method
 from kdtoolkit.distiller import refusal
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.listing import columns, definitions
 from kdtoolkit.methods import all_methods
 

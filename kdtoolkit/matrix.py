@@ -22,9 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from kdtoolkit.contract import DetectorAdapter, Exchange, Method, Target, View, adapt, adapter_classes
+from kdtoolkit.contract import DetectorAdapter, Exchange, Method, Target, View
 from kdtoolkit.distiller import refusal
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt, adapter_classes
 from kdtoolkit.testing import example_batch, observe
 
 NUM_CLASSES = 3

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kdtoolkit.contract import adapt
 from kdtoolkit.distiller import refusal
+from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import all_methods
 from kdtoolkit.testing import check_adapter, check_method

@@ -157,7 +157,7 @@ def test_a_stopped_method_costs_no_teacher_pass(batch):
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ({"decay": 3}, "decay needs stop"),
+        ({"decay": 3}, r"decay \(3\) needs stop"),
         ({"warmup": -1}, "numbers of steps"),
         ({"warmup": 5, "stop": 4}, "comes before"),
     ],
@@ -175,7 +175,7 @@ def test_a_method_of_features_works_on_chosen_levels(batch):
     parts = [value(PKD().at_strides(8)), value(PKD().at_strides(16, 32))]
     assert sum(parts) == pytest.approx(value(PKD()))
     assert value(PKD().at_strides(8), PKD().at_strides(16, 32)) == pytest.approx(value(PKD()))
-    with pytest.raises(KDError, match="compares heads"):
+    with pytest.raises(KDError, match="compares whole heads"):
         CrossKD().at_strides(8)
     with pytest.raises(IncompatibleError, match=r"at strides \[64\]"):
         value(PKD().at_strides(64))

@@ -1,6 +1,6 @@
 """Which prior answers for which ground-truth box: the ATSS rule, for a whole batch at once.
 
-Shapes as in kdtoolkit/contract.py; ground truth is padded to G boxes an image.
+Shapes as in kdtoolkit/contract; ground truth is padded to G boxes an image.
 """
 
 from __future__ import annotations

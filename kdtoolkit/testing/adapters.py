@@ -24,10 +24,10 @@ from kdtoolkit.contract import (
     PriorKind,
     Target,
     View,
-    adapt,
 )
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.testing._common import (
     Probe,
     Snapshot,

@@ -14,9 +14,10 @@ from typing import get_type_hints
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Capability, DetectorAdapter, Exchange, Method, Predictions, Target, adapt
+from kdtoolkit.contract import Capability, DetectorAdapter, Exchange, Method, Predictions, Target
 from kdtoolkit.distiller import Distiller, refusal
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.testing._common import (
     Probe,
     Snapshot,

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdtoolkit import Distiller, IncompatibleError, KDError
-from kdtoolkit.contract import Exchange, Predictions, PriorKind, Priors, Stage, View, adapt
+from kdtoolkit.contract import Exchange, Predictions, PriorKind, Priors, Stage, View
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods._common import classification_kd, quality_focal_kd, shared_levels
 from kdtoolkit.methods.crosskd import CrossKD, align_statistics
 from tests.conftest import DENSE, tiny_atss, tiny_gfl, tiny_of
