@@ -542,8 +542,8 @@ class Exchange:
         if not on_grids and (ours.priors, ours.prior_form) != (theirs.priors, theirs.prior_form):
             raise IncompatibleError(
                 f"{ours.priors} of {ours.name} (student) and {theirs.priors} of {theirs.name} (teacher) do not "
-                "correspond: a method that compares them refuses such pairs (`unlike_priors` of "
-                "kdtoolkit.methods._common)"
+                "correspond: a method that compares them must refuse such pairs (`why_priors_differ` of "
+                "kdtoolkit.compatibility)"
             )
         if on_grids:
             whose = "student"
