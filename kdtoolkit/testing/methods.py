@@ -14,8 +14,9 @@ from typing import get_type_hints
 import torch
 from torch import Tensor, nn
 
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import Capability, DetectorAdapter, Exchange, Method, Predictions, Target
-from kdtoolkit.distiller import Distiller, refusal
+from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.testing._common import (
@@ -89,7 +90,7 @@ def check_method(
         images, targets = example_batch(pair[0].spec.num_classes, next(pair[0].model.parameters()).device)
     case = _Case(method_factory, *pair, tuple(images), tuple(targets))
     try:
-        reason = case.refusal()
+        reason = case.why_refused()
     except Exception:  # no step can be made: one check says why, and the others would only repeat it
         return run(subject, METHOD_CHECKS, case, known or {}, ["terms"])
     if reason is not None:
@@ -146,8 +147,8 @@ class _Case:
         losses = distiller(images or self.images, self.targets if targets is None else targets)
         return {name.split("/", 1)[1]: loss for name, loss in losses.items() if not name.startswith("task/")}
 
-    def refusal(self) -> str | None:
-        if reason := refusal(self.factory(), self.student.spec, self.teacher.spec):
+    def why_refused(self) -> str | None:
+        if reason := why_refused(self.factory(), self.student.spec, self.teacher.spec):
             return reason
         try:
             self.terms(self.fresh())
@@ -252,7 +253,7 @@ def _vanishing(case: _Case) -> None:
     method = case.factory()
     if not method.vanishing:
         raise LeftOut("declares no vanishing terms")
-    if reason := refusal(method, teacher.spec, teacher.spec):
+    if reason := why_refused(method, teacher.spec, teacher.spec):
         raise LeftOut(f"refuses a student that is the teacher: {reason}")
     spec = teacher.spec.at_strides(method.strides)
     method.setup(spec, spec)

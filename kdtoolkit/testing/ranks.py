@@ -33,7 +33,9 @@ class _Rank:
         self.send(x.detach())
         parts = [part for part in (inbox.get() for inbox in self.inboxes) if part is not None]
         if len(parts) < len(self.inboxes):
-            raise AssertionError("a process sums over processes more often than another in the same step, so it waits for ever")
+            raise AssertionError(
+                "a process sums over processes more often than another in the same step, so it waits for ever"
+            )
         return torch.stack(parts).sum(0)
 
 
