@@ -13,6 +13,7 @@ from torch.utils._pytree import register_pytree_node
 
 from kdtoolkit import processes
 from kdtoolkit.checks import checked_batch
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import (
     Batch,
     Capability,
@@ -27,9 +28,6 @@ from kdtoolkit.contract import (
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import all_methods
-
-# What a method may need beside features.
-_HEAD = {Capability.PREDICTIONS, Capability.STAGES, Capability.DISTRIBUTIONS, Capability.ASSIGNMENT}
 
 
 class Losses(dict[str, Tensor]):
@@ -50,29 +48,9 @@ register_pytree_node(
 )
 
 
-def refusal(method: type[Method] | Method, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
-    """Why a method cannot distil this pair; None if it can. A class stands for its default settings."""
-    roles = (("student", student_spec), ("teacher", teacher_spec))
-    for role, spec in roles:
-        if missing := sorted(method.needs - spec.capabilities):
-            return f"it needs {', '.join(missing)}, which the {role} ({spec.name}) does not show"
-    built = method() if isinstance(method, type) else method
-    ours, theirs = student_spec.num_classes, teacher_spec.num_classes
-    if method.needs & _HEAD and built.compares_classes and ours != theirs:
-        return (
-            f"it compares class scores, and the student has {ours} classes, the teacher {theirs}. Nothing says which "
-            "classes correspond: use a teacher that was trained on the student's classes, or a method that compares no "
-            "classes"
-        )
-    for role, spec in roles:
-        if absent := sorted(set(built.strides) - set(spec.strides)):
-            return f"at_strides asks for levels at strides {absent}, and the {role} ({spec.name}) has {spec.strides}"
-    return built.refuses(student_spec.at_strides(built.strides), teacher_spec.at_strides(built.strides))
-
-
 def working_methods(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> list[str]:
     """Names of all known methods that can distil this pair with their default settings."""
-    return [name for name, cls in all_methods().items() if refusal(cls, student_spec, teacher_spec) is None]
+    return [name for name, cls in all_methods().items() if why_refused(cls, student_spec, teacher_spec) is None]
 
 
 class Distiller(nn.Module):
@@ -131,7 +109,7 @@ class Distiller(nn.Module):
         _check_models(self.teacher_adapter.model, self.student)
         specs = self._specs
         for name, method in zip(self._names, methods, strict=True):
-            if reason := refusal(method, *specs):
+            if reason := why_refused(method, *specs):
                 working = ", ".join(working_methods(*specs)) or "none"
                 raise IncompatibleError(
                     f"{type(method).__name__} ({name}) cannot distil {specs[1].name} into {specs[0].name}: {reason}. "
@@ -186,7 +164,7 @@ class Distiller(nn.Module):
         assert adapter is not None  # methods without a teacher are refused at construction
         adapter.model.eval()  # the user may have called train() on a module that holds the teacher
         if teacher_spec.num_classes != student_spec.num_classes:
-            # Then no method uses the labels (`refusal`), and they may be too large for the teacher.
+            # Then no method uses the labels (`why_refused`), and they may be too large for the teacher.
             targets = [Target(boxes=t["boxes"], labels=torch.zeros_like(t["labels"])) for t in targets]
         batch = adapter.prepare(images, targets, like=like)
         return View(adapter, batch, adapter.features(batch), spec=teacher_spec, stages=stages, frozen=True)

@@ -9,8 +9,9 @@ from torch.utils._pytree import tree_map
 
 from kdtoolkit import Distiller, IncompatibleError, KDError, adapt
 from kdtoolkit.adapters.native import DenseAdapter
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import Capability, Method
-from kdtoolkit.distiller import Losses, refusal
+from kdtoolkit.distiller import Losses
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD, FitNet, Mimic, all_methods
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
@@ -25,7 +26,7 @@ def test_without_methods_it_is_the_plain_loss_to_the_last_bit(make, batch):
 
 
 _GFL = adapt(tiny_gfl(seed=0)).spec
-APPLY = sorted(name for name, cls in all_methods().items() if refusal(cls, _GFL, _GFL) is None)
+APPLY = sorted(name for name, cls in all_methods().items() if why_refused(cls, _GFL, _GFL) is None)
 
 
 def test_terms_are_named_and_summed(batch):
@@ -177,7 +178,7 @@ def test_a_method_of_features_works_on_chosen_levels(batch):
     assert value(PKD().at_strides(8), PKD().at_strides(16, 32)) == pytest.approx(value(PKD()))
     with pytest.raises(KDError, match="compares whole heads"):
         CrossKD().at_strides(8)
-    with pytest.raises(IncompatibleError, match=r"at strides \[64\]"):
+    with pytest.raises(IncompatibleError, match=r"at the strides \[64\]"):
         value(PKD().at_strides(64))
 
 
