@@ -14,6 +14,7 @@ from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 
+from kdtoolkit import processes
 from kdtoolkit.adapters._towers import Blocks, blocks_of
 from kdtoolkit.adapters.torchvision.base import assignment_of, each_image, match_by_iou, require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_fcos, tiny_retinanet
@@ -85,7 +86,7 @@ class RetinaNetAdapter(GridAdapter):
 
     def _assigned(self, matches: Tensor, batch: Batch) -> Assignment:
         positives = (matches >= 0).sum(1).clamp(min=1).sum()
-        return assignment_of(matches, batch, self._num_classes, positives)
+        return assignment_of(matches, batch, self._num_classes, processes.share(positives))
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """The detector's own post-processing."""
@@ -183,7 +184,7 @@ class FCOSAdapter(GridAdapter):
         return torch.stack([*matches])
 
     def _assigned(self, matches: Tensor, batch: Batch) -> Assignment:
-        return assignment_of(matches, batch, self._num_classes, (matches >= 0).sum().clamp(min=1))
+        return assignment_of(matches, batch, self._num_classes, processes.share((matches >= 0).sum(), at_least=1))
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """The detector's own post-processing."""

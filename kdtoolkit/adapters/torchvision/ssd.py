@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
+from kdtoolkit import processes
 from kdtoolkit.adapters._towers import Blocks, Layer, blocks_of
 from kdtoolkit.adapters.torchvision.base import assignment_of, each_image, match_by_iou, require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_ssd
@@ -100,7 +101,7 @@ class SSDAdapter(GridAdapter):
         return self._assigned(match_by_iou(self.model.proposal_matcher, trace.predictions.priors, batch), batch)
 
     def _assigned(self, matches: Tensor, batch: Batch) -> Assignment:
-        return assignment_of(matches, batch, self._num_classes, (matches >= 0).sum().clamp(min=1))
+        return assignment_of(matches, batch, self._num_classes, processes.share((matches >= 0).sum(), at_least=1))
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """The detector's own post-processing."""
