@@ -750,7 +750,8 @@ def _first_stage(case: _Case) -> None:
 _BOTH = (_levels, _predictions, _priors, _stages, _capabilities, _resume, _given_priors)
 ADAPTER_CHECKS = by_name(
     _matches, _batch, _beside, *_BOTH, _detections, _sources, _own_detections, _shown, _task_losses, _own_task_losses,
-    _empty_targets, _one_empty_image, _assignment, _two_processes, _bfloat16, _deterministic, _stateless, _untouched, _teacher,
+    _empty_targets, _one_empty_image, _assignment, _two_processes, _bfloat16, _deterministic, _stateless,
+    _untouched, _teacher,
     _first_stage,
 )  # fmt: skip
 FIRST_STAGE_CHECKS = by_name(*_BOTH, _assignment, _two_processes)
