@@ -203,7 +203,7 @@ def test_images_are_padded_with_grey_and_neither_resized_nor_normalised(batch):
     assert prepared.sizes == prepared.original_sizes == ((50, 60), (70, 40))
     assert prepared.padded_sizes == ((64, 64), (96, 64))
     assert torch.equal(prepared.boxes[0], targets[1]["boxes"])
-    with pytest.raises(KDError, match=r"image 0 of the batch is \(64, 64\) torch.float32; expected \(3, H, W\)"):
+    with pytest.raises(KDError, match=r"image 0 has the shape \(64, 64\); images are \(3, H, W\)"):
         UltralyticsAdapter(tiny()).prepare([torch.rand(64, 64)])
 
 
