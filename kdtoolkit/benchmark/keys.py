@@ -25,9 +25,9 @@ _NOT_OF_CELLS = {"__main__.py", "cli.py", "inspect.py", "listing.py", "matrix.py
 # First part of a model's name -> its adapter's sources, and the package that it is made of.
 _LIBRARIES = {
     "kdtoolkit": (("adapters/native.py", "detectors/*.py"), "timm"),
-    "torchvision": (("adapters/_*.py", "adapters/torchvision/*.py", "detectors/backbone.py"), "torchvision"),
+    "torchvision": (("adapters/torchvision/*.py", "detectors/backbone.py", "detectors/towers.py"), "torchvision"),
     "hf": (("adapters/transformers/*.py",), "transformers"),
-    "ultralytics": (("adapters/ultralytics.py",), "ultralytics"),
+    "ultralytics": (("adapters/ultralytics.py", "detectors/assign.py", "detectors/towers.py"), "ultralytics"),
 }
 _ANY_LIBRARY = ("adapters/**/*.py", "detectors/*.py"), "torchvision"  # a model of one's own may be of any
 
