@@ -173,7 +173,7 @@ class SkipsALayer(DenseAdapter):
     """resume"""
 
     def resume(self, state, stage, trace):
-        return self.model.predict(self.model.run_towers(state, min(stage + 1, 2))[-1])
+        return self.model.predict([*self.model.walk_towers(state, min(stage + 1, 2))][-1])
 
 
 class RepeatsItsTrace(DenseAdapter):

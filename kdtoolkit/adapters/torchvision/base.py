@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torchvision
@@ -37,11 +37,17 @@ class TorchvisionAdapter(DetectorAdapter):
     """What all of torchvision's detectors share: the transform before the backbone, and the backbone."""
 
     model: Any
-    background = 0  # number of classes that the library counts before the first one
+    library_class: ClassVar[type[nn.Module]]
+    background: ClassVar[int] = 0  # number of classes that the library counts before the first one
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._check_head()
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether `model` is of the library's class that this adapter is for, or of a subclass."""
+        return isinstance(model, cls.library_class)
 
     def _check_head(self) -> None:
         """Raise KDError where the head is not one of the library's own."""
