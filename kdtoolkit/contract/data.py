@@ -148,8 +148,9 @@ class Assignment:
         labels: (N, A) int64, the object's class where `positive`; K elsewhere, for background.
         boxes: (N, A, 4), the object's box where `positive`; without meaning elsewhere.
         weights: (N, A) float, 0 if the detector's classification loss ignores the prior (padding, ambiguous anchors).
-        normaliser: the scalar by which the detector divides sums over priors, for this process's images. For several
-            processes see kdtoolkit/processes.py.
+        normaliser: the float32 scalar above 0 by which the detector divides sums over priors; in most detectors the
+            number of positives. It is `kdtoolkit.processes.share` of what this process's images count, so that several
+            processes divide by the count of all their images.
     """
 
     positive: Tensor

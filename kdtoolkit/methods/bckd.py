@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou
 from kdtoolkit.compatibility import check_grids, why_not_on_grid, why_priors_differ
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
@@ -77,7 +76,7 @@ class BCKD(Method):
         student, teacher = pair.student.predictions, pair.teacher.predictions
         check_grids("BCKD", student, teacher)
         assignment = pair.student_assignment
-        normaliser, weights = processes.share(assignment.normaliser) + EPS, assignment.weights
+        normaliser, weights = assignment.normaliser + EPS, assignment.weights
         if self.published_levels:
             positive = assignment.positive.any(0)
             levels = torch.split(positive, list(student.priors.per_level))

@@ -1,11 +1,9 @@
-"""Several processes that train together, played by threads of one process, so that a check needs no process group."""
+"""Several processes that train together, played one after another in this one: a check needs no process group."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 from unittest import mock
 
 import torch
@@ -15,63 +13,49 @@ from kdtoolkit import processes
 
 T = TypeVar("T")
 
-_local = threading.local()
-
-
-class _Rank:
-    """One of the processes. Each hands what it sums to all, and takes one part of each, in order."""
-
-    def __init__(self, inboxes: Sequence[SimpleQueue[Tensor | None]]) -> None:
-        self.outboxes: list[SimpleQueue[Tensor | None]] = []
-        self.inboxes = inboxes
-
-    def send(self, part: Tensor | None) -> None:
-        for outbox in self.outboxes:
-            outbox.put(part)
-
-    def summed(self, x: Tensor) -> Tensor:
-        self.send(x.detach())
-        parts = [part for part in (inbox.get() for inbox in self.inboxes) if part is not None]
-        if len(parts) < len(self.inboxes):
-            raise AssertionError(
-                "a process sums over processes more often than another in the same step, so it waits for ever"
-            )
-        return torch.stack(parts).sum(0)
+ROUNDS = 50
 
 
 def side_by_side(steps: Sequence[Callable[[], T]]) -> list[T]:
     """Run each step as if it were in a process of its own; `kdtoolkit.processes` sums over all of them.
 
-    The steps must not share what they change. Raises the first step's error, if one fails, and AssertionError where one
-    step sums more often than another.
-    """
-    queues = [[SimpleQueue[Any]() for _ in steps] for _ in steps]
-    ranks = [_Rank(queues[i]) for i in range(len(steps))]
-    for i, rank in enumerate(ranks):
-        rank.outboxes = [inboxes[i] for inboxes in queues]
-    results: list[Any] = [None] * len(steps)
-    errors: list[BaseException | None] = [None] * len(steps)
+    The steps must be repeatable, since each is run several times. In each round a step gets what the others handed to a
+    sum in the round before, until that does not change any more. (Threads would not do: before Python 3.12 a
+    `functools.cached_property` lets one thread in at a time.)
 
-    def run(i: int) -> None:
-        _local.rank = ranks[i]
-        try:
-            results[i] = steps[i]()
-        except BaseException as error:  # handed to the thread that asked
-            errors[i] = error
-        finally:
-            ranks[i].send(None)
+    Raises AssertionError where one step sums more often than another, or no round is like the one before.
+    """
+    handed: list[list[Tensor]] = [[] for _ in steps]
+    for _ in range(ROUNDS):
+        before, handed = handed, [[] for _ in steps]
+        results = [_run(steps[i], i, before, handed[i]) for i in range(len(steps))]
+        counts = [len(parts) for parts in handed]
+        if len(set(counts)) > 1:
+            raise AssertionError(
+                f"the processes sum over each other {', '.join(map(str, counts))} times in the same step, so that one "
+                "waits for another for ever: sum in each step, also where there is nothing to count"
+            )
+        if all(_equal(*parts) for parts in zip(before, handed, strict=True)):
+            return results
+    raise AssertionError(f"what the processes sum over each other changes in each of {ROUNDS} runs of the same step")
+
+
+def _run(step: Callable[[], T], rank: int, before: Sequence[Sequence[Tensor]], handed: list[Tensor]) -> T:
+    """One step; what it hands to each sum is added to `handed`."""
+
+    def summed(x: Tensor) -> Tensor:
+        call = len(handed)
+        handed.append(x.detach().clone())
+        # In the first round the others are taken to have the same.
+        parts = [parts[call] if i != rank and call < len(parts) else handed[call] for i, parts in enumerate(before)]
+        return torch.stack(parts).sum(0)
 
     with (
-        mock.patch.object(processes, "count", lambda: len(steps)),
-        mock.patch.object(processes, "_summed", lambda x: _local.rank.summed(x)),
+        mock.patch.object(processes, "count", return_value=len(before)),
+        mock.patch.object(processes, "_summed", summed),
     ):
-        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(steps))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    # Where one process fails, the others fail after it, because they wait for it in vain.
-    failed = [error for error in errors if error is not None]
-    for error in sorted(failed, key=lambda error: isinstance(error, AssertionError)):
-        raise error
-    return results
+        return step()
+
+
+def _equal(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    return len(before) == len(now) and all(torch.equal(a, b) for a, b in zip(before, now, strict=True))

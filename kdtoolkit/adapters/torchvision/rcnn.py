@@ -16,10 +16,11 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead
 
-from kdtoolkit.adapters._towers import Blocks, blocks_of, still, walk, width_of
+from kdtoolkit import processes
 from kdtoolkit.adapters.torchvision.base import TorchvisionAdapter, each_image, require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_fasterrcnn, tiny_fasterrcnn_v2, tiny_maskrcnn
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
+from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -33,6 +34,7 @@ from kdtoolkit.contract import (
     State,
     keep_states,
 )
+from kdtoolkit.detectors.towers import walk_towers
 from kdtoolkit.errors import KDError
 
 
@@ -74,8 +76,8 @@ class RPNAdapter(GridAdapter):
             generator.aspect_ratios,
         )
 
-    def _towers(self) -> Mapping[str, Sequence[Blocks]]:
-        return {"rpn": [blocks_of(self.model.rpn.head.conv)[:-1]] * len(self._levels.strides)}
+    def _towers(self) -> Mapping[str, Sequence[Sequence[Block]]]:
+        return {"rpn": [blocks_of(self.model.rpn.head.conv)] * len(self._levels.strides)}
 
     def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
         head = self.model.rpn.head
@@ -115,7 +117,7 @@ class RPNAdapter(GridAdapter):
             labels=(objects != 1).long(),
             boxes=torch.stack(boxes),
             weights=(objects >= 0).float(),
-            normaliser=(objects == 1).sum().clamp(min=1).float(),
+            normaliser=processes.share((objects == 1).sum(), at_least=1),
         )
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
@@ -150,6 +152,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
     proposals as the library does. `Predictions.regression` is the mean of the classes' offsets by their probabilities.
     """
 
+    library_class = FasterRCNN
     background = 1
 
     def __init__(self, model: nn.Module) -> None:
@@ -164,11 +167,6 @@ class FasterRCNNAdapter(TorchvisionAdapter):
             "torchvision Faster R-CNN v2": tiny_fasterrcnn_v2,
             "torchvision Mask R-CNN": tiny_maskrcnn,
         }
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Whether `model` is a Faster R-CNN, or a kind of it."""
-        return isinstance(model, FasterRCNN)
 
     def _check_head(self) -> None:
         require(self.model.roi_heads.box_head, TwoMLPHead, FastRCNNConvFCHead)
@@ -195,16 +193,15 @@ class FasterRCNNAdapter(TorchvisionAdapter):
     def _stages(self) -> tuple[Stage, ...]:
         stages = [Stage("roi", {"box": self._levels.channels[:1]})]
         for i, block in enumerate(self._blocks(), 1):
-            width, spatial = width_of(block), any(isinstance(layer, nn.Conv2d) for layer in block)
             name = f"fc{i + 5}" if isinstance(self.model.roi_heads.box_head, TwoMLPHead) else f"block {i}"
-            stages.append(Stage(name, {"box": (width,)}, spatial=spatial, activation=F.relu))
+            stages.append(Stage(name, {"box": (block.channels,)}, spatial=block.is_spatial, activation=F.relu))
         return tuple(stages)
 
-    def _blocks(self) -> Blocks:
+    def _blocks(self) -> list[Block]:
         head = self.model.roi_heads.box_head
         if isinstance(head, TwoMLPHead):
-            return [[partial(torch.flatten, start_dim=1), head.fc6], [head.fc7]]
-        return blocks_of(head)[:-1]
+            return [Block((partial(torch.flatten, start_dim=1), head.fc6)), Block((head.fc7,))]
+        return blocks_of(head)
 
     @property
     def assigner(self) -> object:
@@ -226,7 +223,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         """The first stage and, in training, the draw of proposals; or the `priors` given; then the box head."""
         roi_heads = self.model.roi_heads
         matches = labels = targets = rpn_losses = first = None
-        blocks = self._blocks() if priors is None else still(self._blocks())
+        blocks = self._blocks() if priors is None else [block.still() for block in self._blocks()]
         # The pooler tells strides by the size of images, which in the library is that of their content. Where much of a
         # canvas is another detector's padding that would be wrong.
         shown = list(batch.sizes) if priors is None else [tuple(batch.images.shape[-2:])]
@@ -242,7 +239,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         maps = {name: x.float() for name, x in zip(self._levels.names, features, strict=True)}
         # A copy, for the pooler writes down the scales of the first maps it sees.
         pooled = copy.copy(roi_heads.box_roi_pool)(maps, rows.boxes, shown)
-        states, last = keep_states(({"box": (x,)} for x in walk(pooled, blocks, 0, F.relu)), stages)
+        states, last = keep_states(walk_towers({"box": (pooled,)}, {"box": [blocks]}, activation=F.relu), stages)
         class_logits, box_regression = self._outputs(last["box"][0])
         outputs = BoxOutputs(
             class_logits[: rows.count], box_regression[: rows.count], matches, labels, targets, rpn_losses
@@ -254,8 +251,9 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         """The rest of the box head."""
         priors = trace.predictions.priors
         rows = _Rows.of(priors)
-        *_, last = walk(rows.take(state["box"][0]), still(self._blocks()), stage, F.relu)
-        return self._predictions(*self._outputs(last), priors, rows)
+        taken, towers = {"box": (rows.take(state["box"][0]),)}, {"box": [[block.still() for block in self._blocks()]]}
+        _, last = keep_states(walk_towers(taken, towers, stage, F.relu), ())
+        return self._predictions(*self._outputs(last["box"][0]), priors, rows)
 
     def _outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """The predictor's raw class logits (R, K + 1) and offsets (R, (K + 1) * 4), from the last stage's state."""
@@ -322,7 +320,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
                 for own, index in zip(batch.boxes, matches, strict=True)
             ]
         )
-        return Assignment(positive, labels, boxes, weights, weights.sum().clamp(min=1))
+        return Assignment(positive, labels, boxes, weights, processes.share(weights.sum(), at_least=1))
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """The detector's own post-processing of boxes."""
