@@ -184,7 +184,6 @@ def prediction_losses(
     student: Predictions,
     teacher: Predictions,
     assignment: Assignment,
-    num_classes: int,
     beta: float,
     box_loss: Literal["giou", "iou"],
 ) -> dict[str, Tensor]:
@@ -199,5 +198,5 @@ def prediction_losses(
     if student.quality is not None and teacher.quality is not None:
         target = teacher.quality.detach().float().sigmoid()
         bce = F.binary_cross_entropy_with_logits(student.quality.float(), target, reduction="none")
-        losses["quality"] = (bce * assignment.positive(num_classes)).sum() / normaliser
+        losses["quality"] = (bce * assignment.positive).sum() / normaliser
     return losses

@@ -118,7 +118,7 @@ class LogitKD(Method):
         assignment = pair.teacher_assignment
         counts = assignment.weights > 0
         if spec.activation == "sigmoid":
-            counts = counts & assignment.positive(spec.num_classes)
+            counts = counts & assignment.positive
         chosen = counts.nonzero(as_tuple=True)
         student, teacher = pair.student.predictions.logits[chosen], pair.teacher.predictions.logits[chosen]
         rows = processes.share(counts.sum(), at_least=1)

@@ -79,8 +79,7 @@ class Mimic(Method):
         check_grids("Mimic", student, teacher)
         # Proposals and queries lie at the same place of the image, though not always of the canvas.
         teacher = replace(teacher, decode=lambda regression, priors: pair.teacher_boxes)
-        num_classes = exchange.teacher.spec.num_classes
-        losses = prediction_losses(student, teacher, pair.teacher_assignment, num_classes, self.beta, self.box_loss)
+        losses = prediction_losses(student, teacher, pair.teacher_assignment, self.beta, self.box_loss)
         weights = {
             "cls": self.cls_weight,
             "box": self.distribution_weight if teacher.regression.ndim == 4 else self.box_weight,
