@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou, elementwise_iou
-from kdtoolkit.contract import Assignment, DetectorSpec, Predictions, Priors
+from kdtoolkit.contract import Assignment, Predictions, Priors
 from kdtoolkit.errors import KDError
 
 EPS = torch.finfo(torch.float32).eps
@@ -44,25 +44,6 @@ def at_levels(predictions: Predictions, levels: Sequence[int]) -> Predictions:
     )
 
 
-class Projection(nn.Conv2d):
-    """A learned 1x1 convolution of maps (N, C, H, W), in float32 also under autocast."""
-
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
-        super().__init__(student_channels, teacher_channels, 1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (N, C, H, W) to (N, C', H, W)."""
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float())
-
-
-def projection(student_channels: int, teacher_channels: int) -> nn.Module:
-    """A `Projection` from the student's channels to the teacher's; nothing where they are equal."""
-    if student_channels == teacher_channels:
-        return nn.Identity()
-    return Projection(student_channels, teacher_channels)
-
-
 class StateProjection(nn.Conv2d):
     """A learned linear map of dim 1, of maps (N, C, H, W) as of vectors (N, C) and (N, C, Q)."""
 
@@ -73,11 +54,6 @@ class StateProjection(nn.Conv2d):
         """Map (N, C, ...) to (N, C', ...)."""
         flat = super().forward(input.reshape(*input.shape[:2], -1, 1))
         return flat.reshape(flat.shape[0], flat.shape[1], *input.shape[2:])
-
-
-def projections(pairs: Sequence[tuple[int, int]], student: DetectorSpec, teacher: DetectorSpec) -> nn.ModuleList:
-    """One `projection` for each pair of levels."""
-    return nn.ModuleList(projection(student.channels[s], teacher.channels[t]) for s, t in pairs)
 
 
 def resize_like(x: Tensor, reference: Tensor) -> Tensor:
