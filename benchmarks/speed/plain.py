@@ -371,12 +371,12 @@ def prediction_terms(method: CrossKD | Mimic, student: Predictions, teacher: Pre
     assignment = seen.matched().teacher_assignment
     score, target = student.logits.sigmoid(), teacher.logits.sigmoid()
     entropy = -(target * F.logsigmoid(student.logits) + (1 - target) * F.logsigmoid(-student.logits))
-    focal = entropy * (score - target).abs() ** method.beta
+    focal = entropy * (score - target).abs() ** method.distances.beta
     cls = (focal * assignment.weights[..., None]).sum() / assignment.normaliser
     weight = target.max(-1).values * assignment.weights
     sides = divergence(student.regression, teacher.regression)
     box = (sides * weight[..., None]).sum() / (4 * weight.sum())
-    return {"cls": method.cls_weight * cls, "box": method.distribution_weight * box}
+    return {"cls": method.distances.cls_weight * cls, "box": method.distances.distribution_weight * box}
 
 
 def mimic(method: Mimic, seen: Exchange) -> Terms:
