@@ -20,7 +20,7 @@ from kdtoolkit.models import content_of
 
 # Sources that every cell depends on: all but the commands and what they print. The detector's adapter and the methods'
 # own files are added.
-_SOURCES = ("*.py", "methods/_common.py", "benchmark/cell.py", "data/*.py", "engine/*.py")
+_SOURCES = ("*.py", "methods/_common.py", "benchmark/cell.py", "benchmark/datasets.py", "data/*.py", "engine/*.py")
 _NOT_OF_CELLS = {"__main__.py", "cli.py", "inspect.py", "listing.py", "matrix.py"}
 # First part of a model's name -> its adapter's sources, and the package that it is made of.
 _LIBRARIES = {
