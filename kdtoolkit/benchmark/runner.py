@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from kdtoolkit.benchmark.board import build_board
-from kdtoolkit.benchmark.cell import DataSets, Failure, Report, Task, cores, device_name, load_data, machine
+from kdtoolkit.benchmark.cell import Failure, Report, Task, cores, device_name, machine
+from kdtoolkit.benchmark.datasets import DataSets, load_data
 from kdtoolkit.benchmark.display import Display, duration
 from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.plan import Plan, check_methods
