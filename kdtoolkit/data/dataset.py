@@ -101,8 +101,8 @@ def read_in(dataset: DetectionDataset) -> DetectionDataset:
     """A data set `in_memory`. Raises KDError for anything else, such as a list of images."""
     if not isinstance(dataset, DetectionDataset):
         raise KDError(
-            f"the data must be a DetectionDataset (CocoDetection, ProceduralShapes, or a subclass of your own), not "
-            f"{type(dataset).__name__}"
+            f"the data must be a DetectionDataset (what open_dataset gives, ProceduralShapes, or a subclass of your "
+            f"own), not {type(dataset).__name__}"
         )
     return dataset.in_memory()
 

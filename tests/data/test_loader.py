@@ -81,7 +81,7 @@ def test_an_image_is_changed_otherwise_each_time(data):
 
 
 def test_a_list_of_images_is_no_data_set(data):
-    with pytest.raises(KDError, match=r"the data must be a DetectionDataset \(CocoDetection, .* not list"):
+    with pytest.raises(KDError, match=r"the data must be a DetectionDataset \(what open_dataset gives, .* not list"):
         run([data[0]])
 
 
@@ -89,5 +89,5 @@ def test_workers_change_nothing(data, tmp_path):
     before = torch.get_rng_state()
     assert same(run(data), run(data, workers=2))
     assert torch.equal(before, torch.get_rng_state())
-    lazy = CocoDetection(write(tmp_path), "train", cache_bytes=0)
+    lazy = CocoDetection(write(tmp_path), "train", memory_bytes=0)
     assert same(run(lazy, steps=2), run(lazy, steps=2, workers=1))
