@@ -31,7 +31,7 @@ from kdtoolkit.models import build_model
 class Task:
     """What one cell does. `parts` are its key's; `result` is where its JSON goes, `teacher` the teacher's weights.
 
-    `pictures`: the folder that drawn pictures are kept in.
+    `pictures`: the folder of drawn pictures and decoded photos.
     """
 
     entry: str
