@@ -468,7 +468,7 @@ class CountsItsOwnImages(DenseAdapter):
 
     def assign(self, trace, batch):
         found = super().assign(trace, batch)
-        return replace(found, normaliser=(found.labels < self.spec.num_classes).sum().clamp(min=1).float())
+        return replace(found, normaliser=found.positive.sum().clamp(min=1).float())
 
 
 class AssignsOtherwiseWhenEvaluated(DenseAdapter):
