@@ -500,7 +500,7 @@ def test_prepare_normalises_and_pads(batch):
     assert plain.images.shape == (2, 3, 96, 120)
     assert torch.equal(plain.images[1, :, :50, :120], images[1])
     assert plain.boxes == ()
-    with pytest.raises(KDError, match="image 0 of the batch"):
+    with pytest.raises(KDError, match="image 0 has the shape"):
         adapter.prepare([torch.zeros(64, 64, 3)])
 
 
