@@ -18,7 +18,16 @@ from kdtoolkit.benchmark.display import Display, duration
 from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.plan import Plan, check_methods
 from kdtoolkit.benchmark.report import write_board
-from kdtoolkit.benchmark.store import CellResult, Store, StoreError, discard, read_result, set_aside, write_atomic
+from kdtoolkit.benchmark.store import (
+    CellResult,
+    Store,
+    StoreError,
+    discard,
+    discard_runs,
+    read_result,
+    set_aside,
+    write_atomic,
+)
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite
 from kdtoolkit.benchmark.workers import Ended, Workers
 from kdtoolkit.errors import KDError
@@ -124,6 +133,7 @@ class _Run:
             )
             for path in paths:
                 discard(path)
+                discard_runs(path)
         for name, reason in plan.set_aside_unusable().items():
             display.line(f"{name} {reason}; its old result is kept as .json.old", "yellow")
         teacher = plan.teacher()

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from kdtoolkit.contract import Method
-from kdtoolkit.engine.train import TrainConfig
+from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
 from kdtoolkit.listing import SUITES, suite_path
 from kdtoolkit.methods import all_methods, published_settings

@@ -5,12 +5,14 @@ from kdtoolkit.data.dataset import DetectionDataset, Sample, check_same_classes
 from kdtoolkit.data.loader import batches
 from kdtoolkit.data.opening import CocoDetection, open_dataset
 from kdtoolkit.data.photos import PhotoDataset
+from kdtoolkit.data.resize import InputSize
 from kdtoolkit.data.shapes import ProceduralShapes
 
 __all__ = [
     "Augmentation",
     "CocoDetection",
     "DetectionDataset",
+    "InputSize",
     "PhotoDataset",
     "ProceduralShapes",
     "Sample",
