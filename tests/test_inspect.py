@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from torchvision.models.detection import FCOS
 
+from kdtoolkit.adapters.torchvision import on_timm
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.inspect import Verdict, inspect_detector, judge_pair, print_families, print_inspection, print_pair
 from kdtoolkit.libraries import adapt
@@ -30,7 +32,9 @@ def test_verdicts_are_the_distillers():
     assert verdicts.keys() == all_methods().keys()
     for name, method in all_methods().items():
         assert verdicts[name].reason == why_refused(method, student, teacher)
-    assert verdicts["CrossKD"] == Verdict()
+    assert verdicts["CrossKD"] == Verdict(settings="CrossKD.for_fcos")
+    assert verdicts["FGD"].settings == "FGD.for_fcos"
+    assert verdicts["CWD"] == Verdict()
 
 
 def test_it_is_said_what_would_mend_a_refusal():
@@ -64,11 +68,33 @@ def test_a_pair_is_shown_side_by_side(width):
         "5, sigmoid",
         "3 and 5",
         "8, 16, 32",
-        "would work with equal class counts",
+        "works if the two have equal class counts",
     ):
         assert part in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
+
+
+def test_published_settings_for_the_students_kind_are_named():
+    gfl = tiny_gfl(seed=0)
+    for family, named in {
+        "torchvision FCOS": {"CrossKD.for_fcos", "FGD.for_fcos", "PKD.for_fcos"},
+        "torchvision Faster R-CNN": {"FGD.for_faster_rcnn", "MGD.for_faster_rcnn"},
+    }.items():
+        student = tiny_of(family, seed=0)
+        assert {verdict.settings for verdict in judge(student, gfl).values()} - {""} == named
+    pair = [inspect_detector(model, 64) for model in (tiny_fcos(seed=0), gfl)]
+    assert "Use the published settings for this student's kind: CrossKD.for_fcos()" in printed(
+        print_pair, *pair, width=200
+    )
+    assert "Use the published settings" not in printed(print_pair, *pair[::-1], width=200)
+
+
+def test_it_is_said_what_a_detector_does_to_images():
+    assert "50 x 50 px, padded to 64 x 64" in printed(print_inspection, inspect_detector(tiny_gfl(seed=0), 50))
+    enlarged = inspect_detector(on_timm(FCOS, 3, backbone="test_resnet", out_channels=64, min_size=96), 64)
+    assert enlarged.resized == (96, 96)
+    assert "64 x 64 px, resized by the detector to 96 x 96" in printed(print_inspection, enlarged, width=120)
 
 
 @pytest.mark.parametrize("width", [80, 120])
