@@ -165,4 +165,4 @@ def assignment_of(matches: Tensor, batch: Batch, num_classes: int, normaliser: T
             index = matches[i].clamp(min=0)
             labels[i] = own_labels[index].masked_fill(matches[i] < 0, num_classes)
             boxes[i] = own[index]
-    return Assignment(labels, boxes, (matches != -2).float(), normaliser.float())
+    return Assignment(labels, boxes, (matches != -2).float(), normaliser)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import permute_and_flatten
 
+from kdtoolkit import processes
 from kdtoolkit.adapters.torchvision.base import CAPABILITIES, TorchvisionAdapter, assignment_of, match_by_iou
 from kdtoolkit.adapters.torchvision.towers import Block
 from kdtoolkit.contract import (
@@ -100,11 +101,12 @@ class GridAdapter(TorchvisionAdapter):
 
     def _assigned(self, matches: Tensor, batch: Batch) -> Assignment:
         """The assignment that the library's losses make of matches (N, A)."""
-        return assignment_of(matches, batch, self._num_classes, self._normaliser(matches >= 0))
+        normaliser = processes.share(self._normaliser(matches >= 0), at_least=1)
+        return assignment_of(matches, batch, self._num_classes, normaliser)
 
     def _normaliser(self, positive: Tensor) -> Tensor:
-        """What the library divides its losses by, from which priors (N, A) answer for an object."""
-        return positive.sum().clamp(min=1)
+        """What the library counts to divide its losses by, of the priors (N, A) that answer for an object."""
+        return positive.sum()
 
     def _finish(self, state: State, priors: Priors) -> Predictions:
         towers = self._towers()

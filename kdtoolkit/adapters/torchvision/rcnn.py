@@ -16,6 +16,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead
 
+from kdtoolkit import processes
 from kdtoolkit.adapters.torchvision.base import CAPABILITIES, TorchvisionAdapter, each_image, require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_fasterrcnn, tiny_fasterrcnn_v2, tiny_maskrcnn
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
@@ -116,7 +117,7 @@ class RPNAdapter(GridAdapter):
             labels=(objects != 1).long(),
             boxes=torch.stack(boxes),
             weights=(objects >= 0).float(),
-            normaliser=(objects == 1).sum().clamp(min=1).float(),
+            normaliser=processes.share((objects == 1).sum(), at_least=1),
         )
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
@@ -321,7 +322,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
                 for own, index in zip(batch.boxes, matches, strict=True)
             ]
         )
-        return Assignment(labels, boxes, weights, weights.sum().clamp(min=1))
+        return Assignment(labels, boxes, weights, processes.share(weights.sum(), at_least=1))
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """The detector's own post-processing of boxes."""

@@ -17,9 +17,10 @@ from kdtoolkit.adapters.transformers.dab_detr import DabDetrAdapter
 from kdtoolkit.adapters.transformers.deformable_detr import DeformableDetrAdapter
 from kdtoolkit.adapters.transformers.detr import DetrAdapter
 from kdtoolkit.adapters.transformers.detr_base import tiny_backbone, tiny_detr
-from kdtoolkit.contract import Capability, PriorKind, adapt
+from kdtoolkit.contract import Capability, PriorKind
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import PKD, CrossKD
 from tests._traced import traced
 from tests.conftest import tiny_gfl

@@ -18,9 +18,10 @@ from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.adapters.transformers.rfdetr import LwDetrAdapter, RfDetrAdapter, tiny_lw_detr, tiny_rf_detr
 from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter, tiny_rt_detr
 from kdtoolkit.adapters.transformers.selecting import SelectingAdapter
-from kdtoolkit.contract import Capability, PriorKind, adapt, adapter_classes
+from kdtoolkit.contract import Capability, PriorKind
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt, adapter_classes
 from kdtoolkit.methods import PKD, CrossKD
 from tests._traced import traced
 from tests.conftest import tiny_gfl
