@@ -6,9 +6,6 @@ called in the same order, so that predictions, losses and draws of dropout are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,14 +26,7 @@ class DetrAdapter(DetrBase):
     family: ClassVar[str] = "DETR"
     prior_form: ClassVar[str] = "queries of content {0}, positions {0}"
 
-    @classmethod
-    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow DETR."""
-        return {"DETR": partial(stirred, partial(tiny_detr, DetrForObjectDetection, DetrConfig))}
-
     def describe(self) -> DetectorSpec:
-    @cached_property
-    def spec(self) -> DetectorSpec:
         """The detector's facts."""
         config = self.model.config
         return self.decoder_spec(

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -48,14 +46,7 @@ class DFineAdapter(RTDetrAdapter):
     family: ClassVar[str] = "D-FINE"
     modeling: ClassVar[Any] = modeling_d_fine
 
-    @classmethod
-    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow D-FINE."""
-        return {"D-FINE": partial(stirred, partial(tiny, DFineForObjectDetection, DFineConfig))}
-
     def describe(self) -> DetectorSpec:
-    @cached_property
-    def spec(self) -> DetectorSpec:
         """The detector's facts."""
         return replace(super().describe(), bins=tuple(self._bins().tolist()))
 
