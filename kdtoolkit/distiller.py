@@ -13,6 +13,7 @@ from torch.utils._pytree import register_pytree_node
 
 from kdtoolkit import processes
 from kdtoolkit.checks import checked_batch
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import (
     Batch,
     Capability,
@@ -22,14 +23,11 @@ from kdtoolkit.contract import (
     Method,
     Target,
     View,
-    adapt,
     check_precision,
 )
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import all_methods
-
-# What a method may need beyond features.
-_HEAD = {Capability.PREDICTIONS, Capability.STAGES, Capability.DISTRIBUTIONS, Capability.ASSIGNMENT}
 
 
 class Losses(dict[str, Tensor]):
@@ -49,27 +47,9 @@ register_pytree_node(
 )
 
 
-def refusal(method: type[Method] | Method, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-    """Why a method cannot distil this pair; None if it can. A class stands for its default settings."""
-    for role, spec in (("student", student), ("teacher", teacher)):
-        if missing := sorted(method.needs - spec.capabilities):
-            return f"it needs {', '.join(missing)}, which the {role} ({spec.name}) does not show"
-    built = method() if isinstance(method, type) else method
-    if method.needs & _HEAD and built.compares_classes and student.num_classes != teacher.num_classes:
-        return (
-            f"it compares class scores, and the student has {student.num_classes} classes, the teacher "
-            f"{teacher.num_classes}. Classes of two lists cannot be matched: use a teacher trained on the student's "
-            "classes, or a method that compares no classes"
-        )
-    for role, spec in (("student", student), ("teacher", teacher)):
-        if absent := sorted(set(built.strides) - set(spec.strides)):
-            return f"it is to work at strides {absent}, and the {role} ({spec.name}) has levels of {spec.strides}"
-    return built.refuses(student.at_strides(built.strides), teacher.at_strides(built.strides))
-
-
 def working_methods(student: DetectorSpec, teacher: DetectorSpec) -> list[str]:
     """Names of all known methods that can distil this pair with their default settings."""
-    return [name for name, cls in all_methods().items() if refusal(cls, student, teacher) is None]
+    return [name for name, cls in all_methods().items() if why_refused(cls, student, teacher) is None]
 
 
 class Distiller(nn.Module):
@@ -125,7 +105,7 @@ class Distiller(nn.Module):
         _check_models(self.teacher_adapter.model, self.student)
         specs = self._specs
         for name, method in zip(self._names, methods, strict=True):
-            if reason := refusal(method, *specs):
+            if reason := why_refused(method, *specs):
                 working = ", ".join(working_methods(*specs)) or "none"
                 raise IncompatibleError(
                     f"{type(method).__name__} ({name}) cannot distil {specs[1].name} into {specs[0].name}: {reason}. "

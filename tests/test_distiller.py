@@ -9,8 +9,9 @@ from torch.utils._pytree import tree_map
 
 from kdtoolkit import Distiller, IncompatibleError, KDError, adapt
 from kdtoolkit.adapters.native import DenseAdapter
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import Capability, Method
-from kdtoolkit.distiller import Losses, refusal
+from kdtoolkit.distiller import Losses
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD, FitNet, Mimic, all_methods
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
@@ -25,7 +26,7 @@ def test_without_methods_it_is_the_plain_loss_to_the_last_bit(make, batch):
 
 
 _GFL = adapt(tiny_gfl(seed=0)).spec
-APPLY = sorted(name for name, cls in all_methods().items() if refusal(cls, _GFL, _GFL) is None)
+APPLY = sorted(name for name, cls in all_methods().items() if why_refused(cls, _GFL, _GFL) is None)
 
 
 def test_terms_are_named_and_summed(batch):
@@ -93,6 +94,19 @@ def test_weights_follow_the_schedule_and_go_on_from_a_saved_state(batch):
     assert found == pytest.approx([constant / 2, constant, constant, constant / 2, 0])
 
 
+def test_in_steps_without_a_method_the_teacher_rests(batch):
+    teacher, calls = tiny_gfl(seed=1), []
+    teacher.backbone.register_forward_hook(lambda *_: calls.append(len(seen)))
+    distiller = Distiller(
+        teacher, tiny_gfl(seed=2), [PKD().scheduled(start=2, every=3, stop=9), CrossKD().scheduled(start=5)]
+    )
+    seen = []
+    for _ in range(7):
+        seen.append(sorted({name.partition("/")[0] for name in distiller(*batch)} - {"task"}))
+    assert seen == [[], [], ["pkd"], [], [], ["crosskd", "pkd"], ["crosskd"]]
+    assert calls == [2, 5, 6]
+
+
 def test_schedules_count_optimiser_steps_not_calls(batch):
     def distiller():
         return Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [PKD().scheduled(stop=2)], accumulation=3)
@@ -157,9 +171,11 @@ def test_a_stopped_method_costs_no_teacher_pass(batch):
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ({"decay": 3}, "decay needs stop"),
+        ({"decay": 3}, r"decay \(3\) needs stop"),
         ({"warmup": -1}, "numbers of steps"),
         ({"warmup": 5, "stop": 4}, "comes before"),
+        ({"start": 5, "stop": 4}, "comes before"),
+        ({"every": 0}, "every=0: .* must be 1 or more"),
     ],
 )
 def test_impossible_schedules_are_explained(schedule, message):
@@ -175,9 +191,9 @@ def test_a_method_of_features_works_on_chosen_levels(batch):
     parts = [value(PKD().at_strides(8)), value(PKD().at_strides(16, 32))]
     assert sum(parts) == pytest.approx(value(PKD()))
     assert value(PKD().at_strides(8), PKD().at_strides(16, 32)) == pytest.approx(value(PKD()))
-    with pytest.raises(KDError, match="compares heads"):
+    with pytest.raises(KDError, match="compares whole heads"):
         CrossKD().at_strides(8)
-    with pytest.raises(IncompatibleError, match=r"at strides \[64\]"):
+    with pytest.raises(IncompatibleError, match=r"at the strides \[64\]"):
         value(PKD().at_strides(64))
 
 

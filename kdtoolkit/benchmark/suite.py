@@ -76,11 +76,13 @@ class _Extras(_Section):
     warmup: int | None = Field(None, ge=0)
     decay: int | None = Field(None, ge=0)
     stop: int | None = Field(None, ge=0)
+    start: int | None = Field(None, ge=0)
+    every: int | None = Field(None, ge=1)
     strides: tuple[int, ...] | None = None
 
     def extend(self, method: Method) -> Method:
         """Give a method its schedule and its levels."""
-        if schedule := self.model_dump(include={"warmup", "decay", "stop"}, exclude_none=True):
+        if schedule := self.model_dump(exclude={"strides"}, exclude_none=True):
             method.scheduled(**schedule)
         return method.at_strides(*self.strides) if self.strides else method
 

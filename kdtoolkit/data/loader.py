@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdtoolkit.contract import Target
 from kdtoolkit.data.augment import Augmentation
-from kdtoolkit.data.dataset import DetectionDataset, checked_item, read_in
+from kdtoolkit.data.dataset import DetectionDataset, check_is_dataset, checked_item
 from kdtoolkit.data.mix import Item
 from kdtoolkit.data.resize import InputSize, with_boxes
 
@@ -57,7 +57,8 @@ def batches(
         share: place and number of the processes that train together; each yields its part of each batch.
         pin: whether the images are in pinned memory, from which they are copied to a GPU faster.
     """
-    dataset = read_in(dataset)
+    check_is_dataset(dataset)
+    dataset = dataset.in_memory()
     presented = _Presented(dataset, augment, input_size)
     place, count = share
     plan = (

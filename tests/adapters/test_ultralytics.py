@@ -4,11 +4,12 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from kdtoolkit.contract import Capability, PriorKind, adapt
+from kdtoolkit.contract import Capability, PriorKind
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import CWD, FGD, LD, PKD, CrossKD, Mimic
-from kdtoolkit.models import load_weights
+from kdtoolkit.weights import load_weights
 from tests.conftest import tiny_fcos, tiny_gfl
 
 pytest.importorskip("ultralytics")

@@ -23,7 +23,7 @@ from kdtoolkit.detectors.dense import DenseDetector
 from kdtoolkit.detectors.published import rename, rename_published
 from kdtoolkit.detectors.retinanet import encode_offsets
 from kdtoolkit.methods import PKD, CrossKD
-from kdtoolkit.methods._common import EPS, box_kd, classification_kd
+from kdtoolkit.methods.common import EPS, box_kd, classification_kd
 from kdtoolkit.methods.crosskd import align_statistics
 from kdtoolkit.methods.pkd import pkd_loss
 from tests.parity._check import GRADIENT_BOUND, Check

@@ -12,7 +12,7 @@ import transformers
 
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.adapters.transformers import build_model
-from kdtoolkit.adapters.transformers.detr import tiny_backbone
+from kdtoolkit.adapters.transformers.detr_base import tiny_backbone
 from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError
@@ -125,7 +125,7 @@ def test_ld_refuses_other_bins_and_priors():
     student = build(FAMILIES["d-fine"])
     with pytest.raises(IncompatibleError, match="17 bins"):
         Distiller(build(FAMILIES["d-fine"], max_num_bins=16), student, [LD()])
-    with pytest.raises(IncompatibleError, match="distributions over unequal bins"):
+    with pytest.raises(IncompatibleError, match="distributions of box sides"):
         Distiller(build(FAMILIES["d-fine"], reg_scale=8.0), student, [LD()])
     with pytest.raises(IncompatibleError):
         Distiller(DenseAdapter(tiny_gfl(seed=1)), student, [LD()])
