@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import faulthandler
 import math
 import os
 import platform
-import signal
-import threading
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.keys import key_of, package_of
-from kdtoolkit.benchmark.store import CellResult, StoreError, discard_runs, write_result, write_weights, writing
+from kdtoolkit.benchmark.store import CellResult, discard_runs, write_result, write_weights, writing
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection, MethodUse
-from kdtoolkit.data import CocoDetection, DetectionDataset, ProceduralShapes, check_same_classes
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.evaluate import METRICS, evaluate
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.train import Progress, train
-from kdtoolkit.errors import KDError, NonFiniteLossError
+from kdtoolkit.errors import NonFiniteLossError
 from kdtoolkit.models import build_model
 
 SAVE_SECONDS = 60.0  # between two checkpoints of a training
@@ -39,7 +34,7 @@ SAVE_SECONDS = 60.0  # between two checkpoints of a training
 class Task:
     """What one cell does. `parts` are its key's; `result` is where its JSON goes, `teacher` the teacher's weights.
 
-    `pictures`: the folder that drawn pictures are kept in.
+    `pictures`: the folder of drawn pictures and decoded photos.
     """
 
     entry: str
@@ -92,61 +87,9 @@ class Failure:
     fatal: bool = False
 
 
-@dataclass(frozen=True)
-class DataSets:
-    """Images for the teacher, for the student, for evaluation, and what they are in words."""
-
-    teacher: DetectionDataset
-    student: DetectionDataset
-    val: DetectionDataset
-    description: str
-    notices: tuple[str, ...]
-
-
 def stretched(steps: int, stretch: float) -> int:
     """Steps of a stretched schedule, rounded up."""
     return math.ceil(round(steps * stretch, 6))
-
-
-def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
-    """The data sets of a suite. The student's images are some of the teacher's.
-
-    `pictures`: a folder that drawn pictures are kept in, for all cells. No photo is decoded. Raises KDError where a
-    data set cannot be read, its parts have other classes, or the images chosen have no box.
-    """
-    train: DetectionDataset
-    val: DetectionDataset
-    if data.root is None:
-        assert data.teacher_images is not None  # DataSection has checked all three
-        assert data.student_images is not None
-        assert data.val_images is not None
-        count = max(data.teacher_images, data.student_images)
-        # Far apart, so that a suite's other seeds do not evaluate on what these train on.
-        train = ProceduralShapes(count, image_size=data.image_size, seed=data.seed, folder=pictures)
-        val = ProceduralShapes(data.val_images, image_size=data.image_size, seed=data.seed + 1_000_000, folder=pictures)
-        source = f"procedural shapes, {data.image_size} px, seed {data.seed}"
-    else:
-        train = CocoDetection(data.root, "train", max_size=data.image_size, on_bad=data.on_bad)
-        val = CocoDetection(data.root, "val", max_size=data.image_size, on_bad=data.on_bad)
-        check_same_classes(train, val)
-        source = f"{data.root.name}, at most {data.image_size} px, {len(train.class_names)} classes"
-    notices: list[str] = []
-
-    def take(dataset: DetectionDataset, count: int | None, role: str) -> DetectionDataset:
-        if count is not None and count > len(dataset):
-            notices.append(f"the suite asks for {count} images for {role}; the data has {len(dataset)}, all are used")
-        if count is None or count >= len(dataset):
-            return dataset
-        try:
-            return dataset.subset(count, data.seed)
-        except KDError as error:
-            raise KDError(f"data for {role}: {error}") from error
-
-    teacher = take(train, data.teacher_images, "the teacher")
-    student = take(train, data.student_images, "the student")
-    val = take(val, data.val_images, "evaluation")
-    counts = f"{len(teacher)} images for the teacher, {len(student)} for the student, {len(val)} for evaluation"
-    return DataSets(teacher, student, val, f"{source}: {counts}", tuple(notices))
 
 
 def build_detector(section: DetectorSection, num_classes: int, seed: int) -> nn.Module:
@@ -222,37 +165,6 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     write_weights(task.result.with_suffix(".pt"), student)  # first, so that a result is never without them
     write_result(task.result, result)
     discard_runs(task.result)
-
-
-def work(task: Task, pipe: Connection) -> None:
-    """Run a cell as a process: `pipe` takes Reports and, where it fails, a Failure; the result itself goes to disk."""
-    faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
-    log = task.result.with_suffix(".log")
-    try:
-        with writing(log):
-            log.parent.mkdir(parents=True, exist_ok=True)
-            file = log.open("w", encoding="utf-8")
-        with file:  # what libraries and crashes say would tear the display to pieces
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            run(task, pipe.send)
-        if not log.stat().st_size:
-            log.unlink()
-    except StoreError as error:
-        pipe.send(Failure(str(error), fatal=True))
-    except KDError as error:
-        pipe.send(Failure(str(error)))
-    except Exception as error:
-        pipe.send(Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
-
-
-def _end_with_parent(pipe: Connection) -> None:
-    """Nothing is ever sent to a worker: what ends the wait is the parent's end of the pipe being closed."""
-    with suppress(EOFError, OSError):
-        pipe.recv_bytes()
-    os._exit(1)
 
 
 def machine() -> str:

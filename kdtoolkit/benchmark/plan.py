@@ -7,7 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdtoolkit.benchmark.cell import DataSets, Task, build_detector, device_name, stretched
+from kdtoolkit.benchmark.cell import Task, build_detector, device_name, stretched
+from kdtoolkit.benchmark.datasets import DataSets
 from kdtoolkit.benchmark.keys import cell_parts, difference, key_of
 from kdtoolkit.benchmark.stats import dearest
 from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside

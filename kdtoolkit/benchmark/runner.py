@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from kdtoolkit.benchmark.board import build_board
-from kdtoolkit.benchmark.cell import DataSets, Failure, Report, Task, cores, device_name, load_data, machine
+from kdtoolkit.benchmark.cell import Failure, Report, Task, cores, device_name, machine
+from kdtoolkit.benchmark.datasets import DataSets, load_data
 from kdtoolkit.benchmark.display import Display, duration
 from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.plan import Plan, check_methods
@@ -169,9 +170,8 @@ class _Run:
         display.line(f"results: {self.plan.store.root}; after Ctrl-C the same command goes on")
         if self.pending:
             display.line(f"data: {self.sets.description}")
-            if suite.data.root is None:
-                for images in (self.sets.teacher, self.sets.val):
-                    _ = images[0]  # drawn pictures are then there for all cells
+            for images in (self.sets.teacher, self.sets.student, self.sets.val):
+                _ = images.in_memory()[0]  # drawn pictures and decoded photos are then there for all cells
 
     def _precision(self) -> str:
         """The precision of the cells, and why it was chosen where it was."""

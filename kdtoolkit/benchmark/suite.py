@@ -39,10 +39,12 @@ class _Section(BaseModel):
 
 
 class DataSection(_Section):
-    """Which images. Without `root` they are procedural; with it, a folder in COCO format, of which None means all.
+    """Which images. Without `root` they are drawn.
 
-    `image_size`: side of procedural images, largest side of others (larger ones are scaled down), in pixels.
-    `on_bad`: whether bad images and annotations are an error, or left out.
+    `root`: a data set in COCO's, YOLO's or VOC's format, as `open_dataset` takes it. `teacher_images`,
+    `student_images`, `val_images`: how many of its images to use; None means all. `image_size`: side of drawn images,
+    in pixels; photos are scaled down if their longer side is larger. `on_bad`: whether bad images and annotations are
+    an error, or left out.
     """
 
     root: Path | None = None

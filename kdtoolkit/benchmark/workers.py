@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
+import os
 import signal
+import threading
+import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
-from kdtoolkit.benchmark.cell import Failure, Report, Task, work
+from kdtoolkit.benchmark.cell import Failure, Report, Task, run
+from kdtoolkit.benchmark.store import StoreError, writing
+from kdtoolkit.errors import KDError
 
 
 @dataclass
@@ -73,6 +80,37 @@ class Workers:
         self._running.clear()
 
 
+def work(task: Task, pipe: Connection) -> None:
+    """Run a cell as a process: `pipe` takes Reports and, where it fails, a Failure; the result itself goes to disk."""
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
+    log = task.result.with_suffix(".log")
+    try:
+        with writing(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = log.open("w", encoding="utf-8")
+        with file:  # what libraries and crashes say would tear the display to pieces
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            run(task, pipe.send)
+        if not log.stat().st_size:
+            log.unlink()
+    except StoreError as error:
+        pipe.send(Failure(str(error), fatal=True))
+    except KDError as error:
+        pipe.send(Failure(str(error)))
+    except Exception as error:
+        pipe.send(Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
+
+
+def _end_with_parent(pipe: Connection) -> None:
+    """Nothing is ever sent to a worker: what ends the wait is the parent's end of the pipe being closed."""
+    with suppress(EOFError, OSError):
+        pipe.recv_bytes()
+    os._exit(1)
+
+
 def _death(exitcode: int | None) -> Failure | None:
     if exitcode == 0:
         return None
@@ -87,5 +125,5 @@ def _context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kdtoolkit.benchmark.cell"])
+    context.set_forkserver_preload(["kdtoolkit.benchmark.workers"])
     return context

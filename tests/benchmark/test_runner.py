@@ -16,7 +16,8 @@ from PIL import Image
 from rich.console import Console
 
 from kdtoolkit.benchmark.board import build_board
-from kdtoolkit.benchmark.cell import build_detector, load_data
+from kdtoolkit.benchmark.cell import build_detector
+from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.keys import difference
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite

@@ -7,7 +7,7 @@ called in the same order, so that predictions, losses and draws of dropout are t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,8 +48,7 @@ class DeformableDetrAdapter(DetrBase):
         """A narrow and shallow Deformable DETR with box refinement and two stages."""
         return {"Deformable DETR": partial(stirred, tiny_deformable)}
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         config = self.model.config
         strides = backbone_strides(self.model.model.backbone.model)
@@ -58,7 +57,7 @@ class DeformableDetrAdapter(DetrBase):
         while len(strides) < config.num_feature_levels:  # convolutions of stride 2 on the backbone's last map
             strides = (*strides, 2 * strides[-1])
         kind = "boxes" if config.two_stage else "points"
-        return self.describe(
+        return self.decoder_spec(
             strides=strides,
             width=config.d_model,
             layers=config.decoder_layers,

@@ -7,7 +7,7 @@ called in the same order, so that predictions, losses and draws of dropout are t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,11 +32,10 @@ class DetrAdapter(DetrBase):
         """A narrow and shallow DETR."""
         return {"DETR": partial(stirred, partial(tiny_detr, DetrForObjectDetection, DetrConfig))}
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         config = self.model.config
-        return self.describe(
+        return self.decoder_spec(
             strides=backbone_strides(self._backbone())[-1:],
             width=config.hidden_size,
             layers=config.decoder_layers,
