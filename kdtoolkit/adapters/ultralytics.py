@@ -36,7 +36,6 @@ from kdtoolkit.canvas import Layout, lay_out
 from kdtoolkit.contract import (
     Assignment,
     Batch,
-    Capability,
     Detections,
     DetectorAdapter,
     DetectorSpec,
@@ -55,7 +54,6 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.models import construct
 from kdtoolkit.options import did_you_mean
 
-_CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
 # The library is untyped.
 _tasks: Any = tasks
 DetectionModel: Any = tasks.DetectionModel
@@ -116,8 +114,7 @@ class UltralyticsAdapter(DetectorAdapter):
     def _is_double(self) -> bool:
         return getattr(self._head, "one2one_cv2", None) is not None
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         towers = self._towers
         bins = self._head.reg_max if self._head.reg_max > 1 else 0
@@ -137,7 +134,6 @@ class UltralyticsAdapter(DetectorAdapter):
             priors_per_cell=(1,) * len(self._strides),
             stages=stages,
             bins=tuple(map(float, range(bins))),
-            capabilities=_CAPABILITIES | ({Capability.DISTRIBUTIONS} if bins else frozenset()),
         )
 
     def prepare(
@@ -253,6 +249,7 @@ class UltralyticsAdapter(DetectorAdapter):
         """From what the library's assigner gives."""
         labels, boxes, scores, positive, _ = found
         return Assignment(
+            positive=positive,
             labels=labels.long().where(positive, self._head.nc),
             boxes=boxes,
             weights=torch.ones_like(positive, dtype=torch.float32),

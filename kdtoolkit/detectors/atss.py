@@ -70,7 +70,7 @@ class ATSS(DenseDetector):
     def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
         """`cls` (focal), `box` (GIoU, weight 2, each weighted by centerness) and `centerness` (BCE)."""
         assert predictions.quality is not None
-        image, prior = assignment.positive(self.num_classes).nonzero(as_tuple=True)
+        image, prior = assignment.positive.nonzero(as_tuple=True)
         target_boxes = assignment.boxes[image, prior]
         priors = select(predictions.priors, prior)
         boxes = self.decode(predictions.regression[image, prior], priors)

@@ -71,6 +71,7 @@ class MaxIoUAssigner:
         assigned = (claim > 0) | (best >= self.positive_iou)
         ambiguous = ~assigned & (best >= self.negative_iou)
         return Assignment(
+            positive=assigned,
             labels=labels.gather(1, chosen).masked_fill(~assigned, num_classes),
             boxes=boxes.gather(1, chosen[..., None].expand(-1, -1, 4)),
             weights=(valid & ~ambiguous).float(),
@@ -107,7 +108,7 @@ class RetinaNet(DenseDetector):
 
     def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
         """`cls` (focal) and `box` (L1 of offsets)."""
-        image, prior = assignment.positive(self.num_classes).nonzero(as_tuple=True)
+        image, prior = assignment.positive.nonzero(as_tuple=True)
         target = encode_offsets(assignment.boxes[image, prior], predictions.priors.boxes[prior])
         box = F.l1_loss(predictions.regression[image, prior], target, reduction="sum")
         labels = F.one_hot(assignment.labels, self.num_classes + 1)[..., :-1].float()

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtoolkit.compatibility import shared_levels, why_no_shared_level
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods.common import channel_moments, projections, resize_like
+from kdtoolkit.contract import DetectorSpec
+from kdtoolkit.methods.common import channel_moments
+from kdtoolkit.methods.features import FeatureMethod, Level
 
 
 def instance_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -65,7 +65,7 @@ class CrossAttention(nn.Module):
         return student + self.scale * normed
 
 
-class CanKD(Method):
+class CanKD(FeatureMethod):
     """Imitate the teacher's pyramid, each of the student's cells with the whole of the teacher's map in view.
 
     For all detectors with a pyramid. The default weight is the paper's for all of them (10 / 2 in the code), where the
@@ -75,34 +75,17 @@ class CanKD(Method):
         weight: factor of the loss summed over levels; the paper's mu.
     """
 
-    needs = frozenset({Capability.FEATURES})
-    terms = ("feature",)
     paper = "arXiv 2511.21503 (WACV 2026)"
-    levels: list[tuple[int, int]]
-    align: nn.ModuleList
     attention: nn.ModuleList
 
     def __init__(self, *, weight: float = 5.0) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-        """Refuse pairs without a common stride."""
-        return why_no_shared_level(student, teacher)
+        super().__init__(weight=weight)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Pair the levels of equal stride; project where channels differ; one block of attention a level."""
-        self.levels = shared_levels(student, teacher)
-        self.align = projections(self.levels, student, teacher)
+        """Build a block of attention for each level besides."""
+        super().setup(student, teacher)
         self.attention = nn.ModuleList(CrossAttention(teacher.channels[t]) for _, t in self.levels)
 
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`feature`: the weighted loss, summed over levels."""
-        students, teachers = exchange.student.features, exchange.teacher.features
-        losses = []
-        with torch.autocast(teachers[0].device.type, enabled=False):
-            for (s, t), align, attention in zip(self.levels, self.align, self.attention, strict=True):
-                teacher = teachers[t].detach().float()
-                student = resize_like(align(students[s].float()), teacher)
-                losses.append(cankd_loss(attention(student, teacher), teacher))
-        return {"feature": self.weight * torch.stack(losses).sum()}
+    def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+        """The loss of one level."""
+        return cankd_loss(self.attention[level.index](student, teacher), teacher)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdtoolkit import processes
-from kdtoolkit.boxes import elementwise_giou, elementwise_iou
-from kdtoolkit.contract import Assignment, DetectorSpec, Predictions, Priors
-from kdtoolkit.errors import KDError
+from kdtoolkit.contract import Predictions, Priors
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -42,42 +39,6 @@ def at_levels(predictions: Predictions, levels: Sequence[int]) -> Predictions:
         quality=None if predictions.quality is None else predictions.quality[:, rows],
         priors=kept,
     )
-
-
-class Projection(nn.Conv2d):
-    """A learned 1x1 convolution of maps (N, C, H, W), in float32 also under autocast."""
-
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
-        super().__init__(student_channels, teacher_channels, 1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (N, C, H, W) to (N, C', H, W)."""
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float())
-
-
-def projection(student_channels: int, teacher_channels: int) -> nn.Module:
-    """A `Projection` from the student's channels to the teacher's; nothing where they are equal."""
-    if student_channels == teacher_channels:
-        return nn.Identity()
-    return Projection(student_channels, teacher_channels)
-
-
-class StateProjection(nn.Conv2d):
-    """A learned linear map of dim 1, of maps (N, C, H, W) as of vectors (N, C) and (N, C, Q)."""
-
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
-        super().__init__(student_channels, teacher_channels, 1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (N, C, ...) to (N, C', ...)."""
-        flat = super().forward(input.reshape(*input.shape[:2], -1, 1))
-        return flat.reshape(flat.shape[0], flat.shape[1], *input.shape[2:])
-
-
-def projections(pairs: Sequence[tuple[int, int]], student: DetectorSpec, teacher: DetectorSpec) -> nn.ModuleList:
-    """One `projection` for each pair of levels."""
-    return nn.ModuleList(projection(student.channels[s], teacher.channels[t]) for s, t in pairs)
 
 
 def resize_like(x: Tensor, reference: Tensor) -> Tensor:
@@ -134,13 +95,6 @@ def distribution_kl(student_logits: Tensor, teacher_logits: Tensor, temperature:
     return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
 
 
-def check_beta(method: str, beta: float) -> float:
-    """The exponent of `quality_focal_kd` itself. Raises KDError for one with which the gradient may be infinite."""
-    if beta != 0 and not beta >= 1:
-        raise KDError(f"{method}(beta={beta}): must be 0, or 1 and more")
-    return beta
-
-
 def quality_focal_kd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
     """Quality focal loss towards the teacher's scores, elementwise in float32, for logits of any equal shape.
 
@@ -152,52 +106,3 @@ def quality_focal_kd(student_logits: Tensor, teacher_logits: Tensor, beta: float
     if beta != 1:
         modulation = modulation.pow(beta)
     return F.binary_cross_entropy_with_logits(student_logits, target, reduction="none") * modulation
-
-
-def classification_kd(student: Predictions, teacher: Predictions, beta: float = 1.0) -> Tensor:
-    """Classification term of each prior (N, A), summed over classes: QFL, or KL where scores are a softmax."""
-    if teacher.activation == "sigmoid":
-        return quality_focal_kd(student.logits, teacher.logits, beta).sum(-1)
-    return distribution_kl(student.logits, teacher.logits, temperature=1.0)
-
-
-def box_kd(
-    student: Predictions, teacher: Predictions, assignment: Assignment, kind: Literal["giou", "iou"]
-) -> tuple[Tensor, Tensor]:
-    """Localisation term of each prior (N, A) and the divisor of its sum, each prior weighted by the teacher's score.
-
-    Distributions: KL averaged over the four sides, divided by the sum of the weights. Else: 1 - GIoU, or -log IoU,
-    of decoded boxes, divided by the normaliser of the teacher's assignment.
-    """
-    weight = teacher.scores * assignment.weights
-    if teacher.regression.ndim == 4:
-        divergence = distribution_kl(student.regression, teacher.regression, temperature=1.0).mean(-1)
-        return weight * divergence, processes.share(weight.sum())
-    if kind == "giou":
-        distance = 1 - elementwise_giou(student.boxes, teacher.boxes)
-    else:
-        distance = -elementwise_iou(student.boxes, teacher.boxes).clamp(min=1e-6).log()
-    return weight * distance, assignment.normaliser
-
-
-def prediction_losses(
-    student: Predictions,
-    teacher: Predictions,
-    assignment: Assignment,
-    num_classes: int,
-    beta: float,
-    box_loss: Literal["giou", "iou"],
-) -> dict[str, Tensor]:
-    """Unweighted losses `cls`, `box` and, where both judge quality, `quality` of predictions at the same priors.
-
-    The published ones of CrossKD (arXiv 2306.11369, equations 4 and 5); `assignment` is of the teacher's priors.
-    """
-    normaliser = assignment.normaliser + EPS
-    cls = (classification_kd(student, teacher, beta) * assignment.weights).sum() / normaliser
-    box, divisor = box_kd(student, teacher, assignment, box_loss)
-    losses = {"cls": cls, "box": box.sum() / (divisor + EPS)}
-    if student.quality is not None and teacher.quality is not None:
-        target = teacher.quality.detach().float().sigmoid()
-        bce = F.binary_cross_entropy_with_logits(student.quality.float(), target, reduction="none")
-        losses["quality"] = (bce * assignment.positive(num_classes)).sum() / normaliser
-    return losses

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit import processes
-from kdtoolkit.compatibility import shared_levels, why_no_shared_level
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods.common import channel_moments, resize_like
+from kdtoolkit.contract import DetectorSpec
+from kdtoolkit.methods.common import channel_moments
+from kdtoolkit.methods.features import FeatureMethod, Level
 
 
 def spatial_attention(x: Tensor, temperature: float) -> Tensor:
@@ -93,7 +93,7 @@ class Connector(nn.Module):
         return feature, channel, spatial, relation
 
 
-class FBKD(Method):
+class FBKD(FeatureMethod):
     """Imitate the teacher's pyramid where it looks, its means, and the relations between its cells.
 
     Relations are to one key in 64 x 64 pixels, or in 4 x 4 cells where that is more: the published setting. The default
@@ -107,10 +107,8 @@ class FBKD(Method):
         relation_weight: factor of the non-local term.
     """
 
-    needs = frozenset({Capability.FEATURES})
     terms = ("feature", "channel", "spatial", "relation")
     paper = "OpenReview uKhGRvM8QNH (ICLR 2021)"
-    levels: list[tuple[int, int]]
     connectors: nn.ModuleList
 
     def __init__(
@@ -126,25 +124,18 @@ class FBKD(Method):
         self.temperature = temperature
         self.weights = feature_weight, channel_weight, spatial_weight, relation_weight
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-        """Refuse pairs without a common stride."""
-        return why_no_shared_level(student, teacher)
+    def projection(self, student_channels: int, teacher_channels: int) -> nn.Module:
+        """Each term has a projection of its own, in the level's connector."""
+        return nn.Identity()
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Pair the levels of equal stride; one connector each, which projects channels even where they are equal."""
-        self.levels = shared_levels(student, teacher)
+        """Build a connector for each level; it projects channels even where they are equal."""
+        super().setup(student, teacher)
         self.connectors = nn.ModuleList(
             Connector(student.channels[s], teacher.channels[t], max(64 // student.strides[s], 4))
             for s, t in self.levels
         )
 
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`feature`, `channel`, `spatial` and `relation`, each summed over levels."""
-        student, teacher = exchange.student.features, exchange.teacher.features
-        with torch.autocast(teacher[0].device.type, enabled=False):
-            losses = [
-                connector(resize_like(student[s].float(), teacher[t]), teacher[t].float(), self.temperature)
-                for (s, t), connector in zip(self.levels, self.connectors, strict=True)
-            ]
-        sums = (torch.stack(term).sum() for term in zip(*losses, strict=True))
-        return {name: w * term for name, w, term in zip(self.terms, self.weights, sums, strict=True)}
+    def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+        """The four terms of one level (4,)."""
+        return torch.stack(self.connectors[level.index](student, teacher, self.temperature))

@@ -218,7 +218,7 @@ def test_the_assignment_is_the_one_that_the_losses_used(which, batch):
     prepared, _, trace = traced(adapter, batch)
     _, used = adapter.task_losses(trace, prepared)
     again = adapter.assign(trace, prepared)
-    positive = used.positive(3)
+    positive = used.positive
     assert torch.equal(used.labels, again.labels)
     assert torch.equal(used.weights, again.weights)
     # The library's losses take boxes as shares of the canvas, and back.

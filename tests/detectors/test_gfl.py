@@ -48,7 +48,7 @@ def test_a_perfect_prediction_has_almost_no_loss(batch):
     prepared = model.prepare(*batch)
     trace = model.predict([*model.walk_towers(model.entry(model.features(prepared.images)))][-1])
     assignment = model.assign(trace, prepared)
-    positive = assignment.positive(model.num_classes)
+    positive = assignment.positive
     logits = torch.full_like(trace.logits, -20)
     logits[positive, assignment.labels[positive]] = 20
     points = (trace.priors.boxes[:, :2] + trace.priors.boxes[:, 2:]) / 2

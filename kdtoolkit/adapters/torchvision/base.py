@@ -16,10 +16,9 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import box_iou
 
 from kdtoolkit.canvas import Layout, check_images, lay_out, round_up
-from kdtoolkit.contract import Assignment, Batch, Capability, Detections, DetectorAdapter, Priors, Target
+from kdtoolkit.contract import Assignment, Batch, Detections, DetectorAdapter, Priors, Target
 from kdtoolkit.errors import KDError
 
-CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
 _PROBE = 512  # pixels: every usual stride divides it
 LIBRARY: Any = torchvision.models  # much of it is untyped
 
@@ -165,4 +164,4 @@ def assignment_of(matches: Tensor, batch: Batch, num_classes: int, normaliser: T
             index = matches[i].clamp(min=0)
             labels[i] = own_labels[index].masked_fill(matches[i] < 0, num_classes)
             boxes[i] = own[index]
-    return Assignment(labels, boxes, (matches != -2).float(), normaliser)
+    return Assignment(matches >= 0, labels, boxes, (matches != -2).float(), normaliser)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import permute_and_flatten
 
 from kdtoolkit import processes
-from kdtoolkit.adapters.torchvision.base import CAPABILITIES, TorchvisionAdapter, assignment_of, match_by_iou
+from kdtoolkit.adapters.torchvision.base import TorchvisionAdapter, assignment_of, match_by_iou
 from kdtoolkit.adapters.torchvision.towers import Block
 from kdtoolkit.contract import (
     Assignment,
@@ -53,8 +52,7 @@ class GridAdapter(TorchvisionAdapter):
         """Predictions from the predictors' input."""
         raise NotImplementedError
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         return DetectorSpec(
             name=f"torchvision {type(self.model).__name__}",
@@ -65,7 +63,6 @@ class GridAdapter(TorchvisionAdapter):
             priors_per_cell=tuple(cast(Any, self._generator).num_anchors_per_location()),
             stages=_stages(self._towers(), self._levels.channels, self.activation),
             activation="softmax" if self.background else "sigmoid",
-            capabilities=CAPABILITIES,
         )
 
     def head(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,7 +17,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead
 
 from kdtoolkit import processes
-from kdtoolkit.adapters.torchvision.base import CAPABILITIES, TorchvisionAdapter, each_image, require, thresholds
+from kdtoolkit.adapters.torchvision.base import TorchvisionAdapter, each_image, require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_fasterrcnn, tiny_fasterrcnn_v2, tiny_maskrcnn
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
 from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
@@ -60,11 +60,10 @@ class RPNAdapter(GridAdapter):
     def _generator(self) -> nn.Module:
         return cast(nn.Module, self.model.rpn.anchor_generator)
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The first stage's facts."""
-        spec = super().spec
-        return DetectorSpec(**{**vars(spec), "name": f"{spec.name} RPN"})
+        spec = super().describe()
+        return replace(spec, name=f"{spec.name} RPN")
 
     @property
     def assigner(self) -> object:
@@ -114,6 +113,7 @@ class RPNAdapter(GridAdapter):
         )
         objects = torch.stack(found)  # 1 for an object, 0 for background, -1 between
         return Assignment(
+            positive=objects == 1,
             labels=(objects != 1).long(),
             boxes=torch.stack(boxes),
             weights=(objects >= 0).float(),
@@ -176,8 +176,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
     def _num_classes(self) -> int:
         return int(self.model.roi_heads.box_predictor.cls_score.out_features) - 1
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         levels = self._levels
         return DetectorSpec(
@@ -189,8 +188,6 @@ class FasterRCNNAdapter(TorchvisionAdapter):
             stages=self._stages(),
             activation="softmax",
             prior_form="boxes",
-            capabilities=CAPABILITIES,
-            first_stage=self._rpn.spec,
         )
 
     def _stages(self) -> tuple[Stage, ...]:
@@ -274,7 +271,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
             regression=torch.unflatten(rows.spread(regression), 0, shape),
             priors=priors,
             decode=partial(decode_offsets, self.model.roi_heads.box_coder),
-            activation="softmax",
+            activation=self.spec.activation,
         )
 
     def _targets(self, batch: Batch) -> list[dict[str, Tensor]]:
@@ -314,7 +311,8 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         counted = torch.stack(found)  # 0: background, -1: between thresholds
         counts = torch.tensor(_counts(priors), device=proposals.device)
         real = torch.arange(proposals.shape[1], device=proposals.device) < counts[:, None]
-        labels = torch.where(real & (counted > 0), counted - 1, self._num_classes)
+        positive = real & (counted > 0)
+        labels = torch.where(positive, counted - 1, self._num_classes)
         weights = (real & (counted >= 0)).float()
         boxes = torch.stack(
             [
@@ -322,7 +320,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
                 for own, index in zip(batch.boxes, matches, strict=True)
             ]
         )
-        return Assignment(labels, boxes, weights, processes.share(weights.sum(), at_least=1))
+        return Assignment(positive, labels, boxes, weights, processes.share(weights.sum(), at_least=1))
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """The detector's own post-processing of boxes."""

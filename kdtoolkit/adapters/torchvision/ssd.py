@@ -75,7 +75,7 @@ class SSDAdapter(GridAdapter):
             regression=regression,
             priors=priors,
             decode=partial(decode_offsets, self.model.box_coder),
-            activation="softmax",
+            activation=self.spec.activation,
         )
 
     def _outputs(self, trace: HeadTrace) -> dict[str, Tensor]:

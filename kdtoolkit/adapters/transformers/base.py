@@ -27,7 +27,6 @@ from kdtoolkit.canvas import Layout, check_images, lay_out
 from kdtoolkit.contract import (
     Assignment,
     Batch,
-    Capability,
     Detections,
     DetectorAdapter,
     DetectorSpec,
@@ -44,7 +43,6 @@ from kdtoolkit.errors import KDError
 BRANCH = "decoder"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
 
 
 @dataclass(frozen=True)
@@ -125,10 +123,10 @@ class TransformersAdapter(DetectorAdapter):
         """Why a model of this class cannot be adapted; None if it can. Checked once."""
         return None
 
-    def describe(
+    def decoder_spec(
         self, *, strides: Sequence[int], width: int, layers: int, prior_form: str, channels: Sequence[int] = ()
     ) -> DetectorSpec:
-        """The spec of a detector whose decoder has `layers` layers of `width` channels.
+        """The facts about a detector whose decoder has `layers` layers of `width` channels.
 
         `channels` are those of the encoder's levels, `width` each if empty.
         """
@@ -144,7 +142,6 @@ class TransformersAdapter(DetectorAdapter):
             ),
             activation=self.activation,
             prior_form=prior_form,
-            capabilities=_CAPABILITIES,
         )
 
     def prepare(
@@ -271,12 +268,18 @@ class TransformersAdapter(DetectorAdapter):
         ]
         found = torch.cat(pairs, 1)
         rows, chosen = found[1:, found[0] < queries].to(device, non_blocking=True)
-        labels = torch.full((images * queries,), self.model.config.num_labels, device=device)
+        background = self.model.config.num_labels
+        labels = torch.full((images * queries,), background, device=device)
         boxes = torch.zeros(images * queries, 4, device=device)
         labels[rows], boxes[rows] = torch.cat(batch.labels)[chosen], torch.cat(batch.boxes)[chosen]
-        weights = torch.ones(images, queries, device=device)
-        normaliser = processes.share(torch.full((), float(count), device=device), at_least=1)
-        return Assignment(labels.view(images, queries), boxes.view(images, queries, 4), weights, normaliser)
+        labels = labels.view(images, queries)
+        return Assignment(
+            positive=labels < background,
+            labels=labels,
+            boxes=boxes.view(images, queries, 4),
+            weights=torch.ones(images, queries, device=device),
+            normaliser=processes.share(torch.full((), float(count), device=device), at_least=1),
+        )
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """The library's own postprocessing, with no score threshold, by falling score."""

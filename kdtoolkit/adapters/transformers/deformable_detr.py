@@ -6,7 +6,6 @@ called in the same order, so that predictions, losses and draws of dropout are t
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,8 +56,7 @@ class DeformableDetrAdapter(DetrBase):
             two_stage_num_proposals=20,
         )
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         config = self.model.config
         strides = backbone_strides(self.model.model.backbone.model)
@@ -67,7 +65,7 @@ class DeformableDetrAdapter(DetrBase):
         while len(strides) < config.num_feature_levels:  # convolutions of stride 2 on the backbone's last map
             strides = (*strides, 2 * strides[-1])
         kind = "boxes" if config.two_stage else "points"
-        return self.describe(
+        return self.decoder_spec(
             strides=strides,
             width=config.d_model,
             layers=config.decoder_layers,

@@ -6,7 +6,6 @@ called in the same order, so that predictions, losses and draws of dropout are t
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,11 +26,10 @@ class DetrAdapter(DetrBase):
     family: ClassVar[str] = "DETR"
     prior_form: ClassVar[str] = "queries of content {0}, positions {0}"
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         config = self.model.config
-        return self.describe(
+        return self.decoder_spec(
             strides=backbone_strides(self._backbone())[-1:],
             width=config.hidden_size,
             layers=config.decoder_layers,

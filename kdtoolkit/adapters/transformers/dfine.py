@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +23,7 @@ from transformers.models.deimv2 import modeling_deimv2
 from kdtoolkit.adapters.transformers.base import IMAGENET_MEAN, IMAGENET_STD, Queries, corners
 from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter
 from kdtoolkit.adapters.transformers.selecting import Memory, Progress
-from kdtoolkit.contract import Assignment, Batch, Capability, Detections, DetectorSpec, HeadTrace, Predictions, Priors
+from kdtoolkit.contract import Assignment, Batch, Detections, DetectorSpec, HeadTrace, Predictions, Priors
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,9 @@ class DFineAdapter(RTDetrAdapter):
     family: ClassVar[str] = "D-FINE"
     modeling: ClassVar[Any] = modeling_d_fine
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
-        spec = super().spec
-        bins = tuple(self._bins().tolist())
-        return replace(spec, bins=bins, capabilities=spec.capabilities | {Capability.DISTRIBUTIONS})
+        return replace(super().describe(), bins=tuple(self._bins().tolist()))
 
     def _bins(self) -> Tensor:
         decoder = self.model.model.decoder

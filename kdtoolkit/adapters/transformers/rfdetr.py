@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -75,11 +75,10 @@ class LwDetrAdapter(SelectingAdapter):
             return "has no levels: build it with projector_scale_factors, as [1.0], or [2.0, 0.5] of its large sizes"
         return super().refuses()
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         width = self.model.config.d_model
-        return self.describe(
+        return self.decoder_spec(
             strides=self._strides(),
             width=width,
             layers=self.layers,

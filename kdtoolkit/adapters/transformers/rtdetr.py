@@ -7,7 +7,6 @@ the same order, so that predictions, losses, and draws of noise and dropout are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -61,8 +60,7 @@ class RTDetrAdapter(SelectingAdapter):
             return f"has eval_idx={config.eval_idx}, which the library cannot run: build it with -1, the last layer"
         return super().refuses()
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         config, projections = self.model.config, self.model.model.decoder_input_proj
         strides = list(self._map_strides())
@@ -70,7 +68,7 @@ class RTDetrAdapter(SelectingAdapter):
         strides += [
             strides[-1] * (1 if isinstance(project, nn.Identity) else 2) for project in projections[len(strides) :]
         ]
-        return self.describe(
+        return self.decoder_spec(
             strides=strides,
             width=config.d_model,
             layers=self.layers,

@@ -351,7 +351,7 @@ def test_the_matching_is_one_to_one(family, batch):
     prepared, _, trace = traced(adapter, batch)
     assignment = adapter.assign(trace, prepared)
     assert assignment.labels.dtype == torch.int64
-    positive = assignment.positive(3)
+    positive = assignment.positive
     assert positive.sum(1).tolist() == [2, 1]
     assert sorted(assignment.labels[0][positive[0]].tolist()) == [0, 2]
     for i, target in enumerate(batch[1]):
@@ -400,7 +400,7 @@ def test_images_without_boxes(case, empty):
     assert all(loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in adapter.model.parameters() if p.grad is not None)
     assignment = adapter.assign(trace, prepared)
-    assert not assignment.positive(3).any()
+    assert not assignment.positive.any()
     assert assignment.normaliser == 1
 
 
@@ -500,7 +500,7 @@ def test_prepare_normalises_and_pads(batch):
     assert plain.images.shape == (2, 3, 96, 120)
     assert torch.equal(plain.images[1, :, :50, :120], images[1])
     assert plain.boxes == ()
-    with pytest.raises(KDError, match="image 0 of the batch"):
+    with pytest.raises(KDError, match="image 0 has the shape"):
         adapter.prepare([torch.zeros(64, 64, 3)])
 
 

@@ -141,7 +141,7 @@ def test_the_matching_goes_by_boxes_clamped_to_the_canvas(batch):
     wide = replace(trace, predictions=replace(predictions, regression=regression))
     boxes = replace(predictions, regression=regression).decode.normalised(regression).clamp(0, 1)
     indices = adapter.matcher()({"logits": predictions.logits, "pred_boxes": boxes}, adapter.library_labels(prepared))
-    positive = adapter.assign(wide, prepared).positive(3)
+    positive = adapter.assign(wide, prepared).positive
     assert [row.nonzero()[:, 0].tolist() for row in positive] == [sorted(queries.tolist()) for queries, _ in indices]
 
 

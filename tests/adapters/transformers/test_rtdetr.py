@@ -381,7 +381,7 @@ def test_the_matching_is_one_to_one(family, train, batch):
     prepared, _, trace = traced(adapter, batch)
     assignment = adapter.assign(trace, prepared)
     assert assignment.labels.dtype == torch.int64
-    positive = assignment.positive(3)
+    positive = assignment.positive
     assert positive.sum(1).tolist() == [2, 1]
     assert sorted(assignment.labels[0][positive[0]].tolist()) == [0, 2]
     for i, target in enumerate(batch[1]):
@@ -453,7 +453,7 @@ def test_images_without_boxes(case, empty):
     assert all(loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in adapter.model.parameters() if p.grad is not None)
     assignment = adapter.assign(trace, prepared)
-    assert not assignment.positive(3).any()
+    assert not assignment.positive.any()
     assert assignment.normaliser == 1
 
 
