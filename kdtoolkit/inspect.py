@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdtoolkit.compatibility import why_refused
-from kdtoolkit.contract import Capability, DetectorAdapter, DetectorSpec, Method, adapt
+from kdtoolkit.contract import Capability, DetectorAdapter, DetectorSpec, Method
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.listing import columns, definitions
 from kdtoolkit.methods import all_methods
 

@@ -23,8 +23,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kdtoolkit.compatibility import why_refused
-from kdtoolkit.contract import DetectorAdapter, Exchange, Method, Target, View, adapt, adapter_classes
+from kdtoolkit.contract import DetectorAdapter, Exchange, Method, Target, View
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt, adapter_classes
 from kdtoolkit.testing import example_batch, observe
 
 NUM_CLASSES = 3

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdtoolkit import Distiller
 from kdtoolkit.adapters import torchvision
 from kdtoolkit.compatibility import why_refused
-from kdtoolkit.contract import adapt
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import BCKD, CWD, FGD, LD, PKD, CrossKD, DeFeat, FitNet, LogitKD, Mimic
 from tests.conftest import tiny_atss, tiny_fcos, tiny_gfl, tiny_retinanet
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdtoolkit.compatibility import why_refused
-from kdtoolkit.contract import adapt
+from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import all_methods
 from kdtoolkit.testing import check_adapter, check_method

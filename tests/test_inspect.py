@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from kdtoolkit.compatibility import why_refused
-from kdtoolkit.contract import adapt
 from kdtoolkit.inspect import Verdict, inspect_detector, judge_pair, print_families, print_inspection, print_pair
+from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import all_methods
 from tests.conftest import tiny_fcos, tiny_gfl, tiny_of, tiny_retinanet

@@ -32,6 +32,7 @@ from ultralytics.nn.modules import Detect, v10Detect
 from ultralytics.utils import DEFAULT_CFG_DICT, loss, ops, tal
 from ultralytics.utils.nms import non_max_suppression
 
+from kdtoolkit import processes
 from kdtoolkit.canvas import Layout, lay_out
 from kdtoolkit.contract import (
     Assignment,
@@ -254,7 +255,7 @@ class UltralyticsAdapter(DetectorAdapter):
             labels=labels.long().where(positive, self._head.nc),
             boxes=boxes,
             weights=torch.ones_like(positive, dtype=torch.float32),
-            normaliser=scores.sum().clamp(min=1),
+            normaliser=processes.share(scores.sum(), at_least=1),
         )
 
     @torch.no_grad()

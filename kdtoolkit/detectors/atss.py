@@ -83,7 +83,7 @@ class ATSS(DenseDetector):
             predictions.quality[image, prior], target_centerness, reduction="sum"
         )
         box = (1 - elementwise_giou(boxes, target_boxes)) * target_centerness
-        normaliser = processes.share(assignment.normaliser) + EPS
+        normaliser = assignment.normaliser + EPS
         return {
             "cls": (cls * assignment.weights).sum() / normaliser,
             "box": BOX_WEIGHT * box.sum() / processes.share(target_centerness.sum(), at_least=1),

@@ -1,6 +1,6 @@
 """What one-stage detectors with two convolutional towers share: backbone, pyramid, towers, decoding, NMS.
 
-A detector is one file: its predictors, its loss, its assigner. Shapes and terms as in kdtoolkit/contract.py.
+A detector is one file: its predictors, its loss, its assigner. Shapes and terms as in kdtoolkit/contract.
 """
 
 from __future__ import annotations

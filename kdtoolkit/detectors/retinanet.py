@@ -73,7 +73,7 @@ class MaxIoUAssigner:
             labels=labels.gather(1, chosen).masked_fill(~assigned, num_classes),
             boxes=boxes.gather(1, chosen[..., None].expand(-1, -1, 4)),
             weights=(valid & ~ambiguous).float(),
-            normaliser=assigned.sum(1).clamp(min=1).sum().float(),
+            normaliser=processes.share(assigned.sum(1).clamp(min=1).sum()),
         )
 
 
@@ -144,5 +144,5 @@ class RetinaNet(DenseDetector):
         box = F.l1_loss(predictions.regression[image, prior], target, reduction="sum")
         labels = F.one_hot(assignment.labels, self.num_classes + 1)[..., :-1].float()
         cls = sigmoid_focal_loss(predictions.logits, labels, alpha=0.25, gamma=2).sum(-1)
-        normaliser = processes.share(assignment.normaliser) + EPS
+        normaliser = assignment.normaliser + EPS
         return {"cls": (cls * assignment.weights).sum() / normaliser, "box": box / normaliser}

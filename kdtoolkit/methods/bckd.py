@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou
 from kdtoolkit.compatibility import why_not_on_grid
 from kdtoolkit.contract import DetectorSpec, Matched, Predictions
@@ -56,9 +55,9 @@ class BCKD(PredictionMethod):
         self.cls_weight = cls_weight
         self.box_weight = box_weight
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse priors that are not on a grid or do not correspond one to one, and scores that are a softmax."""
-        for role, spec in (("student", student), ("teacher", teacher)):
+        for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
             if reason := why_not_on_grid(spec, role):
                 return reason
             if spec.activation != "sigmoid":
@@ -66,12 +65,12 @@ class BCKD(PredictionMethod):
                     f"it compares each class by itself, and the {role}'s class scores are a {spec.activation} over all "
                     "classes. Use CrossKD or LogitKD"
                 )
-        return super().refuses(student, teacher)
+        return super().refuses(student_spec, teacher_spec)
 
     def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
         """`cls` and `box`."""
         assignment = pair.student_assignment
-        normaliser, weights = processes.share(assignment.normaliser) + EPS, assignment.weights
+        normaliser, weights = assignment.normaliser + EPS, assignment.weights
         if self.published_levels:
             positive = assignment.positive(student.logits.shape[-1]).any(0)
             levels = torch.split(positive, list(student.priors.per_level))

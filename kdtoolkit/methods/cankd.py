@@ -17,14 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit.contract import DetectorSpec
+from kdtoolkit.methods.common import channel_moments
 from kdtoolkit.methods.features import FeatureMethod, Level
 
 
-def standardise(x: Tensor, dims: tuple[int, ...], eps: float = 1e-5) -> Tensor:
-    """Maps (N, C, H, W) of mean 0 and variance 1 over `dims`, biased, with `eps` added to the variance; in float32."""
+def instance_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Maps (N, C, H, W) of mean 0 and variance 1 over the cells of each image and channel, in float32.
+
+    The variance is the biased one, with `eps` added.
+    """
     x = x.float()
-    x = x - x.mean(dims, keepdim=True)
-    return x / (x.square().mean(dims, keepdim=True) + eps).sqrt()
+    x = x - x.mean((2, 3), keepdim=True)
+    return x / (x.square().mean((2, 3), keepdim=True) + eps).sqrt()
 
 
 def cankd_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -32,7 +36,7 @@ def cankd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     A scalar; no gradient reaches the teacher.
     """
-    difference = standardise(student, (2, 3)) - standardise(teacher.detach(), (2, 3))
+    difference = instance_norm(student) - instance_norm(teacher.detach())
     return difference.square().mean()
 
 
@@ -56,7 +60,9 @@ class CrossAttention(nn.Module):
         mixing = values @ keys.mT / keys.shape[2]  # (N, C', C')
         added = self.out((mixing @ self.theta(student).flatten(2)).unflatten(2, student.shape[2:]))
         # Batch normalisation by the batch's own statistics: it runs in training alone.
-        return student + self.scale * standardise(added, (0, 2, 3))
+        mean, variance = channel_moments(added, correction=0)
+        normed: Tensor = (added - mean) / (variance + 1e-5).sqrt()
+        return student + self.scale * normed
 
 
 class CanKD(FeatureMethod):
@@ -75,10 +81,10 @@ class CanKD(FeatureMethod):
     def __init__(self, *, weight: float = 5.0) -> None:
         super().__init__(weight=weight)
 
-    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         """Build a block of attention for each level besides."""
-        super().setup(student, teacher)
-        self.attention = nn.ModuleList(CrossAttention(teacher.channels[t]) for _, t in self.levels)
+        super().setup(student_spec, teacher_spec)
+        self.attention = nn.ModuleList(CrossAttention(teacher_spec.channels[t]) for _, t in self.levels)
 
     def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
         """The loss of one level."""

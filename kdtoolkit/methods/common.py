@@ -47,20 +47,29 @@ def resize_like(x: Tensor, reference: Tensor) -> Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
+def channel_moments(x: Tensor, correction: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of (N, C, ...) per channel over all else, kept as (1, C, 1, ...).
+
+    The variance divides by the number of values - `correction`, at least by 1. The images of all processes count, as if
+    one process had them.
+    """
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    cells = x.numel() // x.shape[1]
+    mean = x.mean(dims, keepdim=True)
+    freedom: Tensor | int = max(cells - correction, 1)
+    if processes.count() > 1:  # each process may have images of a different size
+        sums = processes.total(torch.cat([x.sum(dims), x.new_full((1,), cells)]))
+        mean, freedom = (sums[:-1] / sums[-1]).view_as(mean), sums[-1].detach() - correction
+    return mean, processes.total((x - mean).square().sum(dims, keepdim=True)) / freedom
+
+
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased std of (N, C, ...) per channel over all else, kept as (1, C, 1, ...).
 
     The images of all processes count, as if one process had them.
     """
-    dims = [dim for dim in range(x.ndim) if dim != 1]
-    cells = x.numel() // x.shape[1]
-    mean = x.mean(dims, keepdim=True)
-    freedom: Tensor | int = max(cells - 1, 1)
-    if processes.count() > 1:  # each process may have images of a different size
-        sums = processes.total(torch.cat([x.sum(dims), x.new_full((1,), cells)]))
-        mean, freedom = (sums[:-1] / sums[-1]).view_as(mean), sums[-1].detach() - 1
+    mean, variance = channel_moments(x, correction=1)
     # Not x.std(): its gradient is 0 / 0 at a constant channel, and a single cell in all has no unbiased std.
-    variance = processes.total((x - mean).square().sum(dims, keepdim=True)) / freedom
     return mean, variance.clamp(min=1e-24).sqrt()
 
 

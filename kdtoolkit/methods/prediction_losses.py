@@ -38,7 +38,7 @@ def box_kd(student: Predictions, teacher: Predictions, assignment: Assignment, k
         distance = 1 - elementwise_giou(student.boxes, teacher.boxes)
     else:
         distance = -elementwise_iou(student.boxes, teacher.boxes).clamp(min=1e-6).log()
-    return weight * distance, processes.share(assignment.normaliser)
+    return weight * distance, assignment.normaliser
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PredictionLosses:
         self, student: Predictions, teacher: Predictions, assignment: Assignment, num_classes: int
     ) -> dict[str, Tensor]:
         """The weighted losses, without those of weight 0; `assignment` is of the teacher's priors."""
-        normaliser = processes.share(assignment.normaliser) + EPS
+        normaliser = assignment.normaliser + EPS
         losses = {}
         if self.cls_weight:
             cls = classification_kd(student, teacher, self.beta) * assignment.weights

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kdtoolkit.adapters.native import DenseAdapter
-from kdtoolkit.contract import Capability, PriorKind, adapt
+from kdtoolkit.contract import Capability, PriorKind
+from kdtoolkit.libraries import adapt
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
 EACH = pytest.mark.parametrize("make", DENSE)

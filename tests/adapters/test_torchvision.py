@@ -17,9 +17,10 @@ from kdtoolkit.adapters.torchvision import (
     SSDAdapter,
     build_model,
 )
-from kdtoolkit.contract import PriorKind, adapt
+from kdtoolkit.contract import PriorKind
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import PKD, CrossKD
 from tests.conftest import tiny_gfl
 

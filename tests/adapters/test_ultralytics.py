@@ -4,11 +4,12 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from kdtoolkit.contract import Capability, PriorKind, adapt
+from kdtoolkit.contract import Capability, PriorKind
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import CWD, FGD, LD, PKD, CrossKD, Mimic
-from kdtoolkit.models import load_weights
+from kdtoolkit.weights import load_weights
 from tests.conftest import tiny_fcos, tiny_gfl
 
 pytest.importorskip("ultralytics")
@@ -202,7 +203,7 @@ def test_images_are_padded_with_grey_and_neither_resized_nor_normalised(batch):
     assert prepared.sizes == prepared.original_sizes == ((50, 60), (70, 40))
     assert prepared.padded_sizes == ((64, 64), (96, 64))
     assert torch.equal(prepared.boxes[0], targets[1]["boxes"])
-    with pytest.raises(KDError, match=r"image 0 of the batch is \(64, 64\) torch.float32; expected \(3, H, W\)"):
+    with pytest.raises(KDError, match=r"image 0 has the shape \(64, 64\); images are \(3, H, W\)"):
         UltralyticsAdapter(tiny()).prepare([torch.rand(64, 64)])
 
 

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdtoolkit import Distiller
-from kdtoolkit.contract import Batch, PriorKind, adapt
+from kdtoolkit.contract import Batch, PriorKind
 from kdtoolkit.detectors import FCOS
 from kdtoolkit.detectors.fcos import FCOSAssigner, points
 from kdtoolkit.detectors.published import rename_published
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import CrossKD
 from kdtoolkit.models import build_model
 from tests.conftest import BACKBONE, TINY, tiny_fcos

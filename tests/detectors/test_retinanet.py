@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from kdtoolkit.contract import Batch, adapt
+from kdtoolkit.contract import Batch
 from kdtoolkit.detectors import RetinaNet, load_published
 from kdtoolkit.detectors.retinanet import STDS, MaxIoUAssigner, anchors, decode_offsets, encode_offsets
+from kdtoolkit.libraries import adapt
 from kdtoolkit.models import build_model
 from tests.conftest import BACKBONE, TINY, tiny_retinanet
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from kdtoolkit import Distiller, IncompatibleError, KDError
 from kdtoolkit.compatibility import shared_levels
-from kdtoolkit.contract import Exchange, Predictions, PriorKind, Priors, Stage, View, adapt
+from kdtoolkit.contract import Exchange, Predictions, PriorKind, Priors, Stage, View
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods.common import quality_focal_kd
 from kdtoolkit.methods.crosskd import CrossKD, align_statistics
 from kdtoolkit.methods.prediction_losses import classification_kd

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import image_transforms
 
+from kdtoolkit import processes
 from kdtoolkit.adapters.transformers.processing import Processing, published_processing
 from kdtoolkit.canvas import Layout, check_images, lay_out
 from kdtoolkit.contract import (
@@ -263,7 +264,7 @@ class TransformersAdapter(DetectorAdapter):
         boxes = torch.zeros(images * queries, 4, device=device)
         labels[rows], boxes[rows] = torch.cat(batch.labels)[chosen], torch.cat(batch.boxes)[chosen]
         weights = torch.ones(images, queries, device=device)
-        normaliser = torch.full((), float(max(1, count)), device=device)
+        normaliser = processes.share(torch.full((), float(count), device=device), at_least=1)
         return Assignment(labels.view(images, queries), boxes.view(images, queries, 4), weights, normaliser)
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:

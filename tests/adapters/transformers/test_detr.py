@@ -12,28 +12,25 @@ import transformers
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.adapters.transformers import ADAPTERS, build_model
 from kdtoolkit.adapters.transformers.base import Queries, pixel_mask
-from kdtoolkit.adapters.transformers.detr import (
-    ConditionalDetrAdapter,
-    DabDetrAdapter,
-    DeformableDetrAdapter,
-    DetrAdapter,
-    _tiny,
-    _tiny_deformable,
-    tiny_backbone,
-)
-from kdtoolkit.contract import Capability, PriorKind, adapt
+from kdtoolkit.adapters.transformers.conditional_detr import ConditionalDetrAdapter
+from kdtoolkit.adapters.transformers.dab_detr import DabDetrAdapter
+from kdtoolkit.adapters.transformers.deformable_detr import DeformableDetrAdapter, tiny_deformable
+from kdtoolkit.adapters.transformers.detr import DetrAdapter
+from kdtoolkit.adapters.transformers.detr_base import tiny_backbone, tiny_detr
+from kdtoolkit.contract import Capability, PriorKind
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import PKD, CrossKD
 from tests.conftest import tiny_gfl
 
 torch.set_num_threads(1)
 
-detr = partial(_tiny, transformers.DetrForObjectDetection, transformers.DetrConfig, 3)
-conditional = partial(_tiny, transformers.ConditionalDetrForObjectDetection, transformers.ConditionalDetrConfig, 3)
-dab = partial(_tiny, transformers.DabDetrForObjectDetection, transformers.DabDetrConfig, 3)
+detr = partial(tiny_detr, transformers.DetrForObjectDetection, transformers.DetrConfig, 3)
+conditional = partial(tiny_detr, transformers.ConditionalDetrForObjectDetection, transformers.ConditionalDetrConfig, 3)
+dab = partial(tiny_detr, transformers.DabDetrForObjectDetection, transformers.DabDetrConfig, 3)
 single = partial(
-    _tiny,
+    tiny_detr,
     transformers.DeformableDetrForObjectDetection,
     transformers.DeformableDetrConfig,
     3,
@@ -696,7 +693,7 @@ def test_without_a_network_the_hub_is_asked_once(monkeypatch):
 
 
 def test_deformable_example_is_the_strongest():
-    config = _tiny_deformable(3).config
+    config = tiny_deformable(3).config
     assert config.two_stage
     assert config.with_box_refine
     assert SimpleNamespace(**config.to_dict()).num_feature_levels == 4

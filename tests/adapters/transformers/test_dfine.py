@@ -12,7 +12,7 @@ import transformers
 
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.adapters.transformers import build_model
-from kdtoolkit.adapters.transformers.detr import tiny_backbone
+from kdtoolkit.adapters.transformers.detr_base import tiny_backbone
 from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError

@@ -8,9 +8,9 @@ pytest.importorskip("scipy")
 
 from kdtoolkit.adapters.transformers.base import queries_of
 from kdtoolkit.adapters.transformers.rfdetr import tiny_lw_detr
-from kdtoolkit.contract import adapt
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import CrossKD
 from tests.adapters.transformers.test_rtdetr import FAMILIES, build, trace_of, two_images
 

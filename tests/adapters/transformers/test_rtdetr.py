@@ -11,21 +11,23 @@ pytest.importorskip("scipy")
 import transformers
 
 from kdtoolkit.adapters.native import DenseAdapter
-from kdtoolkit.adapters.transformers import dfine, rfdetr, rtdetr
+from kdtoolkit.adapters.transformers import ADAPTERS as ALL
 from kdtoolkit.adapters.transformers.base import Queries, queries_of
-from kdtoolkit.adapters.transformers.detr import DabDetrAdapter
+from kdtoolkit.adapters.transformers.dab_detr import DabDetrAdapter
 from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.adapters.transformers.rfdetr import LwDetrAdapter, RfDetrAdapter, tiny_lw_detr, tiny_rf_detr
 from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter, tiny
-from kdtoolkit.contract import Capability, PriorKind, adapt, adapter_classes
+from kdtoolkit.adapters.transformers.selecting import SelectingAdapter
+from kdtoolkit.contract import Capability, PriorKind
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt, adapter_classes
 from kdtoolkit.methods import PKD, CrossKD
 from tests.conftest import tiny_gfl
 
 torch.set_num_threads(1)
 
-ADAPTERS = (*rtdetr.ADAPTERS, *dfine.ADAPTERS, *rfdetr.ADAPTERS)
+ADAPTERS = [cls for cls in ALL if issubclass(cls, SelectingAdapter)]
 rt_detr = partial(tiny, transformers.RTDetrForObjectDetection, transformers.RTDetrConfig, 3)
 rt_detr_v2 = partial(tiny, transformers.RTDetrV2ForObjectDetection, transformers.RTDetrV2Config, 3)
 d_fine = partial(tiny, transformers.DFineForObjectDetection, transformers.DFineConfig, 3)
