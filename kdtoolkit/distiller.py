@@ -99,15 +99,12 @@ class Distiller(nn.Module):
         self.accumulation = accumulation
         self.calls = 0
         self._names = _unique_names(methods)
-        # Asked for once, because some adapters work their spec out anew at every call.
-        student_spec = self.student_adapter.spec
-        self._specs = student_spec, student_spec if self.teacher_adapter is None else self.teacher_adapter.spec
         if self.teacher_adapter is None:
             if methods:
                 raise KDError("methods need a teacher: Distiller(teacher, student, methods=[...])")
             return
         _check_models(self.teacher_adapter.model, self.student)
-        specs = self._specs
+        specs = self.student_adapter.spec, self.teacher_adapter.spec
         for name, method in zip(self._names, methods, strict=True):
             if reason := why_refused(method, *specs):
                 working = ", ".join(working_methods(*specs)) or "none"
@@ -132,7 +129,7 @@ class Distiller(nn.Module):
         for adapter in (self.student_adapter, self.teacher_adapter):  # the user may have called half()
             if adapter is not None:
                 check_precision(adapter.model)
-        images, targets = checked_batch(images, targets, self.student, self._specs[0])
+        images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
         factors = [method.schedule.factor(self.step) for method in self._methods]
         self.calls += self.training
         active = [each for each in zip(self._names, self._methods, factors, strict=True) if each[2]]
@@ -147,7 +144,7 @@ class Distiller(nn.Module):
             losses[name] = processes.reach(losses[name], [p for p in self.parameters() if p.requires_grad])
         if not active:
             return losses
-        student_view = View(adapter, batch, features, trace, assignment, spec=self._specs[0])
+        student_view = View(adapter, batch, features, trace, assignment)
         teacher_view = self._observe_teacher(images, targets, batch, _stages(methods, 1))
         exchange = Exchange(student_view, teacher_view)
         for name, method, factor in active:
@@ -160,14 +157,14 @@ class Distiller(nn.Module):
         self, images: Sequence[Tensor], targets: Sequence[Target], like: Batch, stages: frozenset[int] | None
     ) -> View:
         """The teacher's view of the images that the student saw. Its head runs when a method asks for it."""
-        adapter, (student_spec, teacher_spec) = self.teacher_adapter, self._specs
+        adapter = self.teacher_adapter
         assert adapter is not None  # methods without a teacher are refused at construction
         adapter.model.eval()  # the user may have called train() on a module that holds the teacher
-        if teacher_spec.num_classes != student_spec.num_classes:
+        if adapter.spec.num_classes != self.student_adapter.spec.num_classes:
             # Then no method uses the labels (`why_refused`), and they may be too large for the teacher.
             targets = [Target(boxes=t["boxes"], labels=torch.zeros_like(t["labels"])) for t in targets]
         batch = adapter.prepare(images, targets, like=like)
-        return View(adapter, batch, adapter.features(batch), spec=teacher_spec, stages=stages, frozen=True)
+        return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True)
 
     @torch.no_grad()
     def locate_non_finite(self, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
@@ -175,7 +172,7 @@ class Distiller(nn.Module):
 
         Levels are named by their strides. If all values are finite, the largest one is named: then a loss overflowed.
         """
-        images, targets = checked_batch(images, targets, self.student, self._specs[0])
+        images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
         roles = (("student", self.student_adapter), ("teacher", self.teacher_adapter))
         found = (f"{role}: {_first_non_finite(each, images, targets)}" for role, each in roles if each is not None)
         return "; ".join(found)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdtoolkit.compatibility import why_refused
-from kdtoolkit.contract import Capability, DetectorAdapter, DetectorSpec, Method
+from kdtoolkit.contract import DetectorAdapter, DetectorSpec, Method
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.listing import columns, definitions
@@ -140,11 +140,7 @@ def _equal_levels(student: DetectorSpec, teacher: DetectorSpec) -> Pair:
 
 def _equal_bins(student: DetectorSpec, teacher: DetectorSpec) -> Pair:
     bins = teacher.bins or student.bins
-    if not bins:
-        return student, teacher
-    shown = frozenset({Capability.DISTRIBUTIONS})
-    ours, theirs = (replace(spec, bins=bins, capabilities=spec.capabilities | shown) for spec in (student, teacher))
-    return ours, theirs
+    return replace(student, bins=bins), replace(teacher, bins=bins)
 
 
 # What two detectors can be made to agree in: their specs, changed so that they do. Levels come before what is counted

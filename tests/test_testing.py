@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from kdtoolkit import processes
 from kdtoolkit.adapters.native import DenseAdapter
-from kdtoolkit.contract import Capability, DetectorAdapter, HeadTrace, Method, PriorKind
+from kdtoolkit.contract import Capability, HeadTrace, Method, PriorKind
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import LD, PKD, CrossKD
 from kdtoolkit.testing import ADAPTER_CHECKS, METHOD_CHECKS, ConformanceError, check_adapter, check_method
@@ -38,41 +38,36 @@ def sides(boxes):
 class WrongStride(DenseAdapter):
     """levels, priors"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, strides=(4, 16, 32))
+    def describe(self):
+        return replace(super().describe(), strides=(4, 16, 32))
 
 
 class WrongChannels(DenseAdapter):
     """levels"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, channels=(16, 16, 8))
+    def describe(self):
+        return replace(super().describe(), channels=(16, 16, 8))
 
 
 class TooFewClasses(DenseAdapter):
     """predictions"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, num_classes=2)
+    def describe(self):
+        return replace(super().describe(), num_classes=2)
 
 
 class WrongActivation(DenseAdapter):
     """predictions"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, activation="softmax")
+    def describe(self):
+        return replace(super().describe(), activation="softmax")
 
 
 class TooManyBins(DenseAdapter):
     """predictions"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, bins=tuple(map(float, range(9))))
+    def describe(self):
+        return replace(super().describe(), bins=tuple(map(float, range(9))))
 
 
 class HalfPrecision(DenseAdapter):
@@ -86,25 +81,22 @@ class HalfPrecision(DenseAdapter):
 class WrongPriorsPerCell(DenseAdapter):
     """priors"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, priors_per_cell=(2, 2, 2))
+    def describe(self):
+        return replace(super().describe(), priors_per_cell=(2, 2, 2))
 
 
 class PriorFormOnAGrid(DenseAdapter):
     """priors"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, prior_form="boxes")
+    def describe(self):
+        return replace(super().describe(), prior_form="boxes")
 
 
 class NoPriorForm(DenseAdapter):
     """priors"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, priors=PriorKind.PROPOSALS)
+    def describe(self):
+        return replace(super().describe(), priors=PriorKind.PROPOSALS)
 
 
 class TransposedPriors(DenseAdapter):
@@ -120,60 +112,55 @@ class TransposedPriors(DenseAdapter):
 class WrongStageChannels(DenseAdapter):
     """stages"""
 
-    @property
-    def spec(self):
-        first, *rest = super().spec.stages
-        return replace(super().spec, stages=(replace(first, channels={"cls": (16,) * 3}), *rest))
+    def describe(self):
+        first, *rest = super().describe().stages
+        return replace(super().describe(), stages=(replace(first, channels={"cls": (16,) * 3}), *rest))
 
 
 class NotSpatial(DenseAdapter):
     """stages"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, stages=tuple(replace(stage, spatial=False) for stage in super().spec.stages))
+    def describe(self):
+        return replace(
+            super().describe(), stages=tuple(replace(stage, spatial=False) for stage in super().describe().stages)
+        )
 
 
 class ActivationNotIdempotent(DenseAdapter):
     """stages"""
 
-    @property
-    def spec(self):
-        *rest, last = super().spec.stages
-        return replace(super().spec, stages=(*rest, replace(last, activation=torch.sigmoid)))
+    def describe(self):
+        *rest, last = super().describe().stages
+        return replace(super().describe(), stages=(*rest, replace(last, activation=torch.sigmoid)))
 
 
-class UndeclaredAssignment(DenseAdapter):
-    """capabilities"""
-
-    @property
-    def spec(self):
-        return replace(super().spec, capabilities=super().spec.capabilities - {Capability.ASSIGNMENT})
-
-
-class MissingAssignment(DenseAdapter):
-    """capabilities"""
+class PositivesWithoutLabels(DenseAdapter):
+    """assignment"""
 
     def assign(self, trace, batch):
-        return DetectorAdapter.assign(self, trace, batch)
+        found = super().assign(trace, batch)
+        return replace(found, positive=torch.ones_like(found.positive))
 
-    def task_losses(self, trace, batch):
-        return self.model.losses(trace.predictions, self.model.assign(trace.predictions, batch)), None
+
+class NoStages(DenseAdapter):
+    """stages"""
+
+    def describe(self):
+        return replace(super().describe(), stages=())
 
 
 class DistributionsWithoutBins(DenseAdapter):
-    """capabilities"""
+    """predictions"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, capabilities=super().spec.capabilities - {Capability.DISTRIBUTIONS})
+    def describe(self):
+        return replace(super().describe(), bins=())
 
 
 class SkipsALayer(DenseAdapter):
     """resume"""
 
     def resume(self, state, stage, trace):
-        return self.model.predict(self.model.run_towers(state, min(stage + 1, 2))[-1])
+        return self.model.predict([*self.model.walk_towers(state, min(stage + 1, 2))][-1])
 
 
 class RepeatsItsTrace(DenseAdapter):
@@ -306,17 +293,17 @@ class ProbabilitiesInsteadOfLogits(DenseAdapter):
 class StridesInAnotherOrder(DenseAdapter):
     """levels"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, strides=super().spec.strides[::-1])
+    def describe(self):
+        return replace(super().describe(), strides=super().describe().strides[::-1])
 
 
 class NamesNoActivation(DenseAdapter):
     """resume"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, stages=tuple(replace(stage, activation=None) for stage in super().spec.stages))
+    def describe(self):
+        return replace(
+            super().describe(), stages=tuple(replace(stage, activation=None) for stage in super().describe().stages)
+        )
 
 
 class ResumesOneBranch(DenseAdapter):
@@ -481,7 +468,7 @@ class CountsItsOwnImages(DenseAdapter):
 
     def assign(self, trace, batch):
         found = super().assign(trace, batch)
-        return replace(found, normaliser=(found.labels < self.spec.num_classes).sum().clamp(min=1).float())
+        return replace(found, normaliser=found.positive.sum().clamp(min=1).float())
 
 
 class AssignsOtherwiseWhenEvaluated(DenseAdapter):
@@ -592,7 +579,7 @@ class NoGradientThroughTheHead(DenseAdapter):
         raise RuntimeError("a frozen head cannot be resumed")
 
 
-class FirstStageInOneOnly(DenseAdapter):
+class FirstStageOfThreeClasses(DenseAdapter):
     """first_stage"""
 
     @property
@@ -600,16 +587,15 @@ class FirstStageInOneOnly(DenseAdapter):
         return DenseAdapter(self.model)
 
 
-class WrongFirstStage(DenseAdapter):
-    """first_stage"""
+class SaysOneClass(DenseAdapter):
+    def describe(self):
+        return replace(super().describe(), num_classes=1)
 
+
+class FirstStageBreaksAPromise(DenseAdapter):
     @property
     def first_stage(self):
-        return SkipsALayer(self.model)
-
-    @property
-    def spec(self):
-        return replace(super().spec, first_stage=replace(super().spec, num_classes=1))
+        return SaysOneClass(self.model)
 
 
 class UnscaledTargets(DenseAdapter):
@@ -646,9 +632,8 @@ class MatchesAnything(DenseAdapter):
 class HeadOnAGridTakesNoPriors(DenseAdapter):
     """given_priors"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, priors=PriorKind.QUERIES, prior_form="points")
+    def describe(self):
+        return replace(super().describe(), priors=PriorKind.QUERIES, prior_form="points")
 
     def head(self, features, batch, priors=None, stages=None):
         trace = super().head(features, batch)
@@ -745,9 +730,9 @@ def test_faults_of_one_cause_are_one_sentence():
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_other_first_stages_are_named_in_the_message():
-    with pytest.raises(ConformanceError, match="first_stage: the spec of first_stage is not the first_stage"):
-        check_adapter(WrongFirstStage(gfl()), own=own, own_losses=own_losses, only=["first_stage"])
+def test_what_a_first_stage_breaks_is_named_in_the_message():
+    with pytest.raises(ConformanceError, match=r"logits is .* the spec makes it"):
+        check_adapter(FirstStageBreaksAPromise(gfl()), own=own, own_losses=own_losses, only=["first_stage"])
 
 
 # Methods.

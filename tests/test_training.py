@@ -1,13 +1,20 @@
 """docs/training.md: each of its code blocks does what the page says."""
 
 import copy
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from kdtoolkit import Distiller
+from kdtoolkit.data import ProceduralShapes
+from kdtoolkit.engine.train import TrainConfig, train
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD
 from tests.conftest import tiny_gfl
 
@@ -51,6 +58,90 @@ def test_the_loop(names):
     assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-3 * (0.01 + 0.99 * 2 / 500))
 
 
+@pytest.fixture
+def ready(tmp_path, monkeypatch):
+    """What a block of the ready loop may use."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    images = ProceduralShapes(10, image_size=64, seed=0)
+    classes = len(images.class_names)
+    teacher, student = tiny_gfl(seed=1, num_classes=classes), tiny_gfl(seed=2, num_classes=classes)
+    return {"teacher": teacher, "student": student, "images": images, "val_images": images, "steps": 5}
+
+
+def test_the_ready_loop(ready, tmp_path, capsys):
+    before = run(BLOCKS["Train"][0], ready)
+    assert changed(before, ready["student"])
+    assert [row["step"] for row in ready["result"].evaluations] == [3, 5]
+    listed = set(re.findall(r"^\| `([\w.]+)/?`", PAGE, re.MULTILINE))
+    assert listed >= {path.name for path in (tmp_path / "runs" / "mine").iterdir() if not path.name.startswith(".")}
+    saved = safetensors.torch.load_file(tmp_path / "runs" / "mine" / "student.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in ready["student"].state_dict().items())
+
+
+def test_the_ready_loop_without_torchrun(ready):
+    exec(BLOCKS["Train"][0].partition("result =")[0], ready)
+    monkey = {**ready, "config": ready["config"].model_copy(update={"steps": 2})}
+    before = run(BLOCKS["Several GPUs and machines"][0].replace("group.join()", 'group.join("cpu")'), monkey)
+    assert changed(before, monkey["student"])
+
+
+@pytest.mark.slow
+def test_the_ready_loop_by_torchrun(tmp_path):
+    """Both blocks as one script."""
+    preamble = """
+import os
+from kdtoolkit.data import ProceduralShapes
+from tests.conftest import tiny_gfl
+images = val_images = ProceduralShapes(10, image_size=64, seed=0)
+teacher, student = (tiny_gfl(seed=seed, num_classes=len(images.class_names)) for seed in (1, 2))
+steps = 4
+"""
+    settings = BLOCKS["Train"][0].partition("result =")[0]
+    script = tmp_path / "train.py"
+    script.write_text(preamble + settings + BLOCKS["Several GPUs and machines"][0])
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        str(script),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "mine" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "lr" in row] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_the_ready_loop_compiled(ready, monkeypatch):
+    plain, compile_ = copy.deepcopy(ready["student"]), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="eager"))
+    for student, compiled in ((plain, False), (ready["student"], True)):
+        config = TrainConfig(steps=3, batch_size=4, compile=compiled)
+        train(Distiller(ready["teacher"], student, [PKD()]), ready["images"], config, seed=0)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(ready["student"].state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_options_that_the_page_names_exist():
+    section = PAGE[PAGE.index("## The recipe") : PAGE.index("## The loop")]
+    named = [
+        name for cell in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)", cell)
+    ]
+    assert len(named) > 12
+    assert set(named) <= set(TrainConfig.model_fields)
+
+
 def test_one_process_by_distributed_data_parallel(names, monkeypatch):
     for name, value in {
         "RANK": 0,
@@ -60,7 +151,7 @@ def test_one_process_by_distributed_data_parallel(names, monkeypatch):
         "MASTER_PORT": 0,
     }.items():
         monkeypatch.setenv(name, str(value))
-    before = run(BLOCKS["Several processes"][0], names)
+    before = run(BLOCKS["Your own loop in several processes"][0], names)
     assert changed(before, names["student"])
     assert not torch.distributed.is_initialized()
 

@@ -111,7 +111,6 @@ class Detector:
             priors_per_cell=(1,) * levels,
             stages=(Stage("tower", dict.fromkeys(("cls", "reg"), (width,) * levels), activation=F.relu),),
             bins=tuple(map(float, range(shapes.bins))),
-            capabilities=frozenset(Capability),
         )
         cells = [torch.cartesian_prod(torch.arange(h), torch.arange(w)).flip(1) for h, w in shapes.grid]
         centres = torch.cat([x * stride for x, stride in zip(cells, shapes.strides, strict=True)]).float()
@@ -161,6 +160,7 @@ def exchange(method: Method, shapes: Shapes, seed: int = 0) -> tuple[Exchange, l
         chosen = torch.randperm(total, generator=generator)[: shapes.positives // shapes.images]
         row[chosen] = torch.randint(shapes.classes, (len(chosen),), generator=generator)
     assignment = Assignment(
+        assigned < shapes.classes,
         assigned,
         detector.priors.boxes.expand(shapes.images, -1, -1),
         torch.ones(assigned.shape),

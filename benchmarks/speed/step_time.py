@@ -10,7 +10,8 @@ import time
 import torch
 
 from kdtoolkit import Distiller
-from kdtoolkit.benchmark.cell import build_detector, load_data
+from kdtoolkit.benchmark.cell import build_detector
+from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.suite import BASELINE, load_suite
 from kdtoolkit.data import batches
 

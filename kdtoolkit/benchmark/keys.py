@@ -22,7 +22,8 @@ from kdtoolkit.models import content_of
 # Sources that every cell depends on: all but the commands and what they print. The detector's adapter and the methods'
 # own files are added.
 _SHARED_BY_METHODS = tuple(f"methods/{name}.py" for name in ("common", "features", "predictions", "prediction_losses"))
-_SOURCES = ("*.py", "contract/*.py", *_SHARED_BY_METHODS, "benchmark/cell.py", "data/*.py", "engine/*.py")
+_OF_CELLS = ("benchmark/cell.py", "benchmark/datasets.py")
+_SOURCES = ("*.py", "contract/*.py", "data/*.py", "engine/*.py", *_SHARED_BY_METHODS, *_OF_CELLS)
 _NOT_OF_CELLS = {"__main__.py", "inspect.py", "listing.py", "matrix.py"}
 
 

@@ -1,32 +1,34 @@
-"""Results on disk: a run's folder and the teachers beside it. Whatever is there is complete: writes are atomic."""
+"""Results on disk: a run's folder, and the teachers beside it. Writes are atomic, so no file is half written."""
 
 from __future__ import annotations
 
 import io
-import os
+import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from kdtoolkit import files
 from kdtoolkit.errors import KDError
+from kdtoolkit.lock import hold
 
 
 class StoreError(KDError):
-    """The results folder cannot be written; no further cell can succeed."""
+    """The results folder cannot be written, so no further cell can succeed."""
 
 
 class CellResult(BaseModel):
     """What one cell measured: one training of a row with one seed.
 
-    `key` and `key_parts`: digests of what determined it. `evaluation`, `per_class`: AP in percent or None.
-    `train_seconds` is the whole training, `step_ms` the median step; `peak_memory_mb` that of the process up to the end
-    of training (on CUDA, of its tensors); `stretch` the factor of the schedule's steps. `history`: loss terms by step.
+    `key`, `key_parts`: digests of all that the result depends on. `evaluation`, `per_class`: AP in percent, or None if
+    undefined. `train_seconds`: the whole training. `step_ms`: the median step. `peak_memory_mb`: peak memory of the
+    process until the end of training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was made
+    longer. `history`: loss terms by step.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,15 +61,15 @@ class CellResult(BaseModel):
 
     @property
     def hardware(self) -> str:
-        """What it was measured on, in words: times of different hardware are not comparable."""
+        """What it was measured on, in words. Times on different hardware cannot be compared."""
         where = self.machine if self.device == "cpu" else f"{self.device} ({self.machine})"
         return f"{where}, {self.threads} thread{'s' if self.threads > 1 else ''} a cell"
 
 
 class Store:
-    """One run's folder, `root`: suite, cells and boards.
+    """The folder of one run, `root`, with its suite, cells and boards.
 
-    `teachers` and `pictures` (drawn ones) lie beside it and are shared by all runs of an output folder.
+    `teachers` and `pictures` (drawn images) lie beside it. All runs of an output folder share them.
     """
 
     def __init__(self, root: Path) -> None:
@@ -77,7 +79,7 @@ class Store:
 
     @property
     def suite_path(self) -> Path:
-        """The suite as run."""
+        """The suite as it was run."""
         return self.root / "suite.yaml"
 
     @property
@@ -86,97 +88,84 @@ class Store:
         return self.root / "teacher.json"
 
     def result_path(self, entry: str, seed: int) -> Path:
-        """A cell's JSON; its student's weights lie beside it, ending in .pt."""
+        """The JSON file of a cell's result. The student's weights lie beside it, in a file that ends in .pt."""
         return self.root / "cells" / entry / f"seed{seed}.json"
 
     def teacher_path(self, key: str) -> Path:
-        """The JSON of the teacher with this key; its weights lie beside it, ending in .pt."""
+        """The JSON file of the teacher with this key. Its weights lie beside it, in a file that ends in .pt."""
         return self.teachers / f"{key}.json"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process, however it ends. Raises KDError if another one holds it."""
-        holder = self.root / ".process"
-        with writing(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-        try:
-            held = FileLock(self.root / ".lock").acquire(timeout=0)
-        except Timeout:
-            process = holder.read_text("utf-8") if holder.is_file() else "?"
-            raise KDError(
-                f"another `kd benchmark run` (process {process}) works in {self.root}: wait for it, or choose another "
-                "folder with --out"
-            ) from None
-        except (OSError, NotImplementedError) as error:
-            raise StoreError(f"cannot lock {self.root}: {error}") from error
-        with held:
-            write_atomic(holder, str(os.getpid()).encode())
-            for leftover in self.root.rglob(".*.partial"):
-                leftover.unlink(missing_ok=True)  # of a run that was killed while it wrote
+        """Hold the folder for this process, however it ends. Raises KDError, which names the holder, if it is held."""
+        with ExitStack() as held:
+            with writing(self.root):
+                held.enter_context(hold(self.root))
             yield
 
 
 def read_result(path: Path) -> CellResult | None:
-    """A stored result; None if there is none. Raises KDError if the file is damaged."""
+    """A stored result; None if there is no file. Raises KDError if the file is damaged."""
     try:
         return CellResult.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValidationError) as error:
-        raise KDError(f"{path} is damaged: `kd benchmark run` sets it aside and runs the cell again") from error
+        raise KDError(f"{path} is damaged. `kd benchmark run` sets it aside and runs the cell again") from error
 
 
 def are_whole(weights: Path) -> bool:
-    """Whether a file of weights is there and has its end: one that was cut short is no archive any more."""
+    """Whether a file of weights exists and is complete. A file that was cut short is no ZIP archive any more."""
     return zipfile.is_zipfile(weights)
 
 
 def write_weights(path: Path, model: nn.Module) -> None:
-    """Store a model's plain state dict, on the CPU."""
+    """Store a model's state dict, with its tensors on the CPU."""
     buffer = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, buffer)
     write_atomic(path, buffer.getvalue())
 
 
 def write_result(path: Path, result: CellResult) -> None:
-    """Store a cell's result; its weights are to lie beside it already."""
+    """Store a cell's result. Its weights must be stored before."""
     write_atomic(path, result.model_dump_json(indent=1).encode())
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the errors of a full or read-only disk into a StoreError that names `path`."""
+    """A context in which errors of a full or read-only disk become a StoreError that names `path`."""
     try:
         yield
     except OSError as error:
-        raise StoreError(f"cannot write {path}: {_why(error)}; finished cells are kept, call again to go on") from error
+        raise StoreError(
+            f"cannot write {path}: {_why(error)}. Finished cells are kept; run the same command to continue"
+        ) from error
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is complete or not there at all. Raises StoreError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write a file so that it is complete, or as it was before. Raises StoreError where it cannot be written."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        files.write_atomic(path, content)
 
 
 def set_aside(path: Path) -> None:
-    """Take a result that no longer holds off the board, without deleting it."""
+    """Rename a result that is out of date, so that the board leaves it out but nothing is lost."""
     with writing(path):
         path.replace(path.with_suffix(".json.old"))
 
 
 def discard(path: Path) -> None:
-    """Delete a file if it is there."""
+    """Delete a file if it exists."""
     with writing(path):
         path.unlink(missing_ok=True)
+
+
+def discard_runs(result: Path, but: Path | None = None) -> None:
+    """Delete the folders of a cell's trainings that did not come to their end, `but` that one."""
+    for folder in result.parent.glob("*.run"):
+        if folder.name.startswith(f"{result.stem}.") and folder != but:
+            with writing(folder):
+                shutil.rmtree(folder)
 
 
 def _why(error: OSError) -> str:

@@ -32,8 +32,8 @@ def run(
         Path | None,
         typer.Option(
             exists=True,
-            file_okay=False,
-            help="Run on this folder in COCO format: annotations/train.json, annotations/val.json, images/.",
+            metavar="PATH",
+            help="Run on this data set: a folder in COCO, Ultralytics YOLO or Pascal VOC format, or a YOLO YAML file.",
         ),
     ] = None,
     out: Annotated[
@@ -71,6 +71,7 @@ def run(
     from kdtoolkit.benchmark.report import print_board
     from kdtoolkit.benchmark.runner import run_suite
     from kdtoolkit.benchmark.suite import change, load_suite
+    from kdtoolkit.data.opening import name_of
 
     chosen = load_suite(suite)
     changes = {
@@ -80,7 +81,7 @@ def run(
     }
     chosen = change(chosen, data={name: value for name, value in changes.items() if value is not None})
     chosen = change(chosen, seeds=seeds or chosen.seeds)
-    root = out / (f"{chosen.name}-{data.resolve().name}" if data else chosen.name)
+    root = out / (f"{chosen.name}-{name_of(data)}" if data else chosen.name)
     console = Console()
     outcome = run_suite(
         chosen, root, console=console, jobs=jobs, device=device_name(device), only=only or (), fresh=fresh

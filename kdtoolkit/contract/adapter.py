@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -23,10 +25,19 @@ class DetectorAdapter(ABC):
         check_precision(model)
         self.model = model
 
-    @property
     @abstractmethod
+    def describe(self) -> DetectorSpec:
+        """The detector's facts: all fields of the spec except `assigns` and `first_stage`."""
+
+    @cached_property
     def spec(self) -> DetectorSpec:
-        """The detector's facts; the same at every call."""
+        """The detector's facts: what `describe` says, and what follows from the adapter itself."""
+        first = self.first_stage
+        return replace(
+            self.describe(),
+            assigns=type(self).assign is not DetectorAdapter.assign,
+            first_stage=None if first is None else first.spec,
+        )
 
     @property
     def assigner(self) -> object:
@@ -99,7 +110,7 @@ class DetectorAdapter(ABC):
 
         With the state that `trace` itself has at that stage, the result equals the predictions of `trace` bit for bit.
         """
-        raise NotImplementedError(f"{self.spec.name} declares no stages")
+        raise NotImplementedError(f"{type(self).__name__} declares no stages")
 
     @abstractmethod
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment | None]:
@@ -111,7 +122,7 @@ class DetectorAdapter(ABC):
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
         """Assign the batch's ground truth to the priors of `trace`."""
-        raise NotImplementedError(f"{self.spec.name} declares no assignment")
+        raise NotImplementedError(f"{type(self).__name__} has no assign")
 
     @abstractmethod
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:

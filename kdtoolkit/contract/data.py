@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from torch import Tensor
@@ -144,23 +144,23 @@ class Assignment:
     """Which prior answers for which object, by the rule of the detector's own loss.
 
     Attributes:
-        labels: (N, A) int64, the object's class; K for background.
-        boxes: (N, A, 4), the object's box. Without meaning for background.
+        positive: (N, A) bool, whether the prior answers for an object.
+        labels: (N, A) int64, the object's class where `positive`; K elsewhere, for background.
+        boxes: (N, A, 4), the object's box where `positive`; without meaning elsewhere.
         weights: (N, A) float, 0 if the detector's classification loss ignores the prior (padding, ambiguous anchors).
         normaliser: the float32 scalar above 0 by which the detector divides sums over priors; in most detectors the
             number of positives. It is `kdtoolkit.processes.share` of what this process's images count, so that several
             processes divide by the count of all their images.
     """
 
+    positive: Tensor
     labels: Tensor
     boxes: Tensor
     weights: Tensor
     normaliser: Tensor
 
-    def positive(self, num_classes: int) -> Tensor:
-        """(N, A) bool: priors that answer for an object."""
-        return self.labels < num_classes
-
     def at_rows(self, rows: Tensor) -> Assignment:
         """The assignment of the priors with these indices (A',). The normaliser stays that of all priors."""
-        return replace(self, labels=self.labels[:, rows], boxes=self.boxes[:, rows], weights=self.weights[:, rows])
+        return Assignment(
+            self.positive[:, rows], self.labels[:, rows], self.boxes[:, rows], self.weights[:, rows], self.normaliser
+        )

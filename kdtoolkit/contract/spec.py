@@ -72,8 +72,8 @@ class DetectorSpec:
         bins: the values of the bins if each box side is a distribution, else empty. On a grid they are in strides.
         prior_form: what a proposal or a query is made of. A detector accepts another detector's proposals or queries
             if their forms are equal. Empty if the priors lie on a grid.
-        capabilities: what the detector can show to methods.
-        first_stage: facts about the part that proposes (a region proposal network), seen as a detector of one class.
+        assigns: whether the adapter has `assign`. `DetectorAdapter.spec` fills it in.
+        first_stage: the spec of the adapter's `first_stage`. `DetectorAdapter.spec` fills it in.
     """
 
     name: str
@@ -86,8 +86,20 @@ class DetectorSpec:
     activation: Literal["sigmoid", "softmax"] = "sigmoid"
     bins: tuple[float, ...] = ()
     prior_form: str = ""
-    capabilities: frozenset[Capability] = frozenset()
+    assigns: bool = True
     first_stage: DetectorSpec | None = None
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What the detector can show to a method."""
+        shown = {
+            Capability.FEATURES: True,
+            Capability.PREDICTIONS: True,
+            Capability.STAGES: bool(self.stages),
+            Capability.DISTRIBUTIONS: bool(self.bins),
+            Capability.ASSIGNMENT: self.assigns,
+        }
+        return frozenset(capability for capability, is_shown in shown.items() if is_shown)
 
     def at_strides(self, strides: tuple[int, ...]) -> DetectorSpec:
         """The facts about the levels with these strides; about all levels if `strides` is empty."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kdtoolkit.contract.adapter import DetectorAdapter
 from kdtoolkit.contract.data import Assignment, Batch, HeadTrace, Predictions, Priors
-from kdtoolkit.contract.spec import DetectorSpec
 
 
 class View:
@@ -25,7 +24,6 @@ class View:
         maps: the detector's pyramid for this batch.
         trace: the head's own pass, if it has been run already.
         assignment: the assignment that the detector's losses used, if they returned one.
-        spec: `adapter.spec`, if it is at hand: some adapters work it out anew at every call.
         stages: indices of the stages whose hidden states are kept; None keeps all.
         frozen: run the head without gradient, as for a teacher.
     """
@@ -38,7 +36,6 @@ class View:
         trace: HeadTrace | None = None,
         assignment: Assignment | None = None,
         *,
-        spec: DetectorSpec | None = None,
         stages: frozenset[int] | None = None,
         frozen: bool = False,
     ) -> None:
@@ -47,7 +44,7 @@ class View:
         self.maps = maps
         self.features = maps
         self.assignment = assignment
-        self.spec = adapter.spec if spec is None else spec
+        self.spec = adapter.spec
         self.shown: tuple[int, int] | None = None
         self.frozen = frozen
         self._stages = stages

@@ -64,6 +64,7 @@ class ATSSAssigner:
         assigned = best >= 0
         matched_labels = labels.gather(1, chosen).masked_fill(~assigned, num_classes)
         return Assignment(
+            positive=assigned,
             labels=matched_labels,
             boxes=boxes.gather(1, chosen[..., None].expand(-1, -1, 4)),
             weights=valid.float(),

@@ -109,7 +109,7 @@ class GFL(DenseDetector):
     def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
         """`cls` (QFL), `box` (GIoU, weight 2), `dfl` (weight 0.25); the latter two weighted by the class score."""
         logits = predictions.logits
-        image, prior = assignment.positive(self.num_classes).nonzero(as_tuple=True)
+        image, prior = assignment.positive.nonzero(as_tuple=True)
         labels = assignment.labels[image, prior]
         target_boxes = assignment.boxes[image, prior]
         priors, regression = select(predictions.priors, prior), predictions.regression[image, prior]

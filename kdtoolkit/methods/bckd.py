@@ -72,7 +72,7 @@ class BCKD(PredictionMethod):
         assignment = pair.student_assignment
         normaliser, weights = assignment.normaliser + EPS, assignment.weights
         if self.published_levels:
-            positive = assignment.positive(student.logits.shape[-1]).any(0)
+            positive = assignment.positive.any(0)
             levels = torch.split(positive, list(student.priors.per_level))
             weights = weights * torch.cat([level.any().expand(len(level)) for level in levels])
         cls = (quality_focal_kd(student.logits, teacher.logits).sum(-1) * weights).sum()

@@ -85,15 +85,11 @@ def state_projections(student: Sequence[int], teacher: Sequence[int]) -> nn.Modu
     return nn.ModuleList(shared[pair] for pair in pairs)
 
 
-def keep_levels(assignment: Assignment, priors: Priors, levels: Collection[int], num_classes: int) -> Assignment:
-    """The assignment with all priors of other levels left out: background, of weight 0."""
+def keep_levels(assignment: Assignment, priors: Priors, levels: Collection[int]) -> Assignment:
+    """The assignment with the priors of all other levels left out: none is positive, and their weight is 0."""
     kept = torch.zeros_like(assignment.weights, dtype=torch.bool)
     kept[:, rows_of_levels(priors, sorted(levels))] = True
-    return replace(
-        assignment,
-        labels=assignment.labels.masked_fill(~kept, num_classes),
-        weights=assignment.weights * kept,
-    )
+    return replace(assignment, positive=assignment.positive & kept, weights=assignment.weights * kept)
 
 
 class CrossKD(Method):
@@ -225,11 +221,10 @@ class CrossKD(Method):
         """
         pair = exchange.matched(self.priors)
         cross, teacher = self.cross(pair), pair.teacher.predictions
-        num_classes = exchange.teacher.spec.num_classes
         assignment = pair.teacher_assignment
         if not self.all_levels:
-            assignment = keep_levels(assignment, teacher.priors, [t for _, t in self.levels], num_classes)
-        terms = self.distances(cross, teacher, assignment, num_classes)
+            assignment = keep_levels(assignment, teacher.priors, [t for _, t in self.levels])
+        terms = self.distances(cross, teacher, assignment)
         if self.proposals is not None and exchange.first_stage is not None:
             for name, loss in self.proposals(exchange.first_stage).items():
                 terms[f"proposal_{name}"] = self.proposal_weight * loss

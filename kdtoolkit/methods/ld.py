@@ -207,7 +207,7 @@ class LD(Method):
         Raises IncompatibleError where the two detectors bring the batch to other sizes.
         """
         student, teacher, assignment, matching = self._corresponding(exchange)
-        positive = assignment.positive(exchange.student.spec.num_classes).nonzero(as_tuple=True)
+        positive = assignment.positive.nonzero(as_tuple=True)
         divergence = side_divergence(
             student.regression[positive], teacher.regression[positive], self.temperature, matching
         )

@@ -113,7 +113,7 @@ class LogitKD(PredictionMethod):
         assignment = pair.teacher_assignment
         counts = assignment.weights > 0
         if student.activation == "sigmoid":
-            counts = counts & assignment.positive(student.logits.shape[-1])
+            counts = counts & assignment.positive
         chosen = counts.nonzero(as_tuple=True)
         ours, theirs = student.logits[chosen], teacher.logits[chosen]
         rows = processes.share(counts.sum(), at_least=1)

@@ -63,5 +63,4 @@ class Mimic(PredictionMethod):
 
     def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
         """`cls`, `box` and, where both heads judge quality, `quality`; those of weight 0 are left out."""
-        num_classes = student.logits.shape[-1] - (student.activation == "softmax")
-        return self.distances(student, teacher, pair.teacher_assignment, num_classes)
+        return self.distances(student, teacher, pair.teacher_assignment)

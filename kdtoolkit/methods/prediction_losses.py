@@ -61,9 +61,7 @@ class PredictionLosses:
         if self.beta != 0 and not self.beta >= 1:
             raise KDError(f"beta={self.beta}: must be 0, or 1 and more")
 
-    def __call__(
-        self, student: Predictions, teacher: Predictions, assignment: Assignment, num_classes: int
-    ) -> dict[str, Tensor]:
+    def __call__(self, student: Predictions, teacher: Predictions, assignment: Assignment) -> dict[str, Tensor]:
         """The weighted losses, without those of weight 0; `assignment` is of the teacher's priors."""
         normaliser = assignment.normaliser + EPS
         losses = {}
@@ -76,5 +74,5 @@ class PredictionLosses:
         if self.quality_weight and student.quality is not None and teacher.quality is not None:
             target = teacher.quality.detach().float().sigmoid()
             bce = F.binary_cross_entropy_with_logits(student.quality.float(), target, reduction="none")
-            losses["quality"] = self.quality_weight * ((bce * assignment.positive(num_classes)).sum() / normaliser)
+            losses["quality"] = self.quality_weight * ((bce * assignment.positive).sum() / normaliser)
         return losses

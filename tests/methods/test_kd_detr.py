@@ -9,7 +9,6 @@ from torch import nn
 from kdtoolkit import Distiller, IncompatibleError
 from kdtoolkit.contract import (
     Batch,
-    Capability,
     DetectorAdapter,
     DetectorSpec,
     Exchange,
@@ -41,8 +40,7 @@ class TinyQueries(nn.Module):
 class QueryAdapter(DetectorAdapter):
     """Boxes are (centre, size) relative to each image; labels go to the first queries."""
 
-    @property
-    def spec(self):
+    def describe(self):
         return DetectorSpec(
             name="TinyQueries",
             num_classes=CLASSES,
@@ -50,7 +48,6 @@ class QueryAdapter(DetectorAdapter):
             channels=(4,),
             priors=PriorKind.QUERIES,
             prior_form="points of 4",
-            capabilities=frozenset({Capability.FEATURES, Capability.PREDICTIONS}),
         )
 
     @classmethod

@@ -376,7 +376,9 @@ def ld(z: Golden) -> Iterator[Check]:
             _flat(soft_cls[levels], (classes,)), _flat(indexed(z, "soft_target")[levels], (4, bins)), priors, _no_decode
         )
         assigned = torch.cat(labels[levels], 1)
-        assignment = Assignment(assigned, boxes.expand(images, -1, -1), torch.cat(weights[levels], 1), torch.ones(()))
+        assignment = Assignment(
+            assigned < classes, assigned, boxes.expand(images, -1, -1), torch.cat(weights[levels], 1), torch.ones(())
+        )
         return Exchange(view(spec, batch, (), own, assignment), view(spec, batch, (), soft))
 
     if repo:
@@ -437,7 +439,7 @@ def bckd(z: Golden) -> Iterator[Check]:
 
     def terms(weights: Tensor, published_levels: bool) -> dict[str, Tensor]:
         method = BCKD(cls_weight=cfg["loss_kd"], box_weight=cfg["loss_score_kd"], published_levels=published_levels)
-        assignment = Assignment(labels, anchors.expand(images, -1, -1), weights, normaliser)
+        assignment = Assignment(labels < classes, labels, anchors.expand(images, -1, -1), weights, normaliser)
         own = predictions(cls_maps, box_maps)
         soft = predictions(indexed(z, "soft_label"), indexed(z, "soft_target"))
         batch = batch_of(z, images)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from kdtoolkit.adapters.torchvision.base import TorchvisionAdapter
 from kdtoolkit.adapters.torchvision.dense import FCOSAdapter, RetinaNetAdapter
-from kdtoolkit.adapters.torchvision.models import TimmPyramid, build_model, fasterrcnn, fcos, retinanet
+from kdtoolkit.adapters.torchvision.models import TimmPyramid, build_model, on_timm
 from kdtoolkit.adapters.torchvision.rcnn import FasterRCNNAdapter, RPNAdapter
 from kdtoolkit.adapters.torchvision.ssd import SSDAdapter
 
@@ -27,9 +27,7 @@ __all__ = [
     "SSDAdapter",
     "TimmPyramid",
     "build_model",
-    "fasterrcnn",
-    "fcos",
-    "retinanet",
+    "on_timm",
 ]
 
 ADAPTERS: tuple[type[TorchvisionAdapter], ...] = (RetinaNetAdapter, FCOSAdapter, SSDAdapter, FasterRCNNAdapter)

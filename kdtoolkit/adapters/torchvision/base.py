@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torchvision
@@ -16,10 +16,9 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import box_iou
 
 from kdtoolkit.canvas import Layout, check_images, lay_out, round_up
-from kdtoolkit.contract import Assignment, Batch, Capability, Detections, DetectorAdapter, Priors, Target
+from kdtoolkit.contract import Assignment, Batch, Detections, DetectorAdapter, Priors, Target
 from kdtoolkit.errors import KDError
 
-CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
 _PROBE = 512  # pixels: every usual stride divides it
 LIBRARY: Any = torchvision.models  # much of it is untyped
 
@@ -37,11 +36,17 @@ class TorchvisionAdapter(DetectorAdapter):
     """What all of torchvision's detectors share: the transform before the backbone, and the backbone."""
 
     model: Any
-    background = 0  # number of classes that the library counts before the first one
+    library_class: ClassVar[type[nn.Module]]
+    background: ClassVar[int] = 0  # number of classes that the library counts before the first one
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._check_head()
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether `model` is of the library's class that this adapter is for, or of a subclass."""
+        return isinstance(model, cls.library_class)
 
     def _check_head(self) -> None:
         """Raise KDError where the head is not one of the library's own."""
@@ -159,4 +164,4 @@ def assignment_of(matches: Tensor, batch: Batch, num_classes: int, normaliser: T
             index = matches[i].clamp(min=0)
             labels[i] = own_labels[index].masked_fill(matches[i] < 0, num_classes)
             boxes[i] = own[index]
-    return Assignment(labels, boxes, (matches != -2).float(), normaliser)
+    return Assignment(matches >= 0, labels, boxes, (matches != -2).float(), normaliser)

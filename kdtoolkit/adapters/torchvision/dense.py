@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +14,63 @@ from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from kdtoolkit import processes
-from kdtoolkit.adapters._towers import Blocks, blocks_of
-from kdtoolkit.adapters.torchvision.base import assignment_of, each_image, match_by_iou, require, thresholds
+from kdtoolkit.adapters.torchvision.base import require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_fcos, tiny_retinanet
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
+from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
+from kdtoolkit.boxes import centres
 from kdtoolkit.contract import Assignment, Batch, Detections, HeadTrace, Predictions, PriorKind, Priors
 
 
-class RetinaNetAdapter(GridAdapter):
-    """Adapter of RetinaNet, both versions: stage 0 is the pyramid, stage i the towers' state after block i."""
+class TwoTowersAdapter(GridAdapter):
+    """What RetinaNet and FCOS share: a tower of classes and one of boxes, which run on all levels.
+
+    Stage 0 is the pyramid, stage i the towers' state after block i.
+    """
+
+    head_class: ClassVar[type[nn.Module]]
+
+    def _check_head(self) -> None:
+        require(self.model.head, self.head_class)
+
+    @property
+    def _num_classes(self) -> int:
+        return int(self.model.head.classification_head.num_classes)
+
+    def _towers(self) -> Mapping[str, Sequence[Sequence[Block]]]:
+        modules = {"cls": self.model.head.classification_head, "reg": self.model.head.regression_head}
+        return {branch: [blocks_of(head.conv)] * len(self._levels.strides) for branch, head in modules.items()}
+
+    def _outputs(self, predictions: Predictions) -> dict[str, Tensor]:
+        """The outputs of the library's head."""
+        return {"cls_logits": predictions.logits, "bbox_regression": predictions.regression}
+
+    def _anchors(self, priors: Priors) -> Tensor:
+        """The anchors (A, 4) of the library."""
+        return priors.boxes
+
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
+        """`classification`, `bbox_regression` and, of FCOS, `bbox_ctrness`."""
+        predictions, matches = trace.predictions, self._matches(trace.predictions.priors, batch)
+        anchors = [self._anchors(predictions.priors)] * len(batch.sizes)
+        outputs = self._outputs(predictions)
+        losses = self.model.head.compute_loss(self._targets(batch), outputs, anchors, list(matches))
+        return losses, self._assigned(matches, batch)
+
+    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
+        """The detector's own post-processing."""
+        priors = trace.predictions.priors
+        per_level = list(priors.per_level)
+        outputs = {name: list(torch.split(x, per_level, 1)) for name, x in self._outputs(trace.predictions).items()}
+        anchors = [list(torch.split(self._anchors(priors), per_level))] * len(batch.sizes)
+        return self._detections(self.model.postprocess_detections(outputs, anchors, list(batch.sizes)), batch)
+
+
+class RetinaNetAdapter(TwoTowersAdapter):
+    """Adapter of RetinaNet, both versions. Priors between its two thresholds have the weight 0."""
+
+    library_class = RetinaNet
+    head_class = RetinaNetHead
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
@@ -32,18 +79,6 @@ class RetinaNetAdapter(GridAdapter):
             "torchvision RetinaNet": tiny_retinanet,
             "torchvision RetinaNet v2": partial(tiny_retinanet, norm_groups=4, loss="giou"),
         }
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Whether `model` is a RetinaNet."""
-        return isinstance(model, RetinaNet)
-
-    def _check_head(self) -> None:
-        require(self.model.head, RetinaNetHead)
-
-    @property
-    def _num_classes(self) -> int:
-        return int(self.model.head.classification_head.num_classes)
 
     @property
     def assigner(self) -> object:
@@ -56,8 +91,9 @@ class RetinaNetAdapter(GridAdapter):
             generator.aspect_ratios,
         )
 
-    def _towers(self) -> Mapping[str, Sequence[Blocks]]:
-        return _shared_towers(self.model.head, len(self._levels.strides))
+    def _normaliser(self, positive: Tensor) -> Tensor:
+        """The sum over images of max(positives, 1)."""
+        return positive.sum(1).clamp(min=1).sum()
 
     def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
         head = self.model.head
@@ -68,41 +104,12 @@ class RetinaNetAdapter(GridAdapter):
             decode=partial(decode_offsets, self.model.box_coder),
         )
 
-    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
-        """`classification` and `bbox_regression`."""
-        predictions, matches = trace.predictions, self._matches(trace, batch)
-        outputs = {"cls_logits": predictions.logits, "bbox_regression": predictions.regression}
-        anchors = each_image(predictions.priors, batch)
-        losses = self.model.head.compute_loss(self._targets(batch), outputs, anchors, list(matches))
-        return losses, self._assigned(matches, batch)
 
-    def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
-        """By IoU; of weight 0 between the thresholds. The normaliser is the sum over images of max(positives, 1)."""
-        return self._assigned(self._matches(trace, batch), batch)
+class FCOSAdapter(TwoTowersAdapter):
+    """Adapter of FCOS. Centerness is predicted from the tower of boxes."""
 
-    def _matches(self, trace: HeadTrace, batch: Batch) -> Tensor:
-        """What the library's compute_loss hands to that of its head."""
-        return match_by_iou(self.model.proposal_matcher, trace.predictions.priors, batch)
-
-    def _assigned(self, matches: Tensor, batch: Batch) -> Assignment:
-        positives = (matches >= 0).sum(1).clamp(min=1).sum()
-        return assignment_of(matches, batch, self._num_classes, processes.share(positives))
-
-    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """The detector's own post-processing."""
-        predictions = trace.predictions
-        per_level = list(predictions.priors.per_level)
-        outputs = {
-            "cls_logits": list(torch.split(predictions.logits, per_level, 1)),
-            "bbox_regression": list(torch.split(predictions.regression, per_level, 1)),
-        }
-        anchors = [list(torch.split(predictions.priors.boxes, per_level))] * len(batch.sizes)
-        return self._detections(self.model.postprocess_detections(outputs, anchors, list(batch.sizes)), batch)
-
-
-class FCOSAdapter(GridAdapter):
-    """Adapter of FCOS: stages as in RetinaNet, centerness from the regression tower."""
-
+    library_class = FCOS
+    head_class = FCOSHead
     kind = PriorKind.POINTS
 
     @classmethod
@@ -110,32 +117,21 @@ class FCOSAdapter(GridAdapter):
         """A narrow one."""
         return {"torchvision FCOS": tiny_fcos}
 
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Whether `model` is an FCOS."""
-        return isinstance(model, FCOS)
-
-    def _check_head(self) -> None:
-        require(self.model.head, FCOSHead)
-
-    @property
-    def _num_classes(self) -> int:
-        return int(self.model.head.classification_head.num_classes)
-
     @property
     def assigner(self) -> object:
         """Radius, and squares around the points."""
         return "torchvision FCOS", self.model.center_sampling_radius, self.model.anchor_generator.sizes
 
-    def _towers(self) -> Mapping[str, Sequence[Blocks]]:
-        return _shared_towers(self.model.head, len(self._levels.strides))
-
     def _priors(self, features: tuple[Tensor, ...], batch: Batch) -> Priors:
         """Points, each with the side of its square in place of the stride: the unit of its regression."""
         squares = super()._priors(features, batch)
-        middle = (squares.boxes[:, :2] + squares.boxes[:, 2:]) / 2
+        middle = centres(squares.boxes)
         sides = squares.boxes[:, 2] - squares.boxes[:, 0]
         return Priors(middle.repeat(1, 2), sides, squares.grid, per_cell=squares.per_cell)
+
+    def _anchors(self, priors: Priors) -> Tensor:
+        """The squares (A, 4) around points (A, 4)."""
+        return _squares(priors)
 
     def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
         head = self.model.head
@@ -148,57 +144,21 @@ class FCOSAdapter(GridAdapter):
             quality=flatten([regression_head.bbox_ctrness(x) for x in maps["reg"]], 1)[..., 0],
         )
 
-    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
-        """`classification`, `bbox_regression` and `bbox_ctrness`."""
-        outputs, anchors, _ = self._outputs(trace, batch)
-        matches = self._matches(trace, batch)
-        losses = self.model.head.compute_loss(self._targets(batch), outputs, anchors, list(matches))
-        return losses, self._assigned(matches, batch)
-
-    def _outputs(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor], list[int]]:
-        """The head's outputs, each image's anchors and the number of them on each level, as the library wants them."""
-        predictions = trace.predictions
+    def _outputs(self, predictions: Predictions) -> dict[str, Tensor]:
         assert predictions.quality is not None
-        outputs = {
-            "cls_logits": predictions.logits,
-            "bbox_regression": predictions.regression,
-            "bbox_ctrness": predictions.quality[..., None],
-        }
-        anchors = [_squares(predictions.priors)] * len(batch.sizes)
-        return outputs, anchors, list(predictions.priors.per_level)
+        return {**super()._outputs(predictions), "bbox_ctrness": predictions.quality[..., None]}
 
-    def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
-        """By place and size; all weights are 1, and the normaliser is max(positives, 1)."""
-        return self._assigned(self._matches(trace, batch), batch)
-
-    def _matches(self, trace: HeadTrace, batch: Batch) -> Tensor:
-        """(N, A) what the library's compute_loss hands to that of its head."""
-        _, anchors, per_level = self._outputs(trace, batch)
+    def _matches(self, priors: Priors, batch: Batch) -> Tensor:
+        """(N, A) which of the image's boxes each point answers for, by place and size; negative for none."""
         # The rule has no function of its own: it is the part of compute_loss before the head computes the losses. So it
         # runs with a head that hands back the matches.
         matcher = SimpleNamespace(
             center_sampling_radius=self.model.center_sampling_radius,
             head=SimpleNamespace(compute_loss=lambda targets, outputs, anchors, matches: matches),
         )
-        matches: Sequence[Tensor] = cast(Any, FCOS).compute_loss(matcher, self._targets(batch), {}, anchors, per_level)
-        return torch.stack([*matches])
-
-    def _assigned(self, matches: Tensor, batch: Batch) -> Assignment:
-        return assignment_of(matches, batch, self._num_classes, processes.share((matches >= 0).sum(), at_least=1))
-
-    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """The detector's own post-processing."""
-        outputs, anchors, per_level = self._outputs(trace, batch)
-        by_level = {name: list(torch.split(x, per_level, 1)) for name, x in outputs.items()}
-        anchors_by_level = [list(torch.split(x, per_level)) for x in anchors]
-        found = self.model.postprocess_detections(by_level, anchors_by_level, list(batch.sizes))
-        return self._detections(found, batch)
-
-
-def _shared_towers(head: Any, levels: int) -> Mapping[str, Sequence[Blocks]]:
-    """Towers of RetinaNet and FCOS, which all levels share."""
-    modules = {"cls": head.classification_head, "reg": head.regression_head}
-    return {branch: [blocks_of(module.conv)[:-1]] * levels for branch, module in modules.items()}
+        anchors = [self._anchors(priors)] * len(batch.sizes)
+        compute_loss = cast(Any, FCOS).compute_loss
+        return torch.stack([*compute_loss(matcher, self._targets(batch), {}, anchors, list(priors.per_level))])
 
 
 def _decode_sides(coder: Any, regression: Tensor, priors: Priors) -> Tensor:

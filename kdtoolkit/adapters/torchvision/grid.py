@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -12,9 +11,22 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import permute_and_flatten
 
-from kdtoolkit.adapters._towers import Blocks, still, walk_towers, width_of
-from kdtoolkit.adapters.torchvision.base import CAPABILITIES, TorchvisionAdapter
-from kdtoolkit.contract import Batch, DetectorSpec, HeadTrace, Predictions, PriorKind, Priors, Stage, State, keep_states
+from kdtoolkit import processes
+from kdtoolkit.adapters.torchvision.base import TorchvisionAdapter, assignment_of, match_by_iou
+from kdtoolkit.adapters.torchvision.towers import Block
+from kdtoolkit.contract import (
+    Assignment,
+    Batch,
+    DetectorSpec,
+    HeadTrace,
+    Predictions,
+    PriorKind,
+    Priors,
+    Stage,
+    State,
+    keep_states,
+)
+from kdtoolkit.detectors.towers import walk_towers
 
 
 class GridAdapter(TorchvisionAdapter):
@@ -32,7 +44,7 @@ class GridAdapter(TorchvisionAdapter):
     def _strides(self) -> tuple[int, ...]:
         return self._levels.strides
 
-    def _towers(self) -> Mapping[str, Sequence[Blocks]]:
+    def _towers(self) -> Mapping[str, Sequence[Sequence[Block]]]:
         """Each branch's tower on each level."""
         raise NotImplementedError
 
@@ -40,8 +52,7 @@ class GridAdapter(TorchvisionAdapter):
         """Predictions from the predictors' input."""
         raise NotImplementedError
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         return DetectorSpec(
             name=f"torchvision {type(self.model).__name__}",
@@ -52,7 +63,6 @@ class GridAdapter(TorchvisionAdapter):
             priors_per_cell=tuple(cast(Any, self._generator).num_anchors_per_location()),
             stages=_stages(self._towers(), self._levels.channels, self.activation),
             activation="softmax" if self.background else "sigmoid",
-            capabilities=CAPABILITIES,
         )
 
     def head(
@@ -64,14 +74,36 @@ class GridAdapter(TorchvisionAdapter):
     ) -> HeadTrace:
         """Towers and predictors; for its own priors whatever is given."""
         towers = self._towers()
-        states, last = keep_states(walk_towers(dict.fromkeys(towers, features), 0, towers, self.activation), stages)
+        states, last = keep_states(
+            walk_towers(dict.fromkeys(towers, features), towers, activation=self.activation), stages
+        )
         return HeadTrace(states, self._finish(last, self._priors(features, batch)))
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
         """The rest of towers and predictors."""
-        towers = {branch: [still(blocks) for blocks in levels] for branch, levels in self._towers().items()}
-        _, last = keep_states(walk_towers(state, stage, towers, self.activation), ())
+        towers = {
+            branch: [[block.still() for block in blocks] for blocks in levels]
+            for branch, levels in self._towers().items()
+        }
+        _, last = keep_states(walk_towers(state, towers, stage, self.activation), ())
         return self._finish(last, trace.predictions.priors)
+
+    def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
+        """By the library's own rule."""
+        return self._assigned(self._matches(trace.predictions.priors, batch), batch)
+
+    def _matches(self, priors: Priors, batch: Batch) -> Tensor:
+        """(N, A) which of the image's boxes each prior answers for, by IoU; negative for none."""
+        return match_by_iou(self.model.proposal_matcher, priors, batch)
+
+    def _assigned(self, matches: Tensor, batch: Batch) -> Assignment:
+        """The assignment that the library's losses make of matches (N, A)."""
+        normaliser = processes.share(self._normaliser(matches >= 0), at_least=1)
+        return assignment_of(matches, batch, self._num_classes, normaliser)
+
+    def _normaliser(self, positive: Tensor) -> Tensor:
+        """What the library counts to divide its losses by, of the priors (N, A) that answer for an object."""
+        return positive.sum()
 
     def _finish(self, state: State, priors: Priors) -> Predictions:
         towers = self._towers()
@@ -96,7 +128,7 @@ class GridAdapter(TorchvisionAdapter):
 
 
 def _stages(
-    towers: Mapping[str, Sequence[Blocks]], channels: tuple[int, ...], activation: Callable[[Tensor], Tensor]
+    towers: Mapping[str, Sequence[Sequence[Block]]], channels: tuple[int, ...], activation: Callable[[Tensor], Tensor]
 ) -> tuple[Stage, ...]:
     depth = len(next(iter(towers.values()))[0])
     return (
@@ -104,7 +136,7 @@ def _stages(
         *(
             Stage(
                 f"block {i + 1}",
-                {branch: tuple(width_of(blocks[i]) for blocks in levels) for branch, levels in towers.items()},
+                {branch: tuple(blocks[i].channels for blocks in levels) for branch, levels in towers.items()},
                 activation=activation,
             )
             for i in range(depth)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
-from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from kdtoolkit.adapters.torchvision.base import LIBRARY
-from kdtoolkit.detectors.backbone import build_backbone, without_autocast
+from kdtoolkit.detectors.backbone import Pyramid, build_backbone, without_autocast
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import construct
+from kdtoolkit.options import did_you_mean
 
 
 class TimmPyramid(nn.Module):
@@ -25,9 +24,9 @@ class TimmPyramid(nn.Module):
 
     Args:
         name: of a timm model with feature maps of all `strides`.
-        strides: of the levels that the pyramid is made of, in pixels, finest first.
-        out_channels: of the pyramid.
-        extra: makes the coarser levels.
+        strides: of the levels that the pyramid takes from the backbone, in pixels, finest first.
+        out_channels: of the pyramid's levels.
+        extra: computes the coarser levels.
         pretrained: load timm's ImageNet weights (downloads them).
         args: further arguments of timm.create_model.
 
@@ -46,20 +45,18 @@ class TimmPyramid(nn.Module):
         args: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
-        self.body, self.levels = build_backbone(name, strides, pretrained=pretrained, args=args)
-        self.fpn = FeaturePyramidNetwork(list(self.levels.channels), out_channels, extra_blocks=extra)
+        self.body, levels = build_backbone(name, strides, pretrained=pretrained, args=args)
+        self.fpn = Pyramid(levels, out_channels, extra)
         self.out_channels = out_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Pyramid levels (N, C, H, W) by name, finest first, of images (N, 3, H, W)."""
-        maps = self.levels.of(self.body(images))
-        levels: dict[str, Tensor] = self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps)))
-        return levels
+        return self.fpn.of(self.body(images))
 
     @property
     def normalisation(self) -> dict[str, Any]:
-        """The detector's arguments that let it normalise images as the backbone's own training did."""
-        return {"image_mean": list(self.levels.mean), "image_std": list(self.levels.std)}
+        """Arguments of a detector: the mean and std of images in the backbone's own training."""
+        return {"image_mean": list(self.fpn.levels.mean), "image_std": list(self.fpn.levels.std)}
 
 
 class _CoarserLevels(LastLevelP6P7):
@@ -74,7 +71,8 @@ class _CoarserLevels(LastLevelP6P7):
             return levels
 
 
-def retinanet(
+def on_timm(
+    detector: type[RetinaNet] | type[FCOS] | type[FasterRCNN],
     num_classes: int,
     *,
     backbone: str = "resnet50",
@@ -83,51 +81,35 @@ def retinanet(
     out_channels: int = 256,
     min_size: int = 800,
     max_size: int = 1333,
-) -> RetinaNet:
-    """The library's RetinaNet above a timm backbone. Arguments are those of `TimmPyramid` and of the detector."""
-    extra = _CoarserLevels(out_channels, out_channels)
-    levels = TimmPyramid(backbone, (8, 16, 32), out_channels, extra, pretrained=pretrained, args=backbone_args)
-    sizes = {"min_size": min_size, "max_size": max_size}
-    return cast(RetinaNet, LIBRARY.detection.RetinaNet(levels, num_classes, **sizes, **levels.normalisation))
+) -> nn.Module:
+    """Build one of torchvision's detectors on a timm backbone: `on_timm(FCOS, 20, backbone="resnet18")`.
 
+    Args:
+        detector: torchvision's class.
+        num_classes: without background.
+        backbone: name of the timm model.
+        backbone_args: further arguments of timm.create_model.
+        pretrained: load timm's ImageNet weights (downloads them).
+        out_channels: of the feature pyramid's levels.
+        min_size: the detector scales images until their shorter side has this length, in pixels.
+        max_size: but their longer side has at most this length.
 
-def fcos(
-    num_classes: int,
-    *,
-    backbone: str = "resnet50",
-    backbone_args: Mapping[str, object] | None = None,
-    pretrained: bool = False,
-    out_channels: int = 256,
-    min_size: int = 800,
-    max_size: int = 1333,
-) -> FCOS:
-    """The library's FCOS above a timm backbone. Arguments are those of `TimmPyramid` and of the detector."""
-    extra = _CoarserLevels(out_channels, out_channels)
-    levels = TimmPyramid(backbone, (8, 16, 32), out_channels, extra, pretrained=pretrained, args=backbone_args)
-    return FCOS(levels, num_classes, min_size=min_size, max_size=max_size, **levels.normalisation)
-
-
-def fasterrcnn(
-    num_classes: int,
-    *,
-    backbone: str = "resnet50",
-    backbone_args: Mapping[str, object] | None = None,
-    pretrained: bool = False,
-    out_channels: int = 256,
-    min_size: int = 800,
-    max_size: int = 1333,
-) -> FasterRCNN:
-    """The library's Faster R-CNN above a timm backbone; `num_classes` is without background.
-
-    Arguments are those of `TimmPyramid` and of the detector.
+    Raises:
+        KDError: timm has no such model, or the model has no such levels or takes images of one size only.
     """
-    extra = LastLevelMaxPool()
-    levels = TimmPyramid(backbone, (4, 8, 16, 32), out_channels, extra, pretrained=pretrained, args=backbone_args)
-    sizes = {"min_size": min_size, "max_size": max_size}
-    return cast(FasterRCNN, LIBRARY.detection.FasterRCNN(levels, num_classes + 1, **sizes, **levels.normalisation))
+    two_stage = issubclass(detector, FasterRCNN)
+    strides = (4, 8, 16, 32) if two_stage else (8, 16, 32)
+    extra = LastLevelMaxPool() if two_stage else _CoarserLevels(out_channels, out_channels)
+    levels = TimmPyramid(backbone, strides, out_channels, extra, pretrained=pretrained, args=backbone_args)
+    build = cast(Callable[..., nn.Module], detector)
+    return build(levels, num_classes + two_stage, min_size=min_size, max_size=max_size, **levels.normalisation)
 
 
-_TIMM_MODELS: Mapping[str, Callable[..., nn.Module]] = {"retinanet": retinanet, "fcos": fcos, "fasterrcnn": fasterrcnn}
+_ON_TIMM: Mapping[str, Callable[..., nn.Module]] = {
+    "retinanet": partial(on_timm, RetinaNet),
+    "fcos": partial(on_timm, FCOS),
+    "fasterrcnn": partial(on_timm, FasterRCNN),
+}
 
 
 def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
@@ -143,11 +125,11 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
         KDError: there is no such builder, or it takes no such arguments.
     """
     full = f"torchvision/{name}"
-    if name in _TIMM_MODELS:
-        return construct(_TIMM_MODELS[name], full, num_classes, args)
-    names = [*_TIMM_MODELS, *LIBRARY.list_models(module=detection)]
+    if name in _ON_TIMM:
+        return construct(_ON_TIMM[name], full, num_classes, args)
+    names = [*_ON_TIMM, *LIBRARY.list_models(module=detection)]
     if name not in names:
-        raise KDError(f"unknown model {full!r}" + _meant(name, names) + f" There are {', '.join(names)}")
+        raise KDError(f"unknown model {full!r}{did_you_mean(name, names)}. There are {', '.join(names)}")
     builder = LIBRARY.get_model_builder(name)
     signature = inspect.signature(builder)
     detector = signature.return_annotation
@@ -156,9 +138,8 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
     allowed = sorted(taken.keys() - {"self", "kwargs", "backbone", "num_classes", "size"})
     if unknown := sorted(args.keys() - set(allowed)):
         raise KDError(
-            f"model {full!r} takes no argument {unknown[0]!r}"
-            + _meant(unknown[0], allowed)
-            + f" Its arguments are {', '.join(allowed)}"
+            f"model {full!r} takes no argument {unknown[0]!r}{did_you_mean(unknown[0], allowed)}. Its arguments are "
+            f"{', '.join(allowed)}"
         )
     outputs = num_classes + (0 if issubclass(detector, RetinaNet | FCOS) else 1)
     options: dict[str, Any] = {"weights": None, "weights_backbone": None, **args}
@@ -166,8 +147,3 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
         return cast(nn.Module, builder(num_classes=outputs, **options))
     except (TypeError, ValueError, KeyError, OSError) as error:  # weights of other classes, unknown, or no network
         raise KDError(f"model {full!r}: {error}") from error
-
-
-def _meant(name: str, names: Iterable[str]) -> str:
-    close = get_close_matches(name, names)
-    return f"; did you mean {' or '.join(close)}?" if close else "."

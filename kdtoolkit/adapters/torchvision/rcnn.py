@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,10 +17,10 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead
 
 from kdtoolkit import processes
-from kdtoolkit.adapters._towers import Blocks, blocks_of, still, walk, width_of
-from kdtoolkit.adapters.torchvision.base import CAPABILITIES, TorchvisionAdapter, each_image, require, thresholds
+from kdtoolkit.adapters.torchvision.base import TorchvisionAdapter, each_image, require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_fasterrcnn, tiny_fasterrcnn_v2, tiny_maskrcnn
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
+from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -34,6 +34,7 @@ from kdtoolkit.contract import (
     State,
     keep_states,
 )
+from kdtoolkit.detectors.towers import walk_towers
 from kdtoolkit.errors import KDError
 
 
@@ -59,11 +60,10 @@ class RPNAdapter(GridAdapter):
     def _generator(self) -> nn.Module:
         return cast(nn.Module, self.model.rpn.anchor_generator)
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The first stage's facts."""
-        spec = super().spec
-        return DetectorSpec(**{**vars(spec), "name": f"{spec.name} RPN"})
+        spec = super().describe()
+        return replace(spec, name=f"{spec.name} RPN")
 
     @property
     def assigner(self) -> object:
@@ -76,8 +76,8 @@ class RPNAdapter(GridAdapter):
             generator.aspect_ratios,
         )
 
-    def _towers(self) -> Mapping[str, Sequence[Blocks]]:
-        return {"rpn": [blocks_of(self.model.rpn.head.conv)[:-1]] * len(self._levels.strides)}
+    def _towers(self) -> Mapping[str, Sequence[Sequence[Block]]]:
+        return {"rpn": [blocks_of(self.model.rpn.head.conv)] * len(self._levels.strides)}
 
     def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
         head = self.model.rpn.head
@@ -113,6 +113,7 @@ class RPNAdapter(GridAdapter):
         )
         objects = torch.stack(found)  # 1 for an object, 0 for background, -1 between
         return Assignment(
+            positive=objects == 1,
             labels=(objects != 1).long(),
             boxes=torch.stack(boxes),
             weights=(objects >= 0).float(),
@@ -151,6 +152,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
     proposals as the library does. `Predictions.regression` is the mean of the classes' offsets by their probabilities.
     """
 
+    library_class = FasterRCNN
     background = 1
 
     def __init__(self, model: nn.Module) -> None:
@@ -166,11 +168,6 @@ class FasterRCNNAdapter(TorchvisionAdapter):
             "torchvision Mask R-CNN": tiny_maskrcnn,
         }
 
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Whether `model` is a Faster R-CNN, or a kind of it."""
-        return isinstance(model, FasterRCNN)
-
     def _check_head(self) -> None:
         require(self.model.roi_heads.box_head, TwoMLPHead, FastRCNNConvFCHead)
         require(self.model.roi_heads.box_predictor, FastRCNNPredictor)
@@ -179,8 +176,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
     def _num_classes(self) -> int:
         return int(self.model.roi_heads.box_predictor.cls_score.out_features) - 1
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         levels = self._levels
         return DetectorSpec(
@@ -192,23 +188,20 @@ class FasterRCNNAdapter(TorchvisionAdapter):
             stages=self._stages(),
             activation="softmax",
             prior_form="boxes",
-            capabilities=CAPABILITIES,
-            first_stage=self._rpn.spec,
         )
 
     def _stages(self) -> tuple[Stage, ...]:
         stages = [Stage("roi", {"box": self._levels.channels[:1]})]
         for i, block in enumerate(self._blocks(), 1):
-            width, spatial = width_of(block), any(isinstance(layer, nn.Conv2d) for layer in block)
             name = f"fc{i + 5}" if isinstance(self.model.roi_heads.box_head, TwoMLPHead) else f"block {i}"
-            stages.append(Stage(name, {"box": (width,)}, spatial=spatial, activation=F.relu))
+            stages.append(Stage(name, {"box": (block.channels,)}, spatial=block.is_spatial, activation=F.relu))
         return tuple(stages)
 
-    def _blocks(self) -> Blocks:
+    def _blocks(self) -> list[Block]:
         head = self.model.roi_heads.box_head
         if isinstance(head, TwoMLPHead):
-            return [[partial(torch.flatten, start_dim=1), head.fc6], [head.fc7]]
-        return blocks_of(head)[:-1]
+            return [Block((partial(torch.flatten, start_dim=1), head.fc6)), Block((head.fc7,))]
+        return blocks_of(head)
 
     @property
     def assigner(self) -> object:
@@ -230,7 +223,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         """The first stage and, in training, the draw of proposals; or the `priors` given; then the box head."""
         roi_heads = self.model.roi_heads
         matches = labels = targets = rpn_losses = first = None
-        blocks = self._blocks() if priors is None else still(self._blocks())
+        blocks = self._blocks() if priors is None else [block.still() for block in self._blocks()]
         # The pooler tells strides by the size of images, which in the library is that of their content. Where much of a
         # canvas is another detector's padding that would be wrong.
         shown = list(batch.sizes) if priors is None else [tuple(batch.images.shape[-2:])]
@@ -246,7 +239,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         maps = {name: x.float() for name, x in zip(self._levels.names, features, strict=True)}
         # A copy, for the pooler writes down the scales of the first maps it sees.
         pooled = copy.copy(roi_heads.box_roi_pool)(maps, rows.boxes, shown)
-        states, last = keep_states(({"box": (x,)} for x in walk(pooled, blocks, 0, F.relu)), stages)
+        states, last = keep_states(walk_towers({"box": (pooled,)}, {"box": [blocks]}, activation=F.relu), stages)
         class_logits, box_regression = self._outputs(last["box"][0])
         outputs = BoxOutputs(
             class_logits[: rows.count], box_regression[: rows.count], matches, labels, targets, rpn_losses
@@ -258,8 +251,9 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         """The rest of the box head."""
         priors = trace.predictions.priors
         rows = _Rows.of(priors)
-        *_, last = walk(rows.take(state["box"][0]), still(self._blocks()), stage, F.relu)
-        return self._predictions(*self._outputs(last), priors, rows)
+        taken, towers = {"box": (rows.take(state["box"][0]),)}, {"box": [[block.still() for block in self._blocks()]]}
+        _, last = keep_states(walk_towers(taken, towers, stage, F.relu), ())
+        return self._predictions(*self._outputs(last["box"][0]), priors, rows)
 
     def _outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """The predictor's raw class logits (R, K + 1) and offsets (R, (K + 1) * 4), from the last stage's state."""
@@ -277,7 +271,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
             regression=torch.unflatten(rows.spread(regression), 0, shape),
             priors=priors,
             decode=partial(decode_offsets, self.model.roi_heads.box_coder),
-            activation="softmax",
+            activation=self.spec.activation,
         )
 
     def _targets(self, batch: Batch) -> list[dict[str, Tensor]]:
@@ -317,7 +311,8 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         counted = torch.stack(found)  # 0: background, -1: between thresholds
         counts = torch.tensor(_counts(priors), device=proposals.device)
         real = torch.arange(proposals.shape[1], device=proposals.device) < counts[:, None]
-        labels = torch.where(real & (counted > 0), counted - 1, self._num_classes)
+        positive = real & (counted > 0)
+        labels = torch.where(positive, counted - 1, self._num_classes)
         weights = (real & (counted >= 0)).float()
         boxes = torch.stack(
             [
@@ -325,7 +320,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
                 for own, index in zip(batch.boxes, matches, strict=True)
             ]
         )
-        return Assignment(labels, boxes, weights, processes.share(weights.sum(), at_least=1))
+        return Assignment(positive, labels, boxes, weights, processes.share(weights.sum(), at_least=1))
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """The detector's own post-processing of boxes."""

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
-from kdtoolkit import processes
-from kdtoolkit.adapters._towers import Blocks, Layer, blocks_of
-from kdtoolkit.adapters.torchvision.base import assignment_of, each_image, match_by_iou, require, thresholds
+from kdtoolkit.adapters.torchvision.base import each_image, require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_ssd
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
+from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.canvas import Layout
 from kdtoolkit.contract import Assignment, Batch, Detections, HeadTrace, Predictions, Priors
 
@@ -22,6 +21,7 @@ from kdtoolkit.contract import Assignment, Batch, Detections, HeadTrace, Predict
 class SSDAdapter(GridAdapter):
     """Adapter of SSD and SSDlite: the head is one convolution a level, in SSDlite after a depthwise block (stage 1)."""
 
+    library_class = SSD
     background = 1
     activation = staticmethod(F.relu6)
 
@@ -29,11 +29,6 @@ class SSDAdapter(GridAdapter):
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
         """Both kinds, narrow, with levels of unlike channels."""
         return {"torchvision SSD": tiny_ssd, "torchvision SSDlite": partial(tiny_ssd, lite=True)}
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """Whether `model` is an SSD."""
-        return isinstance(model, SSD)
 
     def _check_head(self) -> None:
         require(self.model.head, SSDHead, SSDLiteHead)
@@ -60,10 +55,10 @@ class SSDAdapter(GridAdapter):
         width, height = self.model.transform.fixed_size
         return Layout.fitted(like, (height, width))
 
-    def _towers(self) -> Mapping[str, Sequence[Blocks]]:
+    def _towers(self) -> Mapping[str, Sequence[Sequence[Block]]]:
         head = self.model.head
         return {
-            branch: [blocks_of(predictor)[:-1] for predictor in module.module_list]
+            branch: [blocks_of(predictor) for predictor in module.module_list]
             for branch, module in (("cls", head.classification_head), ("reg", head.regression_head))
         }
 
@@ -80,7 +75,7 @@ class SSDAdapter(GridAdapter):
             regression=regression,
             priors=priors,
             decode=partial(decode_offsets, self.model.box_coder),
-            activation="softmax",
+            activation=self.spec.activation,
         )
 
     def _outputs(self, trace: HeadTrace) -> dict[str, Tensor]:
@@ -91,17 +86,10 @@ class SSDAdapter(GridAdapter):
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """`bbox_regression` and `classification`, the latter of positives and the hardest background."""
         priors = trace.predictions.priors
-        matches = match_by_iou(self.model.proposal_matcher, priors, batch)
+        matches = self._matches(priors, batch)
         anchors = each_image(priors, batch)
         losses = self.model.compute_loss(self._targets(batch), self._outputs(trace), anchors, list(matches))
         return losses, self._assigned(matches, batch)
-
-    def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
-        """By IoU; all weights are 1, whichever background is hard. The normaliser is max(positives, 1)."""
-        return self._assigned(match_by_iou(self.model.proposal_matcher, trace.predictions.priors, batch), batch)
-
-    def _assigned(self, matches: Tensor, batch: Batch) -> Assignment:
-        return assignment_of(matches, batch, self._num_classes, processes.share((matches >= 0).sum(), at_least=1))
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """The detector's own post-processing."""
@@ -110,5 +98,5 @@ class SSDAdapter(GridAdapter):
         return self._detections(found, batch)
 
 
-def _last(tower: nn.Module) -> Layer:
+def _last(tower: nn.Module) -> nn.Module:
     return tower[-1] if isinstance(tower, nn.Sequential) else tower

@@ -8,6 +8,7 @@ Private name used: `TimmBackbone._backbone`, for its strides.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import image_transforms
+from torchvision.ops import box_convert
 
 from kdtoolkit import processes
 from kdtoolkit.adapters.transformers.processing import Processing, published_processing
@@ -26,7 +27,6 @@ from kdtoolkit.canvas import Layout, check_images, lay_out
 from kdtoolkit.contract import (
     Assignment,
     Batch,
-    Capability,
     Detections,
     DetectorAdapter,
     DetectorSpec,
@@ -43,8 +43,6 @@ from kdtoolkit.errors import KDError
 BRANCH = "decoder"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_transforms: Any = image_transforms  # whose types are wider than torch's
-_CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,7 @@ class TransformersAdapter(DetectorAdapter):
 
     model: Any
     kind: ClassVar[type[nn.Module]]
+    family: ClassVar[str]
     default_mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
     default_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
     # Whether the model masks padding, so that its boxes are relative to each image's content; else to the canvas.
@@ -102,6 +101,16 @@ class TransformersAdapter(DetectorAdapter):
         self.size_divisor = size_divisor
 
     @classmethod
+    @abstractmethod
+    def tiny(cls, num_classes: int) -> nn.Module:
+        """A narrow and shallow detector of this kind."""
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """A narrow and shallow one."""
+        return {cls.family: partial(stirred, cls.tiny)}
+
+    @classmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether `model` is one of the class that this adapter is for."""
         return isinstance(model, cls.kind)
@@ -114,10 +123,10 @@ class TransformersAdapter(DetectorAdapter):
         """Why a model of this class cannot be adapted; None if it can. Checked once."""
         return None
 
-    def describe(
+    def decoder_spec(
         self, *, strides: Sequence[int], width: int, layers: int, prior_form: str, channels: Sequence[int] = ()
     ) -> DetectorSpec:
-        """The spec of a detector whose decoder has `layers` layers of `width` channels.
+        """The facts about a detector whose decoder has `layers` layers of `width` channels.
 
         `channels` are those of the encoder's levels, `width` each if empty.
         """
@@ -133,7 +142,6 @@ class TransformersAdapter(DetectorAdapter):
             ),
             activation=self.activation,
             prior_form=prior_form,
-            capabilities=_CAPABILITIES,
         )
 
     def prepare(
@@ -167,7 +175,7 @@ class TransformersAdapter(DetectorAdapter):
     def library_labels(self, batch: Batch) -> list[dict[str, Tensor]]:
         """The batch's ground truth as the library's losses take it."""
         return [
-            {"class_labels": labels, "boxes": _transforms.corners_to_center_format(boxes) / scale}
+            {"class_labels": labels, "boxes": box_convert(boxes, "xyxy", "cxcywh") / scale}
             for labels, boxes, scale in zip(batch.labels, batch.boxes, self.scale(batch), strict=True)
         ]
 
@@ -196,7 +204,7 @@ class TransformersAdapter(DetectorAdapter):
         if queries.references.shape[-1] == 2:
             moved = priors.boxes[..., :2] / scale[..., :2]
         else:
-            moved = _transforms.corners_to_center_format(priors.boxes) / scale
+            moved = box_convert(priors.boxes, "xyxy", "cxcywh") / scale
         return replace(queries, references=torch.where(same, queries.references, moved))
 
     def predictions(self, logits: Tensor, boxes: Tensor, priors: Priors, batch: Batch) -> Predictions:
@@ -260,12 +268,18 @@ class TransformersAdapter(DetectorAdapter):
         ]
         found = torch.cat(pairs, 1)
         rows, chosen = found[1:, found[0] < queries].to(device, non_blocking=True)
-        labels = torch.full((images * queries,), self.model.config.num_labels, device=device)
+        background = self.model.config.num_labels
+        labels = torch.full((images * queries,), background, device=device)
         boxes = torch.zeros(images * queries, 4, device=device)
         labels[rows], boxes[rows] = torch.cat(batch.labels)[chosen], torch.cat(batch.boxes)[chosen]
-        weights = torch.ones(images, queries, device=device)
-        normaliser = processes.share(torch.full((), float(count), device=device), at_least=1)
-        return Assignment(labels.view(images, queries), boxes.view(images, queries, 4), weights, normaliser)
+        labels = labels.view(images, queries)
+        return Assignment(
+            positive=labels < background,
+            labels=labels,
+            boxes=boxes.view(images, queries, 4),
+            weights=torch.ones(images, queries, device=device),
+            normaliser=processes.share(torch.full((), float(count), device=device), at_least=1),
+        )
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """The library's own postprocessing, with no score threshold, by falling score."""
@@ -292,6 +306,18 @@ def pixel_mask(batch: Batch) -> Tensor:
     return mask
 
 
+def to_tokens(level: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H * W, C)."""
+    return level.flatten(2).transpose(1, 2)
+
+
+def level_layout(shapes: tuple[tuple[int, int], ...], device: torch.device) -> dict[str, Any]:
+    """How levels of (H, W) cells lie one after the other: keyword arguments of the library's deformable attention."""
+    spatial_shapes = torch.as_tensor(shapes, dtype=torch.long, device=device)
+    starts = torch.cat((spatial_shapes.new_zeros((1,)), spatial_shapes.prod(1).cumsum(0)[:-1]))
+    return {"spatial_shapes": spatial_shapes, "spatial_shapes_list": list(shapes), "level_start_index": starts}
+
+
 def to_state(hidden: Tensor) -> State:
     """A stage's state from hidden states (N, Q, C)."""
     return {BRANCH: (hidden.transpose(1, 2),)}
@@ -304,8 +330,7 @@ def from_state(state: State) -> Tensor:
 
 def corners(boxes: Tensor, scale: Tensor) -> Tensor:
     """Boxes (..., 4) as (centre x, centre y, width, height) in [0, 1] -> xyxy in pixels, `scale` (..., 4)."""
-    converted: Tensor = _transforms.center_to_corners_format(boxes)
-    return converted * scale
+    return box_convert(boxes, "cxcywh", "xyxy") * scale
 
 
 def _decode(scale: Tensor, regression: Tensor, priors: Priors) -> Tensor:

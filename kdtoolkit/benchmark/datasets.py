@@ -1,0 +1,73 @@
+"""The images of a suite: for the teacher, for the student and for evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdtoolkit.benchmark.suite import DataSection
+from kdtoolkit.data import DetectionDataset, ProceduralShapes, check_same_classes, open_dataset
+from kdtoolkit.data.opening import name_of
+from kdtoolkit.errors import KDError
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """Images for the teacher, for the student and for evaluation.
+
+    `description` says in words what they are. `notices`: what the user should know about them, one sentence each.
+    """
+
+    teacher: DetectionDataset
+    student: DetectionDataset
+    val: DetectionDataset
+    description: str
+    notices: tuple[str, ...]
+
+
+def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
+    """Open the data sets of a suite; no photo is decoded yet. The student's images are some of the teacher's.
+
+    `pictures`: a folder for drawn pictures and decoded photos, which all cells share.
+
+    Raises KDError if a data set cannot be read, if training and evaluation have different classes, or if none of the
+    chosen images has a box.
+    """
+    train: DetectionDataset
+    val: DetectionDataset
+    if data.root is None:
+        assert data.teacher_images is not None  # DataSection has checked all three
+        assert data.student_images is not None
+        assert data.val_images is not None
+        count = max(data.teacher_images, data.student_images)
+        # The two seeds lie far apart: a suite with another seed must not evaluate on images that this one trains on.
+        train = ProceduralShapes(count, image_size=data.image_size, seed=data.seed, folder=pictures)
+        val = ProceduralShapes(data.val_images, image_size=data.image_size, seed=data.seed + 1_000_000, folder=pictures)
+        source = f"procedural shapes, {data.image_size} px, seed {data.seed}"
+    else:
+        cache = None if pictures is None else pictures / "photos"
+        train, val = (
+            open_dataset(data.root, split, max_size=data.image_size, on_bad=data.on_bad, cache=cache)
+            for split in ("train", "val")
+        )
+        check_same_classes(train, val)
+        source = f"{name_of(data.root)}, at most {data.image_size} px, {len(train.class_names)} classes"
+    notices: list[str] = []
+
+    def take(dataset: DetectionDataset, count: int | None, role: str) -> DetectionDataset:
+        if count is not None and count > len(dataset):
+            notices.append(
+                f"the suite asks for {count} images for {role}, but the data has {len(dataset)}: all of them are used"
+            )
+        if count is None or count >= len(dataset):
+            return dataset
+        try:
+            return dataset.subset(count, data.seed)
+        except KDError as error:
+            raise KDError(f"data for {role}: {error}") from error
+
+    teacher = take(train, data.teacher_images, "the teacher")
+    student = take(train, data.student_images, "the student")
+    val = take(val, data.val_images, "evaluation")
+    counts = f"{len(teacher)} images for the teacher, {len(student)} for the student, {len(val)} for evaluation"
+    return DataSets(teacher, student, val, f"{source}: {counts}", tuple(notices))
