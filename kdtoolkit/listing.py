@@ -9,7 +9,7 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -56,8 +56,7 @@ def all_method_facts() -> dict[str, MethodFacts]:
     """
     if not entry_points(group="kdtoolkit.methods"):
         try:
-            files = sorted(METHODS.glob("[!_]*.py"))
-            return {facts.name: facts for path in files for facts in _written(ast.parse(path.read_text("utf-8")))}
+            return {facts.name: facts for facts in _written(sorted(METHODS.glob("[!_]*.py")))}
         except (KeyError, ValueError):
             pass
     from kdtoolkit.methods import all_methods
@@ -82,25 +81,45 @@ def facts_of(method: type[Method]) -> MethodFacts:
     )
 
 
-def _written(module: ast.Module) -> Iterator[MethodFacts]:
-    """The facts about a file's methods. Raises KeyError or ValueError where one of them is not written down."""
-    imports = (node for node in module.body if isinstance(node, ast.ImportFrom))
-    methods = {"Method"} | {  # names of methods and, harmlessly, of what they share
+def _written(files: Iterable[Path]) -> Iterator[MethodFacts]:
+    """The facts about the methods in some files. Raises KeyError or ValueError where a fact is not written down."""
+    modules = [ast.parse(path.read_text("utf-8")) for path in files]
+    classes = {node.name: node for module in modules for node in module.body if isinstance(node, ast.ClassDef)}
+    bases = {"Method"} | {  # and methods of files that are not read
         alias.asname or alias.name
-        for node in imports
+        for module in modules
+        for node in module.body
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("kdtoolkit.methods")
         for alias in node.names
-        if str(node.module).startswith("kdtoolkit.methods")
+        if alias.name not in classes
     }
-    for node in module.body:
-        if isinstance(node, ast.ClassDef) and any(ast.unparse(base) in methods for base in node.bases):
-            methods.add(node.name)
-            yield _facts_written(node, ast.get_docstring(module) or "")
+    for module in modules:
+        for node in module.body:
+            if isinstance(node, ast.ClassDef) and not _is_abstract(node):
+                lineage = _lineage(node.name, classes)
+                if not bases.isdisjoint(lineage):
+                    known = [classes[name] for name in lineage if name in classes]
+                    yield _facts_written(known, ast.get_docstring(module) or "")
 
 
-def _facts_written(node: ast.ClassDef, idea: str) -> MethodFacts:
-    assigned = (line for line in node.body if isinstance(line, ast.Assign))
-    values = {ast.unparse(target): line.value for line in assigned for target in line.targets}
-    functions = {line.name: line for line in node.body if isinstance(line, ast.FunctionDef)}
+def _is_abstract(node: ast.ClassDef) -> bool:
+    functions = (line for line in node.body if isinstance(line, ast.FunctionDef))
+    return any(ast.unparse(each) == "abstractmethod" for function in functions for each in function.decorator_list)
+
+
+def _lineage(name: str, classes: Mapping[str, ast.ClassDef]) -> list[str]:
+    """A class and the classes that it inherits from, by name, the class itself first."""
+    bases = [ast.unparse(base) for base in classes[name].bases] if name in classes else []
+    return [name, *(each for base in bases for each in _lineage(base, classes))]
+
+
+def _facts_written(lineage: Sequence[ast.ClassDef], idea: str) -> MethodFacts:
+    """The facts about the first class of a lineage, some of which it may inherit from the others."""
+    node, body = lineage[0], [line for each in reversed(lineage) for line in each.body]
+    values = {ast.unparse(line.target): line.value for line in body if isinstance(line, ast.AnnAssign) and line.value}
+    assigned = (line for line in body if isinstance(line, ast.Assign))
+    values |= {ast.unparse(target): line.value for line in assigned for target in line.targets}
+    functions = {line.name: line for line in body if isinstance(line, ast.FunctionDef)}
     needs = re.fullmatch(r"frozenset\(\{(Capability\.\w+(?:, Capability\.\w+)*)\}\)", ast.unparse(values["needs"]))
     if needs is None:
         raise ValueError("needs are not written down")

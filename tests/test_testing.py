@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kdtoolkit import processes
 from kdtoolkit.adapters.native import DenseAdapter
-from kdtoolkit.contract import Capability, DetectorAdapter, HeadTrace, Method, PriorKind
+from kdtoolkit.contract import Capability, HeadTrace, Method, PriorKind
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import LD, PKD, CrossKD
 from kdtoolkit.testing import ADAPTER_CHECKS, METHOD_CHECKS, ConformanceError, check_adapter, check_method
@@ -37,41 +38,36 @@ def sides(boxes):
 class WrongStride(DenseAdapter):
     """levels, priors"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, strides=(4, 16, 32))
+    def describe(self):
+        return replace(super().describe(), strides=(4, 16, 32))
 
 
 class WrongChannels(DenseAdapter):
     """levels"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, channels=(16, 16, 8))
+    def describe(self):
+        return replace(super().describe(), channels=(16, 16, 8))
 
 
 class TooFewClasses(DenseAdapter):
     """predictions"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, num_classes=2)
+    def describe(self):
+        return replace(super().describe(), num_classes=2)
 
 
 class WrongActivation(DenseAdapter):
     """predictions"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, activation="softmax")
+    def describe(self):
+        return replace(super().describe(), activation="softmax")
 
 
 class TooManyBins(DenseAdapter):
     """predictions"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, bins=tuple(map(float, range(9))))
+    def describe(self):
+        return replace(super().describe(), bins=tuple(map(float, range(9))))
 
 
 class HalfPrecision(DenseAdapter):
@@ -85,25 +81,22 @@ class HalfPrecision(DenseAdapter):
 class WrongPriorsPerCell(DenseAdapter):
     """priors"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, priors_per_cell=(2, 2, 2))
+    def describe(self):
+        return replace(super().describe(), priors_per_cell=(2, 2, 2))
 
 
 class PriorFormOnAGrid(DenseAdapter):
     """priors"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, prior_form="boxes")
+    def describe(self):
+        return replace(super().describe(), prior_form="boxes")
 
 
 class NoPriorForm(DenseAdapter):
     """priors"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, priors=PriorKind.PROPOSALS)
+    def describe(self):
+        return replace(super().describe(), priors=PriorKind.PROPOSALS)
 
 
 class TransposedPriors(DenseAdapter):
@@ -119,60 +112,55 @@ class TransposedPriors(DenseAdapter):
 class WrongStageChannels(DenseAdapter):
     """stages"""
 
-    @property
-    def spec(self):
-        first, *rest = super().spec.stages
-        return replace(super().spec, stages=(replace(first, channels={"cls": (16,) * 3}), *rest))
+    def describe(self):
+        first, *rest = super().describe().stages
+        return replace(super().describe(), stages=(replace(first, channels={"cls": (16,) * 3}), *rest))
 
 
 class NotSpatial(DenseAdapter):
     """stages"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, stages=tuple(replace(stage, spatial=False) for stage in super().spec.stages))
+    def describe(self):
+        return replace(
+            super().describe(), stages=tuple(replace(stage, spatial=False) for stage in super().describe().stages)
+        )
 
 
 class ActivationNotIdempotent(DenseAdapter):
     """stages"""
 
-    @property
-    def spec(self):
-        *rest, last = super().spec.stages
-        return replace(super().spec, stages=(*rest, replace(last, activation=torch.sigmoid)))
+    def describe(self):
+        *rest, last = super().describe().stages
+        return replace(super().describe(), stages=(*rest, replace(last, activation=torch.sigmoid)))
 
 
-class UndeclaredAssignment(DenseAdapter):
-    """capabilities"""
-
-    @property
-    def spec(self):
-        return replace(super().spec, capabilities=super().spec.capabilities - {Capability.ASSIGNMENT})
-
-
-class MissingAssignment(DenseAdapter):
-    """capabilities"""
+class PositivesWithoutLabels(DenseAdapter):
+    """assignment"""
 
     def assign(self, trace, batch):
-        return DetectorAdapter.assign(self, trace, batch)
+        found = super().assign(trace, batch)
+        return replace(found, positive=torch.ones_like(found.positive))
 
-    def task_losses(self, trace, batch):
-        return self.model.losses(trace.predictions, self.model.assign(trace.predictions, batch)), None
+
+class NoStages(DenseAdapter):
+    """stages"""
+
+    def describe(self):
+        return replace(super().describe(), stages=())
 
 
 class DistributionsWithoutBins(DenseAdapter):
-    """capabilities"""
+    """predictions"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, capabilities=super().spec.capabilities - {Capability.DISTRIBUTIONS})
+    def describe(self):
+        return replace(super().describe(), bins=())
 
 
 class SkipsALayer(DenseAdapter):
     """resume"""
 
     def resume(self, state, stage, trace):
-        return self.model.predict(self.model.run_towers(state, min(stage + 1, 2))[-1])
+        return self.model.predict([*self.model.walk_towers(state, min(stage + 1, 2))][-1])
 
 
 class RepeatsItsTrace(DenseAdapter):
@@ -305,17 +293,17 @@ class ProbabilitiesInsteadOfLogits(DenseAdapter):
 class StridesInAnotherOrder(DenseAdapter):
     """levels"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, strides=super().spec.strides[::-1])
+    def describe(self):
+        return replace(super().describe(), strides=super().describe().strides[::-1])
 
 
 class NamesNoActivation(DenseAdapter):
     """resume"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, stages=tuple(replace(stage, activation=None) for stage in super().spec.stages))
+    def describe(self):
+        return replace(
+            super().describe(), stages=tuple(replace(stage, activation=None) for stage in super().describe().stages)
+        )
 
 
 class ResumesOneBranch(DenseAdapter):
@@ -475,6 +463,14 @@ class NormaliserTooSmall(DenseAdapter):
         return self.model.losses(trace.predictions, super().assign(trace, batch)), None
 
 
+class CountsItsOwnImages(DenseAdapter):
+    """two_processes"""
+
+    def assign(self, trace, batch):
+        found = super().assign(trace, batch)
+        return replace(found, normaliser=found.positive.sum().clamp(min=1).float())
+
+
 class AssignsOtherwiseWhenEvaluated(DenseAdapter):
     """task_losses"""
 
@@ -583,7 +579,7 @@ class NoGradientThroughTheHead(DenseAdapter):
         raise RuntimeError("a frozen head cannot be resumed")
 
 
-class FirstStageInOneOnly(DenseAdapter):
+class FirstStageOfThreeClasses(DenseAdapter):
     """first_stage"""
 
     @property
@@ -591,16 +587,15 @@ class FirstStageInOneOnly(DenseAdapter):
         return DenseAdapter(self.model)
 
 
-class WrongFirstStage(DenseAdapter):
-    """first_stage"""
+class SaysOneClass(DenseAdapter):
+    def describe(self):
+        return replace(super().describe(), num_classes=1)
 
+
+class FirstStageBreaksAPromise(DenseAdapter):
     @property
     def first_stage(self):
-        return SkipsALayer(self.model)
-
-    @property
-    def spec(self):
-        return replace(super().spec, first_stage=replace(super().spec, num_classes=1))
+        return SaysOneClass(self.model)
 
 
 class UnscaledTargets(DenseAdapter):
@@ -637,9 +632,8 @@ class MatchesAnything(DenseAdapter):
 class HeadOnAGridTakesNoPriors(DenseAdapter):
     """given_priors"""
 
-    @property
-    def spec(self):
-        return replace(super().spec, priors=PriorKind.QUERIES, prior_form="points")
+    def describe(self):
+        return replace(super().describe(), priors=PriorKind.QUERIES, prior_form="points")
 
     def head(self, features, batch, priors=None, stages=None):
         trace = super().head(features, batch)
@@ -736,9 +730,9 @@ def test_faults_of_one_cause_are_one_sentence():
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_other_first_stages_are_named_in_the_message():
-    with pytest.raises(ConformanceError, match="first_stage: the spec of first_stage is not the first_stage"):
-        check_adapter(WrongFirstStage(gfl()), own=own, own_losses=own_losses, only=["first_stage"])
+def test_what_a_first_stage_breaks_is_named_in_the_message():
+    with pytest.raises(ConformanceError, match=r"logits is .* the spec makes it"):
+        check_adapter(FirstStageBreaksAPromise(gfl()), own=own, own_losses=own_losses, only=["first_stage"])
 
 
 # Methods.
@@ -1088,6 +1082,21 @@ class KeepsWhatItSawFirst(Squares):
         return (self.project(exchange.student.features[0]) - self.first).square().mean()
 
 
+class CountsItsOwnObjects(Squares):
+    """two_processes"""
+
+    def forward(self, exchange):
+        return {"feature": self.loss(exchange) / sum(map(len, exchange.student.batch.boxes))}
+
+
+class SumsOverProcessesForManyObjects(Squares):
+    """two_processes"""
+
+    def forward(self, exchange):
+        count = torch.tensor(float(sum(map(len, exchange.student.batch.boxes))))
+        return {"feature": self.loss(exchange) * (processes.share(count) if count > 1 else 1.0)}
+
+
 BROKEN_METHODS = [
     cls for cls in list(globals().values()) if isinstance(cls, type) and issubclass(cls, Squares) and cls is not Squares
 ]
@@ -1110,6 +1119,21 @@ class Thousandth(CrossKD):
 def test_a_normaliser_that_is_too_large_is_caught_in_a_method():
     with pytest.raises(ConformanceError, match=r"magnitude: terms are .* in sum .* look at what sums are divided by"):
         check_method(Thousandth, tiny_gfl(seed=0), tiny_gfl(seed=1), only=["magnitude"])
+
+
+class PerObject(Squares):
+    """Divided by the objects of all processes."""
+
+    def forward(self, exchange):
+        batch, features = exchange.student.batch, exchange.student.features
+        count = torch.tensor(float(sum(map(len, batch.boxes))))
+        return {"feature": self.loss(exchange) * len(features[0]) / processes.share(count, at_least=1)}
+
+
+@pytest.mark.parametrize("method", [PKD, CrossKD, LD, PerObject])
+def test_sums_over_two_processes_pass(method):
+    report = check_method(method, tiny_gfl(seed=0), tiny_gfl(seed=1), only=["two_processes"])
+    assert report.results["two_processes"].outcome == "passed"
 
 
 class ForgetsInit(Squares):

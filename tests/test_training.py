@@ -5,9 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from kdtoolkit import Distiller
+from kdtoolkit.data import ProceduralShapes
+from kdtoolkit.engine.train import TrainConfig
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD
 from tests.conftest import tiny_gfl
 
@@ -51,6 +54,43 @@ def test_the_loop(names):
     assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-3 * (0.01 + 0.99 * 2 / 500))
 
 
+@pytest.fixture
+def ready(tmp_path, monkeypatch):
+    """What a block of the ready loop may use."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    images = ProceduralShapes(10, image_size=64, seed=0)
+    classes = len(images.class_names)
+    teacher, student = tiny_gfl(seed=1, num_classes=classes), tiny_gfl(seed=2, num_classes=classes)
+    return {"teacher": teacher, "student": student, "images": images, "val_images": images, "steps": 5}
+
+
+def test_the_ready_loop(ready, tmp_path, capsys):
+    before = run(BLOCKS["Train"][0], ready)
+    assert changed(before, ready["student"])
+    assert [row["step"] for row in ready["result"].evaluations] == [3, 5]
+    listed = set(re.findall(r"^\| `([\w.]+)/?`", PAGE, re.MULTILINE))
+    assert listed >= {path.name for path in (tmp_path / "runs" / "mine").iterdir() if not path.name.startswith(".")}
+    saved = safetensors.torch.load_file(tmp_path / "runs" / "mine" / "student.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in ready["student"].state_dict().items())
+
+
+def test_the_ready_loop_without_torchrun(ready):
+    exec(BLOCKS["Train"][0].partition("result =")[0], ready)
+    monkey = {**ready, "config": ready["config"].model_copy(update={"steps": 2})}
+    before = run(BLOCKS["Several GPUs and machines"][0].replace("group.join()", 'group.join("cpu")'), monkey)
+    assert changed(before, monkey["student"])
+
+
+def test_options_that_the_page_names_exist():
+    section = PAGE[PAGE.index("## The recipe") : PAGE.index("## The loop")]
+    named = [
+        name for cell in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)", cell)
+    ]
+    assert len(named) > 12
+    assert set(named) <= set(TrainConfig.model_fields)
+
+
 def test_one_process_by_distributed_data_parallel(names, monkeypatch):
     for name, value in {
         "RANK": 0,
@@ -60,7 +100,7 @@ def test_one_process_by_distributed_data_parallel(names, monkeypatch):
         "MASTER_PORT": 0,
     }.items():
         monkeypatch.setenv(name, str(value))
-    before = run(BLOCKS["Several processes"][0], names)
+    before = run(BLOCKS["Your own loop in several processes"][0], names)
     assert changed(before, names["student"])
     assert not torch.distributed.is_initialized()
 

@@ -32,8 +32,8 @@ import torch
 from kdtoolkit import Distiller, adapt
 from kdtoolkit.adapters import torchvision
 from kdtoolkit.benchmark.suite import load_suite
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
-from kdtoolkit.distiller import refusal
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD
 
@@ -216,7 +216,7 @@ def syncs(device: str) -> None:
         torch.manual_seed(0)
         teacher, student = build().to(device), build().to(device).train()
         specs = adapt(student).spec, adapt(teacher).spec
-        methods = [method for method in (CrossKD(), PKD(), FGD(), LD()) if refusal(method, *specs) is None]
+        methods = [method for method in (CrossKD(), PKD(), FGD(), LD()) if why_refused(method, *specs) is None]
         own, plain, full = (
             waits(forward, batch, device)
             for forward in (student, Distiller(None, student), Distiller(teacher, student, methods))

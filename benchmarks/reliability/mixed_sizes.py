@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit import Distiller, KDError, adapt
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import Target
 from kdtoolkit.data.coco import CocoDetection
-from kdtoolkit.distiller import refusal
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import PKD, CrossKD
 
@@ -56,7 +56,7 @@ def train(student: str, teacher: str, data: CocoDetection, steps: int, batch: in
     classes = len(data.class_names)
     models = detector(teacher, classes, 1, scales=False), detector(student, classes, 0, scales=True)
     theirs, ours = (adapt(model).spec for model in models)
-    methods = [method for method in (PKD(), CrossKD()) if refusal(method, ours, theirs) is None]
+    methods = [method for method in (PKD(), CrossKD()) if why_refused(method, ours, theirs) is None]
     if not methods:
         return "nothing applies"
     distiller = Distiller(*models, methods).train()

@@ -111,7 +111,6 @@ class Detector:
             priors_per_cell=(1,) * levels,
             stages=(Stage("tower", dict.fromkeys(("cls", "reg"), (width,) * levels), activation=F.relu),),
             bins=tuple(map(float, range(shapes.bins))),
-            capabilities=frozenset(Capability),
         )
         cells = [torch.cartesian_prod(torch.arange(h), torch.arange(w)).flip(1) for h, w in shapes.grid]
         centres = torch.cat([x * stride for x, stride in zip(cells, shapes.strides, strict=True)]).float()
@@ -161,6 +160,7 @@ def exchange(method: Method, shapes: Shapes, seed: int = 0) -> tuple[Exchange, l
         chosen = torch.randperm(total, generator=generator)[: shapes.positives // shapes.images]
         row[chosen] = torch.randint(shapes.classes, (len(chosen),), generator=generator)
     assignment = Assignment(
+        assigned < shapes.classes,
         assigned,
         detector.priors.boxes.expand(shapes.images, -1, -1),
         torch.ones(assigned.shape),
@@ -205,7 +205,7 @@ def pkd(method: PKD, seen: Exchange) -> Terms:
             (x - x.mean((0, 2, 3), keepdim=True)) / (x.std((0, 2, 3), keepdim=True) + 1e-6) for x in (student, teacher)
         ]
         total = total + F.mse_loss(*copies) / 2
-    return {"feature": method.weight * total}
+    return {"feature": method.weights[0] * total}
 
 
 def cwd(method: CWD, seen: Exchange) -> Terms:
@@ -217,7 +217,7 @@ def cwd(method: CWD, seen: Exchange) -> Terms:
         p_teacher = (teacher.reshape(images * channels, -1) / method.temperature).softmax(1)
         divergence = (p_teacher * (p_teacher.log() - p_student.log())).sum()
         total = total + method.temperature**2 * divergence / (images * channels)
-    return {"feature": method.weight * total}
+    return {"feature": method.weights[0] * total}
 
 
 def mgd(method: MGD, seen: Exchange) -> Terms:
@@ -228,7 +228,7 @@ def mgd(method: MGD, seen: Exchange) -> Terms:
         random = torch.rand(len(student), 1, *student.shape[2:])
         mask = torch.where(random > 1 - method.mask_ratio, 0.0, 1.0)
         total = total + F.mse_loss(block(student * mask), teacher, reduction="sum") / len(student)
-    return {"feature": method.weight * total}
+    return {"feature": method.weights[0] * total}
 
 
 def fitnet(method: FitNet, seen: Exchange) -> Terms:
@@ -247,7 +247,7 @@ def fitnet(method: FitNet, seen: Exchange) -> Terms:
                 mask[image][(x > x1) & (x < x2) & (y > y1) & (y < y2)] = 1
         count = (mask.sum() * student.shape[1]).clamp(min=1)
         total = total + ((student - teacher) ** 2 * mask[:, None]).sum() / count
-    return {"feature": method.weight * total}
+    return {"feature": method.weights[0] * total}
 
 
 # ---- FGD
@@ -371,12 +371,12 @@ def prediction_terms(method: CrossKD | Mimic, student: Predictions, teacher: Pre
     assignment = seen.matched().teacher_assignment
     score, target = student.logits.sigmoid(), teacher.logits.sigmoid()
     entropy = -(target * F.logsigmoid(student.logits) + (1 - target) * F.logsigmoid(-student.logits))
-    focal = entropy * (score - target).abs() ** method.beta
+    focal = entropy * (score - target).abs() ** method.distances.beta
     cls = (focal * assignment.weights[..., None]).sum() / assignment.normaliser
     weight = target.max(-1).values * assignment.weights
     sides = divergence(student.regression, teacher.regression)
     box = (sides * weight[..., None]).sum() / (4 * weight.sum())
-    return {"cls": method.cls_weight * cls, "box": method.distribution_weight * box}
+    return {"cls": method.distances.cls_weight * cls, "box": method.distances.distribution_weight * box}
 
 
 def mimic(method: Mimic, seen: Exchange) -> Terms:
@@ -466,7 +466,7 @@ def cankd(method: CanKD, seen: Exchange) -> Terms:
         added = F.batch_norm(block.out(found.reshape(len(found), -1, *student.shape[2:])), None, None, training=True)
         mixed = student + block.scale * added
         total = total + F.mse_loss(F.instance_norm(mixed), F.instance_norm(teacher))
-    return {"feature": method.weight * total}
+    return {"feature": method.weights[0] * total}
 
 
 def detkds(method: DetKDS, seen: Exchange) -> Terms:
@@ -480,7 +480,7 @@ def detkds(method: DetKDS, seen: Exchange) -> Terms:
             x = F.max_pool2d(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)), 2)
             chain.append(F.normalize(x, dim=0, eps=1e-6))
         total = total + F.l1_loss(*chain)
-    return {"feature": method.weight * total}
+    return {"feature": method.weights[0] * total}
 
 
 def bckd(method: BCKD, seen: Exchange) -> Terms:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit.contract import (
     Assignment,
     Batch,
-    Capability,
     Detections,
     DetectorAdapter,
     DetectorSpec,
@@ -27,8 +27,6 @@ from kdtoolkit.detectors.dense import DenseDetector
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import construct
 from kdtoolkit.options import did_you_mean
-
-_CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
 
 
 class DenseAdapter(DetectorAdapter):
@@ -49,8 +47,7 @@ class DenseAdapter(DetectorAdapter):
         """Whether `model` is a DenseDetector."""
         return isinstance(model, DenseDetector)
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         model = self.model
         stages = tuple(
@@ -59,7 +56,7 @@ class DenseAdapter(DetectorAdapter):
                 channels=dict.fromkeys(
                     model.towers, (model.head_channels if i else model.neck_channels,) * len(model.strides)
                 ),
-                activation=model.activation(i) if i else None,
+                activation=F.relu if i else None,
             )
             for i in range(model.head_blocks + 1)
         )
@@ -72,7 +69,6 @@ class DenseAdapter(DetectorAdapter):
             priors_per_cell=(model.priors_per_cell,) * len(model.strides),
             stages=stages,
             bins=tuple(map(float, range(model.bins))),
-            capabilities=_CAPABILITIES | ({Capability.DISTRIBUTIONS} if model.bins else frozenset()),
         )
 
     @property

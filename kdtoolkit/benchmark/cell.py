@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,14 +16,18 @@ import torch
 from torch import nn
 
 from kdtoolkit.benchmark.datasets import load_data
-from kdtoolkit.benchmark.keys import key_of, library_of
-from kdtoolkit.benchmark.store import CellResult, write_result, write_weights
+from kdtoolkit.benchmark.keys import key_of, package_of
+from kdtoolkit.benchmark.store import CellResult, discard_runs, write_result, write_weights, writing
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection, MethodUse
 from kdtoolkit.distiller import Distiller
-from kdtoolkit.engine.evaluate import evaluate
+from kdtoolkit.engine.evaluate import METRICS, evaluate
+from kdtoolkit.engine.folder import RunFolder
+from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.train import Progress, train
 from kdtoolkit.errors import NonFiniteLossError
 from kdtoolkit.models import build_model
+
+SAVE_SECONDS = 60.0  # between two checkpoints of a training
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,7 @@ class Task:
     """What one cell is to do.
 
     `detector`: what it trains: the student or the teacher. `parts`: what its key is made of. `result`: the path of its
-    result. `teacher`: the path of the teacher's weights. `pictures`: the folder where drawn pictures are kept.
+    result. `teacher`: the path of the teacher's weights. `pictures`: the folder of drawn pictures and decoded photos.
     """
 
     entry: str
@@ -53,6 +56,11 @@ class Task:
     def name(self) -> str:
         """The cell's name in messages."""
         return self.entry if self.entry == TEACHER else f"{self.entry}, seed {self.seed}"
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the training is kept until its result is stored; the key in its name keeps other trainings out."""
+        return self.result.with_suffix(f".{key_of(self.parts)}.run")
 
     @property
     def steps(self) -> int:
@@ -118,8 +126,11 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
 
     config = task.detector.train.model_copy(update={"steps": task.steps})
     distiller = Distiller(teacher, student, [use.build() for use in task.methods])
+    folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
+    with writing(folder.path):
+        discard_runs(task.result, but=folder.path)
     try:
-        trained = train(distiller, images, config, seed=task.seed, device=task.device, report=training)
+        trained = train(distiller, images, config, seed=task.seed, device=task.device, folder=folder, report=training)
     except NonFiniteLossError as error:
         kept = task.result.with_suffix(".last-good.pt")
         write_weights(kept, student)
@@ -130,15 +141,14 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
         report(Report(f"evaluating {done}/{total}", trained.steps, warnings=tuple(trained.warnings)))
 
     evaluating(0, len(sets.val))
-    evaluation = evaluate(student, sets.val, device=task.device, progress=evaluating)
-    metrics = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    evaluation = evaluate(student, sets.val, device=task.device, input_size=config.input_size, progress=evaluating)
     result = CellResult(
         entry=task.entry,
         seed=task.seed,
         key=key_of(task.parts),
         key_parts=task.parts,
         data=sets.description,
-        evaluation={name: getattr(evaluation, name) for name in metrics},
+        evaluation={name: getattr(evaluation, name) for name in METRICS},
         per_class=evaluation.per_class,
         steps=trained.steps,
         stretch=task.stretch,
@@ -150,7 +160,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
         warnings=trained.warnings,
         versions={
             name: version(name)
-            for name in dict.fromkeys(("kdtoolkit", "torch", "torchvision", "timm", library_of(task.detector.model)[1]))
+            for name in dict.fromkeys(("kdtoolkit", "torch", "torchvision", "timm", package_of(task.detector.model)))
         }
         | {"python": platform.python_version()},
         machine=machine(),
@@ -161,20 +171,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     report(Report("storing", trained.steps))
     write_weights(task.result.with_suffix(".pt"), student)  # before the result, so that no result lacks its weights
     write_result(task.result, result)
-
-
-def peak_memory_mb(device: str) -> float:
-    """Peak memory so far, in MB of 2^20 bytes: tensors on CUDA, else all resident memory of this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):  # of this process alone, where ru_maxrss may count what it was forked from
-                return int(line.split()[1]) / 2**10
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    discard_runs(task.result)
 
 
 def machine() -> str:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdtoolkit.benchmark.suite import DataSection
-from kdtoolkit.data import CocoDetection, DetectionDataset, ProceduralShapes, check_same_classes
+from kdtoolkit.data import DetectionDataset, ProceduralShapes, check_same_classes, open_dataset
+from kdtoolkit.data.opening import name_of
 from kdtoolkit.errors import KDError
 
 
@@ -25,9 +26,9 @@ class DataSets:
 
 
 def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
-    """Open the data sets of a suite; no photo is decoded yet. The student's images are some of the teacher's.
+    """Open the data sets of a suite; nothing is drawn or decoded yet. The student's images are some of the teacher's.
 
-    `pictures`: a folder where drawn pictures are kept, so that all cells share them.
+    `pictures`: a folder for drawn pictures and decoded photos, which all cells share.
 
     Raises KDError if a data set cannot be read, if training and evaluation have different classes, or if none of the
     chosen images has a box.
@@ -44,10 +45,13 @@ def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
         val = ProceduralShapes(data.val_images, image_size=data.image_size, seed=data.seed + 1_000_000, folder=pictures)
         source = f"procedural shapes, {data.image_size} px, seed {data.seed}"
     else:
-        train = CocoDetection(data.root, "train", max_size=data.image_size, on_bad=data.on_bad)
-        val = CocoDetection(data.root, "val", max_size=data.image_size, on_bad=data.on_bad)
+        cache = None if pictures is None else pictures / "photos"
+        train, val = (
+            open_dataset(data.root, split, max_size=data.image_size, on_bad=data.on_bad, cache=cache)
+            for split in ("train", "val")
+        )
         check_same_classes(train, val)
-        source = f"{data.root.name}, at most {data.image_size} px, {len(train.class_names)} classes"
+        source = f"{name_of(data.root)}, at most {data.image_size} px, {len(train.class_names)} classes"
     notices: list[str] = []
 
     def take(dataset: DetectionDataset, count: int | None, role: str) -> DetectionDataset:

@@ -21,7 +21,16 @@ from kdtoolkit.benchmark.display import Display, duration
 from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.plan import Plan, check_methods
 from kdtoolkit.benchmark.report import write_board
-from kdtoolkit.benchmark.store import CellResult, Store, StoreError, discard, read_result, set_aside, write_atomic
+from kdtoolkit.benchmark.store import (
+    CellResult,
+    Store,
+    StoreError,
+    discard,
+    discard_runs,
+    read_result,
+    set_aside,
+    write_atomic,
+)
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite
 from kdtoolkit.benchmark.workers import Ended, Workers
 from kdtoolkit.errors import KDError
@@ -129,6 +138,7 @@ class _Run:
             )
             for path in paths:
                 discard(path)
+                discard_runs(path)
         for name, reason in plan.set_aside_unusable().items():
             display.line(f"{name} {reason}; its old result is kept as .json.old", "yellow")
         teacher = plan.teacher()
@@ -165,9 +175,8 @@ class _Run:
         display.line(f"results: {self.plan.store.root}; after Ctrl-C, run the same command to continue")
         if self.pending:
             display.line(f"data: {self.sets.description}")
-            if suite.data.root is None:
-                for images in (self.sets.teacher, self.sets.val):
-                    _ = images[0]  # draws all pictures, so that no cell has to
+            for images in (self.sets.teacher, self.sets.student, self.sets.val):
+                _ = images.in_memory()[0]  # draws all pictures and decodes all photos, so that no cell has to
 
     def _precision(self) -> str:
         """The precision of the cells and, if `auto` chose it, why."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import io
-import os
+import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from kdtoolkit import files
 from kdtoolkit.errors import KDError
+from kdtoolkit.lock import hold
 
 
 class StoreError(KDError):
@@ -96,24 +97,10 @@ class Store:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process, however it ends. Raises KDError if another one holds it."""
-        holder = self.root / ".process"
-        with writing(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-        try:
-            held = FileLock(self.root / ".lock").acquire(timeout=0)
-        except Timeout:
-            process = holder.read_text("utf-8") if holder.is_file() else "?"
-            raise KDError(
-                f"another `kd benchmark run` (process {process}) works in {self.root}: wait for it, or choose another "
-                "folder with --out"
-            ) from None
-        except (OSError, NotImplementedError) as error:
-            raise StoreError(f"cannot lock {self.root}: {error}") from error
-        with held:
-            write_atomic(holder, str(os.getpid()).encode())
-            for leftover in self.root.rglob(".*.partial"):
-                leftover.unlink(missing_ok=True)  # of a run that was killed while it wrote
+        """Hold the folder for this process, however it ends. Raises KDError, which names the holder, if it is held."""
+        with ExitStack() as held:
+            with writing(self.root):
+                held.enter_context(hold(self.root))
             yield
 
 
@@ -156,18 +143,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is complete or not there at all. Raises StoreError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write a file so that it is complete, or as it was before. Raises StoreError where it cannot be written."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        files.write_atomic(path, content)
 
 
 def set_aside(path: Path) -> None:
@@ -180,6 +158,14 @@ def discard(path: Path) -> None:
     """Delete a file if it exists."""
     with writing(path):
         path.unlink(missing_ok=True)
+
+
+def discard_runs(result: Path, but: Path | None = None) -> None:
+    """Delete the folders of a cell's trainings that did not come to their end, `but` that one."""
+    for folder in result.parent.glob("*.run"):
+        if folder.name.startswith(f"{result.stem}.") and folder != but:
+            with writing(folder):
+                shutil.rmtree(folder)
 
 
 def _why(error: OSError) -> str:

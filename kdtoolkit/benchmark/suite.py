@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from kdtoolkit.contract import Method
-from kdtoolkit.engine.train import TrainConfig
+from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
 from kdtoolkit.listing import SUITES, suite_path
 from kdtoolkit.methods import all_methods, published_settings
@@ -41,10 +41,10 @@ class _Section(BaseModel):
 class DataSection(_Section):
     """Which images a suite uses.
 
-    `root`: a folder in COCO format; None draws procedural images. `teacher_images`, `student_images`, `val_images`: how
-    many images; None means all of the folder. `image_size`: in pixels, the side of a procedural image, or the longest
-    side of a photo (larger photos are scaled down). `on_bad`: whether bad images and annotations are an error ("error")
-    or are left out ("skip").
+    `root`: a data set in COCO's, YOLO's or VOC's format, as `open_dataset` takes it; None draws procedural images.
+    `teacher_images`, `student_images`, `val_images`: how many images; None means all of the data set. `image_size`: in
+    pixels, the side of a procedural image, or the longest side of a photo (larger photos are scaled down). `on_bad`:
+    whether bad images and annotations are an error ("error") or are left out ("skip").
     """
 
     root: Path | None = None

@@ -1,17 +1,22 @@
 """Data sets, checked when they are opened, and the batches made of them."""
 
 from kdtoolkit.data.augment import Augmentation
-from kdtoolkit.data.coco import CocoDetection
 from kdtoolkit.data.dataset import DetectionDataset, Sample, check_same_classes
 from kdtoolkit.data.loader import batches
+from kdtoolkit.data.opening import CocoDetection, open_dataset
+from kdtoolkit.data.photos import PhotoDataset
+from kdtoolkit.data.resize import InputSize
 from kdtoolkit.data.shapes import ProceduralShapes
 
 __all__ = [
     "Augmentation",
     "CocoDetection",
     "DetectionDataset",
+    "InputSize",
+    "PhotoDataset",
     "ProceduralShapes",
     "Sample",
     "batches",
     "check_same_classes",
+    "open_dataset",
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
+from torchvision.transforms.v2 import RandomPhotometricDistort  # type: ignore[attr-defined]
 from torchvision.transforms.v2.functional import (  # type: ignore[attr-defined]
     adjust_brightness,
     adjust_contrast,
@@ -20,17 +22,20 @@ from torchvision.transforms.v2.functional import (  # type: ignore[attr-defined]
 )
 
 from kdtoolkit.contract import Target
+from kdtoolkit.data.mix import GREY, Item, cut, mixup, mosaic
 
-MIN_VISIBLE = 0.25  # of a box's area; less than that left in the image is no object any more
-GREY = 128
+_Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Augmentation(BaseModel):
-    """What is changed at random in a training image. The size of the image stays."""
+    """What is changed at random in a training image. The size of the image stays.
+
+    The changes come in this order: `mosaic`, `flip`, `zoom`, `colour`, `photometric`, `mixup`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring left to right")
+    flip: _Probability = Field(0.5, description="probability of mirroring left to right")
     colour: float = Field(
         0.0,
         ge=0,
@@ -40,6 +45,11 @@ class Augmentation(BaseModel):
     zoom: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
         (1.0, 1.0), description="range of the scale; larger images are cropped, smaller ones set on grey"
     )
+    photometric: _Probability = Field(
+        0.0, description="probability that torchvision's RandomPhotometricDistort makes each of its changes of colour"
+    )
+    mosaic: _Probability = Field(0.0, description="probability of showing four images at half their size")
+    mixup: _Probability = Field(0.0, description="probability of showing the mean of two images")
 
     @field_validator("zoom")
     @classmethod
@@ -59,7 +69,18 @@ class Augmentation(BaseModel):
             image, target = _zoom(image, target, self.zoom, generator)
         if self.colour:
             image = _recolour(image, self.colour, generator)
+        if self.photometric:
+            image = _distort(image, self.photometric, generator)
         return image, target
+
+    def of(self, item: Item, draw: Callable[[], Item], generator: torch.Generator) -> Item:
+        """Change an image and its target, with all that is switched on; `draw` gives a random image to mix with it."""
+        if self.mosaic and _uniform(0, 1, generator) < self.mosaic:
+            item = mosaic([item, draw(), draw(), draw()], generator)
+        item = self(*item, generator)
+        if self.mixup and _uniform(0, 1, generator) < self.mixup:
+            item = mixup(item, self(*draw(), generator))
+        return item
 
 
 def _uniform(low: float, high: float, generator: torch.Generator) -> float:
@@ -89,16 +110,18 @@ def _zoom(
     image = crop(image, max(-top, 0), max(-left, 0), height, width)
     ratio = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
     boxes = target["boxes"] * ratio + torch.tensor([left, top, left, top])
-    clipped = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height, width, height]))
-    keep = (_areas(clipped) >= MIN_VISIBLE * _areas(boxes)) & (clipped[:, 2:] > clipped[:, :2]).all(1)
-    return image, {"boxes": clipped[keep], "labels": target["labels"][keep]}
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return image, cut({"boxes": boxes, "labels": target["labels"]}, (0, 0, width, height))
 
 
 def _recolour(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     for change in (adjust_brightness, adjust_contrast, adjust_saturation):
         image = change(image, _uniform(1 - strength, 1 + strength, generator))
     return adjust_hue(image, _uniform(-0.1 * strength, 0.1 * strength, generator))
+
+
+def _distort(image: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global random state
+        torch.manual_seed(seed)
+        changed: Tensor = RandomPhotometricDistort(p=probability)(image)
+    return changed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,16 @@ from torch.utils.data import DataLoader, Dataset
 from kdtoolkit.contract import Target
 from kdtoolkit.data.augment import Augmentation
 from kdtoolkit.data.dataset import DetectionDataset, check_is_dataset, checked_item
+from kdtoolkit.data.mix import Item
+from kdtoolkit.data.resize import InputSize, with_boxes
+
+
+class _Draw(NamedTuple):
+    """An image that is shown: its place in the data set, the seed of its augmentation, its shorter side if resized."""
+
+    image: int
+    seed: int
+    short: int | None
 
 
 def batches(
@@ -20,21 +32,42 @@ def batches(
     steps: int,
     seed: int,
     augment: Augmentation,
+    input_size: InputSize | None = None,
     workers: int = 0,
+    start: int = 0,
+    share: tuple[int, int] = (0, 1),
+    pin: bool = False,
 ) -> Iterator[tuple[list[Tensor], list[Target]]]:
-    """Yield exactly `steps` batches of images (3, H, W) float32 in [0, 1] and their targets.
+    """Yield the batches of the steps `start` to `steps`: images (3, H, W) float32 in [0, 1] and their targets.
 
     Epochs follow each other without a break, each shuffled anew, so a batch may hold the end of one and the beginning
-    of the next. What comes out depends on `seed`, not on `workers` (processes that read ahead: of use where images are
-    large or decoded on access) nor on the global random state. Images are read `in_memory` first.
+    of the next. The batch of a step depends on `seed` and the step, and on nothing else: not on where a run began, on
+    `workers` (processes that read ahead: of use where images are large or decoded on access) or on the global random
+    state. Images are read `in_memory` first.
+
+    Args:
+        dataset: the images.
+        batch_size: images a step, of all processes together.
+        steps: of the whole run.
+        seed: decides order and augmentation.
+        augment: what is changed at random.
+        input_size: what images are resized to before, with one size a step.
+        workers: processes that read ahead.
+        start: the steps that are done already.
+        share: place and number of the processes that train together; each yields its part of each batch.
+        pin: whether the images are in pinned memory, from which they are copied to a GPU faster.
     """
     check_is_dataset(dataset)
     dataset = dataset.in_memory()
-    presented = _Presented(dataset, augment)
-    plan = _plan(len(dataset), batch_size, steps, seed)
+    presented = _Presented(dataset, augment, input_size)
+    place, count = share
+    plan = (
+        draws[len(draws) * place // count : len(draws) * (place + 1) // count]
+        for draws in islice(_plan(len(dataset), batch_size, steps, seed, input_size), start, None)
+    )
     if workers == 0:
-        for items in plan:
-            yield _collate([presented[item] for item in items])
+        for draws in plan:
+            yield _collate([presented[draw] for draw in draws])
         return
     yield from DataLoader(
         presented,
@@ -42,35 +75,49 @@ def batches(
         num_workers=workers,
         collate_fn=_collate,
         generator=torch.Generator(),  # else it draws from the global one
+        pin_memory=pin,
     )
 
 
-def _plan(size: int, batch_size: int, steps: int, seed: int) -> Iterator[list[tuple[int, int]]]:
-    """For each batch the images in it, by index, each with the seed of its augmentation."""
+def _plan(size: int, batch_size: int, steps: int, seed: int, input_size: InputSize | None) -> Iterator[list[_Draw]]:
+    """For each step the images of its batch."""
     generator = torch.Generator().manual_seed(seed)
+    sizes = torch.Generator().manual_seed(seed)  # apart, so that the order is the same with and without sizes
     waiting: list[tuple[int, int]] = []
     for _ in range(steps):
         while len(waiting) < batch_size:
             order = torch.randperm(size, generator=generator).tolist()
             waiting += zip(order, torch.randint(2**31, (size,), generator=generator).tolist(), strict=True)
-        yield waiting[:batch_size]
+        short = None if input_size is None else input_size.draw(sizes)
+        yield [_Draw(index, seed, short) for index, seed in waiting[:batch_size]]
         del waiting[:batch_size]
 
 
 class _Presented(Dataset[tuple[Tensor, Target]]):
-    """Images as they are shown: augmented, as floats."""
+    """Images as they are shown: resized, augmented, as floats."""
 
-    def __init__(self, dataset: DetectionDataset, augment: Augmentation) -> None:
+    def __init__(self, dataset: DetectionDataset, augment: Augmentation, input_size: InputSize | None) -> None:
         self._dataset = dataset
         self._augment = augment
+        self._input_size = input_size
         self._generator = torch.Generator()
 
-    def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, Target]:
-        index, seed = index_and_seed
+    def __getitem__(self, draw: _Draw) -> tuple[Tensor, Target]:
+        generator = self._generator.manual_seed(draw.seed)
+
+        def another() -> Item:
+            return self._read(int(torch.randint(len(self._dataset), (), generator=generator)), draw.short)
+
+        image, target = self._augment.of(self._read(draw.image, draw.short), another, generator)
+        return image.float().div_(255), target
+
+    def _read(self, index: int, short: int | None) -> Item:
         image, sample = checked_item(self._dataset, index)
         target: Target = {"boxes": sample["boxes"], "labels": sample["labels"]}
-        image, target = self._augment(image, target, self._generator.manual_seed(seed))
-        return image.float().div_(255), target
+        if self._input_size is None:
+            return image, target
+        resized = self._input_size.apply(image, short)
+        return resized, with_boxes(target, image, resized)
 
 
 def _collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor  # type: ignore[a
 from kdtoolkit.errors import KDError
 
 MAX_PIXELS = 500_000_000  # 1.5 GB as RGB
+VERSION = 1  # of what `decode` makes of a file; raise it with any change
 DEPTHS = (8, 10, 12, 14, 16)  # bits a pixel that sensors have; files hold them in 16
 JPEG = ("JPEG", "MPO")  # the latter is several in one file
 ORIENTATION = 0x0112  # a tag of EXIF, and of TIFF itself

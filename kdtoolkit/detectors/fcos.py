@@ -63,12 +63,13 @@ class FCOSAssigner:
         assigned = smallest.isfinite()
         matched = boxes.gather(1, chosen[..., None].expand(-1, -1, 4))
         image, prior = assigned.nonzero(as_tuple=True)
-        total = centerness(distances(middle[prior], matched[image, prior])).sum()
+        total = processes.share(centerness(distances(middle[prior], matched[image, prior])).sum())
         return Assignment(
+            positive=assigned,
             labels=labels.gather(1, chosen).masked_fill(~assigned, num_classes),
             boxes=matched,
             weights=torch.ones_like(smallest),
-            normaliser=torch.where(assigned.any(), total.clamp(min=1e-6), 1.0),
+            normaliser=torch.where(total > 0, total.clamp(min=1e-6), 1.0),
         )
 
 
@@ -157,7 +158,7 @@ class FCOS(DenseDetector):
     def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
         """`cls` (focal), `box` (-log IoU, each weighted by centerness) and `centerness` (BCE)."""
         assert predictions.quality is not None
-        image, prior = assignment.positive(self.num_classes).nonzero(as_tuple=True)
+        image, prior = assignment.positive.nonzero(as_tuple=True)
         target_boxes = assignment.boxes[image, prior]
         priors = select(predictions.priors, prior)
         boxes = self.decode(predictions.regression[image, prior], priors)
@@ -168,10 +169,9 @@ class FCOS(DenseDetector):
         quality = F.binary_cross_entropy_with_logits(
             predictions.quality[image, prior], target_centerness, reduction="sum"
         )
-        positives = processes.share(assignment.positive(self.num_classes).sum(), at_least=1) + EPS
+        positives = processes.share(assignment.positive.sum(), at_least=1) + EPS
         return {
             "cls": cls / positives,
-            # Not the assignment's normaliser, which is 1 in a process without positives, where this sum is 0.
-            "box": box.sum() / (processes.share(target_centerness.sum(), at_least=1e-6) + EPS),
+            "box": box.sum() / (assignment.normaliser + EPS),
             "centerness": quality / positives,
         }

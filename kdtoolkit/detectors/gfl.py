@@ -109,7 +109,7 @@ class GFL(DenseDetector):
     def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
         """`cls` (QFL), `box` (GIoU, weight 2), `dfl` (weight 0.25); the latter two weighted by the class score."""
         logits = predictions.logits
-        image, prior = assignment.positive(self.num_classes).nonzero(as_tuple=True)
+        image, prior = assignment.positive.nonzero(as_tuple=True)
         labels = assignment.labels[image, prior]
         target_boxes = assignment.boxes[image, prior]
         priors, regression = select(predictions.priors, prior), predictions.regression[image, prior]
@@ -124,7 +124,7 @@ class GFL(DenseDetector):
             divisor = processes.share(weight.sum(), at_least=1)
         cls = quality_focal_loss(logits, quality).sum(-1)
         return {
-            "cls": (cls * assignment.weights).sum() / (processes.share(assignment.normaliser) + EPS),
+            "cls": (cls * assignment.weights).sum() / (assignment.normaliser + EPS),
             "box": BOX_WEIGHT * ((1 - elementwise_giou(boxes, target_boxes)) * weight).sum() / divisor,
             "dfl": DFL_WEIGHT * (dfl * weight).sum() / divisor,
         }

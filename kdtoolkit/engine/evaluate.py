@@ -11,13 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Detections, DetectorAdapter, DetectorSpec, adapt
-from kdtoolkit.data import DetectionDataset, Sample
+from kdtoolkit import processes
+from kdtoolkit.contract import Detections, DetectorAdapter, DetectorSpec
+from kdtoolkit.data import DetectionDataset, InputSize, Sample
 from kdtoolkit.data.dataset import checked_item
+from kdtoolkit.engine import group
 from kdtoolkit.engine.inputs import check_dataset, resolve_device
-from kdtoolkit.engine.precision import resolve_precision
+from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.engine.scoring import IOU_THRESHOLDS, Floats, Found, precisions
 from kdtoolkit.errors import KDError, UnknownDetectorError
+from kdtoolkit.libraries import adapt
+
+METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,10 @@ def evaluate(
     *,
     batch_size: int = 32,
     device: str | torch.device | None = None,
-    precision: Literal["auto", "float32", "bfloat16"] = "float32",
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
     labels_from: Literal[0, 1] | None = None,
+    input_size: InputSize | None = None,
+    together: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Run a detector on all images and score it against the ground truth at original sizes.
@@ -56,10 +63,13 @@ def evaluate(
         dataset: the images and their ground truth.
         batch_size: images at a time.
         device: where `model` lies; None asks the model itself.
-        precision: `bfloat16` for autocast; `auto` for it where the hardware has it.
+        precision: `bfloat16` or `float16` for autocast; `auto` for bfloat16 where the hardware has it.
         labels_from: for a plain module, which is called as torchvision's detectors are: on a list of images (3, H, W)
             float32 in [0, 1], for a list of Detections. It says whether the first class has the label 0 or, where 0 is
             background, 1. None runs the detector through the adapter that knows it, or counts from 0 if none does.
+        input_size: what images are resized to before, at the largest size of its range.
+        together: in a run of several processes, each takes its part of the images, and all get the result of all.
+            Every process must call it then.
         progress: called with the images done, and all of them.
 
     Raises KDError before anything runs where the adapter for the model refuses it, where its number of classes
@@ -77,22 +87,29 @@ def evaluate(
     precision = resolve_precision(precision, device)
     truth = dataset.coco()
     places = {image["id"]: place for place, image in enumerate(truth["images"])}
+    rank, count = (group.rank(), processes.count()) if together else (0, 1)
+    first, end = (len(dataset) * place // count for place in (rank, rank + 1))
     found: list[Found] = []
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        for start in range(0, len(dataset), batch_size):
-            items = [checked_item(dataset, i) for i in range(start, min(start + batch_size, len(dataset)))]
+        for start in range(first, end, batch_size):
+            items = [_item(dataset, i, input_size) for i in range(start, min(start + batch_size, end))]
             images = [image.to(device).float().div_(255) for image, _ in items]
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            with torch.no_grad(), torch.autocast(device.type, autocast_type(precision), precision != "float32"):
                 outputs = detect(images)
             found.append(_found(outputs, items, places, len(truth["categories"]), labels_from or 0))
             if progress is not None:
-                progress(start + len(items), len(dataset))
+                progress(start + len(items) - first, end - first)
     finally:
         for part, training in modes:
             part.training = training
-    return _score(truth, found)
+    return _score(truth, group.gathered(found) if together else found)
+
+
+def _item(dataset: DetectionDataset, index: int, input_size: InputSize | None) -> tuple[Tensor, Sample]:
+    image, sample = checked_item(dataset, index)
+    return (image if input_size is None else input_size.apply(image)), sample
 
 
 def _detector(

@@ -9,7 +9,7 @@ import torch
 
 from kdtoolkit.errors import KDError
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 # Values of oneDNN's environment variable that keep its kernels from bfloat16 instructions which the CPU may have.
 _ISA_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
@@ -38,8 +38,13 @@ def resolve_precision(precision: Literal["auto"] | Precision, device: str | torc
 
     Raises KDError for the name of another precision.
     """
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise KDError(f"precision is 'auto', 'float32' or 'bfloat16', not {precision!r}")
+    if precision not in ("auto", "float32", "bfloat16", "float16"):
+        raise KDError(f"precision is 'auto', 'float32', 'bfloat16' or 'float16', not {precision!r}")
     if precision != "auto":
         return precision
     return "bfloat16" if has_bfloat16(device) else "float32"
+
+
+def autocast_type(precision: Precision) -> torch.dtype:
+    """The type that autocast computes in; float32 stands for no autocast."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]

@@ -3,95 +3,36 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.nn.parallel import DistributedDataParallel
 
-from kdtoolkit.data import Augmentation, DetectionDataset, batches
-from kdtoolkit.distiller import Distiller
+from kdtoolkit import processes
+from kdtoolkit.contract import Target
+from kdtoolkit.data import DetectionDataset, batches
+from kdtoolkit.distiller import Distiller, Losses
+from kdtoolkit.engine import group
+from kdtoolkit.engine.checkpoint import Checkpoint
+from kdtoolkit.engine.config import TrainConfig, Validation
+from kdtoolkit.engine.evaluate import METRICS, evaluate
+from kdtoolkit.engine.folder import Keeper, RunFolder, opened
 from kdtoolkit.engine.inputs import check_dataset, resolve_device
-from kdtoolkit.engine.precision import resolve_precision
-from kdtoolkit.engine.watch import DeadParts, SilenceDetector
+from kdtoolkit.engine.optim import frozen, lr_factor, set_rates
+from kdtoolkit.engine.precision import autocast_type, resolve_precision
+from kdtoolkit.engine.result import Progress, TrainResult
+from kdtoolkit.engine.state import RunState, Window, seed_step
 from kdtoolkit.errors import KDError, NonFiniteLossError
 
+__all__ = ["Progress", "RunFolder", "TrainConfig", "TrainResult", "Validation", "lr_factor", "train"]
+
 HISTORY_POINTS = 100
-UNTIMED_STEPS = 5  # the first steps are slower, and are left out of the median
-
-
-class TrainConfig(BaseModel):
-    """How to train. The defaults suit AdamW from scratch; `sgd`, lr 0.01 and `step` give the published schedules."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    steps: int = Field(gt=0, description="optimiser steps")
-    batch_size: int = Field(default=16, gt=0)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(default=3e-3, gt=0, description="peak learning rate")
-    weight_decay: float = Field(default=1e-4, ge=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
-    warmup_steps: int = Field(default=50, ge=0, description="steps of linear warm-up")
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
-    milestones: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
-        default=(2 / 3, 11 / 12), description="shares of the steps, from 0 to 1, where `step` divides lr by 10"
-    )
-    clip_norm: float = Field(default=35.0, ge=0, description="largest gradient norm; 0 switches clipping off")
-    ema: float = Field(
-        default=0.0, ge=0, lt=1, description="decay of the weights' moving average, which is kept at the end; 0: off"
-    )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="float32", description="auto: bfloat16 where the hardware has it, else float32"
-    )
-    channels_last: bool = Field(
-        default=False, description="memory format; faster convolutions if channels are multiples of 8"
-    )
-    augmentation: Augmentation = Augmentation()
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is: `losses` are means since the last report, `seconds` the time since its start.
-
-    `warnings`: one line for each loss term that has taught the student nothing so far, and for each part of it that
-    has died.
-    """
-
-    step: int
-    steps: int
-    losses: dict[str, float]
-    seconds: float
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run cost and how it went.
-
-    `history` has about 100 points of step, lr and every loss term (means). `warnings` are those of `Progress`, for the
-    whole run.
-    """
-
-    steps: int
-    seconds: float
-    step_ms: float
-    history: list[dict[str, float]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-def lr_factor(step: int, config: TrainConfig) -> float:
-    """Factor of the learning rate at a step counted from 0: linear warm-up times the schedule."""
-    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    if config.schedule == "cosine":
-        return warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    if config.schedule == "step":
-        return warmup * 0.1 ** sum(step >= share * config.steps for share in config.milestones)
-    return warmup
+MAX_SKIPPED = 50  # steps one after the other whose float16 gradients overflow: no scale suits them any more
 
 
 def train(
@@ -101,116 +42,168 @@ def train(
     *,
     seed: int,
     device: str | torch.device | None = None,
+    folder: RunFolder | None = None,
+    validation: Validation | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
-    """Train the distiller's student in place; `report` is called at the first step, about every second, at the end.
+    """Train the distiller's student in place. Same seed, same machine, same result.
 
-    `device` is where the models lie; None asks the student itself. Same seed, same machine, same result.
+    Args:
+        distiller: student, teacher and methods.
+        dataset: the images to train on.
+        config: how to train.
+        seed: decides the order of images, their augmentation and all that is drawn at random.
+        device: where the models lie; None asks the student itself.
+        folder: where the run is kept. If a stopped run lies there, it goes on from its last checkpoint, and ends with
+            the same weights and the same log as if it had not been stopped. None keeps nothing.
+        validation: what to evaluate on, and how often; the weights of the best evaluation are kept in the folder.
+        report: called at the first step, about every second, and at the end.
+
+    Several processes, started by torchrun, train as one: call `kdtoolkit.engine.group.join` before.
 
     Raises KDError before the first step where an argument is of another type, where nothing of the student is to be
-    trained, where its number of classes is not the data set's, and where it lies on another device. Raises
-    NonFiniteLossError where a loss term is NaN or infinite; the student then has the weights of the last good step.
+    trained, where its number of classes is not the data set's, where it lies on another device, or where the folder is
+    of another run, in use or not writable. Raises NonFiniteLossError where a loss term is NaN or infinite; the student
+    then has the weights of the last good step.
     """
     _check_arguments(distiller, config)
     check_dataset(dataset, distiller.student_adapter.spec)
+    group.check_joined()
+    rank, count = group.rank(), processes.count()
+    if config.batch_size % (count * config.accumulation):
+        raise KDError(
+            f"batch_size ({config.batch_size}) must be a multiple of {count * config.accumulation}: of processes "
+            f"({count}) times accumulation ({config.accumulation})"
+        )
     dataset = dataset.in_memory()  # before the clock starts
     device = resolve_device(distiller.student, device)
-    torch.manual_seed(seed)
-    student = distiller.student
-    if config.channels_last:
-        student.to(memory_format=torch.channels_last)
-        if distiller.teacher_adapter is not None:
-            distiller.teacher_adapter.model.to(memory_format=torch.channels_last)
-    trained = {name: p for name, p in distiller.named_parameters() if p.requires_grad}
-    names, parameters = list(trained), list(trained.values())
-    optimizer = _optimizer(parameters, config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
-    average = None
-    if config.ema:
-        ema = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
-        average = AveragedModel(student, multi_avg_fn=ema, use_buffers=True)
     precision = resolve_precision(config.precision, device)
-    silence = SilenceDetector(student, distiller.vanishing)
-    dead = DeadParts(student, names, patience=min(max(config.steps // 10, 5), 50), device=device)
-    with_boxes = 0
-    window, history = _Window(), _Window()
-    points: list[dict[str, float]] = []
-    durations: list[float] = []
-    started = reported = time.perf_counter()
+    seed_step(seed, 0, rank)
+    student = distiller.student
+    distiller.accumulation = config.accumulation
+    if config.channels_last:
+        distiller.to(memory_format=torch.channels_last)
 
-    distiller.train()
-    data = batches(dataset, batch_size=config.batch_size, steps=config.steps, seed=seed, augment=config.augmentation)
-    for step, (images, targets) in enumerate(data):
-        begun = time.perf_counter()
-        images = [image.to(device) for image in images]
-        buffers = [buffer.clone() for buffer in student.buffers()]  # batch norm's change in a forward already
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-        with autocast:
-            losses = distiller(images, targets)
-        values = dict(
-            zip(losses, torch.stack([loss.detach().float() for loss in losses.values()]).tolist(), strict=True)
+    if validation is not None:
+        validation = replace(validation, dataset=validation.dataset.in_memory())
+
+    with ExitStack() as stack:
+        set_training = stack.enter_context(frozen(student, config))
+        state = RunState.begin(distiller, config, precision, device)
+        keeper = Keeper()
+
+        def enter() -> Checkpoint | None:
+            nonlocal keeper
+            assert folder is not None  # entered only then
+            keeper, found = stack.enter_context(opened(folder, state, dataset, seed, device))
+            return found
+
+        if folder is not None and (found := group.from_first(enter)) is not None:
+            state.load(found)
+        model = _wrapped(distiller, config, device)
+        optimizer, average, scaler = state.optimizer, state.average, state.scaler
+        parameters = state.trained
+        window = Window()
+        first, skipped = state.step, 0
+        started = reported = time.perf_counter()
+        earlier = state.seconds
+        set_training(distiller)
+        data = batches(
+            dataset,
+            batch_size=config.batch_size,
+            steps=config.steps,
+            seed=seed,
+            augment=config.augmentation,
+            input_size=config.input_size,
+            workers=config.workers,
+            start=first,
+            share=(rank, count),
+            pin=device.type == "cuda",
         )
-        if bad := _non_finite(values):
-            with autocast:
-                where = distiller.locate_non_finite(images, targets)
-            _stop(student, buffers, step, bad, where)
-        if has_boxes := any(len(target["boxes"]) for target in targets):
-            with_boxes += 1
-            silence.observe(losses, values)
-        optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        norms = _gradient_norms(parameters)
-        dead.observe(norms, has_boxes)
-        norm = torch.linalg.vector_norm(norms)
-        if bad := _non_finite({"gradient norm": norm.item()}):
-            _stop(student, buffers, step, bad, "all losses are finite, their gradient is not")
-        if config.clip_norm:
-            nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
-        optimizer.step()
-        schedule.step()
+        for step, (images, targets) in enumerate(data, first):
+            begun = time.perf_counter()
+            seed_step(seed, step, rank)
+            lr = set_rates(optimizer, step, config)
+            buffers = [buffer.clone() for buffer in student.buffers()]  # batch norm's change in a forward already
+            optimizer.zero_grad(set_to_none=True)
+            parts, boxes = Window(), False
+            for last_part, images_, targets_ in _parts(images, targets, config.accumulation):
+                images_ = [image.to(device, non_blocking=True) for image in images_]
+                autocast = torch.autocast(device.type, autocast_type(precision), enabled=precision != "float32")
+                with nullcontext() if last_part or count == 1 else model.no_sync():
+                    with autocast:
+                        losses = model(images_, targets_)
+                    values, has_boxes = _values(losses, targets_)
+                    if bad := _non_finite(values):
+                        with autocast:
+                            where = distiller.locate_non_finite(images_, targets_)
+                        _stop(student, buffers, step, bad, where)
+                    if has_boxes:
+                        state.silence.observe(losses, values)
+                    scaler.scale(losses.total / config.accumulation).backward()
+                parts.add(values)
+                boxes = boxes or has_boxes
+            scaler.unscale_(optimizer)
+            norms = _gradient_norms(parameters)
+            norm = torch.linalg.vector_norm(norms)
+            if overflow := not math.isfinite(norm_value := norm.item()):
+                skipped += 1
+                if precision != "float16" or skipped > MAX_SKIPPED:
+                    bad = f"gradient norm = {norm_value}"
+                    _stop(student, buffers, step, bad, "all losses are finite, their gradient is not")
+            else:
+                skipped = 0
+                state.dead.observe(norms, boxes)
+                if config.clip_norm:
+                    nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
+            scaler.step(optimizer)  # leaves a step out where float16 gradients overflowed
+            scaler.update()
+            if average is not None:
+                average.update_parameters(student)
+
+            now = time.perf_counter()
+            state.durations.append(now - begun)
+            last = step + 1 == config.steps
+            values = parts.flush()
+            state.step = step + 1
+            state.seconds = earlier + now - started
+            state.with_boxes += boxes
+            window.add(values)
+            state.window.add(values)
+            if (step + 1) % max(1, config.steps // HISTORY_POINTS) == 0 or last:
+                state.history.append({"step": step + 1, "lr": lr, **state.window.flush()})
+            keeper.log(step + 1, {"lr": lr, **values} | ({} if overflow else {"gradient_norm": norm_value}))
+            keeper.speed(step + 1, now - begun, config.batch_size, device)
+            if validation is not None and (last or validation.due(step + 1, config.batch_size, len(dataset))):
+                paused = time.perf_counter()
+                _evaluate(state, validation, config, device, keeper)
+                set_training(distiller)
+                earlier -= time.perf_counter() - paused
+            keeper.save(state, last=last)
+            if report is not None and (now - reported > 1 or step == first or last):
+                warnings = (*state.silence.warnings(), *state.dead.warnings(), *keeper.notices)
+                report(Progress(step + 1, config.steps, window.flush(), state.seconds, warnings))
+                reported = now
+
+        group.alike(student)
         if average is not None:
-            average.update_parameters(student)
-
-        now = time.perf_counter()
-        durations.append(now - begun)
-        window.add(values)
-        history.add(values)
-        last = step + 1 == config.steps
-        if report is not None and (now - reported > 1 or step == 0 or last):
-            warnings = (*silence.warnings(), *dead.warnings())
-            report(Progress(step + 1, config.steps, window.flush(), now - started, warnings))
-            reported = now
-        if (step + 1) % max(1, config.steps // HISTORY_POINTS) == 0 or last:
-            points.append({"step": step + 1, "lr": optimizer.param_groups[0]["lr"], **history.flush()})
-
-    if average is not None:
-        student.load_state_dict(average.module.state_dict())
-    warnings = (*silence.warnings(final=True), *dead.warnings())
-    if not with_boxes:
-        warnings = (f"none of the images of the {config.steps} steps has a box: the student has seen background alone",)
-    return TrainResult(
-        steps=config.steps,
-        seconds=time.perf_counter() - started,
-        step_ms=1000 * statistics.median(durations[min(UNTIMED_STEPS, len(durations) - 1) :]),
-        history=points,
-        warnings=list(warnings),
-    )
-
-
-class _Window:
-    """Means of loss terms since the last flush."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[float]] = {}
-
-    def add(self, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._values.setdefault(name, []).append(value)
-
-    def flush(self) -> dict[str, float]:
-        means = {name: statistics.fmean(values) for name, values in self._values.items()}
-        self._values = {}
-        return means
+            student.load_state_dict(average.module.state_dict())
+            group.alike(student)
+        keeper.weights("student.safetensors", student, last=True)
+        warnings = (*state.silence.warnings(final=True), *state.dead.warnings())
+        if not state.with_boxes:
+            warnings = (
+                f"none of the images of the {config.steps} steps has a box: the student has seen background alone",
+            )
+        return TrainResult(
+            steps=config.steps,
+            seconds=state.seconds,
+            step_ms=state.step_ms,
+            history=state.history,
+            warnings=list(warnings),
+            notices=list(keeper.notices),
+            evaluations=state.evaluations,
+        )
 
 
 def _check_arguments(distiller: object, config: object) -> None:
@@ -227,18 +220,62 @@ def _check_arguments(distiller: object, config: object) -> None:
         )
 
 
+def _wrapped(distiller: Distiller, config: TrainConfig, device: torch.device) -> Any:
+    """What is called in each step: the distiller, compiled and joined with other processes where that is asked for."""
+    model = torch.compile(distiller) if config.compile else distiller
+    if processes.count() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=None if device.index is None else [device.index])
+
+
+def _parts(
+    images: list[Tensor], targets: list[Target], count: int
+) -> Iterator[tuple[bool, list[Tensor], list[Target]]]:
+    """A process's batch in `count` parts of one size, each with whether it is the last."""
+    size = len(images) // count
+    for start in range(0, len(images), size):
+        yield start + size == len(images), images[start : start + size], targets[start : start + size]
+
+
+def _values(losses: Losses, targets: Sequence[Target]) -> tuple[dict[str, float], bool]:
+    """Loss terms and whether there is a box, over all processes: the mean of the terms is that of the whole batch."""
+    terms = torch.stack([loss.detach().float() for loss in losses.values()])
+    boxes = any(len(target["boxes"]) for target in targets)
+    if processes.count() > 1:
+        *terms_, boxes_ = group.means(torch.cat([terms, terms.new_tensor([float(boxes)])])).tolist()
+        return dict(zip(losses, terms_, strict=True)), boxes_ > 0
+    return dict(zip(losses, terms.tolist(), strict=True)), boxes
+
+
 def _gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The norm of each parameter's gradient (P,), 0 where it has none. Waits for no result of the device."""
+    """The norm of each parameter's gradient (P,), 0 where it has none. Does not wait for the device."""
     # A private name that torch's own get_total_norm rests on; it takes all gradients at once.
     norms = iter(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
     none = torch.zeros((), device=parameters[0].device)
     return torch.stack([none if p.grad is None else next(norms) for p in parameters])
 
 
-def _optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+def _evaluate(
+    state: RunState, validation: Validation, config: TrainConfig, device: torch.device, keeper: Keeper
+) -> None:
+    """Evaluate the student as it would be kept if the run ended here; store its weights if it is the best so far."""
+    student = state.distiller.student
+    with state.averaged():
+        group.alike(student)
+        found = evaluate(
+            state.distiller.student_adapter,
+            validation.dataset,
+            batch_size=validation.batch_size,
+            device=device,
+            input_size=config.input_size,
+            together=True,
+        )
+        better = found.ap is not None and (keeper.best is None or found.ap > keeper.best)
+        if better and keeper.weights("best.safetensors", student):
+            keeper.best = found.ap
+    row = {f"eval/{name}": getattr(found, name) for name in METRICS}
+    state.evaluations.append({"step": state.step, **row})
+    keeper.log(state.step, row)
 
 
 def _non_finite(values: dict[str, float]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from functools import cache
 
-from kdtoolkit.contract import Method, announced
+from kdtoolkit.contract import Method
 from kdtoolkit.methods.bckd import BCKD
 from kdtoolkit.methods.cankd import CanKD
 from kdtoolkit.methods.crosskd import CrossKD
@@ -23,6 +24,7 @@ from kdtoolkit.methods.logitkd import LogitKD
 from kdtoolkit.methods.mgd import MGD
 from kdtoolkit.methods.mimic import Mimic
 from kdtoolkit.methods.pkd import PKD
+from kdtoolkit.plugins import announced
 
 __all__ = [
     "BCKD",
@@ -49,11 +51,12 @@ ENTRY_POINTS = "kdtoolkit.methods"
 
 @cache
 def _own_methods() -> dict[str, type[Method]]:
-    """The Method classes that this package's modules define; those of names with an underscore are no methods."""
+    """The methods that this package's modules define: subclasses of Method that are not abstract."""
     names = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     found = [(cls, module) for module in modules for cls in vars(module).values() if isinstance(cls, type)]
-    return {cls.__name__: cls for cls, module in found if issubclass(cls, Method) and cls.__module__ == module.__name__}
+    methods = (cls for cls, module in found if issubclass(cls, Method) and cls.__module__ == module.__name__)
+    return {cls.__name__: cls for cls in methods if not inspect.isabstract(cls)}
 
 
 def all_methods() -> dict[str, type[Method]]:

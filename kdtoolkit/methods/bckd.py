@@ -15,10 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import EPS, check_grids, quality_focal_kd, unlike_priors
+from kdtoolkit.compatibility import why_not_on_grid
+from kdtoolkit.contract import DetectorSpec, Matched, Predictions
+from kdtoolkit.methods.common import EPS, quality_focal_kd
+from kdtoolkit.methods.predictions import PredictionMethod
 
 
 def disagreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def iou_distance(student_boxes: Tensor, teacher_boxes: Tensor, weight: Tensor) -
     return (weight * (1 - elementwise_giou(student_boxes, teacher_boxes.detach()))).sum()
 
 
-class BCKD(Method):
+class BCKD(PredictionMethod):
     """Teach the student the teacher's class scores as binary tasks, and its boxes by overlap.
 
     For detectors on a grid with sigmoid scores; how they predict boxes may differ (GFL teaches ATSS). The default
@@ -44,7 +45,6 @@ class BCKD(Method):
         published_levels: leave out levels without any positive prior in the batch, as the published code does.
     """
 
-    needs = frozenset({Capability.PREDICTIONS, Capability.ASSIGNMENT})
     terms = ("cls", "box")
     vanishing = ("cls", "box")
     paper = "arXiv 2308.14286 (ICCV 2023)"
@@ -58,24 +58,21 @@ class BCKD(Method):
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse priors that are not on a grid or do not correspond one to one, and scores that are a softmax."""
         for role, spec in (("student", student), ("teacher", teacher)):
-            if not spec.priors.on_grid:
-                return f"it compares dense predictions, and the {role} predicts at {spec.priors}"
+            if reason := why_not_on_grid(spec, role):
+                return reason
             if spec.activation != "sigmoid":
-                return f"it takes classes for binary tasks, and the {role}'s scores are a {spec.activation}"
-        return unlike_priors(student, teacher)
+                return (
+                    f"it compares each class by itself, and the {role}'s class scores are a {spec.activation} over all "
+                    "classes. Use CrossKD or LogitKD"
+                )
+        return super().refuses(student, teacher)
 
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`cls` and `box`.
-
-        Raises IncompatibleError where the two detectors bring the batch to other sizes.
-        """
-        pair = exchange.matched()
-        student, teacher = pair.student.predictions, pair.teacher.predictions
-        check_grids("BCKD", student, teacher)
+    def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
+        """`cls` and `box`."""
         assignment = pair.student_assignment
-        normaliser, weights = processes.share(assignment.normaliser) + EPS, assignment.weights
+        normaliser, weights = assignment.normaliser + EPS, assignment.weights
         if self.published_levels:
-            positive = assignment.positive(exchange.student.spec.num_classes).any(0)
+            positive = assignment.positive.any(0)
             levels = torch.split(positive, list(student.priors.per_level))
             weights = weights * torch.cat([level.any().expand(len(level)) for level in levels])
         cls = (quality_focal_kd(student.logits, teacher.logits).sum(-1) * weights).sum()

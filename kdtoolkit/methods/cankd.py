@@ -16,15 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
+from kdtoolkit.contract import DetectorSpec
+from kdtoolkit.methods.common import channel_moments
+from kdtoolkit.methods.features import FeatureMethod, Level
 
 
-def standardise(x: Tensor, dims: tuple[int, ...], eps: float = 1e-5) -> Tensor:
-    """Maps (N, C, H, W) of mean 0 and variance 1 over `dims`, biased, with `eps` added to the variance; in float32."""
+def instance_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Maps (N, C, H, W) of mean 0 and variance 1 over the cells of each image and channel, in float32.
+
+    The variance is the biased one, with `eps` added.
+    """
     x = x.float()
-    x = x - x.mean(dims, keepdim=True)
-    return x / (x.square().mean(dims, keepdim=True) + eps).sqrt()
+    x = x - x.mean((2, 3), keepdim=True)
+    return x / (x.square().mean((2, 3), keepdim=True) + eps).sqrt()
 
 
 def cankd_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -32,7 +36,7 @@ def cankd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     A scalar; no gradient reaches the teacher.
     """
-    difference = standardise(student, (2, 3)) - standardise(teacher.detach(), (2, 3))
+    difference = instance_norm(student) - instance_norm(teacher.detach())
     return difference.square().mean()
 
 
@@ -56,10 +60,12 @@ class CrossAttention(nn.Module):
         mixing = values @ keys.mT / keys.shape[2]  # (N, C', C')
         added = self.out((mixing @ self.theta(student).flatten(2)).unflatten(2, student.shape[2:]))
         # Batch normalisation by the batch's own statistics: it runs in training alone.
-        return student + self.scale * standardise(added, (0, 2, 3))
+        mean, variance = channel_moments(added, correction=0)
+        normed: Tensor = (added - mean) / (variance + 1e-5).sqrt()
+        return student + self.scale * normed
 
 
-class CanKD(Method):
+class CanKD(FeatureMethod):
     """Imitate the teacher's pyramid, each of the student's cells with the whole of the teacher's map in view.
 
     For all detectors with a pyramid. The default weight is the paper's for all of them (10 / 2 in the code), where the
@@ -69,34 +75,17 @@ class CanKD(Method):
         weight: factor of the loss summed over levels; the paper's mu.
     """
 
-    needs = frozenset({Capability.FEATURES})
-    terms = ("feature",)
     paper = "arXiv 2511.21503 (WACV 2026)"
-    levels: list[tuple[int, int]]
-    align: nn.ModuleList
     attention: nn.ModuleList
 
     def __init__(self, *, weight: float = 5.0) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-        """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
+        super().__init__(weight=weight)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Pair the levels of equal stride; project where channels differ; one block of attention a level."""
-        self.levels = shared_levels(student, teacher)
-        self.align = projections(self.levels, student, teacher)
+        """Build a block of attention for each level besides."""
+        super().setup(student, teacher)
         self.attention = nn.ModuleList(CrossAttention(teacher.channels[t]) for _, t in self.levels)
 
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`feature`: the weighted loss, summed over levels."""
-        students, teachers = exchange.student.features, exchange.teacher.features
-        losses = []
-        with torch.autocast(teachers[0].device.type, enabled=False):
-            for (s, t), align, attention in zip(self.levels, self.align, self.attention, strict=True):
-                teacher = teachers[t].detach().float()
-                student = resize_like(align(students[s].float()), teacher)
-                losses.append(cankd_loss(attention(student, teacher), teacher))
-        return {"feature": self.weight * torch.stack(losses).sum()}
+    def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+        """The loss of one level."""
+        return cankd_loss(self.attention[level.index](student, teacher), teacher)

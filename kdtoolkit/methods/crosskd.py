@@ -17,6 +17,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from kdtoolkit.compatibility import shared_levels, why_cells_differ, why_no_shared_level
 from kdtoolkit.contract import (
     Assignment,
     Capability,
@@ -29,18 +30,20 @@ from kdtoolkit.contract import (
     State,
     Whose,
 )
-from kdtoolkit.methods._common import (
-    StateProjection,
-    channel_statistics,
-    check_beta,
-    no_shared_level,
-    prediction_losses,
-    resize_like,
-    rows_of_levels,
-    shared_levels,
-    standardise,
-    unlike_cells,
-)
+from kdtoolkit.methods.common import channel_statistics, resize_like, rows_of_levels, standardise
+from kdtoolkit.methods.prediction_losses import BoxLoss, PredictionLosses
+
+
+class StateProjection(nn.Conv2d):
+    """A learned linear map of dim 1, of maps (N, C, H, W) as of vectors (N, C) and (N, C, Q)."""
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__(student_channels, teacher_channels, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (N, C, ...) to (N, C', ...)."""
+        flat = super().forward(input.reshape(*input.shape[:2], -1, 1))
+        return flat.reshape(flat.shape[0], flat.shape[1], *input.shape[2:])
 
 
 def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
@@ -82,15 +85,11 @@ def state_projections(student: Sequence[int], teacher: Sequence[int]) -> nn.Modu
     return nn.ModuleList(shared[pair] for pair in pairs)
 
 
-def keep_levels(assignment: Assignment, priors: Priors, levels: Collection[int], num_classes: int) -> Assignment:
-    """The assignment with all priors of other levels left out: background, of weight 0."""
+def keep_levels(assignment: Assignment, priors: Priors, levels: Collection[int]) -> Assignment:
+    """The assignment with the priors of all other levels left out: none is positive, and their weight is 0."""
     kept = torch.zeros_like(assignment.weights, dtype=torch.bool)
     kept[:, rows_of_levels(priors, sorted(levels))] = True
-    return replace(
-        assignment,
-        labels=assignment.labels.masked_fill(~kept, num_classes),
-        weights=assignment.weights * kept,
-    )
+    return replace(assignment, positive=assignment.positive & kept, weights=assignment.weights * kept)
 
 
 class CrossKD(Method):
@@ -131,19 +130,14 @@ class CrossKD(Method):
         box_weight: float = 1.0,
         quality_weight: float = 1.0,
         beta: float = 1.0,
-        box_loss: Literal["giou", "iou"] = "giou",
+        box_loss: BoxLoss = "giou",
         tap: Literal["after", "before"] = "after",
         priors: Whose = "student",
         proposal_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.stage = stage
-        self.cls_weight = cls_weight
-        self.distribution_weight = distribution_weight
-        self.box_weight = box_weight
-        self.quality_weight = quality_weight
-        self.beta = check_beta("CrossKD", beta)
-        self.box_loss: Literal["giou", "iou"] = box_loss
+        self.distances = PredictionLosses(cls_weight, distribution_weight, box_weight, quality_weight, beta, box_loss)
         self.tap = tap
         self.priors: Whose = priors
         self.proposal_weight = proposal_weight
@@ -160,22 +154,28 @@ class CrossKD(Method):
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose heads have no corresponding states."""
         on_grids = student.priors.on_grid and teacher.priors.on_grid
-        if reason := no_shared_level(student, teacher) if on_grids else unlike_cells(student, teacher):
+        if reason := why_no_shared_level(student, teacher) if on_grids else why_cells_differ(student, teacher):
             return reason
         for role, spec in (("student", student), ("teacher", teacher)):
             if not 0 <= self._index(spec) < len(spec.stages):
-                return f"the {role}'s head has stages 0 to {len(spec.stages) - 1}, so there is no stage {self.stage}"
+                return (
+                    f"the {role}'s head has stages 0 to {len(spec.stages) - 1}, so there is no stage {self.stage}. Use "
+                    "CrossKD(stage=-1), which counts from the end"
+                )
         ours, theirs = student.stages[self._index(student)], teacher.stages[self._index(teacher)]
         if missing := [branch for branch in theirs.channels if branch not in ours.channels]:
-            return f"the student's head has no branch {missing}, the teacher's has {list(theirs.channels)}"
+            return (
+                f"the teacher's head has the branches {', '.join(theirs.channels)}, and the student's head has none "
+                f"called {', '.join(missing)}. Use Mimic or a method of features (PKD, FGD)"
+            )
         first = student.first_stage, teacher.first_stage
         if self.proposal_weight and first[0] and first[1] and (reason := CrossKD().refuses(first[0], first[1])):
-            return f"their proposal networks do not fit ({reason}); proposal_weight=0 leaves them out"
+            return f"the two proposal networks do not fit: {reason}. CrossKD(proposal_weight=0) leaves them out"
         if ours.spatial != theirs.spatial:
             kinds = ("vectors", "maps")
             return (
-                f"the student's {ours.name} gives {kinds[ours.spatial]}, the teacher's {theirs.name} "
-                f"{kinds[theirs.spatial]}: choose another stage"
+                f"the student's stage '{ours.name}' gives {kinds[ours.spatial]}, the teacher's '{theirs.name}' gives "
+                f"{kinds[theirs.spatial]}. Choose a stage at which both give the same, as in CrossKD(stage=0)"
             )
         return None
 
@@ -197,7 +197,7 @@ class CrossKD(Method):
         )
         self.activations = (ours.activation, theirs.activation) if self.tap == "after" else (None, None)
         if self.proposal_weight and student.first_stage is not None and teacher.first_stage is not None:
-            self.proposals = CrossKD(beta=self.beta, box_loss=self.box_loss)
+            self.proposals = CrossKD(beta=self.distances.beta, box_loss=self.distances.box_loss)
             self.proposals.setup(student.first_stage, teacher.first_stage)
 
     def cross(self, pair: Matched) -> Predictions:
@@ -217,17 +217,10 @@ class CrossKD(Method):
         """
         pair = exchange.matched(self.priors)
         cross, teacher = self.cross(pair), pair.teacher.predictions
-        num_classes = exchange.teacher.spec.num_classes
         assignment = pair.teacher_assignment
         if not self.all_levels:
-            assignment = keep_levels(assignment, teacher.priors, [t for _, t in self.levels], num_classes)
-        losses = prediction_losses(cross, teacher, assignment, num_classes, self.beta, self.box_loss)
-        weights = {
-            "cls": self.cls_weight,
-            "box": self.distribution_weight if teacher.regression.ndim == 4 else self.box_weight,
-            "quality": self.quality_weight,
-        }
-        terms = {name: weights[name] * loss for name, loss in losses.items() if weights[name]}
+            assignment = keep_levels(assignment, teacher.priors, [t for _, t in self.levels])
+        terms = self.distances(cross, teacher, assignment)
         if self.proposals is not None and exchange.first_stage is not None:
             for name, loss in self.proposals(exchange.first_stage).items():
                 terms[f"proposal_{name}"] = self.proposal_weight * loss

@@ -14,16 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Predictions
-from kdtoolkit.methods._common import (
-    distribution_kl,
-    no_shared_level,
-    projections,
-    resize_like,
-    shared_levels,
-    unlike_priors,
-    unlike_scores,
+from kdtoolkit.compatibility import (
+    why_not_on_grid,
+    why_priors_differ,
+    why_scores_differ,
 )
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Predictions
+from kdtoolkit.methods.common import distribution_kl
+from kdtoolkit.methods.features import FeatureMethod, Level
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -40,7 +38,7 @@ def logit_maps(predictions: Predictions) -> list[Tensor]:
     ]
 
 
-class CWD(Method):
+class CWD(FeatureMethod):
     """Imitate where each channel of the teacher's pyramid, or of its class logits, is active.
 
     Args:
@@ -50,21 +48,16 @@ class CWD(Method):
         on: "features", or "logits": for detectors on grids with as many priors a cell.
     """
 
-    needs = frozenset({Capability.FEATURES})
-    terms = ("feature",)
     vanishing = ("feature",)
     paper = "arXiv 2011.13256 (ICCV 2021)"
-    levels: list[tuple[int, int]]
-    align: nn.ModuleList
 
     def __init__(
         self, *, weight: float = 10.0, temperature: float = 1.0, on: Literal["features", "logits"] = "features"
     ) -> None:
-        super().__init__()
+        super().__init__(weight=weight)
         if on == "logits":
             self.needs = frozenset({Capability.PREDICTIONS})
         self.on = on
-        self.weight = weight
         self.temperature = temperature
 
     @classmethod
@@ -75,28 +68,22 @@ class CWD(Method):
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride; for logits, those without corresponding maps."""
         if self.on == "features":
-            return no_shared_level(student, teacher)
-        if not student.priors.on_grid:
-            return f"maps of logits need priors on a grid, and the student has {student.priors}: use CWD(on='features')"
-        return unlike_priors(student, teacher) or unlike_scores(student, teacher)
+            return super().refuses(student, teacher)
+        if reason := why_not_on_grid(student, "student", use="CWD(on='features')"):
+            return reason
+        return why_priors_differ(student, teacher) or why_scores_differ(student, teacher)
 
-    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Pair the levels of equal stride; project where channels differ."""
-        self.levels = shared_levels(student, teacher)
+    def projection(self, student_channels: int, teacher_channels: int) -> nn.Module:
+        """Maps of class logits have as many channels in both detectors."""
+        return nn.Identity() if self.on == "logits" else super().projection(student_channels, teacher_channels)
+
+    def pyramids(self, exchange: Exchange) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The pyramids, or the maps of class logits."""
         if self.on == "features":
-            self.align = projections(self.levels, student, teacher)
-        else:
-            self.align = nn.ModuleList(nn.Identity() for _ in self.levels)
+            return super().pyramids(exchange)
+        pair = exchange.matched()
+        return logit_maps(pair.student.predictions), logit_maps(pair.teacher.predictions)
 
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`feature`: the weighted loss, summed over levels."""
-        student: Sequence[Tensor] = exchange.student.features
-        teacher: Sequence[Tensor] = exchange.teacher.features
-        if self.on == "logits":
-            pair = exchange.matched()
-            student, teacher = logit_maps(pair.student.predictions), logit_maps(pair.teacher.predictions)
-        losses = [
-            cwd_loss(resize_like(align(student[s]), teacher[t]), teacher[t], self.temperature)
-            for (s, t), align in zip(self.levels, self.align, strict=True)
-        ]
-        return {"feature": self.weight * torch.stack(losses).sum()}
+    def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+        """The loss of one level."""
+        return cwd_loss(student, teacher, self.temperature)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kdtoolkit import processes
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import no_shared_level, resize_like, shared_levels
+from kdtoolkit.contract import Exchange
+from kdtoolkit.methods.features import FeatureMethod, Level
 
 FINEST_SIDE = 56  # pixels; a box belongs to the finest level below twice this side, and one level up each doubling
 
@@ -49,6 +49,18 @@ def object_region(boxes: Tensor, stride: int, height: int, width: int) -> Tensor
     return (rows[..., :, None] & columns[..., None, :]).any(1)
 
 
+def object_regions(
+    boxes: Sequence[Tensor], strides: Sequence[int], levels: Sequence[int], sizes: Sequence[tuple[int, int]]
+) -> list[Tensor]:
+    """The object regions (N, H, W) bool of some `levels`, of (H, W) `sizes`, of a pyramid of `strides` in pixels."""
+    padded = pad_sequence(list(boxes), batch_first=True, padding_value=torch.nan).float()
+    level_of = levels_of(padded.nan_to_num(), len(strides))[..., None]
+    return [
+        object_region(torch.where(level_of == level, padded, torch.nan), strides[level], height, width)
+        for level, (height, width) in zip(levels, sizes, strict=True)
+    ]
+
+
 def decoupled_losses(student: Tensor, teacher: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
     """Half the mean squared difference of maps (N, C, H, W) in the region `objects` (N, H, W) bool and outside it.
 
@@ -61,7 +73,7 @@ def decoupled_losses(student: Tensor, teacher: Tensor, objects: Tensor) -> tuple
     return inside / 2, outside / 2
 
 
-class DeFeat(Method):
+class DeFeat(FeatureMethod):
     """Imitate the teacher's pyramid on objects and on background, each with its own weight.
 
     For all detectors with a pyramid. The default weights are those of the published configuration, for Faster R-CNN
@@ -72,56 +84,33 @@ class DeFeat(Method):
         background_weight: factor of the term outside them.
     """
 
-    needs = frozenset({Capability.FEATURES})
     terms = ("object", "background")
     vanishing = ("object", "background")
+    mean_over_levels = True
     paper = "arXiv 2103.14475 (CVPR 2021)"
-    levels: list[tuple[int, int]]
-    align: nn.ModuleList
 
     def __init__(self, *, object_weight: float = 3.0, background_weight: float = 12.0) -> None:
         super().__init__()
         self.weights = object_weight, background_weight
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-        """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
+    def projection(self, student_channels: int, teacher_channels: int) -> nn.Module:
+        """A 3x3 convolution, at first the identity where channels are equal."""
+        convolution = nn.Conv2d(student_channels, teacher_channels, 3, padding=1)
+        if student_channels == teacher_channels:
+            nn.init.dirac_(convolution.weight)
+            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+        return convolution
 
-    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Pair the levels of equal stride; a convolution for each, the identity at first where channels are equal."""
-        self.levels = shared_levels(student, teacher)
-        self.align = nn.ModuleList()
-        for s, t in self.levels:
-            convolution = nn.Conv2d(student.channels[s], teacher.channels[t], 3, padding=1)
-            if student.channels[s] == teacher.channels[t]:
-                nn.init.dirac_(convolution.weight)
-                nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-            self.align.append(convolution)
-
-    def regions(
-        self, boxes: Sequence[Tensor], strides: Sequence[int], levels: Sequence[int], sizes: Sequence[tuple[int, int]]
-    ) -> list[Tensor]:
-        """The object region (N, H, W) bool of some `levels`, of (H, W) `sizes`, of a pyramid of `strides` in pixels."""
-        padded = pad_sequence(list(boxes), batch_first=True, padding_value=torch.nan).float()
-        level_of = levels_of(padded.nan_to_num(), len(strides))[..., None]
-        return [
-            object_region(torch.where(level_of == level, padded, torch.nan), strides[level], height, width)
-            for level, (height, width) in zip(levels, sizes, strict=True)
-        ]
-
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`object` and `background`: weighted means over levels."""
-        student, teacher = exchange.student.features, [exchange.teacher.features[t] for _, t in self.levels]
+    def regions(self, exchange: Exchange) -> list[Tensor]:
+        """The object region (N, H, W) bool of each pair of levels, in the teacher's cells."""
+        view = exchange.teacher
         # Whichever levels are compared, boxes belong to those of the whole pyramid.
-        strides = exchange.teacher.adapter.spec.strides
-        shown = [i for i, stride in enumerate(strides) if stride in exchange.teacher.spec.strides]
-        levels = [shown[t] for _, t in self.levels]
-        sizes = [(x.shape[2], x.shape[3]) for x in teacher]
-        regions = self.regions(exchange.teacher.batch.boxes, strides, levels, sizes)
-        with torch.autocast(teacher[0].device.type, enabled=False):
-            losses = [
-                torch.stack(decoupled_losses(resize_like(align(student[s].float()), t), t, region))
-                for (s, _), align, t, region in zip(self.levels, self.align, teacher, regions, strict=True)
-            ]
-        means = torch.stack(losses).mean(0)
-        return {name: w * loss for name, w, loss in zip(self.terms, self.weights, means, strict=True)}
+        strides = view.adapter.spec.strides
+        shown = [i for i, stride in enumerate(strides) if stride in view.spec.strides]
+        sizes = [(view.features[t].shape[2], view.features[t].shape[3]) for _, t in self.levels]
+        return object_regions(view.batch.boxes, strides, [shown[t] for _, t in self.levels], sizes)
+
+    def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+        """Both terms of one level (2,)."""
+        assert level.region is not None  # `regions` gives one for each pair
+        return torch.stack(decoupled_losses(student, teacher, level.region))

@@ -17,11 +17,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
 from kdtoolkit.errors import IncompatibleError
-from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
+from kdtoolkit.methods.features import FeatureMethod, Level
 
 
 def weigh_channels(x: Tensor, temperature: float = 0.5) -> Tensor:
@@ -58,7 +57,7 @@ def detkds_loss(student: Tensor, teacher: Tensor, temperature: float = 0.5) -> T
     return (student - teacher).abs().mean()
 
 
-class DetKDS(Method):
+class DetKDS(FeatureMethod):
     """Imitate how the teacher's features differ between the images of a batch, where channels are strong.
 
     For all detectors with a pyramid, in batches of two images or more. The default weight is the published one for GFL;
@@ -69,37 +68,18 @@ class DetKDS(Method):
         temperature: of the channel attention.
     """
 
-    needs = frozenset({Capability.FEATURES})
-    terms = ("feature",)
     vanishing = ("feature",)
     paper = "openreview SBR8Gwe1E2 (ICML 2024)"
-    levels: list[tuple[int, int]]
-    align: nn.ModuleList
 
     def __init__(self, *, weight: float = 10.0, temperature: float = 0.5) -> None:
-        super().__init__()
-        self.weight = weight
+        super().__init__(weight=weight)
         self.temperature = temperature
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-        """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
-
-    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Pair the levels of equal stride; project where channels differ."""
-        self.levels = shared_levels(student, teacher)
-        self.align = projections(self.levels, student, teacher)
-
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`feature`: the weighted loss, summed over levels.
+    def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+        """The loss of one level.
 
         Raises IncompatibleError for a batch of one image, in which there is nothing to compare.
         """
-        if len(exchange.teacher.features[0]) < 2:
+        if len(teacher) < 2:
             raise IncompatibleError("DetKDS compares the images of a batch: train with batches of two or more a device")
-        student, teacher = exchange.student.features, exchange.teacher.features
-        losses = [
-            detkds_loss(resize_like(align(student[s]).float(), teacher[t]), teacher[t], self.temperature)
-            for (s, t), align in zip(self.levels, self.align, strict=True)
-        ]
-        return {"feature": self.weight * torch.stack(losses).sum()}
+        return detkds_loss(student, teacher, self.temperature)

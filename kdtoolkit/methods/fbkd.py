@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import no_shared_level, resize_like, shared_levels
+from kdtoolkit import processes
+from kdtoolkit.contract import DetectorSpec
+from kdtoolkit.methods.common import channel_moments
+from kdtoolkit.methods.features import FeatureMethod, Level
 
 
 def spatial_attention(x: Tensor, temperature: float) -> Tensor:
@@ -24,11 +26,13 @@ def spatial_attention(x: Tensor, temperature: float) -> Tensor:
 
 
 def norm(x: Tensor) -> Tensor:
-    """Euclidean norm of all of a tensor, a scalar, with gradient 0 where all is 0."""
+    """Euclidean norm of all of a tensor, a scalar, with gradient 0 where all is 0; over the images of all processes."""
     # Not square().sum().sqrt(): its gradient is 0 / 0 where all is 0. In two steps, since taken in one the norm of a
     # level of 8 million entries loses 2e-4 to float32.
-    total: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1))
-    return total
+    norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1))
+    if processes.count() == 1:
+        return norm
+    return processes.total(norm.square()).clamp(min=1e-24).sqrt()
 
 
 class NonLocal(nn.Module):
@@ -58,7 +62,7 @@ class NonLocal(nn.Module):
         relation = torch.bmm(value, key.transpose(1, 2)) / key.shape[2]
         gathered = self.out(torch.bmm(relation, query.flatten(2)).view_as(query))
         # Batch normalisation in training mode, but for a single cell in all too, which nn.BatchNorm2d refuses.
-        variance, mean = torch.var_mean(gathered, (0, 2, 3), correction=0, keepdim=True)
+        mean, variance = channel_moments(gathered, correction=0)
         normed: Tensor = (gathered - mean) * (variance + 1e-5).rsqrt() * self.scale + self.shift
         return x + normed
 
@@ -89,7 +93,7 @@ class Connector(nn.Module):
         return feature, channel, spatial, relation
 
 
-class FBKD(Method):
+class FBKD(FeatureMethod):
     """Imitate the teacher's pyramid where it looks, its means, and the relations between its cells.
 
     Relations are to one key in 64 x 64 pixels, or in 4 x 4 cells where that is more: the published setting. The default
@@ -103,10 +107,8 @@ class FBKD(Method):
         relation_weight: factor of the non-local term.
     """
 
-    needs = frozenset({Capability.FEATURES})
     terms = ("feature", "channel", "spatial", "relation")
     paper = "OpenReview uKhGRvM8QNH (ICLR 2021)"
-    levels: list[tuple[int, int]]
     connectors: nn.ModuleList
 
     def __init__(
@@ -122,25 +124,18 @@ class FBKD(Method):
         self.temperature = temperature
         self.weights = feature_weight, channel_weight, spatial_weight, relation_weight
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-        """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
+    def projection(self, student_channels: int, teacher_channels: int) -> nn.Module:
+        """Each term has a projection of its own, in the level's connector."""
+        return nn.Identity()
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Pair the levels of equal stride; one connector each, which projects channels even where they are equal."""
-        self.levels = shared_levels(student, teacher)
+        """Build a connector for each level; it projects channels even where they are equal."""
+        super().setup(student, teacher)
         self.connectors = nn.ModuleList(
             Connector(student.channels[s], teacher.channels[t], max(64 // student.strides[s], 4))
             for s, t in self.levels
         )
 
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`feature`, `channel`, `spatial` and `relation`, each summed over levels."""
-        student, teacher = exchange.student.features, exchange.teacher.features
-        with torch.autocast(teacher[0].device.type, enabled=False):
-            losses = [
-                connector(resize_like(student[s].float(), teacher[t]), teacher[t].float(), self.temperature)
-                for (s, t), connector in zip(self.levels, self.connectors, strict=True)
-            ]
-        sums = (torch.stack(term).sum() for term in zip(*losses, strict=True))
-        return {name: w * term for name, w, term in zip(self.terms, self.weights, sums, strict=True)}
+    def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+        """The four terms of one level (4,)."""
+        return torch.stack(self.connectors[level.index](student, teacher, self.temperature))

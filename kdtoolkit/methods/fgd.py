@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from kdtoolkit.contract import Batch, Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
+from kdtoolkit.contract import Batch, DetectorSpec, Exchange
+from kdtoolkit.methods.features import FeatureMethod, Level
 
 CHUNK = 2**18  # entries: what the walk through a map has at hand at a time, so that it stays in a processor's cache
 
@@ -265,7 +265,7 @@ class ContextBlock(nn.Module):
         return x + self.added(self.context(x))[:, :, None, None]
 
 
-class FGD(Method):
+class FGD(FeatureMethod):
     """Imitate the teacher's pyramid where it looks, objects and background apart, and in its global relations.
 
     Defaults are the paper's for RetinaNet and GFL.
@@ -280,12 +280,9 @@ class FGD(Method):
             two are the same.
     """
 
-    needs = frozenset({Capability.FEATURES})
     terms = ("foreground", "background", "attention", "global")
     vanishing = ("foreground", "background", "attention")
     paper = "arXiv 2111.11837 (CVPR 2022)"
-    levels: list[tuple[int, int]]
-    align: nn.ModuleList
     student_context: nn.ModuleList
     teacher_context: nn.ModuleList
 
@@ -325,48 +322,34 @@ class FGD(Method):
         """For YOLOX: alpha 2e-3, beta and gamma 1e-3, lambda 1e-5."""
         return cls(foreground_weight=2e-3, background_weight=1e-3, attention_weight=1e-3, global_weight=1e-5)
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-        """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
-
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Pair the levels of equal stride; project where channels differ; two context blocks a level."""
-        self.levels = shared_levels(student, teacher)
-        self.align = projections(self.levels, student, teacher)
+        """Build two context blocks for each level besides."""
+        super().setup(student, teacher)
         channels = [teacher.channels[t] for _, t in self.levels]
         self.student_context = nn.ModuleList(map(ContextBlock, channels))
         self.teacher_context = nn.ModuleList(map(ContextBlock, channels))
 
-    def level_losses(self, student: Tensor, teacher: Tensor, masks: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """The four terms of one pair of levels (4,), unweighted; `student` (N, C', H', W') as its neck gives it."""
-        teacher = teacher.detach().float()
-        student = resize_like(self.align[index](student.float()), teacher)
-        contexts = self.student_context[index], self.teacher_context[index]
+    def masks(self, batch: Batch, stride: int, height: int, width: int) -> Tensor:
+        """Foreground and background weights (2, N, height, width) of the level of a stride in pixels."""
+        boxes = pad_sequence(list(batch.boxes), batch_first=True, padding_value=torch.nan).float()
+        cells = cells_of_content(boxes, batch.sizes, height, width) if self.published_masks else boxes / stride
+        return torch.stack(region_masks(cells, height, width))
+
+    def regions(self, exchange: Exchange) -> list[Tensor]:
+        """The masks (2, N, H, W) of each pair of levels, in the teacher's cells."""
+        view = exchange.teacher
+        sizes = [(t, view.features[t].shape[2], view.features[t].shape[3]) for _, t in self.levels]
+        return [self.masks(view.batch, view.spec.strides[t], height, width) for t, height, width in sizes]
+
+    def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+        """The four terms of one level (4,)."""
+        assert level.region is not None  # `regions` gives one for each pair
+        contexts = self.student_context[level.index], self.teacher_context[level.index]
         ours, theirs = (cast(ContextBlock, block) for block in contexts)
         found = compare(student, teacher, *ours.counting, self.temperature)
         # Both blocks add a constant to each channel, so the squared distance is the spread of the differences and,
         # at each cell, the square of their mean.
         mean = found.mean + ours.added(found.context) - theirs.added(theirs.context(teacher))
         relation = found.spread.sum() + student.shape[2] * student.shape[3] * mean.square().sum()
-        return torch.stack([*_focal(found, *masks), relation / len(student)])
-
-    def masks(self, batch: Batch, stride: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Foreground and background weights (N, height, width) of the level of a stride in pixels."""
-        boxes = pad_sequence(list(batch.boxes), batch_first=True, padding_value=torch.nan).float()
-        if self.published_masks:
-            return region_masks(cells_of_content(boxes, batch.sizes, height, width), height, width)
-        return region_masks(boxes / stride, height, width)
-
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`foreground`, `background`, `attention`, `global`: weighted, summed over levels."""
-        student, teacher, batch = exchange.student.features, exchange.teacher.features, exchange.teacher.batch
-        strides = exchange.teacher.spec.strides
-        with torch.autocast(teacher[0].device.type, enabled=False):  # sums over whole maps overflow in half precision
-            losses = [
-                self.level_losses(
-                    student[s], teacher[t], self.masks(batch, strides[t], teacher[t].shape[2], teacher[t].shape[3]), i
-                )
-                for i, (s, t) in enumerate(self.levels)
-            ]
-        total = torch.stack(losses).sum(0)
-        return {name: w * loss for name, w, loss in zip(self.terms, self.weights, total, strict=True)}
+        foreground, background = level.region
+        return torch.stack([*_focal(found, foreground, background), relation / len(student)])

@@ -15,12 +15,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdtoolkit import processes
 from kdtoolkit.boxes import centres, pairwise_iou
-from kdtoolkit.contract import Batch, Capability, DetectorSpec, Exchange, Method, PriorKind, Priors
-from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
+from kdtoolkit.compatibility import why_not_on_grid
+from kdtoolkit.contract import Batch, DetectorSpec, Exchange, PriorKind, Priors
+from kdtoolkit.methods.common import resize_like
+from kdtoolkit.methods.features import FeatureMethod, Level
 
 Region = Literal["whole", "boxes", "fine-grained"]
 
@@ -67,7 +69,7 @@ def on_image(priors: Priors, batch: Batch) -> Tensor:
     return (points < points.new_tensor([(w, h) for h, w in batch.padded_sizes])[:, None]).all(-1)
 
 
-class FitNet(Method):
+class FitNet(FeatureMethod):
     """Imitate the teacher's features.
 
     Args:
@@ -76,33 +78,24 @@ class FitNet(Method):
             box well. The latter two need the student's priors, on a grid.
     """
 
-    needs = frozenset({Capability.FEATURES})
-    terms = ("feature",)
     vanishing = ("feature",)
+    resize_student = False
     paper = "arXiv 1412.6550 (ICLR 2015); fine-grained: arXiv 1906.03609 (CVPR 2019)"
-    levels: list[tuple[int, int]]
-    align: nn.ModuleList
 
     def __init__(self, *, weight: float = 2.0, region: Region = "whole") -> None:
-        super().__init__()
-        self.weight = weight
+        super().__init__(weight=weight)
         self.region = region
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride, and regions that the student's priors cannot mark."""
-        if self.region != "whole" and not student.priors.on_grid:
-            return f"region {self.region!r} needs priors on a grid, unlike {student.priors}: use region 'whole'"
+        if self.region != "whole" and (reason := why_not_on_grid(student, "student", use="FitNet(region='whole')")):
+            return reason
         if self.region == "fine-grained" and student.priors is PriorKind.POINTS:
-            return "region 'fine-grained' needs anchors, and the student has points: use region 'boxes'"
-        return no_shared_level(student, teacher)
-
-    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Pair the levels of equal stride; project where channels differ."""
-        self.levels = shared_levels(student, teacher)
-        self.align = projections(self.levels, student, teacher)
+            return "region 'fine-grained' needs anchors, and the student predicts at points. Use FitNet(region='boxes')"
+        return super().refuses(student, teacher)
 
     def regions(self, exchange: Exchange) -> list[Tensor] | None:
-        """The region (N, H, W) on each of the student's levels; None for whole maps."""
+        """The region (N, H, W) bool of each pair of levels, in the student's cells; None for whole maps."""
         if self.region == "whole":
             return None
         # Whatever the methods need, the student's head has run: for its own loss.
@@ -113,18 +106,13 @@ class FitNet(Method):
             region = fine_grained_region(priors.boxes, batch.boxes, on_image(priors, batch))
         strides = exchange.student.adapter.spec.strides
         levels = zip(torch.split(region, list(priors.per_level), 1), priors.grid, strides, strict=True)
-        return [
+        shown = [
             level.view(len(region), height, width, -1).any(-1)
             for level, (height, width), stride in levels
             if stride in exchange.student.spec.strides
         ]
+        return [shown[s] for s, _ in self.levels]
 
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`feature`: the weighted loss, summed over levels."""
-        student, teacher, regions = exchange.student.features, exchange.teacher.features, self.regions(exchange)
-        losses = [
-            # The teacher's map is resized, since the region is one of the student's cells.
-            imitation_loss(align(student[s]), resize_like(teacher[t], student[s]), regions[s] if regions else None)
-            for (s, t), align in zip(self.levels, self.align, strict=True)
-        ]
-        return {"feature": self.weight * torch.stack(losses).sum()}
+    def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+        """The loss of one level. The teacher's map is resized, since the region is one of the student's cells."""
+        return imitation_loss(student, resize_like(teacher, student), level.region)

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdtoolkit import processes
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Whose
-from kdtoolkit.methods._common import check_grids, distribution_kl, too_few_classes, unlike_priors, unlike_scores
+from kdtoolkit.compatibility import why_too_few_classes
+from kdtoolkit.contract import DetectorSpec, Matched, Predictions, Whose
+from kdtoolkit.methods.common import distribution_kl
+from kdtoolkit.methods.predictions import PredictionMethod
 
 Kind = Literal["kd", "dkd", "dist"]
 
@@ -65,7 +67,7 @@ def dist_loss(student: Tensor, teacher: Tensor, temperature: float, inter: float
     return temperature**2 * distance
 
 
-class LogitKD(Method):
+class LogitKD(PredictionMethod):
     """Bring the student's class scores to the teacher's, at the same priors.
 
     Args:
@@ -78,7 +80,6 @@ class LogitKD(Method):
             as in DKD's experiments on detectors. On grids the two are the same.
     """
 
-    needs = frozenset({Capability.PREDICTIONS, Capability.ASSIGNMENT})
     terms = ("cls",)
     vanishing = ("cls",)
     paper = "arXiv 1503.02531; DKD: 2203.08679 (CVPR 2022); DIST: 2205.10536 (NeurIPS 2022)"
@@ -99,33 +100,28 @@ class LogitKD(Method):
         self.temperature = temperature
         self.target_weight = target_weight
         self.others_weight = others_weight
-        self.priors: Whose = priors
+        self.priors = priors
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose priors or scores do not correspond, or that have nothing to compare."""
-        if reason := too_few_classes(student, 3 if self.kind == "dkd" else 2):
-            return f"{reason}; Mimic and BCKD compare each class by itself"
-        return unlike_priors(student, teacher) or unlike_scores(student, teacher)
+        if reason := why_too_few_classes(student, 3 if self.kind == "dkd" else 2):
+            return f"{reason}. Use Mimic or BCKD, which compare each class by itself"
+        return super().refuses(student, teacher)
 
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`cls`: the weighted loss; 0 where no prior counts.
-
-        Raises IncompatibleError where the two detectors bring the batch to other sizes.
-        """
-        pair, spec = exchange.matched(self.priors), exchange.teacher.spec
-        check_grids("LogitKD", pair.student.predictions, pair.teacher.predictions)
+    def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
+        """`cls`: the weighted loss; 0 where no prior counts."""
         assignment = pair.teacher_assignment
         counts = assignment.weights > 0
-        if spec.activation == "sigmoid":
-            counts = counts & assignment.positive(spec.num_classes)
+        if student.activation == "sigmoid":
+            counts = counts & assignment.positive
         chosen = counts.nonzero(as_tuple=True)
-        student, teacher = pair.student.predictions.logits[chosen], pair.teacher.predictions.logits[chosen]
+        ours, theirs = student.logits[chosen], teacher.logits[chosen]
         rows = processes.share(counts.sum(), at_least=1)
-        if self.kind == "dist" and len(student):
-            loss = dist_loss(student, teacher, self.temperature)
+        if self.kind == "dist" and len(ours):
+            loss = dist_loss(ours, theirs, self.temperature)
         elif self.kind == "dkd":
-            target, others = decoupled_kl(student, teacher, assignment.labels[chosen], self.temperature)
+            target, others = decoupled_kl(ours, theirs, assignment.labels[chosen], self.temperature)
             loss = (self.target_weight * target + self.others_weight * others).sum() / rows
         else:
-            loss = distribution_kl(student, teacher, self.temperature).sum() / rows
+            loss = distribution_kl(ours, theirs, self.temperature).sum() / rows
         return {"cls": self.weight * loss}

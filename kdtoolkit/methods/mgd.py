@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
+from kdtoolkit.contract import DetectorSpec
 from kdtoolkit.errors import KDError
-from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
+from kdtoolkit.methods.features import FeatureMethod, Level
 
 
 def mgd_loss(generated: Tensor, teacher: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def generator(channels: int) -> nn.Sequential:
     )
 
 
-class MGD(Method):
+class MGD(FeatureMethod):
     """Generate the teacher's pyramid from the student's, with part of its cells blanked at random.
 
     Defaults are the published ones for RetinaNet.
@@ -41,18 +41,13 @@ class MGD(Method):
         mask_ratio: share of the cells that are blanked, in [0, 1) (the paper's lambda).
     """
 
-    needs = frozenset({Capability.FEATURES})
-    terms = ("feature",)
     paper = "arXiv 2205.01529 (ECCV 2022)"
-    levels: list[tuple[int, int]]
-    align: nn.ModuleList
     generate: nn.ModuleList
 
     def __init__(self, *, weight: float = 2e-5, mask_ratio: float = 0.65) -> None:
-        super().__init__()
+        super().__init__(weight=weight)
         if not 0 <= mask_ratio < 1:
             raise KDError(f"MGD(mask_ratio={mask_ratio}): must be a share in [0, 1)")
-        self.weight = weight
         self.mask_ratio = mask_ratio
 
     @classmethod
@@ -60,23 +55,12 @@ class MGD(Method):
         """For Faster R-CNN: weight 5e-7, mask ratio 0.45; published on the four finest levels (`at_strides`)."""
         return cls(weight=5e-7, mask_ratio=0.45)
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-        """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
-
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Pair the levels of equal stride; project where channels differ; one generating block a level."""
-        self.levels = shared_levels(student, teacher)
-        self.align = projections(self.levels, student, teacher)
+        """Build a generating block for each level besides."""
+        super().setup(student, teacher)
         self.generate = nn.ModuleList(generator(teacher.channels[t]) for _, t in self.levels)
 
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`feature`: the weighted loss, summed over levels. Draws the mask from torch's global generator."""
-        student, teacher = exchange.student.features, exchange.teacher.features
-        losses = []
-        with torch.autocast(teacher[0].device.type, enabled=False):
-            for (s, t), align, generate in zip(self.levels, self.align, self.generate, strict=True):
-                aligned = resize_like(align(student[s].float()), teacher[t])
-                kept = torch.rand_like(aligned[:, :1]) <= 1 - self.mask_ratio
-                losses.append(mgd_loss(generate(aligned * kept), teacher[t]))
-        return {"feature": self.weight * torch.stack(losses).sum()}
+    def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+        """The loss of one level. Draws the mask from torch's global generator."""
+        kept = torch.rand_like(student[:, :1]) <= 1 - self.mask_ratio
+        return mgd_loss(self.generate[level.index](student * kept), teacher)

@@ -6,23 +6,15 @@ are at the same time drawn towards the teacher's, and where the two disagree the
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal
-
 from torch import Tensor
 
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import (
-    check_beta,
-    check_grids,
-    prediction_losses,
-    unlike_bins,
-    unlike_priors,
-    unlike_scores,
-)
+from kdtoolkit.compatibility import why_bins_differ
+from kdtoolkit.contract import DetectorSpec, Matched, Predictions
+from kdtoolkit.methods.prediction_losses import BoxLoss, PredictionLosses
+from kdtoolkit.methods.predictions import PredictionMethod
 
 
-class Mimic(Method):
+class Mimic(PredictionMethod):
     """Let the student's own predictions mimic the teacher's, prior by prior.
 
     Defaults are those of `CrossKD`, so that the two differ in nothing but whose predictions mimic.
@@ -36,7 +28,6 @@ class Mimic(Method):
         box_loss: "giou" (RetinaNet, ATSS), or "iou" (FCOS).
     """
 
-    needs = frozenset({Capability.PREDICTIONS, Capability.ASSIGNMENT})
     terms = ("cls", "box", "quality")
     vanishing = ("cls", "box")
     paper = "arXiv 2306.11369 (CVPR 2024), its baseline"
@@ -49,15 +40,10 @@ class Mimic(Method):
         box_weight: float = 1.0,
         quality_weight: float = 1.0,
         beta: float = 1.0,
-        box_loss: Literal["giou", "iou"] = "giou",
+        box_loss: BoxLoss = "giou",
     ) -> None:
         super().__init__()
-        self.cls_weight = cls_weight
-        self.distribution_weight = distribution_weight
-        self.box_weight = box_weight
-        self.quality_weight = quality_weight
-        self.beta = check_beta("Mimic", beta)
-        self.box_loss: Literal["giou", "iou"] = box_loss
+        self.distances = PredictionLosses(cls_weight, distribution_weight, box_weight, quality_weight, beta, box_loss)
 
     @classmethod
     def for_fcos(cls) -> Mimic:
@@ -66,27 +52,15 @@ class Mimic(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose priors do not correspond one to one, or that predict boxes in other ways."""
-        if reason := unlike_priors(student, teacher) or unlike_scores(student, teacher):
+        if reason := super().refuses(student, teacher):
             return reason
         if student.priors != teacher.priors:
-            return f"boxes are relative to {student.priors} in the student, to {teacher.priors} in the teacher"
-        return unlike_bins(student, teacher)
+            return (
+                f"the student predicts boxes relative to {student.priors}, the teacher relative to {teacher.priors}. "
+                "Use CrossKD or BCKD"
+            )
+        return why_bins_differ(student, teacher)
 
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`cls`, `box` and, where both heads judge quality, `quality`; those of weight 0 are left out.
-
-        Raises IncompatibleError where the two detectors bring the batch to other sizes.
-        """
-        pair = exchange.matched()
-        student, teacher = pair.student.predictions, pair.teacher.predictions
-        check_grids("Mimic", student, teacher)
-        # Proposals and queries lie at the same place of the image, though not always of the canvas.
-        teacher = replace(teacher, decode=lambda regression, priors: pair.teacher_boxes)
-        num_classes = exchange.teacher.spec.num_classes
-        losses = prediction_losses(student, teacher, pair.teacher_assignment, num_classes, self.beta, self.box_loss)
-        weights = {
-            "cls": self.cls_weight,
-            "box": self.distribution_weight if teacher.regression.ndim == 4 else self.box_weight,
-            "quality": self.quality_weight,
-        }
-        return {name: weights[name] * loss for name, loss in losses.items() if weights[name]}
+    def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
+        """`cls`, `box` and, where both heads judge quality, `quality`; those of weight 0 are left out."""
+        return self.distances(student, teacher, pair.teacher_assignment)

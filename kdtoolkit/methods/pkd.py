@@ -7,10 +7,10 @@ detectors of different kinds can be paired (section 3.3, equations 4 and 5).
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels, standardise
+from kdtoolkit.methods.common import resize_like, standardise
+from kdtoolkit.methods.features import FeatureMethod, Level
 
 
 def pkd_loss(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
@@ -27,7 +27,7 @@ def pkd_loss(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
     return (standardise(student, eps) - standardise(teacher, eps)).square().mean() / 2
 
 
-class PKD(Method):
+class PKD(FeatureMethod):
     """Imitate the teacher's pyramid up to scale and offset of each channel.
 
     Args:
@@ -35,16 +35,12 @@ class PKD(Method):
             for Faster R-CNN and for Mask R-CNN into RetinaNet; 10 there for FCOS and ResNeXt-101 into RetinaNet.
     """
 
-    needs = frozenset({Capability.FEATURES})
-    terms = ("feature",)
     vanishing = ("feature",)
+    resize_student = False
     paper = "arXiv 2207.02039 (NeurIPS 2022)"
-    levels: list[tuple[int, int]]
-    align: nn.ModuleList
 
     def __init__(self, *, weight: float = 6.0) -> None:
-        super().__init__()
-        self.weight = weight
+        super().__init__(weight=weight)
 
     @classmethod
     def for_fcos(cls) -> PKD:
@@ -61,18 +57,6 @@ class PKD(Method):
         """For ATSS beside CrossKD: weight 1."""
         return cls(weight=1.0)
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-        """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
-
-    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
-        """Pair the levels of equal stride; project where channels differ."""
-        self.levels = shared_levels(student, teacher)
-        self.align = projections(self.levels, student, teacher)
-
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`feature`: the weighted loss, summed over levels."""
-        student, teacher = exchange.student.features, exchange.teacher.features
-        pairs = zip(self.levels, self.align, strict=True)
-        losses = [pkd_loss(align(student[s]), teacher[t]) for (s, t), align in pairs]
-        return {"feature": self.weight * sum(losses[1:], losses[0])}
+    def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+        """The loss of one level."""
+        return pkd_loss(student, teacher)

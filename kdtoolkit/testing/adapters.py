@@ -24,10 +24,10 @@ from kdtoolkit.contract import (
     PriorKind,
     Target,
     View,
-    adapt,
 )
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.testing._common import (
     Probe,
     Snapshot,
@@ -46,6 +46,7 @@ from kdtoolkit.testing._common import (
     without_objects,
     without_onednn,
 )
+from kdtoolkit.testing.ranks import side_by_side
 from kdtoolkit.testing.report import SEED, ConformanceError, ConformanceReport, LeftOut, by_name, run
 
 Own = Callable[[Any, Sequence[Tensor]], list[Detections]]
@@ -288,8 +289,9 @@ def _priors(case: _Case) -> None:
 def _stages(case: _Case) -> None:
     """States have the branches, channels and shapes of the declared stages."""
     spec = case.spec
-    expect(bool(spec.stages) == (Capability.STAGES in spec.capabilities), "stages are declared without the capability")
     if not spec.stages:
+        resumes = type(case.adapter).resume is not DetectorAdapter.resume
+        expect(not resumes, "resume is implemented, but describe names no stages")
         raise LeftOut("declares no stages")
     states = case.show().head.states
     names = [stage.name for stage in spec.stages]
@@ -305,31 +307,6 @@ def _stages(case: _Case) -> None:
             if stage.activation is not None:
                 once = stage.activation(tensor)
                 expect(torch.equal(stage.activation(once), once), f"activation of {stage.name} is not idempotent")
-
-
-@torch.no_grad()
-def _capabilities(case: _Case) -> None:
-    """What is declared can be called, and what is not says so."""
-    adapter, spec = case.fresh(), case.spec
-    view = case.show(adapter)
-    declared, bins, ndim = spec.capabilities, len(spec.bins), view.head.predictions.regression.ndim
-    expect(declared >= {Capability.FEATURES, Capability.PREDICTIONS}, "every detector shows features, predictions")
-    distributions, assignment = Capability.DISTRIBUTIONS in declared, Capability.ASSIGNMENT in declared
-    agree = distributions == bool(bins) == (ndim == 4)
-    expect(agree, f"distributions: {distributions}, {bins} bins, regression {ndim}-d")
-    assigns = _implemented(lambda: adapter.assign(view.head, view.batch))
-    expect(assigns or not assignment, "assignment is declared and not implemented")
-    expect(assignment or not assigns, "assign works, but assignment is not declared")
-    resumes = Capability.STAGES not in declared and _implemented(lambda: adapter.resume({}, 0, view.head))
-    expect(not resumes, "resume works, but stages are not declared")
-
-
-def _implemented(call: Callable[[], object]) -> bool:
-    try:
-        call()
-    except NotImplementedError:
-        return False
-    return True
 
 
 @torch.no_grad()
@@ -598,6 +575,8 @@ def _expect_assignment(case: _Case, adapter: DetectorAdapter, targets: Sequence[
     expect(found.labels.dtype == torch.int64, f"{what}: labels are {found.labels.dtype}, not torch.int64")
     low, high = int(found.labels.min()), int(found.labels.max())
     expect(0 <= low <= high <= classes, f"{what}: labels {low} to {high} of {classes} classes and background")
+    agree = found.positive.shape == size and torch.equal(found.positive, found.labels < classes)
+    expect(agree, f"{what}: positive must be (N, A), True where labels is a class and False where it is {classes}")
     expect(bool((found.weights >= 0).all()), f"{what}: weights below 0, or not a number")
     normaliser = float(found.normaliser)
     expect(found.normaliser.shape == () and 0 < normaliser < float("inf"), f"{what}: normaliser {normaliser}")
@@ -608,7 +587,7 @@ def _expect_assignment(case: _Case, adapter: DetectorAdapter, targets: Sequence[
         expect(normaliser <= most, f"{what}: normaliser {normaliser:g}, of {counted} priors that count")
     allowed = max(PIXELS, 1e-4 * max(view.batch.images.shape[-2:]))
     for i, (boxes, labels) in enumerate(zip(view.batch.boxes, view.batch.labels, strict=True)):
-        positive = found.positive(classes)[i]
+        positive = found.positive[i]
         if not len(boxes):
             expect(not positive.any(), f"{what}: {int(positive.sum())} positives in image {i}, which has no object")
             continue
@@ -625,6 +604,25 @@ def _expect_assignment(case: _Case, adapter: DetectorAdapter, targets: Sequence[
 
 
 @without_onednn()
+def _two_processes(case: _Case) -> None:
+    """The normaliser is that of all processes: one without objects has the same as one that has them all."""
+    if Capability.ASSIGNMENT not in case.spec.capabilities:
+        raise LeftOut("declares no assignment")
+
+    def normaliser(targets: Sequence[Target]) -> float:
+        adapter = case.fresh()
+        view = case.show(adapter, targets)
+        return float(adapter.assign(view.head, view.batch).normaliser)
+
+    nothing = without_objects(case.targets, range(len(case.targets)))
+    first, second = side_by_side([partial(normaliser, targets) for targets in (case.targets, nothing)])
+    expect(
+        first == second,
+        f"the normaliser is {first:g} in a process with all objects and {second:g} in one without: make it "
+        "kdtoolkit.processes.share(...) of what is counted",
+    )
+
+
 def _bfloat16(case: _Case) -> None:
     """Under bfloat16 autocast predictions and losses are finite and in float32."""
     adapter = case.fresh(train=True)
@@ -717,21 +715,20 @@ def _teacher(case: _Case) -> None:
 
 def _first_stage(case: _Case) -> None:
     """What proposes is a detector of one class that keeps the same promises."""
-    stage, spec = case.adapter.first_stage, case.spec.first_stage
-    expect((stage is None) == (spec is None), "first_stage is said in one of adapter and spec, and not in the other")
+    stage = case.adapter.first_stage
     if stage is None:
         raise LeftOut("has no first stage")
-    expect(stage.spec == spec, "the spec of first_stage is not the first_stage of the spec")
     expect(stage.spec.num_classes == 1, f"a first stage has one class, here {stage.spec.num_classes}")
     proposing = _Case(stage, case.images, case.targets, proposes=True)
     run(f"first stage of {case.spec.name}", FIRST_STAGE_CHECKS, proposing, {})
 
 
-_BOTH = (_levels, _predictions, _priors, _stages, _capabilities, _resume, _given_priors)
+_BOTH = (_levels, _predictions, _priors, _stages, _resume, _given_priors)
 ADAPTER_CHECKS = by_name(
     _matches, _batch, _beside, *_BOTH, _detections, _sources, _own_detections, _shown, _task_losses, _own_task_losses,
-    _empty_targets, _one_empty_image, _assignment, _bfloat16, _deterministic, _stateless, _untouched, _teacher,
+    _empty_targets, _one_empty_image, _assignment, _two_processes, _bfloat16, _deterministic, _stateless,
+    _untouched, _teacher,
     _first_stage,
 )  # fmt: skip
-FIRST_STAGE_CHECKS = by_name(*_BOTH, _assignment)
+FIRST_STAGE_CHECKS = by_name(*_BOTH, _assignment, _two_processes)
 """Those that make sense of what proposes: its losses and detections are parts of its detector's."""

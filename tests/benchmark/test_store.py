@@ -66,7 +66,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
 
 def test_only_one_holds_the_lock(tmp_path):
     store = Store(tmp_path / "run")
-    held = rf"process {os.getpid()}\) works in .*run"
+    held = rf"process {os.getpid()} on .* works in .*run: wait until it ends"
     with store.lock(), pytest.raises(KDError, match=held), Store(store.root).lock():
         pass
     with store.lock():  # free again

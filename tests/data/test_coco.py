@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kdtoolkit import KDError
-from kdtoolkit.data import Augmentation, CocoDetection, check_same_classes, coco
+from kdtoolkit.data import Augmentation, CocoDetection, check_same_classes, photos
 from kdtoolkit.data.pictures import decode
 from tests.data._coco import document, pixels, write
 
@@ -78,7 +78,7 @@ def test_in_memory_it_gives_the_same_as_on_access(tmp_path):
 
 
 def test_a_set_too_large_for_memory_is_decoded_on_access(tmp_path):
-    data = CocoDetection(write(tmp_path), "train", cache_bytes=3 * 30 * 40 * 2 - 1)
+    data = CocoDetection(write(tmp_path), "train", memory_bytes=3 * 30 * 40 * 2 - 1)
     assert data.in_memory() is data
     part = data.subset(1, seed=0)  # which is small enough
     assert part.in_memory() is not part
@@ -92,7 +92,7 @@ def decoded_files(monkeypatch):
         names.append(path.name)
         return decode(path, size)
 
-    monkeypatch.setattr(coco, "decode", spy)
+    monkeypatch.setattr(photos, "decode", spy)
     return names
 
 
@@ -577,6 +577,6 @@ def test_real_annotations_with_crowds_and_category_gaps():
 @needs_shared
 @pytest.mark.parametrize("name", ["bccd", "playing-cards", "microcontrollers", "sketch-ui", "chess", "tiny-coco"])
 def test_real_data_sets_have_no_fault(name):
-    data = CocoDetection(SHARED / name, "val", cache_bytes=0)
+    data = CocoDetection(SHARED / name, "val", memory_bytes=0)
     boxes = torch.cat([data[i][1]["boxes"] for i in range(3)])
     assert (boxes[:, 2:] > boxes[:, :2]).all()

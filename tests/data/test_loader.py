@@ -89,5 +89,5 @@ def test_workers_change_nothing(data, tmp_path):
     before = torch.get_rng_state()
     assert same(run(data), run(data, workers=2))
     assert torch.equal(before, torch.get_rng_state())
-    lazy = CocoDetection(write(tmp_path), "train", cache_bytes=0)
+    lazy = CocoDetection(write(tmp_path), "train", memory_bytes=0)
     assert same(run(lazy, steps=2), run(lazy, steps=2, workers=1))

@@ -74,7 +74,7 @@ def test_agrees_with_a_loop_over_images_and_boxes(counts, seed, topk, data):
         assert assignment.weights[i].bool().tolist() == valid
         normaliser += max(int(positive.sum()), 1)
     assert assignment.normaliser.item() == normaliser
-    assert torch.equal(assignment.positive(CLASSES), assignment.labels < CLASSES)
+    assert torch.equal(assignment.positive, assignment.labels < CLASSES)
 
 
 def test_without_any_box_all_is_background():
@@ -85,7 +85,7 @@ def test_without_any_box_all_is_background():
 
 def test_an_object_finds_priors():
     assignment = ATSSAssigner()(priors_of(), batch_of([1], 3, ((64, 80),)), CLASSES)
-    assert assignment.positive(CLASSES).any()
+    assert assignment.positive.any()
 
 
 def test_cells_beyond_an_images_own_padding_are_outside():

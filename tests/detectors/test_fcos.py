@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdtoolkit import Distiller
-from kdtoolkit.contract import Batch, PriorKind, adapt
+from kdtoolkit.contract import Batch, PriorKind
 from kdtoolkit.detectors import FCOS
 from kdtoolkit.detectors.fcos import FCOSAssigner, points
 from kdtoolkit.detectors.published import rename_published
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import CrossKD
 from kdtoolkit.models import build_model
+from tests._traced import traced
 from tests.conftest import BACKBONE, TINY, tiny_fcos
 
 STRIDES = (8, 16, 32)
@@ -85,7 +87,7 @@ def test_agrees_with_a_loop_over_images_points_and_boxes(counts, seed, radius):
 def test_without_a_positive_crosskd_stays_of_ordinary_size(batch):
     teacher, student = tiny_fcos(seed=0), tiny_fcos(seed=1)
     assignment = FCOSAssigner()(PRIORS, batch_of([0, 0], 0), CLASSES)
-    assert not assignment.positive(CLASSES).any()
+    assert not assignment.positive.any()
     assert assignment.normaliser.item() == 1
     empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * 2
     losses = Distiller(teacher, student, methods=[CrossKD.for_fcos()])(batch[0], empty)
@@ -94,8 +96,8 @@ def test_without_a_positive_crosskd_stays_of_ordinary_size(batch):
 
 def trace_of(model, batch):
     adapter = adapt(model)
-    prepared = adapter.prepare(*batch)
-    return adapter, prepared, adapter.head(adapter.features(prepared), prepared)
+    prepared, _, trace = traced(adapter, batch)
+    return adapter, prepared, trace
 
 
 @BOTH

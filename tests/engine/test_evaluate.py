@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from kdtoolkit import KDError
-from kdtoolkit.contract import adapt, adapter_classes
 from kdtoolkit.data import CocoDetection, ProceduralShapes
 from kdtoolkit.detectors import GFL
 from kdtoolkit.engine.evaluate import evaluate
+from kdtoolkit.libraries import adapt, adapter_classes
 from tests.conftest import tiny_gfl, tiny_of
 from tests.data._coco import document, write
 
@@ -315,7 +315,7 @@ def test_adapters_and_devices_are_taken_as_they_come(data):
         ({"device": "gpu"}, "device='gpu' is no device: write 'cpu'"),
         ({"device": "meta"}, "device is meta, and the model lies on cpu"),
         ({"batch_size": 0}, r"batch_size \(0\) is a number of images, from 1"),
-        ({"precision": "bf16"}, "precision is 'auto', 'float32' or 'bfloat16', not 'bf16'"),
+        ({"precision": "bf16"}, "precision is 'auto', 'float32', 'bfloat16' or 'float16', not 'bf16'"),
         ({"labels_from": 2}, "labels_from is 0 or 1"),
         ({"model": GFL}, "the model must be a detector, an nn.Module"),
         ({"dataset": [(torch.zeros(3, 8, 8), {})]}, "the data set is a list; it must be a DetectionDataset"),

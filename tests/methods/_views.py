@@ -7,7 +7,6 @@ import torch
 from kdtoolkit.contract import (
     Assignment,
     Batch,
-    Capability,
     DetectorSpec,
     Exchange,
     HeadTrace,
@@ -31,7 +30,6 @@ def spec(**changes):
         "priors": PriorKind.ANCHORS,
         "priors_per_cell": (1, 1),
         "bins": (0.0, 1.0, 2.0, 3.0, 4.0),
-        "capabilities": frozenset(Capability),
     }
     return DetectorSpec(**(facts | changes))
 
@@ -72,7 +70,7 @@ def predictions(n, *, seed=0, bins=5, dtype=torch.float32):
 def assignment(labels):
     """Which priors are positive: labels (N, A), CLASSES for background."""
     n, a = labels.shape
-    return Assignment(labels, torch.zeros(n, a, 4), torch.ones(n, a), torch.ones(()))
+    return Assignment(labels < CLASSES, labels, torch.zeros(n, a, 4), torch.ones(n, a), torch.ones(()))
 
 
 def exchange(batch, *, features=((), ()), heads=(None, None), assigned=None, specs=None):

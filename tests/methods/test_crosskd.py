@@ -5,9 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdtoolkit import Distiller, IncompatibleError, KDError
-from kdtoolkit.contract import Exchange, Predictions, PriorKind, Priors, Stage, View, adapt
-from kdtoolkit.methods._common import classification_kd, quality_focal_kd, shared_levels
+from kdtoolkit.compatibility import shared_levels
+from kdtoolkit.contract import Exchange, Predictions, PriorKind, Priors, Stage, View
+from kdtoolkit.libraries import adapt
+from kdtoolkit.methods.common import quality_focal_kd
 from kdtoolkit.methods.crosskd import CrossKD, align_statistics
+from kdtoolkit.methods.prediction_losses import classification_kd
 from tests.conftest import DENSE, tiny_atss, tiny_gfl, tiny_of
 from tests.methods._views import spec
 
@@ -71,7 +74,7 @@ def test_terms_are_computed_from_cross_head_predictions(batch):
     losses = Distiller(teacher, student, [method])(*batch)
     exchange = exchange_of(teacher, student, *batch)
     cross, own = method.cross(exchange.matched()), exchange.teacher.head.predictions
-    positives = exchange.matched().teacher_assignment.positive(3).sum(-1).clamp(min=1).sum()
+    positives = exchange.matched().teacher_assignment.positive.sum(-1).clamp(min=1).sum()
     score = own.logits.sigmoid().amax(-1)
     kl = F.kl_div(cross.regression.log_softmax(-1), own.regression.log_softmax(-1), reduction="none", log_target=True)
     weights = exchange.matched().teacher_assignment.weights
@@ -154,11 +157,11 @@ def test_detectors_that_share_some_strides_are_compared_on_those(batch):
 
 
 def test_other_strides_are_refused():
-    assert "no pyramid level in common" in CrossKD().refuses(spec(strides=(8, 16)), spec(strides=(32, 64)))
+    assert "no stride in common" in CrossKD().refuses(spec(strides=(8, 16)), spec(strides=(32, 64)))
 
 
 def test_an_exponent_with_an_infinite_gradient_is_refused():
-    assert CrossKD(beta=0).beta == 0
+    assert CrossKD(beta=0).distances.beta == 0
     with pytest.raises(KDError, match="must be 0, or 1 and more"):
         CrossKD(beta=0.5)
 
@@ -174,8 +177,9 @@ def test_the_tap_before_the_activation_is_another_one(batch):
 
 def test_the_settings_for_fcos_are_the_published_ones():
     method = CrossKD.for_fcos()
-    assert (method.stage, method.cls_weight, method.box_weight, method.quality_weight) == (-2, 0.4, 0.75, 0)
-    assert method.box_loss == "iou"
+    losses = method.distances
+    assert (method.stage, losses.cls_weight, losses.box_weight, losses.quality_weight) == (-2, 0.4, 0.75, 0)
+    assert losses.box_loss == "iou"
 
 
 @pytest.mark.parametrize("priors", ["student", "teacher"])

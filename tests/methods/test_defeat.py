@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdtoolkit import Distiller
-from kdtoolkit.methods.defeat import DeFeat, decoupled_losses, levels_of, object_region
+from kdtoolkit.methods.defeat import DeFeat, decoupled_losses, levels_of, object_region, object_regions
 from tests.conftest import DENSE, tiny_fcos, tiny_gfl
 from tests.methods._views import GRID, STRIDES, batch, exchange, maps, spec
 
@@ -62,7 +62,7 @@ def test_terms_equal_a_loop():
 
 
 def test_regions_equal_a_loop():
-    regions = DeFeat().regions(BATCH.boxes, STRIDES, range(len(STRIDES)), GRID)
+    regions = object_regions(BATCH.boxes, STRIDES, range(len(STRIDES)), GRID)
     for level, size in enumerate(GRID):
         for i, boxes in enumerate(BATCH.boxes):
             assert regions[level][i].equal(naive_region(boxes.tolist(), level, *size))
@@ -71,8 +71,8 @@ def test_regions_equal_a_loop():
 
 
 def test_a_level_alone_has_the_region_that_it_has_among_all():
-    regions = DeFeat().regions(BATCH.boxes, STRIDES, range(len(STRIDES)), GRID)
-    (alone,) = DeFeat().regions(BATCH.boxes, STRIDES, [1], GRID[1:])
+    regions = object_regions(BATCH.boxes, STRIDES, range(len(STRIDES)), GRID)
+    (alone,) = object_regions(BATCH.boxes, STRIDES, [1], GRID[1:])
     assert alone.equal(regions[1])
     step = exchange(BATCH, features=(maps(2, seed=1), maps(2, seed=2)))
     method = DeFeat(object_weight=1).at_strides(STRIDES[1])
@@ -96,7 +96,7 @@ def test_boxes_out_of_the_map_cover_its_border_alone():
 
 def test_regions_lie_where_the_boxes_are_on_padded_images():
     seen = batch([[4, 4, 30, 40]], [[10, 12, 24, 30]])  # the second image fills 40 x 30 of 64 x 48
-    (regions,) = DeFeat().regions(seen.boxes, (8,), [0], [(8, 6)])
+    (regions,) = object_regions(seen.boxes, (8,), [0], [(8, 6)])
     for region, ((x1, y1, x2, y2),) in zip(regions, (b.tolist() for b in seen.boxes), strict=True):
         rows, columns = region.any(1).nonzero() * 8, region.any(0).nonzero() * 8
         assert rows.min() <= y1 < rows.min() + 8
@@ -160,7 +160,7 @@ def test_other_channels_sizes_and_strides():
     student = (torch.randn(2, 3, 5, 5), torch.randn(2, 4, 4, 3))
     terms = method(exchange(BATCH, features=(student, maps(2)), specs=(spec(channels=(3, 4)), spec())))
     assert all(torch.isfinite(x) for x in terms.values())
-    assert "no pyramid level in common" in DeFeat().refuses(spec(), spec(strides=(32, 64)))
+    assert "no stride in common" in DeFeat().refuses(spec(), spec(strides=(32, 64)))
     assert ready(DeFeat(), spec(strides=(4, 8)), spec()).levels == [(1, 0)]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.contract import DetectorSpec, Exchange, Method, PriorKind
 from kdtoolkit.methods.cankd import CanKD, cankd_loss, standardise
-from kdtoolkit.methods.defeat import DeFeat, decoupled_losses, levels_of
+from kdtoolkit.methods.defeat import DeFeat, decoupled_losses, levels_of, object_regions
 from kdtoolkit.methods.detkds import DetKDS, detkds_loss, normalise_over_images, pool, weigh_channels
 from kdtoolkit.methods.fitnet import fine_grained_region
 from tests.parity._check import FLOOR, GRADIENT_BOUND, Check
@@ -81,7 +81,7 @@ def cankd(z: Golden) -> Iterator[Check]:
 
     for level, (s, t) in enumerate(zip(student, teacher, strict=True)):
         added = method.attention[level](s, t)
-        yield Check(f"loss.{level}", method.weight * cankd_loss(added, t), z[f"loss.{level}"])
+        yield Check(f"loss.{level}", method.weights[0] * cankd_loss(added, t), z[f"loss.{level}"])
         if f"mid.z_student.{level}" in z:
             # Ours has no biases in W: they shift a channel as a whole, which the normalisation takes out again.
             shifts = tensor(z, f"param.{level}.non_local_att.W.1.bias")[:, None, None]
@@ -113,7 +113,7 @@ def detkds(z: Golden) -> Iterator[Check]:
     dead = []
     for level, (s, t) in enumerate(zip(student, teacher, strict=True)):
         aligned = method.align[level](s)
-        loss = method.weight * detkds_loss(aligned, t, method.temperature)
+        loss = method.weights[0] * detkds_loss(aligned, t, method.temperature)
         yield Check(f"loss.global.{level}", loss, z[f"loss.global.{level}"])
         for role, x in (("student", aligned), ("teacher", t)):
             if f"mid.catt_{role}.{level}" in z:
@@ -150,7 +150,7 @@ def defeat(z: Golden) -> Iterator[Check]:
     for i, own in enumerate(boxes):
         yield Check(f"level_of.{i}", levels_of(own, len(student)), z[f"level_of.{i}"])
     if "loss.background" in z:
-        regions = method.regions(boxes, strides, range(len(grid)), grid)
+        regions = object_regions(boxes, strides, range(len(grid)), grid)
         terms = method(given)
     else:
         # The same repository's fine-grained imitation: another region, and no term outside of it.

@@ -22,10 +22,12 @@ from kdtoolkit.detectors.atss import centerness
 from kdtoolkit.detectors.dense import DenseDetector
 from kdtoolkit.detectors.published import rename, rename_published
 from kdtoolkit.detectors.retinanet import encode_offsets
+from kdtoolkit.detectors.towers import flatten
 from kdtoolkit.methods import PKD, CrossKD
-from kdtoolkit.methods._common import EPS, box_kd, classification_kd
+from kdtoolkit.methods.common import EPS
 from kdtoolkit.methods.crosskd import align_statistics
 from kdtoolkit.methods.pkd import pkd_loss
+from kdtoolkit.methods.prediction_losses import box_kd, classification_kd
 from tests.parity._check import GRADIENT_BOUND, Check
 
 Golden = Mapping[str, np.ndarray]
@@ -134,8 +136,8 @@ def _distribution_head(z: Golden, cfg: dict[str, Any]) -> Iterator[Check]:
     if (scale := cfg.get("octave_base_scale", 8)) != 8:  # anchors of another size than the detector's own
         middle = centres(priors.boxes).repeat(1, 2)
         priors = replace(priors, boxes=middle + (priors.boxes - middle) * scale / 8)
-    regression = model.shape_regression(model.flatten(_levels(z, "bbox_pred")))
-    predictions = Predictions(model.flatten(maps), regression, priors, model.decode)
+    regression = model.shape_regression(flatten(_levels(z, "bbox_pred"), 4 * model.bins))
+    predictions = Predictions(flatten(maps, model.num_classes), regression, priors, model.decode)
     assignment = model.assign(predictions, _batch(z))
     yield from _targets(z, model, assignment, priors)
     weighing = predictions
@@ -262,7 +264,7 @@ def _targets(z: Golden, model: DenseDetector, assignment: Assignment, priors: Pr
             anchors = _split(priors.boxes[None], priors)[level].expand(len(labels), -1, -1)
             valid = weights > 0  # the reference leaves the others at 0
             yield Check(key, anchors[valid], torch.from_numpy(z[key])[valid])
-    count = assignment.positive(model.num_classes).sum()
+    count = assignment.positive.sum()
     if "norm.avg_factor" in z:
         yield Check("norm.avg_factor", assignment.normaliser, z["norm.avg_factor"])
     if "norm.num_pos" in z:
@@ -273,7 +275,7 @@ def _targets(z: Golden, model: DenseDetector, assignment: Assignment, priors: Pr
 
 def _box_weights(model: DenseDetector, predictions: Predictions, assignment: Assignment) -> Tensor:
     """(N, A): by what the detector weights its box terms, whose sum divides them."""
-    positive = assignment.positive(model.num_classes)
+    positive = assignment.positive
     if predictions.quality is None:
         return predictions.probabilities.detach().amax(-1) * positive
     sides = distances(centres(predictions.priors.boxes), assignment.boxes)
@@ -309,9 +311,7 @@ def _detection_losses(
             quality=None if predictions.quality is None else predictions.quality[:, here],
             priors=Priors(priors.boxes[here], priors.strides[here], (priors.grid[level],)),
         )
-        assigned = Assignment(
-            assignment.labels[:, here], assignment.boxes[:, here], assignment.weights[:, here], assignment.normaliser
-        )
+        assigned = assignment.at_rows(torch.arange(start, start + count))
         losses = model.losses(part, assigned)
         divisor_ratio = weights[:, here].sum().clamp(min=1) / weights.sum().clamp(min=1)
         for name, loss in losses.items():
@@ -369,7 +369,7 @@ def _middle(z: Golden, stage: int, exchange: Exchange) -> Iterator[Check]:
 
 def _unguard(assignment: Assignment, model: DenseDetector) -> float:
     """What turns CrossKD's terms into the reference's: not 1 only for FCOS without any positive."""
-    guarded = isinstance(model, FCOS) and not assignment.positive(model.num_classes).any()
+    guarded = isinstance(model, FCOS) and not assignment.positive.any()
     return (1 + EPS) / (FCOS_MINIMUM + EPS) if guarded else 1.0
 
 
@@ -394,19 +394,20 @@ def _crosskd_levels(z: Golden, method: CrossKD, exchange: Exchange) -> Iterator[
         if key in z:
             yield Check(key + note, reference_normaliser, z[key])
     normaliser = assignment.normaliser + EPS
-    cls = method.cls_weight * classification_kd(cross, teacher, method.beta) * assignment.weights / normaliser
-    box, divisor = box_kd(cross, teacher, assignment, method.box_loss)
+    use = method.distances
+    cls = use.cls_weight * classification_kd(cross, teacher, use.beta) * assignment.weights / normaliser
+    box, divisor = box_kd(cross, teacher, assignment, use.box_loss)
     weights = teacher.probabilities.amax(-1) * assignment.weights
     if "norm.kd_reg_weight_sum" in z:
         yield Check("norm.kd_reg_weight_sum", divisor, z["norm.kd_reg_weight_sum"])
         key = "norm.kd_reg_weight_sum_per_level"
         yield Check(key, torch.stack([part.sum() for part in _split(weights, priors)]), z[key])
-    box = (method.distribution_weight if teacher.regression.ndim == 4 else method.box_weight) * box / (divisor + EPS)
+    box = (use.distribution_weight if teacher.regression.ndim == 4 else use.box_weight) * box / (divisor + EPS)
     terms = {"loss_cls_kd": cls, "loss_reg_kd": box}
-    if cross.quality is not None and teacher.quality is not None and method.quality_weight:
+    if cross.quality is not None and teacher.quality is not None and use.quality_weight:
         quality = F.binary_cross_entropy_with_logits(cross.quality, teacher.quality.sigmoid(), reduction="none")
-        positive = assignment.positive(exchange.teacher.spec.num_classes)
-        terms["losses_center_kd"] = method.quality_weight * quality * positive / normaliser
+        positive = assignment.positive
+        terms["losses_center_kd"] = use.quality_weight * quality * positive / normaliser
     if "kd.reg_weights" in z:  # FCOS: all levels in one
         yield Check("kd.reg_weights", torch.cat([w.flatten() for w in _split(weights, priors)]), z["kd.reg_weights"])
         for name, term in terms.items():

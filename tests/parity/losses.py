@@ -25,11 +25,12 @@ from kdtoolkit.contract import (
     View,
 )
 from kdtoolkit.detectors.gfl import distribution_focal_loss, quality_focal_loss
-from kdtoolkit.methods._common import distribution_kl, quality_focal_kd, resize_like
 from kdtoolkit.methods.bckd import BCKD
+from kdtoolkit.methods.common import distribution_kl, quality_focal_kd, resize_like
 from kdtoolkit.methods.cwd import cwd_loss
 from kdtoolkit.methods.fbkd import FBKD, Connector
 from kdtoolkit.methods.fbkd import spatial_attention as fbkd_attention
+from kdtoolkit.methods.features import Level
 from kdtoolkit.methods.fgd import FGD, channel_attention, spatial_attention
 from kdtoolkit.methods.fitnet import box_region, fine_grained_region, imitation_loss
 from kdtoolkit.methods.ld import LD, valuable_region
@@ -317,9 +318,8 @@ def fgd(z: Golden) -> Iterator[Check]:
     for role, x in (("student", aligned), ("teacher", teacher)):
         yield Check(f"mid.chan_att_{role}", channel_attention(x, cfg["temp"]), z[f"mid.chan_att_{role}"])
         yield Check(f"mid.spat_att_{role}", spatial_attention(x, cfg["temp"]), z[f"mid.spat_att_{role}"])
-    for name, loss in zip(
-        ("fg", "bg", "mask", "relation"), method.level_losses(student, teacher, masks, 0), strict=True
-    ):
+    terms = method.loss(aligned, teacher, Level(0, masks))
+    for name, loss in zip(("fg", "bg", "mask", "relation"), terms, strict=True):
         yield Check(f"loss.{name}", loss, z[f"loss.{name}"])
         yield Check(f"grad.{name}", gradient(loss, student), z[f"grad.{name}"], GRADIENT_BOUND)
     exchange = Exchange(view(specs[0], batch, [student]), view(specs[1], batch, [teacher]))
@@ -376,7 +376,9 @@ def ld(z: Golden) -> Iterator[Check]:
             _flat(soft_cls[levels], (classes,)), _flat(indexed(z, "soft_target")[levels], (4, bins)), priors, _no_decode
         )
         assigned = torch.cat(labels[levels], 1)
-        assignment = Assignment(assigned, boxes.expand(images, -1, -1), torch.cat(weights[levels], 1), torch.ones(()))
+        assignment = Assignment(
+            assigned < classes, assigned, boxes.expand(images, -1, -1), torch.cat(weights[levels], 1), torch.ones(())
+        )
         return Exchange(view(spec, batch, (), own, assignment), view(spec, batch, (), soft))
 
     if repo:
@@ -437,7 +439,7 @@ def bckd(z: Golden) -> Iterator[Check]:
 
     def terms(weights: Tensor, published_levels: bool) -> dict[str, Tensor]:
         method = BCKD(cls_weight=cfg["loss_kd"], box_weight=cfg["loss_score_kd"], published_levels=published_levels)
-        assignment = Assignment(labels, anchors.expand(images, -1, -1), weights, normaliser)
+        assignment = Assignment(labels < classes, labels, anchors.expand(images, -1, -1), weights, normaliser)
         own = predictions(cls_maps, box_maps)
         soft = predictions(indexed(z, "soft_label"), indexed(z, "soft_target"))
         batch = batch_of(z, images)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,17 +22,9 @@ from transformers.models.d_fine import modeling_d_fine
 from transformers.models.deimv2 import modeling_deimv2
 
 from kdtoolkit.adapters.transformers.base import IMAGENET_MEAN, IMAGENET_STD, Queries, corners, stirred
-from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, RTDetrAdapter, tiny
-from kdtoolkit.contract import (
-    Assignment,
-    Batch,
-    Capability,
-    Detections,
-    DetectorSpec,
-    HeadTrace,
-    Predictions,
-    Priors,
-)
+from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, tiny
+from kdtoolkit.adapters.transformers.selecting import Memory, Progress
+from kdtoolkit.contract import Assignment, Batch, Detections, DetectorSpec, HeadTrace, Predictions, Priors
 
 
 @dataclass(frozen=True)
@@ -59,12 +51,9 @@ class DFineAdapter(RTDetrAdapter):
         """A narrow and shallow D-FINE."""
         return {"D-FINE": partial(stirred, partial(tiny, DFineForObjectDetection, DFineConfig))}
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
-        spec = super().spec
-        bins = tuple(self._bins().tolist())
-        return replace(spec, bins=bins, capabilities=spec.capabilities | {Capability.DISTRIBUTIONS})
+        return replace(super().describe(), bins=tuple(self._bins().tolist()))
 
     def _bins(self) -> Tensor:
         decoder = self.model.model.decoder
@@ -210,6 +199,3 @@ class Deimv2Adapter(DFineAdapter):
         model = self.model.model
         encoded: Sequence[Tensor] = model.encoder(model.conv_encoder(batch.images), return_dict=True).feature_maps
         return encoded
-
-
-ADAPTERS: tuple[type[RTDetrAdapter], ...] = (DFineAdapter, Deimv2Adapter)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -31,17 +31,9 @@ from transformers.models.lw_detr import modeling_lw_detr
 from transformers.models.rf_detr import modeling_rf_detr
 
 from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, stirred, weighted
-from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, SelectingAdapter, Selection
+from kdtoolkit.adapters.transformers.selecting import Memory, Progress, SelectingAdapter, Selection
 from kdtoolkit.canvas import Layout
-from kdtoolkit.contract import (
-    Assignment,
-    Batch,
-    DetectorSpec,
-    HeadTrace,
-    Predictions,
-    Priors,
-    Target,
-)
+from kdtoolkit.contract import Assignment, Batch, DetectorSpec, HeadTrace, Predictions, Priors, Target
 
 _matcher: Any = LwDetrHungarianMatcher
 _rf_detr: Any = RfDetrConfig
@@ -82,11 +74,10 @@ class LwDetrAdapter(SelectingAdapter):
             return "has no levels: build it with projector_scale_factors, as [1.0], or [2.0, 0.5] of its large sizes"
         return super().refuses()
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         width = self.model.config.d_model
-        return self.describe(
+        return self.decoder_spec(
             strides=self._strides(),
             width=width,
             layers=self.layers,
@@ -282,5 +273,3 @@ _SMALL: Mapping[str, Any] = {
     "decoder_self_attention_heads": 2,
     "decoder_cross_attention_heads": 2,
 }
-
-ADAPTERS: tuple[type[SelectingAdapter], ...] = (RfDetrAdapter, LwDetrAdapter)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from kdtoolkit.canvas import Layout, check_images
 from kdtoolkit.contract import (
     Assignment,
     Batch,
-    Capability,
     Detections,
     DetectorAdapter,
     DetectorSpec,
@@ -88,8 +87,7 @@ class EfficientDetAdapter(DetectorAdapter):
         """Whether `model` is an EfficientDet."""
         return isinstance(model, EfficientDet)
 
-    @cached_property
-    def spec(self) -> DetectorSpec:
+    def describe(self) -> DetectorSpec:
         """The detector's facts."""
         config = self.model.config
         channels = (int(config.fpn_channels),) * len(self.grid)
@@ -104,9 +102,6 @@ class EfficientDetAdapter(DetectorAdapter):
             stages=tuple(
                 Stage(f"block {i}" if i else "pyramid", dict.fromkeys(self._towers, channels))
                 for i in range(config.box_class_repeats + 1)
-            ),
-            capabilities=frozenset(
-                {Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT}
             ),
         )
 
@@ -262,6 +257,7 @@ class EfficientDetAdapter(DetectorAdapter):
         flat = torch.cat([level.flatten(1) for level in labels], 1)
         regression = torch.cat([level.reshape(len(level), -1, 4) for level in codes], 1)
         return Assignment(
+            positive=flat >= 0,
             labels=flat.where(flat >= 0, self.model.config.num_classes),
             boxes=decode(regression, self._priors(flat.device)),
             weights=torch.ones_like(flat, dtype=torch.float32),

@@ -6,8 +6,8 @@ from torch import nn
 
 from kdtoolkit import Distiller, Losses
 from kdtoolkit.data import DetectionDataset, ProceduralShapes
+from kdtoolkit.engine.diagnose import DeadParts, SilenceDetector
 from kdtoolkit.engine.train import TrainConfig, train
-from kdtoolkit.engine.watch import DeadParts, SilenceDetector
 from kdtoolkit.methods import LD, DeFeat, LogitKD
 from tests.conftest import tiny_gfl, tiny_of
 

@@ -1,0 +1,71 @@
+"""The command line `kd`: it parses, calls and prints. Each file of this package holds one group of commands.
+
+Nothing here imports torch before a command needs it, so that help, lists and most errors come at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from kdtoolkit.cli import benchmark, models
+from kdtoolkit.cli._common import examples, help_alone, printable
+from kdtoolkit.errors import KDError
+
+app = typer.Typer(
+    help="Knowledge distillation for object detectors: train with it, and compare methods head-to-head.",
+    epilog="Start with `kd benchmark run`. `kd COMMAND --help` explains a command and shows examples.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(benchmark.app, name="benchmark")
+app.command("methods", epilog=examples("kd methods", "kd methods CrossKD"))(models.methods)
+app.command("adapters", epilog=examples("kd adapters", "kd adapters --matrix --method CrossKD"))(models.adapters)
+app.command(
+    "inspect",
+    epilog=examples(
+        "kd inspect torchvision/fasterrcnn_resnet50_fpn --classes 3",
+        'kd inspect "kdtoolkit/gfl?backbone=resnet18&bins=9" --image-size 512',
+        "kd inspect kdtoolkit/fcos --teacher kdtoolkit/gfl",
+    ),
+)(models.inspect)
+
+# What typer raises for wrong arguments; the class itself has no public name.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def main() -> None:
+    """Entry point: a mistake of the user is one error on stderr and exit code 2, never a traceback."""
+    try:
+        sys.exit(app(prog_name="kd", standalone_mode=False))
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "kd"
+        message = " ".join(error.format_message().replace("Value error, ", "").split())
+        sys.stderr.write(f"error: {printable(message)} (see `{command} --help`)\n")
+        sys.exit(2)
+    except KDError as error:
+        sys.stderr.write(f"error: {printable(str(error))}\n")
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"kdtoolkit {version('kdtoolkit')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    help_alone(context)

@@ -1,0 +1,68 @@
+"""What several groups of commands use. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Collection, Mapping
+from enum import StrEnum
+from typing import TypeVar
+
+import typer
+
+from kdtoolkit.errors import KDError
+from kdtoolkit.options import did_you_mean
+
+T = TypeVar("T")
+
+
+class Device(StrEnum):
+    """Where to train."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help."""
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+
+
+def help_alone(context: typer.Context) -> None:
+    """Show the help of a group of commands that is called without one of them."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+def printable(text: str) -> str:
+    r"""Text for a terminal: control characters but the line feed become escapes, such as \x1b.
+
+    A file name may hold control characters, which a terminal takes for commands.
+    """
+    return "".join(
+        ascii(character)[1:-1] if unicodedata.category(character) in ("Cc", "Cs") and character != "\n" else character
+        for character in text
+    )
+
+
+def check_known(names: Collection[str], known: Collection[str], what: str) -> None:
+    """Check that every name is known. Raises KDError for the first one that is not."""
+    for name in names:
+        if name not in known:
+            raise KDError(f"unknown {what} '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}")
+
+
+def chosen(known: Mapping[str, T], names: Collection[str] | None) -> dict[str, T]:
+    """The items of `known` that `names` lists; all items if it lists none."""
+    return {name: known[name] for name in names or known}
+
+
+def device_name(device: Device) -> str:
+    """`cpu` or `cuda`. Raises KDError if CUDA is asked for and absent."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if device is Device.CUDA and not available:
+        raise KDError("there is no CUDA device: use --device cpu, or install a torch build with CUDA")
+    return "cpu" if device is Device.CPU or not available else "cuda"

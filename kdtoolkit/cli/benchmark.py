@@ -1,0 +1,129 @@
+"""`kd benchmark`: run a suite, print its leaderboard."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdtoolkit.cli._common import Device, device_name, examples, help_alone
+
+app = typer.Typer(help="Compare methods on a leaderboard.")
+
+
+@app.callback(invoke_without_command=True)
+def _group(context: typer.Context) -> None:
+    help_alone(context)
+
+
+@app.command(
+    "run",
+    epilog=examples(
+        "kd benchmark run",
+        "kd benchmark run photos --data my_photos --seeds 5",
+        "kd benchmark run my_suite.yaml --only CrossKD --only PKD --jobs 2",
+    ),
+)
+def run(
+    suite: Annotated[str, typer.Argument(help="An embedded suite (kd benchmark suites) or a YAML file.")] = "quick",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            metavar="PATH",
+            help="Run on this data set: a folder in COCO, Ultralytics YOLO or Pascal VOC format, or a YOLO YAML file.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Where results go: a folder for each suite, and the teachers.")
+    ] = Path("runs"),
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Cells at a time. Default: one a core on CPU, 1 on a GPU.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to train; auto takes a GPU if there is one.")] = Device.AUTO,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds, instead of the suite's.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Run only this entry and the baseline; repeat for more.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=32, help="Image size in pixels, instead of the suite's; of photos the longest side."),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad images and annotations of --data out, instead of stopping.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is done already.")] = False,
+) -> None:
+    """Train, distil and compare on a leaderboard.
+
+    A teacher, a student alone (the baseline) and a student for each entry of the suite are trained and evaluated.
+    Results land in OUT/SUITE as they come. What is done is not run again, so an interrupted run goes on where it was.
+    """
+    from kdtoolkit.listing import suite_path
+
+    suite_path(suite)  # a name that does not exist is told before torch is imported
+
+    from rich.console import Console
+
+    from kdtoolkit.benchmark.board import build_board
+    from kdtoolkit.benchmark.report import print_board
+    from kdtoolkit.benchmark.runner import run_suite
+    from kdtoolkit.benchmark.suite import change, load_suite
+    from kdtoolkit.data.opening import name_of
+
+    chosen = load_suite(suite)
+    changes = {
+        "root": data.resolve() if data else None,
+        "image_size": image_size,
+        "on_bad": "skip" if skip_bad else None,
+    }
+    chosen = change(chosen, data={name: value for name, value in changes.items() if value is not None})
+    chosen = change(chosen, seeds=seeds or chosen.seeds)
+    root = out / (f"{chosen.name}-{name_of(data)}" if data else chosen.name)
+    console = Console()
+    outcome = run_suite(
+        chosen, root, console=console, jobs=jobs, device=device_name(device), only=only or (), fresh=fresh
+    )
+    print_board(build_board(root), console)
+    place = f"board: {root}/leaderboard.html (also .md, .csv, .json)"
+    console.print(place, highlight=False, markup=False, soft_wrap=True)
+    if outcome.interrupted:
+        console.print("interrupted: what is finished is kept; the same command goes on from there", style="bold yellow")
+        raise typer.Exit(130)
+    if outcome.failures:
+        for name, reason in outcome.failures.items():
+            sys.stderr.write(f"failed: {name}: {reason}\n")
+        sys.stderr.write("the same command runs the failed cells again\n")
+        raise typer.Exit(1)
+
+
+@app.command("report", epilog=examples("kd benchmark report runs/quick"))
+def report(
+    run_dir: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="A folder that `kd benchmark run` has made.")
+    ],
+) -> None:
+    """Print the leaderboard again, from stored results.
+
+    Its files in RUN_DIR are written again too.
+    """
+    from rich.console import Console
+
+    from kdtoolkit.benchmark.board import build_board
+    from kdtoolkit.benchmark.report import print_board, write_board
+
+    board = build_board(run_dir)
+    write_board(board, run_dir)
+    print_board(board, Console())
+
+
+@app.command("suites")
+def suites() -> None:
+    """List the embedded suites."""
+    from rich.console import Console
+
+    from kdtoolkit.listing import print_suites
+
+    print_suites(Console())

@@ -1,0 +1,134 @@
+"""`kd methods`, `kd adapters` and `kd inspect`: what there is, and what works with what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdtoolkit.cli._common import check_known, chosen
+from kdtoolkit.errors import KDError
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this method alone, with its arguments and defaults.")] = None,
+) -> None:
+    """List the distillation methods, or explain one."""
+    from rich.console import Console
+
+    from kdtoolkit.listing import all_method_facts, print_method, print_methods
+
+    known = all_method_facts()
+    if name is None:
+        print_methods(known, Console())
+        return
+    name = {each.lower(): each for each in known}.get(name.lower(), name)
+    check_known([name], known, "method")
+    print_method(known[name], Console())
+
+
+def adapters(
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Run every method on every ordered pair of families: tiny random models.")
+    ] = False,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="With --matrix: this method only; repeat for more.")
+    ] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="With --matrix: this family only; repeat for more.")
+    ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="With --matrix: write the tables, with all reasons, into this file too."),
+    ] = None,
+) -> None:
+    """List detector families, or run all methods on all pairs.
+
+    The families are those that our adapters, installed libraries and other packages bring.
+    """
+    if not matrix and (method or family or markdown):
+        raise KDError("--method, --family and --markdown go with --matrix")
+    if markdown is not None and not markdown.absolute().parent.is_dir():
+        raise KDError(f"cannot write {markdown}: there is no folder {markdown.parent}")
+    from rich.console import Console
+
+    from kdtoolkit.listing import all_method_facts
+
+    check_known(method or (), all_method_facts(), "method")
+
+    from kdtoolkit.inspect import print_families
+    from kdtoolkit.matrix import families, print_matrix, run_matrix, to_markdown
+    from kdtoolkit.methods import all_methods
+
+    console = Console()
+    known = families()
+    if not matrix:
+        print_families(known, console)
+        return
+    check_known(family or (), known, "family")
+    methods = chosen(all_methods(), method)
+    found = run_matrix(chosen(known, family), methods, console=console)
+    print_matrix(found, console)
+    for name in methods if method else ():
+        print_matrix(found, console, name)
+    if markdown is not None:
+        try:
+            markdown.write_text(to_markdown(found), encoding="utf-8")
+        except OSError as error:
+            raise KDError(f"cannot write {markdown}: {error.strerror}") from error
+
+
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="The detector, or the student of a pair: kdtoolkit/gfl?backbone=resnet18, "
+            "torchvision/fcos_resnet50_fpn, hf/PATH-OR-NAME, ultralytics/yolo11n, or package.module:callable for one "
+            "of your own.",
+        ),
+    ],
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Show the pair: which methods work with this teacher, and why not the rest."
+        ),
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Number of classes, without background.")] = 80,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Load this file (.safetensors, or .pth with a state dict) into the detector.",
+        ),
+    ] = None,
+    teacher_weights: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Load this file into the teacher.")
+    ] = None,
+    image_size: Annotated[int, typer.Option(min=32, help="Side of the image to measure on, in pixels.")] = 256,
+) -> None:
+    """Show a detector, or what works between student and teacher.
+
+    One detector: levels, stages, priors, capabilities and sizes as the toolkit sees them, and the methods that apply.
+    With --teacher: both side by side, which methods work between them, and why the others do not.
+    """
+    if teacher is None and teacher_weights is not None:
+        raise KDError("--teacher-weights goes with --teacher")
+    from rich.console import Console
+
+    from kdtoolkit.inspect import inspect_detector, print_inspection, print_pair
+    from kdtoolkit.models import build_model
+    from kdtoolkit.weights import load_weights
+
+    found = []
+    for name, file in ((model, weights), (teacher, teacher_weights)):
+        if name is not None:
+            built = build_model(name, classes)
+            if file is not None:
+                load_weights(built, file)
+            found.append(inspect_detector(built, image_size))
+    if teacher is None:
+        print_inspection(found[0], Console())
+    else:
+        print_pair(found[0], found[1], Console())

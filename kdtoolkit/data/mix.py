@@ -1,0 +1,85 @@
+"""Training images made of several: mosaics of four, and two that show through each other.
+
+What a detector sees is one image with the boxes of all. Teacher and student are shown the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize  # type: ignore[attr-defined]
+
+from kdtoolkit.contract import Target
+from kdtoolkit.data.resize import with_boxes
+
+GREY = 128
+MIN_VISIBLE = 0.25  # of a box's area; an object of which less is left in the image is no object any more
+
+Item = tuple[Tensor, Target]
+
+
+def mosaic(items: Sequence[Item], generator: torch.Generator) -> Item:
+    """Four images, at half their size, around a point that is drawn in the middle half of a canvas of the first's size.
+
+    Images (3, H, W) uint8. What reaches over its quarter of the canvas is cut off; what is left free is grey.
+    """
+    _, height, width = items[0][0].shape
+    middle = torch.rand(2, generator=generator) * 0.5 + 0.25
+    top, left = round(float(middle[0]) * height), round(float(middle[1]) * width)
+    canvas = torch.full_like(items[0][0], GREY)
+    targets = []
+    for place, (image, target) in enumerate(items):
+        below, right = divmod(place, 2)
+        small = _fitted(image, height / 2, width / 2)
+        target = with_boxes(target, image, small)
+        y = top if below else top - small.shape[1]
+        x = left if right else left - small.shape[2]
+        window = (top if below else 0, left if right else 0, height if below else top, width if right else left)
+        y1, x1, y2, x2 = (
+            max(y, window[0]),
+            max(x, window[1]),
+            min(y + small.shape[1], window[2]),
+            min(x + small.shape[2], window[3]),
+        )
+        canvas[:, y1:y2, x1:x2] = small[:, y1 - y : y2 - y, x1 - x : x2 - x]
+        moved: Target = {"boxes": target["boxes"] + torch.tensor([x, y, x, y]), "labels": target["labels"]}
+        targets.append(cut(moved, (x1, y1, x2, y2)))
+    return canvas, _joined(targets)
+
+
+def mixup(first: Item, second: Item) -> Item:
+    """The mean of two images on the canvas of the first; the second is fitted into it. All boxes count in full."""
+    image, target = first
+    other = _fitted(second[0], *image.shape[1:])
+    canvas = torch.full_like(image, GREY)
+    canvas[:, : other.shape[1], : other.shape[2]] = other
+    mixed = ((image.short() + canvas.short() + 1) // 2).to(torch.uint8)
+    return mixed, _joined([target, with_boxes(second[1], second[0], other)])
+
+
+def cut(target: Target, window: tuple[int, int, int, int]) -> Target:
+    """Boxes cut at a window (x1, y1, x2, y2) in pixels; one that keeps less than a quarter of its area is left out."""
+    boxes = target["boxes"]
+    x1, y1, x2, y2 = window
+    low, high = torch.tensor([x1, y1, x1, y1]), torch.tensor([x2, y2, x2, y2])
+    clipped = torch.maximum(torch.minimum(boxes, high), low)
+    keep = (_areas(clipped) >= MIN_VISIBLE * _areas(boxes)) & (clipped[:, 2:] > clipped[:, :2]).all(1)
+    return {"boxes": clipped[keep], "labels": target["labels"][keep]}
+
+
+def _fitted(image: Tensor, height: float, width: float) -> Tensor:
+    """An image scaled to lie within a height and width, with its proportions."""
+    factor = min(height / image.shape[1], width / image.shape[2])
+    size = [max(1, round(image.shape[1] * factor)), max(1, round(image.shape[2] * factor))]
+    return image if size == list(image.shape[1:]) else resize(image, size, antialias=True)
+
+
+def _joined(targets: Sequence[Target]) -> Target:
+    boxes, labels = (torch.cat([target[key] for target in targets]) for key in ("boxes", "labels"))
+    return {"boxes": boxes, "labels": labels}
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1)

@@ -1,0 +1,109 @@
+"""One way to open a data set: COCO, YOLO or VOC, told apart by the files that lie there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from kdtoolkit.data import coco, voc, yolo
+from kdtoolkit.data.photos import MEMORY_BYTES, PhotoDataset
+from kdtoolkit.data.records import Form, Progress
+from kdtoolkit.errors import KDError
+
+FORMS = (coco.FORM, yolo.FORM, voc.FORM)
+
+
+def locate(path: str | Path) -> tuple[Form, Path]:
+    """The format of a data set, and the place to read it from. Raises KDError if it has none of ours, or several."""
+    path = Path(path)
+    if not path.exists():
+        raise KDError(f"there is no file or folder {path}")
+    found = _forms_of(path)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        kinds = ", ".join(f"{form.looked_for}" for form, _ in found)
+        raise KDError(
+            f"{path} holds data of several formats: {kinds}. Name the one you mean: its folder of annotations, or its "
+            "YAML file"
+        )
+    looked_for = ", ".join(form.looked_for for form in FORMS)
+    inside = [each for each in sorted(path.iterdir()) if each.is_dir() and _forms_of(each)] if path.is_dir() else []
+    hint = f". But {inside[0]} is one: name that" if inside else ""
+    raise KDError(f"{path} is no data set that is known; looked for {looked_for}{hint}")
+
+
+def name_of(path: Path) -> str:
+    """What a data set is called: the name of its folder. Raises KDError as `locate` does."""
+    _, place = locate(path.absolute())
+    return place.name if place.is_dir() else place.parent.name
+
+
+def open_dataset(
+    path: str | Path,
+    split: str,
+    *,
+    max_size: int | None = None,
+    class_names: Sequence[str] | None = None,
+    on_bad: Literal["error", "skip"] = "error",
+    memory_bytes: int = MEMORY_BYTES,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> PhotoDataset:
+    """Open a split ("train", "val", "test") of a data set in COCO's, Ultralytics YOLO's or Pascal VOC's format.
+
+    Args:
+        path: the folder of the data set, a YOLO YAML file, or a folder of annotations.
+        split: which part.
+        max_size: images with a longer side are scaled down to it, antialiased. No image is enlarged.
+        class_names: use only these classes, labelled in this order.
+        on_bad: `skip` leaves bad images and annotations out, and lists them in one warning.
+        memory_bytes: `in_memory` keeps the decoded images in memory if they take at most this.
+        cache: a folder. `in_memory` keeps the decoded images there instead, for all processes and later runs.
+        progress: called with the number of images that were looked at, and of all.
+
+    Raises KDError that lists the first faults of the data and their number, or says what was looked for.
+    """
+    form, place = locate(path)
+    return PhotoDataset(
+        form.read(place, split, progress or _no_progress),
+        max_size=max_size,
+        class_names=class_names,
+        on_bad=on_bad,
+        memory_bytes=memory_bytes,
+        cache=cache,
+    )
+
+
+class CocoDetection(PhotoDataset):
+    """A split of a folder in COCO's format; the arguments are those of `open_dataset`, which opens it as well."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        max_size: int | None = None,
+        class_names: Sequence[str] | None = None,
+        on_bad: Literal["error", "skip"] = "error",
+        memory_bytes: int = MEMORY_BYTES,
+        cache: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__(
+            coco.read(Path(root), split, progress or _no_progress),
+            max_size=max_size,
+            class_names=class_names,
+            on_bad=on_bad,
+            memory_bytes=memory_bytes,
+            cache=cache,
+        )
+
+
+def _forms_of(path: Path) -> list[tuple[Form, Path]]:
+    return [(form, place) for form in FORMS if (place := form.locate(path)) is not None]
+
+
+def _no_progress(done: int, total: int) -> None:
+    """Nothing to tell."""

@@ -1,0 +1,266 @@
+"""Pascal VOC's format: `ImageSets/Main/SPLIT.txt` lists names, `Annotations/NAME.xml` has the boxes of an image.
+
+The image file lies in `JPEGImages` and has the same name. VOC counts pixels from 1 and includes the last one: a box
+from xmin = 1 to xmax = 40 covers an image 40 pixels wide. Here its left edge is xmin - 1 and its right edge xmax.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+from kdtoolkit.data.records import (
+    ENDINGS,
+    SPLITS,
+    BadEntryError,
+    Box,
+    Category,
+    Files,
+    Form,
+    Photo,
+    Progress,
+    Reading,
+    agreed_size,
+    check_pixels,
+    is_finite,
+    is_text,
+    leads_out,
+    naming,
+    read_text,
+    shown,
+    whole,
+)
+from kdtoolkit.errors import KDError
+
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+RULE = "xmin, ymin, xmax and ymax are pixels, counted from 1"
+
+
+def locate(path: Path) -> Path | None:
+    """The data set's folder, from itself or from its folder `Annotations`."""
+    for root in (path, path.parent):
+        folder = root / "Annotations"
+        if folder in (path, path / "Annotations") and next(folder.rglob("*.xml"), None) is not None:
+            return root
+    return None
+
+
+def splits(root: Path) -> list[str]:
+    """The splits that have a list."""
+    return [split for split in SPLITS if _list_of(root, split).is_file()]
+
+
+def read(root: Path, split: str, progress: Progress) -> Reading:
+    """Read a split. Raises KDError if lists or folders are missing, or no annotation has an object."""
+    names = _names(root, split)
+    reading = Reading(_list_of(root, split), root, _categories(root))
+    labels = {category.name: label for label, category in enumerate(reading.categories)}
+    pictures = _Pictures(root / "JPEGImages")
+    seen: set[str] = set()
+    from_0 = 0
+    for done, name in enumerate(names, 1):
+        file = root / "Annotations" / f"{name}.xml"
+        with reading.noting(reading.source, "image"):
+            if not is_text(name) or leads_out(name):
+                raise BadEntryError(f"{shown(name)} leads out of the data set, or is no text; correct the name")
+            if name in seen:
+                raise BadEntryError(f"{name} is listed twice; list it once")
+            seen.add(name)
+            where = f"Annotations/{name}.xml"
+            with naming(where):
+                annotation = parse(file)
+                stated = _stated_size(annotation)
+                path = pictures.find(name, _text(annotation, "filename"))
+            short = path.relative_to(root / "JPEGImages").as_posix()
+            title = f"image JPEGImages/{short}"
+            with naming(title):
+                size = agreed_size(path, stated, "XML")
+            boxes = []
+            for entry in annotation.findall("object"):
+                with reading.noting(file, "box"), naming(f"{where}, line {entry.get('line')}"):
+                    corners = _corners(entry)
+                    boxes.append(_box(entry, corners, size, labels, reading))
+                    from_0 += min(corners[:2]) < 1
+            reading.photos.append(Photo(done, short, title, path, *size, tuple(boxes)))
+        progress(done, len(names))
+    if from_0:
+        reading.remarks.append(
+            f"{from_0} boxes begin at pixel 0, and VOC counts from 1: the tool that wrote them may count from 0. Then "
+            "the left and upper edges of all boxes are read 1 px too far out"
+        )
+    return reading
+
+
+FORM = Form("VOC", "Annotations/*.xml with ImageSets/Main/train.txt (Pascal VOC)", locate, splits, read)
+
+
+def parse(path: Path) -> Element:
+    """The root of an XML file; each element has the attribute `line`, and none of its own.
+
+    A document type is refused, since entities are defined there: a small file could grow without end, or read others.
+    Raises BadEntryError.
+    """
+    builder = TreeBuilder()
+    parser = expat.ParserCreate()
+
+    def start(tag: str, _: dict[str, str]) -> None:
+        builder.start(tag, {"line": str(parser.CurrentLineNumber)})
+
+    def refuse(*_: object) -> None:
+        raise BadEntryError("a document type (<!DOCTYPE ...>) is not read; delete it")
+
+    parser.StartElementHandler = start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    parser.StartDoctypeDeclHandler = refuse
+    try:
+        parser.Parse(path.read_bytes(), True)
+        root: Element = builder.close()
+    except expat.ExpatError as error:
+        raise BadEntryError(
+            f"line {error.lineno}: not valid XML ({expat.ErrorString(error.code)}); write the file again"
+        ) from None
+    except FileNotFoundError:
+        raise BadEntryError("there is no such file; take the name off the list, or write the file") from None
+    except (OSError, ValueError, LookupError) as error:  # no permission; a name too long; an unknown encoding
+        raise BadEntryError(f"the file cannot be read: {error}") from None
+    if root.tag != "annotation":
+        raise BadEntryError(f"the file holds <{root.tag}>; VOC's format is <annotation> with <object> in it")
+    return root
+
+
+class _Pictures:
+    """The image files of a folder, by their names without endings."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = Files(folder, "an image has the name of its XML file")
+        self._by_name: dict[str, list[Path]] = {}
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in ENDINGS:
+                self._by_name.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+
+    def find(self, name: str, file_name: str) -> Path:
+        """The image of an annotation file of this name, in which `file_name` stands.
+
+        An image of the annotation's name comes first, as in VOC's tools. `file_name` counts if there is none, or to
+        choose between several. Raises BadEntryError or PictureError.
+        """
+        found = self._by_name.get(name, [])
+        stated = self._folder / file_name
+        if stated in found:
+            return stated
+        if len(found) > 1:
+            raise BadEntryError(f"JPEGImages has {' and '.join(path.name for path in found)}; keep one of them")
+        if found:
+            if is_text(file_name) and not leads_out(file_name) and os.path.isfile(stated):
+                raise BadEntryError(
+                    f"its filename is {file_name}, but JPEGImages has {found[0].name} as well; correct the filename"
+                )
+            return found[0]
+        if not is_text(file_name):
+            raise BadEntryError(f"JPEGImages has no image {name}, and the file has no filename; add the image")
+        return self._files.find(file_name)
+
+
+def _list_of(root: Path, split: str) -> Path:
+    return root / "ImageSets" / "Main" / f"{split}.txt"
+
+
+def _names(root: Path, split: str) -> list[str]:
+    """The names that a split lists. Raises KDError."""
+    layout = (
+        f"Expected are lists of names, one a line, in {_list_of(root, 'train')} and val.txt, and images in "
+        f"{root / 'JPEGImages'}."
+    )
+    path = _list_of(root, split)
+    if not path.is_file():
+        others = ", ".join(splits(root))
+        raise KDError(f"there is no file {path}{f' (but of {others})' if others else ''}. {layout}")
+    if not (root / "JPEGImages").is_dir():
+        raise KDError(f"there is no folder {root / 'JPEGImages'}. {layout}")
+    try:
+        lines = read_text(path).splitlines()
+    except BadEntryError as error:
+        raise KDError(str(error)) from None
+    names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
+    # Some tools list file names.
+    return [name[: -len(end)] if (end := Path(name).suffix).lower() in ENDINGS else name for name in names]
+
+
+def _categories(root: Path) -> list[Category]:
+    """The classes: those that `classes.txt` lists, or else the names in all annotation files, sorted.
+
+    Raises KDError if there is none.
+    """
+    path = root / "classes.txt"
+    if path.is_file():
+        try:
+            names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        except BadEntryError as error:
+            raise KDError(str(error)) from None
+        if wrong := [name for name in names if not is_text(name) or names.count(name) > 1]:
+            raise KDError(f"{path}: {shown(wrong[0])} is there twice, or is no text; list each class once, one a line")
+    else:
+        names = sorted({name for file in (root / "Annotations").rglob("*.xml") for name in _class_names(file)})
+    if not names:
+        raise KDError(f"{path.parent / 'Annotations'} has no object with a name, and there is no list {path}")
+    return [Category(number, name) for number, name in enumerate(names, 1)]
+
+
+def _class_names(path: Path) -> set[str]:
+    """The names of a file's objects; none if it cannot be read, which is told when it is listed."""
+    try:
+        annotation = parse(path)
+    except BadEntryError:
+        return set()
+    return {name for entry in annotation.findall("object") if is_text(name := _text(entry, "name"))}
+
+
+def _stated_size(annotation: Element) -> tuple[int, int] | None:
+    """(width, height), as the file has them; None if they are missing or 0, as some tools leave them."""
+    texts = [_text(annotation, f"size/{side}") for side in ("width", "height")]
+    if all(text in ("", "0") for text in texts):
+        return None
+    width, height = (whole(_number(text)) for text in texts)
+    if width is None or height is None or width < 1 or height < 1:
+        raise BadEntryError(f"width and height must be positive integers, not {shown(texts[0])} and {shown(texts[1])}")
+    check_pixels(width, height)
+    return width, height
+
+
+def _corners(entry: Element) -> list[float]:
+    """xmin, ymin, xmax, ymax of an object. Raises BadEntryError."""
+    texts = [_text(entry, f"bndbox/{side}") for side in SIDES]
+    numbers = [number for text in texts if (number := _number(text)) is not None]
+    if len(numbers) < 4:
+        raise BadEntryError(f"bndbox must have four finite numbers {', '.join(SIDES)}, not {shown(texts)}")
+    return numbers
+
+
+def _box(entry: Element, corners: list[float], size: tuple[int, int], labels: dict[str, int], reading: Reading) -> Box:
+    """An object. Raises BadEntryError."""
+    name, difficult = _text(entry, "name"), _text(entry, "difficult") or "0"
+    if name not in labels:
+        raise BadEntryError(f"the object's name is {shown(name)}, which is none of {', '.join(labels)}; correct it")
+    if difficult not in ("0", "1"):
+        raise BadEntryError(f"difficult must be 0 or 1, not {shown(difficult)}")
+    x1, y1, x2, y2 = corners
+    box = f"bndbox [{', '.join(f'{value:g}' for value in corners)}]"
+    xywh = reading.inside((x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1), size, box, RULE)
+    return Box(labels[name], xywh, xywh[2] * xywh[3], difficult == "1")
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if is_finite(number) else None
+
+
+def _text(element: Element, path: str) -> str:
+    """The text of the element at a path, without space around it; empty if there is none."""
+    return (element.findtext(path) or "").strip()

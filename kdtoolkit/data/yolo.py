@@ -1,0 +1,361 @@
+"""Ultralytics' YOLO format: `data.yaml` names classes and image folders; each image has a text file of boxes.
+
+The label file of `images/train/a.jpg` is `labels/train/a.txt`. Each of its lines is an object: `class cx cy w h`, or
+`class x1 y1 x2 y2 x3 y3 ...` for a polygon, divided by the image's width and height.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdtoolkit.data.records import (
+    ENDINGS,
+    SPLITS,
+    BadEntryError,
+    Box,
+    Category,
+    Form,
+    Photo,
+    Progress,
+    Reading,
+    agreed_size,
+    is_finite,
+    is_text,
+    leads_out,
+    naming,
+    read_text,
+    shown,
+    whole,
+)
+from kdtoolkit.errors import KDError
+
+LINE = "class, centre x, centre y, width, height, each but the class divided by the image's width or height"
+RULE = f"a line is {LINE}"
+DECIMALS = 6  # of a pixel: what comes from dividing by the image's size and multiplying again is rounded away
+
+
+def locate(path: Path) -> Path | None:
+    """The YAML file, from itself or from its folder. Raises KDError if several in a folder could be meant."""
+    if path.is_file():
+        return path if path.suffix.lower() in (".yaml", ".yml") else None
+    if (usual := path / "data.yaml").is_file():
+        return usual
+    found = [each for each in sorted(path.glob("*.y*ml")) if _describes_data(each)]
+    if len(found) > 1:
+        names = ", ".join(each.name for each in found)
+        raise KDError(f"{path} has several YAML files that describe data ({names}); name one of them")
+    return found[0] if found else None
+
+
+def splits(place: Path) -> list[str]:
+    """The splits that the file lists."""
+    return [split for split in SPLITS if split in _Layout.of(place).entries]
+
+
+def read(place: Path, split: str, progress: Progress) -> Reading:
+    """Read a split. Raises KDError if the YAML cannot be used, or names folders that are not there."""
+    layout = _Layout.of(place)
+    reading = Reading(place, layout.root, layout.categories)
+    listed = _images(layout, split, reading)
+    unlabelled: list[str] = []
+    for done, (path, name) in enumerate(listed, 1):
+        title = f"image {_short(path, layout.root)}"
+        with reading.noting(path, "image"), naming(title):
+            labels = label_file(path)
+            size = agreed_size(path, None, "")
+            boxes = _boxes(labels, size, layout, reading) if labels.is_file() else ()
+            reading.photos.append(Photo(done, name, title, path, *size, boxes))
+            if not labels.is_file():
+                unlabelled.append(path.name)
+        progress(done, len(listed))
+    if unlabelled:
+        reading.remarks.append(
+            f"{len(unlabelled)} of {len(listed)} images have no label file (the first is {unlabelled[0]}): they count "
+            "as images without objects"
+        )
+    _remark_labels(listed, layout, reading)
+    return reading
+
+
+FORM = Form("YOLO", "data.yaml (Ultralytics YOLO)", locate, splits, read)
+
+
+def label_file(image: Path) -> Path:
+    """Where the labels of an image are: the last folder `images` of its path becomes `labels`, if there is one."""
+    *folders, _ = parts = list(image.parts)
+    if "images" in folders:
+        parts[len(folders) - 1 - folders[::-1].index("images")] = "labels"
+    return Path(*parts).with_suffix(".txt")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What `data.yaml` says.
+
+    `root`: the folder of the data. `entries`: folders or lists of images by split. `pose_numbers`: how many numbers a
+    line of a pose has, by `kpt_shape`. `lost_path`: the value of `path`, if there is no such folder.
+    """
+
+    place: Path
+    root: Path
+    entries: dict[str, list[str]]
+    categories: list[Category]
+    pose_numbers: int | None
+    lost_path: str | None
+
+    @staticmethod
+    def of(place: Path) -> _Layout:
+        """Read the file. Raises KDError that names the key and what it must be."""
+        document = _parse(place)
+        folder, lost_path = Path(os.path.abspath(place)).parent, None
+        path = document.get("path")
+        if path is not None and not isinstance(path, str):
+            raise KDError(f"{place}: path must be the folder of the data, not {shown(path)}")
+        root = Path(os.path.normpath(folder / path.replace("\\", "/"))) if path else folder
+        if not os.path.isdir(root):
+            root, lost_path = folder, path
+        entries = {split: _listed(place, split, document[split]) for split in SPLITS if document.get(split) is not None}
+        if not entries:
+            raise KDError(f"{place} names no images: write `train: images/train` and `val: images/val` into it")
+        return _Layout(place, root, entries, _categories(place, document), _pose_numbers(place, document), lost_path)
+
+
+def _describes_data(path: Path) -> bool:
+    try:
+        document = _parse(path)
+    except KDError:
+        return False
+    return ("train" in document or "val" in document) and ("names" in document or "nc" in document)
+
+
+def _parse(path: Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds. Raises KDError."""
+    try:
+        document = yaml.safe_load(read_text(path))
+    except BadEntryError as error:
+        raise KDError(str(error)) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise KDError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or 'bad characters'}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; an impossible date
+        raise KDError(f"{path} cannot be read as YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise KDError(f"{path} must be a mapping with the keys path, train, val and names, not {shown(document)}")
+    return document
+
+
+def _listed(place: Path, split: str, value: object) -> list[str]:
+    entries = value if isinstance(value, list) else [value]
+    if not entries or not all(is_text(entry) for entry in entries):
+        raise KDError(
+            f"{place}: {split} must be a folder of images, a .txt file that lists images, or a list of these, not "
+            f"{shown(value)}"
+        )
+    return list(map(str, entries))
+
+
+def _categories(place: Path, document: dict[Any, Any]) -> list[Category]:
+    """The classes; ids count from 1, as COCO's do."""
+    names, count = document.get("names"), document.get("nc")
+    if count is not None and (whole(count) is None or count < 1):
+        raise KDError(f"{place}: nc must be the number of classes, not {shown(count)}")
+    if names is None:
+        if count is None:
+            raise KDError(f"{place} has no names; write them as a list, such as `names: [cat, dog]`")
+        if count > 100_000:
+            raise KDError(f"{place}: nc is {shown(count)}, and no class has a name; write names")
+        names = [f"class_{index}" for index in range(int(count))]
+    if isinstance(names, dict):
+        numbers = [whole(int(key) if isinstance(key, str) and key.isdecimal() else key) for key in names]
+        if sorted(number for number in numbers if number is not None) != list(range(len(names))):
+            raise KDError(f"{place}: names must have the keys 0 to {len(names) - 1}, not {shown(list(names))}")
+        values = list(names.values())
+        names = [values[numbers.index(number)] for number in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise KDError(
+            f"{place}: names must be a list of class names, or a mapping from 0, 1, ... to them, not {shown(names)}"
+        )
+    for index, name in enumerate(names):
+        if isinstance(name, bool) or not isinstance(name, str | int | float) or not is_text(str(name)):
+            raise KDError(
+                f"{place}: names[{index}] is {shown(name)}, which is no text; write it in quotes, as YAML takes words "
+                "such as no and on for truth values"
+            )
+    names = [str(name) for name in names]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise KDError(f"{place}: names has {twice} twice; give each class its own name")
+    if count is not None and count != len(names):
+        raise KDError(f"{place}: nc is {shown(count)}, and names has {len(names)}; correct one of them, or delete nc")
+    return [Category(number, name) for number, name in enumerate(names, 1)]
+
+
+def _pose_numbers(place: Path, document: dict[Any, Any]) -> int | None:
+    """How many numbers the line of a pose has: those of a box, and those of its keypoints."""
+    shape = document.get("kpt_shape")
+    if shape is None:
+        return None
+    if not isinstance(shape, list) or len(shape) != 2 or not all(whole(each) and 0 < each < 10_000 for each in shape):
+        raise KDError(f"{place}: kpt_shape must be two numbers, such as [17, 3], not {shown(shape)}")
+    return 5 + prod(map(int, shape))
+
+
+def _images(layout: _Layout, split: str, reading: Reading) -> list[tuple[Path, str]]:
+    """The image files of a split, and the name of each; those that cannot be used are noted as faults."""
+    place, root = layout.place, layout.root
+    if split not in layout.entries:
+        raise KDError(f"{place} has no {split}, only {', '.join(layout.entries)}; add `{split}: images/{split}`")
+    found: list[tuple[Path, str]] = []
+    entries = layout.entries[split]
+    for entry in entries:
+        target = _target(layout, split, entry)
+        if target.is_dir():
+            files = sorted(each for each in target.rglob("*") if each.suffix.lower() in ENDINGS and each.is_file())
+            found += [(each, _short(each, target if len(entries) == 1 else root)) for each in files]
+        else:
+            found += _of_list(target, layout, reading)
+    images: dict[Path, str] = {}
+    for path, name in found:
+        with reading.noting(path, "image"), naming(f"image {shown(_short(path, root))}"):
+            if not is_text(name):
+                raise BadEntryError("its name has control characters; rename it")
+            if path in images:
+                raise BadEntryError("it is listed twice; list it once")
+            images[path] = name
+    if not images and not reading.faults:
+        raise KDError(f"{place}: {split}: there are no images in {', '.join(entries)}")
+    return list(images.items())
+
+
+def _target(layout: _Layout, split: str, entry: str) -> Path:
+    """The folder or list that an entry of `data.yaml` means. Raises KDError."""
+    place, root = layout.place, layout.root
+    target = Path(os.path.normpath(root / entry.replace("\\", "/")))
+    if not _lies_in(target, root):
+        # Some tools write ../train/images for a folder that lies beside the file.
+        inside = entry.replace("\\", "/")
+        while inside.startswith("../"):
+            inside = inside[3:]
+        if inside == entry or leads_out(inside) or not os.path.exists(root / inside):
+            raise KDError(
+                f"{place}: {split}: {entry} lies outside of the data set's folder {root}; set `path` to a folder that "
+                "holds all of the data"
+            )
+        target = root / inside
+    if not target.is_dir() and not (target.is_file() and target.suffix.lower() == ".txt"):
+        lost = (
+            f" (path, {layout.lost_path}, is no folder, so the folder of the file was taken)"
+            if layout.lost_path
+            else ""
+        )
+        raise KDError(f"{place}: {split}: there is no folder and no .txt list {target}{lost}; correct {split}, or path")
+    return target
+
+
+def _of_list(path: Path, layout: _Layout, reading: Reading) -> Iterator[tuple[Path, str]]:
+    """The images that a text file lists, one a line.
+
+    A line that begins with ./ is relative to the folder of the list, any other to that of the data set. An absolute
+    one must lie in the data set's folder.
+    """
+    try:
+        lines = read_text(path).splitlines()
+    except BadEntryError as error:
+        raise KDError(str(error)) from None
+    for number, line in enumerate(lines, 1):
+        name = line.strip().replace("\\", "/")
+        if not name:
+            continue
+        with reading.noting(path, "image"), naming(f"{_short(path, layout.root)}, line {number}"):
+            base = path.parent if name.startswith("./") else layout.root
+            image = Path(os.path.normpath(base / name))
+            if ".." in name.split("/") or not _lies_in(image, layout.root):
+                raise BadEntryError(
+                    f"{shown(name)} lies outside of the data set's folder {layout.root}; name an image inside of it, "
+                    "or set `path` in the YAML file"
+                )
+            if not os.path.isfile(image):
+                raise BadEntryError(f"there is no file {shown(name)} in {base}; correct the line, or delete it")
+            short = _short(image, layout.root)
+            yield image, short.removeprefix("images/")
+
+
+def _boxes(path: Path, size: tuple[int, int], layout: _Layout, reading: Reading) -> tuple[Box, ...]:
+    """The good boxes of a label file. Raises BadEntryError if it is no text."""
+    boxes = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if fields := line.split():
+            with reading.noting(path, "box"), naming(f"{_short(path, layout.root)}, line {number}"):
+                boxes.append(_box(fields, size, layout, reading))
+    return tuple(boxes)
+
+
+def _box(fields: list[str], size: tuple[int, int], layout: _Layout, reading: Reading) -> Box:
+    """The object of a line. Raises BadEntryError."""
+    try:
+        numbers = [float(field) for field in fields]
+    except ValueError:
+        numbers = []
+    line = shown(" ".join(fields))
+    if not numbers or not all(map(is_finite, numbers)):
+        raise BadEntryError(f"{line} must be finite numbers: {LINE}")
+    label, *places = numbers
+    count = len(layout.categories)
+    if not label.is_integer() or not 0 <= label < count:
+        raise BadEntryError(
+            f"class {shown(fields[0])} is none of 0 to {count - 1}; correct it, or add the class to names"
+        )
+    if len(numbers) == layout.pose_numbers:
+        places = places[:4]
+    if len(places) == 4:
+        cx, cy, width, height = places
+        x1, y1 = cx - width / 2, cy - height / 2
+    elif len(places) >= 6 and len(places) % 2 == 0:  # a polygon, or the four corners of a turned box
+        x1, y1 = min(places[::2]), min(places[1::2])
+        width, height = max(places[::2]) - x1, max(places[1::2]) - y1
+    else:
+        raise BadEntryError(
+            f"the line has {len(numbers)} numbers; it must be {LINE}, or class, x1, y1, x2, y2, x3, y3, ... of a "
+            "polygon. If it is a pose, set kpt_shape in the YAML file"
+        )
+    x, y, width, height = (
+        round(value * side, DECIMALS) for value, side in zip((x1, y1, width, height), size * 2, strict=True)
+    )
+    xywh = reading.inside((x, y, width, height), size, f"box [{x:g}, {y:g}, {width:g}, {height:g}] px", RULE)
+    return Box(int(label), xywh, xywh[2] * xywh[3])
+
+
+def _remark_labels(listed: list[tuple[Path, str]], layout: _Layout, reading: Reading) -> None:
+    """Tell of label files that no image has, or that two images share."""
+    users: dict[Path, list[Path]] = {}
+    for path, _ in listed:
+        users.setdefault(label_file(path), []).append(path)
+    for file, images in users.items():
+        if len(images) > 1 and file.is_file():
+            names = " and ".join(image.name for image in images)
+            reading.remarks.append(f"{names} share the label file {_short(file, layout.root)}")
+    if any(entry.lower().endswith(".txt") for entries in layout.entries.values() for entry in entries):
+        return  # a folder of labels may serve several splits
+    folders = {file.parent for file in users if "labels" in file.parts}
+    lonely = [f for folder in sorted(folders) for f in sorted(folder.glob("*.txt")) if f not in users]
+    if lonely := [file for file in lonely if file.name != "classes.txt"]:
+        reading.remarks.append(
+            f"{len(lonely)} label files belong to no image; the first is {_short(lonely[0], layout.root)}"
+        )
+
+
+def _lies_in(path: Path, root: Path) -> bool:
+    """Whether a path lies in a folder, also if the folder was reached by a link."""
+    return path.is_relative_to(root) or Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def _short(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()

@@ -1,0 +1,104 @@
+"""How to train: the options of a run, and nothing that only says where it is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kdtoolkit.data import Augmentation, DetectionDataset, InputSize
+from kdtoolkit.errors import KDError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class TrainConfig(BaseModel):
+    """How to train. The defaults suit AdamW from scratch; `sgd`, lr 0.01 and `step` give the published schedules.
+
+    `lr_factors`, `no_decay` and `frozen` name parts of the student: `backbone` or `backbone.layer1` stands for all
+    parameters below a module of that name, `norms` for those of normalisation layers, `biases` for all biases of
+    different layers, and `backbone norms` for what is both.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    steps: int = Field(gt=0, description="optimiser steps")
+    batch_size: int = Field(default=16, gt=0, description="images a step, of all processes together")
+    accumulation: int = Field(
+        default=1, gt=0, description="parts that each process's batch is divided into, to save memory"
+    )
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(default=3e-3, gt=0, description="peak learning rate")
+    lr_factors: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="factor of lr by part, as in {backbone: 0.1}; factors of several parts multiply"
+    )
+    weight_decay: float = Field(default=1e-4, ge=0)
+    no_decay: tuple[str, ...] = Field(default=(), description="parts without weight decay, as in [norms, biases]")
+    frozen: tuple[str, ...] = Field(
+        default=(), description="parts that are not trained, as in [backbone.conv1, backbone.layer1]"
+    )
+    frozen_statistics: tuple[str, ...] = Field(
+        default=(), description="modules whose batch norms keep their mean and variance, as in [backbone]"
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
+    warmup_steps: int = Field(default=50, ge=0, description="steps of warm-up")
+    warmup: Literal["linear", "constant"] = "linear"
+    warmup_factor: Share = Field(default=0.0, description="factor of lr at the start of the warm-up")
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    milestones: tuple[Share, ...] = Field(
+        default=(2 / 3, 11 / 12), description="shares of the steps, from 0 to 1, where `step` divides lr by 10"
+    )
+    clip_norm: float = Field(default=35.0, ge=0, description="largest gradient norm; 0 switches clipping off")
+    ema: float = Field(
+        default=0.0, ge=0, lt=1, description="decay of the weights' moving average, which is kept at the end; 0: off"
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="auto: bfloat16 where the hardware has it, else float32; float16 scales the gradients",
+    )
+    channels_last: bool = Field(
+        default=False, description="memory format; faster convolutions if channels are multiples of 8"
+    )
+    compile: bool = Field(default=False, description="run the step through torch.compile")
+    workers: int = Field(default=0, ge=0, description="processes that read ahead; the images are the same with any")
+    input_size: InputSize | None = Field(
+        default=None, description="what images are resized to, with one size a step; None leaves them as they are"
+    )
+    augmentation: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _batch_has_parts(self) -> TrainConfig:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of accumulation ({self.accumulation}): it is what "
+                "a step sees, in so many parts"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a run is evaluated on, at its end and before: every so many steps, or every so many epochs."""
+
+    dataset: DetectionDataset
+    every_steps: int | None = None
+    every_epochs: float | None = None
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_epochs is not None:
+            raise KDError("a run is evaluated every so many steps or every so many epochs: leave one of them out")
+        if any(every is not None and every <= 0 for every in (self.every_steps, self.every_epochs)):
+            raise KDError(
+                "every_steps is a whole number from 1, every_epochs a number above 0; leave both out for the end alone"
+            )
+
+    def due(self, step: int, batch_size: int, images: int) -> bool:
+        """Whether it is time after so many steps of `batch_size`, on so many images of training."""
+        if self.every_steps is not None:
+            return step % self.every_steps == 0
+        if self.every_epochs is None:
+            return False
+        shown = [done * batch_size // (self.every_epochs * images) for done in (step - 1, step)]
+        return shown[0] < shown[1]

@@ -1,0 +1,232 @@
+"""A run's folder: the lock, the checkpoints, the logs and the weights that it leaves."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdtoolkit import processes
+from kdtoolkit.data import DetectionDataset
+from kdtoolkit.engine.checkpoint import Checkpoint, Checkpoints, to_bytes
+from kdtoolkit.engine.log import Log, Row, Trackers
+from kdtoolkit.engine.memory import peak_memory_mb
+from kdtoolkit.engine.state import RunState
+from kdtoolkit.errors import KDError
+from kdtoolkit.files import write_atomic
+from kdtoolkit.lock import hold
+
+_SPEED_SECONDS = 10.0  # between two lines of speed.jsonl
+_TOLD = logging.getLogger("kdtoolkit")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run is kept, and how often. A run that was stopped goes on from what lies there.
+
+    It holds `checkpoints/`, `log.jsonl` (a line a step: each loss term, `lr`, `gradient_norm`, and evaluations),
+    `speed.jsonl` (images a second, memory), `best.safetensors` and `student.safetensors` (the detector's weights).
+
+    Args:
+        path: the folder; it is made if it is missing.
+        save_seconds: time between two checkpoints, in seconds.
+        save_steps: steps between two checkpoints, instead of a time.
+        keep: how many of the last checkpoints are kept.
+        trackers: names of Accelerate's trackers to log to as well, such as `tensorboard`, `wandb` or `mlflow`.
+    """
+
+    path: Path
+    save_seconds: float = 300.0
+    save_steps: int | None = None
+    keep: int = 2
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+        if self.keep < 1 or (self.save_steps is not None and self.save_steps < 1):
+            raise KDError(f"keep ({self.keep}) and save_steps ({self.save_steps}) are whole numbers from 1")
+
+
+class Keeper:
+    """Keeps nothing: of runs without a folder, and of all processes but the first."""
+
+    notices: tuple[str, ...] = ()
+    best: float | None = None
+
+    def log(self, step: int, row: Row) -> None:
+        """Take down what a step gave."""
+
+    def speed(self, step: int, seconds: float, images: int, device: torch.device) -> None:
+        """Take down how fast `images` went through in `seconds`, if it is time to."""
+
+    def save(self, state: RunState, *, last: bool = False) -> None:
+        """Store a checkpoint, if it is time to or the run ends."""
+
+    def weights(self, name: str, student: nn.Module, *, last: bool = False) -> bool:
+        """Store the detector's weights; whether that worked. Raises KDError where it did not and the run ends."""
+        return True
+
+
+@contextmanager
+def opened(
+    folder: RunFolder, state: RunState, dataset: DetectionDataset, seed: int, device: torch.device
+) -> Iterator[tuple[Keeper, Checkpoint | None]]:
+    """Hold a run's folder; gives what keeps the run, and the checkpoint to go on from, if there is one.
+
+    Raises KDError if the folder is in use by another process, if it holds a run of something else, or if it cannot be
+    written.
+    """
+    made_of = _made_of(state, dataset, seed, device)
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold(folder.path))
+            keeper = _FolderKeeper(folder, made_of)
+        except OSError as error:
+            raise KDError(f"{_unwritable(error, folder.path)}: mend that, or choose another folder") from error
+        held.callback(keeper.trackers.finish)
+        yield keeper, keeper.found
+
+
+class _FolderKeeper(Keeper):
+    def __init__(self, folder: RunFolder, made_of: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._made_of = dict(made_of)
+        self._checkpoints = Checkpoints(folder.path / "checkpoints", folder.keep)
+        self._checkpoints.folder.mkdir(exist_ok=True)
+        self.found, notices = self._checkpoints.latest()
+        self.notices = ()
+        facts: Mapping[str, Any] = {"log": 0, "speed": 0, "best": None}
+        step = 0
+        if self.found is not None:
+            facts, step = self.found.facts, self.found.step
+            notices += _compare(facts["made_of"], self._made_of, folder.path)
+        for notice in notices:
+            self._notice(notice)
+        self.best = facts["best"]
+        self._log = Log(folder.path / "log.jsonl", facts["log"])
+        self._speed = Log(folder.path / "speed.jsonl", facts["speed"])
+        self.trackers = Trackers(folder.trackers, folder.path, self._made_of["config"], step=step)
+        self._saved_step = step
+        self._saved = self._measured = time.monotonic()
+        self._images, self._seconds = 0, 0.0
+
+    def log(self, step: int, row: Row) -> None:
+        self._log.add({"step": step, **row})
+        self.trackers.log(row, step)
+
+    def speed(self, step: int, seconds: float, images: int, device: torch.device) -> None:
+        self._images += images
+        self._seconds += seconds
+        now = time.monotonic()
+        if now - self._measured < _SPEED_SECONDS:
+            return
+        passed = now - self._measured
+        row = {
+            "images_per_second": self._images / passed,
+            "waiting_for_images": max(0.0, 1 - self._seconds / passed),
+            "memory_mb": peak_memory_mb(device),
+        }
+        self._speed.add({"step": step, **row})
+        self.trackers.log(row, step)
+        self._measured, self._images, self._seconds = now, 0, 0.0
+        self._flush()
+
+    def save(self, state: RunState, *, last: bool = False) -> None:
+        every = self._folder.save_steps
+        due = state.step % every == 0 if every else time.monotonic() - self._saved >= self._folder.save_seconds
+        if not (due or last):
+            return
+        try:
+            self._log.flush()
+            self._speed.flush()
+            self._checkpoints.write(
+                state.checkpoint(
+                    {
+                        "log": self._log.position,
+                        "speed": self._speed.position,
+                        "best": self.best,
+                        "made_of": self._made_of,
+                    }
+                )
+            )
+            self._saved_step = state.step
+        except OSError as error:
+            self._failed(error, self._checkpoints.folder, last=last)
+        self._saved = time.monotonic()
+
+    def weights(self, name: str, student: nn.Module, *, last: bool = False) -> bool:
+        path = self._folder.path / name
+        try:
+            write_atomic(path, to_bytes(student.state_dict()))
+        except OSError as error:
+            self._failed(error, path, last=last)
+            return False
+        return True
+
+    def _flush(self) -> None:
+        try:
+            self._log.flush()
+            self._speed.flush()
+        except OSError as error:
+            self._notice(f"{_unwritable(error, self._folder.path)}. The log's lines wait until it can be")
+
+    def _failed(self, error: OSError, path: Path, *, last: bool) -> None:
+        """Say that something could not be written. Raises KDError where the run ends."""
+        kept = f"the last whole checkpoint is of step {self._saved_step}" if self._saved_step else "there is none yet"
+        if last:
+            raise KDError(
+                f"{_unwritable(error, path)}; {kept}. Free space, and start the run again: it goes on from there"
+            ) from error
+        self._notice(f"{_unwritable(error, path)}; {kept}. Training goes on, and it is tried again later")
+
+    def _notice(self, text: str) -> None:
+        if text not in self.notices:
+            self.notices += (text,)
+            _TOLD.warning(text)
+
+
+def _unwritable(error: OSError, path: Path) -> str:
+    return f"cannot write {error.filename or path}: {error.strerror or error}"
+
+
+def _made_of(state: RunState, dataset: DetectionDataset, seed: int, device: torch.device) -> dict[str, Any]:
+    """What decides the run's result, for JSON: a run goes on only where it is the same."""
+    distiller = state.distiller
+    teacher = distiller.teacher_adapter
+    return {
+        "config": state.config.model_dump(mode="json"),
+        "seed": seed,
+        "data": dataset.fingerprint(),
+        "student": [[name, list(tensor.shape)] for name, tensor in distiller.student.state_dict().items()],
+        "teacher": None if teacher is None else sha256(to_bytes(teacher.model.state_dict())).hexdigest(),
+        "methods": [type(method).__name__ for method in distiller.methods],
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": processes.count(),
+    }
+
+
+def _compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> list[str]:
+    """Notices where a run goes on under other circumstances. Raises KDError where it would be another run."""
+    before, now = dict(old["config"]), dict(new["config"])
+    changed = [name for name in now if name != "workers" and before.get(name) != now[name]]
+    changed += [name for name in ("seed", "student", "teacher", "methods", "data") if old[name] != new[name]]
+    if changed:
+        raise KDError(
+            f"{folder} holds a run that began with different settings ({', '.join(changed)}): choose another folder, "
+            "or delete this one"
+        )
+    circumstances = [name for name in ("torch", "device", "processes") if old[name] != new[name]]
+    return [
+        f"the run in {folder} began with {name} {old[name]} and goes on with {new[name]}: its last digits will not be "
+        "those of a run that was never stopped"
+        for name in circumstances
+    ]

@@ -1,0 +1,85 @@
+"""The logs of a run: lines of JSON in its folder, and the trackers of Accelerate (TensorBoard, W&B, MLflow ...)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdtoolkit.errors import KDError
+
+Row = Mapping[str, float]
+
+
+class Log:
+    """A file with a line of JSON for each row. Rows wait in memory until `flush`."""
+
+    def __init__(self, path: Path, position: int = 0) -> None:
+        """Go on after the first `position` bytes; what follows them is of steps that are done again. Raises OSError."""
+        self._path = path
+        self._waiting: list[bytes] = []
+        self.position = position
+        with path.open("ab") as file:
+            if file.tell() < position:
+                raise KDError(
+                    f"{path} is shorter than when its run was last stored: it was changed meanwhile. Delete the run's "
+                    "folder to start again"
+                )
+            file.truncate(position)
+
+    def add(self, row: Row) -> None:
+        """Take a row down."""
+        self._waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+
+    def flush(self) -> None:
+        """Write all rows to the disk. Raises OSError; the rows then wait on, and no half a line is left."""
+        content = b"".join(self._waiting)
+        with self._path.open("r+b") as file:
+            file.truncate(self.position)
+            file.seek(self.position)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self.position += len(content)
+        self._waiting.clear()
+
+
+class Trackers:
+    """Accelerate's trackers, by name; none are imported where none are asked for."""
+
+    def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any], *, step: int) -> None:
+        """Start trackers for a run in `folder` that has done `step` steps. Raises KDError for one that is missing."""
+        self._trackers: list[Any] = []
+        if not names:
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+        known = {str(name): tracker for name, tracker in LOGGER_TYPE_TO_CLASS.items()}
+        installed = [str(name) for name in get_available_trackers()]
+        for name in names:
+            if name not in known:
+                raise KDError(f"no tracker {name!r}: Accelerate knows {', '.join(known)}")
+            if name not in installed:
+                raise KDError(f"the tracker {name} is not installed: pip install {name}")
+            options: dict[str, Any] = {"logging_dir": folder} if known[name].requires_logging_directory else {}
+            if name == "tensorboard":
+                options["purge_step"] = step + 1  # what a stopped run wrote beyond its checkpoint
+            tracker = known[name](folder.name, **options)
+            tracker.start()
+            if not step:
+                tracker.store_init_configuration(
+                    {key: value if isinstance(value, int | float) else str(value) for key, value in config.items()}
+                )
+            self._trackers.append(tracker)
+
+    def log(self, row: Row, step: int) -> None:
+        """Hand a row to all trackers."""
+        for tracker in self._trackers:
+            tracker.log(dict(row), step=step)
+
+    def finish(self) -> None:
+        """Close all trackers."""
+        for tracker in self._trackers:
+            tracker.finish()

@@ -1,0 +1,151 @@
+"""What is trained and how fast: parameter groups, frozen parts, the learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.errors import KDError
+
+_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """The factor of the learning rate at a step counted from 0: warm-up times schedule."""
+    warmup = 1.0
+    if step < config.warmup_steps:
+        share = (step + 1) / (config.warmup_steps + 1) if config.warmup == "linear" else 0.0
+        warmup = config.warmup_factor + (1 - config.warmup_factor) * share
+    if config.schedule == "cosine":
+        return warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    if config.schedule == "step":
+        return warmup * 0.1 ** sum(step >= share * config.steps for share in config.milestones)
+    return warmup
+
+
+def build_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser of all trainable parameters, in a group for each learning rate and weight decay.
+
+    Each group has its peak rate as `peak`. What methods learn has the plain rate and decay. Raises KDError where the
+    config names a part that the student does not have.
+    """
+    student = distiller.student
+    factors = {part: _parameters(student, part) for part in config.lr_factors}
+    undecayed = set[int]().union(*(_parameters(student, part) for part in config.no_decay))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in distiller.parameters():
+        if parameter.requires_grad:
+            parts = [part for part, members in factors.items() if id(parameter) in members]
+            factor = math.prod(config.lr_factors[part] for part in parts)
+            decay = 0.0 if id(parameter) in undecayed else config.weight_decay
+            groups.setdefault((config.lr * factor, decay), []).append(parameter)
+    described = [
+        {"params": members, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), members in groups.items()
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(described, momentum=config.momentum)
+    return torch.optim.AdamW(described, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> float:
+    """Give each group its learning rate of a step; returns the rate without factors of parts."""
+    factor = lr_factor(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    return config.lr * factor
+
+
+@contextmanager
+def frozen(student: nn.Module, config: TrainConfig) -> Iterator[Callable[[Distiller], None]]:
+    """Freeze the parts that the config names; they are trainable again when the block ends.
+
+    Gives the function that sets a distiller into training mode, all but the batch norms that keep their statistics.
+    Raises KDError where the student has no such part.
+    """
+    names = _members(student, config.frozen)
+    _members(student, config.frozen_statistics)
+    still = [
+        module
+        for name, module in student.named_modules()
+        if isinstance(module, _BatchNorm)
+        and (
+            any(_is_in(name, part) for part in config.frozen_statistics)
+            or (names and {id(p) for p in module.parameters()} <= names)
+        )
+    ]
+    thawed = [p for p in student.parameters() if id(p) in names and p.requires_grad]
+
+    def training(distiller: Distiller) -> None:
+        distiller.train()
+        for module in still:
+            module.eval()
+
+    try:
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        yield training
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(True)
+
+
+def _members(student: nn.Module, parts: tuple[str, ...]) -> set[int]:
+    return set[int]().union(*(_parameters(student, part) for part in parts))
+
+
+def _parameters(student: nn.Module, part: str) -> set[int]:
+    """The parameters of a part, by id. Raises KDError if there are none."""
+    norms = {id(p) for m in student.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
+    found = {id(p) for p in student.parameters()}
+    for word in part.split():
+        if word == "norms":
+            found &= norms
+        elif word == "biases":
+            found &= {id(p) for name, p in student.named_parameters() if name.rpartition(".")[2] == "bias"} - norms
+        else:
+            found &= {id(p) for name, p in student.named_parameters() if _is_in(name, word)}
+    if not found or not part.strip():
+        parts = ", ".join(name for name, _ in student.named_children())
+        raise KDError(
+            f"the student ({type(student).__name__}) has no parameters in the part {part!r}. Its parts are {parts}, "
+            "the modules below them, as in backbone.layer1, the words norms and biases, and both together, as in "
+            "'backbone norms'"
+        )
+    return found
+
+
+def _is_in(name: str, part: str) -> bool:
+    """Whether a dotted name lies in a module of the dotted name `part`: model.backbone.conv1 lies in backbone."""
+    return f".{part}." in f".{name}."
+
+
+def named_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
+    """What the optimiser remembers, by parameter's name (`names`, by id) and kind: `student.head.weight/exp_avg`."""
+    return {
+        f"{names[id(parameter)]}/{kind}": value
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for kind, value in optimizer.state.get(parameter, {}).items()
+        if value is not None  # SGD's momentum before the first gradient
+    }
+
+
+def load_named_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], state: Mapping[str, torch.Tensor]
+) -> None:
+    """Give an optimiser back what `named_state` gave."""
+    by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    for key, value in state.items():
+        name, _, kind = key.rpartition("/")
+        parameter = by_name[name]
+        like = parameter if value.shape == parameter.shape else value
+        # In the memory format of the parameter, as the optimiser itself makes it.
+        kept = torch.empty_like(like, dtype=value.dtype, device=parameter.device, requires_grad=False)
+        optimizer.state[parameter][kind] = kept.copy_(value)

@@ -1,0 +1,38 @@
+"""What a training run says while it goes on, and at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: `losses` are means since the last report, `seconds` the training time so far.
+
+    `warnings`: one line for each loss term that has taught the student nothing so far, for each part of the student
+    that has died, and for each checkpoint that was damaged or could not be written.
+    """
+
+    step: int
+    steps: int
+    losses: dict[str, float]
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run cost and how it went.
+
+    `history` has about 100 points of step, lr and every loss term (means). `warnings` are those of `Progress` about the
+    training, for the whole run; `notices` those about its folder. `evaluations` have step and average precisions.
+    `seconds` is training time over all starts of the run; `step_ms` the median step of this start, 0 if it had none.
+    """
+
+    steps: int
+    seconds: float
+    step_ms: float
+    history: list[dict[str, float]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    evaluations: list[dict[str, float | None]] = field(default_factory=list)

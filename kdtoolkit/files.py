@@ -1,0 +1,43 @@
+"""Files that are complete, or not there at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PARTIAL = ".*.partial"
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that it is complete, or as it was before, whenever the process or the machine stops.
+
+    The content goes to a file beside it, is flushed to the disk and then takes the name. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _flush_names(path.parent)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what killed processes left half written, in a folder and all folders in it. Hold the folder meanwhile."""
+    for leftover in folder.rglob(_PARTIAL):
+        leftover.unlink(missing_ok=True)
+
+
+def _flush_names(folder: Path) -> None:
+    """Flush a folder's list of names, without which a renamed file may be lost where the machine stops."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows, which has no such call
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

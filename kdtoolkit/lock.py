@@ -1,0 +1,50 @@
+"""Folders that one process holds at a time: a second one is told who holds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kdtoolkit.errors import KDError
+from kdtoolkit.files import remove_partial, write_atomic
+
+_LOCK = ".lock"
+_HOLDER = ".lock.json"
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process until the block or the process ends, and make the folder if it is missing.
+
+    Raises KDError, which names the holder, if another process holds the folder; OSError where it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise KDError(
+            f"{_holder(folder)} works in {folder}: wait until it ends, stop it, or choose another folder"
+        ) from None
+    try:
+        remove_partial(folder)
+        write_atomic(folder / _HOLDER, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / _HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(folder: Path) -> str:
+    """Who holds a folder, in words. The lock file itself cannot tell: taking a lock empties it."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        holder = json.loads((folder / _HOLDER).read_text("utf-8"))
+        return f"process {int(holder['process'])} on {holder['host']}"
+    return "another process"

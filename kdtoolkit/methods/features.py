@@ -1,0 +1,120 @@
+"""The base of methods that compare pyramids: such a method is one function of two maps.
+
+class SquaredDifference(FeatureMethod):
+paper = "none"
+
+def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+return (student - teacher).square().mean()
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kdtoolkit.compatibility import shared_levels, why_no_shared_level
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
+from kdtoolkit.methods.common import resize_like
+
+
+@dataclass(frozen=True)
+class Level:
+    """Which pair of levels `FeatureMethod.loss` is asked for.
+
+    `index` counts the levels that both pyramids have, from 0 at the finest. `region` is what `FeatureMethod.regions`
+    gave for this pair; None if the method has no regions.
+    """
+
+    index: int
+    region: Tensor | None = None
+
+
+class FeatureMethod(Method):
+    """A method that compares two pyramids, level by level. A subclass writes `loss`; the rest is done here.
+
+    Pairs without a common stride are refused. Where the channels of a level differ, a learned 1x1 convolution brings
+    the student's to the teacher's number. The losses of the levels that both pyramids have are added up and weighted.
+
+    `resize_student`: whether a student's map is resized bilinearly to its teacher's before `loss`, where sizes differ.
+    `mean_over_levels`: divide by the number of levels. A method with several terms sets `weights` in its `__init__`,
+    one for each of `terms`.
+
+    Args:
+        weight: factor of the loss, if it is a single term.
+    """
+
+    needs = frozenset({Capability.FEATURES})
+    terms: ClassVar[tuple[str, ...]] = ("feature",)
+    resize_student: ClassVar[bool] = True
+    mean_over_levels: ClassVar[bool] = False
+    weights: tuple[float, ...]
+    levels: list[tuple[int, int]]
+    align: nn.ModuleList
+
+    def __init__(self, *, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weights = (weight,)
+
+    @abstractmethod
+    def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+        """The unweighted loss of one pair of maps: a scalar, or (T,) where the method has T terms.
+
+        Args:
+            student: (N, C, H, W) float32, projected to the teacher's channels.
+            teacher: (N, C, H, W) float32; no gradient reaches it.
+            level: which pair of levels it is.
+        """
+
+    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+        """Refuse pairs without a common stride."""
+        return why_no_shared_level(student, teacher)
+
+    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+        """Pair the levels of equal stride, and build a projection for each pair.
+
+        A method that learns more extends this, and finds the modules of a level by `Level.index`.
+        """
+        self.levels = shared_levels(student, teacher)
+        channels = ((student.channels[s], teacher.channels[t]) for s, t in self.levels)
+        self.align = nn.ModuleList(self.projection(ours, theirs) for ours, theirs in channels)
+
+    def projection(self, student_channels: int, teacher_channels: int) -> nn.Module:
+        """What each student's map goes through first: a 1x1 convolution, or nothing where channels are equal."""
+        if student_channels == teacher_channels:
+            return nn.Identity()
+        return nn.Conv2d(student_channels, teacher_channels, 1)
+
+    def pyramids(self, exchange: Exchange) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The student's and the teacher's maps (N, C, H, W) of all levels."""
+        return exchange.student.features, exchange.teacher.features
+
+    def regions(self, exchange: Exchange) -> Sequence[Tensor] | None:
+        """For each pair of levels, which cells matter, as `loss` wants it; None if all cells are alike."""
+        return None
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """The weighted terms of one step."""
+        students, teachers = self.pyramids(exchange)
+        regions = self.regions(exchange)
+        losses = []
+        with torch.autocast(teachers[0].device.type, enabled=False):  # sums over whole maps overflow in half precision
+            for index, ((s, t), align) in enumerate(zip(self.levels, self.align, strict=True)):
+                student, teacher = align(students[s].float()), teachers[t].detach().float()
+                if self.resize_student:
+                    student = resize_like(student, teacher)
+                losses.append(self.loss(student, teacher, Level(index, None if regions is None else regions[index])))
+        total = reduce(torch.add, losses)
+        if total.numel() != len(self.terms):
+            raise TypeError(
+                f"{type(self).__name__}.loss must return one number for each of its terms {self.terms}; it returned a "
+                f"tensor of shape {tuple(total.shape)}"
+            )
+        if self.mean_over_levels:
+            total = total / len(losses)
+        return {name: w * loss for name, w, loss in zip(self.terms, self.weights, total.reshape(-1), strict=True)}

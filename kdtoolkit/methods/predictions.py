@@ -1,0 +1,57 @@
+"""The base of methods that compare predictions: such a method is one function of two detectors' predictions.
+
+class SquaredDifference(PredictionMethod):
+terms = ("cls",)
+paper = "none"
+
+def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
+difference = student.logits - teacher.logits.detach()
+return {"cls": difference.square().mean()}
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+
+from torch import Tensor
+
+from kdtoolkit.compatibility import check_grids, why_priors_differ, why_scores_differ
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Matched, Method, Predictions, Whose
+
+
+class PredictionMethod(Method):
+    """A method that compares two detectors' predictions at the same priors. A subclass writes `losses`.
+
+    Pairs whose priors or class scores do not correspond are refused, and so are batches that the two detectors bring to
+    grids of different sizes. `priors`: whose proposals or queries go through both heads; on a grid both have the same.
+    """
+
+    needs = frozenset({Capability.PREDICTIONS, Capability.ASSIGNMENT})
+    priors: Whose = "student"
+
+    @abstractmethod
+    def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
+        """The weighted terms, float32 scalars, by names of `terms`.
+
+        Args:
+            student: its predictions.
+            teacher: the same priors' predictions; its `boxes` lie on the student's canvas. Detach what is compared.
+            pair: has the assignments of ground truth to these priors, `student_assignment` and `teacher_assignment`,
+                and the heads' states.
+        """
+
+    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+        """Refuse pairs whose priors do not correspond one to one, or whose scores differ in kind."""
+        return why_priors_differ(student, teacher) or why_scores_differ(student, teacher)
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """The weighted terms of one step.
+
+        Raises IncompatibleError where the two detectors bring the batch to grids of different sizes.
+        """
+        pair = exchange.matched(self.priors)
+        student, teacher = pair.student.predictions, pair.teacher.predictions
+        check_grids(type(self).__name__, student, teacher)
+        # Priors lie at the same place of the image, though not always of the canvas.
+        return self.losses(student, replace(teacher, decode=lambda regression, priors: pair.teacher_boxes), pair)

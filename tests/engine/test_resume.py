@@ -1,0 +1,247 @@
+"""A run that is stopped and started again ends as one that was never stopped: to the last bit, or it says why not."""
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdtoolkit import Distiller, KDError
+from kdtoolkit.data import Augmentation, InputSize, ProceduralShapes
+from kdtoolkit.engine.train import RunFolder, TrainConfig, Validation, train
+from kdtoolkit.lock import hold
+from kdtoolkit.methods import FBKD, MGD, PKD, CrossKD
+from tests.conftest import tiny_gfl
+
+CLASSES = len(ProceduralShapes(1).class_names)
+CASES = {
+    "methods that learn and draw": {"methods": (FBKD, MGD)},
+    "sgd, moving average, frozen parts": {
+        "optimizer": "sgd",
+        "lr": 0.01,
+        "ema": 0.9,
+        "frozen": ("backbone.conv1",),
+        "frozen_statistics": ("backbone",),
+    },
+    "float16, accumulated": {"precision": "float16", "accumulation": 2, "channels_last": True},
+    "sizes and mixed images, read ahead": {
+        "input_size": InputSize(short=(64, 96), long=128),
+        "augmentation": Augmentation(mosaic=0.5, mixup=0.5, photometric=0.5),
+        "workers": 1,
+    },
+}
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def data():
+    return ProceduralShapes(10, image_size=64, seed=0)
+
+
+def run(data, folder, *, stop=None, seed=0, methods=(CrossKD, PKD), saves=2, steps=7, evaluated=None, **changes):
+    """Train; `stop` is the step in which it is interrupted. Gives the student and the result."""
+    teacher = tiny_gfl(seed=1, num_classes=CLASSES, neck_channels=8)
+    student = tiny_gfl(seed=2, num_classes=CLASSES)
+
+    def interrupt(module, args):
+        if stop is not None and distiller.training and distiller.calls > (stop - 1) * distiller.accumulation:
+            raise Stopped
+
+    student.neck.register_forward_pre_hook(interrupt)
+    config = TrainConfig(**{"steps": steps, "batch_size": 4, "warmup_steps": 2, **changes})
+    distiller = Distiller(teacher, student, [method() for method in methods])
+    where = None if folder is None else RunFolder(folder, save_steps=saves)
+    found = train(distiller, data, config, seed=seed, folder=where, validation=evaluated)
+    return student, found
+
+
+def stopped(data, folder, step, **changes):
+    with pytest.raises(Stopped):
+        run(data, folder, stop=step, **changes)
+
+
+def digest(module):
+    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in module.state_dict().values())).hexdigest()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_stopped_run_ends_like_one_that_was_not(data, tmp_path, case):
+    changes = {"methods": (CrossKD, PKD), **CASES[case]}
+    if case == "methods that learn and draw":
+        changes["evaluated"] = Validation(data, every_steps=3)
+    whole, expected = run(data, tmp_path / "whole", **changes)
+    for step in (6, 4):  # the second stop comes before the checkpoint of the first
+        stopped(data, tmp_path / "stopped", step, **changes)
+        if step == 6:
+            torch.manual_seed(step)  # what others draw meanwhile changes nothing
+    found, result = run(data, tmp_path / "stopped", **changes)
+    assert digest(found) == digest(whole)
+    for name in ("history", "warnings", "notices", "evaluations"):
+        assert getattr(result, name) == getattr(expected, name), name
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*") if path.is_file()}
+        for name in ("whole", "stopped")
+    ]
+    for name in ("log.jsonl", "student.safetensors", *(["best.safetensors"] if "evaluated" in changes else [])):
+        assert files[0][name] == files[1][name], name
+
+
+def test_without_a_folder_it_is_the_same_run(data, tmp_path):
+    assert digest(run(data, None)[0]) == digest(run(data, tmp_path)[0])
+
+
+def test_a_finished_run_is_not_run_again(data, tmp_path):
+    student, result = run(data, tmp_path)
+    again, same = run(data, tmp_path, stop=1)
+    assert digest(again) == digest(student)
+    assert (same.history, same.seconds, same.step_ms) == (result.history, result.seconds, result.step_ms)
+
+
+def test_the_log_has_a_line_a_step(data, tmp_path):
+    run(data, tmp_path, evaluated=Validation(data, every_epochs=1))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "lr" in row]
+    assert [row["step"] for row in steps] == list(range(1, 8))
+    assert {"task/cls", "crosskd/box", "pkd/feature", "gradient_norm"} < steps[0].keys()
+    assert [row["step"] for row in rows if "eval/ap" in row] == [3, 5, 7]  # 10 images, 4 a step
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_the_last_checkpoints_stay(data, tmp_path):
+    run(data, tmp_path, saves=1)
+    assert checkpoints(tmp_path) == [f"step-0000000{n}.{end}" for n in (6, 7) for end in ("json", "safetensors")]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda path: path.write_bytes(b""), Path.unlink])
+@pytest.mark.parametrize("kind", ["json", "safetensors"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(data, tmp_path, caplog, kind, damage):
+    stopped(data, tmp_path, 6)
+    path = tmp_path / "checkpoints" / f"step-00000004.{kind}"
+    damage(path)
+    found, result = run(data, tmp_path)
+    assert digest(found) == digest(run(data, None)[0])
+    if path.suffix == ".json" and damage is Path.unlink:  # as of a run that was killed while it wrote
+        assert result.notices == []
+    else:
+        assert [str(path) in notice and "going on from the checkpoint before it" in notice for notice in result.notices]
+        assert result.notices[0] in caplog.text
+
+
+def test_if_all_checkpoints_are_damaged_nothing_is_thrown_away(data, tmp_path):
+    stopped(data, tmp_path, 6)
+    for path in (tmp_path / "checkpoints").glob("*.safetensors"):
+        flip(path)
+    with pytest.raises(KDError, match=r"No whole checkpoint is left in .*: delete the folder to start again"):
+        run(data, tmp_path)
+    assert len(checkpoints(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"seed": 1}, "seed"), ({"lr": 1e-3}, "lr"), ({"methods": (PKD,)}, "methods"), ({"steps": 9}, "steps")],
+)
+def test_another_run_does_not_go_on_in_its_folder(data, tmp_path, changes, named):
+    stopped(data, tmp_path, 4)
+    with pytest.raises(KDError, match=rf"began with different settings \({named}\): choose another folder"):
+        run(data, tmp_path, **changes)
+
+
+def test_readers_may_be_added(data, tmp_path):
+    stopped(data, tmp_path, 4)
+    assert digest(run(data, tmp_path, workers=1)[0]) == digest(run(data, None)[0])
+
+
+def test_a_folder_in_use_is_refused_with_its_holder(data, tmp_path):
+    with hold(tmp_path), pytest.raises(KDError, match=rf"process {os.getpid()} on .* works in .*: wait until it ends"):
+        run(data, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KDError, match=r"cannot write .*file.*: Not a directory: mend that, or choose another folder"):
+        run(data, tmp_path / "file" / "run")
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(data, tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def full(handle):
+        if any(tmp_path.glob("checkpoints/.step-0000000[34].*")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    student, result = run(data, tmp_path, saves=1)
+    assert len(result.notices) == 1
+    told = "checkpoints: No space left on device; the last whole checkpoint is of step 2. Training goes on"
+    assert told in result.notices[0]
+    assert digest(student) == digest(run(data, None)[0])
+    run(data, tmp_path / "other", saves=1)
+    assert (tmp_path / "log.jsonl").read_bytes() == (tmp_path / "other" / "log.jsonl").read_bytes()
+
+
+def test_a_checkpoint_that_is_larger_than_may_be_written_is_told(data, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))  # room for the log and the weights
+    try:
+        with pytest.raises(
+            KDError, match=r"cannot write .*checkpoints.*: File too large; there is none yet. Free space"
+        ):
+            run(data, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoints(tmp_path) == []  # nothing half written
+    assert digest(run(data, tmp_path)[0]) == digest(run(data, None)[0])
+
+
+def killed_while_it_writes(folder, writes):
+    """A process of its own: killed by SIGKILL in the flush number `writes` of a file to the disk."""
+    torch.set_num_threads(1)
+    sync, left = os.fsync, [writes]
+
+    def end(handle):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(handle)
+
+    os.fsync = end
+    run(ProceduralShapes(10, image_size=64, seed=0), folder)
+
+
+@pytest.mark.slow
+def test_sigkill_while_a_checkpoint_is_written(data, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    for writes in (6, 9, 14):
+        process = context.Process(target=killed_while_it_writes, args=(tmp_path / "killed", writes))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    torch.set_num_threads(1)
+    student, _ = run(data, tmp_path / "killed")
+    whole, _ = run(data, tmp_path / "whole")
+    assert digest(student) == digest(whole)
+    assert (tmp_path / "killed" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+    assert not list((tmp_path / "killed").rglob("*.partial"))
