@@ -35,7 +35,8 @@ class Task:
     """What one cell is to do.
 
     `detector`: what it trains: the student or the teacher. `parts`: what its key is made of. `result`: the path of its
-    result. `teacher`: the path of the teacher's weights. `pictures`: the folder of drawn pictures and decoded photos.
+    result. `teacher`: the path of the teacher's weights. `pictures`: the folder of drawn pictures and
+    decoded photos.
     """
 
     entry: str

@@ -176,7 +176,7 @@ class _Run:
         if self.pending:
             display.line(f"data: {self.sets.description}")
             for images in (self.sets.teacher, self.sets.student, self.sets.val):
-                _ = images.in_memory()[0]  # draws all pictures and decodes all photos, so that no cell has to
+                _ = images.in_memory()[0]  # drawn pictures and decoded photos are then there for all cells
 
     def _precision(self) -> str:
         """The precision of the cells and, if `auto` chose it, why."""

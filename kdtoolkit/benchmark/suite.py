@@ -41,10 +41,10 @@ class _Section(BaseModel):
 class DataSection(_Section):
     """Which images a suite uses.
 
-    `root`: a data set in COCO's, YOLO's or VOC's format, as `open_dataset` takes it; None draws procedural images.
-    `teacher_images`, `student_images`, `val_images`: how many images; None means all of the data set. `image_size`: in
-    pixels, the side of a procedural image, or the longest side of a photo (larger photos are scaled down). `on_bad`:
-    whether bad images and annotations are an error ("error") or are left out ("skip").
+    `root`: a data set in COCO's, YOLO's or VOC's format; None draws procedural images. `teacher_images`,
+    `student_images`, `val_images`: how many images; None means all of them. `image_size`: in pixels, the side of a
+    procedural image, or the longest side of a photo (larger photos are scaled down). `on_bad`: whether bad images and
+    annotations are an error ("error") or are left out ("skip").
     """
 
     root: Path | None = None
@@ -80,11 +80,13 @@ class _Extras(_Section):
     warmup: int | None = Field(None, ge=0)
     decay: int | None = Field(None, ge=0)
     stop: int | None = Field(None, ge=0)
+    start: int | None = Field(None, ge=0)
+    every: int | None = Field(None, ge=1)
     strides: tuple[int, ...] | None = None
 
     def extend(self, method: Method) -> Method:
-        """Set the schedule and the levels of a method."""
-        if schedule := self.model_dump(include={"warmup", "decay", "stop"}, exclude_none=True):
+        """Give a method its schedule and its levels."""
+        if schedule := self.model_dump(exclude={"strides"}, exclude_none=True):
             method.scheduled(**schedule)
         return method.at_strides(*self.strides) if self.strides else method
 

@@ -225,7 +225,10 @@ def _wrapped(distiller: Distiller, config: TrainConfig, device: torch.device) ->
     model = torch.compile(distiller) if config.compile else distiller
     if processes.count() == 1:
         return model
-    return DistributedDataParallel(model, device_ids=None if device.index is None else [device.index])
+    devices = None if device.index is None else [device.index]
+    # Otherwise gradients are put together anew after the first step, in the order in which they came. More than two
+    # processes then add them up in another order than before, and a run that goes on would differ in the last bits.
+    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=processes.count() > 2)
 
 
 def _parts(

@@ -35,7 +35,7 @@ def test_published_settings_for_other_detectors_have_names():
     use = MethodUse.model_validate("CrossKD.for_fcos")
     assert use.method is CrossKD
     built = use.build()
-    assert (built.stage, built.box_loss) == (-2, "iou")
+    assert (built.stage, built.distances.box_loss) == (-2, "iou")
     assert MethodUse.model_validate({"PKD.for_fcos": {"stop": 9}}).build().schedule == Schedule(stop=9)
     with pytest.raises(ValidationError, match="unknown key 'weight'"):
         MethodUse.model_validate({"PKD.for_fcos": {"weight": 3.0}})
