@@ -41,7 +41,8 @@ wheel-check: .venv/.installed-dev  ## build the wheel and run `kd` from it, away
 	$(BIN)/python -m venv .venv/wheel
 	.venv/wheel/bin/python -m pip install -q --no-deps dist/*.whl
 	cd .venv/wheel && PYTHONPATH="$$(../bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-		bin/python -c 'import kdtoolkit.benchmark as b; assert "wheel" in b.__file__, b.__file__' && \
+		bin/python -c 'import importlib.resources as r, kdtoolkit.benchmark as b; assert "wheel" in b.__file__, b.__file__; \
+			assert r.files(b).joinpath("templates/leaderboard.html").is_file(), "the wheel lacks the template of boards"' && \
 		PYTHONPATH="$$(../bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		bin/kd benchmark suites
 

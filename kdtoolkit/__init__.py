@@ -10,11 +10,11 @@ __all__ = ["Distiller", "IncompatibleError", "KDError", "Losses", "NonFiniteLoss
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from kdtoolkit.contract import adapt
     from kdtoolkit.distiller import Distiller, Losses
+    from kdtoolkit.libraries import adapt
 else:
     # Imported at their first use, because they import torch, which takes seconds and which `kd --help` does not need.
-    _LATE = {"Distiller": "kdtoolkit.distiller", "Losses": "kdtoolkit.distiller", "adapt": "kdtoolkit.contract"}
+    _LATE = {"Distiller": "kdtoolkit.distiller", "Losses": "kdtoolkit.distiller", "adapt": "kdtoolkit.libraries"}
 
     def __getattr__(name: str) -> object:
         if name not in _LATE:

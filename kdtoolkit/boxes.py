@@ -1,4 +1,7 @@
-"""Arithmetic on boxes (..., 4) xyxy in pixels, in float32 whatever autocast says."""
+"""Arithmetic on boxes (..., 4) xyxy in pixels, in float32 whatever autocast says.
+
+torchvision.ops has the rest. Its functions take boxes (N, 4) alone (torchvision 0.21), and compare each with each.
+"""
 
 from __future__ import annotations
 

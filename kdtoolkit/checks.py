@@ -1,4 +1,4 @@
-"""A batch as users hand it in, checked once before detectors see it: containers, shapes, ranges, boxes and labels."""
+"""Checks of the batch that a user hands in, before any detector sees it: containers, shapes, ranges, boxes, labels."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdtoolkit.canvas import check_images
 from kdtoolkit.contract import DetectorSpec, Target
 from kdtoolkit.errors import KDError
 
-LOWEST, HIGHEST = -0.5, 1.5  # of images in [0, 1]: resizing and changes of colour may lead a little beyond
-SMALLEST = 16  # px; boxes within 0..1 on larger images are relative ones
+LOWEST, HIGHEST = -0.5, 1.5  # allowed in images: resizing and changes of colour may leave [0, 1] by a little
+SMALLEST = 16  # px; if images are larger and all boxes lie within 0..1, the boxes are not in pixels
 
 
 def checked_batch(
     images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Any]], model: nn.Module, spec: DetectorSpec
 ) -> tuple[list[Tensor], list[Target]]:
-    """Check images and their ground truth; returns both as `model` needs them.
+    """Check images and their ground truth. Returns both as `model` needs them.
 
-    Images must be floats (3, H, W) in [0, 1] on the model's device; they get the dtype of its weights. Ground truth may
-    be on the host, where it is checked before it is copied to the device. What is on a GPU is waited for once.
+    Images must be float tensors (3, H, W) in [0, 1] on the model's device. The result has the dtype of the model's
+    weights. Ground truth may be on the host: then it is checked there and copied to the device. All checks together
+    make the host wait for a GPU only once.
 
-    Raises KDError naming the image, box or label that is wrong, and what it should be.
+    Raises KDError that names the image, box or label that is wrong, and says what it should be.
     """
     images = _images(images, next(model.parameters()))
     ground_truth = _targets(targets, len(images))
@@ -36,7 +38,7 @@ def checked_batch(
     _check_ranges(list(zip(extremes[: len(images)], extremes[len(images) :], strict=True)))
     if len(boxes) and relative and all(min(image.shape[1:]) >= SMALLEST for image in images):
         raise KDError(
-            "all boxes of this batch lie within 0..1, and boxes are x1, y1, x2, y2 in pixels: multiply them by the "
+            "all boxes of this batch lie within 0..1, and boxes must be x1, y1, x2, y2 in pixels: multiply them by the "
             "width and height of their image"
         )
     if not (solid and known):
@@ -51,30 +53,24 @@ def checked_batch(
 
 
 def _images(images: Sequence[Tensor] | Tensor, weight: Tensor) -> list[Tensor]:
-    """Images (3, H, W) of the weights' dtype, on their device."""
+    """Images (3, H, W) with the dtype of the weights. They must be on the same device."""
     if not isinstance(images, Sequence | Tensor) or isinstance(images, str):
         raise KDError(f"images must be a list of tensors (3, H, W), not {type(images).__name__}")
     if not len(images):
-        raise KDError("the batch is empty: hand in one image at least")
+        raise KDError("the batch is empty: hand in at least one image")
+    check_images(images)
     for i, image in enumerate(images):
-        if not isinstance(image, Tensor):
-            raise KDError(f"image {i} is {type(image).__name__}; images are float tensors (3, H, W) in [0, 1]")
-        if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
-            raise KDError(f"image {i} has the shape {tuple(image.shape)}; images are (3, H, W)")
-        if not image.is_floating_point():
-            hint = ": hand in image.float() / 255" if image.dtype == torch.uint8 else ""
-            raise KDError(f"image {i} is {image.dtype}; images are floats in [0, 1]{hint}")
         if image.device != weight.device:
             raise KDError(f"image {i} is on {image.device}, the student on {weight.device}: move one of them")
     return [image.to(weight.dtype) if weight.is_floating_point() else image for image in images]
 
 
 def _targets(targets: Sequence[Mapping[str, Any]], count: int) -> list[Target]:
-    """Ground truth as (G, 4) float32 and (G,) int64, where it is."""
+    """Ground truth as (G, 4) float32 and (G,) int64, on the device where it was handed in."""
     if not isinstance(targets, Sequence) or isinstance(targets, str):
-        raise KDError(f"targets must be a list, with a dict of boxes and labels for each image, not {_kind(targets)}")
+        raise KDError(f"targets must be a list with one dict of boxes and labels for each image, not {_kind(targets)}")
     if len(targets) != count:
-        raise KDError(f"{count} images and {len(targets)} targets: there must be a target for each image")
+        raise KDError(f"there are {count} images and {len(targets)} targets: hand in one target for each image")
     return [_target(i, target) for i, target in enumerate(targets)]
 
 
@@ -90,58 +86,58 @@ def _target(i: int, target: Mapping[str, Any]) -> Target:
         if not isinstance(target[key], Tensor):
             raise KDError(f"target {i}: {key} must be a tensor, not {_kind(target[key])}")
     boxes, labels = target["boxes"], target["labels"]
-    if not boxes.numel() and not labels.numel():  # torch.tensor([]) has another shape, and is of floats
+    if not boxes.numel() and not labels.numel():  # torch.tensor([]) has the shape (0,), and is float
         return {"boxes": boxes.new_zeros((0, 4), dtype=torch.float32), "labels": labels.new_zeros(0, dtype=torch.int64)}
     if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
         raise KDError(
-            f"target {i}: boxes must be (G, 4) and labels (G,); they are {tuple(boxes.shape)} and {tuple(labels.shape)}"
+            f"target {i}: boxes must be (G, 4) and labels (G,), but they are {tuple(boxes.shape)} and "
+            f"{tuple(labels.shape)}"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise KDError(f"target {i}: labels are {labels.dtype}; they are integers, classes from 0")
+        raise KDError(f"target {i}: labels are {labels.dtype}; they must be integers that count classes from 0")
     if boxes.device != labels.device:
         raise KDError(f"target {i}: boxes are on {boxes.device}, labels on {labels.device}; move one of them")
     return {"boxes": boxes.float(), "labels": labels.long()}
 
 
 def _kind(value: object) -> str:
-    return (
-        "a numpy array (torch.from_numpy makes a tensor)"
-        if type(value).__module__ == "numpy"
-        else (f"{type(value).__name__}")
-    )
+    if type(value).__module__ == "numpy":
+        return "a numpy array (torch.from_numpy makes a tensor)"
+    return type(value).__name__
 
 
 def _checks(boxes: Tensor, labels: Tensor, spec: DetectorSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """(G,) bool each: boxes that are finite and have an area, labels that the detector has, boxes within 0..1."""
+    """Three masks (G,): boxes that are finite and have an area; labels that the detector knows; boxes within 0..1."""
     solid = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
     known = (labels >= 0) & (labels < spec.num_classes)
     return solid, known, ((boxes >= 0) & (boxes <= 1)).all(1)
 
 
 def _check_ranges(ranges: Sequence[tuple[float, float]]) -> None:
-    """NaN passes: who trains is told where it comes from."""
+    """Raise KDError if an image is not in [0, 1]. NaN passes: the training loop reports where it arises."""
     for i, (low, high) in enumerate(ranges):
         if low < LOWEST or high > HIGHEST:
             hint = (
                 "divide them by 255"
                 if low >= 0 and high > 2
-                else "hand them in as they are before normalisation, which is the detector's own part"
+                else "hand them in before normalisation, which the detector does itself"
             )
             raise KDError(f"image {i} has values from {low:.3g} to {high:.3g}; images are in [0, 1]: {hint}")
 
 
 def _explain(targets: Sequence[Target], spec: DetectorSpec) -> None:
+    """Raise KDError about the first box or label that is wrong."""
     for i, target in enumerate(targets):
         solid, known, _ = _checks(target["boxes"], target["labels"], spec)
         if not bool(solid.all()):
             at = int((~solid).nonzero()[0])
             raise KDError(
-                f"target {i}: box {at} is {target['boxes'][at].tolist()}: boxes are x1, y1, x2, y2 in pixels, x1 < x2, "
-                "y1 < y2"
+                f"target {i}: box {at} is {target['boxes'][at].tolist()}, and boxes are x1, y1, x2, y2 in pixels, with "
+                "x1 < x2 and y1 < y2"
             )
         if not bool(known.all()):
             at = int((~known).nonzero()[0])
             raise KDError(
-                f"target {i}: label {int(target['labels'][at])}, and {spec.name} has {spec.num_classes} classes: "
-                "labels count from 0, without background"
+                f"target {i}: label {at} is {int(target['labels'][at])}, and {spec.name} has {spec.num_classes} "
+                f"classes: labels must lie in 0..{spec.num_classes - 1}, and background has no label"
             )

@@ -1,4 +1,4 @@
-"""Distiller: one pass of each detector a step, shared by all methods; the sum of named losses."""
+"""Distiller: runs each detector once per step for all methods, and names their losses."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils._pytree import register_pytree_node
 
 from kdtoolkit import processes
 from kdtoolkit.checks import checked_batch
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import (
     Batch,
     Capability,
@@ -22,26 +23,24 @@ from kdtoolkit.contract import (
     Method,
     Target,
     View,
-    adapt,
     check_precision,
 )
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import all_methods
-
-# What a method may need beyond features.
-_HEAD = {Capability.PREDICTIONS, Capability.STAGES, Capability.DISTRIBUTIONS, Capability.ASSIGNMENT}
 
 
 class Losses(dict[str, Tensor]):
-    """Loss terms by name: `task/...` are the student's own, the others those of methods (`crosskd/cls`)."""
+    """Loss terms by name. `task/...` are the student's own terms; all others are terms of methods (`crosskd/cls`)."""
 
     @property
     def total(self) -> Tensor:
-        """The sum of all terms, to call `backward` on."""
+        """The sum of all terms. Call `backward` on it."""
         return reduce(torch.add, self.values())
 
 
-# DistributedDataParallel and torch.compile look for tensors in what forward returns, and know only what is registered.
+# DistributedDataParallel and torch.compile look for tensors in the output of forward. They find them only in types that
+# are registered.
 register_pytree_node(
     Losses,
     lambda losses: (list(losses.values()), list(losses)),
@@ -49,46 +48,28 @@ register_pytree_node(
 )
 
 
-def refusal(method: type[Method] | Method, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-    """Why a method cannot distil this pair; None if it can. A class stands for its default settings."""
-    for role, spec in (("student", student), ("teacher", teacher)):
-        if missing := sorted(method.needs - spec.capabilities):
-            return f"it needs {', '.join(missing)}, which the {role} ({spec.name}) does not show"
-    built = method() if isinstance(method, type) else method
-    if method.needs & _HEAD and built.compares_classes and student.num_classes != teacher.num_classes:
-        return (
-            f"it compares class scores, and the student has {student.num_classes} classes, the teacher "
-            f"{teacher.num_classes}. Classes of two lists cannot be matched: use a teacher trained on the student's "
-            "classes, or a method that compares no classes"
-        )
-    for role, spec in (("student", student), ("teacher", teacher)):
-        if absent := sorted(set(built.strides) - set(spec.strides)):
-            return f"it is to work at strides {absent}, and the {role} ({spec.name}) has levels of {spec.strides}"
-    return built.refuses(student.at_strides(built.strides), teacher.at_strides(built.strides))
-
-
-def working_methods(student: DetectorSpec, teacher: DetectorSpec) -> list[str]:
+def working_methods(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> list[str]:
     """Names of all known methods that can distil this pair with their default settings."""
-    return [name for name, cls in all_methods().items() if refusal(cls, student, teacher) is None]
+    return [name for name, cls in all_methods().items() if why_refused(cls, student_spec, teacher_spec) is None]
 
 
 class Distiller(nn.Module):
-    """Train `student` with the help of `teacher` by any number of methods.
+    """Trains `student` with the help of `teacher`, by any number of methods.
 
-    Its parameters are the student's and what the methods must learn; the teacher is held beside, in eval mode and
-    frozen, and is neither saved nor trained with it. It moves with it: `to`, `cuda`, `half` and the like take the
-    teacher along. How to train over several processes, in half precision and so on: docs/training.md.
+    The parameters of a Distiller are the student's parameters and those that the methods must learn. The teacher is
+    frozen and in eval mode. It is no submodule, so it is neither trained nor saved. But `to`, `cuda`, `half` and
+    similar calls move it too. For several processes, half precision and more see docs/training.md.
 
     Args:
-        teacher: a detector, or an adapter of one; None if there are no methods.
-        student: likewise. Nothing is added to it: its state dict fits the plain model at any time.
-        methods: what to distil by. With none, the losses are the student's own, to the last bit.
-        accumulation: how many calls in training mode make one optimiser step; the methods' schedules count steps.
+        teacher: a detector, or the adapter of one; None if there are no methods.
+        student: a detector, or the adapter of one. Nothing is added to it: its state dict always fits the plain model.
+        methods: the methods to distil by. Without methods the losses are exactly the student's own.
+        accumulation: number of calls in training mode that make one optimiser step. Schedules of methods count steps.
 
     Raises:
-        IncompatibleError: a method cannot work between the two; says why, and which methods would.
-        KDError: no adapter knows a model's class; teacher and student are one model or on different devices; no
-            parameter of the student is trainable; `accumulation` is no number from 1.
+        IncompatibleError: a method cannot work between the two. The message says why, and which methods can.
+        KDError: no adapter knows a model's class; teacher and student share parameters or are on different devices; no
+            parameter of the student is trainable; `accumulation` is below 1.
     """
 
     def __init__(
@@ -101,23 +82,26 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         if accumulation < 1:
-            raise KDError(f"accumulation ({accumulation}) is a number of calls for one optimiser step, from 1")
+            raise KDError(
+                f"accumulation ({accumulation}) is the number of calls in one optimiser step: it must be 1 or more"
+            )
         methods = _checked(methods)
         self.student_adapter = adapt(student)
         self.student = self.student_adapter.model
         if not any(p.requires_grad for p in self.student.parameters()):
             raise KDError(
-                f"no parameter of the student ({type(self.student).__name__}) is trainable, so it would stay as it is: "
-                "call student.requires_grad_(True). Checkpoints of a moving average hold such models, as YOLO's do"
+                f"no parameter of the student ({type(self.student).__name__}) is trainable, so training would not "
+                "change it: call student.requires_grad_(True). Models from a checkpoint of a moving average are often "
+                "frozen, as YOLO's are"
             )
         self.teacher_adapter = None if teacher is None else adapt(teacher)
         self.methods = nn.ModuleList(methods)
         self.accumulation = accumulation
         self.calls = 0
         self._names = _unique_names(methods)
-        # Detectors tell their facts once: some work them out anew each time.
-        ours = self.student_adapter.spec
-        self._specs = ours, ours if self.teacher_adapter is None else self.teacher_adapter.spec
+        # Asked for once, because some adapters work their spec out anew at every call.
+        student_spec = self.student_adapter.spec
+        self._specs = student_spec, student_spec if self.teacher_adapter is None else self.teacher_adapter.spec
         if self.teacher_adapter is None:
             if methods:
                 raise KDError("methods need a teacher: Distiller(teacher, student, methods=[...])")
@@ -125,7 +109,7 @@ class Distiller(nn.Module):
         _check_models(self.teacher_adapter.model, self.student)
         specs = self._specs
         for name, method in zip(self._names, methods, strict=True):
-            if reason := refusal(method, *specs):
+            if reason := why_refused(method, *specs):
                 working = ", ".join(working_methods(*specs)) or "none"
                 raise IncompatibleError(
                     f"{type(method).__name__} ({name}) cannot distil {specs[1].name} into {specs[0].name}: {reason}. "
@@ -138,32 +122,34 @@ class Distiller(nn.Module):
             method.in_use = True
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Losses:
-        """Losses of one step, for images (3, H, W) in [0, 1] and their ground truth, in torchvision's convention.
+        """The losses of one step.
 
-        Ground truth may be on the host: it is checked there, then copied to the images' device.
+        Images are float tensors (3, H, W) in [0, 1]. Ground truth is in torchvision's convention. It may be on the
+        host: then it is checked there and copied to the images' device.
 
-        Raises KDError for a batch that cannot be learnt from.
+        Raises KDError if images or ground truth cannot be meant as they are.
         """
-        for adapter in (self.student_adapter, self.teacher_adapter):  # half() may have been called meanwhile
+        for adapter in (self.student_adapter, self.teacher_adapter):  # the user may have called half()
             if adapter is not None:
                 check_precision(adapter.model)
         images, targets = checked_batch(images, targets, self.student, self._specs[0])
         factors = [method.schedule.factor(self.step) for method in self._methods]
         self.calls += self.training
         active = [each for each in zip(self._names, self._methods, factors, strict=True) if each[2]]
-        student, methods = self.student_adapter, [method for _, method, _ in active]
-        batch = student.prepare(images, targets)
-        features = student.features(batch)
-        trace = student.head(features, batch, stages=_stages(methods, 0))
-        own, assignment = student.task_losses(trace, batch)
+        adapter, methods = self.student_adapter, [method for _, method, _ in active]
+        batch = adapter.prepare(images, targets)
+        features = adapter.features(batch)
+        trace = adapter.head(features, batch, stages=_stages(methods, 0))
+        own, assignment = adapter.task_losses(trace, batch)
         losses = Losses({f"task/{name}": loss for name, loss in own.items()})
         if processes.count() > 1:
             name = next(iter(losses))
             losses[name] = processes.reach(losses[name], [p for p in self.parameters() if p.requires_grad])
         if not active:
             return losses
-        view = View(student, batch, features, trace, assignment, spec=self._specs[0])
-        exchange = Exchange(view, self._observe_teacher(images, targets, batch, _stages(methods, 1)))
+        student_view = View(adapter, batch, features, trace, assignment, spec=self._specs[0])
+        teacher_view = self._observe_teacher(images, targets, batch, _stages(methods, 1))
+        exchange = Exchange(student_view, teacher_view)
         for name, method, factor in active:
             terms = _checked_terms(method, method(exchange.at_strides(method.strides)))
             losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
@@ -173,30 +159,29 @@ class Distiller(nn.Module):
     def _observe_teacher(
         self, images: Sequence[Tensor], targets: Sequence[Target], like: Batch, stages: frozenset[int] | None
     ) -> View:
-        """The teacher's view of what the student was shown; its head runs when a method asks for it."""
-        teacher, (ours, theirs) = self.teacher_adapter, self._specs
-        assert teacher is not None  # methods without a teacher are refused at construction
-        teacher.model.eval()  # whoever called train() on a module that holds it meanwhile
-        if theirs.num_classes != ours.num_classes:
-            # Its classes are others: what is left to learn from it does not ask for any, and it may have fewer of them.
+        """The teacher's view of the images that the student saw. Its head runs when a method asks for it."""
+        adapter, (student_spec, teacher_spec) = self.teacher_adapter, self._specs
+        assert adapter is not None  # methods without a teacher are refused at construction
+        adapter.model.eval()  # the user may have called train() on a module that holds the teacher
+        if teacher_spec.num_classes != student_spec.num_classes:
+            # Then no method uses the labels (`why_refused`), and they may be too large for the teacher.
             targets = [Target(boxes=t["boxes"], labels=torch.zeros_like(t["labels"])) for t in targets]
-        batch = teacher.prepare(images, targets, like=like)
-        return View(teacher, batch, teacher.features(batch), spec=theirs, stages=stages, frozen=True)
+        batch = adapter.prepare(images, targets, like=like)
+        return View(adapter, batch, adapter.features(batch), spec=teacher_spec, stages=stages, frozen=True)
 
     @torch.no_grad()
     def locate_non_finite(self, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
-        """Where the first value that is not finite comes up in this batch, detector by detector, in words.
+        """Say in words where the first value that is not finite arises in each detector, for this batch.
 
-        A level is named by its stride. Where all is finite, the largest values are told: losses of them overflowed.
+        Levels are named by their strides. If all values are finite, the largest one is named: then a loss overflowed.
         """
         images, targets = checked_batch(images, targets, self.student, self._specs[0])
-        student, teacher = self.student_adapter, self.teacher_adapter
-        roles = [("student", student)] + ([] if teacher is None else [("teacher", teacher)])
-        found = [f"{role}: {_first_non_finite(adapter, images, targets)}" for role, adapter in roles]
+        roles = (("student", self.student_adapter), ("teacher", self.teacher_adapter))
+        found = (f"{role}: {_first_non_finite(each, images, targets)}" for role, each in roles if each is not None)
         return "; ".join(found)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all but the student's frozen batch norms, which keep their statistics.
+        """Set the mode of all modules except the student's frozen batch norms, which keep their statistics.
 
         A batch norm is frozen if it is in eval mode and has no trainable parameter.
         """
@@ -210,11 +195,11 @@ class Distiller(nn.Module):
         if not isinstance(module, _BatchNorm) or module.training:
             return False
         parameters = [*module.parameters()]
-        # One without parameters is in eval mode because the whole student is, or because it was set so by itself.
+        # A batch norm without parameters counts as frozen only if the student around it is in train mode.
         return not any(p.requires_grad for p in parameters) and (bool(parameters) or self.student.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert the teacher too: it is no submodule, for it would be saved and trained if it were."""
+        """Move or convert the teacher too, which is no submodule."""
         if self.teacher_adapter is not None and recurse:
             self.teacher_adapter.model._apply(fn)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -222,12 +207,12 @@ class Distiller(nn.Module):
 
     @property
     def step(self) -> int:
-        """The number of optimiser steps done: of `accumulation` calls in training mode each."""
+        """The number of optimiser steps done. Each consists of `accumulation` calls in training mode."""
         return self.calls // self.accumulation
 
     @property
     def vanishing(self) -> frozenset[str]:
-        """Names of the loss terms that are zero where the student shows what the teacher shows: `pkd/feature`."""
+        """Names (`pkd/feature`) of the loss terms that are zero if the student shows exactly what the teacher shows."""
         methods = zip(self._names, self._methods, strict=True)
         return frozenset(f"{name}/{term}" for name, method in methods for term in method.vanishing)
 
@@ -236,15 +221,16 @@ class Distiller(nn.Module):
         return [cast(Method, method) for method in self.methods]
 
     def get_extra_state(self) -> dict[str, int]:
-        """The number of steps done, for `state_dict`: schedules go by it."""
+        """The number of steps done, which `state_dict` saves for the schedules."""
         return {"step": self.step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Go on at the step of a saved state."""
+        """Continue at the step of a saved state."""
         self.calls = state["step"] * self.accumulation
 
 
 def _first_non_finite(adapter: DetectorAdapter, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
+    """Where one detector's first value that is not finite arises, in words."""
     batch = adapter.prepare(images, targets)
     strides = adapter.spec.strides
     features = adapter.features(batch)
@@ -262,13 +248,13 @@ def _first_non_finite(adapter: DetectorAdapter, images: Sequence[Tensor], target
         seen += [(f"{name}{where}", x) for where, x in zip(at, torch.split(value, sizes, 1), strict=True)]
     for name, value in seen:
         if not bool(value.isfinite().all()):
-            return f"{name} not finite, the first of all"
+            return f"not finite, first in {name}"
     largest, place = max((float(x.abs().max()), name) for name, x in seen if x.numel())
-    return f"all finite, the largest {largest:.3g} ({place})"
+    return f"all finite, the largest value is {largest:.3g} ({place})"
 
 
 def _stages(methods: Sequence[Method], role: int) -> frozenset[int] | None:
-    """The stages of the student's (role 0) or the teacher's (1) head whose states methods take; None for all."""
+    """The stages of the student's (role 0) or teacher's (role 1) head whose states the methods take; None means all."""
     stages = [method.stages for method in methods if Capability.STAGES in method.needs]
     if None in stages:
         return None
@@ -276,20 +262,21 @@ def _stages(methods: Sequence[Method], role: int) -> frozenset[int] | None:
 
 
 def _checked(methods: Sequence[Method]) -> list[Method]:
+    """The methods as a list. Raises KDError if they are no methods, or have been used already."""
     if not isinstance(methods, Sequence) or not all(isinstance(method, Method) for method in methods):
-        raise KDError(f"methods must be a list of methods, as in methods=[CrossKD(), PKD()]; it is {methods!r}")
+        raise KDError(f"methods must be a list of methods, as in methods=[CrossKD(), PKD()], but it is {methods!r}")
     if len({id(method) for method in methods}) < len(methods):
-        raise KDError("a method is listed twice: make a second one, for each learns parameters of its own")
+        raise KDError("a method is listed twice, and each learns parameters of its own: make a second instance")
     if used := [type(method).__name__ for method in methods if method.in_use]:
         raise KDError(
-            f"this {used[0]} is in another Distiller already, which trains what it learns: make a new one, "
-            f"{used[0]}(), for each Distiller"
+            f"this {used[0]} belongs to another Distiller, which trains its parameters: make a new one, {used[0]}(), "
+            "for each Distiller"
         )
     return list(methods)
 
 
 def _checked_terms(method: Method, terms: object) -> dict[str, Tensor]:
-    """What a method's forward returned, if it keeps the contract. Raises TypeError saying what does not."""
+    """What a method's forward returned. Raises TypeError that says where it breaks the contract."""
     name = type(method).__name__
     if not isinstance(terms, dict):
         raise TypeError(f"{name}.forward must return a dict of loss terms; it returned a {type(terms).__name__}")
@@ -303,16 +290,17 @@ def _checked_terms(method: Method, terms: object) -> dict[str, Tensor]:
 
 
 def _unique_names(methods: Sequence[Method]) -> list[str]:
-    """Lower-case class names; the second of a kind is called `pkd2`, and so on."""
+    """Class names in lower case. The second instance of a class gets the number 2: `pkd`, `pkd2`."""
     names: list[str] = []
     for method in methods:
         base = type(method).__name__.lower()
-        seen = sum(type(other).__name__.lower() == base for other in methods[: len(names)])
+        seen = sum(type(earlier).__name__.lower() == base for earlier in methods[: len(names)])
         names.append(f"{base}{seen + 1}" if seen else base)
     return names
 
 
 def _check_models(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise KDError if the two are one model, or on different devices."""
     shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
     if shared:
         raise KDError("teacher and student share parameters: hand in two models (copy.deepcopy makes a second one)")

@@ -13,9 +13,10 @@ from rich.text import Text
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdtoolkit.contract import Capability, DetectorAdapter, DetectorSpec, Method, adapt
-from kdtoolkit.distiller import refusal
+from kdtoolkit.compatibility import why_refused
+from kdtoolkit.contract import Capability, DetectorAdapter, DetectorSpec, Method
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.listing import columns, definitions
 from kdtoolkit.methods import all_methods
 
@@ -98,7 +99,7 @@ def judge_pair(student: DetectorSpec, teacher: DetectorSpec) -> dict[str, Verdic
     """Whether each method, with its default settings, can distil this pair."""
     verdicts = {}
     for name, method in all_methods().items():
-        reason = refusal(method, student, teacher)
+        reason = why_refused(method, student, teacher)
         verdicts[name] = Verdict(reason, () if reason is None else _mends(method, student, teacher))
     return verdicts
 
@@ -111,7 +112,7 @@ def _mends(method: type[Method], student: DetectorSpec, teacher: DetectorSpec) -
             changed = student, teacher
             for what in chosen:
                 changed = differ[what](*changed)
-            if refusal(method, *changed) is None:
+            if why_refused(method, *changed) is None:
                 return chosen
     return ()
 

@@ -22,9 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from kdtoolkit.contract import DetectorAdapter, Exchange, Method, Target, View, adapt, adapter_classes
-from kdtoolkit.distiller import refusal
+from kdtoolkit.compatibility import why_refused
+from kdtoolkit.contract import DetectorAdapter, Exchange, Method, Target, View
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt, adapter_classes
 from kdtoolkit.testing import example_batch, observe
 
 NUM_CLASSES = 3
@@ -212,7 +213,7 @@ def _try(method: type[Method], pair: Exchange | str) -> Cell:
         return Cell(Outcome.FAILED, pair)
     student, specs = pair.student, (pair.student.spec, pair.teacher.spec)
     try:
-        if reason := refusal(method, *specs):
+        if reason := why_refused(method, *specs):
             # Rows and columns say which detectors these are; without their names reasons are few.
             for name in {spec.name for spec in specs}:
                 reason = reason.replace(f" ({name})", "")

@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kdtoolkit import Distiller
 from kdtoolkit.adapters import torchvision
-from kdtoolkit.contract import adapt
-from kdtoolkit.distiller import refusal
+from kdtoolkit.compatibility import why_refused
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import BCKD, CWD, FGD, LD, PKD, CrossKD, DeFeat, FitNet, LogitKD, Mimic
 from tests.conftest import tiny_atss, tiny_fcos, tiny_gfl, tiny_retinanet
 
@@ -48,7 +48,7 @@ def distiller_of(family, methods=None):
         methods = other_methods()
     if methods is None:
         specs = adapt(student).spec, adapt(teacher).spec
-        methods = [method for method in (CrossKD(), PKD(), FGD(), LD()) if refusal(method, *specs) is None]
+        methods = [method for method in (CrossKD(), PKD(), FGD(), LD()) if why_refused(method, *specs) is None]
     torch.manual_seed(3)  # what the methods learn
     distiller = Distiller(teacher, student, methods)
     distiller.train()

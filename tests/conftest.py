@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kdtoolkit.contract import adapt
 from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
+from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 
 torch.set_num_threads(1)

@@ -17,7 +17,7 @@ IMAGE, TARGET = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)
 
 # (images, targets, what is said), of batches that cannot be meant as they are.
 WRONG = {
-    "no images": ([], [], "the batch is empty: hand in one image at least"),
+    "no images": ([], [], "the batch is empty: hand in at least one image"),
     "no tensor of images": (torch.zeros(0, 3, 64, 64), [], "the batch is empty"),
     "images of another kind": ({"a": IMAGE}, [TARGET], r"images must be a list of tensors \(3, H, W\), not dict"),
     "numpy images": (
@@ -28,7 +28,7 @@ WRONG = {
     "channels last": (
         [IMAGE.permute(1, 2, 0)],
         [TARGET],
-        r"image 0 has the shape \(64, 64, 3\); images are \(3, H, W\)",
+        r"image 0 has the shape \(64, 64, 3\); images are \(3, H, W\): hand in image.permute\(2, 0, 1\)",
     ),
     "one batch in a list": ([IMAGE[None]], [TARGET], r"image 0 has the shape \(1, 3, 64, 64\)"),
     "uint8": (
@@ -44,7 +44,7 @@ WRONG = {
     "normalised": (
         [(IMAGE - 0.45) / 0.22],
         [TARGET],
-        r"image 0 has values from -2.0\d to 2.\d+; .*as they are before normalisation",
+        r"image 0 has values from -2.0\d to 2.\d+; .*hand them in before normalisation",
     ),
     "from -1 to 1": ([IMAGE * 2 - 1], [TARGET], "image 0 has values from -1 to 1; .*before normalisation"),
     "relative boxes": (
@@ -52,7 +52,11 @@ WRONG = {
         [{**TARGET, "boxes": BOXES / 64}],
         "boxes of this batch lie within 0..1, .*multiply them by the",
     ),
-    "targets of another kind": ([IMAGE], TARGET, "targets must be a list, with a dict of boxes and labels .* not dict"),
+    "targets of another kind": (
+        [IMAGE],
+        TARGET,
+        "targets must be a list with one dict of boxes and labels .* not dict",
+    ),
     "no dict": ([IMAGE], ["boxes"], "target 0 must be a dict with boxes and labels, not str"),
     "transformers' name": (
         [IMAGE],
@@ -67,14 +71,22 @@ WRONG = {
     ),
     "numpy labels": ([IMAGE], [{**TARGET, "labels": np.array([2])}], "target 0: labels must be a tensor"),
     "a list of labels": ([IMAGE], [{**TARGET, "labels": [2]}], "target 0: labels must be a tensor, not list"),
-    "bool labels": ([IMAGE], [{**TARGET, "labels": LABELS > 0}], "target 0: labels are torch.bool; they are integers"),
-    "more targets": ([IMAGE], [TARGET] * 2, "1 images and 2 targets"),
+    "bool labels": (
+        [IMAGE],
+        [{**TARGET, "labels": LABELS > 0}],
+        "target 0: labels are torch.bool; they must be integers",
+    ),
+    "more targets": ([IMAGE], [TARGET] * 2, "there are 1 images and 2 targets: hand in one target for each image"),
     "no side once in float32": (
         [IMAGE],
         [{**TARGET, "boxes": torch.tensor([[20.5, 1, 20.5 + 1e-9, 9]], dtype=torch.float64)}],
         r"target 0: box 0 is \[20.5, 1.0, 20.5, 9.0\]",
     ),
-    "labels out of reach": ([IMAGE], [{**TARGET, "labels": LABELS + 1}], "target 0: label 3, and .* has 3 classes"),
+    "labels out of reach": (
+        [IMAGE],
+        [{**TARGET, "labels": LABELS + 1}],
+        r"target 0: label 0 is 3, and .* has 3 classes: labels must lie in 0\.\.2",
+    ),
     "another device": ([IMAGE.to("meta")], [TARGET], "image 0 is on meta, the student on cpu: move one of them"),
 }
 

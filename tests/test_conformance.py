@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kdtoolkit.contract import adapt
-from kdtoolkit.distiller import refusal
+from kdtoolkit.compatibility import why_refused
+from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import all_methods
 from kdtoolkit.testing import check_adapter, check_method
@@ -100,7 +100,7 @@ def cases():
     specs = {family: adapt(build(family)).spec for family in KINDS}
     often = {("PKD", *pair) for pair in MIXED} | {("CrossKD", *pair) for pair in TWINS + MIXED[:1]}
     for name, method in METHODS.items():
-        often.add(next((name, f, f) for f, spec in specs.items() if refusal(method, spec, spec) is None))
+        often.add(next((name, f, f) for f, spec in specs.items() if why_refused(method, spec, spec) is None))
     every = [(name, *pair) for name in METHODS for pair in TWINS + MIXED]
     every += [("CrossKD", family, family) for family in FAMILIES if family not in KINDS]
     return [case if case in often else pytest.param(*case, marks=pytest.mark.slow) for case in every]
@@ -120,10 +120,10 @@ KNOWN = {
 def test_method(method, student, teacher):
     pair = build(student, 0), build(teacher, 1)
     report = check_method(METHODS[method], *pair, known=KNOWN.get((method, teacher)))
-    assert report.refused == refusal(METHODS[method], *(adapt(model).spec for model in pair))
+    assert report.refused == why_refused(METHODS[method], *(adapt(model).spec for model in pair))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_works_somewhere(method):
     specs = [adapt(build(family)).spec for family in FAMILIES]
-    assert any(refusal(METHODS[method], spec, spec) is None for spec in specs)
+    assert any(why_refused(METHODS[method], spec, spec) is None for spec in specs)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdtoolkit.contract import ENTRY_POINTS, adapt
+from kdtoolkit.libraries import ENTRY_POINTS, adapt
 from kdtoolkit.testing import check_adapter
 
 PROJECTS = sorted((Path(__file__).parents[1] / "examples").glob("*/pyproject.toml"))

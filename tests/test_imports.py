@@ -82,11 +82,11 @@ def test_help_lists_and_wrong_calls_do_without_torch(tmp_path):
 
 def test_names_that_are_imported_late_are_what_they_are():
     import kdtoolkit
-    from kdtoolkit import contract, distiller
+    from kdtoolkit import distiller, libraries
 
     assert kdtoolkit.Distiller is distiller.Distiller
     assert kdtoolkit.Losses is distiller.Losses
-    assert kdtoolkit.adapt is contract.adapt
+    assert kdtoolkit.adapt is libraries.adapt
     assert set(kdtoolkit.__all__) <= set(dir(kdtoolkit))
     with pytest.raises(AttributeError, match="no attribute 'Distillery'"):
         kdtoolkit.Distillery  # noqa: B018

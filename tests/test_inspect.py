@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from kdtoolkit.contract import adapt
-from kdtoolkit.distiller import refusal
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.inspect import Verdict, inspect_detector, judge_pair, print_families, print_inspection, print_pair
+from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import all_methods
 from tests.conftest import tiny_fcos, tiny_gfl, tiny_of, tiny_retinanet
@@ -29,7 +29,7 @@ def test_verdicts_are_the_distillers():
     verdicts = judge_pair(student, teacher)
     assert verdicts.keys() == all_methods().keys()
     for name, method in all_methods().items():
-        assert verdicts[name].reason == refusal(method, student, teacher)
+        assert verdicts[name].reason == why_refused(method, student, teacher)
     assert verdicts["CrossKD"] == Verdict()
 
 

@@ -86,7 +86,7 @@ def test_methods_of_other_packages_are_listed(monkeypatch):
         def load(self):
             return Other
 
-    for module in ("kdtoolkit.contract", "kdtoolkit.listing"):
+    for module in ("kdtoolkit.plugins", "kdtoolkit.listing"):
         monkeypatch.setattr(f"{module}.entry_points", lambda group: [Entry()] if group == "kdtoolkit.methods" else [])
     known = all_method_facts()
     assert known["Other"].doc == "Theirs."

@@ -10,8 +10,8 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import roi_align
 
 from kdtoolkit import Distiller, adapt
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import Capability, Method
-from kdtoolkit.distiller import refusal
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import KDDETR, LD, PKD, CrossKD, LogitKD, Mimic, all_methods
 from kdtoolkit.testing.syncs import count_syncs
@@ -162,7 +162,7 @@ def test_photos_of_any_size_and_several_scales(student, teacher):
     teacher, student = tiny_of(teacher, seed=1), tiny_of(student, seed=2)
     if hasattr(student, "transform"):
         student.transform.min_size = (96, 128)
-    methods = [m for m in (PKD(), CrossKD()) if refusal(m, adapt(student).spec, adapt(teacher).spec) is None]
+    methods = [m for m in (PKD(), CrossKD()) if why_refused(m, adapt(student).spec, adapt(teacher).spec) is None]
     distiller = Distiller(teacher, student, methods).train()
     for sizes in (((150, 200), (97, 131)), ((64, 211), (120, 90))):
         losses = distiller(*photos(*sizes))
@@ -224,7 +224,7 @@ def expected_passes(student, teacher, methods):
 
 def working(student, teacher):
     specs = adapt(student).spec, adapt(teacher).spec
-    return [cls for cls in all_methods().values() if refusal(cls, *specs) is None]
+    return [cls for cls in all_methods().values() if why_refused(cls, *specs) is None]
 
 
 @each_family
@@ -357,7 +357,7 @@ def test_few_synchronisations_beyond_the_librarys_own_step(family):
     student, teacher = tiny_of(family, seed=2), tiny_of(family, seed=1)
     batch = photos((64, 64), (50, 60), (64, 64), (64, 64), (64, 50))
     for methods in ([CrossKD(), PKD()], [LD()], [LogitKD()]):
-        if any(refusal(m, adapt(student).spec, adapt(teacher).spec) for m in methods):
+        if any(why_refused(m, adapt(student).spec, adapt(teacher).spec) for m in methods):
             continue
         distiller = Distiller(teacher, student, methods).train()
         counts = []

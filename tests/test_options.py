@@ -119,11 +119,11 @@ def test_whole_numbers_become_floats_where_these_are_hinted():
 @pytest.mark.parametrize(
     ("schedule", "words"),
     [
-        ({"stop": 0}, "never runs"),
+        ({"stop": 0}, "ends the method before its first step"),
         ({"warmup": 0.1}, r"scheduled\(warmup=0.1\): must be a whole number"),
         ({"stop": True}, "must be a whole number"),
         ({"stop": -5}, "-5"),
-        ({"warmup": -1}, "from 0"),
+        ({"warmup": -1}, "must be 0 or more"),
     ],
 )
 def test_schedules_are_checked(schedule, words):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kdtoolkit import processes
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.contract import Capability, DetectorAdapter, HeadTrace, Method, PriorKind
 from kdtoolkit.errors import KDError
@@ -172,7 +173,7 @@ class SkipsALayer(DenseAdapter):
     """resume"""
 
     def resume(self, state, stage, trace):
-        return self.model.predict(self.model.run_towers(state, min(stage + 1, 2))[-1])
+        return self.model.predict([*self.model.walk_towers(state, min(stage + 1, 2))][-1])
 
 
 class RepeatsItsTrace(DenseAdapter):
@@ -473,6 +474,14 @@ class NormaliserTooSmall(DenseAdapter):
 
     def task_losses(self, trace, batch):
         return self.model.losses(trace.predictions, super().assign(trace, batch)), None
+
+
+class CountsItsOwnImages(DenseAdapter):
+    """two_processes"""
+
+    def assign(self, trace, batch):
+        found = super().assign(trace, batch)
+        return replace(found, normaliser=(found.labels < self.spec.num_classes).sum().clamp(min=1).float())
 
 
 class AssignsOtherwiseWhenEvaluated(DenseAdapter):
@@ -1088,6 +1097,21 @@ class KeepsWhatItSawFirst(Squares):
         return (self.project(exchange.student.features[0]) - self.first).square().mean()
 
 
+class CountsItsOwnObjects(Squares):
+    """two_processes"""
+
+    def forward(self, exchange):
+        return {"feature": self.loss(exchange) / sum(map(len, exchange.student.batch.boxes))}
+
+
+class SumsOverProcessesForManyObjects(Squares):
+    """two_processes"""
+
+    def forward(self, exchange):
+        count = torch.tensor(float(sum(map(len, exchange.student.batch.boxes))))
+        return {"feature": self.loss(exchange) * (processes.share(count) if count > 1 else 1.0)}
+
+
 BROKEN_METHODS = [
     cls for cls in list(globals().values()) if isinstance(cls, type) and issubclass(cls, Squares) and cls is not Squares
 ]
@@ -1110,6 +1134,21 @@ class Thousandth(CrossKD):
 def test_a_normaliser_that_is_too_large_is_caught_in_a_method():
     with pytest.raises(ConformanceError, match=r"magnitude: terms are .* in sum .* look at what sums are divided by"):
         check_method(Thousandth, tiny_gfl(seed=0), tiny_gfl(seed=1), only=["magnitude"])
+
+
+class PerObject(Squares):
+    """Divided by the objects of all processes."""
+
+    def forward(self, exchange):
+        batch, features = exchange.student.batch, exchange.student.features
+        count = torch.tensor(float(sum(map(len, batch.boxes))))
+        return {"feature": self.loss(exchange) * len(features[0]) / processes.share(count, at_least=1)}
+
+
+@pytest.mark.parametrize("method", [PKD, CrossKD, LD, PerObject])
+def test_sums_over_two_processes_pass(method):
+    report = check_method(method, tiny_gfl(seed=0), tiny_gfl(seed=1), only=["two_processes"])
+    assert report.results["two_processes"].outcome == "passed"
 
 
 class ForgetsInit(Squares):

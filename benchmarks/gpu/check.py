@@ -3,8 +3,10 @@
     python benchmarks/gpu/check.py                                     # on a GPU; installed with the dev extra
     python benchmarks/gpu/check.py --device cpu --suite SUITE.yaml     # the script itself, with a suite of seconds
 
-Each part runs in a process of its own with a time limit, so that one that fails or hangs does not stop the others. The
-report is printed as it grows and lies in OUT/check.md.
+Each part runs in its own process, with a time limit: a part that fails or hangs does not stop the others. The report is
+printed as it grows, and is written to OUT/check.md.
+
+So far it has run from start to end on a CPU only (the second command). It has never run on a GPU.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ import torch
 from kdtoolkit import Distiller, adapt
 from kdtoolkit.adapters import torchvision
 from kdtoolkit.benchmark.suite import load_suite
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
-from kdtoolkit.distiller import refusal
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD
 
@@ -40,6 +42,7 @@ LIMIT = 480  # seconds, of all parts together
 STEPS = 20  # timed, after WARM_UP untimed ones
 WARM_UP = 5
 CLASSES = 20
+NOT_MEASURED = "-"
 
 
 def say(line: str) -> None:
@@ -89,6 +92,8 @@ def environment(device: str) -> None:
             facts = torch.cuda.get_device_properties(i)
             say(f"GPU {i}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB, capability {facts.major}.{facts.minor}")
         say(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+    else:
+        say("On a CPU: this run checks the script, and tells nothing about a GPU.")
 
 
 def tests(device: str) -> None:
@@ -100,8 +105,8 @@ def tests(device: str) -> None:
 
 def measure(
     distiller: Distiller, step: Callable[..., Any], batch: Any, device: str, dtype: torch.dtype | None
-) -> tuple[dict[str, float], float, float]:
-    """The losses of the first step, the median time of one in ms, and the largest memory in MiB."""
+) -> tuple[dict[str, float], float, str]:
+    """The losses of the first step, the median time of a step in ms, and the peak GPU memory in MiB."""
     optimizer = torch.optim.AdamW([p for p in distiller.parameters() if p.requires_grad], 1e-5)
     scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
     first: dict[str, float] = {}
@@ -122,7 +127,7 @@ def measure(
             times.append(1000 * (time.perf_counter() - begun))
         if not first:
             first = {name: loss.item() for name, loss in losses.items()}
-    memory = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
+    memory = f"{torch.cuda.max_memory_allocated() / 2**20:.0f}" if device == "cuda" else NOT_MEASURED
     if not all(p.isfinite().all() for p in distiller.parameters()):
         raise RuntimeError("weights are not finite after the steps")
     return first, statistics.median(times), memory
@@ -141,7 +146,7 @@ def report_steps(device: str, rows: list[tuple[str, torch.dtype | None, bool, bo
         distiller = copy.deepcopy(whole).to(device)
         if channels_last:
             distiller.to(memory_format=torch.channels_last)
-        # Without a GPU the tracing alone: a CPU compiles for minutes.
+        # Without a GPU the graph is only traced: to compile it takes a CPU minutes.
         backend = "inductor" if device == "cuda" else "aot_eager"
         step = torch.compile(distiller, backend=backend) if compiled else distiller
         begun = time.perf_counter()
@@ -149,7 +154,7 @@ def report_steps(device: str, rows: list[tuple[str, torch.dtype | None, bool, bo
         expected = expected or first
         worst = max(first, key=lambda term: abs(first[term] - expected[term]) / (abs(expected[term]) + 1e-6))
         off = abs(first[worst] - expected[worst]) / (abs(expected[worst]) + 1e-6)
-        say(f"| {name} | {ms:.1f} | {memory:.0f} | {off:.1%} ({worst}) |")
+        say(f"| {name} | {ms:.1f} | {memory} | {off:.1%} ({worst}) |")
         if compiled:
             say(f"\ncompiled, first steps included, in {time.perf_counter() - begun:.0f} s\n")
 
@@ -173,7 +178,7 @@ def compilation(device: str) -> None:
 
 @contextmanager
 def synchronisations(device: str) -> Iterator[list[str]]:
-    """The places that wait for the GPU, one line for each time; on a CPU there are none to count."""
+    """The places that wait for the GPU, one line for each time. On a CPU nothing waits, and nothing is counted."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -211,18 +216,20 @@ def syncs(device: str) -> None:
         torch.manual_seed(0)
         teacher, student = build().to(device), build().to(device).train()
         specs = adapt(student).spec, adapt(teacher).spec
-        methods = [method for method in (CrossKD(), PKD(), FGD(), LD()) if refusal(method, *specs) is None]
+        methods = [method for method in (CrossKD(), PKD(), FGD(), LD()) if why_refused(method, *specs) is None]
         own, plain, full = (
             waits(forward, batch, device)
             for forward in (student, Distiller(None, student), Distiller(teacher, student, methods))
         )
         added = {place: full.count(place) - own.count(place) for place in dict.fromkeys(full)}
         most = [f"{place} x{n}" for place, n in sorted(added.items(), key=lambda item: -item[1])[:4] if n > 0]
-        say(f"| {name} | {len(own)} | {len(plain)} | {len(full)} | {len(full) - len(own)} | {', '.join(most)} |")
+        found = [len(own), len(plain), len(full), len(full) - len(own)]
+        counts = " | ".join(map(str, found) if device == "cuda" else [NOT_MEASURED] * len(found))
+        say(f"| {name} | {counts} | {', '.join(most)} |")
 
 
 def benchmark(device: str, suite: str, out: Path) -> None:
-    """Run the suite with one seed, three cells at a time, and print its board beside the one in docs/results."""
+    """Run the suite with one seed, three cells at a time. Print its AP beside that of the board in docs/results."""
     folder = out / "runs"
     command = [sys.executable, "-m", "kdtoolkit", "benchmark", "run", suite, "--device", device, "--seeds", "1"]
     done = subprocess.run([*command, "--jobs", "3", "--out", str(folder)], cwd=ROOT, stdout=sys.stderr, check=False)
@@ -249,7 +256,7 @@ def average_precision(row: dict[str, Any] | None) -> str:
     return f"{found['mean']:.1f}" if found else "-"
 
 
-# Name -> what it is in words, and the most seconds it may take; the last ones get no more than what is left of LIMIT.
+# Name -> title, and the most seconds the part may take. The last parts get no more than what is left of LIMIT.
 PARTS = {
     "environment": ("The machine", 60),
     "tests": ("tests/gpu", 150),
@@ -305,7 +312,7 @@ def main() -> None:
 
 
 def run_apart(name: str, args: argparse.Namespace, limit: float) -> tuple[str, bool]:
-    """What a part printed in a process of its own, and whether it ended well."""
+    """Run a part in its own process: what it printed, and whether it ended well."""
     command = [sys.executable, __file__, "--part", name, "--device", args.device, "--suite", args.suite]
     log = args.out / f"{name}.log"
     begun = time.monotonic()

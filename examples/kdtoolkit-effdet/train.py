@@ -10,11 +10,12 @@ import torch
 from effdet import EfficientDet
 from effdet.config import get_efficientdet_config
 from kdtoolkit import Distiller
-from kdtoolkit.contract import Detections, DetectorAdapter, adapt
+from kdtoolkit.contract import Detections, DetectorAdapter
 from kdtoolkit.data import ProceduralShapes
 from kdtoolkit.detectors import FCOS
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.train import Progress, TrainConfig, train
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import PKD, CrossKD
 from torch import Tensor, nn
 

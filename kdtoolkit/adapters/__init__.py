@@ -1,1 +1,1 @@
-"""Adapters, one file a detector library; `kdtoolkit.contract.adapt` imports them when such a model is handed in."""
+"""Adapters, one file a detector library; `kdtoolkit.adapt` imports them when such a model is handed in."""

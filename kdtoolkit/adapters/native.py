@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit.contract import (
@@ -59,7 +60,7 @@ class DenseAdapter(DetectorAdapter):
                 channels=dict.fromkeys(
                     model.towers, (model.head_channels if i else model.neck_channels,) * len(model.strides)
                 ),
-                activation=model.activation(i) if i else None,
+                activation=F.relu if i else None,
             )
             for i in range(model.head_blocks + 1)
         )

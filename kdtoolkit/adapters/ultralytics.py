@@ -18,8 +18,7 @@ they are at the start, 0.8 and 0.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,6 +31,7 @@ from ultralytics.nn.modules import Detect, v10Detect
 from ultralytics.utils import DEFAULT_CFG_DICT, loss, ops, tal
 from ultralytics.utils.nms import non_max_suppression
 
+from kdtoolkit import processes
 from kdtoolkit.canvas import Layout, lay_out
 from kdtoolkit.contract import (
     Assignment,
@@ -50,8 +50,10 @@ from kdtoolkit.contract import (
     keep_states,
 )
 from kdtoolkit.detectors.assign import pad_targets
+from kdtoolkit.detectors.towers import flatten, walk_towers
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import construct
+from kdtoolkit.options import did_you_mean
 
 _CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
 # The library is untyped.
@@ -167,7 +169,7 @@ class UltralyticsAdapter(DetectorAdapter):
         stages: Collection[int] | None = None,
     ) -> HeadTrace:
         """Towers and predictors. The context is the features, which the one-to-one towers take as well."""
-        states, outputs = keep_states(_walk(self._towers, dict.fromkeys(self._towers, features)), stages)
+        states, outputs = keep_states(walk_towers(dict.fromkeys(self._towers, features), self._towers), stages)
         return HeadTrace(states[:-1], self._predictions(outputs), context=features)
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
@@ -177,7 +179,7 @@ class UltralyticsAdapter(DetectorAdapter):
     def _predictions(self, outputs: State) -> Predictions:
         """Predictions of what the towers gave out: maps (N, K, H, W) and (N, 4 * B, H, W)."""
         grid = tuple((level.shape[-2], level.shape[-1]) for level in outputs["reg"])
-        logits, regression = _flatten(outputs["cls"]), _flatten(outputs["reg"])
+        logits, regression = (flatten(outputs[branch], outputs[branch][0].shape[1]) for branch in ("cls", "reg"))
         if self._head.reg_max > 1:
             regression = regression.view(*regression.shape[:2], 4, -1)
         points, strides = _tal.make_anchors(_as_maps(grid, logits), self._strides)
@@ -254,7 +256,7 @@ class UltralyticsAdapter(DetectorAdapter):
             labels=labels.long().where(positive, self._head.nc),
             boxes=boxes,
             weights=torch.ones_like(positive, dtype=torch.float32),
-            normaliser=scores.sum().clamp(min=1),
+            normaliser=processes.share(scores.sum(), at_least=1),
         )
 
     @torch.no_grad()
@@ -306,26 +308,10 @@ def _inputs(layer: Any, last: Any, outputs: Sequence[Any]) -> Any:
     return [last if i == -1 else outputs[i] for i in layer.f]
 
 
-def _walk(towers: Towers, state: State, stage: int = 0) -> Iterator[State]:
-    """States from `stage`, whose state is given, to the end, one by one; last what the predictors give out."""
-    yield state
-    for i in range(stage, len(towers["cls"][0])):
-        state = {
-            branch: tuple(tower[i](level) for tower, level in zip(levels, state[branch], strict=True))
-            for branch, levels in towers.items()
-        }
-        yield state
-
-
 def _outputs(towers: Towers, state: State, stage: int = 0) -> State:
     """What the predictors give out, from the state at `stage`."""
-    _, outputs = keep_states(_walk(towers, state, stage), ())
+    _, outputs = keep_states(walk_towers(state, towers, stage), ())
     return outputs
-
-
-def _flatten(maps: Sequence[Tensor]) -> Tensor:
-    """One (N, A, C) in float32 of maps (N, C, H, W)."""
-    return torch.cat([level.flatten(2) for level in maps], -1).transpose(1, 2).float()
 
 
 def _corners(regression: Tensor, priors: Priors) -> Tensor:
@@ -419,11 +405,8 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
             f"name the model 'ultralytics/{stem}' and give the file as its weights"
         )
     if name not in _MODELS:
-        close = " or ".join(f"ultralytics/{m}" for m in get_close_matches(name, _MODELS))
         every = ", ".join(f"{family}[{'|'.join(sizes)}]" for family, sizes in _FAMILIES.items())
-        raise KDError(
-            f"unknown model 'ultralytics/{name}'{f'; did you mean {close}?' if close else ''}. There are {every}"
-        )
+        raise KDError(f"unknown model 'ultralytics/{name}'{did_you_mean(name, _MODELS)}. There are {every}")
     return construct(partial(_from_yaml, name), f"ultralytics/{name}", num_classes, args)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdtoolkit.benchmark.keys import key_of, library_of
+from kdtoolkit.benchmark.keys import key_of, package_of
 from kdtoolkit.benchmark.store import CellResult, StoreError, write_result, write_weights, writing
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection, MethodUse
 from kdtoolkit.data import DetectionDataset, ProceduralShapes, check_same_classes, open_dataset
@@ -204,7 +204,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
         warnings=trained.warnings,
         versions={
             name: version(name)
-            for name in dict.fromkeys(("kdtoolkit", "torch", "torchvision", "timm", library_of(task.detector.model)[1]))
+            for name in dict.fromkeys(("kdtoolkit", "torch", "torchvision", "timm", package_of(task.detector.model)))
         }
         | {"python": platform.python_version()},
         machine=machine(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from kdtoolkit.benchmark.cell import Report, Task
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER
@@ -59,13 +59,13 @@ class Costs:
         pending: Iterable[Task],
         running: Mapping[Task, Report],
         jobs: int,
-        later: int,
-        equal_time: tuple[int, Iterable[str]],
+        later: Sequence[Task],
+        entries: Iterable[str],
     ) -> float | None:
         """Seconds until the run is done; None as long as a row's cost is unknown.
 
-        `later`: cells that are not among `pending` yet: those of the baseline at equal time. `equal_time`: steps of
-        the baseline that these would have unstretched, and the methods they follow.
+        `later`: the cells of the baseline at equal time while they are not pending yet, with the schedule unstretched.
+        Each will take as long as this schedule takes the dearest of `entries`.
         """
         around = statistics.fmean(self._around) if self._around else self._start_up
         seconds: dict[str, float] = {}
@@ -76,9 +76,8 @@ class Costs:
                 return None
             left = cost * (task.steps - done) + around * (done < task.steps)
             seconds[task.entry] = seconds.get(task.entry, 0) + left
-        steps, rows = equal_time
-        dearest = max((cost for row in rows if (cost := self.of(row)) is not None), default=0.0)
-        total = sum(seconds.values()) + steps * dearest + around * later
+        dearest = max((cost for row in entries if (cost := self.of(row)) is not None), default=0.0)
+        total = sum(seconds.values()) + sum(task.steps * dearest + around for task in later)
         teacher = seconds.get(TEACHER, 0.0)
         after = total - teacher - seconds.get(BASELINE, 0.0)
         return max(total / jobs, teacher + after / jobs)

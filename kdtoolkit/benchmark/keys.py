@@ -16,20 +16,13 @@ import torch
 
 import kdtoolkit
 from kdtoolkit.benchmark.suite import DetectorSection, MethodUse
+from kdtoolkit.libraries import library_of_name
 from kdtoolkit.models import content_of
 
 # Sources that every cell depends on: all but the commands and what they print. The detector's adapter and the methods'
 # own files are added.
-_SOURCES = ("*.py", "methods/_common.py", "benchmark/cell.py", "data/*.py", "engine/*.py")
+_SOURCES = ("*.py", "contract/*.py", "methods/common.py", "benchmark/cell.py", "data/*.py", "engine/*.py")
 _NOT_OF_CELLS = {"__main__.py", "inspect.py", "listing.py", "matrix.py"}
-# First part of a model's name -> its adapter's sources, and the package that it is made of.
-_LIBRARIES = {
-    "kdtoolkit": (("adapters/native.py", "detectors/*.py"), "timm"),
-    "torchvision": (("adapters/torchvision.py", "detectors/backbone.py"), "torchvision"),
-    "hf": (("adapters/transformers/*.py",), "transformers"),
-    "ultralytics": (("adapters/ultralytics.py",), "ultralytics"),
-}
-_ANY_LIBRARY = ("adapters/**/*.py", "detectors/*.py"), "torchvision"  # a model of one's own may be of any
 
 
 def cell_parts(
@@ -48,7 +41,7 @@ def cell_parts(
     That is its section, with the precision resolved; methods, seed and steps; the digests of its data and of its
     teacher; the device by name, threads, versions and source.
     """
-    _, library = library_of(student.model)
+    library = package_of(student.model)
     return {
         "detector": digest(student.model_dump(mode="json")),
         "methods": json.dumps([[use.name, use.args] for use in methods]),
@@ -84,17 +77,17 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def library_of(model: str) -> tuple[tuple[str, ...], str]:
-    """The sources of the adapter of a model, by the model's name, and the package that it is made of."""
-    return _LIBRARIES.get(model.partition("/")[0], _ANY_LIBRARY)
+def package_of(model: str) -> str:
+    """The package that a model is made of, by the model's name; torchvision for one of the user's own."""
+    library = library_of_name(model)
+    return "torchvision" if library is None else library.package
 
 
 @cache  # what a run began with is what its workers have imported, whatever is edited meanwhile
 def source_digest(model: str, extra: tuple[Path, ...] = ()) -> str:
     """Digest of the source that trains and evaluates: kdtoolkit's, the file of a model of one's own, and `extra`."""
     package = Path(kdtoolkit.__file__).parent
-    adapter, _ = library_of(model)
-    files = {path for pattern in (*_SOURCES, *adapter) for path in package.glob(pattern)} | set(extra)
+    files = {path for pattern in (*_SOURCES, *_adapter_sources(model)) for path in package.glob(pattern)} | set(extra)
     files -= {package / name for name in _NOT_OF_CELLS}
     module, is_own, _ = model.partition("?")[0].partition(":")
     if is_own and (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
@@ -104,3 +97,12 @@ def source_digest(model: str, extra: tuple[Path, ...] = ()) -> str:
         return str(path.relative_to(package)) if path.is_relative_to(package) else path.name
 
     return digest({name(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)})
+
+
+def _adapter_sources(model: str) -> tuple[str, ...]:
+    """Patterns of the files that show a model to methods: a model of the user's own may need any of them."""
+    library = library_of_name(model)
+    if library is None:
+        return "adapters/**/*.py", "detectors/*.py"
+    module = library.adapters.removeprefix("kdtoolkit.").replace(".", "/")
+    return f"{module}.py", f"{module}/*.py", "adapters/_*.py", *library.sources

@@ -12,10 +12,10 @@ from kdtoolkit.benchmark.keys import cell_parts, difference, key_of
 from kdtoolkit.benchmark.stats import dearest
 from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, MethodUse, Suite
-from kdtoolkit.contract import adapt
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 
 STRETCH_SLACK = 1.05  # a stored equal-time row stands until the dearest method has become dearer than this
 

@@ -81,12 +81,12 @@ def table_rows(board: Board) -> list[Row]:
 
 def write_board(board: Board, folder: Path) -> None:
     """Write leaderboard.md, .csv, .json and .html. Raises StoreError where the folder cannot be written."""
-    cells = [[text(row) for text in COLUMNS.values()] for row in table_rows(board)]
+    rows = [(row, [text(row) for text in list(COLUMNS.values())[1:]]) for row in table_rows(board)]
     contents = {
         "md": to_markdown(board),
         "csv": to_csv(board),
         "json": json.dumps(asdict(board), indent=1, ensure_ascii=False),
-        "html": to_html(board, list(COLUMNS), cells, FOOTNOTE),
+        "html": to_html(board, list(COLUMNS), rows, FOOTNOTE),
     }
     for ending, content in contents.items():
         write_atomic(folder / f"leaderboard.{ending}", content.encode())

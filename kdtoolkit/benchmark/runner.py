@@ -89,6 +89,7 @@ class _Run:
         self.costs = Costs()
         self.outcome = Outcome()
         self.pending: list[Task] = []
+        self.later: list[Task] = []  # the baseline at equal time, until its schedule is known and its cells are pending
         self.running: dict[Task, Report] = {}
         self.begun: dict[Task, float] = {}
         self.done = 0
@@ -138,6 +139,8 @@ class _Run:
             else:
                 self.costs.finished(task.entry, result.seconds_per_step)
                 self.done += 1
+        if len(self.rows) > 1 and not plan.measured(EQUAL_TIME):
+            self.later = plan.cells([EQUAL_TIME])
         if self.done:
             display.line(f"done already: {self.done} cells, besides the baseline at equal time")
 
@@ -168,6 +171,7 @@ class _Run:
         return f"{precision}, as its hardware has {'' if precision == 'bfloat16' else 'no '}bfloat16"
 
     def _plan_equal_time(self) -> None:
+        self.later = []
         found = self.plan.stretch()
         if found is None:
             if any(self.plan.measured(row) for row in self.plan.suite.entries):
@@ -265,12 +269,7 @@ class _Run:
         write_board(build_board(self.plan.store.root), self.plan.store.root)
 
     def _show_overall(self) -> None:
-        suite = self.plan.suite
-        planned = any(task.entry == EQUAL_TIME for task in (*self.pending, *self.running))
-        later = 0 if planned or self.plan.measured(EQUAL_TIME) else suite.seeds
-        left = self.costs.remaining(
-            self.pending, self.running, self.jobs, later, (later * suite.student.train.steps, self.rows[1:])
-        )
+        left = self.costs.remaining(self.pending, self.running, self.jobs, self.later, self.rows[1:])
         if left is None:
             words = "first steps"
         else:
@@ -278,5 +277,5 @@ class _Run:
             if not self.estimated:
                 self.estimated = True
                 self.display.line(f"time: about {duration(left)}, by the first steps on this machine", "bold")
-        cells = self.done + len(self.pending) + len(self.running) + later + len(self.outcome.failures)
-        self.display.overall(suite.name, self.done, cells, words)
+        cells = self.done + len(self.pending) + len(self.running) + len(self.later) + len(self.outcome.failures)
+        self.display.overall(self.plan.suite.name, self.done, cells, words)

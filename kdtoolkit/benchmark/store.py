@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import zipfile
@@ -11,15 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from kdtoolkit.errors import KDError
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs at once go unnoticed
-    fcntl = None  # type: ignore[assignment]
 
 
 class StoreError(KDError):
@@ -101,24 +96,21 @@ class Store:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for this process, however it ends. Raises KDError if another one holds it."""
+        holder = self.root / ".process"
         with writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
-            file = open(self.root / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
-        with file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    if error.errno not in (errno.EAGAIN, errno.EACCES):
-                        raise StoreError(f"cannot lock {self.root}: {_why(error)}") from error
-                    file.seek(0)
-                    raise KDError(
-                        f"another `kd benchmark run` (process {file.read().strip() or '?'}) works in {self.root}: "
-                        "wait for it, or choose another folder by --out"
-                    ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        try:
+            held = FileLock(self.root / ".lock").acquire(timeout=0)
+        except Timeout:
+            process = holder.read_text("utf-8") if holder.is_file() else "?"
+            raise KDError(
+                f"another `kd benchmark run` (process {process}) works in {self.root}: wait for it, or choose another "
+                "folder with --out"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            raise StoreError(f"cannot lock {self.root}: {error}") from error
+        with held:
+            write_atomic(holder, str(os.getpid()).encode())
             for leftover in self.root.rglob(".*.partial"):
                 leftover.unlink(missing_ok=True)  # of a run that was killed while it wrote
             yield

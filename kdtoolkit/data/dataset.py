@@ -97,14 +97,13 @@ class _Subset(DetectionDataset):
         return digest(self._whole.fingerprint(), self._indices)
 
 
-def read_in(dataset: DetectionDataset) -> DetectionDataset:
-    """A data set `in_memory`. Raises KDError for anything else, such as a list of images."""
+def check_is_dataset(dataset: object) -> None:
+    """Raises KDError for anything but a data set of kdtoolkit, such as a list of images."""
     if not isinstance(dataset, DetectionDataset):
         raise KDError(
-            f"the data must be a DetectionDataset (what open_dataset gives, ProceduralShapes, or a subclass of your "
-            f"own), not {type(dataset).__name__}"
+            f"the data set is a {type(dataset).__name__}; it must be a DetectionDataset, such as "
+            "open_dataset(folder, 'train') or your own subclass of kdtoolkit.data.DetectionDataset"
         )
-    return dataset.in_memory()
 
 
 def checked_item(dataset: DetectionDataset, index: int) -> tuple[Tensor, Sample]:

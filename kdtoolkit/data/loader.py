@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdtoolkit.contract import Target
 from kdtoolkit.data.augment import Augmentation
-from kdtoolkit.data.dataset import DetectionDataset, checked_item, read_in
+from kdtoolkit.data.dataset import DetectionDataset, check_is_dataset, checked_item
 
 
 def batches(
@@ -28,7 +28,8 @@ def batches(
     of the next. What comes out depends on `seed`, not on `workers` (processes that read ahead: of use where images are
     large or decoded on access) nor on the global random state. Images are read `in_memory` first.
     """
-    dataset = read_in(dataset)
+    check_is_dataset(dataset)
+    dataset = dataset.in_memory()
     presented = _Presented(dataset, augment)
     plan = _plan(len(dataset), batch_size, steps, seed)
     if workers == 0:

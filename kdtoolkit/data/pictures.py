@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,6 +76,8 @@ def decode(path: Path, size: tuple[int, int]) -> Tensor:
 @contextmanager
 def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """The opened file. Whatever goes wrong while it is read becomes a PictureError."""
+    if not os.path.isfile(path):  # not left to Image.open: Ultralytics replaces it, and before 8.4.190 hid this error
+        raise PictureError(f"there is no file {path}")
     try:
         with _pillows_limit:
             # Pillow takes large images for attacks. Here the annotation file has told the size before.
@@ -93,8 +96,6 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
             yield opened
     except PictureError:
         raise
-    except FileNotFoundError:
-        raise PictureError(f"there is no file {path}") from None
     except Exception as error:  # on broken files Pillow's decoders raise nearly anything
         reason = str(error) or type(error).__name__
         raise PictureError(f"the file cannot be decoded ({reason}); replace it") from None

@@ -1,6 +1,6 @@
 """Which prior answers for which ground-truth box: the ATSS rule, for a whole batch at once.
 
-Shapes as in kdtoolkit/contract.py; ground truth is padded to G boxes an image.
+Shapes as in kdtoolkit/contract; ground truth is padded to G boxes an image.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kdtoolkit import processes
 from kdtoolkit.boxes import centres, distances, pairwise_iou
 from kdtoolkit.contract import Assignment, Batch, Priors
 
@@ -66,7 +67,7 @@ class ATSSAssigner:
             labels=matched_labels,
             boxes=boxes.gather(1, chosen[..., None].expand(-1, -1, 4)),
             weights=valid.float(),
-            normaliser=assigned.sum(1).clamp(min=1).sum().float(),
+            normaliser=processes.share(assigned.sum(1).clamp(min=1).sum()),
         )
 
     def _candidates(

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
+from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from kdtoolkit import processes
 from kdtoolkit.boxes import centres, distances, elementwise_giou
@@ -28,12 +28,10 @@ LOG_SIZE_LIMIT = math.log(1000 / 16)
 
 def decode_offsets(offsets: Tensor, anchors: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
     """Boxes (..., 4) from (dx, dy, dw, dh) (..., 4) relative to anchors, in units of `stds`; log sizes are clipped."""
-    dx, dy, dw, dh = (offsets.float() * torch.tensor(stds, device=offsets.device)).unbind(-1)
-    width, height = anchors[..., 2] - anchors[..., 0], anchors[..., 3] - anchors[..., 1]
-    middle = centres(anchors) + torch.stack([dx * width, dy * height], -1)
-    log_size = torch.stack([dw, dh], -1).clamp(-LOG_SIZE_LIMIT, LOG_SIZE_LIMIT)
-    half = log_size.exp() * torch.stack([width, height], -1) / 2
-    return torch.cat([middle - half, middle + half], -1)
+    shift, log_size = (offsets.float() * torch.tensor(stds, device=offsets.device)).chunk(2, -1)
+    middle, size = box_convert(anchors, "xyxy", "cxcywh").chunk(2, -1)
+    factor = log_size.clamp(-LOG_SIZE_LIMIT, LOG_SIZE_LIMIT).exp()
+    return box_convert(torch.cat([middle + shift * size, factor * size], -1), "cxcywh", "xyxy")
 
 
 def centerness(sides: Tensor) -> Tensor:
@@ -83,7 +81,7 @@ class ATSS(DenseDetector):
             predictions.quality[image, prior], target_centerness, reduction="sum"
         )
         box = (1 - elementwise_giou(boxes, target_boxes)) * target_centerness
-        normaliser = processes.share(assignment.normaliser) + EPS
+        normaliser = assignment.normaliser + EPS
         return {
             "cls": (cls * assignment.weights).sum() / normaliser,
             "box": BOX_WEIGHT * box.sum() / processes.share(target_centerness.sum(), at_least=1),

@@ -1,18 +1,21 @@
-"""timm's models as backbones: which of a model's maps a pyramid takes, their layout, and what images it wants."""
+"""timm's models as backbones: which of a model's maps a pyramid takes, what images it wants, and the pyramid."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from kdtoolkit.errors import KDError
+from kdtoolkit.options import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -56,8 +59,7 @@ def build_backbone(
             other than its own.
     """
     if not timm.is_model(name):
-        close = " or ".join(get_close_matches(name, timm.list_models()))
-        raise KDError(f"backbone: timm has no model {name!r}" + (f"; did you mean {close}?" if close else ""))
+        raise KDError(f"backbone: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     options = dict(args or {})
     model = _created(name, pretrained, options)
     reductions = model.feature_info.reduction()
@@ -84,6 +86,25 @@ def build_backbone(
     config = getattr(model, "pretrained_cfg", None) or {}
     mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
     return model, Levels(indices, channels, channels_last, tuple(mean), tuple(std))
+
+
+class Pyramid(FeaturePyramidNetwork):
+    """torchvision's feature pyramid, on the maps that it takes from a timm backbone.
+
+    Args:
+        levels: which maps it takes.
+        channels: of each of its levels.
+        extra: computes the levels that are coarser than the backbone's.
+    """
+
+    def __init__(self, levels: Levels, channels: int, extra: ExtraFPNBlock) -> None:
+        super().__init__(list(levels.channels), channels, extra_blocks=extra)
+        self.levels = levels
+
+    def of(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Pyramid levels (N, C, H, W) by name, finest first, of all maps that the backbone gave."""
+        levels: dict[str, Tensor] = self(OrderedDict((str(i), x) for i, x in enumerate(self.levels.of(maps))))
+        return levels
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

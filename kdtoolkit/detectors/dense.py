@@ -1,27 +1,27 @@
 """What one-stage detectors with two convolutional towers share: backbone, pyramid, towers, decoding, NMS.
 
-A detector is one file: its predictors, its loss, its assigner. Shapes and terms as in kdtoolkit/contract.py.
+A detector is one file: its predictors, its loss, its assigner. Shapes and terms as in kdtoolkit/contract.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork, batched_nms
+from torchvision.ops import batched_nms
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from kdtoolkit.boxes import clip
 from kdtoolkit.canvas import Layout, lay_out
 from kdtoolkit.contract import Assignment, Batch, Detections, Predictions, PriorKind, Priors, State, Target
-from kdtoolkit.detectors.backbone import build_backbone, without_autocast
+from kdtoolkit.detectors.backbone import Pyramid, build_backbone, without_autocast
+from kdtoolkit.detectors.towers import flatten, walk_towers
 from kdtoolkit.errors import KDError
 
 BACKBONE_STRIDES = (8, 16, 32)
@@ -84,9 +84,9 @@ class DenseDetector(nn.Module, ABC):
         neck_channels: of the pyramid.
         head_channels: of the towers.
         head_blocks: convolution blocks of each tower.
-        head_groups: groups of the towers' group norm; 0 for none.
+        head_groups: groups of the towers' group norm, 0 for none; None for what the detector's paper has.
         score_threshold: detections below it are dropped before NMS.
-        nms_iou: IoU above which the lower of two detections of a class is dropped.
+        nms_iou: IoU above which the lower of two detections of a class is dropped; None for what its paper has.
         detections_per_image: the most that are kept.
         image_mean: subtracted from images in [0, 1], a channel; None for what timm names for the backbone's weights.
         image_std: what images are divided by after it; likewise.
@@ -96,6 +96,8 @@ class DenseDetector(nn.Module, ABC):
             or channels are not divisible by groups.
     """
 
+    usual_head_groups: ClassVar[int] = 32
+    usual_nms_iou: ClassVar[float] = 0.6
     kind: ClassVar[PriorKind] = PriorKind.ANCHORS
     priors_per_cell: ClassVar[int] = 1
     has_quality: ClassVar[bool] = False
@@ -122,9 +124,9 @@ class DenseDetector(nn.Module, ABC):
         neck_channels: int = 256,
         head_channels: int = 256,
         head_blocks: int = 4,
-        head_groups: int = 32,
+        head_groups: int | None = None,
         score_threshold: float = 0.05,
-        nms_iou: float = 0.6,
+        nms_iou: float | None = None,
         detections_per_image: int = 100,
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
@@ -136,6 +138,7 @@ class DenseDetector(nn.Module, ABC):
                 f"strides are {tuple(strides)}: they must be {', '.join(map(str, expected))}. A pyramid has at least "
                 "levels of strides 8, 16 and 32, and each further level has twice the stride of the one before."
             )
+        head_groups = self.usual_head_groups if head_groups is None else head_groups
         if head_groups and head_channels % head_groups:
             raise KDError(f"head_channels ({head_channels}) must be a multiple of head_groups ({head_groups})")
         self.num_classes = num_classes
@@ -144,28 +147,22 @@ class DenseDetector(nn.Module, ABC):
         self.head_channels = head_channels
         self.head_blocks = head_blocks
         self.score_threshold = score_threshold
-        self.nms_iou = nms_iou
+        self.nms_iou = self.usual_nms_iou if nms_iou is None else nms_iou
         self.detections_per_image = detections_per_image
 
-        self.backbone, self.levels = build_backbone(
-            backbone, BACKBONE_STRIDES, pretrained=pretrained, args=backbone_args
-        )
-        channels = self.levels.channels
+        self.backbone, levels = build_backbone(backbone, BACKBONE_STRIDES, pretrained=pretrained, args=backbone_args)
         for name, value in (
-            ("image_mean", self.levels.mean if image_mean is None else image_mean),
-            ("image_std", self.levels.std if image_std is None else image_std),
+            ("image_mean", levels.mean if image_mean is None else image_mean),
+            ("image_std", levels.std if image_std is None else image_std),
         ):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
-        self.neck = FeaturePyramidNetwork(
-            list(channels),
+        extra = ExtraLevels(
             neck_channels,
-            extra_blocks=ExtraLevels(
-                neck_channels,
-                len(strides) - len(BACKBONE_STRIDES),
-                from_input=channels[-1] if self.extra_levels_from_input else 0,
-                relu=self.extra_levels_relu,
-            ),
+            len(strides) - len(BACKBONE_STRIDES),
+            from_input=levels.channels[-1] if self.extra_levels_from_input else 0,
+            relu=self.extra_levels_relu,
         )
+        self.neck = Pyramid(levels, neck_channels, extra)
         tower = [neck_channels] + [head_channels] * head_blocks
         self.towers = nn.ModuleDict(
             {
@@ -220,7 +217,8 @@ class DenseDetector(nn.Module, ABC):
         if targets is not None:
             self._check_labels(torch.cat([target["labels"] for target in targets]))
         batch = self.prepare(images, targets)
-        predictions = self.predict(self.run_towers(self.entry(self.features(batch.images)))[-1])
+        *_, state = self.walk_towers(self.entry(self.features(batch.images)))
+        predictions = self.predict(state)
         if self.training:
             return self.losses(predictions, self.assign(predictions, batch))
         return self.postprocess(predictions, batch)
@@ -244,48 +242,29 @@ class DenseDetector(nn.Module, ABC):
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
         """Pyramid levels (N, C, H, W), finest first, of normalised images (N, 3, H, W)."""
-        maps = self.levels.of(self.backbone(images))
-        return tuple(self.neck(OrderedDict((str(i), x) for i, x in enumerate(maps))).values())
+        return tuple(self.neck.of(self.backbone(images)).values())
 
     def entry(self, features: tuple[Tensor, ...]) -> State:
         """The state at stage 0: both towers take the pyramid."""
         return dict.fromkeys(self.towers, features)
 
-    def run_towers(self, state: State, stage: int = 0) -> list[State]:
-        """Hidden states from `stage`, whose state is given, to the end: all that `walk_towers` comes by."""
-        return [*self.walk_towers(state, stage)]
-
     def walk_towers(self, state: State, stage: int = 0) -> Iterator[State]:
-        """Hidden states from `stage`, whose state is given, to the end, one after the other.
-
-        States are taken before the activation, which is applied on entry to the next block.
-        """
-        yield state
-        for i in range(stage, self.head_blocks):
-            activation = self.activation(i)
-            state = {
-                branch: tuple(tower[i](activation(level)) for level in state[branch])  # type: ignore[index]
-                for branch, tower in self.towers.items()
-            }
-            yield state
-
-    def activation(self, stage: int) -> Callable[[Tensor], Tensor]:
-        """What stands between the state at `stage` and the next layer."""
-        return F.relu if stage else _identity
+        """Hidden states from `stage`, whose state is given, to the end, one after the other, before the activation."""
+        towers = {branch: [[*cast(nn.ModuleList, tower)]] * len(self.strides) for branch, tower in self.towers.items()}
+        return walk_towers(state, towers, stage, F.relu)
 
     def predict(self, state: State) -> Predictions:
         """Predictions of all priors, from the towers' last state."""
-        activation = self.activation(self.head_blocks)
-        cls, reg = ([activation(level) for level in state[branch]] for branch in ("cls", "reg"))
+        cls, reg = ([F.relu(x) if self.head_blocks else x for x in state[branch]] for branch in ("cls", "reg"))
         grid = tuple((level.shape[-2], level.shape[-1]) for level in cls)
         quality = None
         if self.has_quality:
             states = cls if self.quality_branch == "cls" else reg
-            quality = self.flatten([self.predictors["quality"](level) for level in states])[..., 0]
+            quality = flatten([self.predictors["quality"](level) for level in states], 1)[..., 0]
         sides = [self.predictors["reg"](level).float() * scale for level, scale in zip(reg, self.scales, strict=True)]
         return Predictions(
-            logits=self.flatten([self.predictors["cls"](level) for level in cls]),
-            regression=self.shape_regression(self.flatten(sides)),
+            logits=flatten([self.predictors["cls"](level) for level in cls], self.num_classes),
+            regression=self.shape_regression(flatten(sides, sides[0].shape[1] // self.priors_per_cell)),
             priors=self.priors(grid),
             decode=self.decode,
             quality=quality,
@@ -294,11 +273,6 @@ class DenseDetector(nn.Module, ABC):
     def shape_regression(self, regression: Tensor) -> Tensor:
         """What `Predictions.regression` is, from the scaled output (N, A, C) of the regression predictor."""
         return regression
-
-    def flatten(self, maps: Sequence[Tensor]) -> Tensor:
-        """One (N, A, C) in float32 of maps (N, priors_per_cell * C, H, W)."""
-        cells = torch.cat([level.flatten(2) for level in maps], -1).transpose(1, 2)
-        return cells.reshape(cells.shape[0], cells.shape[1] * self.priors_per_cell, -1).float()
 
     @torch.no_grad()
     def postprocess(self, predictions: Predictions, batch: Batch) -> list[Detections]:
@@ -389,10 +363,6 @@ def square_anchors(
     """One square anchor a cell, `scale` strides wide and centred on the cell's first pixel (x * stride, y * stride)."""
     half = scale / 2
     return cell_priors(grid, strides, torch.tensor([[-half, -half, half, half]]), device)
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 def _logit(probability: float) -> float:

@@ -63,12 +63,12 @@ class FCOSAssigner:
         assigned = smallest.isfinite()
         matched = boxes.gather(1, chosen[..., None].expand(-1, -1, 4))
         image, prior = assigned.nonzero(as_tuple=True)
-        total = centerness(distances(middle[prior], matched[image, prior])).sum()
+        total = processes.share(centerness(distances(middle[prior], matched[image, prior])).sum())
         return Assignment(
             labels=labels.gather(1, chosen).masked_fill(~assigned, num_classes),
             boxes=matched,
             weights=torch.ones_like(smallest),
-            normaliser=torch.where(assigned.any(), total.clamp(min=1e-6), 1.0),
+            normaliser=torch.where(total > 0, total.clamp(min=1e-6), 1.0),
         )
 
 
@@ -171,7 +171,6 @@ class FCOS(DenseDetector):
         positives = processes.share(assignment.positive(self.num_classes).sum(), at_least=1) + EPS
         return {
             "cls": cls / positives,
-            # Not the assignment's normaliser, which is 1 in a process without positives, where this sum is 0.
-            "box": box.sum() / (processes.share(target_centerness.sum(), at_least=1e-6) + EPS),
+            "box": box.sum() / (assignment.normaliser + EPS),
             "centerness": quality / positives,
         }

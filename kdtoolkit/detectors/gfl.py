@@ -124,7 +124,7 @@ class GFL(DenseDetector):
             divisor = processes.share(weight.sum(), at_least=1)
         cls = quality_focal_loss(logits, quality).sum(-1)
         return {
-            "cls": (cls * assignment.weights).sum() / (processes.share(assignment.normaliser) + EPS),
+            "cls": (cls * assignment.weights).sum() / (assignment.normaliser + EPS),
             "box": BOX_WEIGHT * ((1 - elementwise_giou(boxes, target_boxes)) * weight).sum() / divisor,
             "dfl": DFL_WEIGHT * (dfl * weight).sum() / divisor,
         }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdtoolkit.detectors.dense import BACKBONE_STRIDES, DenseDetector
-from kdtoolkit.models import fitted, read_weights
+from kdtoolkit.weights import fitted, read_weights
 
 # (published name, our name); the first that fits counts.
 _RENAMINGS = (

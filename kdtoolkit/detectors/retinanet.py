@@ -6,7 +6,7 @@ have no norm, and the pyramid's coarser levels start from the backbone's last ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -14,10 +14,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
+from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from kdtoolkit import processes
-from kdtoolkit.boxes import centres, pairwise_iou
+from kdtoolkit.boxes import pairwise_iou
 from kdtoolkit.contract import Assignment, Batch, Predictions, Priors
 from kdtoolkit.detectors.assign import inside_padded, pad_targets
 from kdtoolkit.detectors.atss import decode_offsets
@@ -39,8 +39,9 @@ def anchors(grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], device:
 
 def encode_offsets(boxes: Tensor, anchors: Tensor) -> Tensor:
     """(dx, dy, dw, dh) (..., 4) of boxes relative to anchors, both (..., 4) of positive size: undone by `decode`."""
-    size, anchor_size = boxes[..., 2:] - boxes[..., :2], anchors[..., 2:] - anchors[..., :2]
-    return torch.cat([(centres(boxes) - centres(anchors)) / anchor_size, (size / anchor_size).log()], -1)
+    middle, size = box_convert(boxes, "xyxy", "cxcywh").chunk(2, -1)
+    anchor_middle, anchor_size = box_convert(anchors, "xyxy", "cxcywh").chunk(2, -1)
+    return torch.cat([(middle - anchor_middle) / anchor_size, (size / anchor_size).log()], -1)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class MaxIoUAssigner:
             labels=labels.gather(1, chosen).masked_fill(~assigned, num_classes),
             boxes=boxes.gather(1, chosen[..., None].expand(-1, -1, 4)),
             weights=(valid & ~ambiguous).float(),
-            normaliser=assigned.sum(1).clamp(min=1).sum().float(),
+            normaliser=processes.share(assigned.sum(1).clamp(min=1).sum()),
         )
 
 
@@ -81,44 +82,11 @@ class RetinaNet(DenseDetector):
     """RetinaNet detector. Arguments are those of DenseDetector."""
 
     priors_per_cell: ClassVar[int] = len(ANCHOR_SCALES) * len(ASPECT_RATIOS)
+    usual_head_groups: ClassVar[int] = 0
+    usual_nms_iou: ClassVar[float] = 0.5
     has_scales: ClassVar[bool] = False
     extra_levels_from_input: ClassVar[bool] = True
     published_predictors: ClassVar[Mapping[str, str]] = {"retina_cls": "cls", "retina_reg": "reg"}
-
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        backbone: str = "resnet50",
-        backbone_args: Mapping[str, object] | None = None,
-        pretrained: bool = False,
-        strides: Sequence[int] = (8, 16, 32, 64, 128),
-        neck_channels: int = 256,
-        head_channels: int = 256,
-        head_blocks: int = 4,
-        head_groups: int = 0,
-        score_threshold: float = 0.05,
-        nms_iou: float = 0.5,
-        detections_per_image: int = 100,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__(
-            num_classes,
-            backbone=backbone,
-            backbone_args=backbone_args,
-            pretrained=pretrained,
-            strides=strides,
-            neck_channels=neck_channels,
-            head_channels=head_channels,
-            head_blocks=head_blocks,
-            head_groups=head_groups,
-            score_threshold=score_threshold,
-            nms_iou=nms_iou,
-            detections_per_image=detections_per_image,
-            image_mean=image_mean,
-            image_std=image_std,
-        )
 
     @property
     def assigner(self) -> MaxIoUAssigner:
@@ -144,5 +112,5 @@ class RetinaNet(DenseDetector):
         box = F.l1_loss(predictions.regression[image, prior], target, reduction="sum")
         labels = F.one_hot(assignment.labels, self.num_classes + 1)[..., :-1].float()
         cls = sigmoid_focal_loss(predictions.logits, labels, alpha=0.25, gamma=2).sum(-1)
-        normaliser = processes.share(assignment.normaliser) + EPS
+        normaliser = assignment.normaliser + EPS
         return {"cls": (cls * assignment.weights).sum() / normaliser, "box": box / normaliser}

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Detections, DetectorAdapter, DetectorSpec, adapt
+from kdtoolkit.contract import Detections, DetectorAdapter, DetectorSpec
 from kdtoolkit.data import DetectionDataset, Sample
 from kdtoolkit.data.dataset import checked_item
 from kdtoolkit.engine.inputs import check_dataset, resolve_device
 from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.engine.scoring import IOU_THRESHOLDS, Floats, Found, precisions
 from kdtoolkit.errors import KDError, UnknownDetectorError
+from kdtoolkit.libraries import adapt
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from torch import nn
 
 from kdtoolkit.contract import DetectorSpec
 from kdtoolkit.data import DetectionDataset
+from kdtoolkit.data.dataset import check_is_dataset
 from kdtoolkit.errors import KDError
 
 
-def check_dataset(dataset: object, spec: DetectorSpec | None) -> None:
-    """Raises KDError where it is no data set of kdtoolkit, is empty, or has other classes than the detector."""
-    if not isinstance(dataset, DetectionDataset):
-        raise KDError(
-            f"the data set is a {type(dataset).__name__}; it must be a DetectionDataset, such as "
-            "CocoDetection(folder, 'train') or a class of your own derived from kdtoolkit.data.DetectionDataset"
-        )
+def check_dataset(dataset: DetectionDataset, spec: DetectorSpec | None) -> None:
+    """Check the data set of a training or an evaluation.
+
+    Raises KDError if it is no DetectionDataset, is empty, or has not as many classes as the detector.
+    """
+    check_is_dataset(dataset)
     if not len(dataset):
         raise KDError(f"{dataset} has no images")
     count = len(dataset.class_names)

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Callable
 from functools import cache
 
-from kdtoolkit.contract import Method, announced
+from kdtoolkit.contract import Method
 from kdtoolkit.methods.bckd import BCKD
 from kdtoolkit.methods.cankd import CanKD
 from kdtoolkit.methods.crosskd import CrossKD
@@ -23,6 +23,7 @@ from kdtoolkit.methods.logitkd import LogitKD
 from kdtoolkit.methods.mgd import MGD
 from kdtoolkit.methods.mimic import Mimic
 from kdtoolkit.methods.pkd import PKD
+from kdtoolkit.plugins import announced
 
 __all__ = [
     "BCKD",

@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou
+from kdtoolkit.compatibility import check_grids, why_not_on_grid, why_priors_differ
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import EPS, check_grids, quality_focal_kd, unlike_priors
+from kdtoolkit.methods.common import EPS, quality_focal_kd
 
 
 def disagreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -58,11 +58,14 @@ class BCKD(Method):
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse priors that are not on a grid or do not correspond one to one, and scores that are a softmax."""
         for role, spec in (("student", student), ("teacher", teacher)):
-            if not spec.priors.on_grid:
-                return f"it compares dense predictions, and the {role} predicts at {spec.priors}"
+            if reason := why_not_on_grid(spec, role):
+                return reason
             if spec.activation != "sigmoid":
-                return f"it takes classes for binary tasks, and the {role}'s scores are a {spec.activation}"
-        return unlike_priors(student, teacher)
+                return (
+                    f"it compares each class by itself, and the {role}'s class scores are a {spec.activation} over all "
+                    "classes. Use CrossKD or LogitKD"
+                )
+        return why_priors_differ(student, teacher)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`cls` and `box`.
@@ -73,7 +76,7 @@ class BCKD(Method):
         student, teacher = pair.student.predictions, pair.teacher.predictions
         check_grids("BCKD", student, teacher)
         assignment = pair.student_assignment
-        normaliser, weights = processes.share(assignment.normaliser) + EPS, assignment.weights
+        normaliser, weights = assignment.normaliser + EPS, assignment.weights
         if self.published_levels:
             positive = assignment.positive(exchange.student.spec.num_classes).any(0)
             levels = torch.split(positive, list(student.priors.per_level))

@@ -16,15 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdtoolkit.compatibility import shared_levels, why_no_shared_level
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
+from kdtoolkit.methods.common import channel_moments, projections, resize_like
 
 
-def standardise(x: Tensor, dims: tuple[int, ...], eps: float = 1e-5) -> Tensor:
-    """Maps (N, C, H, W) of mean 0 and variance 1 over `dims`, biased, with `eps` added to the variance; in float32."""
+def instance_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Maps (N, C, H, W) of mean 0 and variance 1 over the cells of each image and channel, in float32.
+
+    The variance is the biased one, with `eps` added.
+    """
     x = x.float()
-    x = x - x.mean(dims, keepdim=True)
-    return x / (x.square().mean(dims, keepdim=True) + eps).sqrt()
+    x = x - x.mean((2, 3), keepdim=True)
+    return x / (x.square().mean((2, 3), keepdim=True) + eps).sqrt()
 
 
 def cankd_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -32,7 +36,7 @@ def cankd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     A scalar; no gradient reaches the teacher.
     """
-    difference = standardise(student, (2, 3)) - standardise(teacher.detach(), (2, 3))
+    difference = instance_norm(student) - instance_norm(teacher.detach())
     return difference.square().mean()
 
 
@@ -56,7 +60,9 @@ class CrossAttention(nn.Module):
         mixing = values @ keys.mT / keys.shape[2]  # (N, C', C')
         added = self.out((mixing @ self.theta(student).flatten(2)).unflatten(2, student.shape[2:]))
         # Batch normalisation by the batch's own statistics: it runs in training alone.
-        return student + self.scale * standardise(added, (0, 2, 3))
+        mean, variance = channel_moments(added, correction=0)
+        normed: Tensor = (added - mean) / (variance + 1e-5).sqrt()
+        return student + self.scale * normed
 
 
 class CanKD(Method):
@@ -82,7 +88,7 @@ class CanKD(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
+        return why_no_shared_level(student, teacher)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         """Pair the levels of equal stride; project where channels differ; one block of attention a level."""

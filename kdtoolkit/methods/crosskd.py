@@ -17,6 +17,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from kdtoolkit.compatibility import shared_levels, why_cells_differ, why_no_shared_level
 from kdtoolkit.contract import (
     Assignment,
     Capability,
@@ -29,17 +30,14 @@ from kdtoolkit.contract import (
     State,
     Whose,
 )
-from kdtoolkit.methods._common import (
+from kdtoolkit.methods.common import (
     StateProjection,
     channel_statistics,
     check_beta,
-    no_shared_level,
     prediction_losses,
     resize_like,
     rows_of_levels,
-    shared_levels,
     standardise,
-    unlike_cells,
 )
 
 
@@ -160,22 +158,28 @@ class CrossKD(Method):
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose heads have no corresponding states."""
         on_grids = student.priors.on_grid and teacher.priors.on_grid
-        if reason := no_shared_level(student, teacher) if on_grids else unlike_cells(student, teacher):
+        if reason := why_no_shared_level(student, teacher) if on_grids else why_cells_differ(student, teacher):
             return reason
         for role, spec in (("student", student), ("teacher", teacher)):
             if not 0 <= self._index(spec) < len(spec.stages):
-                return f"the {role}'s head has stages 0 to {len(spec.stages) - 1}, so there is no stage {self.stage}"
+                return (
+                    f"the {role}'s head has stages 0 to {len(spec.stages) - 1}, so there is no stage {self.stage}. Use "
+                    "CrossKD(stage=-1), which counts from the end"
+                )
         ours, theirs = student.stages[self._index(student)], teacher.stages[self._index(teacher)]
         if missing := [branch for branch in theirs.channels if branch not in ours.channels]:
-            return f"the student's head has no branch {missing}, the teacher's has {list(theirs.channels)}"
+            return (
+                f"the teacher's head has the branches {', '.join(theirs.channels)}, and the student's head has none "
+                f"called {', '.join(missing)}. Use Mimic or a method of features (PKD, FGD)"
+            )
         first = student.first_stage, teacher.first_stage
         if self.proposal_weight and first[0] and first[1] and (reason := CrossKD().refuses(first[0], first[1])):
-            return f"their proposal networks do not fit ({reason}); proposal_weight=0 leaves them out"
+            return f"the two proposal networks do not fit: {reason}. CrossKD(proposal_weight=0) leaves them out"
         if ours.spatial != theirs.spatial:
             kinds = ("vectors", "maps")
             return (
-                f"the student's {ours.name} gives {kinds[ours.spatial]}, the teacher's {theirs.name} "
-                f"{kinds[theirs.spatial]}: choose another stage"
+                f"the student's stage '{ours.name}' gives {kinds[ours.spatial]}, the teacher's '{theirs.name}' gives "
+                f"{kinds[theirs.spatial]}. Choose a stage at which both give the same, as in CrossKD(stage=0)"
             )
         return None
 

@@ -14,16 +14,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Predictions
-from kdtoolkit.methods._common import (
-    distribution_kl,
-    no_shared_level,
-    projections,
-    resize_like,
+from kdtoolkit.compatibility import (
     shared_levels,
-    unlike_priors,
-    unlike_scores,
+    why_no_shared_level,
+    why_not_on_grid,
+    why_priors_differ,
+    why_scores_differ,
 )
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Predictions
+from kdtoolkit.methods.common import distribution_kl, projections, resize_like
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -75,10 +74,10 @@ class CWD(Method):
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride; for logits, those without corresponding maps."""
         if self.on == "features":
-            return no_shared_level(student, teacher)
-        if not student.priors.on_grid:
-            return f"maps of logits need priors on a grid, and the student has {student.priors}: use CWD(on='features')"
-        return unlike_priors(student, teacher) or unlike_scores(student, teacher)
+            return why_no_shared_level(student, teacher)
+        if reason := why_not_on_grid(student, "student", use="CWD(on='features')"):
+            return reason
+        return why_priors_differ(student, teacher) or why_scores_differ(student, teacher)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         """Pair the levels of equal stride; project where channels differ."""

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kdtoolkit import processes
+from kdtoolkit.compatibility import shared_levels, why_no_shared_level
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import no_shared_level, resize_like, shared_levels
+from kdtoolkit.methods.common import resize_like
 
 FINEST_SIDE = 56  # pixels; a box belongs to the finest level below twice this side, and one level up each doubling
 
@@ -85,7 +86,7 @@ class DeFeat(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
+        return why_no_shared_level(student, teacher)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         """Pair the levels of equal stride; a convolution for each, the identity at first where channels are equal."""

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdtoolkit.compatibility import shared_levels, why_no_shared_level
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
 from kdtoolkit.errors import IncompatibleError
-from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
+from kdtoolkit.methods.common import projections, resize_like
 
 
 def weigh_channels(x: Tensor, temperature: float = 0.5) -> Tensor:
@@ -83,7 +84,7 @@ class DetKDS(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
+        return why_no_shared_level(student, teacher)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         """Pair the levels of equal stride; project where channels differ."""

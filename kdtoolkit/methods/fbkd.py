@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdtoolkit import processes
+from kdtoolkit.compatibility import shared_levels, why_no_shared_level
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import no_shared_level, resize_like, shared_levels
+from kdtoolkit.methods.common import channel_moments, resize_like
 
 
 def spatial_attention(x: Tensor, temperature: float) -> Tensor:
@@ -24,11 +26,13 @@ def spatial_attention(x: Tensor, temperature: float) -> Tensor:
 
 
 def norm(x: Tensor) -> Tensor:
-    """Euclidean norm of all of a tensor, a scalar, with gradient 0 where all is 0."""
+    """Euclidean norm of all of a tensor, a scalar, with gradient 0 where all is 0; over the images of all processes."""
     # Not square().sum().sqrt(): its gradient is 0 / 0 where all is 0. In two steps, since taken in one the norm of a
     # level of 8 million entries loses 2e-4 to float32.
-    total: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1))
-    return total
+    norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1))
+    if processes.count() == 1:
+        return norm
+    return processes.total(norm.square()).clamp(min=1e-24).sqrt()
 
 
 class NonLocal(nn.Module):
@@ -58,7 +62,7 @@ class NonLocal(nn.Module):
         relation = torch.bmm(value, key.transpose(1, 2)) / key.shape[2]
         gathered = self.out(torch.bmm(relation, query.flatten(2)).view_as(query))
         # Batch normalisation in training mode, but for a single cell in all too, which nn.BatchNorm2d refuses.
-        variance, mean = torch.var_mean(gathered, (0, 2, 3), correction=0, keepdim=True)
+        mean, variance = channel_moments(gathered, correction=0)
         normed: Tensor = (gathered - mean) * (variance + 1e-5).rsqrt() * self.scale + self.shift
         return x + normed
 
@@ -124,7 +128,7 @@ class FBKD(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
+        return why_no_shared_level(student, teacher)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         """Pair the levels of equal stride; one connector each, which projects channels even where they are equal."""

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
+from kdtoolkit.compatibility import shared_levels, why_no_shared_level
 from kdtoolkit.contract import Batch, Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
+from kdtoolkit.methods.common import projections, resize_like
 
 CHUNK = 2**18  # entries: what the walk through a map has at hand at a time, so that it stays in a processor's cache
 
@@ -327,7 +328,7 @@ class FGD(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
+        return why_no_shared_level(student, teacher)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         """Pair the levels of equal stride; project where channels differ; two context blocks a level."""

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from kdtoolkit import processes
 from kdtoolkit.boxes import centres, pairwise_iou
+from kdtoolkit.compatibility import shared_levels, why_no_shared_level, why_not_on_grid
 from kdtoolkit.contract import Batch, Capability, DetectorSpec, Exchange, Method, PriorKind, Priors
-from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels
+from kdtoolkit.methods.common import projections, resize_like
 
 Region = Literal["whole", "boxes", "fine-grained"]
 
@@ -90,11 +91,11 @@ class FitNet(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride, and regions that the student's priors cannot mark."""
-        if self.region != "whole" and not student.priors.on_grid:
-            return f"region {self.region!r} needs priors on a grid, unlike {student.priors}: use region 'whole'"
+        if self.region != "whole" and (reason := why_not_on_grid(student, "student", use="FitNet(region='whole')")):
+            return reason
         if self.region == "fine-grained" and student.priors is PriorKind.POINTS:
-            return "region 'fine-grained' needs anchors, and the student has points: use region 'boxes'"
-        return no_shared_level(student, teacher)
+            return "region 'fine-grained' needs anchors, and the student predicts at points. Use FitNet(region='boxes')"
+        return why_no_shared_level(student, teacher)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         """Pair the levels of equal stride; project where channels differ."""

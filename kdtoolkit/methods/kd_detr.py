@@ -20,8 +20,9 @@ from torch import Tensor
 
 from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou
+from kdtoolkit.compatibility import why_priors_differ, why_scores_differ, why_too_few_classes
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, PriorKind, Whose
-from kdtoolkit.methods._common import EPS, distribution_kl, too_few_classes, unlike_priors, unlike_scores
+from kdtoolkit.methods.common import EPS, distribution_kl
 
 PUBLISHED_EPS = 1e-6  # of the GIoU, in shares of the image's area
 
@@ -96,10 +97,10 @@ class KDDETR(Method):
         """Refuse detectors that do not predict at queries of one make, differ in kind of scores, or have one class."""
         for role, spec in (("student", student), ("teacher", teacher)):
             if spec.priors is not PriorKind.QUERIES:
-                return f"it compares queries, and the {role} predicts at {spec.priors}"
-        if self.cls_weight and (reason := too_few_classes(student)):
-            return f"{reason}; KDDETR(cls_weight=0) compares boxes alone"
-        return unlike_priors(student, teacher) or unlike_scores(student, teacher)
+                return f"it compares queries, and the {role} predicts at {spec.priors}. Use CrossKD or PKD"
+        if self.cls_weight and (reason := why_too_few_classes(student)):
+            return f"{reason}. Use KDDETR(cls_weight=0), which compares boxes alone"
+        return why_priors_differ(student, teacher) or why_scores_differ(student, teacher)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`cls`, `box` and `giou`, weighted; those of weight 0 are left out."""

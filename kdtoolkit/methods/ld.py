@@ -19,18 +19,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kdtoolkit import processes
 from kdtoolkit.boxes import centres, pairwise_iou
-from kdtoolkit.contract import Assignment, Capability, DetectorSpec, Exchange, Method, Predictions, PriorKind
-from kdtoolkit.methods._common import (
-    at_levels,
+from kdtoolkit.compatibility import (
     check_grids,
-    distribution_kl,
-    no_shared_level,
-    rows_of_levels,
     shared_levels,
-    too_few_classes,
-    unlike_bins,
-    unlike_priors,
+    why_bins_differ,
+    why_no_shared_level,
+    why_not_on_grid,
+    why_priors_differ,
+    why_too_few_classes,
 )
+from kdtoolkit.contract import Assignment, Capability, DetectorSpec, Exchange, Method, Predictions, PriorKind
+from kdtoolkit.methods.common import at_levels, distribution_kl, rows_of_levels
 
 POINT_SIDE = 8  # strides; side of the square that stands for a point: the anchor of ATSS and GFL
 
@@ -170,17 +169,17 @@ class LD(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose priors or distributions do not correspond one to one."""
-        if self.valuable_weight and not student.priors.on_grid:
-            return f"the valuable region needs priors on a grid, unlike {student.priors}: use valuable_weight=0"
-        if self.cls_weight and (reason := too_few_classes(student)):
-            return f"{reason}; LD(cls_weight=0) compares boxes alone"
+        if self.valuable_weight and (reason := why_not_on_grid(student, "student", use="LD(valuable_weight=0)")):
+            return reason
+        if self.cls_weight and (reason := why_too_few_classes(student)):
+            return f"{reason}. Use LD(cls_weight=0), which compares boxes alone"
         if not (student.priors.on_grid and teacher.priors.on_grid):
-            return unlike_priors(student, teacher) or unlike_bins(student, teacher)
+            return why_priors_differ(student, teacher) or why_bins_differ(student, teacher)
         pairs = shared_levels(student, teacher)
         counts = [(student.priors_per_cell[s], teacher.priors_per_cell[t]) for s, t in pairs]
         if unlike := [(s, t) for s, t in counts if s != t]:
-            return f"{unlike[0][0]} priors a cell in the student, {unlike[0][1]} in the teacher"
-        return no_shared_level(student, teacher)
+            return f"the student has {unlike[0][0]} priors a cell, the teacher {unlike[0][1]}. Use CrossKD or PKD"
+        return why_no_shared_level(student, teacher)
 
     def _corresponding(self, exchange: Exchange) -> tuple[Predictions, Predictions, Assignment, Tensor | None]:
         """Both predictions and the student's assignment on what they share, and how bins correspond, if they differ."""

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdtoolkit import processes
+from kdtoolkit.compatibility import check_grids, why_priors_differ, why_scores_differ, why_too_few_classes
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Whose
-from kdtoolkit.methods._common import check_grids, distribution_kl, too_few_classes, unlike_priors, unlike_scores
+from kdtoolkit.methods.common import distribution_kl
 
 Kind = Literal["kd", "dkd", "dist"]
 
@@ -103,9 +104,9 @@ class LogitKD(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose priors or scores do not correspond, or that have nothing to compare."""
-        if reason := too_few_classes(student, 3 if self.kind == "dkd" else 2):
-            return f"{reason}; Mimic and BCKD compare each class by itself"
-        return unlike_priors(student, teacher) or unlike_scores(student, teacher)
+        if reason := why_too_few_classes(student, 3 if self.kind == "dkd" else 2):
+            return f"{reason}. Use Mimic or BCKD, which compare each class by itself"
+        return why_priors_differ(student, teacher) or why_scores_differ(student, teacher)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`cls`: the weighted loss; 0 where no prior counts.

@@ -11,15 +11,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from kdtoolkit.compatibility import check_grids, why_bins_differ, why_priors_differ, why_scores_differ
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import (
-    check_beta,
-    check_grids,
-    prediction_losses,
-    unlike_bins,
-    unlike_priors,
-    unlike_scores,
-)
+from kdtoolkit.methods.common import check_beta, prediction_losses
 
 
 class Mimic(Method):
@@ -66,11 +60,14 @@ class Mimic(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs whose priors do not correspond one to one, or that predict boxes in other ways."""
-        if reason := unlike_priors(student, teacher) or unlike_scores(student, teacher):
+        if reason := why_priors_differ(student, teacher) or why_scores_differ(student, teacher):
             return reason
         if student.priors != teacher.priors:
-            return f"boxes are relative to {student.priors} in the student, to {teacher.priors} in the teacher"
-        return unlike_bins(student, teacher)
+            return (
+                f"the student predicts boxes relative to {student.priors}, the teacher relative to {teacher.priors}. "
+                "Use CrossKD or BCKD"
+            )
+        return why_bins_differ(student, teacher)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`cls`, `box` and, where both heads judge quality, `quality`; those of weight 0 are left out.

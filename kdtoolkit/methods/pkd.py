@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from kdtoolkit.compatibility import shared_levels, why_no_shared_level
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
-from kdtoolkit.methods._common import no_shared_level, projections, resize_like, shared_levels, standardise
+from kdtoolkit.methods.common import projections, resize_like, standardise
 
 
 def pkd_loss(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
@@ -63,7 +64,7 @@ class PKD(Method):
 
     def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride."""
-        return no_shared_level(student, teacher)
+        return why_no_shared_level(student, teacher)
 
     def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
         """Pair the levels of equal stride; project where channels differ."""

@@ -24,10 +24,10 @@ from kdtoolkit.contract import (
     PriorKind,
     Target,
     View,
-    adapt,
 )
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.testing._common import (
     Probe,
     Snapshot,
@@ -46,6 +46,7 @@ from kdtoolkit.testing._common import (
     without_objects,
     without_onednn,
 )
+from kdtoolkit.testing.ranks import side_by_side
 from kdtoolkit.testing.report import SEED, ConformanceError, ConformanceReport, LeftOut, by_name, run
 
 Own = Callable[[Any, Sequence[Tensor]], list[Detections]]
@@ -625,6 +626,25 @@ def _expect_assignment(case: _Case, adapter: DetectorAdapter, targets: Sequence[
 
 
 @without_onednn()
+def _two_processes(case: _Case) -> None:
+    """The normaliser is that of all processes: one without objects has the same as one that has them all."""
+    if Capability.ASSIGNMENT not in case.spec.capabilities:
+        raise LeftOut("declares no assignment")
+
+    def normaliser(targets: Sequence[Target]) -> float:
+        adapter = case.fresh()
+        view = case.show(adapter, targets)
+        return float(adapter.assign(view.head, view.batch).normaliser)
+
+    nothing = without_objects(case.targets, range(len(case.targets)))
+    first, second = side_by_side([partial(normaliser, targets) for targets in (case.targets, nothing)])
+    expect(
+        first == second,
+        f"the normaliser is {first:g} in a process with all objects and {second:g} in one without: make it "
+        "kdtoolkit.processes.share(...) of what is counted",
+    )
+
+
 def _bfloat16(case: _Case) -> None:
     """Under bfloat16 autocast predictions and losses are finite and in float32."""
     adapter = case.fresh(train=True)
@@ -730,8 +750,9 @@ def _first_stage(case: _Case) -> None:
 _BOTH = (_levels, _predictions, _priors, _stages, _capabilities, _resume, _given_priors)
 ADAPTER_CHECKS = by_name(
     _matches, _batch, _beside, *_BOTH, _detections, _sources, _own_detections, _shown, _task_losses, _own_task_losses,
-    _empty_targets, _one_empty_image, _assignment, _bfloat16, _deterministic, _stateless, _untouched, _teacher,
+    _empty_targets, _one_empty_image, _assignment, _two_processes, _bfloat16, _deterministic, _stateless,
+    _untouched, _teacher,
     _first_stage,
 )  # fmt: skip
-FIRST_STAGE_CHECKS = by_name(*_BOTH, _assignment)
+FIRST_STAGE_CHECKS = by_name(*_BOTH, _assignment, _two_processes)
 """Those that make sense of what proposes: its losses and detections are parts of its detector's."""

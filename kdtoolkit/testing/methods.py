@@ -14,9 +14,11 @@ from typing import get_type_hints
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Capability, DetectorAdapter, Exchange, Method, Predictions, Target, adapt
-from kdtoolkit.distiller import Distiller, refusal
+from kdtoolkit.compatibility import why_refused
+from kdtoolkit.contract import Capability, DetectorAdapter, Exchange, Method, Predictions, Target
+from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.testing._common import (
     Probe,
     Snapshot,
@@ -35,6 +37,7 @@ from kdtoolkit.testing._common import (
     without_objects,
     without_onednn,
 )
+from kdtoolkit.testing.ranks import side_by_side
 from kdtoolkit.testing.report import SEED, ConformanceReport, LeftOut, Result, by_name, run
 
 MethodFactory = Callable[[], Method]
@@ -43,6 +46,7 @@ ZERO = 1e-3  # a vanishing term, relative to that of another student: what float
 ROUNDING = 1e-7  # the same where that of another student is hardly more
 PADDING = 64  # pixels
 LAYOUT = 1e-3  # relative to the terms: sums in another order
+PROCESSES = 5e-3  # relative: sums in another order, through heads of random weights
 BFLOAT16 = 0.3  # relative: terms are differences of detectors that are much alike, and rounded to 8 bits
 SIZES = (8, 16, 32, 64, 128)  # images tried for the smallest that a pair takes
 # What terms may be in sum, where levels have the spread 1 and logits 2; ours are 0.03 to 300 where they compare heads,
@@ -86,7 +90,7 @@ def check_method(
         images, targets = example_batch(pair[0].spec.num_classes, next(pair[0].model.parameters()).device)
     case = _Case(method_factory, *pair, tuple(images), tuple(targets))
     try:
-        reason = case.refusal()
+        reason = case.why_refused()
     except Exception:  # no step can be made: one check says why, and the others would only repeat it
         return run(subject, METHOD_CHECKS, case, known or {}, ["terms"])
     if reason is not None:
@@ -143,8 +147,8 @@ class _Case:
         losses = distiller(images or self.images, self.targets if targets is None else targets)
         return {name.split("/", 1)[1]: loss for name, loss in losses.items() if not name.startswith("task/")}
 
-    def refusal(self) -> str | None:
-        if reason := refusal(self.factory(), self.student.spec, self.teacher.spec):
+    def why_refused(self) -> str | None:
+        if reason := why_refused(self.factory(), self.student.spec, self.teacher.spec):
             return reason
         try:
             self.terms(self.fresh())
@@ -249,7 +253,7 @@ def _vanishing(case: _Case) -> None:
     method = case.factory()
     if not method.vanishing:
         raise LeftOut("declares no vanishing terms")
-    if reason := refusal(method, teacher.spec, teacher.spec):
+    if reason := why_refused(method, teacher.spec, teacher.spec):
         raise LeftOut(f"refuses a student that is the teacher: {reason}")
     spec = teacher.spec.at_strides(method.strides)
     method.setup(spec, spec)
@@ -392,6 +396,57 @@ def _one_image(case: _Case) -> None:
             raise LeftOut(f"refuses it: {error}") from error
         return
     raise LeftOut("the student takes no batch of a single image")
+
+
+def _two_processes(case: _Case) -> None:
+    """Two processes with half of the batch each get the terms and gradients of one process with all of it, on average.
+
+    What a term is divided by (positives, sums of weights, statistics) must be summed over processes for that. The
+    student is in eval mode, since its batch norms see the images of one process and its dropout is random.
+    """
+    distiller = case.fresh()
+    distiller.student.eval()
+    image, target = case.images[0], case.targets[0]
+    # Equal sizes, so that each half lies on the canvas of the whole; unequal objects, so that the halves count apart.
+    images = [image, image.flip(-1) * 0.5]
+    targets = [target, {"boxes": target["boxes"][:1], "labels": target["labels"][:1]}]
+
+    def step(part: slice, seed: int = SEED) -> dict[str, Tensor]:
+        """The terms, and the gradients of the student's levels and of what the method learns."""
+        own, levels = copy.deepcopy(distiller), []
+
+        def keep(level: Tensor) -> Tensor:
+            level.retain_grad()
+            levels.append(level)
+            return level
+
+        own.student_adapter = transformed(own.student_adapter, levels=keep)
+        torch.manual_seed(seed)
+        terms = {k: loss for k, loss in own(images[part], targets[part]).items() if not k.startswith("task/")}
+        torch.autograd.backward(total(terms))
+        learned = {f"the gradient of {name}": p.grad for name, p in _method_of(own).named_parameters()}
+        shown = {f"the gradient of level {i}": level.grad for i, level in enumerate(levels)}
+        return {k: x.detach() for k, x in (terms | learned | shown).items() if x is not None}
+
+    try:
+        whole, again = step(slice(None)), step(slice(None), SEED + 1)
+    except KDError as error:
+        raise LeftOut(f"the student takes no step in eval mode: {error}") from error
+    if not all(torch.equal(whole[name], again[name]) for name in whole):
+        raise LeftOut("it draws at random, so that no two runs are alike")
+    try:
+        halves = side_by_side([partial(step, slice(i, i + 1)) for i in range(2)])
+    except IncompatibleError as error:
+        raise LeftOut(f"refuses a single image: {error}") from error
+    largest = max(value.norm() for value in whole.values())
+    for name, value in whole.items():
+        parts = [half.get(name, torch.zeros_like(value)) for half in halves]
+        mean = (torch.cat(parts) if "level" in name else torch.stack(parts).sum(0)) / len(halves)
+        problem = (
+            f"{name} is {mean.norm():g} in size on average of two processes, and {value.norm():g} in one process with "
+            "all images: divide by kdtoolkit.processes.share(...) of what is counted, and take statistics by total(...)"
+        )
+        expect(bool((mean - value).norm() <= PROCESSES * (value.norm() + 0.1 * largest)), problem)
 
 
 def _channels_last(case: _Case) -> None:
@@ -541,5 +596,6 @@ def _copies(case: _Case) -> None:
 METHOD_CHECKS = by_name(
     _options, _terms, _student_gradient, _own_parameters, _frozen_teacher, _shown_untouched, _passes, _vanishing,
     _magnitude, _weights_of_zero, _no_objects, _one_image_without, _constant_images, _no_signal, _unequal_padding,
-    _small_images, _one_image, _channels_last, _mixed_precision, _repeatable, _student_untouched, _round_trip, _copies,
+    _small_images, _one_image, _two_processes, _channels_last, _mixed_precision, _repeatable,
+    _student_untouched, _round_trip, _copies,
 )  # fmt: skip

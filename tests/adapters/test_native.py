@@ -4,16 +4,12 @@ import pytest
 import torch
 
 from kdtoolkit.adapters.native import DenseAdapter
-from kdtoolkit.contract import Capability, PriorKind, adapt
+from kdtoolkit.contract import Capability, PriorKind
+from kdtoolkit.libraries import adapt
+from tests._traced import traced
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
 EACH = pytest.mark.parametrize("make", DENSE)
-
-
-def traced(adapter, batch):
-    prepared = adapter.prepare(*batch)
-    features = adapter.features(prepared)
-    return prepared, features, adapter.head(features, prepared)
 
 
 @EACH

@@ -4,11 +4,12 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from kdtoolkit.contract import Capability, PriorKind, adapt
+from kdtoolkit.contract import Capability, PriorKind
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import CWD, FGD, LD, PKD, CrossKD, Mimic
-from kdtoolkit.models import load_weights
+from kdtoolkit.weights import load_weights
 from tests.conftest import tiny_fcos, tiny_gfl
 
 pytest.importorskip("ultralytics")
@@ -20,6 +21,7 @@ from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.ops import clip_boxes, xyxy2xywhn
 
 from kdtoolkit.adapters.ultralytics import UltralyticsAdapter, build_model
+from tests._traced import traced
 
 YAMLS = ("yolov8n", "yolo11n", "yolo26n", "yolov10n")
 GREY = 114 / 255
@@ -88,12 +90,6 @@ def own_detections(model, images):
         {"boxes": clip_boxes(each[:, :4], image.shape[-2:]), "scores": each[:, 4], "labels": each[:, 5].long()}
         for each, image in zip(kept, images, strict=True)
     ]
-
-
-def traced(adapter, batch):
-    prepared = adapter.prepare(*batch)
-    features = adapter.features(prepared)
-    return prepared, features, adapter.head(features, prepared)
 
 
 @EACH
@@ -202,7 +198,7 @@ def test_images_are_padded_with_grey_and_neither_resized_nor_normalised(batch):
     assert prepared.sizes == prepared.original_sizes == ((50, 60), (70, 40))
     assert prepared.padded_sizes == ((64, 64), (96, 64))
     assert torch.equal(prepared.boxes[0], targets[1]["boxes"])
-    with pytest.raises(KDError, match=r"image 0 of the batch is \(64, 64\) torch.float32; expected \(3, H, W\)"):
+    with pytest.raises(KDError, match=r"image 0 has the shape \(64, 64\); images are \(3, H, W\)"):
         UltralyticsAdapter(tiny()).prepare([torch.rand(64, 64)])
 
 
@@ -385,7 +381,7 @@ def test_build_model_knows_the_librarys_names(capfd):
     assert UltralyticsAdapter(model).spec.num_classes == 7
     assert UltralyticsAdapter(build_model("yolov10n", 2, {})).spec.name == "yolov10n"
     assert capfd.readouterr().out == ""
-    with pytest.raises(KDError, match=r"unknown model 'ultralytics/yolo11z'; did you mean ultralytics/yolo11"):
+    with pytest.raises(KDError, match=r"unknown model 'ultralytics/yolo11z' \(did you mean 'yolo11"):
         build_model("yolo11z", 7, {})
     with pytest.raises(KDError, match=r"There are yolov5\[n\|s\|m\|l\|x\], yolov8"):
         build_model("rtdetr-l", 7, {})

@@ -8,7 +8,7 @@ from kdtoolkit.benchmark.display import Display, duration
 from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.store import Store
-from kdtoolkit.benchmark.suite import BASELINE
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME
 from tests.benchmark._suite import tiny
 
 
@@ -60,18 +60,19 @@ def test_durations():
 
 def test_the_time_left_by_hand(plan):
     costs = Costs()
+    later = plan.cells([EQUAL_TIME])  # of 2 seeds
     baseline, pkd, teacher = plan.cell(BASELINE, 0), plan.cell("PKD", 0), plan.teacher()  # of 2, 2 and 3 steps
-    assert costs.remaining([baseline], {}, 1, 0, (0, [])) is None  # nothing is known yet
+    assert costs.remaining([baseline], {}, 1, [], []) is None  # nothing is known yet
     costs.finished(BASELINE, 10.0)
-    assert costs.remaining([baseline, pkd], {}, 1, 0, (0, [])) is None  # nothing of the teacher
+    assert costs.remaining([baseline, pkd], {}, 1, [], []) is None  # nothing of the teacher
     costs.finished("teacher", 30.0)
-    assert costs.remaining([baseline, pkd], {}, 1, 0, (0, [])) == 20 + 2 * (10 + 30 / 3)  # with the teacher's forward
+    assert costs.remaining([baseline, pkd], {}, 1, [], []) == 20 + 2 * (10 + 30 / 3)  # with the teacher's forward
     costs.finished("PKD", 30.0)
-    assert costs.remaining([baseline, pkd], {}, 2, 0, (0, [])) == (20 + 60) / 2
-    assert costs.remaining([], {pkd: Report("training", 1, {}, 30.0)}, 1, 2, (4, ["PKD"])) == 30 + 4 * 30
-    assert costs.remaining([teacher, pkd], {}, 4, 0, (0, [])) == 90 + 60 / 4  # methods wait for the teacher
+    assert costs.remaining([baseline, pkd], {}, 2, [], []) == (20 + 60) / 2
+    assert costs.remaining([], {pkd: Report("training", 1, {}, 30.0)}, 1, later, ["PKD"]) == 30 + 4 * 30
+    assert costs.remaining([teacher, pkd], {}, 4, [], []) == 90 + 60 / 4  # methods wait for the teacher
     costs.ended(5.0)
-    assert costs.remaining([teacher], {}, 1, 2, (0, [])) == 90 + 3 * 5  # each cell also reads data and is scored
+    assert costs.remaining([teacher], {}, 1, later, []) == 90 + 3 * 5  # each cell also reads data and is scored
 
 
 def test_the_first_steps_of_a_running_cell_tell_its_cost(plan):
@@ -83,4 +84,4 @@ def test_the_first_steps_of_a_running_cell_tell_its_cost(plan):
         assert costs.of(task.entry) is None
         costs.running(task, Report("training", 11, {}, 3.0 + 10 * pace), 7.0 + 10 * pace)
         assert costs.of(task.entry) == pace
-    assert costs.remaining([baseline], {}, 1, 0, (0, [])) == 4.0 + 2 * 0.5
+    assert costs.remaining([baseline], {}, 1, [], []) == 4.0 + 2 * 0.5

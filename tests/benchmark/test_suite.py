@@ -66,7 +66,12 @@ def test_what_is_written_reads_back():
         ("{weight: 3.0}", "{weight: .nan}", "nan", ["PKD(weight=nan): must be finite"]),
         ("{weight: 3.0}", "{weight: heavy}", "heavy", ["PKD(weight='heavy'): must be a number"]),
         ("{weight: 3.0}", "{weight: -3.0}", "-3.0", ["PKD(weight=-3.0): must be 0 or more"]),
-        ("{weight: 3.0}", "{stop: 0}", "stop: 0", ["PKD: stop is the step", "never runs"]),
+        (
+            "{weight: 3.0}",
+            "{stop: 0}",
+            "stop: 0",
+            ["PKD: stop=0 ends the method before its first step", "leave the method out"],
+        ),
         ("PKD: [PKD]", "PKD: [{CWD: {'on': logit}}]", "CWD", ["CWD(on='logit')", "did you mean 'logits'"]),
         ("PKD: [PKD]", "PKD: [{CWD: {on: logits}}]", "CWD", ["CWD: YAML takes the key `on`", "quotes"]),
         ("PKD: [PKD]", "PKD: []", "entries", ["entry 'PKD' has no methods"]),
@@ -134,6 +139,6 @@ def test_methods_take_a_schedule_and_levels():
     use = MethodUse.model_validate({"PKD": {"weight": 2, "stop": 50, "decay": 5, "strides": [8, 16]}})
     method = use.build()
     assert (method.schedule, method.strides) == (Schedule(decay=5, stop=50), (8, 16))
-    for wrong, part in (({"CrossKD": {"strides": [8]}}, "compares heads"), ({"PKD": {"decay": 5}}, "needs stop")):
+    for wrong, part in (({"CrossKD": {"strides": [8]}}, "compares whole heads"), ({"PKD": {"decay": 5}}, "needs stop")):
         with pytest.raises(ValidationError, match=part):
             MethodUse.model_validate(wrong)

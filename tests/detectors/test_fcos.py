@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdtoolkit import Distiller
-from kdtoolkit.contract import Batch, PriorKind, adapt
+from kdtoolkit.contract import Batch, PriorKind
 from kdtoolkit.detectors import FCOS
 from kdtoolkit.detectors.fcos import FCOSAssigner, points
 from kdtoolkit.detectors.published import rename_published
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import CrossKD
 from kdtoolkit.models import build_model
+from tests._traced import traced
 from tests.conftest import BACKBONE, TINY, tiny_fcos
 
 STRIDES = (8, 16, 32)
@@ -94,8 +96,8 @@ def test_without_a_positive_crosskd_stays_of_ordinary_size(batch):
 
 def trace_of(model, batch):
     adapter = adapt(model)
-    prepared = adapter.prepare(*batch)
-    return adapter, prepared, adapter.head(adapter.features(prepared), prepared)
+    prepared, _, trace = traced(adapter, batch)
+    return adapter, prepared, trace
 
 
 @BOTH

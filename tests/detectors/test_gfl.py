@@ -46,7 +46,7 @@ def test_boxes_are_at_the_means_of_their_distributions():
 def test_a_perfect_prediction_has_almost_no_loss(batch):
     model = tiny_gfl(seed=0, bins=9)
     prepared = model.prepare(*batch)
-    trace = model.predict(model.run_towers(model.entry(model.features(prepared.images)))[-1])
+    trace = model.predict([*model.walk_towers(model.entry(model.features(prepared.images)))][-1])
     assignment = model.assign(trace, prepared)
     positive = assignment.positive(model.num_classes)
     logits = torch.full_like(trace.logits, -20)

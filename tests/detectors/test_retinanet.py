@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from kdtoolkit.contract import Batch, adapt
+from kdtoolkit.contract import Batch
 from kdtoolkit.detectors import RetinaNet, load_published
 from kdtoolkit.detectors.retinanet import STDS, MaxIoUAssigner, anchors, decode_offsets, encode_offsets
+from kdtoolkit.libraries import adapt
 from kdtoolkit.models import build_model
+from tests._traced import traced
 from tests.conftest import BACKBONE, TINY, tiny_retinanet
 
 STRIDES = (8, 16, 32)
@@ -104,8 +106,8 @@ def test_offsets_lead_from_the_anchor_to_the_box(corners, sizes):
 
 def trace_of(model, batch):
     adapter = adapt(model)
-    prepared = adapter.prepare(*batch)
-    return adapter, prepared, adapter.head(adapter.features(prepared), prepared)
+    prepared, _, trace = traced(adapter, batch)
+    return adapter, prepared, trace
 
 
 def test_losses_follow_their_formulas(batch):
@@ -153,7 +155,7 @@ def test_without_objects_only_scores_are_trained(batch):
 def test_coarser_levels_start_from_the_backbones_last_map(batch):
     model = tiny_retinanet(seed=0, strides=(8, 16, 32, 64, 128)).eval()
     images = model.prepare(batch[0]).images
-    features, last = model.features(images), model.backbone(images)[model.levels.indices[-1]]
+    features, last = model.features(images), model.backbone(images)[model.neck.levels.indices[-1]]
     first, second = model.neck.extra_blocks.convs
     assert torch.equal(features[3], first(last))
     assert torch.equal(features[4], second(features[3]))

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from kdtoolkit import KDError
-from kdtoolkit.contract import adapt, adapter_classes
 from kdtoolkit.data import CocoDetection, ProceduralShapes
 from kdtoolkit.detectors import GFL
 from kdtoolkit.engine.evaluate import evaluate
+from kdtoolkit.libraries import adapt, adapter_classes
 from tests.conftest import tiny_gfl, tiny_of
 from tests.data._coco import document, write
 

@@ -140,7 +140,7 @@ def test_the_first_place_that_is_not_finite_is_named_and_buffers_stay_good(data)
         kept[len(kept)] = copy.deepcopy(dict(student.named_buffers()))
 
     student.neck.register_forward_hook(lambda module, args, output: spoil(module, args, list(output.values())))
-    place = "student: features at stride 16 not finite, the first of all; teacher: all finite, the largest"
+    place = "student: not finite, first in features at stride 16; teacher: all finite, the largest"
     with pytest.raises(NonFiniteLossError, match=place):
         train(Distiller(model(1), student, [PKD()]), data, config(), seed=0)
     assert all(torch.equal(buffer, kept[1][name]) for name, buffer in student.named_buffers())

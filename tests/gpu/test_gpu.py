@@ -12,8 +12,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from kdtoolkit import Distiller, adapt
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.data import ProceduralShapes
-from kdtoolkit.distiller import refusal
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.train import TrainConfig, train
 from kdtoolkit.matrix import families
@@ -55,7 +55,7 @@ def with_all_methods(teacher, student, *, leave_out=()):
     specs = adapt(student).spec, adapt(teacher).spec
     found = {name: cls() for name, cls in all_methods().items() if name not in leave_out}
     torch.manual_seed(3)
-    return Distiller(teacher, student, [method for method in found.values() if refusal(method, *specs) is None])
+    return Distiller(teacher, student, [method for method in found.values() if why_refused(method, *specs) is None])
 
 
 @pytest.mark.parametrize("family", EXACT)

@@ -156,10 +156,10 @@ def test_detectors_that_predict_boxes_otherwise_can_be_paired(batch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"priors": PriorKind.QUERIES}, "dense predictions, and the student predicts at queries"),
-        ({"strides": (16, 32)}, r"strides are \(16, 32\) in the student"),
-        ({"priors_per_cell": (9, 9)}, "9 priors a cell in the student, 1 in the teacher"),
-        ({"activation": "softmax"}, "binary tasks, and the student's scores are a softmax"),
+        ({"priors": PriorKind.QUERIES}, "on a grid .*, and the student predicts at queries"),
+        ({"strides": (16, 32)}, r"the student has the strides \(16, 32\)"),
+        ({"priors_per_cell": (9, 9)}, "the student has 9 priors a cell, the teacher 1 prior"),
+        ({"activation": "softmax"}, "the student's class scores are a softmax over all classes"),
     ],
 )
 def test_pairs_that_do_not_correspond_are_refused(change, reason):

@@ -77,7 +77,7 @@ def test_logits_are_imitated_as_maps(batch):
     assert student.predictors["cls"].weight.grad.abs().sum() > 0
     twin = tiny_gfl(seed=1).eval()
     assert Distiller(tiny_gfl(seed=1), twin, [CWD(on="logits")]).eval()(*batch)["cwd/feature"].abs() < 1e-5
-    assert "priors a cell" in CWD(on="logits").refuses(spec(), spec(priors_per_cell=(9, 9)))
+    assert "1 prior a cell, the teacher 9 priors" in CWD(on="logits").refuses(spec(), spec(priors_per_cell=(9, 9)))
     assert "grid" in CWD(on="logits").refuses(spec(priors=PriorKind.QUERIES), spec())
 
 

@@ -160,7 +160,7 @@ def test_other_channels_sizes_and_strides():
     student = (torch.randn(2, 3, 5, 5), torch.randn(2, 4, 4, 3))
     terms = method(exchange(BATCH, features=(student, maps(2)), specs=(spec(channels=(3, 4)), spec())))
     assert all(torch.isfinite(x) for x in terms.values())
-    assert "no pyramid level in common" in DeFeat().refuses(spec(), spec(strides=(32, 64)))
+    assert "no stride in common" in DeFeat().refuses(spec(), spec(strides=(32, 64)))
     assert ready(DeFeat(), spec(strides=(4, 8)), spec()).levels == [(1, 0)]
 
 

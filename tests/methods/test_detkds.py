@@ -136,7 +136,7 @@ def test_other_channels_sizes_and_strides():
     method = ready(DetKDS(), spec(channels=(3, 4)))
     student = (torch.randn(2, 3, 5, 5), torch.randn(2, 4, 4, 3))
     assert torch.isfinite(method(exchange(BATCH, features=(student, maps(2))))["feature"])
-    assert "no pyramid level in common" in DetKDS().refuses(spec(), spec(strides=(32, 64)))
+    assert "no stride in common" in DetKDS().refuses(spec(), spec(strides=(32, 64)))
     assert ready(DetKDS(), spec(strides=(4, 8)), spec()).levels == [(1, 0)]
 
 

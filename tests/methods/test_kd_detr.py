@@ -237,8 +237,11 @@ def test_the_same_weights_cost_nothing_although_queries_differ(batch):
     ("change", "reason"),
     [
         ({"priors": PriorKind.PROPOSALS}, "it compares queries, and the student predicts at proposals"),
-        ({"prior_form": "boxes of 8"}, "queries are of two makes: boxes of 8 in the student, points of 4"),
-        ({"activation": "softmax"}, "softmax in the student, a sigmoid in the teacher"),
+        (
+            {"prior_form": "boxes of 8"},
+            "the student.s are boxes of 8, the teacher.s points of 4",
+        ),
+        ({"activation": "softmax"}, "the student's class scores are a softmax, the teacher's a sigmoid"),
     ],
 )
 def test_queries_that_do_not_correspond_are_refused(change, reason):
@@ -249,7 +252,7 @@ def test_queries_that_do_not_correspond_are_refused(change, reason):
 
 def test_a_softmax_over_one_class_is_refused_and_boxes_alone_are_not():
     one = spec(priors=PriorKind.QUERIES, priors_per_cell=(), bins=(), prior_form="points of 4", num_classes=1)
-    assert "KDDETR(cls_weight=0) compares boxes alone" in KDDETR().refuses(one, one)
+    assert "Use KDDETR(cls_weight=0)" in KDDETR().refuses(one, one)
     boxes = KDDETR(cls_weight=0)
     assert boxes.refuses(one, one) is None
     assert set(step(outputs(1, classes=1)[-1], outputs(2, classes=1)[-1], boxes)) == {"box", "giou"}

@@ -6,7 +6,7 @@ import torch
 from kdtoolkit import Distiller
 from kdtoolkit.contract import PriorKind
 from kdtoolkit.errors import IncompatibleError
-from kdtoolkit.methods._common import distribution_kl
+from kdtoolkit.methods.common import distribution_kl
 from kdtoolkit.methods.ld import LD, match_bins, side_divergence, valuable_region
 from tests.conftest import tiny_gfl
 from tests.methods._views import CLASSES, GRID, STRIDES, anchors, assignment, batch, exchange, predictions, spec
@@ -183,7 +183,7 @@ def test_points_stand_for_squares():
     ("change", "word"),
     [
         ({"priors": PriorKind.QUERIES}, "queries"),
-        ({"strides": (64, 128)}, "no pyramid level in common"),
+        ({"strides": (64, 128)}, "no stride in common"),
         ({"priors_per_cell": (3, 3)}, "priors a cell"),
     ],
 )
@@ -203,7 +203,7 @@ def test_other_grids_are_an_error_that_names_them():
 def test_queries_must_have_equal_bins():
     queries = {"priors": PriorKind.QUERIES, "prior_form": "queries"}
     assert LD().refuses(spec(**queries), spec(**queries)) is None
-    assert "2 bins of 0 to 1" in LD().refuses(spec(**queries), spec(**queries, bins=(0.0, 1.0)))
+    assert "2 bins (0 to 1)" in LD().refuses(spec(**queries), spec(**queries, bins=(0.0, 1.0)))
     assert "grid" in LD(valuable_weight=1.0).refuses(spec(**queries), spec(**queries))
 
 

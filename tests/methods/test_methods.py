@@ -3,8 +3,9 @@ import inspect
 import pytest
 
 import kdtoolkit.methods
-from kdtoolkit.contract import Method, adapt, adapter_classes
+from kdtoolkit.contract import Method
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt, adapter_classes
 from kdtoolkit.methods import all_methods
 from tests.conftest import tiny_gfl
 
@@ -64,7 +65,7 @@ def test_a_broken_package_is_named(monkeypatch):
         def load(self):
             raise ModuleNotFoundError("No module named 'lost_package'")
 
-    monkeypatch.setattr("kdtoolkit.contract.entry_points", lambda group: [Entry()])
+    monkeypatch.setattr("kdtoolkit.plugins.entry_points", lambda group: [Entry()])
     for load in (all_methods, adapter_classes):
         with pytest.raises(KDError, match=r"lost_package:Lost \(kdtoolkit\.\w+\), which cannot be loaded"):
             load()

@@ -105,11 +105,11 @@ def test_empty_targets_are_finite(detector, batch):
     ("change", "reason"),
     [
         ({"priors": PriorKind.PROPOSALS}, "the student predicts at proposals, the teacher at anchors"),
-        ({"strides": (16, 32)}, r"strides are \(16, 32\) in the student"),
-        ({"priors_per_cell": (9, 9)}, "9 priors a cell in the student, 1 in the teacher"),
-        ({"priors": PriorKind.POINTS}, "relative to points in the student, to anchors in the teacher"),
-        ({"activation": "softmax"}, "softmax in the student, a sigmoid in the teacher"),
-        ({"bins": ()}, "none in the student, 5 bins of 0 to 4 in the teacher"),
+        ({"strides": (16, 32)}, r"the student has the strides \(16, 32\)"),
+        ({"priors_per_cell": (9, 9)}, "the student has 9 priors a cell, the teacher 1 prior"),
+        ({"priors": PriorKind.POINTS}, "relative to points, the teacher relative to anchors"),
+        ({"activation": "softmax"}, "the student's class scores are a softmax, the teacher's a sigmoid"),
+        ({"bins": ()}, r"the student predicts plain boxes, the teacher has 5 bins \(0 to 4\)"),
     ],
 )
 def test_priors_that_do_not_correspond_are_refused(change, reason):

@@ -22,8 +22,9 @@ from kdtoolkit.detectors.atss import centerness
 from kdtoolkit.detectors.dense import DenseDetector
 from kdtoolkit.detectors.published import rename, rename_published
 from kdtoolkit.detectors.retinanet import encode_offsets
+from kdtoolkit.detectors.towers import flatten
 from kdtoolkit.methods import PKD, CrossKD
-from kdtoolkit.methods._common import EPS, box_kd, classification_kd
+from kdtoolkit.methods.common import EPS, box_kd, classification_kd
 from kdtoolkit.methods.crosskd import align_statistics
 from kdtoolkit.methods.pkd import pkd_loss
 from tests.parity._check import GRADIENT_BOUND, Check
@@ -134,8 +135,8 @@ def _distribution_head(z: Golden, cfg: dict[str, Any]) -> Iterator[Check]:
     if (scale := cfg.get("octave_base_scale", 8)) != 8:  # anchors of another size than the detector's own
         middle = centres(priors.boxes).repeat(1, 2)
         priors = replace(priors, boxes=middle + (priors.boxes - middle) * scale / 8)
-    regression = model.shape_regression(model.flatten(_levels(z, "bbox_pred")))
-    predictions = Predictions(model.flatten(maps), regression, priors, model.decode)
+    regression = model.shape_regression(flatten(_levels(z, "bbox_pred"), 4 * model.bins))
+    predictions = Predictions(flatten(maps, model.num_classes), regression, priors, model.decode)
     assignment = model.assign(predictions, _batch(z))
     yield from _targets(z, model, assignment, priors)
     weighing = predictions

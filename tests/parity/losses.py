@@ -25,8 +25,8 @@ from kdtoolkit.contract import (
     View,
 )
 from kdtoolkit.detectors.gfl import distribution_focal_loss, quality_focal_loss
-from kdtoolkit.methods._common import distribution_kl, quality_focal_kd, resize_like
 from kdtoolkit.methods.bckd import BCKD
+from kdtoolkit.methods.common import distribution_kl, quality_focal_kd, resize_like
 from kdtoolkit.methods.cwd import cwd_loss
 from kdtoolkit.methods.fbkd import FBKD, Connector
 from kdtoolkit.methods.fbkd import spatial_attention as fbkd_attention

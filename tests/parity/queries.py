@@ -12,7 +12,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from kdtoolkit.boxes import pairwise_iou
 from kdtoolkit.contract import Batch, DetectorSpec, Exchange, HeadTrace, Predictions, PriorKind, Priors, View
-from kdtoolkit.methods._common import quality_focal_kd
+from kdtoolkit.methods.common import quality_focal_kd
 from kdtoolkit.methods.kd_detr import KDDETR, PUBLISHED_EPS, box_distances, class_divergence
 from tests.parity._check import GRADIENT_BOUND, Check
 from tests.parity.losses import Golden, gradient, indexed, tensor

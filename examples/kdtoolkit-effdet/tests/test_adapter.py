@@ -10,8 +10,8 @@ from effdet import DetBenchPredict, DetBenchTrain, EfficientDet
 from effdet.config import get_efficientdet_config
 from effdet.data.transforms import transforms_coco_eval
 from kdtoolkit import Distiller, KDError
-from kdtoolkit.contract import adapt
 from kdtoolkit.detectors import FCOS, GFL
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import PKD, CrossKD
 from kdtoolkit.testing import check_adapter, check_method, example_batch
 from PIL import Image

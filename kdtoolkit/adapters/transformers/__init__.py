@@ -15,15 +15,28 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
-from kdtoolkit.adapters.transformers import detr, dfine, processing, rfdetr, rtdetr
+from kdtoolkit.adapters.transformers import processing
 from kdtoolkit.adapters.transformers.base import TransformersAdapter
+from kdtoolkit.adapters.transformers.conditional_detr import ConditionalDetrAdapter
+from kdtoolkit.adapters.transformers.dab_detr import DabDetrAdapter
+from kdtoolkit.adapters.transformers.deformable_detr import DeformableDetrAdapter
+from kdtoolkit.adapters.transformers.detr import DetrAdapter
+from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
+from kdtoolkit.adapters.transformers.rfdetr import LwDetrAdapter, RfDetrAdapter
+from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter
 from kdtoolkit.errors import KDError
 
 ADAPTERS: tuple[type[TransformersAdapter], ...] = (
-    *detr.ADAPTERS,
-    *rtdetr.ADAPTERS,
-    *dfine.ADAPTERS,
-    *rfdetr.ADAPTERS,
+    DetrAdapter,
+    ConditionalDetrAdapter,
+    DabDetrAdapter,
+    DeformableDetrAdapter,
+    RTDetrAdapter,
+    RTDetrV2Adapter,
+    DFineAdapter,
+    Deimv2Adapter,
+    RfDetrAdapter,
+    LwDetrAdapter,
 )
 
 _auto_model: Any = AutoModelForObjectDetection  # without types in the library

@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import image_transforms
+from torchvision.ops import box_convert
 
+from kdtoolkit import processes
 from kdtoolkit.adapters.transformers.processing import Processing, published_processing
 from kdtoolkit.canvas import Layout, check_images, lay_out
 from kdtoolkit.contract import (
@@ -42,7 +43,6 @@ from kdtoolkit.errors import KDError
 BRANCH = "decoder"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_transforms: Any = image_transforms  # whose types are wider than torch's
 _CAPABILITIES = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
 
 
@@ -166,7 +166,7 @@ class TransformersAdapter(DetectorAdapter):
     def library_labels(self, batch: Batch) -> list[dict[str, Tensor]]:
         """The batch's ground truth as the library's losses take it."""
         return [
-            {"class_labels": labels, "boxes": _transforms.corners_to_center_format(boxes) / scale}
+            {"class_labels": labels, "boxes": box_convert(boxes, "xyxy", "cxcywh") / scale}
             for labels, boxes, scale in zip(batch.labels, batch.boxes, self.scale(batch), strict=True)
         ]
 
@@ -195,7 +195,7 @@ class TransformersAdapter(DetectorAdapter):
         if queries.references.shape[-1] == 2:
             moved = priors.boxes[..., :2] / scale[..., :2]
         else:
-            moved = _transforms.corners_to_center_format(priors.boxes) / scale
+            moved = box_convert(priors.boxes, "xyxy", "cxcywh") / scale
         return replace(queries, references=torch.where(same, queries.references, moved))
 
     def predictions(self, logits: Tensor, boxes: Tensor, priors: Priors, batch: Batch) -> Predictions:
@@ -263,7 +263,7 @@ class TransformersAdapter(DetectorAdapter):
         boxes = torch.zeros(images * queries, 4, device=device)
         labels[rows], boxes[rows] = torch.cat(batch.labels)[chosen], torch.cat(batch.boxes)[chosen]
         weights = torch.ones(images, queries, device=device)
-        normaliser = torch.full((), float(max(1, count)), device=device)
+        normaliser = processes.share(torch.full((), float(count), device=device), at_least=1)
         return Assignment(labels.view(images, queries), boxes.view(images, queries, 4), weights, normaliser)
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
@@ -303,8 +303,7 @@ def from_state(state: State) -> Tensor:
 
 def corners(boxes: Tensor, scale: Tensor) -> Tensor:
     """Boxes (..., 4) as (centre x, centre y, width, height) in [0, 1] -> xyxy in pixels, `scale` (..., 4)."""
-    converted: Tensor = _transforms.center_to_corners_format(boxes)
-    return converted * scale
+    return box_convert(boxes, "cxcywh", "xyxy") * scale
 
 
 def _decode(scale: Tensor, regression: Tensor, priors: Priors) -> Tensor:

@@ -22,17 +22,9 @@ from transformers.models.d_fine import modeling_d_fine
 from transformers.models.deimv2 import modeling_deimv2
 
 from kdtoolkit.adapters.transformers.base import IMAGENET_MEAN, IMAGENET_STD, Queries, corners, stirred
-from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, RTDetrAdapter, tiny
-from kdtoolkit.contract import (
-    Assignment,
-    Batch,
-    Capability,
-    Detections,
-    DetectorSpec,
-    HeadTrace,
-    Predictions,
-    Priors,
-)
+from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, tiny
+from kdtoolkit.adapters.transformers.selecting import Memory, Progress
+from kdtoolkit.contract import Assignment, Batch, Capability, Detections, DetectorSpec, HeadTrace, Predictions, Priors
 
 
 @dataclass(frozen=True)
@@ -210,6 +202,3 @@ class Deimv2Adapter(DFineAdapter):
         model = self.model.model
         encoded: Sequence[Tensor] = model.encoder(model.conv_encoder(batch.images), return_dict=True).feature_maps
         return encoded
-
-
-ADAPTERS: tuple[type[RTDetrAdapter], ...] = (DFineAdapter, Deimv2Adapter)

@@ -31,17 +31,9 @@ from transformers.models.lw_detr import modeling_lw_detr
 from transformers.models.rf_detr import modeling_rf_detr
 
 from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, stirred, weighted
-from kdtoolkit.adapters.transformers.rtdetr import Memory, Progress, SelectingAdapter, Selection
+from kdtoolkit.adapters.transformers.selecting import Memory, Progress, SelectingAdapter, Selection
 from kdtoolkit.canvas import Layout
-from kdtoolkit.contract import (
-    Assignment,
-    Batch,
-    DetectorSpec,
-    HeadTrace,
-    Predictions,
-    Priors,
-    Target,
-)
+from kdtoolkit.contract import Assignment, Batch, DetectorSpec, HeadTrace, Predictions, Priors, Target
 
 _matcher: Any = LwDetrHungarianMatcher
 _rf_detr: Any = RfDetrConfig
@@ -282,5 +274,3 @@ _SMALL: Mapping[str, Any] = {
     "decoder_self_attention_heads": 2,
     "decoder_cross_attention_heads": 2,
 }
-
-ADAPTERS: tuple[type[SelectingAdapter], ...] = (RfDetrAdapter, LwDetrAdapter)

@@ -12,28 +12,26 @@ import transformers
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.adapters.transformers import ADAPTERS, build_model
 from kdtoolkit.adapters.transformers.base import Queries, pixel_mask
-from kdtoolkit.adapters.transformers.detr import (
-    ConditionalDetrAdapter,
-    DabDetrAdapter,
-    DeformableDetrAdapter,
-    DetrAdapter,
-    _tiny,
-    _tiny_deformable,
-    tiny_backbone,
-)
-from kdtoolkit.contract import Capability, PriorKind, adapt
+from kdtoolkit.adapters.transformers.conditional_detr import ConditionalDetrAdapter
+from kdtoolkit.adapters.transformers.dab_detr import DabDetrAdapter
+from kdtoolkit.adapters.transformers.deformable_detr import DeformableDetrAdapter, tiny_deformable
+from kdtoolkit.adapters.transformers.detr import DetrAdapter
+from kdtoolkit.adapters.transformers.detr_base import tiny_backbone, tiny_detr
+from kdtoolkit.contract import Capability, PriorKind
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import PKD, CrossKD
+from tests._traced import traced
 from tests.conftest import tiny_gfl
 
 torch.set_num_threads(1)
 
-detr = partial(_tiny, transformers.DetrForObjectDetection, transformers.DetrConfig, 3)
-conditional = partial(_tiny, transformers.ConditionalDetrForObjectDetection, transformers.ConditionalDetrConfig, 3)
-dab = partial(_tiny, transformers.DabDetrForObjectDetection, transformers.DabDetrConfig, 3)
+detr = partial(tiny_detr, transformers.DetrForObjectDetection, transformers.DetrConfig, 3)
+conditional = partial(tiny_detr, transformers.ConditionalDetrForObjectDetection, transformers.ConditionalDetrConfig, 3)
+dab = partial(tiny_detr, transformers.DabDetrForObjectDetection, transformers.DabDetrConfig, 3)
 single = partial(
-    _tiny,
+    tiny_detr,
     transformers.DeformableDetrForObjectDetection,
     transformers.DeformableDetrConfig,
     3,
@@ -89,12 +87,6 @@ def insides(model):
         (name, sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks), module.training)
         for name, module in model.named_modules()
     ] + list(model.state_dict())
-
-
-def trace_of(adapter, batch):
-    prepared = adapter.prepare(*batch)
-    features = adapter.features(prepared)
-    return prepared, features, adapter.head(features, prepared)
 
 
 @pytest.fixture
@@ -190,7 +182,7 @@ def test_wide_ones_are_the_librarys_own_to_the_last_bit(name, train, batch):
 def test_resumed_from_any_stage_the_head_repeats_itself_to_the_bit(case, precision, batch):
     adapter = build(case)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        _, _, trace = trace_of(adapter, batch)
+        _, _, trace = traced(adapter, batch)
         once = trace.predictions
         for i in range(len(adapter.spec.stages)):
             again = adapter.resume(trace.states[i], i, trace)
@@ -205,7 +197,7 @@ def test_resumed_from_any_stage_the_head_repeats_itself_to_the_bit(case, precisi
 @PLAIN
 def test_the_spec_tells_the_truth(case, batch):
     adapter = build(case)
-    prepared, features, trace = trace_of(adapter, batch)
+    prepared, features, trace = traced(adapter, batch)
     spec = adapter.spec
     assert spec == adapter.spec
     assert prepared.images.shape[-2:] == (96, 128)
@@ -271,7 +263,7 @@ def test_places_in_images_are_exact_under_autocast(batch):
 def test_two_stage_images_with_fewer_cells_than_queries_are_told(batch):
     adapter = build(VARIANTS["deformable-two-stage"], two_stage_num_proposals=1000)
     with pytest.raises(KDError, match=r"selects 1000 queries .* have \d+: .*fewer two_stage_num_proposals"):
-        trace_of(adapter, batch)
+        traced(adapter, batch)
 
 
 @pytest.mark.parametrize("cls", ADAPTERS)
@@ -290,7 +282,7 @@ def test_configs_may_ask_for_tuples(cls, batch):
 def test_boxes_are_relative_to_each_images_content(family, batch):
     """Padding changes nothing: boxes of an image alone are those of the image in a wider batch, but for the weave."""
     adapter = build(VARIANTS[family])
-    prepared, _, trace = trace_of(adapter, batch)
+    prepared, _, trace = traced(adapter, batch)
     scale = torch.tensor([[64.0, 96.0, 64.0, 96.0], [120.0, 50.0, 120.0, 50.0]])[:, None]
     centre, size = trace.predictions.regression.split(2, -1)
     torch.testing.assert_close(trace.predictions.boxes, torch.cat([centre - size / 2, centre + size / 2], -1) * scale)
@@ -301,7 +293,7 @@ def test_boxes_are_relative_to_each_images_content(family, batch):
 @FAMILY
 def test_own_queries_handed_over_repeat_the_own_pass(family, batch):
     adapter = build(VARIANTS[family])
-    prepared, features, trace = trace_of(adapter, batch)
+    prepared, features, trace = traced(adapter, batch)
     again = adapter.head(features, prepared, trace.predictions.priors)
     assert torch.equal(again.predictions.boxes, trace.predictions.boxes)
     assert torch.equal(again.predictions.logits, trace.predictions.logits)
@@ -313,8 +305,8 @@ def test_queries_of_another_detector_go_through_the_own_decoder(family, batch):
     student = build(VARIANTS[family])
     many = {"two_stage_num_proposals": 31} if "two-stage" in family else {"num_queries": 31}
     teacher = build(VARIANTS[family], seed=5, **many)
-    prepared, features, own = trace_of(student, batch)
-    _, _, theirs = trace_of(teacher, batch)
+    prepared, features, own = traced(student, batch)
+    _, _, theirs = traced(teacher, batch)
     priors = theirs.predictions.priors
     trace = student.head(features, prepared, priors)
     assert trace.predictions.logits.shape[1] == 31
@@ -348,7 +340,7 @@ def test_prior_forms():
 
 def test_priors_that_are_no_queries_are_refused(batch):
     adapter = build(VARIANTS["detr"])
-    prepared, features, trace = trace_of(adapter, batch)
+    prepared, features, trace = traced(adapter, batch)
     with pytest.raises(KDError, match="not made of queries"):
         adapter.head(features, prepared, replace(trace.predictions.priors, context=None))
 
@@ -356,7 +348,7 @@ def test_priors_that_are_no_queries_are_refused(batch):
 @FAMILY
 def test_the_matching_is_one_to_one(family, batch):
     adapter = build(VARIANTS[family])
-    prepared, _, trace = trace_of(adapter, batch)
+    prepared, _, trace = traced(adapter, batch)
     assignment = adapter.assign(trace, prepared)
     assert assignment.labels.dtype == torch.int64
     positive = assignment.positive(3)
@@ -402,7 +394,7 @@ def test_detections_are_those_of_the_image_processor(family, batch):
 def test_images_without_boxes(case, empty):
     adapter = build(case)
     adapter.model.train()
-    prepared, _, trace = trace_of(adapter, empty)
+    prepared, _, trace = traced(adapter, empty)
     losses, _ = adapter.task_losses(trace, prepared)
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
@@ -417,7 +409,7 @@ def test_under_autocast_predictions_are_float32_and_losses_finite(case, batch):
     adapter = build(case)
     adapter.model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        prepared, _, trace = trace_of(adapter, batch)
+        prepared, _, trace = traced(adapter, batch)
         losses, _ = adapter.task_losses(trace, prepared)
     assert trace.predictions.logits.dtype == trace.predictions.boxes.dtype == torch.float32
     total = sum(losses.values())
@@ -696,7 +688,7 @@ def test_without_a_network_the_hub_is_asked_once(monkeypatch):
 
 
 def test_deformable_example_is_the_strongest():
-    config = _tiny_deformable(3).config
+    config = tiny_deformable(3).config
     assert config.two_stage
     assert config.with_box_refine
     assert SimpleNamespace(**config.to_dict()).num_feature_levels == 4

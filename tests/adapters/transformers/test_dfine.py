@@ -12,17 +12,17 @@ import transformers
 
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.adapters.transformers import build_model
-from kdtoolkit.adapters.transformers.detr import tiny_backbone
+from kdtoolkit.adapters.transformers.detr_base import tiny_backbone
 from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError
 from kdtoolkit.methods import LD, PKD, CrossKD
+from tests._traced import traced
 from tests.adapters.transformers.test_rtdetr import (
     FAMILIES,
     build,
     deimv2,
     to_pixels,
-    trace_of,
     two_images,
     without_objects,
 )
@@ -44,7 +44,7 @@ def empty():
 @KIN
 def test_corners_are_the_librarys_own(family, batch):
     adapter = build(FAMILIES[family])
-    prepared, _, trace = trace_of(adapter, batch)
+    prepared, _, trace = traced(adapter, batch)
     output = adapter.model(prepared.images)
     corners = output.intermediate_predicted_corners[:, -1]
     predictions = trace.predictions
@@ -65,7 +65,7 @@ def test_corners_are_the_librarys_own(family, batch):
 @KIN
 def test_boxes_follow_the_distributions(family, batch):
     adapter = build(FAMILIES[family])
-    _, _, trace = trace_of(adapter, batch)
+    _, _, trace = traced(adapter, batch)
     predictions = trace.predictions
     wide = predictions.regression.clone()
     wide[..., :] = -20.0
@@ -81,7 +81,7 @@ def test_boxes_follow_the_distributions(family, batch):
 @KIN
 def test_boxes_are_precise_under_autocast(family, batch):
     adapter = build(FAMILIES[family])
-    _, _, trace = trace_of(adapter, batch)
+    _, _, trace = traced(adapter, batch)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(trace.predictions.boxes, _outside(trace))
         assert trace.predictions.boxes.dtype == torch.float32
@@ -125,7 +125,7 @@ def test_ld_refuses_other_bins_and_priors():
     student = build(FAMILIES["d-fine"])
     with pytest.raises(IncompatibleError, match="17 bins"):
         Distiller(build(FAMILIES["d-fine"], max_num_bins=16), student, [LD()])
-    with pytest.raises(IncompatibleError, match="distributions over unequal bins"):
+    with pytest.raises(IncompatibleError, match="distributions of box sides"):
         Distiller(build(FAMILIES["d-fine"], reg_scale=8.0), student, [LD()])
     with pytest.raises(IncompatibleError):
         Distiller(DenseAdapter(tiny_gfl(seed=1)), student, [LD()])
@@ -133,7 +133,7 @@ def test_ld_refuses_other_bins_and_priors():
 
 def test_the_matching_goes_by_boxes_clamped_to_the_canvas(batch):
     adapter = build(FAMILIES["d-fine"])
-    prepared, _, trace = trace_of(adapter, batch)
+    prepared, _, trace = traced(adapter, batch)
     predictions = trace.predictions
     regression = torch.full_like(predictions.regression, -20.0)
     regression[..., -1] = 20.0
@@ -179,7 +179,7 @@ def dinov3():
 @pytest.mark.parametrize(("make", "strides"), [(lite, (16, 32)), (atto, (16, 32)), (dinov3, (8, 16, 32))])
 def test_other_encoders_of_deimv2(make, strides, batch):
     adapter = build((Deimv2Adapter, partial(make)))
-    prepared, features, trace = trace_of(adapter, batch)
+    prepared, features, trace = traced(adapter, batch)
     assert adapter.spec.strides == strides
     assert [96 // x.shape[-2] for x in features] == list(strides)
     assert torch.equal(trace.predictions.logits, adapter.model(prepared.images).logits)

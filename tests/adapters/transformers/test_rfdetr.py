@@ -8,11 +8,12 @@ pytest.importorskip("scipy")
 
 from kdtoolkit.adapters.transformers.base import queries_of
 from kdtoolkit.adapters.transformers.rfdetr import tiny_lw_detr
-from kdtoolkit.contract import adapt
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import CrossKD
-from tests.adapters.transformers.test_rtdetr import FAMILIES, build, trace_of, two_images
+from tests._traced import traced
+from tests.adapters.transformers.test_rtdetr import FAMILIES, build, two_images
 
 KIN = pytest.mark.parametrize("family", ["rf-detr", "lw-detr"])
 
@@ -82,7 +83,7 @@ def test_the_first_group_is_the_one_that_detects(family, batch):
 def test_all_groups_learn(family, batch):
     adapter = build(FAMILIES[family])
     adapter.model.train()
-    prepared, _, trace = trace_of(adapter, batch)
+    prepared, _, trace = traced(adapter, batch)
     losses, _ = adapter.task_losses(trace, prepared)
     assert {"loss_ce", "loss_bbox", "loss_giou", "loss_ce_0", "loss_giou_1", "loss_bbox_enc"} <= set(losses)
     sum(losses.values()).backward()
@@ -96,8 +97,8 @@ def test_all_groups_learn(family, batch):
 def test_queries_handed_over_see_each_other_in_train_mode(family, batch):
     """Self-attention cuts its queries into groups in train mode: those handed over must not be cut."""
     student, teacher = build(FAMILIES[family], dropout=0.0), build(FAMILIES[family], seed=5, num_queries=25)
-    prepared, features, _ = trace_of(student, batch)
-    _, _, theirs = trace_of(teacher, batch)
+    prepared, features, _ = traced(student, batch)
+    _, _, theirs = traced(teacher, batch)
     detecting = student.head(features, prepared, theirs.predictions.priors).predictions
     student.model.train()
     training = student.head(features, prepared, theirs.predictions.priors).predictions

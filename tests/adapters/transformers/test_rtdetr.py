@@ -11,21 +11,24 @@ pytest.importorskip("scipy")
 import transformers
 
 from kdtoolkit.adapters.native import DenseAdapter
-from kdtoolkit.adapters.transformers import dfine, rfdetr, rtdetr
+from kdtoolkit.adapters.transformers import ADAPTERS as ALL
 from kdtoolkit.adapters.transformers.base import Queries, queries_of
-from kdtoolkit.adapters.transformers.detr import DabDetrAdapter
+from kdtoolkit.adapters.transformers.dab_detr import DabDetrAdapter
 from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.adapters.transformers.rfdetr import LwDetrAdapter, RfDetrAdapter, tiny_lw_detr, tiny_rf_detr
 from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter, tiny
-from kdtoolkit.contract import Capability, PriorKind, adapt, adapter_classes
+from kdtoolkit.adapters.transformers.selecting import SelectingAdapter
+from kdtoolkit.contract import Capability, PriorKind
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.libraries import adapt, adapter_classes
 from kdtoolkit.methods import PKD, CrossKD
+from tests._traced import traced
 from tests.conftest import tiny_gfl
 
 torch.set_num_threads(1)
 
-ADAPTERS = (*rtdetr.ADAPTERS, *dfine.ADAPTERS, *rfdetr.ADAPTERS)
+ADAPTERS = [cls for cls in ALL if issubclass(cls, SelectingAdapter)]
 rt_detr = partial(tiny, transformers.RTDetrForObjectDetection, transformers.RTDetrConfig, 3)
 rt_detr_v2 = partial(tiny, transformers.RTDetrV2ForObjectDetection, transformers.RTDetrV2Config, 3)
 d_fine = partial(tiny, transformers.DFineForObjectDetection, transformers.DFineConfig, 3)
@@ -71,12 +74,6 @@ def build(case, seed=0, **changes):
     model.tie_weights()
     assert cls.matches(model)
     return cls(model.eval())
-
-
-def trace_of(adapter, batch):
-    prepared = adapter.prepare(*batch)
-    features = adapter.features(prepared)
-    return prepared, features, adapter.head(features, prepared)
 
 
 def detecting(adapter, output, count):
@@ -185,7 +182,7 @@ def test_predictions_losses_and_gradients_are_the_librarys_own(case, train, batc
 def test_resumed_from_any_stage_the_head_repeats_itself_to_the_bit(family, precision, batch):
     adapter = build(FAMILIES[family])
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        _, _, trace = trace_of(adapter, batch)
+        _, _, trace = traced(adapter, batch)
         once = trace.predictions
         for i in range(len(adapter.spec.stages)):
             again = adapter.resume(trace.states[i], i, trace)
@@ -201,7 +198,7 @@ def test_resumed_from_any_stage_the_head_repeats_itself_to_the_bit(family, preci
 def test_resumed_while_training(family, batch):
     adapter = build(FAMILIES[family], dropout=0.0)
     adapter.model.train()
-    _, _, trace = trace_of(adapter, batch)
+    _, _, trace = traced(adapter, batch)
     for i in range(len(adapter.spec.stages)):
         again = adapter.resume(trace.states[i], i, trace)
         torch.testing.assert_close(again.logits, trace.predictions.logits, rtol=1e-4, atol=1e-5)
@@ -213,7 +210,7 @@ def test_resumed_while_training(family, batch):
 def test_the_spec_tells_the_truth(case, train, batch):
     adapter = build(case)
     adapter.model.train(train)
-    prepared, features, trace = trace_of(adapter, batch)
+    prepared, features, trace = traced(adapter, batch)
     spec, config = adapter.spec, adapter.model.config
     assert spec == adapter.spec
     height, width = prepared.images.shape[-2:]
@@ -267,7 +264,7 @@ def test_what_the_library_cannot_run_is_refused(family):
 def test_images_with_fewer_cells_than_queries_are_told(family, batch):
     adapter = build(FAMILIES[family], num_queries=1000)
     with pytest.raises(KDError, match="selects 1000 queries"):
-        trace_of(adapter, batch)
+        traced(adapter, batch)
 
 
 @FAMILY
@@ -298,7 +295,7 @@ def test_places_of_cells_are_exact_under_autocast(family, batch):
 @FAMILY
 def test_selected_boxes_are_the_encoders_best(family, batch):
     adapter = build(FAMILIES[family])
-    prepared, _, trace = trace_of(adapter, batch)
+    prepared, _, trace = traced(adapter, batch)
     output = adapter.model(prepared.images)
     references = queries_of(trace.predictions.priors).references
     own = output.init_reference_points
@@ -313,7 +310,7 @@ def test_selected_boxes_are_the_encoders_best(family, batch):
 def test_own_queries_handed_over_repeat_the_own_pass(family, train, batch):
     adapter = build(FAMILIES[family], dropout=0.0)
     adapter.model.train(train)
-    prepared, features, trace = trace_of(adapter, batch)
+    prepared, features, trace = traced(adapter, batch)
     state = {name: value.clone() for name, value in adapter.model.state_dict().items()}
     again = adapter.head(features, prepared, trace.predictions.priors)
     # In train mode noisy queries and further groups are left out, so that sums are rounded otherwise.
@@ -332,8 +329,8 @@ def test_own_queries_handed_over_repeat_the_own_pass(family, train, batch):
 def test_queries_of_another_detector_go_through_the_own_decoder(family, train, batch):
     student, teacher = build(FAMILIES[family]), build(FAMILIES[family], seed=5, num_queries=31)
     student.model.train(train)
-    prepared, features, own = trace_of(student, batch)
-    _, _, theirs = trace_of(teacher, batch)
+    prepared, features, own = traced(student, batch)
+    _, _, theirs = traced(teacher, batch)
     priors = theirs.predictions.priors
     trace = student.head(features, prepared, priors)
     assert trace.predictions.logits.shape[1] == 31
@@ -353,7 +350,7 @@ def test_queries_of_another_detector_go_through_the_own_decoder(family, train, b
 def test_queries_from_another_canvas_keep_their_place_in_pixels(family, batch):
     """A detector that pads to other sizes refers to another canvas: what counts is where boxes are in pixels."""
     adapter = build(FAMILIES[family])
-    prepared, features, trace = trace_of(adapter, batch)
+    prepared, features, trace = traced(adapter, batch)
     priors = trace.predictions.priors
     elsewhere = replace(priors.context, references=priors.context.references * torch.tensor([0.5, 0.25, 0.5, 0.25]))
     again = adapter.head(features, prepared, replace(priors, context=elsewhere))
@@ -362,7 +359,7 @@ def test_queries_from_another_canvas_keep_their_place_in_pixels(family, batch):
 
 def test_priors_that_are_no_boxes_are_refused(batch):
     adapter = build(FAMILIES["rt-detr"])
-    prepared, features, trace = trace_of(adapter, batch)
+    prepared, features, trace = traced(adapter, batch)
     priors = trace.predictions.priors
     with pytest.raises(KDError, match="not made of queries"):
         adapter.head(features, prepared, replace(priors, context=None))
@@ -375,7 +372,7 @@ def test_priors_that_are_no_boxes_are_refused(batch):
 def test_the_matching_is_one_to_one(family, train, batch):
     adapter = build(FAMILIES[family])
     adapter.model.train(train)
-    prepared, _, trace = trace_of(adapter, batch)
+    prepared, _, trace = traced(adapter, batch)
     assignment = adapter.assign(trace, prepared)
     assert assignment.labels.dtype == torch.int64
     positive = assignment.positive(3)
@@ -444,7 +441,7 @@ def test_nothing_is_detected_in_padding(batch):
 def test_images_without_boxes(case, empty):
     adapter = build(case)
     adapter.model.train()
-    prepared, _, trace = trace_of(adapter, empty)
+    prepared, _, trace = traced(adapter, empty)
     losses, _ = adapter.task_losses(trace, prepared)
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
@@ -459,7 +456,7 @@ def test_under_autocast_predictions_are_float32_and_losses_finite(family, batch)
     adapter = build(FAMILIES[family])
     adapter.model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        prepared, _, trace = trace_of(adapter, batch)
+        prepared, _, trace = traced(adapter, batch)
         losses, _ = adapter.task_losses(trace, prepared)
     predictions = trace.predictions
     assert predictions.logits.dtype == predictions.regression.dtype == predictions.boxes.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""`adapt` (kdtoolkit/contract.py): which adapters it looks at, and what it says of models that it does not take."""
+"""`adapt` (kdtoolkit/libraries.py): which adapters it looks at, and what it says of models that it does not take."""
 
 import sys
 from types import ModuleType
@@ -9,8 +9,8 @@ from torch import nn
 
 from kdtoolkit import Distiller
 from kdtoolkit.adapters.native import DenseAdapter
-from kdtoolkit.contract import adapt
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import PKD
 from tests.conftest import tiny_gfl
@@ -44,7 +44,7 @@ def test_a_library_of_another_version_is_one_sentence(old_transformers):
 @pytest.mark.parametrize("family", ["GFL", "torchvision FCOS", "DETR"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_models_in_other_precisions_are_refused_in_words(family, dtype):
-    with pytest.raises(KDError, match=rf"has parameters of {dtype}: call model\.float\(\)"):
+    with pytest.raises(KDError, match=rf"has parameters of {dtype}, and they must be float32: call model\.float\(\)"):
         adapt(families()[family](3).to(dtype))
     with pytest.raises(KDError, match=rf"has parameters of {dtype}"):
         Distiller(tiny_gfl(seed=0).to(dtype), tiny_gfl(seed=1))
@@ -52,6 +52,8 @@ def test_models_in_other_precisions_are_refused_in_words(family, dtype):
 
 def test_a_distiller_in_half_precision_says_so(batch):
     distiller = Distiller(tiny_gfl(seed=0), tiny_gfl(seed=1), [PKD()]).half()
-    with pytest.raises(KDError, match=r"has parameters of torch\.float16: call model\.float\(\)"):
+    with pytest.raises(
+        KDError, match=r"has parameters of torch\.float16, and they must be float32: call model\.float\(\)"
+    ):
         distiller(*batch)
     assert distiller.float()(*batch).total.isfinite()

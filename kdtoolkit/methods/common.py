@@ -14,85 +14,9 @@ from torch import Tensor, nn
 from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou, elementwise_iou
 from kdtoolkit.contract import Assignment, DetectorSpec, Predictions, Priors
-from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.errors import KDError
 
 EPS = torch.finfo(torch.float32).eps
-
-
-def shared_levels(student: DetectorSpec, teacher: DetectorSpec) -> list[tuple[int, int]]:
-    """Pairs (student level, teacher level) of equal stride, finest first; no level is in two of them."""
-    pairs: list[tuple[int, int]] = []
-    for i, stride in enumerate(student.strides):
-        free = [j for j, other in enumerate(teacher.strides) if other == stride and j not in {t for _, t in pairs}]
-        pairs += [(i, free[0])] if free else []
-    return pairs
-
-
-def no_shared_level(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-    """The reason why features cannot be compared level by level, if so."""
-    if shared_levels(student, teacher):
-        return None
-    return f"no pyramid level in common: strides {student.strides} of the student, {teacher.strides} of the teacher"
-
-
-def unlike_cells(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-    """The reason why two heads do not predict at corresponding places, if so: unequal strides, or kinds of priors."""
-    if student.priors.on_grid and teacher.priors.on_grid:
-        if student.strides == teacher.strides:
-            return None
-        return (
-            f"it compares whole grids, and strides are {student.strides} in the student, {teacher.strides} in the "
-            "teacher; CrossKD, LD and methods of features work on the strides in common"
-        )
-    if student.priors != teacher.priors:
-        return f"the student predicts at {student.priors}, the teacher at {teacher.priors}"
-    if student.prior_form != teacher.prior_form:
-        forms = f"{student.prior_form} in the student, {teacher.prior_form} in the teacher"
-        return f"{student.priors} are of two makes: {forms}"
-    return None
-
-
-def unlike_priors(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-    """The reason why priors do not correspond one to one, if so: unequal places, or numbers of them in a cell."""
-    if reason := unlike_cells(student, teacher):
-        return reason
-    if student.priors_per_cell != teacher.priors_per_cell:
-        return f"{_numbers(student)} priors a cell in the student, {_numbers(teacher)} in the teacher"
-    return None
-
-
-def check_grids(method: str, student: Predictions, teacher: Predictions) -> None:
-    """Raise IncompatibleError where the two detectors bring this batch to grids of other sizes."""
-    if student.priors.grid != teacher.priors.grid:
-        raise IncompatibleError(
-            f"{method} compares equal grids; this batch has {student.priors.grid} (H, W) in the student and "
-            f"{teacher.priors.grid} in the teacher: let both resize and pad images alike"
-        )
-
-
-def unlike_scores(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-    """The reason why class scores cannot be compared, if so."""
-    if student.activation == teacher.activation:
-        return None
-    return f"class scores are a {student.activation} in the student, a {teacher.activation} in the teacher"
-
-
-def too_few_classes(spec: DetectorSpec, least: int = 2) -> str | None:
-    """The reason why a softmax over the detector's classes tells nothing, if so: of one class it is always 1."""
-    classes = spec.num_classes + (spec.activation == "softmax")
-    return (
-        None if classes >= least else f"a softmax over classes needs {least} of them, and the detectors have {classes}"
-    )
-
-
-def unlike_bins(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
-    """The reason why distributions of box sides cannot be compared, if so."""
-    if student.bins == teacher.bins:
-        return None
-    ours, theirs = (
-        f"{len(s.bins)} bins of {s.bins[0]:g} to {s.bins[-1]:g}" if s.bins else "none" for s in (student, teacher)
-    )
-    return f"box sides are distributions over unequal bins: {ours} in the student, {theirs} in the teacher"
 
 
 def rows_of_levels(priors: Priors, levels: Sequence[int]) -> Tensor:
@@ -162,20 +86,29 @@ def resize_like(x: Tensor, reference: Tensor) -> Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
+def channel_moments(x: Tensor, correction: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of (N, C, ...) per channel over all else, kept as (1, C, 1, ...).
+
+    The variance divides by the number of values - `correction`, at least by 1. The images of all processes count, as if
+    one process had them.
+    """
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    cells = x.numel() // x.shape[1]
+    mean = x.mean(dims, keepdim=True)
+    freedom: Tensor | int = max(cells - correction, 1)
+    if processes.count() > 1:  # each process may have images of a different size
+        sums = processes.total(torch.cat([x.sum(dims), x.new_full((1,), cells)]))
+        mean, freedom = (sums[:-1] / sums[-1]).view_as(mean), sums[-1].detach() - correction
+    return mean, processes.total((x - mean).square().sum(dims, keepdim=True)) / freedom
+
+
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased std of (N, C, ...) per channel over all else, kept as (1, C, 1, ...).
 
     The images of all processes count, as if one process had them.
     """
-    dims = [dim for dim in range(x.ndim) if dim != 1]
-    cells = x.numel() // x.shape[1]
-    mean = x.mean(dims, keepdim=True)
-    freedom: Tensor | int = max(cells - 1, 1)
-    if processes.count() > 1:  # each process may have images of a different size
-        sums = processes.total(torch.cat([x.sum(dims), x.new_full((1,), cells)]))
-        mean, freedom = (sums[:-1] / sums[-1]).view_as(mean), sums[-1].detach() - 1
+    mean, variance = channel_moments(x, correction=1)
     # Not x.std(): its gradient is 0 / 0 at a constant channel, and a single cell in all has no unbiased std.
-    variance = processes.total((x - mean).square().sum(dims, keepdim=True)) / freedom
     return mean, variance.clamp(min=1e-24).sqrt()
 
 
@@ -244,7 +177,7 @@ def box_kd(
         distance = 1 - elementwise_giou(student.boxes, teacher.boxes)
     else:
         distance = -elementwise_iou(student.boxes, teacher.boxes).clamp(min=1e-6).log()
-    return weight * distance, processes.share(assignment.normaliser)
+    return weight * distance, assignment.normaliser
 
 
 def prediction_losses(
@@ -259,7 +192,7 @@ def prediction_losses(
 
     The published ones of CrossKD (arXiv 2306.11369, equations 4 and 5); `assignment` is of the teacher's priors.
     """
-    normaliser = processes.share(assignment.normaliser) + EPS
+    normaliser = assignment.normaliser + EPS
     cls = (classification_kd(student, teacher, beta) * assignment.weights).sum() / normaliser
     box, divisor = box_kd(student, teacher, assignment, box_loss)
     losses = {"cls": cls, "box": box.sum() / (divisor + EPS)}
@@ -268,8 +201,3 @@ def prediction_losses(
         bce = F.binary_cross_entropy_with_logits(student.quality.float(), target, reduction="none")
         losses["quality"] = (bce * assignment.positive(num_classes)).sum() / normaliser
     return losses
-
-
-def _numbers(spec: DetectorSpec) -> str:
-    each = sorted(set(spec.priors_per_cell))
-    return str(each[0]) if len(each) == 1 else ", ".join(map(str, spec.priors_per_cell))

@@ -1,0 +1,173 @@
+"""RetinaNet and FCOS: two towers that all levels share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.retinanet import RetinaNetHead
+
+from kdtoolkit.adapters.torchvision.base import require, thresholds
+from kdtoolkit.adapters.torchvision.examples import tiny_fcos, tiny_retinanet
+from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
+from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
+from kdtoolkit.boxes import centres
+from kdtoolkit.contract import Assignment, Batch, Detections, HeadTrace, Predictions, PriorKind, Priors
+
+
+class TwoTowersAdapter(GridAdapter):
+    """What RetinaNet and FCOS share: a tower of classes and one of boxes, which run on all levels.
+
+    Stage 0 is the pyramid, stage i the towers' state after block i.
+    """
+
+    head_class: ClassVar[type[nn.Module]]
+
+    def _check_head(self) -> None:
+        require(self.model.head, self.head_class)
+
+    @property
+    def _num_classes(self) -> int:
+        return int(self.model.head.classification_head.num_classes)
+
+    def _towers(self) -> Mapping[str, Sequence[Sequence[Block]]]:
+        modules = {"cls": self.model.head.classification_head, "reg": self.model.head.regression_head}
+        return {branch: [blocks_of(head.conv)] * len(self._levels.strides) for branch, head in modules.items()}
+
+    def _outputs(self, predictions: Predictions) -> dict[str, Tensor]:
+        """The outputs of the library's head."""
+        return {"cls_logits": predictions.logits, "bbox_regression": predictions.regression}
+
+    def _anchors(self, priors: Priors) -> Tensor:
+        """The anchors (A, 4) of the library."""
+        return priors.boxes
+
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
+        """`classification`, `bbox_regression` and, of FCOS, `bbox_ctrness`."""
+        predictions, matches = trace.predictions, self._matches(trace.predictions.priors, batch)
+        anchors = [self._anchors(predictions.priors)] * len(batch.sizes)
+        outputs = self._outputs(predictions)
+        losses = self.model.head.compute_loss(self._targets(batch), outputs, anchors, list(matches))
+        return losses, self._assigned(matches, batch)
+
+    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
+        """The detector's own post-processing."""
+        priors = trace.predictions.priors
+        per_level = list(priors.per_level)
+        outputs = {name: list(torch.split(x, per_level, 1)) for name, x in self._outputs(trace.predictions).items()}
+        anchors = [list(torch.split(self._anchors(priors), per_level))] * len(batch.sizes)
+        return self._detections(self.model.postprocess_detections(outputs, anchors, list(batch.sizes)), batch)
+
+
+class RetinaNetAdapter(TwoTowersAdapter):
+    """Adapter of RetinaNet, both versions. Priors between its two thresholds have the weight 0."""
+
+    library_class = RetinaNet
+    head_class = RetinaNetHead
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """Both versions, narrow."""
+        return {
+            "torchvision RetinaNet": tiny_retinanet,
+            "torchvision RetinaNet v2": partial(tiny_retinanet, norm_groups=4, loss="giou"),
+        }
+
+    @property
+    def assigner(self) -> object:
+        """Thresholds and anchors."""
+        generator = self.model.anchor_generator
+        return (
+            "torchvision RetinaNet",
+            thresholds(self.model.proposal_matcher),
+            generator.sizes,
+            generator.aspect_ratios,
+        )
+
+    def _normaliser(self, positive: Tensor) -> Tensor:
+        """The sum over images of max(positives, 1)."""
+        return positive.sum(1).clamp(min=1).sum()
+
+    def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
+        head = self.model.head
+        return Predictions(
+            logits=flatten([head.classification_head.cls_logits(x) for x in maps["cls"]], self._num_classes),
+            regression=flatten([head.regression_head.bbox_reg(x) for x in maps["reg"]], 4),
+            priors=priors,
+            decode=partial(decode_offsets, self.model.box_coder),
+        )
+
+
+class FCOSAdapter(TwoTowersAdapter):
+    """Adapter of FCOS. Centerness is predicted from the tower of boxes."""
+
+    library_class = FCOS
+    head_class = FCOSHead
+    kind = PriorKind.POINTS
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """A narrow one."""
+        return {"torchvision FCOS": tiny_fcos}
+
+    @property
+    def assigner(self) -> object:
+        """Radius, and squares around the points."""
+        return "torchvision FCOS", self.model.center_sampling_radius, self.model.anchor_generator.sizes
+
+    def _priors(self, features: tuple[Tensor, ...], batch: Batch) -> Priors:
+        """Points, each with the side of its square in place of the stride: the unit of its regression."""
+        squares = super()._priors(features, batch)
+        middle = centres(squares.boxes)
+        sides = squares.boxes[:, 2] - squares.boxes[:, 0]
+        return Priors(middle.repeat(1, 2), sides, squares.grid, per_cell=squares.per_cell)
+
+    def _anchors(self, priors: Priors) -> Tensor:
+        """The squares (A, 4) around points (A, 4)."""
+        return _squares(priors)
+
+    def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
+        head = self.model.head
+        regression_head = head.regression_head
+        return Predictions(
+            logits=flatten([head.classification_head.cls_logits(x) for x in maps["cls"]], self._num_classes),
+            regression=flatten([F.relu(regression_head.bbox_reg(x)) for x in maps["reg"]], 4),
+            priors=priors,
+            decode=partial(_decode_sides, self.model.box_coder),
+            quality=flatten([regression_head.bbox_ctrness(x) for x in maps["reg"]], 1)[..., 0],
+        )
+
+    def _outputs(self, predictions: Predictions) -> dict[str, Tensor]:
+        assert predictions.quality is not None
+        return {**super()._outputs(predictions), "bbox_ctrness": predictions.quality[..., None]}
+
+    def _matches(self, priors: Priors, batch: Batch) -> Tensor:
+        """(N, A) which of the image's boxes each point answers for, by place and size; negative for none."""
+        # The rule has no function of its own: it is the part of compute_loss before the head computes the losses. So it
+        # runs with a head that hands back the matches.
+        matcher = SimpleNamespace(
+            center_sampling_radius=self.model.center_sampling_radius,
+            head=SimpleNamespace(compute_loss=lambda targets, outputs, anchors, matches: matches),
+        )
+        anchors = [self._anchors(priors)] * len(batch.sizes)
+        compute_loss = cast(Any, FCOS).compute_loss
+        return torch.stack([*compute_loss(matcher, self._targets(batch), {}, anchors, list(priors.per_level))])
+
+
+def _decode_sides(coder: Any, regression: Tensor, priors: Priors) -> Tensor:
+    """Boxes (..., A, 4) from distances to the sides (..., A, 4), in sides of the points' squares."""
+    decoded: Tensor = coder.decode(regression, _squares(priors))
+    return decoded
+
+
+def _squares(priors: Priors) -> Tensor:
+    """The squares (A, 4) around points (A, 4): what the library calls their anchors."""
+    half = priors.strides[:, None] / 2
+    return priors.boxes + torch.cat([-half, -half, half, half], 1)

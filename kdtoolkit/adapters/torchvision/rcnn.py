@@ -1,0 +1,393 @@
+"""Faster R-CNN, and the box part of Mask and Keypoint R-CNN: a region proposal network, and a head of proposals."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import RPNHead
+
+from kdtoolkit import processes
+from kdtoolkit.adapters.torchvision.base import CAPABILITIES, TorchvisionAdapter, each_image, require, thresholds
+from kdtoolkit.adapters.torchvision.examples import tiny_fasterrcnn, tiny_fasterrcnn_v2, tiny_maskrcnn
+from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
+from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
+from kdtoolkit.contract import (
+    Assignment,
+    Batch,
+    Detections,
+    DetectorSpec,
+    HeadTrace,
+    Predictions,
+    PriorKind,
+    Priors,
+    Stage,
+    State,
+    keep_states,
+)
+from kdtoolkit.detectors.towers import walk_towers
+from kdtoolkit.errors import KDError
+
+
+class RPNAdapter(GridAdapter):
+    """Adapter of a two-stage detector's region proposal network: a detector of one class, "object".
+
+    `model` is the whole detector. It is reached through `first_stage` alone.
+    """
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Never: a two-stage detector is shown whole."""
+        return False
+
+    def _check_head(self) -> None:
+        require(self.model.rpn.head, RPNHead)
+
+    @property
+    def _num_classes(self) -> int:
+        return 1
+
+    @property
+    def _generator(self) -> nn.Module:
+        return cast(nn.Module, self.model.rpn.anchor_generator)
+
+    @cached_property
+    def spec(self) -> DetectorSpec:
+        """The first stage's facts."""
+        spec = super().spec
+        return DetectorSpec(**{**vars(spec), "name": f"{spec.name} RPN"})
+
+    @property
+    def assigner(self) -> object:
+        """Thresholds and anchors."""
+        generator = self.model.rpn.anchor_generator
+        return (
+            "torchvision RPN",
+            thresholds(self.model.rpn.proposal_matcher),
+            generator.sizes,
+            generator.aspect_ratios,
+        )
+
+    def _towers(self) -> Mapping[str, Sequence[Sequence[Block]]]:
+        return {"rpn": [blocks_of(self.model.rpn.head.conv)] * len(self._levels.strides)}
+
+    def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
+        head = self.model.rpn.head
+        return Predictions(
+            logits=flatten([head.cls_logits(x) for x in maps["rpn"]], 1),
+            regression=flatten([head.bbox_pred(x) for x in maps["rpn"]], 4),
+            priors=priors,
+            decode=partial(decode_offsets, self.model.rpn.box_coder),
+        )
+
+    def proposals(self, trace: HeadTrace, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """Boxes (P, 4) on the canvas and scores (P,) of each image, without gradient."""
+        predictions = trace.predictions
+        boxes = predictions.decode(predictions.regression.detach(), predictions.priors)
+        found: tuple[list[Tensor], list[Tensor]] = self.model.rpn.filter_proposals(
+            boxes, predictions.logits, list(batch.sizes), list(predictions.priors.per_level)
+        )
+        return found
+
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], None]:
+        """`loss_objectness` and `loss_rpn_box_reg`, of anchors drawn at random."""
+        rpn, predictions = self.model.rpn, trace.predictions
+        anchors = each_image(predictions.priors, batch)
+        labels, boxes = rpn.assign_targets_to_anchors(anchors, self._targets(batch))
+        objectness, regression = predictions.logits.flatten(0, 1), predictions.regression.flatten(0, 1)
+        losses = rpn.compute_loss(objectness, regression, labels, rpn.box_coder.encode(boxes, anchors))
+        return dict(zip(("loss_objectness", "loss_rpn_box_reg"), losses, strict=True)), None
+
+    def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
+        """By IoU, nothing drawn; of weight 0 between the thresholds. The normaliser is max(positives, 1)."""
+        found, boxes = self.model.rpn.assign_targets_to_anchors(
+            each_image(trace.predictions.priors, batch), self._targets(batch)
+        )
+        objects = torch.stack(found)  # 1 for an object, 0 for background, -1 between
+        return Assignment(
+            labels=(objects != 1).long(),
+            boxes=torch.stack(boxes),
+            weights=(objects >= 0).float(),
+            normaliser=processes.share((objects == 1).sum(), at_least=1),
+        )
+
+    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
+        """The proposals."""
+        found = [
+            {"boxes": boxes, "scores": scores, "labels": torch.zeros_like(scores, dtype=torch.int64)}
+            for boxes, scores in zip(*self.proposals(trace, batch), strict=True)
+        ]
+        return self._detections(found, batch)
+
+
+@dataclass(frozen=True)
+class BoxOutputs:
+    """What the box head said of the R real proposals, raw.
+
+    `class_logits` (R, K + 1), background first; `box_regression` (R, (K + 1) * 4). In training `matches`, `labels` and
+    `targets` are those of the proposals drawn, by image, and `rpn_losses` the first stage's.
+    """
+
+    class_logits: Tensor
+    box_regression: Tensor
+    matches: list[Tensor] | None = None
+    labels: list[Tensor] | None = None
+    targets: list[Tensor] | None = None
+    rpn_losses: Mapping[str, Tensor] | None = None
+
+
+class FasterRCNNAdapter(TorchvisionAdapter):
+    """Adapter of Faster R-CNN, and of what Mask R-CNN and Keypoint R-CNN say of boxes.
+
+    Stage 0 is what is pooled of each proposal, stage i the box head's state after layer i. In training the head draws
+    proposals as the library does. `Predictions.regression` is the mean of the classes' offsets by their probabilities.
+    """
+
+    library_class = FasterRCNN
+    background = 1
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._rpn = RPNAdapter(model)
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """Narrow ones of each box head, and one with masks."""
+        return {
+            "torchvision Faster R-CNN": tiny_fasterrcnn,
+            "torchvision Faster R-CNN v2": tiny_fasterrcnn_v2,
+            "torchvision Mask R-CNN": tiny_maskrcnn,
+        }
+
+    def _check_head(self) -> None:
+        require(self.model.roi_heads.box_head, TwoMLPHead, FastRCNNConvFCHead)
+        require(self.model.roi_heads.box_predictor, FastRCNNPredictor)
+
+    @property
+    def _num_classes(self) -> int:
+        return int(self.model.roi_heads.box_predictor.cls_score.out_features) - 1
+
+    @cached_property
+    def spec(self) -> DetectorSpec:
+        """The detector's facts."""
+        levels = self._levels
+        return DetectorSpec(
+            name=f"torchvision {type(self.model).__name__}",
+            num_classes=self._num_classes,
+            strides=levels.strides,
+            channels=levels.channels,
+            priors=PriorKind.PROPOSALS,
+            stages=self._stages(),
+            activation="softmax",
+            prior_form="boxes",
+            capabilities=CAPABILITIES,
+            first_stage=self._rpn.spec,
+        )
+
+    def _stages(self) -> tuple[Stage, ...]:
+        stages = [Stage("roi", {"box": self._levels.channels[:1]})]
+        for i, block in enumerate(self._blocks(), 1):
+            name = f"fc{i + 5}" if isinstance(self.model.roi_heads.box_head, TwoMLPHead) else f"block {i}"
+            stages.append(Stage(name, {"box": (block.channels,)}, spatial=block.is_spatial, activation=F.relu))
+        return tuple(stages)
+
+    def _blocks(self) -> list[Block]:
+        head = self.model.roi_heads.box_head
+        if isinstance(head, TwoMLPHead):
+            return [Block((partial(torch.flatten, start_dim=1), head.fc6)), Block((head.fc7,))]
+        return blocks_of(head)
+
+    @property
+    def assigner(self) -> object:
+        """Thresholds."""
+        return "torchvision RoI heads", thresholds(self.model.roi_heads.proposal_matcher)
+
+    @property
+    def first_stage(self) -> RPNAdapter:
+        """The region proposal network."""
+        return self._rpn
+
+    def head(
+        self,
+        features: tuple[Tensor, ...],
+        batch: Batch,
+        priors: Priors | None = None,
+        stages: Collection[int] | None = None,
+    ) -> HeadTrace:
+        """The first stage and, in training, the draw of proposals; or the `priors` given; then the box head."""
+        roi_heads = self.model.roi_heads
+        matches = labels = targets = rpn_losses = first = None
+        blocks = self._blocks() if priors is None else [block.still() for block in self._blocks()]
+        # The pooler tells strides by the size of images, which in the library is that of their content. Where much of a
+        # canvas is another detector's padding that would be wrong.
+        shown = list(batch.sizes) if priors is None else [tuple(batch.images.shape[-2:])]
+        if priors is None:
+            first = self._rpn.head(features, batch, stages=None if stages is None else ())
+            proposals, _ = self._rpn.proposals(first, batch)
+            if self.model.training and batch.boxes:
+                # In the library's order, for both losses draw at random.
+                rpn_losses, _ = self._rpn.task_losses(first, batch)
+                proposals, matches, labels, targets = roi_heads.select_training_samples(proposals, self._targets(batch))
+            priors = _filled(proposals, batch)
+        rows = _Rows.of(priors)
+        maps = {name: x.float() for name, x in zip(self._levels.names, features, strict=True)}
+        # A copy, for the pooler writes down the scales of the first maps it sees.
+        pooled = copy.copy(roi_heads.box_roi_pool)(maps, rows.boxes, shown)
+        states, last = keep_states(walk_towers({"box": (pooled,)}, {"box": [blocks]}, activation=F.relu), stages)
+        class_logits, box_regression = self._outputs(last["box"][0])
+        outputs = BoxOutputs(
+            class_logits[: rows.count], box_regression[: rows.count], matches, labels, targets, rpn_losses
+        )
+        spread = tuple({branch: tuple(map(rows.spread, x)) for branch, x in state.items()} for state in states)
+        return HeadTrace(spread, self._predictions(class_logits, box_regression, priors, rows), outputs, first)
+
+    def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
+        """The rest of the box head."""
+        priors = trace.predictions.priors
+        rows = _Rows.of(priors)
+        taken, towers = {"box": (rows.take(state["box"][0]),)}, {"box": [[block.still() for block in self._blocks()]]}
+        _, last = keep_states(walk_towers(taken, towers, stage, F.relu), ())
+        return self._predictions(*self._outputs(last["box"][0]), priors, rows)
+
+    def _outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The predictor's raw class logits (R, K + 1) and offsets (R, (K + 1) * 4), from the last stage's state."""
+        class_logits, box_regression = self.model.roi_heads.box_predictor(F.relu(state))
+        return class_logits.float(), box_regression.float()
+
+    def _predictions(self, class_logits: Tensor, box_regression: Tensor, priors: Priors, rows: _Rows) -> Predictions:
+        shape = priors.boxes.shape[:2]
+        # Each class has offsets of its own. Their mean by the probabilities of classes, background apart, is what the
+        # proposal becomes; probabilities are not moved by what boxes should be.
+        shares = class_logits.detach()[:, 1:].softmax(-1)[..., None]
+        regression = (torch.unflatten(box_regression, -1, (-1, 4))[:, 1:] * shares).sum(1)
+        return Predictions(
+            logits=torch.unflatten(rows.spread(class_logits.roll(-1, -1)), 0, shape),
+            regression=torch.unflatten(rows.spread(regression), 0, shape),
+            priors=priors,
+            decode=partial(decode_offsets, self.model.roi_heads.box_coder),
+            activation="softmax",
+        )
+
+    def _targets(self, batch: Batch) -> list[dict[str, Tensor]]:
+        targets = super()._targets(batch)
+        if self.model.roi_heads.has_mask():
+            # `check_targets` asks for masks; what is called here does not look at them.
+            targets = [{**target, "masks": target["boxes"]} for target in targets]
+        return targets
+
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], None]:
+        """`loss_classifier`, `loss_box_reg`, `loss_objectness` and `loss_rpn_box_reg`; none of masks and keypoints.
+
+        Raises KDError where the head ran in eval mode, or on priors of another detector: then no proposals were drawn.
+        """
+        outputs = cast(BoxOutputs, trace.context)
+        if outputs.labels is None or outputs.targets is None or outputs.rpn_losses is None:
+            raise KDError(
+                f"{self.spec.name} draws the proposals of its losses while its head runs: call model.train() before, "
+                "and prepare the batch with targets"
+            )
+        losses = fastrcnn_loss(outputs.class_logits, outputs.box_regression, outputs.labels, outputs.targets)
+        return {**dict(zip(("loss_classifier", "loss_box_reg"), losses, strict=True)), **outputs.rpn_losses}, None
+
+    def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
+        """By IoU, all proposals, none drawn; of weight 0 where they fill up. The normaliser is the sum of weights."""
+        priors, outputs = trace.predictions.priors, cast(BoxOutputs, trace.context)
+        proposals, targets = priors.boxes, self._targets(batch)
+        if outputs.matches is not None and outputs.labels is not None:  # the library matched what it drew
+            rows = proposals.shape[1]
+            matches, found = (
+                [F.pad(x, (0, rows - len(x))) for x in each] for each in (outputs.matches, outputs.labels)
+            )
+        else:
+            matches, found = self.model.roi_heads.assign_targets_to_proposals(
+                list(proposals), [t["boxes"] for t in targets], [t["labels"] for t in targets]
+            )
+        counted = torch.stack(found)  # 0: background, -1: between thresholds
+        counts = torch.tensor(_counts(priors), device=proposals.device)
+        real = torch.arange(proposals.shape[1], device=proposals.device) < counts[:, None]
+        labels = torch.where(real & (counted > 0), counted - 1, self._num_classes)
+        weights = (real & (counted >= 0)).float()
+        boxes = torch.stack(
+            [
+                own[index] if len(own) else torch.zeros_like(proposals[0])
+                for own, index in zip(batch.boxes, matches, strict=True)
+            ]
+        )
+        return Assignment(labels, boxes, weights, processes.share(weights.sum(), at_least=1))
+
+    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
+        """The detector's own post-processing of boxes."""
+        outputs = cast(BoxOutputs, trace.context)
+        priors = trace.predictions.priors
+        real = [boxes[:count] for boxes, count in zip(priors.boxes, _counts(priors), strict=True)]
+        found = self.model.roi_heads.postprocess_detections(
+            outputs.class_logits, outputs.box_regression, real, list(batch.sizes)
+        )
+        images = [dict(zip(("boxes", "scores", "labels"), image, strict=True)) for image in zip(*found, strict=True)]
+        return self._detections(images, batch)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The real proposals among the N * P of a batch, one after the other.
+
+    Only they go through the box head, for its batch norm and its losses must not see what fills up. In states and
+    predictions, a row that fills up repeats the last real one before it.
+    """
+
+    boxes: list[Tensor]  # of each image (P_i, 4)
+    count: int  # of all images
+    index: Tensor | None  # (R,) rows of the real ones; None where all are
+    source: Tensor | None  # (N * P,) which of them each row shows
+
+    @classmethod
+    def of(cls, priors: Priors) -> _Rows:
+        images, longest = priors.boxes.shape[:2]
+        counts = _counts(priors)
+        run = counts if any(counts) else (longest,) * images  # nothing proposed: run something, and detect nothing
+        boxes = [image[:count] for image, count in zip(priors.boxes, run, strict=True)]
+        if min(run) == longest:
+            return cls(boxes, sum(counts), None, None)
+        # On the host, where the numbers are known.
+        index = torch.tensor([i * longest + j for i, count in enumerate(run) for j in range(count)])
+        real = torch.zeros(images * longest, dtype=torch.long).index_fill(0, index, 1)
+        source = (real.cumsum(0) - 1).clamp(min=0)
+        device = priors.boxes.device
+        return cls(boxes, sum(counts), index.to(device), source.to(device))
+
+    def take(self, x: Tensor) -> Tensor:
+        """(N * P, ...) -> (R, ...)."""
+        return x if self.index is None else x[self.index]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(R, ...) -> (N * P, ...)."""
+        return x if self.source is None else x[self.source]
+
+
+def _counts(priors: Priors) -> tuple[int, ...]:
+    """Number of proposals of each image that do not fill up; all, where whoever proposed did not say."""
+    if isinstance(priors.context, tuple):
+        return priors.context
+    images, longest = priors.boxes.shape[:2]
+    return (longest,) * images
+
+
+def _filled(proposals: Sequence[Tensor], batch: Batch) -> Priors:
+    """Proposals (N, P, 4) of images with unlike numbers of them; the numbers are the context."""
+    counts = tuple(len(boxes) for boxes in proposals)
+    longest = max(1, *counts)
+    height_width = torch.tensor(batch.sizes, device=proposals[0].device, dtype=torch.float32)
+    whole = torch.cat([torch.zeros_like(height_width), height_width.flip(-1)], -1)
+    boxes = torch.stack(
+        [torch.cat([own, image.expand(longest - len(own), 4)]) for own, image in zip(proposals, whole, strict=True)]
+    )
+    return Priors(boxes, boxes.new_zeros(0), context=counts)

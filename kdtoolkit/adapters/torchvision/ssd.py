@@ -1,0 +1,102 @@
+"""SSD and SSDlite: a head of one convolution, or two, on each level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.ssd import SSD, SSDHead
+from torchvision.models.detection.ssdlite import SSDLiteHead
+
+from kdtoolkit.adapters.torchvision.base import each_image, require, thresholds
+from kdtoolkit.adapters.torchvision.examples import tiny_ssd
+from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
+from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
+from kdtoolkit.canvas import Layout
+from kdtoolkit.contract import Assignment, Batch, Detections, HeadTrace, Predictions, Priors
+
+
+class SSDAdapter(GridAdapter):
+    """Adapter of SSD and SSDlite: the head is one convolution a level, in SSDlite after a depthwise block (stage 1)."""
+
+    library_class = SSD
+    background = 1
+    activation = staticmethod(F.relu6)
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """Both kinds, narrow, with levels of unlike channels."""
+        return {"torchvision SSD": tiny_ssd, "torchvision SSDlite": partial(tiny_ssd, lite=True)}
+
+    def _check_head(self) -> None:
+        require(self.model.head, SSDHead, SSDLiteHead)
+
+    @property
+    def _num_classes(self) -> int:
+        return int(self.model.head.classification_head.num_columns) - 1
+
+    @property
+    def _strides(self) -> tuple[int, ...]:
+        """The generator's steps, by which it lays its boxes out, where it has any."""
+        steps = self.model.anchor_generator.steps
+        return tuple(steps) if steps else self._levels.strides
+
+    @property
+    def assigner(self) -> object:
+        """Threshold and default boxes."""
+        generator = self.model.anchor_generator
+        boxes = (repr(generator.aspect_ratios), tuple(generator.scales), generator.clip, self._strides)
+        return "torchvision SSD", thresholds(self.model.proposal_matcher), boxes
+
+    def _layout(self, like: Batch) -> Layout:
+        """On the one canvas that it is built for: its default boxes are shares of it."""
+        width, height = self.model.transform.fixed_size
+        return Layout.fitted(like, (height, width))
+
+    def _towers(self) -> Mapping[str, Sequence[Sequence[Block]]]:
+        head = self.model.head
+        return {
+            branch: [blocks_of(predictor) for predictor in module.module_list]
+            for branch, module in (("cls", head.classification_head), ("reg", head.regression_head))
+        }
+
+    def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
+        head = self.model.head
+        logits, regression = (
+            flatten(
+                [_last(block)(x) for block, x in zip(module.module_list, maps[branch], strict=True)], module.num_columns
+            )
+            for branch, module in (("cls", head.classification_head), ("reg", head.regression_head))
+        )
+        return Predictions(
+            logits=logits.roll(-1, -1),
+            regression=regression,
+            priors=priors,
+            decode=partial(decode_offsets, self.model.box_coder),
+            activation="softmax",
+        )
+
+    def _outputs(self, trace: HeadTrace) -> dict[str, Tensor]:
+        """The head's outputs as the library has them, background first."""
+        predictions = trace.predictions
+        return {"cls_logits": predictions.logits.roll(1, -1), "bbox_regression": predictions.regression}
+
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
+        """`bbox_regression` and `classification`, the latter of positives and the hardest background."""
+        priors = trace.predictions.priors
+        matches = self._matches(priors, batch)
+        anchors = each_image(priors, batch)
+        losses = self.model.compute_loss(self._targets(batch), self._outputs(trace), anchors, list(matches))
+        return losses, self._assigned(matches, batch)
+
+    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
+        """The detector's own post-processing."""
+        anchors = each_image(trace.predictions.priors, batch)
+        found = self.model.postprocess_detections(self._outputs(trace), anchors, list(batch.sizes))
+        return self._detections(found, batch)
+
+
+def _last(tower: nn.Module) -> nn.Module:
+    return tower[-1] if isinstance(tower, nn.Sequential) else tower

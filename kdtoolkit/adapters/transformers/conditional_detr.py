@@ -1,0 +1,90 @@
+"""Conditional DETR of transformers.
+
+Follows the forward in `models/conditional_detr/modeling_conditional_detr.py` of transformers 5.23: the same submodules,
+called in the same order, so that predictions, losses and draws of dropout are the library's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
+from transformers.models.conditional_detr import modeling_conditional_detr
+
+from kdtoolkit.adapters.transformers.base import Queries, stirred
+from kdtoolkit.adapters.transformers.detr import DetrAdapter
+from kdtoolkit.adapters.transformers.detr_base import Memory, attention_mask_of, offset, tiny_detr
+
+# Without types in the library.
+_conditional: Any = modeling_conditional_detr
+
+
+class ConditionalDetrAdapter(DetrAdapter):
+    """Adapter of ConditionalDetrForObjectDetection: as DETR, but with scores by sigmoid and queries at points.
+
+    The points are made from the positions by the decoder's own layers. They are handed over with them, so that queries
+    are looked for at the same places in both detectors.
+    """
+
+    activation = "sigmoid"
+    processor = ConditionalDetrImageProcessor
+    kind = ConditionalDetrForObjectDetection
+    prior_form = "queries of content {0}, positions {0}, reference points"
+
+    def refuses(self) -> str | None:
+        """Layers left out at random cannot be resumed."""
+        if self.model.config.decoder_layerdrop:
+            return (
+                f"has decoder_layerdrop={self.model.config.decoder_layerdrop}, which leaves out layers at random: set "
+                "model.config.decoder_layerdrop and model.model.decoder.layerdrop to 0"
+            )
+        return super().refuses()
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """A narrow and shallow Conditional DETR."""
+        return {
+            "Conditional DETR": partial(
+                stirred, partial(tiny_detr, ConditionalDetrForObjectDetection, ConditionalDetrConfig)
+            )
+        }
+
+    def queries(self, memory: Memory) -> Queries:
+        """Learned positions, and the points made from them; the content is zero."""
+        queries = super().queries(memory)
+        return replace(queries, references=self.model.model.decoder.ref_point_head(queries.positions).sigmoid())
+
+    def attention_mask(self, queries: Queries, memory: Memory) -> Tensor | None:
+        """As the library's decoder prepares it."""
+        mask: Tensor | None = attention_mask_of(self.model.model.decoder.config, queries.content, memory.mask)
+        return mask
+
+    def layer(
+        self, i: int, hidden: Tensor, reference: Tensor | None, queries: Queries, memory: Memory, attend: Tensor | None
+    ) -> Tensor:
+        """One layer; the embedding of the points is scaled by the state, but for the first layer."""
+        decoder = self.model.model.decoder
+        sine = _conditional.encode_sinusoidal_position_embedding(
+            reference, num_pos_feats=self.model.config.d_model // 2
+        )
+        hidden = decoder.layers[i](
+            hidden,
+            None,
+            memory.positions,
+            queries.positions,
+            sine * (1 if i == 0 else decoder.query_scale(hidden)),
+            memory.tokens,
+            encoder_attention_mask=attend,
+            is_first=i == 0,
+        )
+        return self._between(hidden)
+
+    def judge(self, i: int, hidden: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The one pair of heads that all layers share; boxes are offsets from the points."""
+        offsets = self.model.bbox_predictor(hidden).float()
+        boxes = offset(offsets, _conditional.inverse_sigmoid(reference)).sigmoid()
+        return self.model.class_labels_classifier(hidden), boxes

@@ -1,0 +1,112 @@
+"""DAB-DETR of transformers.
+
+Follows the forward in `models/dab_detr/modeling_dab_detr.py` of transformers 5.23: the same submodules,
+called in the same order, so that predictions, losses and draws of dropout are the library's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ConditionalDetrImageProcessor, DabDetrConfig, DabDetrForObjectDetection
+from transformers.models.dab_detr import modeling_dab_detr
+
+from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, stirred
+from kdtoolkit.adapters.transformers.detr import DetrAdapter
+from kdtoolkit.adapters.transformers.detr_base import Memory, repeated, tiny_detr, to_map, to_tokens
+from kdtoolkit.contract import Batch
+
+# Without types in the library.
+_dab: Any = modeling_dab_detr
+
+
+class DabDetrAdapter(DetrAdapter):
+    """Adapter of DabDetrForObjectDetection: queries are anchor boxes, refined from layer to layer."""
+
+    activation = "sigmoid"
+    processor = ConditionalDetrImageProcessor
+    kind = DabDetrForObjectDetection
+    prior_form = "queries of content {0}, reference boxes"
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """A narrow and shallow DAB-DETR."""
+        return {"DAB-DETR": partial(stirred, partial(tiny_detr, DabDetrForObjectDetection, DabDetrConfig))}
+
+    def _backbone(self) -> nn.Module:
+        backbone: nn.Module = self.model.model.backbone.conv_encoder.model
+        return backbone
+
+    def features(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Backbone and encoder: the encoder's output as one map."""
+        model = self.model.model
+        maps, positions = model.backbone(batch.images, pixel_mask(batch))
+        feature_map, mask = maps[-1]
+        encoded = model.encoder(
+            inputs_embeds=to_tokens(model.input_projection(feature_map)),
+            attention_mask=mask.flatten(1),
+            object_queries=to_tokens(positions[-1]),
+            return_dict=True,
+        )
+        return (to_map(encoded.last_hidden_state, feature_map.shape[-2:]),)
+
+    def _positions(self, feature_map: Tensor, mask: Tensor, batch: Batch) -> Tensor:
+        return to_tokens(self.model.model.backbone.position_embedding(feature_map, mask).to(feature_map.dtype))
+
+    def queries(self, memory: Memory) -> Queries:
+        """Learned anchor boxes; the content is zero, or each of `num_patterns` learned ones at each of the boxes."""
+        model = self.model.model
+        anchors = repeated(model.query_refpoint_embeddings.weight, memory)
+        if not model.num_patterns:
+            content = anchors.new_zeros(*anchors.shape[:2], self.model.config.hidden_size)
+        else:
+            # The images side by side in memory, as the library has them: other strides give other last bits.
+            patterns = model.patterns.weight.repeat_interleave(anchors.shape[1], 0).unsqueeze(1)
+            content = patterns.repeat(1, len(anchors), 1).transpose(0, 1)
+            anchors = anchors.repeat(1, model.num_patterns, 1)
+        return Queries(content, references=anchors.sigmoid())
+
+    def layer(
+        self, i: int, hidden: Tensor, reference: Tensor | None, queries: Queries, memory: Memory, attend: Tensor | None
+    ) -> Tensor:
+        """One layer; the embedding of the boxes' centres is scaled by the state, and by the boxes' sizes."""
+        assert reference is not None
+        decoder, width = self.model.model.decoder, self.model.config.hidden_size
+        box = reference if i == 0 else reference.detach()
+        sine = _dab.encode_sinusoidal_position_embedding(box, num_pos_feats=width // 2)
+        positions = decoder.ref_point_head(sine)
+        centre = sine[..., :width] * (1 if i == 0 else decoder.query_scale(hidden))
+        size = decoder.ref_anchor_head(hidden).sigmoid()
+        along_y, along_x = centre[..., : width // 2], centre[..., width // 2 :]
+        centre = torch.cat(
+            [
+                along_y * (size[..., 1] / box[..., 3]).unsqueeze(-1),
+                along_x * (size[..., 0] / box[..., 2]).unsqueeze(-1),
+            ],
+            -1,
+        )
+        output: Tensor = decoder.layers[i](
+            hidden, None, memory.positions, positions, centre, memory.tokens, encoder_attention_mask=attend
+        )[0]
+        return output
+
+    def refine(self, i: int, hidden: Tensor, reference: Tensor | None) -> Tensor:
+        """Boxes after layer `i`: gradient flows into them from the next layer's prediction, not from the next layer."""
+        assert reference is not None
+        box = reference if i == 0 else reference.detach()
+        refined: Tensor = self.model.model.decoder.bbox_embed(hidden).float() + _dab.inverse_sigmoid(box)
+        return refined.sigmoid()
+
+    def auxiliary_norm(self, hidden: Tensor) -> Tensor:
+        """The last layer's norm: the library normalises beside the way from layer to layer."""
+        return self.last_norm(hidden)
+
+    def judge(self, i: int, hidden: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The one pair of heads that all layers share; boxes are offsets from those that entered the layer."""
+        offsets = self.model.bbox_predictor(hidden).float()
+        boxes = (offsets + _dab.inverse_sigmoid(reference)).sigmoid()
+        return self.model.class_embed(hidden), boxes

@@ -1,0 +1,147 @@
+"""Which levels of two detectors correspond, and why a pair of detectors is refused.
+
+Each function `why_...` returns a reason in words, or None if nothing is wrong. A reason says what is wrong and what to
+use instead. It completes "PKD cannot distil A into B: ..." and has no full stop at its end. Methods return one from
+`Method.refuses`, as in `return why_priors_differ(student, teacher) or why_scores_differ(student, teacher)`.
+"""
+
+from __future__ import annotations
+
+from kdtoolkit.contract import Capability, DetectorSpec, Method, Predictions
+from kdtoolkit.errors import IncompatibleError
+
+_OF_FEATURES = "a method of features (PKD, FGD)"
+# Methods that need one of these run the heads, and may compare their classes.
+_OF_HEADS = {Capability.PREDICTIONS, Capability.STAGES, Capability.DISTRIBUTIONS, Capability.ASSIGNMENT}
+
+
+def why_refused(method: type[Method] | Method, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """Why a method cannot distil this pair. A class stands for a method with its default settings."""
+    for role, spec in (("student", student), ("teacher", teacher)):
+        if missing := sorted(method.needs - spec.capabilities):
+            return f"it needs {', '.join(missing)}, which the {role} ({spec.name}) does not show"
+    built = method() if isinstance(method, type) else method
+    if method.needs & _OF_HEADS and built.compares_classes and student.num_classes != teacher.num_classes:
+        return (
+            f"it compares class scores, and the student has {student.num_classes} classes, the teacher "
+            f"{teacher.num_classes}. Give the teacher the student's classes: train it on them, or keep only their rows "
+            f"of its class layer. Or use a method that compares no classes, such as {_OF_FEATURES}"
+        )
+    for role, spec in (("student", student), ("teacher", teacher)):
+        if absent := sorted(set(built.strides) - set(spec.strides)):
+            return (
+                f"it was told to work at the strides {absent}, and the {role} ({spec.name}) has only "
+                f"{spec.strides}: choose among those in at_strides"
+            )
+    return built.refuses(student.at_strides(built.strides), teacher.at_strides(built.strides))
+
+
+def shared_levels(student: DetectorSpec, teacher: DetectorSpec) -> list[tuple[int, int]]:
+    """Pairs (student level, teacher level) of equal stride, finest first; no level is in two of them."""
+    pairs: list[tuple[int, int]] = []
+    for i, stride in enumerate(student.strides):
+        free = [j for j, other in enumerate(teacher.strides) if other == stride and j not in {t for _, t in pairs}]
+        pairs += [(i, free[0])] if free else []
+    return pairs
+
+
+def why_no_shared_level(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """Why features cannot be compared level by level: no stride is in both pyramids."""
+    if shared_levels(student, teacher):
+        return None
+    return (
+        f"the two have no stride in common: the student's levels have the strides {student.strides}, the teacher's "
+        f"{teacher.strides}. Use a teacher with a level at one of the student's strides"
+    )
+
+
+def why_not_on_grid(spec: DetectorSpec, role: str, use: str = _OF_FEATURES) -> str | None:
+    """Why a detector's predictions are no maps: its priors are proposals or queries.
+
+    Args:
+        spec: of the detector.
+        role: "student" or "teacher".
+        use: what to use instead.
+    """
+    if spec.priors.on_grid:
+        return None
+    return f"it needs predictions on a grid (points or anchors), and the {role} predicts at {spec.priors}. Use {use}"
+
+
+def why_cells_differ(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """Why two heads do not predict at corresponding places: their strides or their kinds of priors differ."""
+    if student.priors.on_grid and teacher.priors.on_grid:
+        if student.strides == teacher.strides:
+            return None
+        return (
+            f"it compares whole grids, and the student has the strides {student.strides}, the teacher "
+            f"{teacher.strides}. Use CrossKD, LD or {_OF_FEATURES}: they work at the strides that both have"
+        )
+    if student.priors != teacher.priors:
+        return (
+            f"the student predicts at {student.priors}, the teacher at {teacher.priors}, and these do not correspond. "
+            f"Use {_OF_FEATURES}"
+        )
+    if student.prior_form != teacher.prior_form:
+        return (
+            f"the two detectors' {student.priors} differ in kind: the student's are {student.prior_form}, the "
+            f"teacher's {teacher.prior_form}. Use a teacher of the student's family, or {_OF_FEATURES}"
+        )
+    return None
+
+
+def why_priors_differ(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """Why priors do not correspond one to one: their places or their numbers in a cell differ."""
+    if reason := why_cells_differ(student, teacher):
+        return reason
+    if student.priors_per_cell != teacher.priors_per_cell:
+        ours, theirs = _numbers(student), _numbers(teacher)
+        return f"the student has {ours} a cell, the teacher {theirs}. Use CrossKD or {_OF_FEATURES}"
+    return None
+
+
+def why_scores_differ(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """Why class scores cannot be compared: one detector has a sigmoid, the other a softmax."""
+    if student.activation == teacher.activation:
+        return None
+    return (
+        f"the student's class scores are a {student.activation}, the teacher's a {teacher.activation}. Use CrossKD or "
+        f"{_OF_FEATURES}"
+    )
+
+
+def why_too_few_classes(spec: DetectorSpec, least: int = 2) -> str | None:
+    """Why a softmax over a detector's classes says nothing: it has fewer than `least` (of one class it is always 1)."""
+    classes = spec.num_classes + (spec.activation == "softmax")
+    if classes >= least:
+        return None
+    return f"it takes a softmax over at least {least} classes, and the detectors have {classes}"
+
+
+def why_bins_differ(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """Why distributions of box sides cannot be compared: they are over different bins, or one head has none."""
+    if student.bins == teacher.bins:
+        return None
+    ours, theirs = (
+        f"has {len(spec.bins)} bins ({spec.bins[0]:g} to {spec.bins[-1]:g})" if spec.bins else "predicts plain boxes"
+        for spec in (student, teacher)
+    )
+    return (
+        f"it compares distributions of box sides, and the student {ours}, the teacher {theirs}. Use CrossKD, BCKD or "
+        f"{_OF_FEATURES}"
+    )
+
+
+def check_grids(method: str, student: Predictions, teacher: Predictions) -> None:
+    """Raise IncompatibleError where the two detectors made grids of different sizes from this batch."""
+    if student.priors.grid != teacher.priors.grid:
+        raise IncompatibleError(
+            f"{method} compares grids of equal size, and for this batch they are {student.priors.grid} (H, W) in the "
+            f"student and {teacher.priors.grid} in the teacher: let both resize and pad images alike"
+        )
+
+
+def _numbers(spec: DetectorSpec) -> str:
+    """`9 priors`, or `4, 6, 4 priors` where the levels differ."""
+    numbers = spec.priors_per_cell[:1] if len(set(spec.priors_per_cell)) == 1 else spec.priors_per_cell
+    return f"{', '.join(map(str, numbers))} prior{'' if numbers == (1,) else 's'}"

@@ -1,0 +1,142 @@
+"""DetectorAdapter: shows one detector as a pipeline with joints. The author of an adapter writes a subclass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from kdtoolkit.contract.data import Assignment, Batch, Detections, HeadTrace, Predictions, Priors, State, Target
+from kdtoolkit.contract.spec import DetectorSpec
+from kdtoolkit.errors import KDError
+
+
+class DetectorAdapter(ABC):
+    """Shows one detector as a pipeline with joints.
+
+    An adapter holds the model. It adds nothing to the model and patches nothing. Every method works under autocast and
+    returns predictions in float32. Raises KDError if the model's parameters are not float32.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_precision(model)
+        self.model = model
+
+    @property
+    @abstractmethod
+    def spec(self) -> DetectorSpec:
+        """The detector's facts; the same at every call."""
+
+    @property
+    def assigner(self) -> object:
+        """Identifies the rule of `assign`.
+
+        If the assigners of two detectors are equal (`==`), both assign the same boxes to the same priors. Then one
+        assignment serves both.
+        """
+        return self
+
+    @property
+    def first_stage(self) -> DetectorAdapter | None:
+        """The part that proposes, as a detector of one class that takes the same batch and features; None if none."""
+        return None
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """Tiny detectors with random weights: for each family, a function that builds one for a number of classes.
+
+        It needs no network, and the detector takes images of 64 px. `kd adapters --matrix` and the conformance kit
+        (kdtoolkit/testing) run on them.
+        """
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether this adapter knows the class of `model`."""
+
+    @abstractmethod
+    def prepare(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
+    ) -> Batch:
+        """Do what the detector does to images (3, H, W) in [0, 1] before its backbone: resize, normalise, pad.
+
+        With `like`, the detector is a teacher, and `like` is the student's batch of the same images. Then each image
+        gets the size that it has there, and the canvas the size of that one. The canvas is padded further, at the right
+        and bottom, only if the detector cannot run otherwise. A detector built for one size scales the whole canvas.
+        `kdtoolkit.canvas` has the code for both.
+        """
+
+    @abstractmethod
+    def features(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Run backbone and neck.
+
+        Returns one map (N, C, H, W) per level, finest level first. For DETR and its relatives these are the maps that
+        the decoder takes.
+        """
+
+    @abstractmethod
+    def head(
+        self,
+        features: tuple[Tensor, ...],
+        batch: Batch,
+        priors: Priors | None = None,
+        stages: Collection[int] | None = None,
+    ) -> HeadTrace:
+        """Run the head.
+
+        Args:
+            features: exactly what `features` returned.
+            batch: what `prepare` returned.
+            priors: proposals or queries of another detector with the same `prior_form`, to use instead of the
+                detector's own. Detectors on a grid ignore them.
+            stages: indices of the stages whose states are kept (`keep_states`); None keeps all.
+        """
+
+    def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
+        """Run the head from `state` at `stage` to its end, with the priors and context of `trace`.
+
+        With the state that `trace` itself has at that stage, the result equals the predictions of `trace` bit for bit.
+        """
+        raise NotImplementedError(f"{self.spec.name} declares no stages")
+
+    @abstractmethod
+    def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment | None]:
+        """The detector's own loss terms, and the assignment that they used.
+
+        Each term has its weight applied, so that their sum is the loss of the library's own training step. The
+        assignment is None if the library does not return it.
+        """
+
+    def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
+        """Assign the batch's ground truth to the priors of `trace`."""
+        raise NotImplementedError(f"{self.spec.name} declares no assignment")
+
+    @abstractmethod
+    def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
+        """Final detections by the library's own post-processing, in pixels of the original images."""
+
+
+def keep_states(states: Iterable[State], stages: Collection[int] | None) -> tuple[tuple[State, ...], State]:
+    """Collect the states of a head. Returns one entry per state, and the last state.
+
+    Only the states of `stages` are kept; the entries of all others are empty. None keeps all states. If `states` is a
+    generator, a state that is not kept is freed while the head runs.
+    """
+    kept: list[State] = []
+    last: State = {}
+    for i, last in enumerate(states):
+        kept.append(last if stages is None or i in stages else {})
+    return tuple(kept), last
+
+
+def check_precision(model: nn.Module) -> None:
+    """Raise KDError if parameters of the model are not float32."""
+    dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
+    if wrong := sorted(dtypes - {"torch.float32"}):
+        raise KDError(
+            f"{type(model).__name__} has parameters of {', '.join(wrong)}, and they must be float32: call "
+            "model.float() (from_pretrained of transformers takes dtype=torch.float32). To compute in half precision, "
+            "train under torch.autocast"
+        )

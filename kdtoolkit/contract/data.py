@@ -1,0 +1,166 @@
+"""What passes between detectors and methods in a step: batches, predictions, hidden states, assignments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypedDict
+
+from torch import Tensor
+
+
+class Target(TypedDict):
+    """Ground truth of one image: `boxes` (G, 4) float32 xyxy in pixels, `labels` (G,) int64 in [0, K)."""
+
+    boxes: Tensor
+    labels: Tensor
+
+
+class Detections(TypedDict):
+    """Detections of one image, best first: `boxes` (D, 4) xyxy in pixels, `scores` (D,), `labels` (D,) int64."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as one detector needs them, and their ground truth.
+
+    All sizes are (height, width) in pixels, one per image.
+
+    Attributes:
+        images: (N, 3, H, W), normalised. Each image lies at the top left of the canvas, which is padded at the right
+            and bottom.
+        sizes: size of each image on the canvas, without padding.
+        padded_sizes: size of each image with the padding that it would have alone. Cells beyond it belong to no image.
+        original_sizes: sizes before `prepare`. Detections are in pixels of these.
+        boxes: one tensor (G, 4) per image, in pixels of the canvas; empty if the batch has no ground truth.
+        labels: one tensor (G,) per image; empty likewise.
+    """
+
+    images: Tensor
+    sizes: tuple[tuple[int, int], ...]
+    padded_sizes: tuple[tuple[int, int], ...]
+    original_sizes: tuple[tuple[int, int], ...]
+    boxes: tuple[Tensor, ...] = ()
+    labels: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Priors:
+    """What predictions are relative to.
+
+    Proposals may be fewer in some images of a batch. The gaps are filled with boxes of the whole image, and assignments
+    give them weight 0.
+
+    Attributes:
+        boxes: (A, 4), or (N, A, 4) if each image has its own. A point is (x, y, x, y).
+        strides: (A,) in pixels if the priors lie on a grid, else empty.
+        grid: (H, W) of each level if the priors lie on a grid, else empty.
+        context: what a detector of the same `prior_form` needs besides the boxes, such as query embeddings.
+        per_cell: number of priors in a cell of each level. Empty if all levels have the same number, or no grid.
+    """
+
+    boxes: Tensor
+    strides: Tensor
+    grid: tuple[tuple[int, int], ...] = ()
+    context: object = None
+    per_cell: tuple[int, ...] = ()
+
+    @property
+    def per_level(self) -> tuple[int, ...]:
+        """Number of priors on each level; the numbers sum to A."""
+        total = self.boxes.shape[-2]
+        if not self.grid:
+            return (total,)
+        cells = [height * width for height, width in self.grid]
+        per_cell = self.per_cell or (total // sum(cells),) * len(cells)
+        return tuple(count * each for count, each in zip(cells, per_cell, strict=True))
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the head predicts at each prior, before any post-processing, in float32.
+
+    Attributes:
+        logits: (N, A, K) class logits; (N, A, K + 1) with background last if `activation` is "softmax".
+        regression: (N, A, 4), or (N, A, 4, B) with logits over bins.
+        priors: what the predictions are relative to.
+        decode: turns `regression` and `priors` into boxes (N, A, 4).
+        quality: (N, A) logits of centerness, or of another measure of how good a box is; None if there are none.
+        activation: how class logits become scores, as in the spec.
+    """
+
+    logits: Tensor
+    regression: Tensor
+    priors: Priors
+    decode: Callable[[Tensor, Priors], Tensor]
+    quality: Tensor | None = None
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
+
+    @property
+    def boxes(self) -> Tensor:
+        """Decoded boxes (N, A, 4), not clipped and not filtered."""
+        return self.decode(self.regression, self.priors)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Class probabilities (N, A, K), without background."""
+        return self.logits.sigmoid() if self.activation == "sigmoid" else self.logits.softmax(-1)[..., :-1]
+
+    @property
+    def scores(self) -> Tensor:
+        """The largest class probability of each prior (N, A)."""
+        # A sigmoid keeps the order of the classes, so it is enough to apply it to the largest logit.
+        return self.logits.amax(-1).sigmoid() if self.activation == "sigmoid" else self.probabilities.amax(-1)
+
+
+State = Mapping[str, tuple[Tensor, ...]]
+"""A hidden state of the head: for each branch one tensor per level, channels in dim 1."""
+
+
+@dataclass(frozen=True)
+class HeadTrace:
+    """One pass through a head.
+
+    Attributes:
+        states: the state at each stage. States that were not asked for are empty.
+        predictions: what the pass led to.
+        context: what else the adapter needs to resume the head (the encoder's memory), or to compute the library's own
+            losses and detections (raw outputs).
+        first: the pass of the first stage, if the head ran one.
+    """
+
+    states: tuple[State, ...]
+    predictions: Predictions
+    context: object = None
+    first: HeadTrace | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which prior answers for which object, by the rule of the detector's own loss.
+
+    Attributes:
+        labels: (N, A) int64, the object's class; K for background.
+        boxes: (N, A, 4), the object's box. Without meaning for background.
+        weights: (N, A) float, 0 if the detector's classification loss ignores the prior (padding, ambiguous anchors).
+        normaliser: the float32 scalar above 0 by which the detector divides sums over priors; in most detectors the
+            number of positives. It is `kdtoolkit.processes.share` of what this process's images count, so that several
+            processes divide by the count of all their images.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    weights: Tensor
+    normaliser: Tensor
+
+    def positive(self, num_classes: int) -> Tensor:
+        """(N, A) bool: priors that answer for an object."""
+        return self.labels < num_classes
+
+    def at_rows(self, rows: Tensor) -> Assignment:
+        """The assignment of the priors with these indices (A',). The normaliser stays that of all priors."""
+        return replace(self, labels=self.labels[:, rows], boxes=self.boxes[:, rows], weights=self.weights[:, rows])

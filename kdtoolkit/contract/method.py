@@ -1,0 +1,105 @@
+"""Method: a function of what both detectors show. The author of a method writes a subclass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from kdtoolkit.contract.exchange import Exchange
+from kdtoolkit.contract.schedule import Schedule
+from kdtoolkit.contract.spec import Capability, DetectorSpec
+from kdtoolkit.errors import KDError
+from kdtoolkit.options import bound_options, check_options
+
+
+class Method(nn.Module, ABC):
+    """A distillation method: loss terms computed from what both detectors show.
+
+    Anything that the method must learn is a parameter of its own, trained with the student and thrown away afterwards.
+    Arguments of `__init__` are checked against their type hints before it runs: see `kdtoolkit.options.check_options`.
+
+    Attributes:
+        needs: what both detectors must show. An instance may need different things than the class, by its settings.
+        terms: the names of the loss terms.
+        vanishing: the terms that are zero if the student shows exactly what the teacher shows.
+        paper: where the method comes from.
+        compares_classes: False if the two detectors may have different classes although the method needs more than
+            features.
+        schedule: the factor of the weights over training; see `scheduled`.
+        strides: the levels that the method works on; empty means all. See `at_strides`.
+        stages: the stage of the student and the stage of the teacher whose states the method takes. `setup` assigns it.
+            While it is None, the states of all stages are kept, which costs memory.
+        in_use: whether a Distiller has set the method up. Each Distiller needs an instance of its own.
+    """
+
+    needs: frozenset[Capability]
+    terms: ClassVar[tuple[str, ...]]
+    vanishing: tuple[str, ...] = ()
+    paper: ClassVar[str]
+    compares_classes: bool = True
+    schedule: Schedule = Schedule()
+    strides: tuple[int, ...] = ()
+    stages: tuple[int, int] | None = None
+    in_use: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _checking_options(cls.__init__)  # type: ignore[method-assign]
+
+    def scheduled(self, *, warmup: int = 0, decay: int = 0, stop: int | None = None) -> Self:
+        """Let the weights follow a `Schedule`. Returns the method itself: `PKD().scheduled(stop=9000)`."""
+        self.schedule = Schedule(warmup, decay, stop)
+        return self
+
+    def at_strides(self, *strides: int) -> Self:
+        """Apply the method only to the pyramid levels with these strides. Returns the method itself.
+
+        Raises KDError if the method needs more than features, for then it compares whole heads.
+        """
+        if self.needs != frozenset({Capability.FEATURES}):
+            raise KDError(
+                f"{type(self).__name__} compares whole heads, so it cannot be kept to some levels: leave at_strides "
+                "out. It is for methods that need features alone"
+            )
+        if not all(isinstance(stride, int) for stride in strides):
+            raise KDError(f"at_strides{strides}: strides must be whole numbers of pixels, as in at_strides(8, 16)")
+        self.strides = strides
+        return self
+
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
+        """Why this method cannot distil this pair, in a sentence that says what to use instead; None if it can.
+
+        `needs` and class counts have been checked before.
+        """
+        return None
+
+    def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
+        """Build what must be learned for this pair (projections, context blocks). Called once, after `refuses`."""
+
+    @abstractmethod
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """The loss terms of one step by name: float32 scalars with their weights applied.
+
+        Names are those of `terms`; a term may be missing.
+        """
+
+
+def _checking_options(init: Callable[..., None]) -> Callable[..., None]:
+    @wraps(init)
+    def checked(self: Method, *args: Any, **kwargs: Any) -> None:
+        own = {name: value for name, value in bound_options(init, (self, *args), kwargs).items() if value is not self}
+        check_options(type(self).__name__, init, own)
+        try:
+            init(self, *args, **kwargs)
+        except AttributeError:  # raised by torch if parameters or modules are assigned before super().__init__()
+            if "_modules" in vars(self):
+                raise
+        if "_modules" not in vars(self):
+            raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__() before anything else")
+
+    return checked

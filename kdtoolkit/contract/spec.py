@@ -1,0 +1,99 @@
+"""What is known of a detector before it runs: its levels, priors, head stages, and what it can show."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+
+class Capability(enum.StrEnum):
+    """What a detector can show to a method."""
+
+    FEATURES = "features"  # pyramid levels, with strides and channels
+    PREDICTIONS = "predictions"  # class logits and boxes at priors
+    STAGES = "stages"  # hidden states of the head, and the head can be resumed from each of them
+    DISTRIBUTIONS = "distributions"  # each box side is a distribution over bins
+    ASSIGNMENT = "assignment"  # which prior answers for which ground-truth box
+
+
+class PriorKind(enum.StrEnum):
+    """What a detector's predictions are relative to."""
+
+    POINTS = "points"  # one per cell
+    ANCHORS = "anchors"  # one or more per cell
+    PROPOSALS = "proposals"  # boxes found by a first stage; each detector has its own
+    QUERIES = "queries"  # learned, or selected from the image; each detector has its own
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether priors of two detectors correspond as soon as their strides are equal."""
+        return self in (PriorKind.POINTS, PriorKind.ANCHORS)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One joint of the head, at which its hidden state can be taken out and put in.
+
+    Attributes:
+        name: the joint's name, unique in the head.
+        channels: for each branch of the head, the channels (dim 1) of the branch's tensors, one entry per tensor. Heads
+            are compared branch by branch, so similar heads must use the same names: `cls` and `reg` in dense heads,
+            `box` in two-stage heads, `decoder` in DETR's relatives.
+        spatial: True if each tensor is a map (N, C, H, W), one per level. False if there is one tensor of vectors:
+            (M, C) for the M proposals of the batch, or (N, C, Q) for the Q queries of each image.
+        activation: the function between this joint and the next layer. The state is taken before it, and `resume`
+            applies it. So it must be idempotent, as ReLU is. For any other function (SiLU), take the state after it and
+            leave `activation` None.
+    """
+
+    name: str
+    channels: Mapping[str, tuple[int, ...]]
+    spatial: bool = True
+    activation: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """The facts about a detector against which methods are checked before the first step.
+
+    Attributes:
+        name: what to call the detector in messages.
+        num_classes: number of classes, without background.
+        strides: stride of each level in pixels, rounded to whole numbers, finest level first.
+        channels: channels of each level.
+        priors: what predictions are relative to.
+        priors_per_cell: number of priors in a cell of each level; empty if the priors do not lie on a grid.
+        stages: joints of the head. The first is the head's input, the last is what its predictors take.
+        activation: how class logits become scores. With "softmax" the last logit is background.
+        bins: the values of the bins if each box side is a distribution, else empty. On a grid they are in strides.
+        prior_form: what a proposal or a query is made of. A detector accepts another detector's proposals or queries
+            if their forms are equal. Empty if the priors lie on a grid.
+        capabilities: what the detector can show to methods.
+        first_stage: facts about the part that proposes (a region proposal network), seen as a detector of one class.
+    """
+
+    name: str
+    num_classes: int
+    strides: tuple[int, ...]
+    channels: tuple[int, ...]
+    priors: PriorKind
+    priors_per_cell: tuple[int, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
+    bins: tuple[float, ...] = ()
+    prior_form: str = ""
+    capabilities: frozenset[Capability] = frozenset()
+    first_stage: DetectorSpec | None = None
+
+    def at_strides(self, strides: tuple[int, ...]) -> DetectorSpec:
+        """The facts about the levels with these strides; about all levels if `strides` is empty."""
+        if not strides:
+            return self
+        kept = [i for i, stride in enumerate(self.strides) if stride in strides]
+        return replace(
+            self, strides=tuple(self.strides[i] for i in kept), channels=tuple(self.channels[i] for i in kept)
+        )

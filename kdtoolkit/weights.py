@@ -1,0 +1,203 @@
+"""Weights from files: state dicts, as kdtoolkit or a training script saved them, loaded into a detector."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a .safetensors file, or a .pth or .pt file in which nothing but tensors is loaded.
+
+    A training script's checkpoint is opened: of several state dicts the moving average (`ema`) is taken, since that is
+    what was evaluated, else what is called `state_dict`, `model_state_dict`, `model` or the like.
+
+    Raises KDError where the file is missing, broken, or holds no state dict, or several of which none stands out.
+    """
+    if not path.is_file():
+        raise KDError(f"there is no weights file {path}")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise KDError(
+            f"{path} is damaged, or holds Python objects, which are not loaded because they may run code: in its own "
+            "library, save model.state_dict() with torch.save or safetensors"
+        ) from error
+    except Exception as error:  # torch and safetensors raise all kinds of them for what is no file of theirs
+        raise KDError(
+            f"weights file {path} cannot be read, it is damaged or something else: {type(error).__name__}: {error}"
+        ) from error
+    found = dict(_state_dicts(content))
+    if not found:
+        held = f"a dict of {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else "no dict"
+        raise KDError(f"{path} holds no state dict, but {held}: save model.state_dict() into it")
+    if len(found) > 1 and not (found := _preferred(found)):
+        raise KDError(
+            f"{path} holds several state dicts ({', '.join(dict(_state_dicts(content)))}): save the one to load alone"
+        )
+    (state,) = found.values()
+    return state
+
+
+# What training scripts call a moving average of weights, as in `model_ema`, and the weights themselves: the first of
+# these names counts.
+_AVERAGE = re.compile("(^|_)(ema|swa|avg|averaged?)(_|$)")
+_PLAIN = ("state_dict", "model_state_dict", "model", "student", "net", "network", "weights", "module")
+
+
+def _state_dicts(content: object, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """All state dicts in a checkpoint, by their place: `ema.module`. An optimiser's are under numbers, and left out."""
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        return
+    # What modules add to a state dict is not the detector's: a Distiller's holds its step so.
+    own = {key: value for key, value in content.items() if key.rpartition(".")[2] != "_extra_state"}
+    if own and all(isinstance(value, Tensor) for value in own.values()):
+        yield name, own
+        return
+    for key, value in content.items():
+        yield from _state_dicts(value, f"{name}.{key}" if name else key)
+
+
+def _preferred(found: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The one state dict of several that a checkpoint's other contents belong to; none where that is not clear."""
+    tops = {name: name.partition(".")[0] for name in found}
+    averages = {name: found[name] for name, top in tops.items() if _AVERAGE.search(top)}
+    # OpenMMLab exchanges the two before it saves them, and adds the average's counter to what it took out.
+    exchanged = "state_dict" in found and any("steps" in state for state in averages.values())
+    if averages and not exchanged:
+        return averages if len(averages) == 1 else {}
+    for known in _PLAIN:
+        if named := {name: found[name] for name, top in tops.items() if top == known}:
+            return named if len(named) == 1 else {}
+    return {}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a file's weights into `model`, all of them.
+
+    What wrappers put before all names (`module.`, `_orig_mod.`, a Distiller's `student.`) is taken off, and batch
+    norms' `num_batches_tracked` may be missing. Raises KDError that names what else is missing or does not fit.
+    """
+    own = model.state_dict()
+    state = fitted(model, read_weights(path), str(path), lambda name: name in own)
+    model.load_state_dict(state)
+
+
+def fitted(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    known: Callable[[str], bool],
+    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
+) -> dict[str, Tensor]:
+    """A state dict that fits `model` exactly, from one as it is found in files.
+
+    Args:
+        model: to load it into.
+        state: as `read_weights` gives it.
+        source: what to call it in errors.
+        known: whether a name, as the file should have it, is one of the detector's.
+        rename: turns the file's names, without what wrappers put before them, into the model's.
+
+    Raises:
+        KDError: names are missing or unknown, or shapes do not fit.
+    """
+    kind, own = type(model).__name__, model.state_dict()
+    state = rename(_unwrapped(state, source, known, kind))
+    # As torch has it: files from before torch 0.4.1 have no counters, and frozen batch norms take none.
+    counters = {key: value for key, value in own.items() if _is_counter(key)}
+    state = {**counters, **{key: value for key, value in state.items() if key in own or not _is_counter(key)}}
+    missing, unknown = ([key for key in a if key not in b] for a, b in ((own, state), (state, own)))
+    misshapen = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if not (missing or unknown or misshapen):
+        return state
+    if set(missing) >= own.keys() - counters.keys():
+        raise KDError(
+            f"{source} holds the weights of something else than {kind}: it has {_some(unknown)}; {kind} has "
+            f"{_some(missing)}. Name the model that they were trained in"
+        )
+    if not (missing or unknown) and (classes := _class_counts(model, own, state, misshapen)):
+        raise KDError(
+            f"the weights of {source} are for {classes[1]} classes, and this {kind} has {classes[0]} "
+            f"({_shapes(misshapen, own, state)}): build it with num_classes={classes[1]} (--classes {classes[1]})"
+        )
+    problems = {
+        "missing": _some(missing),
+        "unknown": _some(unknown),
+        "of another shape": _shapes(misshapen, own, state),
+    }
+    counts = {"missing": len(missing), "unknown": len(unknown), "of another shape": len(misshapen)}
+    found = "; ".join(f"{counts[problem]} {problem}: {names}" for problem, names in problems.items() if names)
+    raise KDError(
+        f"the weights of {source} do not fit {kind}: {found}. Build the model with the class count and sizes that they "
+        "were trained with"
+    )
+
+
+def _unwrapped(state: Mapping[str, Tensor], source: str, known: Callable[[str], bool], kind: str) -> dict[str, Tensor]:
+    """The state dict without what wrappers put before all names of the detector, and without what lies beside it.
+
+    `torch.compile` puts its name before those of the module that was compiled, which may be a part of the detector.
+    Raises KDError where the detector's names stand behind several prefixes.
+    """
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    votes: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".")
+        votes.update(".".join([*parts[:i], ""]) for i in range(len(parts)) if known(".".join(parts[i:])))
+    if not votes or votes[""] == max(votes.values()):
+        return state
+    (prefix, most), *others = votes.most_common()
+    if others and others[0][1] == most:
+        raise KDError(
+            f"{source} holds the weights of {kind} more than once, behind {prefix!r} and {others[0][0]!r}: save those "
+            "of one of them alone"
+        )
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _class_counts(
+    model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor], misshapen: Sequence[str]
+) -> tuple[int, int] | None:
+    """Class counts of the model and of a state dict, if other counts alone explain all shapes that do not fit."""
+    try:
+        classes = adapt(model).spec.num_classes
+    except KDError:
+        return None
+    counts: set[int] | None = None
+    if not any(re.search("cls|class|logit|score", key) for key in misshapen):
+        return None
+    for key in misshapen:
+        if own[key].ndim == 0 or own[key].shape[1:] != state[key].shape[1:]:
+            return None
+        length, other = len(own[key]), len(state[key])
+        # A layer has some outputs for each class, and perhaps for background too.
+        possible = {
+            other * (classes + background) // length - background
+            for background in (0, 1)
+            if length % (classes + background) == 0 and other * (classes + background) % length == 0
+        }
+        counts = possible if counts is None else counts & possible
+    return (classes, counts.pop()) if counts and len(counts) == 1 else None
+
+
+def _is_counter(key: str) -> bool:
+    return key.rpartition(".")[2] == "num_batches_tracked"
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _shapes(keys: Sequence[str], own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    return _some([f"{key} (needs {tuple(own[key].shape)}, is {tuple(state[key].shape)})" for key in keys])
