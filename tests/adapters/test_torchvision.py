@@ -430,7 +430,7 @@ def test_images_are_resized_and_boxes_with_them():
 
 
 def test_bad_images_are_named():
-    with pytest.raises(KDError, match=r"image 0 is torch.uint8"):
+    with pytest.raises(KDError, match=r"image 0 is torch\.uint8; images are floats"):
         tiny("SSD").prepare([torch.zeros(3, 64, 64, dtype=torch.uint8)])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit.contract import DetectorSpec, Exchange, Method, PriorKind
-from kdtoolkit.methods.cankd import CanKD, cankd_loss, standardise
+from kdtoolkit.methods.cankd import CanKD, cankd_loss, instance_norm
 from kdtoolkit.methods.defeat import DeFeat, decoupled_losses, levels_of, object_regions
 from kdtoolkit.methods.detkds import DetKDS, detkds_loss, normalise_over_images, pool, weigh_channels
 from kdtoolkit.methods.fitnet import fine_grained_region
@@ -87,7 +87,7 @@ def cankd(z: Golden) -> Iterator[Check]:
             shifts = tensor(z, f"param.{level}.non_local_att.W.1.bias")[:, None, None]
             yield Check(f"mid.z_student.{level}", added + shifts, z[f"mid.z_student.{level}"])
             for role, x in (("student", added), ("teacher", t)):
-                yield Check(f"mid.norm_{role}.{level}", standardise(x, (2, 3)), z[f"mid.norm_{role}.{level}"])
+                yield Check(f"mid.norm_{role}.{level}", instance_norm(x), z[f"mid.norm_{role}.{level}"])
     total = sum(method(given).values())
     yield Check("loss.TOTAL", total, z["loss.TOTAL"])
     yield from gradients(z, total, student, parameters)

@@ -14,7 +14,7 @@ from kdtoolkit.adapters.transformers import ADAPTERS, build_model
 from kdtoolkit.adapters.transformers.base import Queries, pixel_mask
 from kdtoolkit.adapters.transformers.conditional_detr import ConditionalDetrAdapter
 from kdtoolkit.adapters.transformers.dab_detr import DabDetrAdapter
-from kdtoolkit.adapters.transformers.deformable_detr import DeformableDetrAdapter, tiny_deformable
+from kdtoolkit.adapters.transformers.deformable_detr import DeformableDetrAdapter
 from kdtoolkit.adapters.transformers.detr import DetrAdapter
 from kdtoolkit.adapters.transformers.detr_base import tiny_backbone, tiny_detr
 from kdtoolkit.contract import Capability, PriorKind
@@ -27,13 +27,12 @@ from tests.conftest import tiny_gfl
 
 torch.set_num_threads(1)
 
-detr = partial(tiny_detr, transformers.DetrForObjectDetection, transformers.DetrConfig, 3)
-conditional = partial(tiny_detr, transformers.ConditionalDetrForObjectDetection, transformers.ConditionalDetrConfig, 3)
-dab = partial(tiny_detr, transformers.DabDetrForObjectDetection, transformers.DabDetrConfig, 3)
+detr = partial(tiny_detr, transformers.DetrForObjectDetection, 3)
+conditional = partial(tiny_detr, transformers.ConditionalDetrForObjectDetection, 3)
+dab = partial(tiny_detr, transformers.DabDetrForObjectDetection, 3)
 single = partial(
     tiny_detr,
     transformers.DeformableDetrForObjectDetection,
-    transformers.DeformableDetrConfig,
     3,
     backbone_config=tiny_backbone(2, 3, 4),
     d_model=64,
@@ -500,7 +499,7 @@ def test_prepare_normalises_and_pads(batch):
     assert plain.images.shape == (2, 3, 96, 120)
     assert torch.equal(plain.images[1, :, :50, :120], images[1])
     assert plain.boxes == ()
-    with pytest.raises(KDError, match="image 0 of the batch"):
+    with pytest.raises(KDError, match="image 0 has the shape"):
         adapter.prepare([torch.zeros(64, 64, 3)])
 
 
@@ -688,7 +687,7 @@ def test_without_a_network_the_hub_is_asked_once(monkeypatch):
 
 
 def test_deformable_example_is_the_strongest():
-    config = tiny_deformable(3).config
+    config = DeformableDetrAdapter.tiny(3).config
     assert config.two_stage
     assert config.with_box_refine
     assert SimpleNamespace(**config.to_dict()).num_feature_levels == 4

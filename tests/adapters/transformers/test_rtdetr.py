@@ -16,7 +16,7 @@ from kdtoolkit.adapters.transformers.base import Queries, queries_of
 from kdtoolkit.adapters.transformers.dab_detr import DabDetrAdapter
 from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.adapters.transformers.rfdetr import LwDetrAdapter, RfDetrAdapter, tiny_lw_detr, tiny_rf_detr
-from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter, tiny
+from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter, tiny_rt_detr
 from kdtoolkit.adapters.transformers.selecting import SelectingAdapter
 from kdtoolkit.contract import Capability, PriorKind
 from kdtoolkit.distiller import Distiller
@@ -29,10 +29,10 @@ from tests.conftest import tiny_gfl
 torch.set_num_threads(1)
 
 ADAPTERS = [cls for cls in ALL if issubclass(cls, SelectingAdapter)]
-rt_detr = partial(tiny, transformers.RTDetrForObjectDetection, transformers.RTDetrConfig, 3)
-rt_detr_v2 = partial(tiny, transformers.RTDetrV2ForObjectDetection, transformers.RTDetrV2Config, 3)
-d_fine = partial(tiny, transformers.DFineForObjectDetection, transformers.DFineConfig, 3)
-deimv2 = partial(tiny, transformers.Deimv2ForObjectDetection, transformers.Deimv2Config, 3)
+rt_detr = partial(tiny_rt_detr, transformers.RTDetrForObjectDetection, 3)
+rt_detr_v2 = partial(tiny_rt_detr, transformers.RTDetrV2ForObjectDetection, 3)
+d_fine = partial(tiny_rt_detr, transformers.DFineForObjectDetection, 3)
+deimv2 = partial(tiny_rt_detr, transformers.Deimv2ForObjectDetection, 3)
 FAMILIES = {
     "rt-detr": (RTDetrAdapter, rt_detr),
     "rt-detr-v2": (RTDetrV2Adapter, rt_detr_v2),
