@@ -41,9 +41,9 @@ class PredictionMethod(Method):
                 and the heads' states.
         """
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse pairs whose priors do not correspond one to one, or whose scores differ in kind."""
-        return why_priors_differ(student, teacher) or why_scores_differ(student, teacher)
+        return why_priors_differ(student_spec, teacher_spec) or why_scores_differ(student_spec, teacher_spec)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """The weighted terms of one step.
