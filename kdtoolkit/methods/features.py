@@ -1,4 +1,4 @@
-"""The base of methods that compare pyramids. Such a method is one function of two maps:
+"""The base of methods that compare pyramids. Such a method is one function of two maps.
 
     class SquaredDifference(FeatureMethod):
         paper = "none"

@@ -1,4 +1,4 @@
-"""The base of methods that compare predictions. Such a method is one function of two detectors' predictions:
+"""The base of methods that compare predictions. Such a method is one function of two detectors' predictions.
 
     class SquaredDifference(PredictionMethod):
         terms = ("cls",)
