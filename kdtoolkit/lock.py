@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -32,6 +33,8 @@ def hold(folder: Path) -> Iterator[None]:
         raise KDError(
             f"{_holder(folder)} works in {folder}: wait until it ends, stop it, or choose another folder"
         ) from None
+    except NotImplementedError as error:
+        raise OSError(errno.ENOLCK, "its file system has no locks", str(folder)) from error
     try:
         remove_partial(folder)
         write_atomic(folder / _HOLDER, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())

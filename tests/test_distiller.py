@@ -94,6 +94,19 @@ def test_weights_follow_the_schedule_and_go_on_from_a_saved_state(batch):
     assert found == pytest.approx([constant / 2, constant, constant, constant / 2, 0])
 
 
+def test_in_steps_without_a_method_the_teacher_rests(batch):
+    teacher, calls = tiny_gfl(seed=1), []
+    teacher.backbone.register_forward_hook(lambda *_: calls.append(len(seen)))
+    distiller = Distiller(
+        teacher, tiny_gfl(seed=2), [PKD().scheduled(start=2, every=3, stop=9), CrossKD().scheduled(start=5)]
+    )
+    seen = []
+    for _ in range(7):
+        seen.append(sorted({name.partition("/")[0] for name in distiller(*batch)} - {"task"}))
+    assert seen == [[], [], ["pkd"], [], [], ["crosskd", "pkd"], ["crosskd"]]
+    assert calls == [2, 5, 6]
+
+
 def test_schedules_count_optimiser_steps_not_calls(batch):
     def distiller():
         return Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [PKD().scheduled(stop=2)], accumulation=3)
@@ -161,6 +174,8 @@ def test_a_stopped_method_costs_no_teacher_pass(batch):
         ({"decay": 3}, r"decay \(3\) needs stop"),
         ({"warmup": -1}, "numbers of steps"),
         ({"warmup": 5, "stop": 4}, "comes before"),
+        ({"start": 5, "stop": 4}, "comes before"),
+        ({"every": 0}, "every=0: .* must be 1 or more"),
     ],
 )
 def test_impossible_schedules_are_explained(schedule, message):

@@ -1,7 +1,11 @@
 """docs/training.md: each of its code blocks does what the page says."""
 
 import copy
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 
 from kdtoolkit import Distiller
 from kdtoolkit.data import ProceduralShapes
-from kdtoolkit.engine.train import TrainConfig
+from kdtoolkit.engine.train import TrainConfig, train
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD
 from tests.conftest import tiny_gfl
 
@@ -80,6 +84,52 @@ def test_the_ready_loop_without_torchrun(ready):
     monkey = {**ready, "config": ready["config"].model_copy(update={"steps": 2})}
     before = run(BLOCKS["Several GPUs and machines"][0].replace("group.join()", 'group.join("cpu")'), monkey)
     assert changed(before, monkey["student"])
+
+
+@pytest.mark.slow
+def test_the_ready_loop_by_torchrun(tmp_path):
+    """Both blocks as one script."""
+    preamble = """
+import os
+from kdtoolkit.data import ProceduralShapes
+from tests.conftest import tiny_gfl
+images = val_images = ProceduralShapes(10, image_size=64, seed=0)
+teacher, student = (tiny_gfl(seed=seed, num_classes=len(images.class_names)) for seed in (1, 2))
+steps = 4
+"""
+    settings = BLOCKS["Train"][0].partition("result =")[0]
+    script = tmp_path / "train.py"
+    script.write_text(preamble + settings + BLOCKS["Several GPUs and machines"][0])
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "mine" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "lr" in row] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_the_ready_loop_compiled(ready, monkeypatch):
+    plain, compile_ = copy.deepcopy(ready["student"]), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="eager"))
+    for student, compiled in ((plain, False), (ready["student"], True)):
+        config = TrainConfig(steps=3, batch_size=4, compile=compiled)
+        train(Distiller(ready["teacher"], student, [PKD()]), ready["images"], config, seed=0)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(ready["student"].state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_options_that_the_page_names_exist():

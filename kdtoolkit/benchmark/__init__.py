@@ -1,1 +1,4 @@
-"""Benchmarks: a suite is trained in worker processes and compared on a leaderboard; `benchmarks/` measures speed."""
+"""The runner of `kd benchmark run`: trains a suite in worker processes and compares its rows on a leaderboard.
+
+The top-level folder `benchmarks/` is something else: scripts that measure speed, and suites of single questions.
+"""

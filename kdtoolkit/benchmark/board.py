@@ -1,4 +1,4 @@
-"""The leaderboard as numbers and sentences, read from a run's folder; `report` and `html` only lay it out."""
+"""The leaderboard as numbers and sentences, read from a run's folder. `report` and `html` only lay it out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdtoolkit.benchmark.stats import Difference, Spread, Verdict, gap_recovered, paired_difference, spread
 from kdtoolkit.benchmark.store import CellResult, Store, read_result
-from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite, load_suite
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, Suite, load_suite
 from kdtoolkit.errors import KDError
 
 METRICS = {
@@ -24,9 +24,10 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row: means over its seeds. Differences and the share of the gap are to the baselines on the same seeds.
+    """One row of the board: means over its seeds.
 
-    Times and memory are None where the row's cells were measured on different hardware.
+    Differences and the share of the gap compare it with the baselines on the same seeds. Times and memory are None if
+    the row's cells were measured on different hardware.
     """
 
     entry: str
@@ -44,14 +45,14 @@ class Row:
 
     @property
     def ap(self) -> float:
-        """Mean AP; below any other where it is undefined."""
+        """Mean AP; -1 if it is undefined."""
         found = self.metrics["ap"]
         return -1.0 if found is None else found.mean
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the numbers say of one entry against one baseline row."""
+    """What the numbers say about one entry, compared with one of the two baselines."""
 
     entry: str
     against: str
@@ -61,7 +62,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Board:
-    """A leaderboard: rows by falling AP, the teacher's row, claims in words, facts by name, and what is wrong."""
+    """A leaderboard.
+
+    `rows` are the students', sorted by AP, highest first. `claims` are sentences, `facts` settings by name, `warnings`
+    what is wrong or missing.
+    """
 
     title: str
     description: str
@@ -73,7 +78,7 @@ class Board:
 
 
 def build_board(root: Path) -> Board:
-    """The board of a run's folder, as far as it is done. Raises KDError if it is no such folder."""
+    """The board of a run's folder, also of an unfinished run. Raises KDError if the folder is of no run."""
     store = Store(root)
     if not store.suite_path.is_file():
         raise KDError(f"{root} is not a folder of `kd benchmark run`: it has no suite.yaml")
@@ -171,20 +176,26 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
     def distinct(values: Iterable[str]) -> str:
         return "; ".join(dict.fromkeys(values)) or "-"
 
-    train, teacher = suite.student.train, suite.teacher.train
+    def training(detector: DetectorSection) -> str:
+        train = detector.train
+        return (
+            f"{detector.model}, {train.steps} steps of {train.batch_size} images, {train.optimizer}, lr {train.lr:g}, "
+            f"{train.schedule}"
+        )
+
     facts = {
         "data": distinct(result.data for result in done),
-        "seeds": f"{suite.seeds} (differences are taken seed by seed: same start, same order of images)",
-        "student": f"{suite.student.model}, {train.steps} steps of {train.batch_size} images, "
-        f"{train.optimizer}, lr {train.lr:g}, {train.schedule}",
-        "teacher": f"{suite.teacher.model}, {teacher.steps} steps of {teacher.batch_size} images, "
-        f"{teacher.optimizer}, lr {teacher.lr:g}, {teacher.schedule}",
-        "precision": distinct(result.key_parts.get("precision", train.precision) for result in done),
+        "seeds": f"{suite.seeds} (rows are compared seed by seed: same first weights, same order of images)",
+        "student": training(suite.student),
+        "teacher": training(suite.teacher),
+        "precision": distinct(result.key_parts.get("precision", suite.student.train.precision) for result in done),
     }
     if equal := cells[EQUAL_TIME]:
         steps = distinct(str(result.steps) for result in equal)
         stretch = distinct(f"{result.stretch:.2f}" for result in equal)
-        facts[EQUAL_TIME] = f"{steps} steps: the schedule times {stretch}, the cost of the dearest method's step"
+        facts[EQUAL_TIME] = (
+            f"{steps} steps: the schedule times {stretch}, so that it takes as long as the slowest method"
+        )
     threads = distinct(f"{result.threads} thread{'s' if result.threads > 1 else ''} a cell" for result in done)
     facts["machine"] = f"{distinct(result.machine for result in done)}; {threads}"
     facts["device"] = distinct(result.device for result in done)
@@ -208,7 +219,8 @@ def _warnings(
     if teacher is not None and baseline is not None and (teacher.evaluation["ap"] or 0.0) <= baseline.mean:
         yield (
             f"the teacher (AP {teacher.evaluation['ap'] or 0.0:.1f}) is no better than the student's baseline "
-            f"({baseline.mean:.1f}): there is nothing to distil. Train it longer, on more images, or make it larger."
+            f"({baseline.mean:.1f}), so the student has nothing to learn from it. Train the teacher longer or on more "
+            "images, or take a larger one."
         )
     yield from _mixed_hardware(cells, teacher)
     for path in (store.teacher_copy.with_suffix(".error"), *sorted((store.root / "cells").glob("*/*.error"))):
@@ -219,11 +231,11 @@ def _warnings(
         if len(cells[row]) < suite.seeds:
             yield f"{row}: {len(cells[row])} of {suite.seeds} seeds are done"
     if suite.seeds == 1:
-        yield "one seed: there is no spread and no interval, so no difference can be told from chance"
+        yield "there is one seed only, so no spread and no interval: any difference may be chance"
 
 
 def _mixed_hardware(cells: Mapping[str, list[CellResult]], teacher: CellResult | None) -> Iterable[str]:
-    """A warning where the board's times are not all of the same hardware."""
+    """A warning if the board's times were not all measured on the same hardware."""
     found: dict[str, dict[str, list[str]]] = {}
     for row, results in {**cells, TEACHER: [teacher] if teacher else []}.items():
         for result in results:
@@ -235,6 +247,6 @@ def _mixed_hardware(cells: Mapping[str, list[CellResult]], teacher: CellResult |
             for hardware, at in found.items()
         )
         yield (
-            "times and memory were measured on different hardware, so compare them within one, and a row that has both "
-            f"shows none. {'; '.join(rows)}"
+            "the cells were measured on different hardware. Compare times and memory only between cells on the same "
+            f"hardware; rows that mix hardware show none. {'; '.join(rows)}"
         )

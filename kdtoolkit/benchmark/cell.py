@@ -1,4 +1,4 @@
-"""One cell of a board, run in a process of its own: build data and models, train, evaluate, store."""
+"""One cell of a board, a row with one seed: build data and models, train, evaluate, store the result."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ SAVE_SECONDS = 60.0  # between two checkpoints of a training
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What one cell does. `parts` are its key's; `result` is where its JSON goes, `teacher` the teacher's weights.
+    """What one cell is to do.
 
-    `pictures`: the folder of drawn pictures and decoded photos.
+    `detector`: what it trains: the student or the teacher. `parts`: what its key is made of. `result`: the path of its
+    result. `teacher`: the path of the teacher's weights. `pictures`: the folder of drawn pictures and
+    decoded photos.
     """
 
     entry: str
@@ -53,7 +55,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """How the cell is called in messages."""
+        """The cell's name in messages."""
         return self.entry if self.entry == TEACHER else f"{self.entry}, seed {self.seed}"
 
     @property
@@ -63,13 +65,16 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Training steps, rounded up where the schedule is stretched."""
+        """Training steps, rounded up if the schedule is stretched."""
         return stretched(self.detector.train.steps, self.stretch)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a cell says while it runs; `phase` is what it does at the moment."""
+    """What a cell reports while it runs.
+
+    `phase`: what it is doing, in words. `seconds`: time spent on training so far.
+    """
 
     phase: str
     step: int = 0
@@ -80,7 +85,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a cell failed; `details` is the traceback of an unforeseen error, `fatal`: no other cell could succeed."""
+    """Why a cell failed.
+
+    `details`: the traceback, if the error was unexpected. `fatal`: every other cell would fail too.
+    """
 
     message: str
     details: str = ""
@@ -88,18 +96,18 @@ class Failure:
 
 
 def stretched(steps: int, stretch: float) -> int:
-    """Steps of a stretched schedule, rounded up."""
+    """How many steps a stretched schedule has, rounded up."""
     return math.ceil(round(steps * stretch, 6))
 
 
 def build_detector(section: DetectorSection, num_classes: int, seed: int) -> nn.Module:
-    """The detector, its weights drawn by `seed`. Raises KDError where name or arguments are wrong."""
+    """The detector, with weights drawn from `seed`. Raises KDError if its name or its arguments are wrong."""
     torch.manual_seed(seed)
     return build_model(section.model, num_classes, section.args)
 
 
 def run(task: Task, report: Callable[[Report], None]) -> None:
-    """Run a cell and store what it measured. Raises KDError where it cannot run."""
+    """Run a cell and store what it measured. Raises KDError if it cannot run."""
     torch.set_num_threads(task.threads)
     report(Report("reading data"))
     sets = load_data(task.data, task.pictures)
@@ -108,7 +116,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     student = build_detector(task.detector, num_classes, task.seed).to(task.device)
     teacher = None
     if task.methods:
-        assert task.teacher_detector is not None  # given to every task with methods
+        assert task.teacher_detector is not None  # every task with methods has both
         assert task.teacher is not None
         teacher = build_detector(task.teacher_detector, num_classes, 0)
         teacher.load_state_dict(torch.load(task.teacher, weights_only=True))
@@ -127,7 +135,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     except NonFiniteLossError as error:
         kept = task.result.with_suffix(".last-good.pt")
         write_weights(kept, student)
-        raise NonFiniteLossError(f"{error} The student as it was before that step: {kept}") from error
+        raise NonFiniteLossError(f"{error} The student's weights before that step are in {kept}") from error
     memory = peak_memory_mb(task.device)
 
     def evaluating(done: int, total: int) -> None:
@@ -162,13 +170,13 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
     report(Report("storing", trained.steps))
-    write_weights(task.result.with_suffix(".pt"), student)  # first, so that a result is never without them
+    write_weights(task.result.with_suffix(".pt"), student)  # before the result, so that no result lacks its weights
     write_result(task.result, result)
     discard_runs(task.result)
 
 
 def machine() -> str:
-    """Processor, number of cores and system, in words."""
+    """Processor, number of cores and operating system, in words."""
     name = platform.processor() or platform.machine()
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -179,10 +187,10 @@ def machine() -> str:
 
 
 def device_name(device: str) -> str:
-    """What a cell computes on: `cpu`, or the GPU's name."""
+    """What a cell runs on: `cpu`, or the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,10 @@ from kdtoolkit.errors import KDError
 
 @dataclass(frozen=True)
 class DataSets:
-    """Images for the teacher, for the student, for evaluation, and what they are in words."""
+    """Images for the teacher, for the student and for evaluation.
+
+    `description` says in words what they are. `notices`: what the user should know about them, one sentence each.
+    """
 
     teacher: DetectionDataset
     student: DetectionDataset
@@ -23,10 +26,12 @@ class DataSets:
 
 
 def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
-    """The data sets of a suite. The student's images are some of the teacher's.
+    """Open the data sets of a suite; nothing is drawn or decoded yet. The student's images are some of the teacher's.
 
-    `pictures`: a folder for drawn pictures and decoded photos, which all cells share. Nothing is drawn or decoded yet.
-    Raises KDError if a data set cannot be read, its parts have different classes, or the images chosen have no box.
+    `pictures`: a folder for drawn pictures and decoded photos, which all cells share.
+
+    Raises KDError if a data set cannot be read, if training and evaluation have different classes, or if none of the
+    chosen images has a box.
     """
     train: DetectionDataset
     val: DetectionDataset
@@ -35,7 +40,7 @@ def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
         assert data.student_images is not None
         assert data.val_images is not None
         count = max(data.teacher_images, data.student_images)
-        # Far apart, so that a suite's other seeds do not evaluate on what these train on.
+        # The two seeds lie far apart: a suite with another seed must not evaluate on images that this one trains on.
         train = ProceduralShapes(count, image_size=data.image_size, seed=data.seed, folder=pictures)
         val = ProceduralShapes(data.val_images, image_size=data.image_size, seed=data.seed + 1_000_000, folder=pictures)
         source = f"procedural shapes, {data.image_size} px, seed {data.seed}"
@@ -51,7 +56,9 @@ def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
 
     def take(dataset: DetectionDataset, count: int | None, role: str) -> DetectionDataset:
         if count is not None and count > len(dataset):
-            notices.append(f"the suite asks for {count} images for {role}; the data has {len(dataset)}, all are used")
+            notices.append(
+                f"the suite asks for {count} images for {role}, but the data has {len(dataset)}: all of them are used"
+            )
         if count is None or count >= len(dataset):
             return dataset
         try:

@@ -1,4 +1,4 @@
-"""What a run shows while it works: bars and losses on a terminal, plain lines elsewhere."""
+"""What a run shows while it works: bars and losses on a terminal, plain lines in any other output."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.text import Text
 
 from kdtoolkit.benchmark.cell import Report, Task
 
-PLAIN_INTERVAL = 30  # seconds between lines on the state of things, where there is no terminal
+PLAIN_INTERVAL = 30  # seconds between two lines of progress in an output that is no terminal
 
 
 class Display:
-    """Shows a run on a console; a context, so that the terminal is left clean however the run ends."""
+    """Shows a run on a console. It is a context manager: the terminal is left clean however the run ends."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -51,11 +51,11 @@ class Display:
         self._live.stop()
 
     def line(self, text: str, style: str = "") -> None:
-        """Print a line that stays; `style` is a rich style."""
+        """Print a line that stays on the terminal; `style` is a style of rich."""
         self.console.print(Text(text, style=style), soft_wrap=True)
 
     def overall(self, title: str, done: int, cells: int, left: str) -> None:
-        """How far the run is: cells done of `cells`, and the time left in words."""
+        """Show how far the run is: `done` of `cells`, and the time `left` in words."""
         if self._overall is None:
             self._overall = self._total.add_task(title, total=cells, left=left)
         self._total.update(self._overall, description=title, completed=done, total=cells, left=left)
@@ -66,17 +66,17 @@ class Display:
             self.line(f"{done}/{cells} cells, {left}. Running: {now}")
 
     def started(self, task: Task) -> None:
-        """A cell has got its process."""
+        """A cell has started."""
         self._bars[task] = self._cells.add_task(task.name, total=task.steps, phase="starting")
         if not self.console.is_terminal:
             self.line(f"started   {task.name}: {task.steps} steps")
 
     def progress(self, task: Task, report: Report) -> None:
-        """A cell has said where it is."""
+        """A cell has reported where it is."""
         phase = report.phase
         if report.losses:
             sums: dict[str, float] = {}
-            for name, value in report.losses.items():  # of each method, for all terms have no room
+            for name, value in report.losses.items():  # one number for each method: there is no room for all terms
                 method = name.partition("/")[0]
                 sums[method] = sums.get(method, 0.0) + value
             losses = "  ".join(f"{method} {value:.3g}" for method, value in sums.items())
@@ -84,13 +84,13 @@ class Display:
         self._cells.update(self._bars[task], completed=report.step, phase=phase)
 
     def ended(self, task: Task, text: str, style: str = "") -> None:
-        """A cell's process is gone; `text` says with what result."""
+        """A cell has ended; `text` says with what result."""
         self._cells.remove_task(self._bars.pop(task))
         self.line(text, style)
 
 
 def duration(seconds: float) -> str:
-    """A time in words, to the precision a reader wants: `45 s`, `2.5 min`, `12 min`, `3 h 20 min`."""
+    """A time in words, rounded for a reader: `45 s`, `2.5 min`, `12 min`, `3 h 20 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 570:

@@ -1,4 +1,4 @@
-"""What a run consists of: the task of every cell, and which of them are done, out of date or left to do."""
+"""What a run consists of: the task of every cell, and which of them are done, out of date or still to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from kdtoolkit.benchmark.cell import Task, build_detector, device_name, stretched
 from kdtoolkit.benchmark.datasets import DataSets
 from kdtoolkit.benchmark.keys import cell_parts, difference, key_of
-from kdtoolkit.benchmark.stats import dearest
+from kdtoolkit.benchmark.stats import slowest
 from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, MethodUse, Suite
 from kdtoolkit.distiller import Distiller
@@ -18,7 +18,7 @@ from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 
-STRETCH_SLACK = 1.05  # a stored equal-time row stands until the dearest method has become dearer than this
+STRETCH_SLACK = 1.05  # the stored row of equal time is kept until it would have to be longer by more than this factor
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class Fingerprints:
 
 
 class Plan:
-    """The tasks of a suite's run in a store, for a device (`cpu` or `cuda`) and a number of threads a cell."""
+    """The tasks of one run of a suite.
+
+    `store`: the folder of the run. `device`: `cpu` or `cuda`. `threads`: how many threads each cell uses.
+    """
 
     def __init__(self, suite: Suite, store: Store, sets: DataSets, *, device: str, threads: int) -> None:
         self.suite = suite
@@ -43,7 +46,7 @@ class Plan:
         self._data = Fingerprints(sets.teacher.fingerprint(), sets.student.fingerprint(), sets.val.fingerprint())
 
     def teacher(self) -> Task:
-        """The teacher's task; its result and weights are cached by its key."""
+        """The teacher's task. Its result and weights are stored under its key, for all runs."""
         section = self._teacher_section
         data = f"{self._data.teacher} {self._data.val}"
         parts = self._parts(section, (), 0, section.train.steps, data, "none")
@@ -87,7 +90,7 @@ class Plan:
         )
 
     def complete(self, rows: Iterable[str]) -> bool:
-        """Whether the teacher, all cells of these rows and the baseline at equal time are done and up to date."""
+        """Whether the teacher, all cells of these rows, and the baseline at equal time are done and up to date."""
         tasks = [self.teacher(), *self.cells(rows)]
         if any(self.result(task) is None for task in tasks):
             return False
@@ -95,23 +98,23 @@ class Plan:
         return found is None or all(self.result(task) is not None for task in self.cells([EQUAL_TIME], found[1]))
 
     def cells(self, rows: Iterable[str], stretch: float = 1.0) -> list[Task]:
-        """The tasks of all seeds of these rows, seed by seed: rows can then be compared early."""
+        """The tasks of these rows: all of seed 0, then all of seed 1, and so on. Rows can then be compared early."""
         names = list(rows)
         return [self.cell(row, seed, stretch) for seed in range(self.suite.seeds) for row in names]
 
     def result(self, task: Task) -> CellResult | None:
-        """The stored result of a task, if it is of this very task and whole."""
+        """The stored result of a task; None unless it has the task's key, and its weights are complete."""
         found = _readable(task.result)
         whole = found is not None and found.key == key_of(task.parts) and are_whole(task.result.with_suffix(".pt"))
         return found if whole else None
 
     def measured(self, row: str) -> list[CellResult]:
-        """The stored results of a row."""
+        """The stored results of a row, also those of an earlier version of the suite."""
         found = (_readable(self.store.result_path(row, seed)) for seed in range(self.suite.seeds))
         return [result for result in found if result is not None]
 
     def set_aside_unusable(self) -> dict[str, str]:
-        """Take results away that are damaged, or not of the suite as it is now; why, by the cell's name."""
+        """Set aside the results that are damaged or out of date. Returns the reasons, by the cells' names."""
         reasons = {}
         stretches = {result.seed: result.stretch for result in self.measured(EQUAL_TIME)}
         tasks = [self.teacher(), *self.cells([BASELINE, *self.suite.entries])]
@@ -123,20 +126,20 @@ class Plan:
         return reasons
 
     def _unusable(self, task: Task) -> str | None:
-        """Why a stored result cannot stay; None if it can, or if there is none."""
+        """Why a stored result cannot be used; None if it can, or if there is none."""
         old = _readable(task.result)
         if old is None:
-            return f"is trained again, for {task.result} is damaged" if task.result.exists() else None
+            return f"is trained again, since {task.result} is damaged" if task.result.exists() else None
         if old.key != key_of(task.parts):
             return f"is out of date ({difference(old.key_parts, task.parts)})"
         weights = task.result.with_suffix(".pt")
-        return None if are_whole(weights) else f"is trained again, for {weights} is missing or damaged"
+        return None if are_whole(weights) else f"is trained again, since {weights} is missing or damaged"
 
     def stretch(self) -> tuple[str, float] | None:
-        """The dearest method, and how far the baseline's schedule is stretched to cost as much; None if unmeasured.
+        """The slowest entry, and the factor by which the baseline's schedule must be longer to take as long.
 
-        Costs are compared on the same hardware. A stored stretch stands unless the one needed now is more than 5 %
-        longer.
+        Only costs on the same hardware are compared; None if there are none. The factor of a stored row is kept unless
+        the factor needed now is more than 5 % larger.
         """
         cells = {row: self.measured(row) for row in (BASELINE, *self.suite.entries)}
         found: tuple[str, float] | None = None
@@ -145,7 +148,7 @@ class Plan:
                 row: [result.seconds_per_step for result in results if result.hardware == hardware]
                 for row, results in cells.items()
             }
-            here = dearest(costs.pop(BASELINE), costs)
+            here = slowest(costs.pop(BASELINE), costs)
             if here is not None and (found is None or here[1] > found[1]):
                 found = here
         if found is None:
@@ -155,14 +158,17 @@ class Plan:
 
 
 def _readable(path: Path) -> CellResult | None:
-    """A stored result; None if there is none, or if it is damaged."""
+    """A stored result; None if it is missing or damaged."""
     with suppress(KDError):
         return read_result(path)
     return None
 
 
 def check_methods(suite: Suite, sets: DataSets) -> None:
-    """Build every detector and every pair once, before hours are spent. Raises KDError naming section or entry."""
+    """Build every detector and every pair once, before anything is trained.
+
+    Raises KDError that names the section or entry of the suite.
+    """
     num_classes = len(sets.student.class_names)
     where = "teacher"
     try:
@@ -171,7 +177,9 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
         student = build_detector(suite.student, num_classes, 0)
         for where, detector in (("teacher", teacher), ("student", student)):
             if (known := adapt(detector).spec.num_classes) != num_classes:
-                raise KDError(f"model {getattr(suite, where).model!r} has {known} classes, the data {num_classes}")
+                raise KDError(
+                    f"model {getattr(suite, where).model!r} has {known} classes, and the data has {num_classes}"
+                )
         for where, uses in suite.entries.items():  # noqa: B007 - named in the error
             Distiller(teacher, student, [use.build() for use in uses])
     except KDError as error:
@@ -179,6 +187,6 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
 
 
 def _for_device(section: DetectorSection, device: str) -> DetectorSection:
-    """The section with the precision that `auto` stands for."""
+    """The section with the precision that `auto` means on this device."""
     precision = resolve_precision(section.train.precision, device)
     return section.model_copy(update={"train": section.train.model_copy(update={"precision": precision})})

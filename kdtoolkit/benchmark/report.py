@@ -1,4 +1,4 @@
-"""Boards as Markdown, CSV, JSON and a terminal's table. Numbers are printed as measured."""
+"""The board as Markdown, as CSV, as JSON and as a table on the terminal."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from kdtoolkit.benchmark.stats import Difference, Spread
 from kdtoolkit.benchmark.store import write_atomic
 
 FOOTNOTE = (
-    "AP in percent, mean ± standard deviation over seeds. Differences in brackets: 95 % t-interval of the paired "
-    "difference; each stands for itself, so among twenty such intervals one is expected to miss by chance. "
-    "Gap: share of the way from baseline to teacher."
+    "AP in percent: mean ± standard deviation over seeds. In brackets: the 95 % t-interval of a difference, taken seed "
+    "by seed. Each interval is a separate test: of twenty, one is expected to miss the true difference by chance. "
+    "Gap: how much of the way from the baseline's AP to the teacher's the row has gone."
 )
 
 
 def spread_text(spread: Spread | None) -> str:
-    """`31.2 ± 0.4`, without the spread where there is one seed, `-` where undefined."""
+    """`31.2 ± 0.4`; `31.2` for one seed; `-` if undefined."""
     if spread is None:
         return "-"
     return f"{spread.mean:.1f}" if spread.std is None else f"{spread.mean:.1f} ± {spread.std:.1f}"
 
 
 def mean_text(spread: Spread | None) -> str:
-    """`31.2`, or `-` where undefined."""
+    """`31.2`, or `-` if undefined."""
     return "-" if spread is None else f"{spread.mean:.1f}"
 
 
 def difference_text(difference: Difference | None) -> str:
-    """`+1.2 [+0.3, +2.1]`, without the interval where there is one pair, `-` where there is none."""
+    """`+1.2 [+0.3, +2.1]`; `+1.2` for one pair of seeds; `-` if there is none."""
     if difference is None:
         return "-"
     mean = f"{difference.mean:+.1f}"
@@ -48,7 +48,7 @@ def difference_text(difference: Difference | None) -> str:
 
 
 def gap_text(row: Row) -> str:
-    """`62 %`, or `-`."""
+    """`62 %`, or `-` if undefined."""
     return "-" if row.gap_recovered is None else f"{100 * row.gap_recovered:.0f} %"
 
 
@@ -71,16 +71,16 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "parameters": lambda row: f"{row.parameters:,}",
 }
 WIDE = 170  # characters that all columns need
-NARROW = ("entry", "AP", "vs baseline", "gap", "AP50", "ms/step")  # what 80 hold; the claims say the rest
+NARROW = ("entry", "AP", "vs baseline", "gap", "AP50", "ms/step")  # columns for 80 characters; the claims say the rest
 
 
 def table_rows(board: Board) -> list[Row]:
-    """The teacher's row, then the others by falling AP."""
+    """The teacher's row, then the rows of students, highest AP first."""
     return [*([board.teacher] if board.teacher else []), *board.rows]
 
 
 def write_board(board: Board, folder: Path) -> None:
-    """Write leaderboard.md, .csv, .json and .html. Raises StoreError where the folder cannot be written."""
+    """Write leaderboard.md, .csv, .json and .html. Raises StoreError if the folder cannot be written."""
     rows = [(row, [text(row) for text in list(COLUMNS.values())[1:]]) for row in table_rows(board)]
     contents = {
         "md": to_markdown(board),
@@ -107,7 +107,7 @@ def to_markdown(board: Board) -> str:
 
 
 def to_csv(board: Board) -> str:
-    """The board's rows as CSV, one column a number, empty where undefined."""
+    """The board's rows as CSV: one column for each number, empty if undefined."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     differences = ("versus_baseline", "versus_equal_time")
@@ -127,7 +127,7 @@ def to_csv(board: Board) -> str:
 
 
 def print_board(board: Board, console: Console) -> None:
-    """Print table, claims and warnings; columns that a narrow terminal has no room for are in the files."""
+    """Print table, claims and warnings. A narrow terminal gets few columns; the files have all of them."""
     names = tuple(COLUMNS) if console.width >= WIDE else NARROW
     title = Text(f"{board.title}: {board.description}", style="table.title")
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")

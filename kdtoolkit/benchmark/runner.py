@@ -1,4 +1,7 @@
-"""Runs a suite: teacher and baselines, then the methods, then the baseline at equal time; a board after each cell."""
+"""Runs a suite: teacher and baselines, then the methods, then the baseline at equal time.
+
+The board is written again after each cell.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ from kdtoolkit.options import did_you_mean
 
 @dataclass
 class Outcome:
-    """How a run ended: messages of failed cells by name, and whether it was interrupted."""
+    """How a run ended: why cells failed, by their names, and whether the run was interrupted."""
 
     failures: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
@@ -52,23 +55,25 @@ def run_suite(
     only: Sequence[str] = (),
     fresh: bool = False,
 ) -> Outcome:
-    """Run what is not yet done of a suite, into the folder `root`; teachers are kept beside it.
+    """Run those cells of a suite that are not done yet.
 
     Args:
         suite: what to run.
-        root: the run's folder; made if need be.
-        console: where to show it.
-        jobs: cells at a time; one a core on CPU and 1 on a GPU, if None.
+        root: the run's folder. It is made if it does not exist. Teachers are kept in a folder beside it.
+        console: where to show progress.
+        jobs: how many cells run at the same time. None: one for each core on a CPU, 1 on a GPU.
         device: `cpu` or `cuda`.
-        only: entries to run besides the baseline; all if empty.
-        fresh: run again what `only` names, or all and the teacher.
+        only: the entries to run besides the baseline. Empty: all entries.
+        fresh: run the entries of `only` again, or all rows and the teacher if it is empty.
 
-    Raises KDError where the suite does not fit the data, the folder cannot be written or another run holds it.
+    Raises KDError if the suite does not fit the data, if the folder cannot be written, or if another run works in it.
     """
     unknown = [name for name in only if name not in (BASELINE, *suite.entries)]
     if unknown:
         known = ", ".join([BASELINE, *suite.entries])
-        raise KDError(f"no entry '{unknown[0]}'{did_you_mean(unknown[0], suite.entries)} in {suite.name}: {known}")
+        raise KDError(
+            f"suite {suite.name} has no entry '{unknown[0]}'{did_you_mean(unknown[0], suite.entries)}; it has {known}"
+        )
     store = Store(root)
     device = str(device)
     jobs = jobs or (cores() if device == "cpu" else 1)
@@ -77,7 +82,7 @@ def run_suite(
     sets = load_data(suite.data, store.pictures)
     plan = Plan(suite, store, sets, device=device, threads=max(1, cores() // jobs))
     if not fresh and plan.complete([BASELINE, *(only or suite.entries)]):
-        console.print(Text(f"{root}: all is done, nothing is run again"), soft_wrap=True)
+        console.print(Text(f"{root}: all cells are done, so nothing is run (--fresh runs them again)"), soft_wrap=True)
         return Outcome()
     check_methods(suite, sets)
     with store.lock(), Display(console) as display:
@@ -99,7 +104,7 @@ class _Run:
         self.costs = Costs()
         self.outcome = Outcome()
         self.pending: list[Task] = []
-        self.later: list[Task] = []  # the baseline at equal time, until its schedule is known and its cells are pending
+        self.later: list[Task] = []  # cells of the baseline at equal time, until their schedule is known
         self.running: dict[Task, Report] = {}
         self.begun: dict[Task, float] = {}
         self.done = 0
@@ -153,33 +158,33 @@ class _Run:
         if len(self.rows) > 1 and not plan.measured(EQUAL_TIME):
             self.later = plan.cells([EQUAL_TIME])
         if self.done:
-            display.line(f"done already: {self.done} cells, besides the baseline at equal time")
+            display.line(f"done already: {self.done} cells, not counting the baseline at equal time")
 
     def _introduce(self) -> None:
-        """Say what is going to happen, before anything takes long."""
+        """Print what the run will do, before anything takes long."""
         suite, display = self.plan.suite, self.display
         if any(task.entry == TEACHER for task in self.pending):
             display.line(f"teacher: {suite.teacher.model}, {suite.teacher.train.steps} steps")
         rows, seeds = ", ".join(self.rows), f"{suite.seeds} seed{'s' if suite.seeds > 1 else ''}"
         display.line(f"students: {seeds} each of {rows}; {suite.student.train.steps} steps")
         if len(self.rows) > 1:
-            display.line("then the baseline again, for as long as the dearest method took")
+            display.line("then the baseline again, with a schedule that takes as long as the slowest method")
         threads = f"{self.plan.threads} thread{'s' if self.plan.threads > 1 else ''} each"
         where = machine() if self.plan.device == "cpu" else device_name(self.plan.device)
         display.line(f"on {where}: {self.jobs} at a time, {threads}, {self._precision()}")
-        display.line(f"results: {self.plan.store.root}; after Ctrl-C the same command goes on")
+        display.line(f"results: {self.plan.store.root}; after Ctrl-C, run the same command to continue")
         if self.pending:
             display.line(f"data: {self.sets.description}")
             for images in (self.sets.teacher, self.sets.student, self.sets.val):
                 _ = images.in_memory()[0]  # drawn pictures and decoded photos are then there for all cells
 
     def _precision(self) -> str:
-        """The precision of the cells, and why it was chosen where it was."""
+        """The precision of the cells and, if `auto` chose it, why."""
         sections = self.plan.suite.teacher, self.plan.suite.student
         precision = self.plan.cell(BASELINE, 0).parts["precision"]
         if any(section.train.precision != "auto" for section in sections):
             return precision
-        return f"{precision}, as its hardware has {'' if precision == 'bfloat16' else 'no '}bfloat16"
+        return f"{precision}, because this hardware has {'' if precision == 'bfloat16' else 'no '}bfloat16"
 
     def _plan_equal_time(self) -> None:
         self.later = []
@@ -187,23 +192,25 @@ class _Run:
         if found is None:
             if any(self.plan.measured(row) for row in self.plan.suite.entries):
                 self.display.line(
-                    "no baseline at equal time: no method was timed on the hardware of the baseline", "yellow"
+                    "no baseline at equal time: no method was measured on the same hardware as the baseline", "yellow"
                 )
             return
-        dearest, stretch = found
+        slowest, stretch = found
         for task in self.plan.cells([EQUAL_TIME], stretch):
             if self.plan.result(task) is not None:
                 self.done += 1
                 continue
             self.pending.append(task)
             if task.result.exists():
-                set_aside(task.result)  # of a shorter stretch: a row is of one stretch
+                set_aside(task.result)  # its schedule was shorter, and all cells of the row need the same
         if self.pending:
             steps = self.pending[0].steps
-            self.display.line(f"equal time: a step of {dearest} costs {stretch:.2f} plain ones, so {steps} steps")
+            self.display.line(
+                f"equal time: a step of {slowest} takes as long as {stretch:.2f} plain steps, so {steps} steps"
+            )
 
     def _drain(self) -> None:
-        """Run all pending tasks: as many as there are jobs, in order, methods only when the teacher is there."""
+        """Run all pending tasks in order, `jobs` at the same time. Methods wait until the teacher is trained."""
         while self.pending or len(self.workers):
             while len(self.workers) < self.jobs and (task := self._next()) is not None:
                 self.pending.remove(task)
@@ -234,9 +241,9 @@ class _Run:
 
     def _end(self, task: Task, failure: Failure | None) -> None:
         del self.running[task]
-        result = self.plan.result(task)  # what counts is what lies on disk
+        result = self.plan.result(task)  # a cell has succeeded if its result is on disk
         if result is None:
-            failure = failure or Failure("it ended without a result")
+            failure = failure or Failure("its process ended without a result")
             self._fail(task, failure)
             return
         self.done += 1
@@ -259,8 +266,8 @@ class _Run:
         if task.entry == TEACHER:
             for dependent in [other for other in self.pending if other.methods]:
                 self.pending.remove(dependent)
-                self.outcome.failures[dependent.name] = "not run, for there is no teacher"
-            self.display.line("the methods are not run, for there is no teacher", "bold red")
+                self.outcome.failures[dependent.name] = "not run, because the teacher failed"
+            self.display.line("the methods are not run, because the teacher failed", "bold red")
 
     def _error_path(self, task: Task) -> Path:
         if task.entry == TEACHER:
@@ -268,12 +275,12 @@ class _Run:
         return task.result.with_suffix(".error")
 
     def _keep_teacher(self) -> None:
-        """The run's folder tells everything on its own: it has a copy of the teacher's result."""
+        """Copy the teacher's result into the run's folder, so that the folder can be read alone."""
         write_atomic(self.plan.store.teacher_copy, self._teacher_result().model_dump_json(indent=1).encode())
 
     def _teacher_result(self) -> CellResult:
         result = read_result(self.plan.teacher().result)
-        assert result is not None  # called when it is there
+        assert result is not None  # the callers have checked that it is there
         return result
 
     def _write_board(self) -> None:
@@ -282,11 +289,13 @@ class _Run:
     def _show_overall(self) -> None:
         left = self.costs.remaining(self.pending, self.running, self.jobs, self.later, self.rows[1:])
         if left is None:
-            words = "first steps"
+            words = "no estimate yet"
         else:
             words = f"about {duration(left)} left"
             if not self.estimated:
                 self.estimated = True
-                self.display.line(f"time: about {duration(left)}, by the first steps on this machine", "bold")
+                self.display.line(
+                    f"time: about {duration(left)}, estimated from the first steps on this machine", "bold"
+                )
         cells = self.done + len(self.pending) + len(self.running) + len(self.later) + len(self.outcome.failures)
         self.display.overall(self.plan.suite.name, self.done, cells, words)

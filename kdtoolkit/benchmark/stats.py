@@ -1,4 +1,4 @@
-"""Statistics of a leaderboard: spreads over seeds, paired differences, verdicts. Pure functions of numbers."""
+"""Statistics of a leaderboard: spreads over seeds, paired differences, verdicts. All are pure functions of numbers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; between two entries the lower one is used, which
-# makes intervals a little wider than they need be.
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom. A number between two entries takes the smaller entry:
+# the interval is then a little wider than it needs to be.
 _T95 = {
     **dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228), start=1)),
     **dict(enumerate((2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086), start=11)),
@@ -21,7 +21,7 @@ Verdict = Literal["holds", "not shown", "hurts"]
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over seeds and the unbiased standard deviation, which one seed does not have."""
+    """Mean over seeds, and the unbiased standard deviation: None for a single seed."""
 
     mean: float
     std: float | None
@@ -30,7 +30,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference over pairs and its 95 % t-interval, which one pair does not have."""
+    """Mean difference over pairs, and its 95 % t-interval `low` to `high`: None for a single pair."""
 
     mean: float
     low: float | None
@@ -39,19 +39,19 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """What the difference shows: `holds` if the interval lies above 0, `hurts` if below, else `not shown`."""
+        """What the difference shows: "holds" if the interval lies above 0, "hurts" if below 0, else "not shown"."""
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return "not shown"
         return "holds" if self.low > 0 else "hurts"
 
 
 def t95(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t for `degrees` >= 1 of freedom."""
+    """Two-sided 95 % quantile of Student's t with this many degrees of freedom, at least 1."""
     return _T95[max(known for known in _T95 if known <= degrees)]
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Spread of the values that are defined; None if none is."""
+    """Spread of the values that are not None; None if there are no such values."""
     defined = [value for value in values if value is not None]
     if not defined:
         return None
@@ -60,7 +60,10 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 
 def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
-    """Difference of two entries, both by seed, over the seeds they share; None if they share none."""
+    """Difference of two rows over the seeds that both have; None if they have no seed in common.
+
+    `values` and `reference`: the number that each row has for a seed.
+    """
     pairs = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
     found = spread(pairs)
     if found is None:
@@ -72,14 +75,17 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
 
 
 def gap_recovered(value: float, baseline: float, teacher: float) -> float | None:
-    """Share of the way from baseline to teacher; None unless the teacher is above the baseline."""
+    """How much of the way from baseline to teacher `value` has gone: 1 is all of it.
+
+    None if the teacher is not above the baseline.
+    """
     return (value - baseline) / (teacher - baseline) if teacher > baseline else None
 
 
-def dearest(baseline: Iterable[float], entries: Mapping[str, Iterable[float]]) -> tuple[str, float] | None:
-    """The entry whose mean seconds per step are highest, and how often the baseline's fit into them (at least once).
+def slowest(baseline: Iterable[float], entries: Mapping[str, Iterable[float]]) -> tuple[str, float] | None:
+    """The entry with the slowest step, and how many steps of the baseline take as long (at least 1).
 
-    None unless the baseline and some entry have been measured.
+    `baseline`, `entries`: measured seconds per step. None if the baseline or all entries were not measured.
     """
     costs = {name: found.mean for name, values in entries.items() if (found := spread(values)) is not None}
     base = spread(baseline)

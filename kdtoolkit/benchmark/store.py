@@ -1,4 +1,4 @@
-"""Results on disk: a run's folder and the teachers beside it. Whatever is there is complete: writes are atomic."""
+"""Results on disk: a run's folder, and the teachers beside it. Writes are atomic, so no file is half written."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from kdtoolkit.lock import hold
 
 
 class StoreError(KDError):
-    """The results folder cannot be written; no further cell can succeed."""
+    """The results folder cannot be written, so no further cell can succeed."""
 
 
 class CellResult(BaseModel):
     """What one cell measured: one training of a row with one seed.
 
-    `key` and `key_parts`: digests of what determined it. `evaluation`, `per_class`: AP in percent or None.
-    `train_seconds` is the whole training, `step_ms` the median step; `peak_memory_mb` that of the process up to the end
-    of training (on CUDA, of its tensors); `stretch` the factor of the schedule's steps. `history`: loss terms by step.
+    `key`, `key_parts`: digests of all that the result depends on. `evaluation`, `per_class`: AP in percent, or None if
+    undefined. `train_seconds`: the whole training. `step_ms`: the median step. `peak_memory_mb`: peak memory of the
+    process until the end of training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was made
+    longer. `history`: loss terms by step.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,15 +61,15 @@ class CellResult(BaseModel):
 
     @property
     def hardware(self) -> str:
-        """What it was measured on, in words: times of different hardware are not comparable."""
+        """What it was measured on, in words. Times on different hardware cannot be compared."""
         where = self.machine if self.device == "cpu" else f"{self.device} ({self.machine})"
         return f"{where}, {self.threads} thread{'s' if self.threads > 1 else ''} a cell"
 
 
 class Store:
-    """One run's folder, `root`: suite, cells and boards.
+    """The folder of one run, `root`, with its suite, cells and boards.
 
-    `teachers` and `pictures` (drawn ones) lie beside it and are shared by all runs of an output folder.
+    `teachers` and `pictures` (drawn images) lie beside it. All runs of an output folder share them.
     """
 
     def __init__(self, root: Path) -> None:
@@ -78,7 +79,7 @@ class Store:
 
     @property
     def suite_path(self) -> Path:
-        """The suite as run."""
+        """The suite as it was run."""
         return self.root / "suite.yaml"
 
     @property
@@ -87,11 +88,11 @@ class Store:
         return self.root / "teacher.json"
 
     def result_path(self, entry: str, seed: int) -> Path:
-        """A cell's JSON; its student's weights lie beside it, ending in .pt."""
+        """The JSON file of a cell's result. The student's weights lie beside it, in a file that ends in .pt."""
         return self.root / "cells" / entry / f"seed{seed}.json"
 
     def teacher_path(self, key: str) -> Path:
-        """The JSON of the teacher with this key; its weights lie beside it, ending in .pt."""
+        """The JSON file of the teacher with this key. Its weights lie beside it, in a file that ends in .pt."""
         return self.teachers / f"{key}.json"
 
     @contextmanager
@@ -104,39 +105,41 @@ class Store:
 
 
 def read_result(path: Path) -> CellResult | None:
-    """A stored result; None if there is none. Raises KDError if the file is damaged."""
+    """A stored result; None if there is no file. Raises KDError if the file is damaged."""
     try:
         return CellResult.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValidationError) as error:
-        raise KDError(f"{path} is damaged: `kd benchmark run` sets it aside and runs the cell again") from error
+        raise KDError(f"{path} is damaged. `kd benchmark run` sets it aside and runs the cell again") from error
 
 
 def are_whole(weights: Path) -> bool:
-    """Whether a file of weights is there and has its end: one that was cut short is no archive any more."""
+    """Whether a file of weights exists and is complete. A file that was cut short is no ZIP archive any more."""
     return zipfile.is_zipfile(weights)
 
 
 def write_weights(path: Path, model: nn.Module) -> None:
-    """Store a model's plain state dict, on the CPU."""
+    """Store a model's state dict, with its tensors on the CPU."""
     buffer = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, buffer)
     write_atomic(path, buffer.getvalue())
 
 
 def write_result(path: Path, result: CellResult) -> None:
-    """Store a cell's result; its weights are to lie beside it already."""
+    """Store a cell's result. Its weights must be stored before."""
     write_atomic(path, result.model_dump_json(indent=1).encode())
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the errors of a full or read-only disk into a StoreError that names `path`."""
+    """A context in which errors of a full or read-only disk become a StoreError that names `path`."""
     try:
         yield
     except OSError as error:
-        raise StoreError(f"cannot write {path}: {_why(error)}; finished cells are kept, call again to go on") from error
+        raise StoreError(
+            f"cannot write {path}: {_why(error)}. Finished cells are kept; run the same command to continue"
+        ) from error
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -146,13 +149,13 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Take a result that no longer holds off the board, without deleting it."""
+    """Rename a result that is out of date, so that the board leaves it out but nothing is lost."""
     with writing(path):
         path.replace(path.with_suffix(".json.old"))
 
 
 def discard(path: Path) -> None:
-    """Delete a file if it is there."""
+    """Delete a file if it exists."""
     with writing(path):
         path.unlink(missing_ok=True)
 

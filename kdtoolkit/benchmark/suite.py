@@ -1,4 +1,4 @@
-"""A suite: one YAML file that says what is compared. Checked before anything runs; errors name the line."""
+"""A suite: one YAML file that says what is compared. It is checked before anything runs; errors name the line."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class _Section(BaseModel):
 
 
 class DataSection(_Section):
-    """Which images. Without `root` they are drawn.
+    """Which images a suite uses.
 
-    `root`: a data set in COCO's, YOLO's or VOC's format, as `open_dataset` takes it. `teacher_images`,
-    `student_images`, `val_images`: how many of its images to use; None means all. `image_size`: side of drawn images,
-    in pixels; photos are scaled down if their longer side is larger. `on_bad`: whether bad images and annotations are
-    an error, or left out.
+    `root`: a data set in COCO's, YOLO's or VOC's format; None draws procedural images. `teacher_images`,
+    `student_images`, `val_images`: how many images; None means all of them. `image_size`: in pixels, the side of a
+    procedural image, or the longest side of a photo (larger photos are scaled down). `on_bad`: whether bad images and
+    annotations are an error ("error") or are left out ("skip").
     """
 
     root: Path | None = None
@@ -60,12 +60,14 @@ class DataSection(_Section):
         if self.root is None:
             counts = ("teacher_images", "student_images", "val_images")
             if missing := [name for name in counts if getattr(self, name) is None]:
-                raise ValueError(f"procedural data needs {', '.join(missing)}: there is no 'all' of it")
+                raise ValueError(
+                    f"procedural data needs {', '.join(missing)}: without `root`, images are drawn, as many as you say"
+                )
         return self
 
 
 class DetectorSection(_Section):
-    """A detector, by the name and arguments of `build_model`, and how it is trained."""
+    """A detector, given by the name and arguments that `build_model` takes, and how it is trained."""
 
     model: str
     args: dict[str, Any] = {}
@@ -73,27 +75,27 @@ class DetectorSection(_Section):
 
 
 class _Extras(_Section):
-    """What every method takes besides its own arguments: `Method.scheduled` and `Method.at_strides`."""
+    """The arguments that all methods have in common: those of `Method.scheduled` and `Method.at_strides`."""
 
     warmup: int | None = Field(None, ge=0)
     decay: int | None = Field(None, ge=0)
     stop: int | None = Field(None, ge=0)
+    start: int | None = Field(None, ge=0)
+    every: int | None = Field(None, ge=1)
     strides: tuple[int, ...] | None = None
 
     def extend(self, method: Method) -> Method:
         """Give a method its schedule and its levels."""
-        if schedule := self.model_dump(include={"warmup", "decay", "stop"}, exclude_none=True):
+        if schedule := self.model_dump(exclude={"strides"}, exclude_none=True):
             method.scheduled(**schedule)
         return method.at_strides(*self.strides) if self.strides else method
 
 
 class MethodUse(_Section):
-    """A method and what is changed of its defaults; in YAML `CrossKD` or `{FGD: {foreground_weight: 0.001}}`.
+    """A method with its arguments. In YAML it is `CrossKD` or, with arguments, `{FGD: {foreground_weight: 0.001}}`.
 
-    Published settings for other detectors have names of their own, such as `CrossKD.for_fcos`.
-
-    Besides its own arguments each takes those of its weights' schedule, `warmup`, `decay` and `stop`, in steps, and
-    `strides`, the levels that it is applied to.
+    Published settings for certain detectors have their own names, such as `CrossKD.for_fcos`. All methods also take
+    `warmup`, `decay` and `stop`, in steps, and `strides`, the levels that the method is applied to.
     """
 
     name: str
@@ -111,9 +113,7 @@ class MethodUse(_Section):
         own, extras = _split(args)
         allowed = [*inspect.signature(methods[name]).parameters, *_Extras.model_fields]
         if any(isinstance(key, bool) for key in own):
-            raise ValueError(
-                f"{name}: YAML takes the key `on` for true, and `off` for false: write it in quotes, as 'on'"
-            )
+            raise ValueError(f"{name}: YAML reads the key `on` as true, and `off` as false. Write it in quotes: 'on'")
         if unknown := [_unknown_key(str(key), allowed) for key in own if key not in allowed]:
             raise ValueError("; ".join(f"{name}: {problem}" for problem in unknown))
         try:
@@ -147,7 +147,7 @@ class MethodUse(_Section):
 
 
 class Suite(_Section):
-    """What is compared: a teacher, and a student alone (`baseline`, always there) and by each entry's methods."""
+    """What is compared: one student, trained alone (the row `baseline`) and with the methods of each entry."""
 
     name: str = Field(pattern=_FOLDER_NAME)
     description: str
@@ -163,25 +163,25 @@ class Suite(_Section):
     def _names_differ(cls, entries: dict[str, tuple[MethodUse, ...]]) -> dict[str, tuple[MethodUse, ...]]:
         names = [BASELINE, EQUAL_TIME, TEACHER]
         for name, methods in entries.items():
-            if name.lower() in names:  # folders of some systems do not tell case apart
-                raise ValueError(f"entry '{name}' has the name of another row")
+            if name.lower() in names:  # some systems take names of folders that differ in case for the same
+                raise ValueError(f"entry '{name}' has the same name as another row")
             if not methods:
-                raise ValueError(f"entry '{name}' has no methods; the baseline is there without being listed")
+                raise ValueError(f"entry '{name}' has no methods; the baseline is always run, and need not be listed")
             names.append(name.lower())
         return entries
 
     def methods(self, row: str) -> tuple[MethodUse, ...]:
-        """Methods of a row; none for the baseline rows and the teacher."""
+        """The methods of a row. The two baselines and the teacher have none."""
         return self.entries.get(row, ())
 
     def to_yaml(self) -> str:
-        """The suite as a file that `load_suite` reads back."""
+        """The suite as YAML, which `load_suite` can read."""
         fields = self.model_dump(mode="json", exclude_unset=True)
         return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=120)
 
 
 def load_suite(name_or_path: str) -> Suite:
-    """Read an embedded suite or a YAML file. Raises KDError naming file, line and what is allowed."""
+    """Read an embedded suite or a YAML file. Raises KDError that names file and line, and says what is allowed."""
     path = suite_path(name_or_path)
     try:
         text = path.read_text("utf-8")
@@ -193,7 +193,7 @@ def load_suite(name_or_path: str) -> Suite:
 
 
 def parse_suite(text: str, source: str) -> Suite:
-    """Check a suite's YAML text; `source` names it in errors. Raises KDError with one line an error."""
+    """Read a suite from YAML text. `source` is its name in errors. Raises KDError with one line for each error."""
     try:
         tree = yaml.compose(text, yaml.SafeLoader)
         raw = yaml.safe_load(text)
@@ -214,27 +214,27 @@ def parse_suite(text: str, source: str) -> Suite:
 
 
 def change(suite: Suite, data: Mapping[str, Any] | None = None, **fields: Any) -> Suite:
-    """A copy with other fields, and other fields of its data section; checked again."""
+    """A copy of the suite with some fields changed, checked again. `data`: fields to change of the data section."""
     raw = suite.model_dump(exclude_unset=True)
     raw["data"].update(data or {})
     return Suite.model_validate({**raw, **fields})
 
 
 def _factories() -> dict[str, Callable[..., Method]]:
-    """All that makes a method, by name: classes, and their published settings."""
+    """Everything that builds a method, by name: the classes, and their published settings."""
     methods = all_methods()
     settings = [published_settings(method) for method in methods.values()]
-    return {**methods, **{name: make for each in settings for name, make in each.items()}}
+    return {**methods, **{name: build for each in settings for name, build in each.items()}}
 
 
 def _split(args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A method's own arguments, and those that every method takes."""
+    """Split arguments into the method's own and those of `_Extras`."""
     extras = {name: args[name] for name in _Extras.model_fields if name in args}
     return {name: value for name, value in args.items() if name not in extras}, extras
 
 
 def _number(value: Any) -> Any:
-    """A number where YAML takes one for text: 1e-3 without a point."""
+    """The number, if YAML reads a number as text, as it does with 1e-3."""
     if isinstance(value, str):
         with suppress(ValueError):
             return float(value)
@@ -265,7 +265,7 @@ def _reason(section: type[BaseModel], error: ErrorDetails) -> str:
 
 
 def _model_at(loc: Sequence[int | str]) -> type[BaseModel]:
-    """The section of the schema in which an error lies."""
+    """The section of the schema that an error is in."""
     model: type[BaseModel] = Suite
     for part in loc:
         field = model.model_fields.get(str(part))
@@ -276,7 +276,7 @@ def _model_at(loc: Sequence[int | str]) -> type[BaseModel]:
 
 
 def _line(node: yaml.Node, loc: Sequence[int | str]) -> int:
-    """Line, from 1, of the key or item at `loc`, or of the last one on the way that the file has."""
+    """The line, counted from 1, of the key or item at `loc`; if the file lacks it, of the nearest one above it."""
     line = node.start_mark.line
     for part in loc:
         if isinstance(node, yaml.MappingNode):
@@ -292,12 +292,12 @@ def _line(node: yaml.Node, loc: Sequence[int | str]) -> int:
 
 
 def _duplicates(node: yaml.Node) -> Iterator[tuple[int, str]]:
-    """Keys written twice: YAML would silently take the last."""
+    """Keys that are written twice. YAML would take the last one without a word."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
             if key.value in seen:
-                yield key.start_mark.line + 1, f"key '{key.value}' is there twice"
+                yield key.start_mark.line + 1, f"key '{key.value}' is written twice"
             seen.add(key.value)
             yield from _duplicates(value)
     elif isinstance(node, yaml.SequenceNode):

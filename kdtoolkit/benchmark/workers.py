@@ -1,4 +1,4 @@
-"""Worker processes: one fresh process a cell, so that memory is measured clean and a crash costs one cell only."""
+"""Worker processes: each cell runs in a new process. So its memory is its own, and a crash ends no other cell."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class _Running:
 
 @dataclass(frozen=True)
 class Ended:
-    """A worker is gone; `failure` says why if it did not come to its end."""
+    """A worker has ended; `failure` says why if it did not finish its cell."""
 
     failure: Failure | None
 
 
 class Workers:
-    """Runs tasks, one process each. They end with this process, however it ends, and with `stop`."""
+    """Runs tasks, each in a process. They end with `stop`, and when this process ends, even if it is killed."""
 
     def __init__(self) -> None:
         self._context = _context()
@@ -46,15 +46,15 @@ class Workers:
         return len(self._running)
 
     def start(self, task: Task) -> None:
-        """Run a task in a new process."""
+        """Start a task in a new process."""
         ours, theirs = self._context.Pipe()
         process: BaseProcess = self._context.Process(target=work, args=(task, theirs), name=task.name)  # type: ignore[attr-defined]
         process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        theirs.close()  # then the pipe closes when the process ends
         self._running.append(_Running(task, process, ours))
 
     def events(self, timeout: float) -> Iterator[tuple[Task, Report | Ended]]:
-        """What the workers said within `timeout` seconds; returns as soon as one has said something."""
+        """What the workers reported. Waits at most `timeout` seconds, and no longer than until the first report."""
         wait([worker.pipe for worker in self._running], timeout)
         for worker in list(self._running):
             try:
@@ -71,7 +71,7 @@ class Workers:
                 yield worker.task, Ended(worker.failure or _death(worker.process.exitcode))
 
     def stop(self) -> None:
-        """End all workers now; what they have not stored is lost."""
+        """End all workers now. What they have not stored is lost."""
         for worker in self._running:
             worker.process.kill()
         for worker in self._running:
@@ -81,16 +81,16 @@ class Workers:
 
 
 def work(task: Task, pipe: Connection) -> None:
-    """Run a cell as a process: `pipe` takes Reports and, where it fails, a Failure; the result itself goes to disk."""
+    """Run a cell in this process. Reports, and a Failure if the cell fails, go into `pipe`; the result goes to disk."""
     faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the run; the parent ends its workers
     threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     log = task.result.with_suffix(".log")
     try:
         with writing(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             file = log.open("w", encoding="utf-8")
-        with file:  # what libraries and crashes say would tear the display to pieces
+        with file:  # output of libraries and of crashes goes into the log: on the terminal it would break the display
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             run(task, pipe.send)
@@ -105,7 +105,7 @@ def work(task: Task, pipe: Connection) -> None:
 
 
 def _end_with_parent(pipe: Connection) -> None:
-    """Nothing is ever sent to a worker: what ends the wait is the parent's end of the pipe being closed."""
+    """End this process when the parent has ended: the parent sends nothing, so the wait lasts until its end closes."""
     with suppress(EOFError, OSError):
         pipe.recv_bytes()
     os._exit(1)
@@ -115,13 +115,13 @@ def _death(exitcode: int | None) -> Failure | None:
     if exitcode == 0:
         return None
     if exitcode is not None and exitcode < 0:
-        hint = " (out of memory? try fewer --jobs)" if exitcode == -signal.SIGKILL else ""
+        hint = " (out of memory? try a smaller --jobs)" if exitcode == -signal.SIGKILL else ""
         return Failure(f"its process was ended by {signal.Signals(-exitcode).name}{hint}")
     return Failure(f"its process ended with exit code {exitcode}")
 
 
 def _context() -> BaseContext:
-    """Processes forked from a clean server that has imported the heavy modules once; spawned where there is no fork."""
+    """How processes start: forked from a server that has imported torch once; spawned on systems without fork."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

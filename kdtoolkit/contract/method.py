@@ -51,9 +51,11 @@ class Method(nn.Module, ABC):
         if "__init__" in vars(cls):
             cls.__init__ = _checking_options(cls.__init__)  # type: ignore[method-assign]
 
-    def scheduled(self, *, warmup: int = 0, decay: int = 0, stop: int | None = None) -> Self:
+    def scheduled(
+        self, *, warmup: int = 0, decay: int = 0, stop: int | None = None, start: int = 0, every: int = 1
+    ) -> Self:
         """Let the weights follow a `Schedule`. Returns the method itself: `PKD().scheduled(stop=9000)`."""
-        self.schedule = Schedule(warmup, decay, stop)
+        self.schedule = Schedule(warmup, decay, stop, start, every)
         return self
 
     def at_strides(self, *strides: int) -> Self:

@@ -27,10 +27,11 @@ METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Average precisions in percent, [0, 100]; None where nothing of that kind is in the ground truth.
+    """Average precisions in percent, [0, 100]. One is None where the ground truth has no object of its kind.
 
-    `ap` is the mean over IoU thresholds 0.50:0.05:0.95; `ap_small` and so on are of objects below 32^2, from there to
-    96^2, and above 96^2 pixels of the original image. `images` and `detections` are counts.
+    `ap` is the mean over the IoU thresholds 0.50, 0.55 ... 0.95. `ap_small`, `ap_medium` and `ap_large` are those of
+    objects below 32^2 pixels of the original image, of 32^2 to 96^2, and above 96^2. `images` and `detections` are
+    counts.
     """
 
     ap: float | None
@@ -62,19 +63,20 @@ def evaluate(
         model: a detector or an adapter of one. It runs in eval mode; the modes of its modules are restored.
         dataset: the images and their ground truth.
         batch_size: images at a time.
-        device: where `model` lies; None asks the model itself.
+        device: the device of `model`; None takes it from the model itself.
         precision: `bfloat16` or `float16` for autocast; `auto` for bfloat16 where the hardware has it.
-        labels_from: for a plain module, which is called as torchvision's detectors are: on a list of images (3, H, W)
-            float32 in [0, 1], for a list of Detections. It says whether the first class has the label 0 or, where 0 is
-            background, 1. None runs the detector through the adapter that knows it, or counts from 0 if none does.
+        labels_from: for a plain module, which is called as torchvision's detectors are: with a list of images (3, H, W)
+            float32 in [0, 1]; it returns a list of Detections. 0 if the first class has label 0; 1 if label 0 is
+            background. None runs the detector through the adapter that knows it. If no adapter does, labels count
+            from 0.
         input_size: what images are resized to before, at the largest size of its range.
         together: in a run of several processes, each takes its part of the images, and all get the result of all.
             Every process must call it then.
-        progress: called with the images done, and all of them.
+        progress: called with the number of images done and the number of all images.
 
-    Raises KDError before anything runs where the adapter for the model refuses it, where its number of classes
-    is not the data set's, and where the model lies on another device. Raises it later where a detection is not finite
-    or has a label that the data set does not know.
+    Raises KDError before anything runs if the model's adapter refuses it, if its number of classes differs from the
+    data set's, or if it lies on another device. Raises KDError later if a detection is not finite, or has a label that
+    the data set does not have.
     """
     if not isinstance(model, nn.Module | DetectorAdapter):
         raise KDError(f"the model must be a detector, an nn.Module, or an adapter of one; it is {model!r}")

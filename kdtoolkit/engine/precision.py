@@ -1,4 +1,4 @@
-"""Which precision suits a machine: bfloat16 is faster only where the hardware computes in it."""
+"""Which precision suits a machine. bfloat16 is faster only where the hardware computes in it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _ISA_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AV
 def has_bfloat16(device: str | torch.device = "cpu") -> bool:
     """Whether the device multiplies bfloat16 in hardware.
 
-    On a CPU that takes AVX512-BF16 or AMX instructions, which `ONEDNN_MAX_CPU_ISA` can hide; on CUDA a compute
-    capability of at least 8. Other devices count as without.
+    A CPU needs AVX512-BF16 or AMX instructions for it, which the environment variable `ONEDNN_MAX_CPU_ISA` can hide. A
+    CUDA device needs a compute capability of at least 8. All different devices count as without.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -34,9 +34,9 @@ def has_bfloat16(device: str | torch.device = "cpu") -> bool:
 
 
 def resolve_precision(precision: Literal["auto"] | Precision, device: str | torch.device = "cpu") -> Precision:
-    """The precision that `auto` stands for on a device: bfloat16 where its hardware has it, else float32.
+    """The precision to compute in on a device. `auto` is bfloat16 where the hardware has it, else float32.
 
-    Raises KDError for the name of another precision.
+    Raises KDError if there is no precision of that name.
     """
     if precision not in ("auto", "float32", "bfloat16", "float16"):
         raise KDError(f"precision is 'auto', 'float32', 'bfloat16' or 'float16', not {precision!r}")

@@ -28,9 +28,10 @@ IOU_THRESHOLDS: Floats = np.linspace(0.5, 0.95, 10)
 
 @dataclass(frozen=True)
 class Found:
-    """Detections of all images: `images` (D,) and `classes` (D,) are places in the ground truth's lists.
+    """The detections of several images.
 
-    `boxes` (D, 4) are x, y, width, height in pixels of the original image, `scores` (D,) as the detector gives them.
+    `images` (D,) and `classes` (D,) are places in the ground truth's lists of images and categories. `boxes` (D, 4) are
+    x, y, width and height in pixels of the original image. `scores` (D,) are those of the detector.
     """
 
     images: Ints
@@ -45,9 +46,9 @@ class Found:
 
 
 def precisions(truth: Mapping[str, Any], found: Found) -> Floats:
-    """Precisions (10 IoU thresholds, 101 recalls, K classes, 4 ranges of areas) in [0, 1]; -1 where nothing is to find.
+    """Precisions (10 IoU thresholds, 101 recalls, K classes, 4 ranges of areas) in [0, 1]; -1 if there is no object.
 
-    `truth` is in COCO's format. Classes are in the order of their ids; of an image and class 100 detections count.
+    `truth` is in COCO's format. Classes are in the order of their ids. In each image 100 detections of a class count.
     """
     images, classes = (np.array([entry["id"] for entry in truth[name]], np.int64) for name in ("images", "categories"))
     rows = np.column_stack([images[found.images], found.boxes, found.scores, classes[found.classes]])

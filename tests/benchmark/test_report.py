@@ -71,7 +71,7 @@ def test_one_seed_has_no_spread_and_says_so(tmp_path):
     pkd = next(row for row in board.rows if row.entry == "PKD")
     assert pkd.metrics["ap"].std is None
     assert pkd.versus_baseline.low is None
-    assert any("one seed" in warning for warning in board.warnings)
+    assert any("one seed only" in warning for warning in board.warnings)
     claims = [claim.text for claim in board.claims]
     assert "PKD is above the baseline at equal steps: +2.00 AP (no interval, 1 seed): not shown with 1 seed" in claims
 
@@ -99,8 +99,9 @@ def test_times_of_different_hardware_are_neither_averaged_nor_unnamed(tmp_path):
     assert rows["PKD"].versus_baseline.mean == pytest.approx(2.0)
     assert (rows[BASELINE].step_ms, rows[EQUAL_TIME].step_ms) == (200.0, 200.0)
     assert board.warnings[1] == (
-        "times and memory were measured on different hardware, so compare them within one, and a row that has both "
-        "shows none. a machine, 1 thread a cell: baseline (seed 0, 1, 2), PKD (seed 0, 2), CrossKD+PKD (seed 0, 1, 2), "
+        "the cells were measured on different hardware. Compare times and memory only between cells on the same "
+        "hardware; rows that mix hardware show none. a machine, 1 thread a cell: "
+        "baseline (seed 0, 1, 2), PKD (seed 0, 2), CrossKD+PKD (seed 0, 1, 2), "
         "teacher; another machine, 1 thread a cell: PKD (seed 1), baseline (equal time) (seed 0, 1, 2)"
     )
     write_board(board, root)

@@ -119,7 +119,7 @@ def test_what_is_done_is_not_run_again(finished, monkeypatch):
     monkeypatch.setattr("kdtoolkit.data.shapes._Scene", None)  # nor is anything drawn
     outcome, text = run(tiny(), finished)
     assert dates(finished) == before
-    assert text.strip() == f"{finished}: all is done, nothing is run again"
+    assert text.strip() == f"{finished}: all cells are done, so nothing is run (--fresh runs them again)"
     assert outcome.failures == {}
 
 
@@ -175,9 +175,9 @@ def test_damaged_files_are_named_and_trained_again(finished, tmp_path):
     outcome, text = run(tiny(), root)
     assert outcome.failures == {}
     for name, path in (("teacher", teacher), ("PKD, seed 1", weights)):
-        assert f"{name} is trained again, for {path} is missing or damaged" in text
+        assert f"{name} is trained again, since {path} is missing or damaged" in text
     for name, path in (("PKD, seed 0", result), (f"{EQUAL_TIME}, seed 0", equal)):
-        assert f"{name} is trained again, for {path} is damaged" in text
+        assert f"{name} is trained again, since {path} is damaged" in text
     changed = {path for path, date in dates(root).items() if date != before.get(path)}
     assert changed >= {
         result.relative_to(root),
@@ -271,7 +271,9 @@ def test_a_method_that_cannot_work_is_found_before_anything_runs(tmp_path):
 
 
 def test_an_unknown_entry_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(KDError, match=r"no entry 'PDK' \(did you mean 'PKD'\?\) in tiny: baseline, PKD, CrossKD\+PKD"):
+    with pytest.raises(
+        KDError, match=r"tiny has no entry 'PDK' \(did you mean 'PKD'\?\); it has baseline, PKD, CrossKD\+PKD"
+    ):
         run(tiny(), tmp_path / "tiny", only=["PDK"])
 
 

@@ -27,7 +27,7 @@ def test_a_suite_is_read():
     crosskd, pkd = (use.build() for use in suite.methods("CrossKD+PKD"))
     assert isinstance(crosskd, CrossKD)
     assert isinstance(pkd, PKD)
-    assert pkd.weight == 3.0
+    assert pkd.weights == (3.0,)
     assert suite.methods("baseline") == ()
 
 
@@ -35,7 +35,7 @@ def test_published_settings_for_other_detectors_have_names():
     use = MethodUse.model_validate("CrossKD.for_fcos")
     assert use.method is CrossKD
     built = use.build()
-    assert (built.stage, built.box_loss) == (-2, "iou")
+    assert (built.stage, built.distances.box_loss) == (-2, "iou")
     assert MethodUse.model_validate({"PKD.for_fcos": {"stop": 9}}).build().schedule == Schedule(stop=9)
     with pytest.raises(ValidationError, match="unknown key 'weight'"):
         MethodUse.model_validate({"PKD.for_fcos": {"weight": 3.0}})
@@ -73,11 +73,11 @@ def test_what_is_written_reads_back():
             ["PKD: stop=0 ends the method before its first step", "leave the method out"],
         ),
         ("PKD: [PKD]", "PKD: [{CWD: {'on': logit}}]", "CWD", ["CWD(on='logit')", "did you mean 'logits'"]),
-        ("PKD: [PKD]", "PKD: [{CWD: {on: logits}}]", "CWD", ["CWD: YAML takes the key `on`", "quotes"]),
+        ("PKD: [PKD]", "PKD: [{CWD: {on: logits}}]", "CWD", ["CWD: YAML reads the key `on`", "quotes"]),
         ("PKD: [PKD]", "PKD: []", "entries", ["entry 'PKD' has no methods"]),
-        ("PKD: [PKD]", "Baseline: [PKD]", "entries", ["'Baseline' has the name of another row"]),
+        ("PKD: [PKD]", "Baseline: [PKD]", "entries", ["'Baseline' has the same name as another row"]),
         ("PKD: [PKD]", "../PKD: [PKD]", "../PKD", ["../PKD"]),
-        ("seeds: 2", "seeds: 2\nseeds: 3", "seeds: 3", ["key 'seeds' is there twice"]),
+        ("seeds: 2", "seeds: 2\nseeds: 3", "seeds: 3", ["key 'seeds' is written twice"]),
         ("{weight: 3.0}", "{weight: 3.0", "entries", ["not YAML"]),
     ],
 )

@@ -8,6 +8,7 @@ Private name used: `TimmBackbone._backbone`, for its strides.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,6 +74,7 @@ class TransformersAdapter(DetectorAdapter):
 
     model: Any
     kind: ClassVar[type[nn.Module]]
+    family: ClassVar[str]
     default_mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
     default_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
     # Whether the model masks padding, so that its boxes are relative to each image's content; else to the canvas.
@@ -97,6 +99,16 @@ class TransformersAdapter(DetectorAdapter):
         self.image_mean = tuple(mean if image_mean is None else image_mean)
         self.image_std = tuple(std if image_std is None else image_std)
         self.size_divisor = size_divisor
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, num_classes: int) -> nn.Module:
+        """A narrow and shallow detector of this kind."""
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
+        """A narrow and shallow one."""
+        return {cls.family: partial(stirred, cls.tiny)}
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -292,6 +304,18 @@ def pixel_mask(batch: Batch) -> Tensor:
     for i, (height, width) in enumerate(batch.sizes):
         mask[i, :height, :width] = 1
     return mask
+
+
+def to_tokens(level: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H * W, C)."""
+    return level.flatten(2).transpose(1, 2)
+
+
+def level_layout(shapes: tuple[tuple[int, int], ...], device: torch.device) -> dict[str, Any]:
+    """How levels of (H, W) cells lie one after the other: keyword arguments of the library's deformable attention."""
+    spatial_shapes = torch.as_tensor(shapes, dtype=torch.long, device=device)
+    starts = torch.cat((spatial_shapes.new_zeros((1,)), spatial_shapes.prod(1).cumsum(0)[:-1]))
+    return {"spatial_shapes": spatial_shapes, "spatial_shapes_list": list(shapes), "level_start_index": starts}
 
 
 def to_state(hidden: Tensor) -> State:

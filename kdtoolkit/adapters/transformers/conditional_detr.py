@@ -6,18 +6,16 @@ called in the same order, so that predictions, losses and draws of dropout are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
+from torch import Tensor
+from transformers import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from transformers.models.conditional_detr import modeling_conditional_detr
 
-from kdtoolkit.adapters.transformers.base import Queries, stirred
+from kdtoolkit.adapters.transformers.base import Queries
 from kdtoolkit.adapters.transformers.detr import DetrAdapter
-from kdtoolkit.adapters.transformers.detr_base import Memory, attention_mask_of, offset, tiny_detr
+from kdtoolkit.adapters.transformers.detr_base import Memory, attention_mask_of, offset
 
 # Without types in the library.
 _conditional: Any = modeling_conditional_detr
@@ -33,6 +31,7 @@ class ConditionalDetrAdapter(DetrAdapter):
     activation = "sigmoid"
     processor = ConditionalDetrImageProcessor
     kind = ConditionalDetrForObjectDetection
+    family = "Conditional DETR"
     prior_form = "queries of content {0}, positions {0}, reference points"
 
     def refuses(self) -> str | None:
@@ -43,15 +42,6 @@ class ConditionalDetrAdapter(DetrAdapter):
                 "model.config.decoder_layerdrop and model.model.decoder.layerdrop to 0"
             )
         return super().refuses()
-
-    @classmethod
-    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow Conditional DETR."""
-        return {
-            "Conditional DETR": partial(
-                stirred, partial(tiny_detr, ConditionalDetrForObjectDetection, ConditionalDetrConfig)
-            )
-        }
 
     def queries(self, memory: Memory) -> Queries:
         """Learned positions, and the points made from them; the content is zero."""

@@ -6,18 +6,16 @@ called in the same order, so that predictions, losses and draws of dropout are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ConditionalDetrImageProcessor, DabDetrConfig, DabDetrForObjectDetection
+from transformers import ConditionalDetrImageProcessor, DabDetrForObjectDetection
 from transformers.models.dab_detr import modeling_dab_detr
 
-from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, stirred
+from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, to_tokens
 from kdtoolkit.adapters.transformers.detr import DetrAdapter
-from kdtoolkit.adapters.transformers.detr_base import Memory, repeated, tiny_detr, to_map, to_tokens
+from kdtoolkit.adapters.transformers.detr_base import Memory, repeated, to_map
 from kdtoolkit.contract import Batch
 
 # Without types in the library.
@@ -30,12 +28,8 @@ class DabDetrAdapter(DetrAdapter):
     activation = "sigmoid"
     processor = ConditionalDetrImageProcessor
     kind = DabDetrForObjectDetection
+    family = "DAB-DETR"
     prior_form = "queries of content {0}, reference boxes"
-
-    @classmethod
-    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow DAB-DETR."""
-        return {"DAB-DETR": partial(stirred, partial(tiny_detr, DabDetrForObjectDetection, DabDetrConfig))}
 
     def _backbone(self) -> nn.Module:
         backbone: nn.Module = self.model.model.backbone.conv_encoder.model

@@ -6,16 +6,14 @@ called in the same order, so that predictions, losses and draws of dropout are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, DeformableDetrImageProcessor
+from transformers import DeformableDetrForObjectDetection, DeformableDetrImageProcessor
 from transformers.models.deformable_detr import modeling_deformable_detr
 
-from kdtoolkit.adapters.transformers.base import Queries, backbone_strides, pixel_mask, stirred
+from kdtoolkit.adapters.transformers.base import Queries, backbone_strides, level_layout, pixel_mask, to_tokens
 from kdtoolkit.adapters.transformers.detr_base import (
     DetrBase,
     Memory,
@@ -25,9 +23,9 @@ from kdtoolkit.adapters.transformers.detr_base import (
     tiny_backbone,
     tiny_detr,
     to_map,
-    to_tokens,
 )
 from kdtoolkit.contract import Batch, DetectorSpec
+from kdtoolkit.detectors.precision import without_narrow_bfloat16
 
 # Without types in the library.
 _deformable: Any = modeling_deformable_detr
@@ -42,11 +40,21 @@ class DeformableDetrAdapter(DetrBase):
 
     processor = DeformableDetrImageProcessor
     kind = DeformableDetrForObjectDetection
+    family = "Deformable DETR"
 
     @classmethod
-    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow Deformable DETR with box refinement and two stages."""
-        return {"Deformable DETR": partial(stirred, tiny_deformable)}
+    def tiny(cls, num_classes: int) -> nn.Module:
+        """One with box refinement and two stages."""
+        # 64 channels: its group norm of 32 groups has nothing to compare in groups of one channel on a map of one cell.
+        return tiny_detr(
+            cls.kind,
+            num_classes,
+            backbone_config=tiny_backbone(2, 3, 4),
+            d_model=64,
+            two_stage=True,
+            with_box_refine=True,
+            two_stage_num_proposals=20,
+        )
 
     def describe(self) -> DetectorSpec:
         """The detector's facts."""
@@ -67,10 +75,11 @@ class DeformableDetrAdapter(DetrBase):
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Backbone, projections and encoder: the encoder's output as maps."""
         model = self.model.model
-        maps = [feature_map for feature_map, _ in model.backbone(batch.images, pixel_mask(batch))]
-        sources = [project(x) for project, x in zip(model.input_proj, maps, strict=False)]
-        for i in range(len(sources), self.model.config.num_feature_levels):
-            sources.append(model.input_proj[i](maps[-1] if i == len(maps) else sources[-1]))
+        with without_narrow_bfloat16(batch.images, self.spec.strides[-1]):
+            maps = [feature_map for feature_map, _ in model.backbone(batch.images, pixel_mask(batch))]
+            sources = [project(x) for project, x in zip(model.input_proj, maps, strict=False)]
+            for i in range(len(sources), self.model.config.num_feature_levels):
+                sources.append(model.input_proj[i](maps[-1] if i == len(maps) else sources[-1]))
         shapes = tuple((x.shape[-2], x.shape[-1]) for x in sources)
         masks = [mask_at(batch, shape) for shape in shapes]
         positions = [
@@ -85,7 +94,7 @@ class DeformableDetrAdapter(DetrBase):
             spatial_position_embeddings=torch.cat(positions, 1),
             valid_ratios=self._valid_ratios(masks),
             return_dict=True,
-            **_levels(shapes, tokens.device),
+            **level_layout(shapes, tokens.device),
         ).last_hidden_state
         levels = torch.split(encoded, [height * width for height, width in shapes], 1)
         return tuple(to_map(level, shape) for level, shape in zip(levels, shapes, strict=True))
@@ -139,7 +148,7 @@ class DeformableDetrAdapter(DetrBase):
             reference[:, :, None] * ratios[:, None],
             encoder_hidden_states=memory.tokens,
             encoder_attention_mask=attend,
-            **_levels(memory.shapes, hidden.device),
+            **level_layout(memory.shapes, hidden.device),
         )
         return output
 
@@ -161,25 +170,3 @@ class DeformableDetrAdapter(DetrBase):
 
     def _boxes(self, offsets: Tensor, reference: Tensor | None) -> Tensor:
         return offset(offsets.float(), _deformable.inverse_sigmoid(reference)).sigmoid()
-
-
-def _levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> dict[str, Any]:
-    """How levels lie one after the other, as deformable attention takes it."""
-    spatial_shapes = torch.as_tensor(shapes, dtype=torch.long, device=device)
-    starts = torch.cat((spatial_shapes.new_zeros((1,)), spatial_shapes.prod(1).cumsum(0)[:-1]))
-    return {"spatial_shapes": spatial_shapes, "spatial_shapes_list": list(shapes), "level_start_index": starts}
-
-
-def tiny_deformable(num_classes: int) -> nn.Module:
-    """A narrow and shallow Deformable DETR with box refinement and two stages, for examples and tests."""
-    # 64 channels: its group norm of 32 groups has nothing to compare in groups of one channel on a map of one cell.
-    return tiny_detr(
-        DeformableDetrForObjectDetection,
-        DeformableDetrConfig,
-        num_classes,
-        backbone_config=tiny_backbone(2, 3, 4),
-        d_model=64,
-        two_stage=True,
-        with_box_refine=True,
-        two_stage_num_proposals=20,
-    )

@@ -6,16 +6,14 @@ called in the same order, so that predictions, losses and draws of dropout are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor
+from transformers import DetrForObjectDetection, DetrImageProcessor
 
-from kdtoolkit.adapters.transformers.base import Queries, backbone_strides, pixel_mask, stirred
-from kdtoolkit.adapters.transformers.detr_base import DetrBase, Memory, mask_at, repeated, tiny_detr, to_map, to_tokens
+from kdtoolkit.adapters.transformers.base import Queries, backbone_strides, pixel_mask, to_tokens
+from kdtoolkit.adapters.transformers.detr_base import DetrBase, Memory, mask_at, repeated, to_map
 from kdtoolkit.contract import Batch, DetectorSpec
 
 
@@ -25,12 +23,8 @@ class DetrAdapter(DetrBase):
     activation: ClassVar[Literal["sigmoid", "softmax"]] = "softmax"
     processor: ClassVar[type[Any]] = DetrImageProcessor
     kind: ClassVar[type[nn.Module]] = DetrForObjectDetection
+    family: ClassVar[str] = "DETR"
     prior_form: ClassVar[str] = "queries of content {0}, positions {0}"
-
-    @classmethod
-    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow DETR."""
-        return {"DETR": partial(stirred, partial(tiny_detr, DetrForObjectDetection, DetrConfig))}
 
     def describe(self) -> DetectorSpec:
         """The detector's facts."""

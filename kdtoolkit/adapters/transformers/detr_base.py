@@ -7,14 +7,14 @@ the same submodules, called in the same order, so that predictions, losses and d
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import ConditionalDetrImageProcessor, DabDetrConfig, ResNetConfig
+from transformers import ConditionalDetrImageProcessor, DabDetrForObjectDetection, ResNetConfig
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 from transformers.loss.loss_for_object_detection import HungarianMatcher
 from transformers.masking_utils import create_bidirectional_mask
@@ -66,6 +66,11 @@ class DetrBase(TransformersAdapter):
     """What the four have in common: a decoder whose layers are run one by one."""
 
     processor: ClassVar[type[Any]] = ConditionalDetrImageProcessor
+
+    @classmethod
+    def tiny(cls, num_classes: int) -> nn.Module:
+        """One of 32 channels, with three decoder layers."""
+        return tiny_detr(cls.kind, num_classes)
 
     @abstractmethod
     def memory(self, features: tuple[Tensor, ...], batch: Batch) -> Memory:
@@ -198,11 +203,6 @@ def offset(offsets: Tensor, reference: Tensor) -> Tensor:
     return offsets + F.pad(reference, (0, 4 - reference.shape[-1]))
 
 
-def to_tokens(level: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H * W, C)."""
-    return level.flatten(2).transpose(1, 2)
-
-
 def to_map(tokens: Tensor, shape: tuple[int, int]) -> Tensor:
     """The inverse of `to_tokens`."""
     return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *shape)
@@ -229,11 +229,9 @@ def tiny_backbone(*stages: int) -> Any:
     )
 
 
-def tiny_detr(
-    model: Callable[..., nn.Module], config: Callable[..., Any], num_classes: int, **changes: Any
-) -> nn.Module:
+def tiny_detr(kind: Any, num_classes: int, **changes: Any) -> nn.Module:
     """A narrow and shallow detector of these four, for examples and tests; `changes` are fields of the config."""
-    width = {"hidden_size" if config is DabDetrConfig else "d_model": 32}
+    width = {"hidden_size" if kind is DabDetrForObjectDetection else "d_model": 32}
     settings: dict[str, Any] = {
         "backbone_config": tiny_backbone(4),
         "num_labels": num_classes,
@@ -246,4 +244,5 @@ def tiny_detr(
         "decoder_attention_heads": 4,
         **width,
     }
-    return model(config(**{**settings, **changes}))
+    model: nn.Module = kind(kind.config_class(**{**settings, **changes}))
+    return model

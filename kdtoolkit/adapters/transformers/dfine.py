@@ -10,19 +10,18 @@ distributions at the same queries are equal corrections, of guesses that may dif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Deimv2Config, Deimv2ForObjectDetection, DFineConfig, DFineForObjectDetection
+from transformers import Deimv2ForObjectDetection, DFineForObjectDetection
 from transformers.models.d_fine import modeling_d_fine
 from transformers.models.deimv2 import modeling_deimv2
 
-from kdtoolkit.adapters.transformers.base import IMAGENET_MEAN, IMAGENET_STD, Queries, corners, stirred
-from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, tiny
+from kdtoolkit.adapters.transformers.base import IMAGENET_MEAN, IMAGENET_STD, Queries, corners
+from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter
 from kdtoolkit.adapters.transformers.selecting import Memory, Progress
 from kdtoolkit.contract import Assignment, Batch, Detections, DetectorSpec, HeadTrace, Predictions, Priors
 
@@ -44,12 +43,8 @@ class DFineAdapter(RTDetrAdapter):
     """Adapter of DFineForObjectDetection: boxes by distributions, which layers correct one after the other."""
 
     kind: ClassVar[type[nn.Module]] = DFineForObjectDetection
+    family: ClassVar[str] = "D-FINE"
     modeling: ClassVar[Any] = modeling_d_fine
-
-    @classmethod
-    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow D-FINE."""
-        return {"D-FINE": partial(stirred, partial(tiny, DFineForObjectDetection, DFineConfig))}
 
     def describe(self) -> DetectorSpec:
         """The detector's facts."""
@@ -177,12 +172,8 @@ class Deimv2Adapter(DFineAdapter):
     """
 
     kind: ClassVar[type[nn.Module]] = Deimv2ForObjectDetection
+    family: ClassVar[str] = "DEIMv2"
     modeling: ClassVar[Any] = modeling_deimv2
-
-    @classmethod
-    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow DEIMv2."""
-        return {"DEIMv2": partial(stirred, partial(tiny, Deimv2ForObjectDetection, Deimv2Config))}
 
     def default_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The mean and std that published models want, by their backbone."""

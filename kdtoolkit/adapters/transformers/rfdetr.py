@@ -9,7 +9,7 @@ canvas, as where the library is given no mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -30,7 +30,7 @@ from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher
 from transformers.models.lw_detr import modeling_lw_detr
 from transformers.models.rf_detr import modeling_rf_detr
 
-from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, stirred, weighted
+from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, weighted
 from kdtoolkit.adapters.transformers.selecting import Memory, Progress, SelectingAdapter, Selection
 from kdtoolkit.canvas import Layout
 from kdtoolkit.contract import Assignment, Batch, DetectorSpec, HeadTrace, Predictions, Priors, Target
@@ -50,6 +50,7 @@ class LwDetrAdapter(SelectingAdapter):
 
     processor: ClassVar[type[Any]] = DeformableDetrImageProcessor
     kind: ClassVar[type[nn.Module]] = LwDetrForObjectDetection
+    family: ClassVar[str] = "LW-DETR"
     # The library's module of the model, without types there.
     modeling: ClassVar[Any] = modeling_lw_detr
 
@@ -64,9 +65,9 @@ class LwDetrAdapter(SelectingAdapter):
         self.size_divisor = self._window()
 
     @classmethod
-    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow LW-DETR."""
-        return {"LW-DETR": partial(stirred, tiny_lw_detr)}
+    def tiny(cls, num_classes: int) -> nn.Module:
+        """One of 32 channels, with three decoder layers."""
+        return tiny_lw_detr(num_classes)
 
     def refuses(self) -> str | None:
         """The library's default config has no level."""
@@ -204,12 +205,13 @@ class RfDetrAdapter(LwDetrAdapter):
 
     processor: ClassVar[type[Any]] = RfDetrImageProcessor
     kind: ClassVar[type[nn.Module]] = RfDetrForObjectDetection
+    family: ClassVar[str] = "RF-DETR"
     modeling: ClassVar[Any] = modeling_rf_detr
 
     @classmethod
-    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow RF-DETR."""
-        return {"RF-DETR": partial(stirred, tiny_rf_detr)}
+    def tiny(cls, num_classes: int) -> nn.Module:
+        """One of 32 channels, with three decoder layers."""
+        return tiny_rf_detr(num_classes)
 
     def _strides(self) -> tuple[int, ...]:
         return (int(self.model.config.backbone_config.patch_size),)

@@ -6,27 +6,25 @@ the same order, so that predictions, losses, and draws of noise and dropout are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    RTDetrConfig,
     RTDetrForObjectDetection,
     RTDetrImageProcessor,
-    RTDetrV2Config,
     RTDetrV2ForObjectDetection,
 )
 from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 from transformers.models.rt_detr import modeling_rt_detr
 from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
 
-from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, stirred
+from kdtoolkit.adapters.transformers.base import Queries, pixel_mask
 from kdtoolkit.adapters.transformers.detr_base import tiny_backbone
 from kdtoolkit.adapters.transformers.selecting import Memory, Progress, SelectingAdapter, Selection
 from kdtoolkit.contract import Assignment, Batch, DetectorSpec, HeadTrace, Predictions, Priors
+from kdtoolkit.detectors.precision import without_narrow_bfloat16
 from kdtoolkit.errors import KDError
 
 _matcher: Any = RTDetrHungarianMatcher
@@ -44,13 +42,14 @@ class RTDetrAdapter(SelectingAdapter):
     default_std: ClassVar[tuple[float, ...]] = (1.0, 1.0, 1.0)
     processor: ClassVar[type[Any]] = RTDetrImageProcessor
     kind: ClassVar[type[nn.Module]] = RTDetrForObjectDetection
+    family: ClassVar[str] = "RT-DETR"
     # The library's module of the model, without types there.
     modeling: ClassVar[Any] = modeling_rt_detr
 
     @classmethod
-    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow RT-DETR."""
-        return {"RT-DETR": partial(stirred, partial(tiny, RTDetrForObjectDetection, RTDetrConfig))}
+    def tiny(cls, num_classes: int) -> nn.Module:
+        """One of 32 channels, with three decoder layers."""
+        return tiny_rt_detr(cls.kind, num_classes)
 
     def refuses(self) -> str | None:
         """What configs can ask for and the library's forward cannot run (5.24): published ones do not."""
@@ -87,9 +86,10 @@ class RTDetrAdapter(SelectingAdapter):
         Raises KDError where the config's `feat_strides` are not those of the maps.
         """
         model = self.model.model
-        maps = self.encode(batch)
-        levels = [project(level) for project, level in zip(model.decoder_input_proj, maps, strict=False)]
-        levels += [project(maps[-1]) for project in model.decoder_input_proj[len(maps) :]]
+        with without_narrow_bfloat16(batch.images, self.spec.strides[-1]):
+            maps = self.encode(batch)
+            levels = [project(level) for project, level in zip(model.decoder_input_proj, maps, strict=False)]
+            levels += [project(maps[-1]) for project in model.decoder_input_proj[len(maps) :]]
         width, strides = batch.images.shape[-1], self.spec.strides
         found = [level.shape[-1] for level in levels]
         if found != [-(-width // stride) for stride in strides]:
@@ -211,15 +211,11 @@ class RTDetrV2Adapter(RTDetrAdapter):
     """Adapter of RTDetrV2ForObjectDetection: as RT-DETR, with another way to sample the memory."""
 
     kind: ClassVar[type[nn.Module]] = RTDetrV2ForObjectDetection
+    family: ClassVar[str] = "RT-DETR v2"
     modeling: ClassVar[Any] = modeling_rt_detr_v2
 
-    @classmethod
-    def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow RT-DETR v2."""
-        return {"RT-DETR v2": partial(stirred, partial(tiny, RTDetrV2ForObjectDetection, RTDetrV2Config))}
 
-
-def tiny(model: Callable[..., nn.Module], config: Callable[..., Any], num_classes: int, **changes: Any) -> nn.Module:
+def tiny_rt_detr(kind: Any, num_classes: int, **changes: Any) -> nn.Module:
     """A narrow and shallow detector of RT-DETR's kin, for examples and tests; `changes` are fields of the config."""
     settings: dict[str, Any] = {
         "backbone_config": tiny_backbone(2, 3, 4),
@@ -238,4 +234,5 @@ def tiny(model: Callable[..., nn.Module], config: Callable[..., Any], num_classe
         "decoder_attention_heads": 4,
         "hidden_expansion": 0.5,
     }
-    return model(config(**{**settings, **changes}))
+    model: nn.Module = kind(kind.config_class(**{**settings, **changes}))
+    return model

@@ -14,7 +14,14 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from kdtoolkit.adapters.transformers.base import Queries, TransformersAdapter, from_state, to_state
+from kdtoolkit.adapters.transformers.base import (
+    Queries,
+    TransformersAdapter,
+    from_state,
+    level_layout,
+    to_state,
+    to_tokens,
+)
 from kdtoolkit.contract import Batch, Detections, HeadTrace, Predictions, Priors, State, keep_states
 from kdtoolkit.errors import KDError
 
@@ -31,15 +38,14 @@ class Memory:
     @classmethod
     def of(cls, features: tuple[Tensor, ...]) -> Memory:
         """The levels one after the other."""
-        tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in features], 1)
-        return cls(tokens, tuple((level.shape[-2], level.shape[-1]) for level in features))
+        return cls(
+            torch.cat([*map(to_tokens, features)], 1), tuple((level.shape[-2], level.shape[-1]) for level in features)
+        )
 
     @cached_property
     def layout(self) -> dict[str, Any]:
-        """How levels lie one after the other, as deformable attention takes it."""
-        shapes = torch.as_tensor(self.shapes, dtype=torch.long, device=self.tokens.device)
-        starts = torch.cat((shapes.new_zeros((1,)), shapes.prod(1).cumsum(0)[:-1]))
-        return {"spatial_shapes": shapes, "spatial_shapes_list": list(self.shapes), "level_start_index": starts}
+        """How the levels lie one after the other, as deformable attention takes it."""
+        return level_layout(self.shapes, self.tokens.device)
 
 
 @dataclass(frozen=True)

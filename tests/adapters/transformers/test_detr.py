@@ -14,7 +14,7 @@ from kdtoolkit.adapters.transformers import ADAPTERS, build_model
 from kdtoolkit.adapters.transformers.base import Queries, pixel_mask
 from kdtoolkit.adapters.transformers.conditional_detr import ConditionalDetrAdapter
 from kdtoolkit.adapters.transformers.dab_detr import DabDetrAdapter
-from kdtoolkit.adapters.transformers.deformable_detr import DeformableDetrAdapter, tiny_deformable
+from kdtoolkit.adapters.transformers.deformable_detr import DeformableDetrAdapter
 from kdtoolkit.adapters.transformers.detr import DetrAdapter
 from kdtoolkit.adapters.transformers.detr_base import tiny_backbone, tiny_detr
 from kdtoolkit.contract import Capability, PriorKind
@@ -22,18 +22,18 @@ from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import PKD, CrossKD
+from tests._narrow import check_gradients_of_narrow_images
 from tests._traced import traced
 from tests.conftest import tiny_gfl
 
 torch.set_num_threads(1)
 
-detr = partial(tiny_detr, transformers.DetrForObjectDetection, transformers.DetrConfig, 3)
-conditional = partial(tiny_detr, transformers.ConditionalDetrForObjectDetection, transformers.ConditionalDetrConfig, 3)
-dab = partial(tiny_detr, transformers.DabDetrForObjectDetection, transformers.DabDetrConfig, 3)
+detr = partial(tiny_detr, transformers.DetrForObjectDetection, 3)
+conditional = partial(tiny_detr, transformers.ConditionalDetrForObjectDetection, 3)
+dab = partial(tiny_detr, transformers.DabDetrForObjectDetection, 3)
 single = partial(
     tiny_detr,
     transformers.DeformableDetrForObjectDetection,
-    transformers.DeformableDetrConfig,
     3,
     backbone_config=tiny_backbone(2, 3, 4),
     d_model=64,
@@ -637,6 +637,11 @@ def test_a_broken_image_processor_is_named(tmp_path):
         adapt(build_model(str(tmp_path), 4, {}))
 
 
+def test_narrow_images_are_learnt_from_under_autocast():
+    torch.manual_seed(0)
+    check_gradients_of_narrow_images(adapt(DeformableDetrAdapter.tiny(3)), 32)
+
+
 def test_weights_of_a_folder_are_read_in_float32(tmp_path):
     model = build_model("detr", 4, TINY_ARGS)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
@@ -688,7 +693,7 @@ def test_without_a_network_the_hub_is_asked_once(monkeypatch):
 
 
 def test_deformable_example_is_the_strongest():
-    config = tiny_deformable(3).config
+    config = DeformableDetrAdapter.tiny(3).config
     assert config.two_stage
     assert config.with_box_refine
     assert SimpleNamespace(**config.to_dict()).num_feature_levels == 4

@@ -16,23 +16,24 @@ from kdtoolkit.adapters.transformers.base import Queries, queries_of
 from kdtoolkit.adapters.transformers.dab_detr import DabDetrAdapter
 from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.adapters.transformers.rfdetr import LwDetrAdapter, RfDetrAdapter, tiny_lw_detr, tiny_rf_detr
-from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter, tiny
+from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter, tiny_rt_detr
 from kdtoolkit.adapters.transformers.selecting import SelectingAdapter
 from kdtoolkit.contract import Capability, PriorKind
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.libraries import adapt, adapter_classes
 from kdtoolkit.methods import PKD, CrossKD
+from tests._narrow import check_gradients_of_narrow_images
 from tests._traced import traced
 from tests.conftest import tiny_gfl
 
 torch.set_num_threads(1)
 
 ADAPTERS = [cls for cls in ALL if issubclass(cls, SelectingAdapter)]
-rt_detr = partial(tiny, transformers.RTDetrForObjectDetection, transformers.RTDetrConfig, 3)
-rt_detr_v2 = partial(tiny, transformers.RTDetrV2ForObjectDetection, transformers.RTDetrV2Config, 3)
-d_fine = partial(tiny, transformers.DFineForObjectDetection, transformers.DFineConfig, 3)
-deimv2 = partial(tiny, transformers.Deimv2ForObjectDetection, transformers.Deimv2Config, 3)
+rt_detr = partial(tiny_rt_detr, transformers.RTDetrForObjectDetection, 3)
+rt_detr_v2 = partial(tiny_rt_detr, transformers.RTDetrV2ForObjectDetection, 3)
+d_fine = partial(tiny_rt_detr, transformers.DFineForObjectDetection, 3)
+deimv2 = partial(tiny_rt_detr, transformers.Deimv2ForObjectDetection, 3)
 FAMILIES = {
     "rt-detr": (RTDetrAdapter, rt_detr),
     "rt-detr-v2": (RTDetrV2Adapter, rt_detr_v2),
@@ -74,6 +75,11 @@ def build(case, seed=0, **changes):
     model.tie_weights()
     assert cls.matches(model)
     return cls(model.eval())
+
+
+@pytest.mark.parametrize("case", ["rt-detr-four-levels", "rt-detr-v2-four-levels"])
+def test_narrow_images_are_learnt_from_under_autocast(case):
+    check_gradients_of_narrow_images(build(VARIANTS[case]), 32)
 
 
 def detecting(adapter, output, count):

@@ -1,0 +1,51 @@
+"""A cell that was interrupted goes on within its training, and leaves nothing but its result."""
+
+import pytest
+import torch
+
+from kdtoolkit.benchmark import cell
+from kdtoolkit.benchmark.plan import Plan
+from kdtoolkit.benchmark.store import Store, discard_runs
+from kdtoolkit.benchmark.suite import BASELINE
+from tests.benchmark._suite import tiny
+
+
+class Stopped(Exception):
+    pass
+
+
+def task_in(root):
+    suite = tiny()
+    store = Store(root / "run")
+    plan = Plan(suite, store, cell.load_data(suite.data), device="cpu", threads=torch.get_num_threads())
+    return plan.cell(BASELINE, 0)
+
+
+def test_an_interrupted_cell_goes_on_within_its_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(cell, "SAVE_SECONDS", 0.0)  # a checkpoint a step
+    told = []
+
+    def stop(report):
+        if report.phase.startswith("evaluating"):
+            raise Stopped
+
+    whole, task = task_in(tmp_path / "whole"), task_in(tmp_path / "stopped")
+    cell.run(whole, lambda report: None)
+    with pytest.raises(Stopped):
+        cell.run(task, stop)
+    old = task.result.with_suffix(".0123.run")
+    old.mkdir()  # of a training whose key was another
+    assert task.run_folder.is_dir()
+    cell.run(task, told.append)
+    assert not any(report.phase == "training" for report in told)  # all of it was done
+    files = [{path.name: path for path in result.parent.iterdir()} for result in (whole.result, task.result)]
+    assert files[0].keys() == files[1].keys() == {"seed0.json", "seed0.pt"}
+    one, two = (torch.load(found["seed0.pt"], weights_only=True) for found in files)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_only_a_cells_own_folders_are_discarded(tmp_path):
+    for name in ("seed1.a.run", "seed1.b.run", "seed10.a.run"):
+        (tmp_path / name).mkdir()
+    discard_runs(tmp_path / "seed1.json", but=tmp_path / "seed1.b.run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed1.b.run", "seed10.a.run"]
