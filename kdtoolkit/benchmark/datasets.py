@@ -26,7 +26,7 @@ class DataSets:
 
 
 def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
-    """Open the data sets of a suite; no photo is decoded yet. The student's images are some of the teacher's.
+    """Open the data sets of a suite; nothing is drawn or decoded yet. The student's images are some of the teacher's.
 
     `pictures`: a folder for drawn pictures and decoded photos, which all cells share.
 

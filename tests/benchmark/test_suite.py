@@ -27,7 +27,7 @@ def test_a_suite_is_read():
     crosskd, pkd = (use.build() for use in suite.methods("CrossKD+PKD"))
     assert isinstance(crosskd, CrossKD)
     assert isinstance(pkd, PKD)
-    assert pkd.weight == 3.0
+    assert pkd.weights == (3.0,)
     assert suite.methods("baseline") == ()
 
 

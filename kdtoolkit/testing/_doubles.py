@@ -1,0 +1,75 @@
+"""Doubles: a method that uses everything, and an adapter that shows changed tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdtoolkit.contract import Batch, Capability, DetectorAdapter, Exchange, HeadTrace, Method, Predictions, Target
+
+
+class Probe(Method):
+    """Uses all that a detector shows, as a method might."""
+
+    terms = ("probe",)
+    paper = ""
+
+    def __init__(self, needs: frozenset[Capability]) -> None:
+        super().__init__()
+        self.needs = needs
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """The mean of the student's features; with stages, also distances between predictions."""
+        total = torch.stack([level.float().mean() for level in exchange.student.features]).sum()
+        if Capability.STAGES in self.needs:
+            pair = exchange.matched()
+            for i, state in enumerate(pair.student.states):
+                crossed = pair.finish_with_teacher(state, i)
+                total = total + (crossed.logits - pair.teacher.predictions.logits).square().mean()
+        return {"probe": total}
+
+
+def transformed(
+    adapter: DetectorAdapter,
+    levels: Callable[[Tensor], Tensor] = lambda level: level,
+    predictions: Callable[[Predictions], Predictions] = lambda predictions: predictions,
+    note: Callable[[str], None] = lambda what: None,
+    padding: int = 0,
+) -> DetectorAdapter:
+    """A second adapter of the same model, which changes what it shows.
+
+    `levels`, `predictions`: functions that each level and all predictions go through. `note`: called with "features" or
+    "head" at each pass. `padding`: how many pixels it pads the canvas further when it is prepared like another batch.
+    """
+    cls: Any = type(adapter)
+
+    class Transformed(cls):  # type: ignore[misc]
+        def prepare(
+            self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
+        ) -> Batch:
+            if like is not None and padding:
+                like = replace(like, images=F.pad(like.images, (0, padding, 0, padding)))
+            prepared: Batch = super().prepare(images, targets, like)
+            return prepared
+
+        def features(self, batch: Batch) -> tuple[Tensor, ...]:
+            note("features")
+            return tuple(map(levels, super().features(batch)))
+
+        def head(self, *args: Any, **kwargs: Any) -> HeadTrace:
+            note("head")
+            trace: HeadTrace = super().head(*args, **kwargs)
+            return replace(trace, predictions=predictions(trace.predictions))
+
+        def resume(self, *args: Any, **kwargs: Any) -> Predictions:
+            return predictions(super().resume(*args, **kwargs))
+
+    second = copy.copy(adapter)
+    second.__class__ = Transformed
+    return second

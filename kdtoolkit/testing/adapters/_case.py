@@ -1,0 +1,57 @@
+"""The adapter that is checked, with its images, and what its library says about them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kdtoolkit.contract import Detections, DetectorAdapter, DetectorSpec, Target, View
+from kdtoolkit.testing._batch import observe
+
+Own = Callable[[Any, Sequence[Tensor]], list[Detections]]
+"""The library's own inference: takes a model in eval mode and images. Labels in [0, K); boxes in original pixels."""
+
+OwnLosses = Callable[[Any, Sequence[Tensor], Sequence[Target]], Mapping[str, Tensor] | Tensor]
+"""The library's own training losses: takes a model in train mode, images and targets. By name, or their sum."""
+
+PIXELS = 1e-2  # boxes that went to relative coordinates and back
+
+
+@dataclass(frozen=True)
+class Case:
+    adapter: DetectorAdapter
+    images: tuple[Tensor, ...]
+    targets: tuple[Target, ...]
+    own: Own | str = ""
+    own_losses: OwnLosses | str = ""
+    proposes: bool = False  # a first stage: it has one class, so labels of the ground truth do not count
+
+    @property
+    def spec(self) -> DetectorSpec:
+        return self.adapter.spec
+
+    def fresh(self, *, train: bool = False) -> DetectorAdapter:
+        adapter = copy.deepcopy(self.adapter)
+        adapter.model.train(train)
+        return adapter
+
+    def show(self, adapter: DetectorAdapter | None = None, targets: Sequence[Target] | None = None) -> View:
+        """What the adapter shows of the batch; by default a fresh adapter in eval mode."""
+        return observe(adapter or self.fresh(), self.images, self.targets if targets is None else targets)
+
+    def losses(self, adapter: DetectorAdapter, targets: Sequence[Target] | None = None) -> dict[str, Tensor]:
+        view = self.show(adapter, targets)
+        return adapter.task_losses(view.head, view.batch)[0]
+
+    def detections(self, adapter: DetectorAdapter) -> list[Detections]:
+        view = observe(adapter, self.images)
+        return adapter.detections(view.head, view.batch)
+
+
+def mode(train: bool) -> str:
+    """The mode of a model, in words."""
+    return f"{'train' if train else 'eval'} mode"

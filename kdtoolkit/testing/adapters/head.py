@@ -1,0 +1,113 @@
+"""Whether the head can be resumed from its states, and lets gradients through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kdtoolkit.contract import Capability, Predictions
+from kdtoolkit.testing._expect import expect, expect_same, outputs
+from kdtoolkit.testing.adapters._case import Case
+from kdtoolkit.testing.report import LeftOut, by_name
+
+
+@torch.no_grad()
+def _resume(case: Case) -> None:
+    """Resumed from its own state, the head gives the same predictions to the bit; from another state, others."""
+    if not case.spec.stages:
+        raise LeftOut("declares no stages")
+    adapter = case.fresh()
+    trace = case.show(adapter).head
+    once = outputs(trace.predictions)
+    for i, (stage, state) in enumerate(zip(case.spec.stages, trace.states, strict=True)):
+        what = f"resumed from stage {i} ({stage.name})"
+        expect_same(outputs(adapter.resume(state, i, trace)), once, what)
+        if stage.activation is not None:
+            activated = {branch: tuple(map(stage.activation, tensors)) for branch, tensors in state.items()}
+            expect_same(outputs(adapter.resume(activated, i, trace)), once, f"{what} after its activation")
+        elif any(bool((x < 0).any()) for tensors in state.values() for x in tensors):
+            cut = {branch: tuple(x.clamp(min=0) for x in tensors) for branch, tensors in state.items()}
+            problem = "negative values change nothing, so the head applies an activation (ReLU) to the state"
+            expect(_moved(adapter.resume(cut, i, trace), once), f"{what}: {problem}; the stage must declare it")
+        for branch, tensors in state.items():
+            other = {**state, branch: tuple(-tensor - 1 for tensor in tensors)}
+            moved = _moved(adapter.resume(other, i, trace), once)
+            expect(
+                moved,
+                f"{what}, the head gives the same predictions for a different state of branch {branch}: it ignores it",
+            )
+
+
+def _moved(predictions: Predictions, once: Mapping[str, Tensor]) -> bool:
+    again = outputs(predictions)
+    return any(not torch.equal(again[name], value) for name, value in once.items())
+
+
+@torch.no_grad()
+def _given_priors(case: Case) -> None:
+    """Given its own proposals or queries, the head gives the same predictions to the bit."""
+    if case.spec.priors.on_grid:
+        raise LeftOut("its priors lie on a grid, and are never given to the head")
+    adapter = case.fresh()
+    view = case.show(adapter)
+    once = outputs(view.head.predictions)
+    again = adapter.head(view.features, view.batch, view.head.predictions.priors)
+    expect_same(outputs(again.predictions), once, "with its own priors given")
+    for i, _ in enumerate(case.spec.stages):
+        resumed = adapter.resume(again.states[i], i, again)
+        expect_same(outputs(resumed), once, f"with given priors, resumed from stage {i}")
+
+
+def _shown(case: Case) -> None:
+    """Gradients flow through all that methods are shown, and nothing of it is written to afterwards."""
+    adapter = case.fresh(train=True)
+    batch = adapter.prepare(case.images, case.targets)
+    features = adapter.features(batch)
+    seen = [(f"level {i}", x, x._version) for i, x in enumerate(features)]
+    trace = adapter.head(features, batch)
+    states = [
+        (f"state {i} ({stage.name}), branch {branch}", x)
+        for i, (stage, state) in enumerate(zip(case.spec.stages, trace.states, strict=True))
+        # The first state of queries may be a constant.
+        if i or case.spec.priors.on_grid
+        for branch, tensors in state.items()
+        for x in tensors
+    ]
+    shown = [*((f"level {i}", x) for i, x in enumerate(features)), *outputs(trace.predictions).items(), *states]
+    for name, x in shown:
+        expect(x.requires_grad, f"no gradient flows from {name} to the detector: it is detached")
+    seen += [(name, x, x._version) for name, x in shown]
+    if Capability.ASSIGNMENT in case.spec.capabilities:
+        adapter.assign(trace, batch)
+    adapter.task_losses(trace, batch)
+    _expect_unwritten(seen)
+    for what, said in (("predictions", [*outputs(trace.predictions).values()]), ("states", [x for _, x in states])):
+        reached = not said or _reached(said, features)
+        expect(reached, f"no gradient flows from {what} to the pyramid: the head detaches its inputs")
+    adapter.model.requires_grad_(False)
+    for i, (stage, state) in enumerate(zip(case.spec.stages, trace.states, strict=True)):
+        leaves = {branch: tuple(x.detach().requires_grad_() for x in tensors) for branch, tensors in state.items()}
+        predictions = adapter.resume(leaves, i, trace)
+        for branch, tensors in leaves.items():
+            reached = _reached([*outputs(predictions).values()], tensors)
+            expect(reached, f"resumed from stage {i} ({stage.name}), no gradient flows back to branch {branch}")
+    _expect_unwritten(seen)
+
+
+def _expect_unwritten(seen: Sequence[tuple[str, Tensor, int]]) -> None:
+    written = sorted({name for name, x, version in seen if x._version != version})
+    expect(not written, f"{', '.join(written)} is written to after it was shown, so methods see the changed values")
+
+
+def _reached(said: Sequence[Tensor], wrt: Sequence[Tensor]) -> bool:
+    """Whether a gradient flows from any tensor of `said` to any tensor of `wrt`."""
+    value = torch.stack([x.square().sum() for x in said]).sum()
+    if not value.requires_grad:
+        return False
+    gradients = torch.autograd.grad(value, wrt, retain_graph=True, allow_unused=True)
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
+CHECKS = by_name(_resume, _given_priors, _shown)

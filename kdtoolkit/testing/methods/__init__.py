@@ -1,0 +1,66 @@
+"""Checks of a method on a pair of detectors. Each private function of these modules is one promise of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from kdtoolkit.contract import DetectorAdapter, Target
+from kdtoolkit.libraries import adapt
+from kdtoolkit.testing._batch import example_batch
+from kdtoolkit.testing.methods import batches, gradients, numerics, side_effects, terms
+from kdtoolkit.testing.methods._case import Case, MethodFactory
+from kdtoolkit.testing.report import ConformanceReport, Result, run
+
+
+def check_method(
+    method_factory: MethodFactory,
+    student: DetectorAdapter | nn.Module,
+    teacher: DetectorAdapter | nn.Module,
+    *,
+    known: Mapping[str, str] | None = None,
+    only: Collection[str] = (),
+    images: Sequence[Tensor] | None = None,
+    targets: Sequence[Target] | None = None,
+) -> ConformanceReport:
+    """Check every promise of a method on one pair of detectors: `check_method(MyMethod, tiny(), another_tiny())`.
+
+    It is no error if the method refuses the pair: the report then says so, with the reason. New detectors with batch
+    norm may have nearly constant states, of which some checks can tell nothing: perturb the weights, or run a few
+    forwards in train mode before.
+
+    Args:
+        method_factory: builds a new method: its class, or a function without arguments.
+        student: a small detector with random weights, or its adapter. It is copied, not changed.
+        teacher: likewise, with as many classes.
+        known: the checks that must fail for now, each with the reason. One that passes is an error.
+        only: the names of the checks to run; all by default.
+        images: two or more (3, H, W) in [0, 1]; by default two of about 64 px, of different sizes.
+        targets: their ground truth. Give both or neither.
+
+    Raises:
+        ConformanceError: promises are broken. It lists all of them.
+        KDError: no adapter knows a model, or there is no check of such a name.
+    """
+    pair = adapt(student), adapt(teacher)
+    subject = f"{type(method_factory()).__name__} from {pair[1].spec.name} to {pair[0].spec.name}"
+    if images is None or targets is None:
+        images, targets = example_batch(pair[0].spec.num_classes, next(pair[0].model.parameters()).device)
+    case = Case(method_factory, *pair, tuple(images), tuple(targets))
+    try:
+        reason = case.why_refused()
+    except Exception:  # a step fails: one check says why, and all others would repeat it
+        return run(subject, METHOD_CHECKS, case, known or {}, ["terms"])
+    if reason is not None:
+        return ConformanceReport(subject, {"refuses": Result("refused", reason)})
+    return run(subject, METHOD_CHECKS, case, known or {}, only)
+
+
+METHOD_CHECKS = {
+    **terms.CHECKS,
+    **gradients.CHECKS,
+    **batches.CHECKS,
+    **numerics.CHECKS,
+    **side_effects.CHECKS,
+}
