@@ -1,8 +1,10 @@
 """Which levels of two detectors correspond, and why a pair of detectors is refused.
 
 Each function `why_...` returns a reason in words, or None if nothing is wrong. A reason says what is wrong and what to
-use instead. It completes "PKD cannot distil A into B: ..." and has no full stop at its end. Methods return one from
-`Method.refuses`, as in `return why_priors_differ(student, teacher) or why_scores_differ(student, teacher)`.
+use instead. It completes "PKD cannot distil A into B: ..." and has no full stop at its end. A method returns one:
+
+    def refuses(self, student_spec, teacher_spec):
+        return why_priors_differ(student_spec, teacher_spec) or why_scores_differ(student_spec, teacher_spec)
 """
 
 from __future__ import annotations
@@ -15,43 +17,43 @@ _OF_FEATURES = "a method of features (PKD, FGD)"
 _OF_HEADS = {Capability.PREDICTIONS, Capability.STAGES, Capability.DISTRIBUTIONS, Capability.ASSIGNMENT}
 
 
-def why_refused(method: type[Method] | Method, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+def why_refused(method: type[Method] | Method, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
     """Why a method cannot distil this pair. A class stands for a method with its default settings."""
-    for role, spec in (("student", student), ("teacher", teacher)):
+    for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
         if missing := sorted(method.needs - spec.capabilities):
             return f"it needs {', '.join(missing)}, which the {role} ({spec.name}) does not show"
     built = method() if isinstance(method, type) else method
-    if method.needs & _OF_HEADS and built.compares_classes and student.num_classes != teacher.num_classes:
+    if method.needs & _OF_HEADS and built.compares_classes and student_spec.num_classes != teacher_spec.num_classes:
         return (
-            f"it compares class scores, and the student has {student.num_classes} classes, the teacher "
-            f"{teacher.num_classes}. Give the teacher the student's classes: train it on them, or keep only their rows "
-            f"of its class layer. Or use a method that compares no classes, such as {_OF_FEATURES}"
+            f"it compares class scores, and the student has {student_spec.num_classes} classes, the teacher "
+            f"{teacher_spec.num_classes}. Give the teacher the student's classes: train it on them, or keep only "
+            f"their rows of its class layer. Or use a method that compares no classes, such as {_OF_FEATURES}"
         )
-    for role, spec in (("student", student), ("teacher", teacher)):
+    for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
         if absent := sorted(set(built.strides) - set(spec.strides)):
             return (
                 f"it was told to work at the strides {absent}, and the {role} ({spec.name}) has only "
                 f"{spec.strides}: choose among those in at_strides"
             )
-    return built.refuses(student.at_strides(built.strides), teacher.at_strides(built.strides))
+    return built.refuses(student_spec.at_strides(built.strides), teacher_spec.at_strides(built.strides))
 
 
-def shared_levels(student: DetectorSpec, teacher: DetectorSpec) -> list[tuple[int, int]]:
+def shared_levels(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> list[tuple[int, int]]:
     """Pairs (student level, teacher level) of equal stride, finest first; no level is in two of them."""
     pairs: list[tuple[int, int]] = []
-    for i, stride in enumerate(student.strides):
-        free = [j for j, other in enumerate(teacher.strides) if other == stride and j not in {t for _, t in pairs}]
+    for i, stride in enumerate(student_spec.strides):
+        free = [j for j, other in enumerate(teacher_spec.strides) if other == stride and j not in {t for _, t in pairs}]
         pairs += [(i, free[0])] if free else []
     return pairs
 
 
-def why_no_shared_level(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+def why_no_shared_level(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
     """Why features cannot be compared level by level: no stride is in both pyramids."""
-    if shared_levels(student, teacher):
+    if shared_levels(student_spec, teacher_spec):
         return None
     return (
-        f"the two have no stride in common: the student's levels have the strides {student.strides}, the teacher's "
-        f"{teacher.strides}. Use a teacher with a level at one of the student's strides"
+        f"the two have no stride in common: the student's levels have the strides {student_spec.strides}, the "
+        f"teacher's {teacher_spec.strides}. Use a teacher with a level at one of the student's strides"
     )
 
 
@@ -68,45 +70,45 @@ def why_not_on_grid(spec: DetectorSpec, role: str, use: str = _OF_FEATURES) -> s
     return f"it needs predictions on a grid (points or anchors), and the {role} predicts at {spec.priors}. Use {use}"
 
 
-def why_cells_differ(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+def why_cells_differ(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
     """Why two heads do not predict at corresponding places: their strides or their kinds of priors differ."""
-    if student.priors.on_grid and teacher.priors.on_grid:
-        if student.strides == teacher.strides:
+    if student_spec.priors.on_grid and teacher_spec.priors.on_grid:
+        if student_spec.strides == teacher_spec.strides:
             return None
         return (
-            f"it compares whole grids, and the student has the strides {student.strides}, the teacher "
-            f"{teacher.strides}. Use CrossKD, LD or {_OF_FEATURES}: they work at the strides that both have"
+            f"it compares whole grids, and the student has the strides {student_spec.strides}, the teacher "
+            f"{teacher_spec.strides}. Use CrossKD, LD or {_OF_FEATURES}: they work at the strides that both have"
         )
-    if student.priors != teacher.priors:
+    if student_spec.priors != teacher_spec.priors:
         return (
-            f"the student predicts at {student.priors}, the teacher at {teacher.priors}, and these do not correspond. "
-            f"Use {_OF_FEATURES}"
+            f"the student predicts at {student_spec.priors}, the teacher at {teacher_spec.priors}, and these do not "
+            f"correspond. Use {_OF_FEATURES}"
         )
-    if student.prior_form != teacher.prior_form:
+    if student_spec.prior_form != teacher_spec.prior_form:
         return (
-            f"the two detectors' {student.priors} differ in kind: the student's are {student.prior_form}, the "
-            f"teacher's {teacher.prior_form}. Use a teacher of the student's family, or {_OF_FEATURES}"
+            f"the two detectors' {student_spec.priors} differ in kind: the student's are {student_spec.prior_form}, "
+            f"the teacher's {teacher_spec.prior_form}. Use a teacher of the student's family, or {_OF_FEATURES}"
         )
     return None
 
 
-def why_priors_differ(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+def why_priors_differ(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
     """Why priors do not correspond one to one: their places or their numbers in a cell differ."""
-    if reason := why_cells_differ(student, teacher):
+    if reason := why_cells_differ(student_spec, teacher_spec):
         return reason
-    if student.priors_per_cell != teacher.priors_per_cell:
-        ours, theirs = _numbers(student), _numbers(teacher)
+    if student_spec.priors_per_cell != teacher_spec.priors_per_cell:
+        ours, theirs = _numbers(student_spec), _numbers(teacher_spec)
         return f"the student has {ours} a cell, the teacher {theirs}. Use CrossKD or {_OF_FEATURES}"
     return None
 
 
-def why_scores_differ(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+def why_scores_differ(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
     """Why class scores cannot be compared: one detector has a sigmoid, the other a softmax."""
-    if student.activation == teacher.activation:
+    if student_spec.activation == teacher_spec.activation:
         return None
     return (
-        f"the student's class scores are a {student.activation}, the teacher's a {teacher.activation}. Use CrossKD or "
-        f"{_OF_FEATURES}"
+        f"the student's class scores are a {student_spec.activation}, the teacher's a {teacher_spec.activation}. Use "
+        f"CrossKD or {_OF_FEATURES}"
     )
 
 
@@ -118,13 +120,13 @@ def why_too_few_classes(spec: DetectorSpec, least: int = 2) -> str | None:
     return f"it takes a softmax over at least {least} classes, and the detectors have {classes}"
 
 
-def why_bins_differ(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+def why_bins_differ(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
     """Why distributions of box sides cannot be compared: they are over different bins, or one head has none."""
-    if student.bins == teacher.bins:
+    if student_spec.bins == teacher_spec.bins:
         return None
     ours, theirs = (
         f"has {len(spec.bins)} bins ({spec.bins[0]:g} to {spec.bins[-1]:g})" if spec.bins else "predicts plain boxes"
-        for spec in (student, teacher)
+        for spec in (student_spec, teacher_spec)
     )
     return (
         f"it compares distributions of box sides, and the student {ours}, the teacher {theirs}. Use CrossKD, BCKD or "

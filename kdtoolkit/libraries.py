@@ -54,7 +54,7 @@ LIBRARIES = (
         "torchvision.models.detection",
         "kdtoolkit.adapters.torchvision",
         "torchvision",
-        sources=("detectors/backbone.py",),
+        sources=("detectors/backbone.py", "detectors/precision.py", "detectors/towers.py"),
     ),
     Library("hf", "hf/PATH-OR-NAME", "transformers", "kdtoolkit.adapters.transformers", "transformers", optional=True),
     Library(

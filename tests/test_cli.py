@@ -1,4 +1,5 @@
 import inspect
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from kdtoolkit.methods import CrossKD, all_methods
 from kdtoolkit.models import build_model
 from tests.benchmark._suite import TINY
 from tests.benchmark.test_report import make_run
+from tests.data import _voc, _yolo
 from tests.data._coco import document, write
 
 
@@ -133,6 +135,52 @@ def test_bad_data_is_one_error_or_is_left_out(run, tmp_path):
     code, _, err = run(*command, "--skip-bad")
     assert (code, err) == (0, "")
     assert (tmp_path / "runs" / "tiny-cubes" / "leaderboard.csv").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [_yolo, _voc])
+def test_a_suite_runs_on_every_format(run, tmp_path, form):
+    root = form.write(tmp_path / "cubes")
+    suite = tmp_path / "tiny.yaml"
+    suite.write_text(TINY.replace("seeds: 2", "seeds: 1"))
+    for path in (root, root / "data.yaml" if form is _yolo else root / "Annotations"):
+        code, _, err = run("benchmark", "run", suite, "--data", path, "--out", tmp_path / "runs", "--only", "PKD")
+        assert (code, err) == (0, "")
+    assert [path.name for path in (tmp_path / "runs").glob("tiny-*")] == ["tiny-cubes"]
+    assert len(list((tmp_path / "runs" / "pictures" / "photos").glob("*/*.rgb"))) == 2
+
+
+def test_data_are_checked(run, tmp_path):
+    root = _yolo.write(tmp_path / "cubes", labels={7: "0 0.5 0.5 2"})
+    code, out, err = run("data", "check", root)
+    assert (code, err) == (1, "")
+    assert "train: labels/train/7.txt, line 1: the line has 4 numbers" in out
+    assert "with --skip-bad it leaves out 0 images with their boxes, and 2 single boxes" in out
+    code, out, err = run("data", "check", root / "data.yaml", "--json", "--image-size", 320)
+    assert (code, err) == (1, "")
+    found = json.loads(out)
+    assert found["format"] == "YOLO"
+    assert found["splits"]["val"]["faults"][0]["loses"] == "box"
+    _yolo.write(root)
+    assert run("data", "check", root)[0] == 0
+    code, _, err = run("data", "check", tmp_path)
+    assert (code, "is no data set that is known" in err) == (2, True)
+
+
+def test_data_are_converted_and_shown(run, tmp_path):
+    root = write(tmp_path / "cubes")
+    code, out, err = run("data", "convert", root, tmp_path / "yolo", "--to", "yolo")
+    assert (code, err) == (0, "")
+    assert f"{tmp_path}/yolo: 2 images, 2 boxes" in out
+    assert "lost: 1 crowds" in out
+    code, _, err = run("data", "convert", root, tmp_path / "yolo", "--to", "voc")
+    assert (code, "is there already" in err) == (2, True)
+    code, out, err = run("data", "show", tmp_path / "yolo", "--out", tmp_path / "shown")
+    assert (code, err) == (0, "")
+    assert f"{tmp_path}/shown: 2 pictures of {tmp_path}/yolo/data.yaml" in out
+    assert len(list((tmp_path / "shown").iterdir())) == 2
+    code, _, err = run("data", "show", tmp_path / "yolo", "--split", "dev")
+    assert (code, "has no dev, only train" in err) == (2, True)
 
 
 def test_a_method_is_explained_with_its_defaults(run):

@@ -104,10 +104,9 @@ steps = 4
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "0",
         str(script),
     ]
     environment = {

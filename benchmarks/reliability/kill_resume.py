@@ -80,6 +80,8 @@ def work(folder: Path, recipe: str, writes: int, moment: float, rank: int, count
     It kills itself in the middle of write number `writes`, or after `moment` steps of this start, if that is not 0.
     """
     torch.set_num_threads(1)
+    if writes or moment or count > 1:
+        sys.stderr = open(folder.with_suffix(".log"), "a")  # noqa: SIM115 - what one says when the other one was killed
     if count > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")

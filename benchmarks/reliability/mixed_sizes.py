@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kdtoolkit import Distiller, KDError, adapt
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import Target
-from kdtoolkit.data.coco import CocoDetection
+from kdtoolkit.data import PhotoDataset, open_dataset
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import PKD, CrossKD
 
@@ -28,7 +28,7 @@ LONG_SIDES = 200, 640  # pixels
 MIN_SIZES = 160, 224, 320  # what torchvision's students draw from
 
 
-def photos(data: CocoDetection, count: int, generator: torch.Generator) -> tuple[list[Tensor], list[Target]]:
+def photos(data: PhotoDataset, count: int, generator: torch.Generator) -> tuple[list[Tensor], list[Target]]:
     """Photos drawn at random, each scaled to a long side of its own."""
     images, targets = [], []
     for index in torch.randint(len(data), (count,), generator=generator).tolist():
@@ -51,7 +51,7 @@ def detector(family: str, classes: int, seed: int, *, scales: bool) -> nn.Module
     return model  # type: ignore[no-any-return]
 
 
-def train(student: str, teacher: str, data: CocoDetection, steps: int, batch: int) -> str:
+def train(student: str, teacher: str, data: PhotoDataset, steps: int, batch: int) -> str:
     """What became of a pair, in a line. Raises KDError or FloatingPointError where it fails."""
     classes = len(data.class_names)
     models = detector(teacher, classes, 1, scales=False), detector(student, classes, 0, scales=True)
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="*", default=None)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data = CocoDetection(args.data, "train")
+    data = open_dataset(args.data, "train")
     failed = 0
     for student, teacher in itertools.product(args.students or families(), args.teachers or families()):
         try:

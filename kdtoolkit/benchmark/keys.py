@@ -19,8 +19,8 @@ from kdtoolkit.benchmark.suite import DetectorSection, MethodUse
 from kdtoolkit.libraries import library_of_name
 from kdtoolkit.models import content_of
 
-# The source files that all cells depend on. The files of the detector's adapter and of the cell's methods
-# are added. Files of commands, and of what they print, are left out.
+# The source files of all cells. Those of the detector's adapter and of the cell's methods are added to them.
+# Files of commands, and of what they print, are left out.
 _SHARED_BY_METHODS = tuple(f"methods/{name}.py" for name in ("common", "features", "predictions", "prediction_losses"))
 _OF_CELLS = ("benchmark/cell.py", "benchmark/datasets.py")
 _SOURCES = ("*.py", "contract/*.py", "data/*.py", "engine/*.py", *_SHARED_BY_METHODS, *_OF_CELLS)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdtoolkit.cli import benchmark, models
+from kdtoolkit.cli import benchmark, data, models
 from kdtoolkit.cli._common import examples, help_alone, printable
 from kdtoolkit.errors import KDError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(benchmark.app, name="benchmark")
+app.add_typer(data.app, name="data")
 app.command("methods", epilog=examples("kd methods", "kd methods CrossKD"))(models.methods)
 app.command("adapters", epilog=examples("kd adapters", "kd adapters --matrix --method CrossKD"))(models.adapters)
 app.command(

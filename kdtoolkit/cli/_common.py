@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import TypeVar
 
@@ -44,6 +45,18 @@ def printable(text: str) -> str:
         ascii(character)[1:-1] if unicodedata.category(character) in ("Cc", "Cs") and character != "\n" else character
         for character in text
     )
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr while something is counted, if that is a terminal; give it how much is done, and of how much."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def check_known(names: Collection[str], known: Collection[str], what: str) -> None:

@@ -219,5 +219,7 @@ def _box(entry: dict[str, Any], image: _Entry | None, labels: dict[int, int], re
         raise BadEntryError(f"area must be a finite number of at least 0, not {shown(area)}")
     if image is None:
         return None
+    reading.unread["segmentations"] += bool(entry.get("segmentation"))
+    reading.unread["sets of keypoints"] += bool(entry.get("keypoints"))
     xywh = reading.inside(box, (image.width, image.height), f"bbox {box}", RULE)
     return Box(labels[category_id], xywh, xywh[2] * xywh[3] if area is None else area, bool(crowd))

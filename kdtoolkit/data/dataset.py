@@ -101,8 +101,8 @@ def check_is_dataset(dataset: object) -> None:
     """Raises KDError for anything but a data set of kdtoolkit, such as a list of images."""
     if not isinstance(dataset, DetectionDataset):
         raise KDError(
-            f"the data set is a {type(dataset).__name__}; it must be a DetectionDataset, such as what open_dataset "
-            "gives or your own subclass of kdtoolkit.data.DetectionDataset"
+            f"the data set is a {type(dataset).__name__}; it must be a DetectionDataset, such as "
+            "open_dataset(folder, 'train') or your own subclass of kdtoolkit.data.DetectionDataset"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -76,6 +77,9 @@ def batches(
         collate_fn=_collate,
         generator=torch.Generator(),  # else it draws from the global one
         pin_memory=pin,
+        # Forked readers share the images that are in memory. A benchmark's cells would otherwise start them in the way
+        # they were started themselves, and send each reader a copy.
+        multiprocessing_context="fork" if sys.platform == "linux" else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def decode(path: Path, size: tuple[int, int]) -> Tensor:
 @contextmanager
 def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """The opened file. Whatever goes wrong while it is read becomes a PictureError."""
-    if not path.is_file():  # not left to Image.open: Ultralytics replaces it, and before 8.4.190 hid this error
+    if not os.path.isfile(path):  # not left to Image.open: Ultralytics replaces it, and before 8.4.190 hid this error
         raise PictureError(f"there is no file {path}")
     try:
         with _pillows_limit:

@@ -10,6 +10,7 @@ import logging
 import os
 import reprlib
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ ENDINGS = (".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".t
 MAX_OVERHANG = 1.0  # pixels that a box may reach beyond its image; annotation tools round that much. It is cut there.
 # Of the image's side. Less is rounding noise: once scaled, mirrored or shifted in float32, both sides may be equal.
 MIN_SIDE = 2.0**-20
+DECIMALS = 6  # of a pixel: the noise of dividing by an image's size, or adding 1, and back is rounded away
 NOTICEABLE = 0.01  # pixels; what is cut below that is rounding, and not worth a remark
 SHOWN_FAULTS = 5
 SHOWN_CHARACTERS = 80  # of a value that is wrong
@@ -95,6 +97,7 @@ class Reading:
 
     `source`: the file that stands for the split in messages. `root`: the folder of the data set. `remarks`: sentences
     about what is odd, but can be read. `cut`: number of boxes of which a part beyond the image's edge was cut off.
+    `unread`: how many there are of what the files hold, and detection does not use.
     """
 
     source: Path
@@ -104,6 +107,7 @@ class Reading:
     faults: list[Fault] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     cut: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
 
     @contextmanager
     def noting(self, file: Path, loses: Literal["image", "box"]) -> Iterator[None]:

@@ -12,6 +12,7 @@ from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 from kdtoolkit.data.records import (
+    DECIMALS,
     ENDINGS,
     SPLITS,
     BadEntryError,
@@ -249,7 +250,10 @@ def _box(entry: Element, corners: list[float], size: tuple[int, int], labels: di
         raise BadEntryError(f"difficult must be 0 or 1, not {shown(difficult)}")
     x1, y1, x2, y2 = corners
     box = f"bndbox [{', '.join(f'{value:g}' for value in corners)}]"
-    xywh = reading.inside((x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1), size, box, RULE)
+    reading.unread["truncated flags"] += _text(entry, "truncated") == "1"
+    reading.unread["parts of objects"] += len(entry.findall("part"))
+    pixels = (round(value, DECIMALS) for value in (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1))
+    xywh = reading.inside(tuple(pixels), size, box, RULE)
     return Box(labels[name], xywh, xywh[2] * xywh[3], difficult == "1")
 
 

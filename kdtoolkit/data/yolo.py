@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from kdtoolkit.data.records import (
+    DECIMALS,
     ENDINGS,
     SPLITS,
     BadEntryError,
@@ -38,7 +39,6 @@ from kdtoolkit.errors import KDError
 
 LINE = "class, centre x, centre y, width, height, each but the class divided by the image's width or height"
 RULE = f"a line is {LINE}"
-DECIMALS = 6  # of a pixel: what comes from dividing by the image's size and multiplying again is rounded away
 
 
 def locate(path: Path) -> Path | None:
@@ -315,12 +315,14 @@ def _box(fields: list[str], size: tuple[int, int], layout: _Layout, reading: Rea
         )
     if len(numbers) == layout.pose_numbers:
         places = places[:4]
+        reading.unread["sets of keypoints"] += 1
     if len(places) == 4:
         cx, cy, width, height = places
         x1, y1 = cx - width / 2, cy - height / 2
     elif len(places) >= 6 and len(places) % 2 == 0:  # a polygon, or the four corners of a turned box
         x1, y1 = min(places[::2]), min(places[1::2])
         width, height = max(places[::2]) - x1, max(places[1::2]) - y1
+        reading.unread["polygons (the boxes around them are read)"] += 1
     else:
         raise BadEntryError(
             f"the line has {len(numbers)} numbers; it must be {LINE}, or class, x1, y1, x2, y2, x3, y3, ... of a "
@@ -358,4 +360,8 @@ def _lies_in(path: Path, root: Path) -> bool:
 
 
 def _short(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+    """The path relative to a folder that it lies in, or else its name."""
+    for each, base in ((path, root), (Path(os.path.realpath(path)), Path(os.path.realpath(root)))):
+        if each.is_relative_to(base):
+            return each.relative_to(base).as_posix()
+    return path.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,12 +105,6 @@ class Pyramid(FeaturePyramidNetwork):
         """Pyramid levels (N, C, H, W) by name, finest first, of all maps that the backbone gave."""
         levels: dict[str, Tensor] = self(OrderedDict((str(i), x) for i, x in enumerate(self.levels.of(maps))))
         return levels
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Where operations on the device of `x` run in the precision of their inputs. The device may be `meta`."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _created(name: str, pretrained: bool, args: dict[str, Any]) -> Any:

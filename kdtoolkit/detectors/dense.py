@@ -20,7 +20,8 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from kdtoolkit.boxes import clip
 from kdtoolkit.canvas import Layout, lay_out
 from kdtoolkit.contract import Assignment, Batch, Detections, Predictions, PriorKind, Priors, State, Target
-from kdtoolkit.detectors.backbone import Pyramid, build_backbone, without_autocast
+from kdtoolkit.detectors.backbone import Pyramid, build_backbone
+from kdtoolkit.detectors.precision import without_autocast
 from kdtoolkit.detectors.towers import flatten, walk_towers
 from kdtoolkit.errors import KDError
 

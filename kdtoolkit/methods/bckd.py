@@ -55,9 +55,9 @@ class BCKD(PredictionMethod):
         self.cls_weight = cls_weight
         self.box_weight = box_weight
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse priors that are not on a grid or do not correspond one to one, and scores that are a softmax."""
-        for role, spec in (("student", student), ("teacher", teacher)):
+        for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
             if reason := why_not_on_grid(spec, role):
                 return reason
             if spec.activation != "sigmoid":
@@ -65,7 +65,7 @@ class BCKD(PredictionMethod):
                     f"it compares each class by itself, and the {role}'s class scores are a {spec.activation} over all "
                     "classes. Use CrossKD or LogitKD"
                 )
-        return super().refuses(student, teacher)
+        return super().refuses(student_spec, teacher_spec)
 
     def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
         """`cls` and `box`."""

@@ -81,10 +81,10 @@ class CanKD(FeatureMethod):
     def __init__(self, *, weight: float = 5.0) -> None:
         super().__init__(weight=weight)
 
-    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         """Build a block of attention for each level besides."""
-        super().setup(student, teacher)
-        self.attention = nn.ModuleList(CrossAttention(teacher.channels[t]) for _, t in self.levels)
+        super().setup(student_spec, teacher_spec)
+        self.attention = nn.ModuleList(CrossAttention(teacher_spec.channels[t]) for _, t in self.levels)
 
     def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
         """The loss of one level."""

@@ -151,24 +151,28 @@ class CrossKD(Method):
     def _index(self, spec: DetectorSpec) -> int:
         return self.stage if self.stage >= 0 else max(len(spec.stages) - 1 + self.stage, 0)
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse pairs whose heads have no corresponding states."""
-        on_grids = student.priors.on_grid and teacher.priors.on_grid
-        if reason := why_no_shared_level(student, teacher) if on_grids else why_cells_differ(student, teacher):
+        on_grids = student_spec.priors.on_grid and teacher_spec.priors.on_grid
+        if (
+            reason := why_no_shared_level(student_spec, teacher_spec)
+            if on_grids
+            else why_cells_differ(student_spec, teacher_spec)
+        ):
             return reason
-        for role, spec in (("student", student), ("teacher", teacher)):
+        for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
             if not 0 <= self._index(spec) < len(spec.stages):
                 return (
                     f"the {role}'s head has stages 0 to {len(spec.stages) - 1}, so there is no stage {self.stage}. Use "
                     "CrossKD(stage=-1), which counts from the end"
                 )
-        ours, theirs = student.stages[self._index(student)], teacher.stages[self._index(teacher)]
+        ours, theirs = student_spec.stages[self._index(student_spec)], teacher_spec.stages[self._index(teacher_spec)]
         if missing := [branch for branch in theirs.channels if branch not in ours.channels]:
             return (
                 f"the teacher's head has the branches {', '.join(theirs.channels)}, and the student's head has none "
                 f"called {', '.join(missing)}. Use Mimic or a method of features (PKD, FGD)"
             )
-        first = student.first_stage, teacher.first_stage
+        first = student_spec.first_stage, teacher_spec.first_stage
         if self.proposal_weight and first[0] and first[1] and (reason := CrossKD().refuses(first[0], first[1])):
             return f"the two proposal networks do not fit: {reason}. CrossKD(proposal_weight=0) leaves them out"
         if ours.spatial != theirs.spatial:
@@ -179,14 +183,14 @@ class CrossKD(Method):
             )
         return None
 
-    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         """Project each branch's channels where they differ."""
-        self.joints = self._index(student), self._index(teacher)
+        self.joints = self._index(student_spec), self._index(teacher_spec)
         self.stages = None if self.proposal_weight else self.joints  # proposal networks have states besides
-        ours, theirs = student.stages[self.joints[0]], teacher.stages[self.joints[1]]
+        ours, theirs = student_spec.stages[self.joints[0]], teacher_spec.stages[self.joints[1]]
         # Proposals and queries have one tensor a branch.
-        self.levels = shared_levels(student, teacher) if teacher.priors.on_grid else [(0, 0)]
-        self.all_levels = len(self.levels) == (len(teacher.strides) if teacher.priors.on_grid else 1)
+        self.levels = shared_levels(student_spec, teacher_spec) if teacher_spec.priors.on_grid else [(0, 0)]
+        self.all_levels = len(self.levels) == (len(teacher_spec.strides) if teacher_spec.priors.on_grid else 1)
         self.project = nn.ModuleDict(
             {
                 branch: state_projections(
@@ -196,9 +200,9 @@ class CrossKD(Method):
             }
         )
         self.activations = (ours.activation, theirs.activation) if self.tap == "after" else (None, None)
-        if self.proposal_weight and student.first_stage is not None and teacher.first_stage is not None:
+        if self.proposal_weight and student_spec.first_stage is not None and teacher_spec.first_stage is not None:
             self.proposals = CrossKD(beta=self.distances.beta, box_loss=self.distances.box_loss)
-            self.proposals.setup(student.first_stage, teacher.first_stage)
+            self.proposals.setup(student_spec.first_stage, teacher_spec.first_stage)
 
     def cross(self, pair: Matched) -> Predictions:
         """Cross-head predictions: the teacher's head, finishing from the student's state."""

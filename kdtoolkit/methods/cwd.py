@@ -65,13 +65,13 @@ class CWD(FeatureMethod):
         """For class logits, as published for GFL: weight 5."""
         return cls(weight=5.0, on="logits")
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride; for logits, those without corresponding maps."""
         if self.on == "features":
-            return super().refuses(student, teacher)
-        if reason := why_not_on_grid(student, "student", use="CWD(on='features')"):
+            return super().refuses(student_spec, teacher_spec)
+        if reason := why_not_on_grid(student_spec, "student", use="CWD(on='features')"):
             return reason
-        return why_priors_differ(student, teacher) or why_scores_differ(student, teacher)
+        return why_priors_differ(student_spec, teacher_spec) or why_scores_differ(student_spec, teacher_spec)
 
     def projection(self, student_channels: int, teacher_channels: int) -> nn.Module:
         """Maps of class logits have as many channels in both detectors."""

@@ -128,11 +128,11 @@ class FBKD(FeatureMethod):
         """Each term has a projection of its own, in the level's connector."""
         return nn.Identity()
 
-    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         """Build a connector for each level; it projects channels even where they are equal."""
-        super().setup(student, teacher)
+        super().setup(student_spec, teacher_spec)
         self.connectors = nn.ModuleList(
-            Connector(student.channels[s], teacher.channels[t], max(64 // student.strides[s], 4))
+            Connector(student_spec.channels[s], teacher_spec.channels[t], max(64 // student_spec.strides[s], 4))
             for s, t in self.levels
         )
 

@@ -1,10 +1,12 @@
-"""The base of methods that compare pyramids: such a method is one function of two maps.
+"""The base of methods that compare pyramids. Such a method is one function of two maps.
 
-class SquaredDifference(FeatureMethod):
-paper = "none"
+    class SquaredDifference(FeatureMethod):
+        paper = "none"
 
-def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
-return (student - teacher).square().mean()
+        def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+            return (student - teacher).square().mean()
+
+`FeatureMethod` pairs the levels, projects, adds up and weighs.
 """
 
 from __future__ import annotations
@@ -71,17 +73,17 @@ class FeatureMethod(Method):
             level: which pair of levels it is.
         """
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride."""
-        return why_no_shared_level(student, teacher)
+        return why_no_shared_level(student_spec, teacher_spec)
 
-    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         """Pair the levels of equal stride, and build a projection for each pair.
 
         A method that learns more extends this, and finds the modules of a level by `Level.index`.
         """
-        self.levels = shared_levels(student, teacher)
-        channels = ((student.channels[s], teacher.channels[t]) for s, t in self.levels)
+        self.levels = shared_levels(student_spec, teacher_spec)
+        channels = ((student_spec.channels[s], teacher_spec.channels[t]) for s, t in self.levels)
         self.align = nn.ModuleList(self.projection(ours, theirs) for ours, theirs in channels)
 
     def projection(self, student_channels: int, teacher_channels: int) -> nn.Module:

@@ -322,10 +322,10 @@ class FGD(FeatureMethod):
         """For YOLOX: alpha 2e-3, beta and gamma 1e-3, lambda 1e-5."""
         return cls(foreground_weight=2e-3, background_weight=1e-3, attention_weight=1e-3, global_weight=1e-5)
 
-    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         """Build two context blocks for each level besides."""
-        super().setup(student, teacher)
-        channels = [teacher.channels[t] for _, t in self.levels]
+        super().setup(student_spec, teacher_spec)
+        channels = [teacher_spec.channels[t] for _, t in self.levels]
         self.student_context = nn.ModuleList(map(ContextBlock, channels))
         self.teacher_context = nn.ModuleList(map(ContextBlock, channels))
 

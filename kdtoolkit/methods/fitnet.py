@@ -86,13 +86,15 @@ class FitNet(FeatureMethod):
         super().__init__(weight=weight)
         self.region = region
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride, and regions that the student's priors cannot mark."""
-        if self.region != "whole" and (reason := why_not_on_grid(student, "student", use="FitNet(region='whole')")):
+        if self.region != "whole" and (
+            reason := why_not_on_grid(student_spec, "student", use="FitNet(region='whole')")
+        ):
             return reason
-        if self.region == "fine-grained" and student.priors is PriorKind.POINTS:
+        if self.region == "fine-grained" and student_spec.priors is PriorKind.POINTS:
             return "region 'fine-grained' needs anchors, and the student predicts at points. Use FitNet(region='boxes')"
-        return super().refuses(student, teacher)
+        return super().refuses(student_spec, teacher_spec)
 
     def regions(self, exchange: Exchange) -> list[Tensor] | None:
         """The region (N, H, W) bool of each pair of levels, in the student's cells; None for whole maps."""

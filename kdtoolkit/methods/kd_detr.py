@@ -93,14 +93,14 @@ class KDDETR(Method):
         if published_giou:
             self.vanishing = ("cls", "box")
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse detectors that do not predict at queries of one make, differ in kind of scores, or have one class."""
-        for role, spec in (("student", student), ("teacher", teacher)):
+        for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
             if spec.priors is not PriorKind.QUERIES:
                 return f"it compares queries, and the {role} predicts at {spec.priors}. Use CrossKD or PKD"
-        if self.cls_weight and (reason := why_too_few_classes(student)):
+        if self.cls_weight and (reason := why_too_few_classes(student_spec)):
             return f"{reason}. Use KDDETR(cls_weight=0), which compares boxes alone"
-        return why_priors_differ(student, teacher) or why_scores_differ(student, teacher)
+        return why_priors_differ(student_spec, teacher_spec) or why_scores_differ(student_spec, teacher_spec)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`cls`, `box` and `giou`, weighted; those of weight 0 are left out."""

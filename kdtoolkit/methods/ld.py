@@ -167,19 +167,19 @@ class LD(Method):
         self.compares_classes = cls_weight != 0
         self.cls_temperature = cls_temperature
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse pairs whose priors or distributions do not correspond one to one."""
-        if self.valuable_weight and (reason := why_not_on_grid(student, "student", use="LD(valuable_weight=0)")):
+        if self.valuable_weight and (reason := why_not_on_grid(student_spec, "student", use="LD(valuable_weight=0)")):
             return reason
-        if self.cls_weight and (reason := why_too_few_classes(student)):
+        if self.cls_weight and (reason := why_too_few_classes(student_spec)):
             return f"{reason}. Use LD(cls_weight=0), which compares boxes alone"
-        if not (student.priors.on_grid and teacher.priors.on_grid):
-            return why_priors_differ(student, teacher) or why_bins_differ(student, teacher)
-        pairs = shared_levels(student, teacher)
-        counts = [(student.priors_per_cell[s], teacher.priors_per_cell[t]) for s, t in pairs]
+        if not (student_spec.priors.on_grid and teacher_spec.priors.on_grid):
+            return why_priors_differ(student_spec, teacher_spec) or why_bins_differ(student_spec, teacher_spec)
+        pairs = shared_levels(student_spec, teacher_spec)
+        counts = [(student_spec.priors_per_cell[s], teacher_spec.priors_per_cell[t]) for s, t in pairs]
         if unlike := [(s, t) for s, t in counts if s != t]:
             return f"the student has {unlike[0][0]} priors a cell, the teacher {unlike[0][1]}. Use CrossKD or PKD"
-        return why_no_shared_level(student, teacher)
+        return why_no_shared_level(student_spec, teacher_spec)
 
     def _corresponding(self, exchange: Exchange) -> tuple[Predictions, Predictions, Assignment, Tensor | None]:
         """Both predictions and the student's assignment on what they share, and how bins correspond, if they differ."""

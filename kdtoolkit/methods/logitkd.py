@@ -102,11 +102,11 @@ class LogitKD(PredictionMethod):
         self.others_weight = others_weight
         self.priors = priors
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse pairs whose priors or scores do not correspond, or that have nothing to compare."""
-        if reason := why_too_few_classes(student, 3 if self.kind == "dkd" else 2):
+        if reason := why_too_few_classes(student_spec, 3 if self.kind == "dkd" else 2):
             return f"{reason}. Use Mimic or BCKD, which compare each class by itself"
-        return super().refuses(student, teacher)
+        return super().refuses(student_spec, teacher_spec)
 
     def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
         """`cls`: the weighted loss; 0 where no prior counts."""

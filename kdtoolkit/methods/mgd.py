@@ -55,10 +55,10 @@ class MGD(FeatureMethod):
         """For Faster R-CNN: weight 5e-7, mask ratio 0.45; published on the four finest levels (`at_strides`)."""
         return cls(weight=5e-7, mask_ratio=0.45)
 
-    def setup(self, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         """Build a generating block for each level besides."""
-        super().setup(student, teacher)
-        self.generate = nn.ModuleList(generator(teacher.channels[t]) for _, t in self.levels)
+        super().setup(student_spec, teacher_spec)
+        self.generate = nn.ModuleList(generator(teacher_spec.channels[t]) for _, t in self.levels)
 
     def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
         """The loss of one level. Draws the mask from torch's global generator."""

@@ -50,16 +50,16 @@ class Mimic(PredictionMethod):
         """For FCOS, as `CrossKD.for_fcos`: -log IoU at weight 0.75, classification at 0.4, no centerness term."""
         return cls(cls_weight=0.4, box_weight=0.75, quality_weight=0.0, box_loss="iou")
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse pairs whose priors do not correspond one to one, or that predict boxes in other ways."""
-        if reason := super().refuses(student, teacher):
+        if reason := super().refuses(student_spec, teacher_spec):
             return reason
-        if student.priors != teacher.priors:
+        if student_spec.priors != teacher_spec.priors:
             return (
-                f"the student predicts boxes relative to {student.priors}, the teacher relative to {teacher.priors}. "
-                "Use CrossKD or BCKD"
+                f"the student predicts boxes relative to {student_spec.priors}, the teacher relative to "
+                f"{teacher_spec.priors}. Use CrossKD or BCKD"
             )
-        return why_bins_differ(student, teacher)
+        return why_bins_differ(student_spec, teacher_spec)
 
     def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
         """`cls`, `box` and, where both heads judge quality, `quality`; those of weight 0 are left out."""

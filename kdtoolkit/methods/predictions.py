@@ -1,12 +1,14 @@
-"""The base of methods that compare predictions: such a method is one function of two detectors' predictions.
+"""The base of methods that compare predictions. Such a method is one function of two detectors' predictions.
 
-class SquaredDifference(PredictionMethod):
-terms = ("cls",)
-paper = "none"
+    class SquaredDifference(PredictionMethod):
+        terms = ("cls",)
+        paper = "none"
 
-def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
-difference = student.logits - teacher.logits.detach()
-return {"cls": difference.square().mean()}
+        def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
+            difference = student.logits - teacher.logits.detach()
+            return {"cls": difference.square().mean()}
+
+`PredictionMethod` brings both heads to the same priors.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ class PredictionMethod(Method):
                 and the heads' states.
         """
 
-    def refuses(self, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse pairs whose priors do not correspond one to one, or whose scores differ in kind."""
-        return why_priors_differ(student, teacher) or why_scores_differ(student, teacher)
+        return why_priors_differ(student_spec, teacher_spec) or why_scores_differ(student_spec, teacher_spec)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """The weighted terms of one step.

@@ -22,6 +22,7 @@ from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import PKD, CrossKD
+from tests._narrow import check_gradients_of_narrow_images
 from tests._traced import traced
 from tests.conftest import tiny_gfl
 
@@ -502,6 +503,14 @@ def test_coarse_levels_are_computed_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         levels = backbone(torch.zeros(1, 3, 64, 64))
     assert levels["p6"].dtype == levels["p7"].dtype == torch.float32  # bfloat16 gradients may be garbage there
+
+
+@pytest.mark.parametrize("family", ["RetinaNet", "FCOS"])
+def test_narrow_images_are_learnt_from_under_autocast(family):
+    adapter = tiny(family)
+    transform = adapter.model.transform
+    transform.min_size, transform.max_size, transform.size_divisible = (64,), 96, 32
+    check_gradients_of_narrow_images(adapter, 64)
 
 
 def test_wrong_names_and_arguments_are_named():

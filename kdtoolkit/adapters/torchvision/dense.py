@@ -17,9 +17,11 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from kdtoolkit.adapters.torchvision.base import require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_fcos, tiny_retinanet
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
+from kdtoolkit.adapters.torchvision.models import CoarserLevels
 from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.boxes import centres
 from kdtoolkit.contract import Assignment, Batch, Detections, HeadTrace, Predictions, PriorKind, Priors
+from kdtoolkit.detectors.precision import without_narrow_bfloat16
 
 
 class TwoTowersAdapter(GridAdapter):
@@ -36,6 +38,13 @@ class TwoTowersAdapter(GridAdapter):
     @property
     def _num_classes(self) -> int:
         return int(self.model.head.classification_head.num_classes)
+
+    def features(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Backbone and pyramid."""
+        if any(isinstance(module, CoarserLevels) for module in self.model.backbone.modules()):
+            return super().features(batch)
+        with without_narrow_bfloat16(batch.images, self._strides[-1]):
+            return super().features(batch)
 
     def _towers(self) -> Mapping[str, Sequence[Sequence[Block]]]:
         modules = {"cls": self.model.head.classification_head, "reg": self.model.head.regression_head}

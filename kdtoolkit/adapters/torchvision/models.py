@@ -13,7 +13,8 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from kdtoolkit.adapters.torchvision.base import LIBRARY
-from kdtoolkit.detectors.backbone import Pyramid, build_backbone, without_autocast
+from kdtoolkit.detectors.backbone import Pyramid, build_backbone
+from kdtoolkit.detectors.precision import without_autocast
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import construct
 from kdtoolkit.options import did_you_mean
@@ -59,7 +60,7 @@ class TimmPyramid(nn.Module):
         return {"image_mean": list(self.fpn.levels.mean), "image_std": list(self.fpn.levels.std)}
 
 
-class _CoarserLevels(LastLevelP6P7):
+class CoarserLevels(LastLevelP6P7):
     """P6 and P7 in float32 whatever autocast says; why: `kdtoolkit.detectors.dense.ExtraLevels`."""
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
@@ -99,7 +100,7 @@ def on_timm(
     """
     two_stage = issubclass(detector, FasterRCNN)
     strides = (4, 8, 16, 32) if two_stage else (8, 16, 32)
-    extra = LastLevelMaxPool() if two_stage else _CoarserLevels(out_channels, out_channels)
+    extra = LastLevelMaxPool() if two_stage else CoarserLevels(out_channels, out_channels)
     levels = TimmPyramid(backbone, strides, out_channels, extra, pretrained=pretrained, args=backbone_args)
     build = cast(Callable[..., nn.Module], detector)
     return build(levels, num_classes + two_stage, min_size=min_size, max_size=max_size, **levels.normalisation)

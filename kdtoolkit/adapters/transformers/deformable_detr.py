@@ -25,6 +25,7 @@ from kdtoolkit.adapters.transformers.detr_base import (
     to_map,
 )
 from kdtoolkit.contract import Batch, DetectorSpec
+from kdtoolkit.detectors.precision import without_narrow_bfloat16
 
 # Without types in the library.
 _deformable: Any = modeling_deformable_detr
@@ -74,10 +75,11 @@ class DeformableDetrAdapter(DetrBase):
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Backbone, projections and encoder: the encoder's output as maps."""
         model = self.model.model
-        maps = [feature_map for feature_map, _ in model.backbone(batch.images, pixel_mask(batch))]
-        sources = [project(x) for project, x in zip(model.input_proj, maps, strict=False)]
-        for i in range(len(sources), self.model.config.num_feature_levels):
-            sources.append(model.input_proj[i](maps[-1] if i == len(maps) else sources[-1]))
+        with without_narrow_bfloat16(batch.images, self.spec.strides[-1]):
+            maps = [feature_map for feature_map, _ in model.backbone(batch.images, pixel_mask(batch))]
+            sources = [project(x) for project, x in zip(model.input_proj, maps, strict=False)]
+            for i in range(len(sources), self.model.config.num_feature_levels):
+                sources.append(model.input_proj[i](maps[-1] if i == len(maps) else sources[-1]))
         shapes = tuple((x.shape[-2], x.shape[-1]) for x in sources)
         masks = [mask_at(batch, shape) for shape in shapes]
         positions = [

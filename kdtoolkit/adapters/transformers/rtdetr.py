@@ -24,6 +24,7 @@ from kdtoolkit.adapters.transformers.base import Queries, pixel_mask
 from kdtoolkit.adapters.transformers.detr_base import tiny_backbone
 from kdtoolkit.adapters.transformers.selecting import Memory, Progress, SelectingAdapter, Selection
 from kdtoolkit.contract import Assignment, Batch, DetectorSpec, HeadTrace, Predictions, Priors
+from kdtoolkit.detectors.precision import without_narrow_bfloat16
 from kdtoolkit.errors import KDError
 
 _matcher: Any = RTDetrHungarianMatcher
@@ -85,9 +86,10 @@ class RTDetrAdapter(SelectingAdapter):
         Raises KDError where the config's `feat_strides` are not those of the maps.
         """
         model = self.model.model
-        maps = self.encode(batch)
-        levels = [project(level) for project, level in zip(model.decoder_input_proj, maps, strict=False)]
-        levels += [project(maps[-1]) for project in model.decoder_input_proj[len(maps) :]]
+        with without_narrow_bfloat16(batch.images, self.spec.strides[-1]):
+            maps = self.encode(batch)
+            levels = [project(level) for project, level in zip(model.decoder_input_proj, maps, strict=False)]
+            levels += [project(maps[-1]) for project in model.decoder_input_proj[len(maps) :]]
         width, strides = batch.images.shape[-1], self.spec.strides
         found = [level.shape[-1] for level in levels]
         if found != [-(-width // stride) for stride in strides]:

@@ -22,6 +22,7 @@ from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import PKD, CrossKD
+from tests._narrow import check_gradients_of_narrow_images
 from tests._traced import traced
 from tests.conftest import tiny_gfl
 
@@ -634,6 +635,11 @@ def test_a_broken_image_processor_is_named(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(KDError, match=r"preprocessor_config\.json, which says what .* cannot be used"):
         adapt(build_model(str(tmp_path), 4, {}))
+
+
+def test_narrow_images_are_learnt_from_under_autocast():
+    torch.manual_seed(0)
+    check_gradients_of_narrow_images(adapt(DeformableDetrAdapter.tiny(3)), 32)
 
 
 def test_weights_of_a_folder_are_read_in_float32(tmp_path):

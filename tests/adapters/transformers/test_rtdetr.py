@@ -23,6 +23,7 @@ from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.libraries import adapt, adapter_classes
 from kdtoolkit.methods import PKD, CrossKD
+from tests._narrow import check_gradients_of_narrow_images
 from tests._traced import traced
 from tests.conftest import tiny_gfl
 
@@ -74,6 +75,11 @@ def build(case, seed=0, **changes):
     model.tie_weights()
     assert cls.matches(model)
     return cls(model.eval())
+
+
+@pytest.mark.parametrize("case", ["rt-detr-four-levels", "rt-detr-v2-four-levels"])
+def test_narrow_images_are_learnt_from_under_autocast(case):
+    check_gradients_of_narrow_images(build(VARIANTS[case]), 32)
 
 
 def detecting(adapter, output, count):
