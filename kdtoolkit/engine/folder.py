@@ -16,6 +16,7 @@ from torch import nn
 
 from kdtoolkit import processes
 from kdtoolkit.data import DetectionDataset
+from kdtoolkit.data.dataset import digest
 from kdtoolkit.engine.checkpoint import Checkpoint, Checkpoints, to_bytes
 from kdtoolkit.engine.log import Log, Row, Trackers
 from kdtoolkit.engine.memory import peak_memory_mb
@@ -64,8 +65,8 @@ class Keeper:
     def log(self, step: int, row: Row) -> None:
         """Take down what a step gave."""
 
-    def speed(self, step: int, seconds: float, images: int, device: torch.device) -> None:
-        """Take down how fast `images` went through in `seconds`, if it is time to."""
+    def speed(self, step: int, busy: float, waited: float, images: int, device: torch.device) -> None:
+        """Take down that a step of `images` took `busy` seconds, after `waited` seconds for its images."""
 
     def save(self, state: RunState, *, last: bool = False) -> None:
         """Store a checkpoint, if it is time to or the run ends."""
@@ -116,27 +117,27 @@ class _FolderKeeper(Keeper):
         self.trackers = Trackers(folder.trackers, folder.path, self._made_of["config"], step=step)
         self._saved_step = step
         self._saved = self._measured = time.monotonic()
-        self._images, self._seconds = 0, 0.0
+        self._images, self._busy, self._waited = 0, 0.0, 0.0
 
     def log(self, step: int, row: Row) -> None:
         self._log.add({"step": step, **row})
         self.trackers.log(row, step)
 
-    def speed(self, step: int, seconds: float, images: int, device: torch.device) -> None:
+    def speed(self, step: int, busy: float, waited: float, images: int, device: torch.device) -> None:
         self._images += images
-        self._seconds += seconds
-        now = time.monotonic()
-        if now - self._measured < _SPEED_SECONDS:
+        self._busy += busy
+        self._waited += waited
+        if time.monotonic() - self._measured < _SPEED_SECONDS:
             return
-        passed = now - self._measured
+        seconds = self._busy + self._waited
         row = {
-            "images_per_second": self._images / passed,
-            "waiting_for_images": max(0.0, 1 - self._seconds / passed),
+            "images_per_second": self._images / seconds,
+            "waiting_for_images": self._waited / seconds,
             "memory_mb": peak_memory_mb(device),
         }
         self._speed.add({"step": step, **row})
         self.trackers.log(row, step)
-        self._measured, self._images, self._seconds = now, 0, 0.0
+        self._measured, self._images, self._busy, self._waited = time.monotonic(), 0, 0.0, 0.0
         self._flush()
 
     def save(self, state: RunState, *, last: bool = False) -> None:
@@ -205,7 +206,7 @@ def _made_of(state: RunState, dataset: DetectionDataset, seed: int, device: torc
         "config": state.config.model_dump(mode="json"),
         "seed": seed,
         "data": dataset.fingerprint(),
-        "student": [[name, list(tensor.shape)] for name, tensor in distiller.student.state_dict().items()],
+        "student": digest([(name, tuple(x.shape)) for name, x in distiller.student.state_dict().items()]),
         "teacher": None if teacher is None else sha256(to_bytes(teacher.model.state_dict())).hexdigest(),
         "methods": [type(method).__name__ for method in distiller.methods],
         "torch": torch.__version__,

@@ -10,7 +10,7 @@ from typing import Any
 
 from kdtoolkit.errors import KDError
 
-Row = Mapping[str, float]
+Row = Mapping[str, float | None]
 
 
 class Log:
@@ -77,7 +77,7 @@ class Trackers:
     def log(self, row: Row, step: int) -> None:
         """Hand a row to all trackers."""
         for tracker in self._trackers:
-            tracker.log(dict(row), step=step)
+            tracker.log({name: value for name, value in row.items() if value is not None}, step=step)
 
     def finish(self) -> None:
         """Close all trackers."""

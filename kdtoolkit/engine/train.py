@@ -32,7 +32,7 @@ from kdtoolkit.errors import KDError, NonFiniteLossError
 __all__ = ["Progress", "RunFolder", "TrainConfig", "TrainResult", "Validation", "lr_factor", "train"]
 
 HISTORY_POINTS = 100
-MAX_SKIPPED = 50  # steps one after the other whose float16 gradients overflow: no scale suits them any more
+MIN_SCALE = 2.0**-24  # of float16 gradients: if they overflow at this scale, no scale suits them
 
 
 def train(
@@ -57,14 +57,14 @@ def train(
         folder: where the run is kept. If a stopped run lies there, it goes on from its last checkpoint, and ends with
             the same weights and the same log as if it had not been stopped. None keeps nothing.
         validation: what to evaluate on, and how often; the weights of the best evaluation are kept in the folder.
-        report: called at the first step, about every second, and at the end.
+        report: called in the first process, at the first step, about every second, and at the end.
 
     Several processes, started by torchrun, train as one: call `kdtoolkit.engine.group.join` before.
 
-    Raises KDError before the first step where an argument is of another type, where nothing of the student is to be
-    trained, where its number of classes is not the data set's, where it lies on another device, or where the folder is
-    of another run, in use or not writable. Raises NonFiniteLossError where a loss term is NaN or infinite; the student
-    then has the weights of the last good step.
+    Raises KDError before the first step if an argument has a wrong type, if all of the student is frozen, if its number
+    of classes differs from that of a data set, if it lies on another device, or if the folder holds a different run, is
+    in use or cannot be written. Raises NonFiniteLossError if a loss term is NaN or infinite; the student then has the
+    weights of the last good step.
     """
     _check_arguments(distiller, config)
     check_dataset(dataset, distiller.student_adapter.spec)
@@ -85,6 +85,7 @@ def train(
         distiller.to(memory_format=torch.channels_last)
 
     if validation is not None:
+        check_dataset(validation.dataset, distiller.student_adapter.spec)
         validation = replace(validation, dataset=validation.dataset.in_memory())
 
     with ExitStack() as stack:
@@ -104,9 +105,7 @@ def train(
         optimizer, average, scaler = state.optimizer, state.average, state.scaler
         parameters = state.trained
         window = Window()
-        first, skipped = state.step, 0
-        started = reported = time.perf_counter()
-        earlier = state.seconds
+        first, earlier = state.step, state.seconds
         set_training(distiller)
         data = batches(
             dataset,
@@ -120,23 +119,25 @@ def train(
             share=(rank, count),
             pin=device.type == "cuda",
         )
+        started = reported = ended = time.perf_counter()
         for step, (images, targets) in enumerate(data, first):
             begun = time.perf_counter()
+            waited = begun - ended
             seed_step(seed, step, rank)
             lr = set_rates(optimizer, step, config)
             buffers = [buffer.clone() for buffer in student.buffers()]  # batch norm's change in a forward already
             optimizer.zero_grad(set_to_none=True)
             parts, boxes = Window(), False
-            for last_part, images_, targets_ in _parts(images, targets, config.accumulation):
-                images_ = [image.to(device, non_blocking=True) for image in images_]
+            for last_part, some, their_targets in _parts(images, targets, config.accumulation):
+                shown = [image.to(device, non_blocking=True) for image in some]
                 autocast = torch.autocast(device.type, autocast_type(precision), enabled=precision != "float32")
                 with nullcontext() if last_part or count == 1 else model.no_sync():
                     with autocast:
-                        losses = model(images_, targets_)
-                    values, has_boxes = _values(losses, targets_)
+                        losses = model(shown, their_targets)
+                    values, has_boxes = _values(losses, their_targets)
                     if bad := _non_finite(values):
                         with autocast:
-                            where = distiller.locate_non_finite(images_, targets_)
+                            where = distiller.locate_non_finite(shown, their_targets)
                         _stop(student, buffers, step, bad, where)
                     if has_boxes:
                         state.silence.observe(losses, values)
@@ -147,12 +148,10 @@ def train(
             norms = _gradient_norms(parameters)
             norm = torch.linalg.vector_norm(norms)
             if overflow := not math.isfinite(norm_value := norm.item()):
-                skipped += 1
-                if precision != "float16" or skipped > MAX_SKIPPED:
+                if precision != "float16" or scaler.get_scale() < MIN_SCALE:
                     bad = f"gradient norm = {norm_value}"
                     _stop(student, buffers, step, bad, "all losses are finite, their gradient is not")
             else:
-                skipped = 0
                 state.dead.observe(norms, boxes)
                 if config.clip_norm:
                     nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
@@ -173,17 +172,18 @@ def train(
             if (step + 1) % max(1, config.steps // HISTORY_POINTS) == 0 or last:
                 state.history.append({"step": step + 1, "lr": lr, **state.window.flush()})
             keeper.log(step + 1, {"lr": lr, **values} | ({} if overflow else {"gradient_norm": norm_value}))
-            keeper.speed(step + 1, now - begun, config.batch_size, device)
+            keeper.speed(step + 1, now - begun, waited, config.batch_size, device)
             if validation is not None and (last or validation.due(step + 1, config.batch_size, len(dataset))):
                 paused = time.perf_counter()
                 _evaluate(state, validation, config, device, keeper)
                 set_training(distiller)
                 earlier -= time.perf_counter() - paused
             keeper.save(state, last=last)
-            if report is not None and (now - reported > 1 or step == first or last):
+            if report is not None and rank == 0 and (now - reported > 1 or step == first or last):
                 warnings = (*state.silence.warnings(), *state.dead.warnings(), *keeper.notices)
                 report(Progress(step + 1, config.steps, window.flush(), state.seconds, warnings))
                 reported = now
+            ended = time.perf_counter()
 
         group.alike(student)
         if average is not None:
