@@ -1,4 +1,4 @@
-"""Keys: digests of all that determines a cell's result; it is run again when, and only when, one of them changes."""
+"""Keys: digests of all that a cell's result depends on. A cell is run again if its key has changed, and only then."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from kdtoolkit.benchmark.suite import DetectorSection, MethodUse
 from kdtoolkit.libraries import library_of_name
 from kdtoolkit.models import content_of
 
-# Sources that every cell depends on: all but the commands and what they print. The detector's adapter and the methods'
-# own files are added.
+# The source files of all cells. Those of the detector's adapter and of the cell's methods are added to them.
+# Files of commands, and of what they print, are left out.
 _SHARED_BY_METHODS = tuple(f"methods/{name}.py" for name in ("common", "features", "predictions", "prediction_losses"))
 _OF_CELLS = ("benchmark/cell.py", "benchmark/datasets.py")
 _SOURCES = ("*.py", "contract/*.py", "data/*.py", "engine/*.py", *_SHARED_BY_METHODS, *_OF_CELLS)
@@ -38,10 +38,10 @@ def cell_parts(
     device: str,
     threads: int,
 ) -> dict[str, str]:
-    """What determines a student and what it costs.
+    """All that the result and the cost of a cell depend on, by name.
 
-    That is its section, with the precision resolved; methods, seed and steps; the digests of its data and of its
-    teacher; the device by name, threads, versions and source.
+    `student`: the section of its detector, in which `auto` is replaced by a precision. `data`, `teacher`: digests of
+    these. `device`: its name. Versions of libraries and the source code are added.
     """
     library = package_of(student.model)
     return {
@@ -75,19 +75,19 @@ def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
 
 
 def digest(value: Any) -> str:
-    """Digest of a JSON value."""
+    """16 hexadecimal digits of a JSON value's hash."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def package_of(model: str) -> str:
-    """The package that a model is made of, by the model's name; torchvision for one of the user's own."""
+    """The package that the model of this name comes from; torchvision for a model of the user."""
     library = library_of_name(model)
     return "torchvision" if library is None else library.package
 
 
-@cache  # what a run began with is what its workers have imported, whatever is edited meanwhile
+@cache  # computed once: workers have imported the files as they were when the run began
 def source_digest(model: str, extra: tuple[Path, ...] = ()) -> str:
-    """Digest of the source that trains and evaluates: kdtoolkit's, the file of a model of one's own, and `extra`."""
+    """Digest of the source files that train and evaluate a model: ours, that of a user's model, and `extra`."""
     package = Path(kdtoolkit.__file__).parent
     files = {path for pattern in (*_SOURCES, *_adapter_sources(model)) for path in package.glob(pattern)} | set(extra)
     files -= {package / name for name in _NOT_OF_CELLS}
@@ -95,14 +95,14 @@ def source_digest(model: str, extra: tuple[Path, ...] = ()) -> str:
     if is_own and (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
         files.add(Path(spec.origin))
 
-    def name(path: Path) -> str:  # where the package is installed makes no difference
+    def name(path: Path) -> str:  # without the folder of the package: where it is installed makes no difference
         return str(path.relative_to(package)) if path.is_relative_to(package) else path.name
 
     return digest({name(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)})
 
 
 def _adapter_sources(model: str) -> tuple[str, ...]:
-    """Patterns of the files that show a model to methods: a model of the user's own may need any of them."""
+    """Patterns of the files of the model's adapter. A model of the user may need any adapter."""
     library = library_of_name(model)
     if library is None:
         return "adapters/**/*.py", "detectors/*.py"

@@ -1,10 +1,12 @@
-"""The base of methods that compare pyramids: such a method is one function of two maps.
+"""The base of methods that compare pyramids. Such a method is one function of two maps.
 
-class SquaredDifference(FeatureMethod):
-paper = "none"
+    class SquaredDifference(FeatureMethod):
+        paper = "none"
 
-def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
-return (student - teacher).square().mean()
+        def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
+            return (student - teacher).square().mean()
+
+`FeatureMethod` pairs the levels, projects, adds up and weighs.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""The base of methods that compare predictions: such a method is one function of two detectors' predictions.
+"""The base of methods that compare predictions. Such a method is one function of two detectors' predictions.
 
-class SquaredDifference(PredictionMethod):
-terms = ("cls",)
-paper = "none"
+    class SquaredDifference(PredictionMethod):
+        terms = ("cls",)
+        paper = "none"
 
-def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
-difference = student.logits - teacher.logits.detach()
-return {"cls": difference.square().mean()}
+        def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
+            difference = student.logits - teacher.logits.detach()
+            return {"cls": difference.square().mean()}
+
+`PredictionMethod` brings both heads to the same priors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The conformance kit: whether an adapter or a method, wherever it was written, keeps what the contract promises.
+"""The conformance kit: checks whether an adapter or a method keeps what the contract promises.
 
-One line of pytest each, for a detector with random weights and images of 64 px:
+It needs one line of pytest, and a small detector with random weights:
 
     def test_my_adapter():
         check_adapter(my_tiny_detector(), own=the_librarys_inference, own_losses=the_librarys_losses)

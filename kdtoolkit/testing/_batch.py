@@ -16,7 +16,7 @@ def example_batch(
     device: torch.device | str = "cpu",
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((64, 64), (50, 60)),
 ) -> tuple[list[Tensor], list[Target]]:
-    """Two random images of (height, width) about 64 px, with small and large boxes in both."""
+    """Two random images, (3, height, width) with the given sizes, and their targets: small and large boxes."""
     generator = torch.Generator().manual_seed(SEED)
     images = [torch.rand(3, *size, generator=generator).to(device) for size in sizes]
     boxes = [
@@ -28,14 +28,14 @@ def example_batch(
 
 
 def observe(adapter: DetectorAdapter, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> View:
-    """What a detector shows of a batch, head and all, in the mode it is in; without an assignment."""
+    """What a detector shows of a batch, its head included. The model stays in its mode; nothing is assigned."""
     batch = adapter.prepare(images, targets)
     features = adapter.features(batch)
     return View(adapter, batch, features, adapter.head(features, batch))
 
 
 def without_objects(targets: Sequence[Target], images: Sequence[int]) -> list[Target]:
-    """The targets, with no object in some images."""
+    """The targets, but without objects in the given images."""
     return [
         {"boxes": target["boxes"][:0], "labels": target["labels"][:0]} if i in images else target
         for i, target in enumerate(targets)

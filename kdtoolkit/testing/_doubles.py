@@ -1,4 +1,4 @@
-"""Doubles that checks put in the place of a method or of an adapter."""
+"""Doubles: a method that uses everything, and an adapter that shows changed tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdtoolkit.contract import Batch, Capability, DetectorAdapter, Exchange, Hea
 
 
 class Probe(Method):
-    """Uses all that a detector shows, as any method might."""
+    """Uses all that a detector shows, as a method might."""
 
     terms = ("probe",)
     paper = ""
@@ -25,7 +25,7 @@ class Probe(Method):
         self.needs = needs
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """The mean of the student's pyramid and, through stages, distances of predictions."""
+        """The mean of the student's features; with stages, also distances between predictions."""
         total = torch.stack([level.float().mean() for level in exchange.student.features]).sum()
         if Capability.STAGES in self.needs:
             pair = exchange.matched()
@@ -42,9 +42,10 @@ def transformed(
     note: Callable[[str], None] = lambda what: None,
     padding: int = 0,
 ) -> DetectorAdapter:
-    """A second adapter of the same model, whose levels and predictions go through these functions.
+    """A second adapter of the same model, which changes what it shows.
 
-    `note` is told of each pass; beside a student it pads the canvas by so many pixels of `padding` more.
+    `levels`, `predictions`: functions that each level and all predictions go through. `note`: called with "features" or
+    "head" at each pass. `padding`: how many pixels it pads the canvas further when it is prepared like another batch.
     """
     cls: Any = type(adapter)
 

@@ -18,7 +18,7 @@ def expect(condition: bool, message: str) -> None:
 
 
 def outputs(predictions: Predictions) -> dict[str, Tensor]:
-    """All that predictions say, by name."""
+    """The tensors of predictions, by name."""
     found = {"logits": predictions.logits, "regression": predictions.regression, "boxes": predictions.boxes}
     return found if predictions.quality is None else found | {"quality": predictions.quality}
 
@@ -62,7 +62,7 @@ def total(losses: Mapping[str, Tensor]) -> Tensor:
 
 
 def expect_backward(losses: Mapping[str, Tensor], model: nn.Module, what: str, *, reaches: bool = False) -> None:
-    """Run backward, and expect the model's gradients to be finite; where it `reaches` the model, not all zero."""
+    """Run backward, and expect finite gradients in the model; with `reaches`, also that not all of them are 0."""
     torch.autograd.backward(total(losses))
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     expect_finite(gradients, f"{what}: gradients")
@@ -71,10 +71,10 @@ def expect_backward(losses: Mapping[str, Tensor], model: nn.Module, what: str, *
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """For bfloat16 on small images, whose coarse levels are single cells.
+    """A context without oneDNN, for bfloat16 on small images, whose coarse levels have a single cell.
 
-    oneDNN's bfloat16 gradient of a convolution's weight holds uninitialised memory where stride, padding and a single
-    cell leave part of the kernel unused (torch 2.14 with AVX-512). Neither adapters nor methods have a part in it.
+    There oneDNN leaves part of the gradient of a convolution's weight uninitialised in bfloat16: the part of the kernel
+    that stride and padding leave unused (torch 2.14 with AVX-512). No adapter and no method causes it.
     """
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]

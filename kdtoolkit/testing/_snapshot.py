@@ -13,7 +13,7 @@ from kdtoolkit.testing._expect import expect
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that nobody may change in a model."""
+    """All that a pass must not change in a model: values, keys, submodules with their attributes, and flags."""
 
     values: Mapping[str, Tensor]
     keys: tuple[str, ...]
@@ -32,10 +32,10 @@ class Snapshot:
         )
 
     def expect_of(self, model: nn.Module, when: str, *, values: bool = True) -> None:
-        """Expect the model to be as it was; without `values`, those of parameters and buffers may differ."""
+        """Expect the model to be as it was. Without `values`, parameters and buffers may have new values."""
         now = Snapshot.of(model)
-        expect(now.keys == self.keys, f"{when} the state dict has other keys: {set(now.keys) ^ set(self.keys)}")
-        expect(now.modules.keys() == self.modules.keys(), f"{when} the model has other submodules")
+        expect(now.keys == self.keys, f"{when} the state dict has different keys: {set(now.keys) ^ set(self.keys)}")
+        expect(now.modules.keys() == self.modules.keys(), f"{when} the model has different submodules")
         for name, facts in self.modules.items():
             changed = sorted({fact for fact, _ in facts.items() ^ now.modules[name].items()})
             where = name or "the model itself"
@@ -47,7 +47,7 @@ class Snapshot:
 
 
 def _facts(module: nn.Module) -> dict[str, object]:
-    """Attributes with their values where these are plain, hooks, and the class's forward."""
+    """Attributes (with their values, if these are plain), hooks, and the forward of the class."""
     facts: dict[str, object] = {"forward of its class": type(module).forward}
     for name, value in vars(module).items():
         if "hooks" in name and isinstance(value, dict):
@@ -58,16 +58,19 @@ def _facts(module: nn.Module) -> dict[str, object]:
 
 
 class _Interruption(Exception):
-    """What the kit raises inside a model."""
+    """The error that the kit raises inside a model."""
 
 
 def count_calls(model: nn.Module, step: Callable[[], object]) -> int:
-    """How many calls of the model's layers `step` makes."""
+    """How many calls of the model's layers `step` makes. The model must be a copy: it gets hooks."""
     return _run_hooked(model, step, 0)
 
 
 def interrupt(model: nn.Module, step: Callable[[], object], call: int) -> None:
-    """Let the model raise at the given call of one of its layers in `step`, counted from 1; expect that it ends it."""
+    """Raise an error inside the model during `step`, and expect that it ends the step.
+
+    `call`: at which call of a layer, counted from 1. The model must be a copy: it gets hooks.
+    """
     try:
         _run_hooked(model, step, call)
     except _Interruption:
@@ -76,7 +79,6 @@ def interrupt(model: nn.Module, step: Callable[[], object], call: int) -> None:
 
 
 def _run_hooked(model: nn.Module, step: Callable[[], object], call: int) -> int:
-    """Only for copies, since it hooks them."""
     calls = 0
 
     def hook(module: nn.Module, args: object) -> None:

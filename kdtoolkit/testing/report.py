@@ -13,11 +13,11 @@ from kdtoolkit.errors import KDError
 SEED = 0
 
 Check = Callable[[Any], None]
-"""Looks at a case, and raises where a promise is broken (AssertionError) or does not apply (LeftOut)."""
+"""Checks one promise on a case. Raises AssertionError if it is broken, and LeftOut if it does not apply."""
 
 
 class ConformanceError(AssertionError):
-    """A promise of the contract is broken; the message names the checks, the subject and the numbers."""
+    """Promises of the contract are broken. The message names the checks, the adapter or method, and the numbers."""
 
 
 class LeftOut(Exception):
@@ -26,7 +26,7 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one check, and why, unless it passed."""
+    """The outcome of one check and, unless it passed, the reason."""
 
     outcome: Literal["passed", "known failure", "left out", "refused"]
     reason: str = ""
@@ -34,14 +34,14 @@ class Result:
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """The results of all checks of one subject, by the checks' names; printable."""
+    """The results of all checks of one adapter or method, by the checks' names. `print` shows them."""
 
     subject: str
     results: Mapping[str, Result]
 
     @property
     def refused(self) -> str | None:
-        """Why the method refuses the pair, if it does."""
+        """Why the method refuses the pair; None if it does not."""
         return next((r.reason for r in self.results.values() if r.outcome == "refused"), None)
 
     def __str__(self) -> str:
@@ -54,17 +54,17 @@ class ConformanceReport:
 
 
 def by_name(*checks: Check) -> dict[str, Check]:
-    """Checks by their functions' names, without the underscore."""
+    """The checks by name: the function's name without the underscore."""
     return {check.__name__.strip("_"): check for check in checks}
 
 
 def run(
     subject: str, checks: Mapping[str, Check], case: object, known: Mapping[str, str], only: Collection[str] = ()
 ) -> ConformanceReport:
-    """Run each check on the case, or those of `only`, under one seed.
+    """Run each check on the case, each with the same seed. `only`: the names of those to run; empty means all.
 
-    Raises ConformanceError listing all that fail, with one sentence for all that fail alike, and those of `known` that
-    do not; KDError where `known` or `only` names no check.
+    Raises ConformanceError if checks fail, or if a check of `known` does not fail; checks that fail in the same way
+    share a sentence. Raises KDError if `known` or `only` has a name that no check has.
     """
     for what, names in (("known", known), ("only", only)):
         if unknown := sorted(set(names) - checks.keys()):
@@ -86,7 +86,7 @@ def run(
             results[name] = Result("known failure", known[name])
         else:
             what = f"is left out ({result.reason})" if result.reason else "passes"
-            message = f"{what}, so it is no known failure: remove the reason ({known[name]})"
+            message = f"{what}, so it is no known failure: remove its reason from `known` ({known[name]})"
             failures.setdefault(message, []).append(name)
     if failures:
         lines = "".join(f"\n  {', '.join(names)}: {message}" for message, names in failures.items())
@@ -102,6 +102,6 @@ def _run_one(check: Check, case: object) -> tuple[Result, Exception | None]:
             check(case)
         except LeftOut as left_out:
             return Result("left out", str(left_out)), None
-        except Exception as error:  # whatever a foreign detector raises is a failure of this check alone
+        except Exception as error:  # any error of the detector fails this check alone
             return Result("passed"), error
     return Result("passed"), None

@@ -1,4 +1,4 @@
-"""Count what makes a GPU's host wait, on any machine: operations that read a tensor's values on the host."""
+"""Count the operations that make the host wait for a GPU, those that read a tensor's values; on any machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten: Any = torch.ops.aten
-# Operations whose result depends on values that the host must know: a number, or a tensor's shape.
+# The host must know a tensor's values to run these: they return a number, or a tensor whose size depends on values.
 _READS = {
     _aten._local_scalar_dense,
     _aten.equal,
@@ -41,7 +41,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Copies(TorchFunctionMode):
-    """To the host: on a CPU they reach no operation, so that only the calls show."""
+    """Counts copies to the host. On a CPU such a copy is no operation of torch, so only the call can be seen."""
 
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()
@@ -54,17 +54,16 @@ class _Copies(TorchFunctionMode):
 
 
 def _by_mask(args: Any) -> bool:
-    """Whether it is by a mask of bools, unless one value is written for all of it: that is a fill."""
+    """Whether it indexes by a mask of bools. To write one number to all places of a mask does not count: no wait."""
     masks = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return masks and not (len(args) > 2 and args[2].numel() == 1)
 
 
 @contextmanager
 def count_syncs() -> Iterator[Counter[str]]:
-    """Count, by name, the operations in the block for which a GPU's host would wait.
+    """Count, by name, the operations in the block at which the host would wait for a GPU.
 
-    On tensors of any device, also of those that are on the host in truth: hand in images and targets as a GPU would
-    have them. Copies from the host to a GPU are not counted.
+    It counts them for all tensors, as if each was on a GPU. Copies from the host to a GPU are not counted.
     """
     found: Counter[str] = Counter()
     with _Copies(found), _Operations(found):

@@ -28,24 +28,25 @@ def check_adapter(
 ) -> ConformanceReport:
     """Check every promise of an adapter on one detector: `check_adapter(tiny_detector(), own=..., own_losses=...)`.
 
-    Nothing but the library itself shows that losses are weighted as it weights them, or images normalised as it does.
+    `own` and `own_losses` matter most: only the library itself can show that the adapter weights losses and normalises
+    images as the library does.
 
     Args:
         adapter_or_model: a small detector with random weights, or its adapter. It is copied, not changed.
-        own: the library's own inference, which `detections` must equal; or the reason why there is none to compare.
-        own_losses: the library's own training losses, which `task_losses` must equal; or a reason likewise.
-        known: reasons of failures, by check; `known` must name checks that do fail.
-        only: names of the checks to run; all by default.
-        images: two or more (3, H, W) in [0, 1]; two of unequal sizes about 64 px by default.
-        targets: their ground truth; handed in with `images`.
+        own: the library's own inference, which `detections` must equal; or a sentence why there is none.
+        own_losses: the library's own training losses, which `task_losses` must equal; or such a sentence.
+        known: the checks that must fail for now, each with the reason. One that passes is an error.
+        only: the names of the checks to run; all by default.
+        images: two or more (3, H, W) in [0, 1]; by default two of about 64 px, of different sizes.
+        targets: their ground truth. Give both or neither.
 
     Raises:
-        ConformanceError: promises are broken; lists them all.
-        KDError: no adapter knows the model, `known` or `only` names no check, or a reason is empty.
+        ConformanceError: promises are broken. It lists all of them.
+        KDError: no adapter knows the model, there is no check of such a name, or a sentence is empty.
     """
     for name, value in (("own", own), ("own_losses", own_losses)):
         if not callable(value) and not (isinstance(value, str) and value.strip()):
-            raise KDError(f"{name} must be a function, or the reason why there is nothing to compare with")
+            raise KDError(f"{name} must be a function, or the reason (a sentence) why there is nothing to compare with")
     adapter = adapt(adapter_or_model)
     if getattr(adapter, "model", None) is None:
         raise ConformanceError(f"{type(adapter).__name__}.__init__ must call super().__init__(model)")
@@ -56,7 +57,7 @@ def check_adapter(
 
 
 def _first_stage(case: Case) -> None:
-    """What proposes is a detector of one class that keeps the same promises."""
+    """The first stage is a detector of one class, and keeps the same promises."""
     stage = case.adapter.first_stage
     if stage is None:
         raise LeftOut("has no first stage")

@@ -13,10 +13,10 @@ from kdtoolkit.contract import Detections, DetectorAdapter, DetectorSpec, Target
 from kdtoolkit.testing._batch import observe
 
 Own = Callable[[Any, Sequence[Tensor]], list[Detections]]
-"""The library's own inference: of a model in eval mode and images; labels in [0, K), pixels of the original images."""
+"""The library's own inference: takes a model in eval mode and images. Labels in [0, K); boxes in original pixels."""
 
 OwnLosses = Callable[[Any, Sequence[Tensor], Sequence[Target]], Mapping[str, Tensor] | Tensor]
-"""The library's own training losses: of a model in train mode, images and targets; by name, or their sum."""
+"""The library's own training losses: takes a model in train mode, images and targets. By name, or their sum."""
 
 PIXELS = 1e-2  # boxes that went to relative coordinates and back
 
@@ -28,7 +28,7 @@ class Case:
     targets: tuple[Target, ...]
     own: Own | str = ""
     own_losses: OwnLosses | str = ""
-    proposes: bool = False  # a first stage: one class, whatever the ground truth says
+    proposes: bool = False  # a first stage: it has one class, so labels of the ground truth do not count
 
     @property
     def spec(self) -> DetectorSpec:
@@ -40,7 +40,7 @@ class Case:
         return adapter
 
     def show(self, adapter: DetectorAdapter | None = None, targets: Sequence[Target] | None = None) -> View:
-        """What the adapter, by default a fresh one in eval mode, shows of the batch."""
+        """What the adapter shows of the batch; by default a fresh adapter in eval mode."""
         return observe(adapter or self.fresh(), self.images, self.targets if targets is None else targets)
 
     def losses(self, adapter: DetectorAdapter, targets: Sequence[Target] | None = None) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from kdtoolkit.testing.report import LeftOut, by_name
 
 @torch.no_grad()
 def _assignment(case: Case) -> None:
-    """Assigned labels, boxes, weights and normaliser mean what the contract says, in eval as in train mode."""
+    """Labels, boxes, weights and normaliser of the assignment mean what the contract says, in both modes."""
     if Capability.ASSIGNMENT not in case.spec.capabilities:
         raise LeftOut("declares no assignment")
     for train in (False, True):
@@ -25,7 +25,7 @@ def _assignment(case: Case) -> None:
 
 
 def expect_assignment(case: Case, adapter: DetectorAdapter, targets: Sequence[Target], what: str) -> None:
-    """Expect that an assignment for these targets means what the contract says."""
+    """Expect that the adapter's assignment for these targets means what the contract says."""
     view = case.show(adapter, targets)
     found = adapter.assign(view.head, view.batch)
     classes, size = case.spec.num_classes, tuple(view.head.predictions.logits.shape[:2])
@@ -41,9 +41,11 @@ def expect_assignment(case: Case, adapter: DetectorAdapter, targets: Sequence[Ta
     expect(found.normaliser.shape == () and 0 < normaliser < float("inf"), f"{what}: normaliser {normaliser}")
     counted = int((found.weights > 0).sum())
     if sum(map(len, view.batch.labels)):
-        expect(counted > 0, f"{what}: all weights are 0, so that no prior counts")
-        most = counted * classes  # a mean over all priors that count and all classes
-        expect(normaliser <= most, f"{what}: normaliser {normaliser:g}, of {counted} priors that count")
+        expect(counted > 0, f"{what}: all weights are 0, so no prior counts")
+        most = counted * classes  # as for a mean over all priors that count, and over all classes
+        expect(
+            normaliser <= most, f"{what}: the normaliser {normaliser:g} is too large for {counted} priors that count"
+        )
     allowed = max(PIXELS, 1e-4 * max(view.batch.images.shape[-2:]))
     for i, (boxes, labels) in enumerate(zip(view.batch.boxes, view.batch.labels, strict=True)):
         positive = found.positive[i]
@@ -51,19 +53,19 @@ def expect_assignment(case: Case, adapter: DetectorAdapter, targets: Sequence[Ta
             expect(not positive.any(), f"{what}: {int(positive.sum())} positives in image {i}, which has no object")
             continue
         some = case.spec.priors == PriorKind.PROPOSALS or bool(positive.any())
-        expect(some, f"{what}: no prior answers for any of the {len(boxes)} objects of image {i}")
+        expect(some, f"{what}: no prior is assigned to any of the {len(boxes)} objects of image {i}")
         counts = bool((found.weights[i][positive] > 0).all())
-        expect(counts, f"{what}: priors that answer for objects of image {i} have weight 0")
+        expect(counts, f"{what}: priors that are assigned to objects of image {i} have weight 0")
         distances = (found.boxes[i][positive][:, None] - boxes).abs().amax(-1)
         if not case.proposes:
             distances = distances.where(found.labels[i][positive][:, None] == labels, float("inf"))
         off = distances.amin(-1).amax().item() if len(distances) else 0.0
-        problem = f"a positive of image {i} has a box, or a label, of no object in it"
+        problem = f"a positive prior of image {i} has a box or a label that no object has"
         expect(off <= allowed, f"{what}: {problem} (nearest one with its label: {off:g} pixels)")
 
 
 def _two_processes(case: Case) -> None:
-    """The normaliser is that of all processes: one without objects has the same as one that has them all."""
+    """The normaliser is summed over processes: a process without objects has the same as one with all objects."""
     if Capability.ASSIGNMENT not in case.spec.capabilities:
         raise LeftOut("declares no assignment")
 

@@ -33,7 +33,7 @@ def _detections(case: Case) -> None:
             continue
         low, high = int(labels.min()), int(labels.max())
         expect(0 <= low <= high < classes, f"labels {low} to {high} of {classes} classes")
-        expect(all(a >= b for a, b in pairwise(scores.tolist())), "scores do not fall")
+        expect(all(a >= b for a, b in pairwise(scores.tolist())), "scores are not sorted, highest first")
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         limits = boxes.new_tensor([image.shape[-1], image.shape[-2]]) + 1
         inside = bool(((centres >= -1) & (centres <= limits)).all())
@@ -42,7 +42,7 @@ def _detections(case: Case) -> None:
 
 @torch.no_grad()
 def _sources(case: Case) -> None:
-    """Each detection is a prediction: of its class, its score and, but for proposals, its box."""
+    """Each detection is a prediction with its class, its score and (not with proposals) its box."""
     adapter = case.fresh()
     view = observe(adapter, case.images)
     found, predictions = adapter.detections(view.head, view.batch), view.head.predictions
@@ -53,7 +53,7 @@ def _sources(case: Case) -> None:
     for i, each in enumerate(found):
         count = min(len(each["scores"]), LOOKED_AT)
         scores = probabilities[i][:, each["labels"][:count]].T
-        # Where a quality counts, a score is some mean of both, or their product.
+        # If there is a quality, a score is some mean of both, or their product.
         low, high = (scores, scores) if quality is None else (scores * quality[i], scores.maximum(quality[i]))
         scored = each["scores"][:count, None]
         fits = (scored >= low - SCORE) & (scored <= high + SCORE)
@@ -67,21 +67,23 @@ def _sources(case: Case) -> None:
             at = int((~fits.any(1)).nonzero()[0])
             what = f"box {[round(x, 1) for x in each['boxes'][at].tolist()]}, label {int(each['labels'][at])}"
             raise AssertionError(
-                f"detection {at} of image {i} ({what}, score {each['scores'][at]:.3f}) is nowhere in the predictions: "
-                "no prior has that box, in pixels of the original image, with that probability of that class"
+                f"detection {at} of image {i} ({what}, score {each['scores'][at]:.3f}) is not in the predictions: "
+                "no prior has this box (in pixels of the original image) and this probability of this class"
             )
 
 
 @torch.no_grad()
 def _own_detections(case: Case) -> None:
-    """Detections are those of the library's own inference."""
+    """Detections equal those of the library's own inference."""
     if isinstance(case.own, str):
         raise LeftOut(case.own)
     adapter = case.fresh()
     expected = case.own(adapter.model, case.images)
     for i, (ours, theirs) in enumerate(zip(case.detections(adapter), expected, strict=True)):
         counts = len(ours["scores"]), len(theirs["scores"])
-        expect(counts[0] == counts[1], f"image {i}: {counts[0]} detections, {counts[1]} of the library's own")
+        expect(
+            counts[0] == counts[1], f"image {i}: {counts[0]} detections; the library's own inference has {counts[1]}"
+        )
         expect(torch.equal(ours["labels"], theirs["labels"]), f"image {i}: labels are not the library's own")
         pairs = {"boxes": (ours["boxes"], theirs["boxes"]), "scores": (ours["scores"], theirs["scores"])}
         for name, (actual, own) in pairs.items():

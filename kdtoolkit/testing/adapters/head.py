@@ -15,7 +15,7 @@ from kdtoolkit.testing.report import LeftOut, by_name
 
 @torch.no_grad()
 def _resume(case: Case) -> None:
-    """Resumed from its own state, the head repeats the pass to the bit, whatever stands in the rest of the trace."""
+    """Resumed from its own state, the head gives the same predictions to the bit; from another state, others."""
     if not case.spec.stages:
         raise LeftOut("declares no stages")
     adapter = case.fresh()
@@ -29,12 +29,15 @@ def _resume(case: Case) -> None:
             expect_same(outputs(adapter.resume(activated, i, trace)), once, f"{what} after its activation")
         elif any(bool((x < 0).any()) for tensors in state.values() for x in tensors):
             cut = {branch: tuple(x.clamp(min=0) for x in tensors) for branch, tensors in state.items()}
-            problem = "negative values change nothing, so the head takes the state through an activation (ReLU)"
-            expect(_moved(adapter.resume(cut, i, trace), once), f"{what}: {problem}, and the stage declares none")
+            problem = "negative values change nothing, so the head applies an activation (ReLU) to the state"
+            expect(_moved(adapter.resume(cut, i, trace), once), f"{what}: {problem}; the stage must declare it")
         for branch, tensors in state.items():
             other = {**state, branch: tuple(-tensor - 1 for tensor in tensors)}
             moved = _moved(adapter.resume(other, i, trace), once)
-            expect(moved, f"{what}, from another state of branch {branch}, the head still repeats its own pass")
+            expect(
+                moved,
+                f"{what}, the head gives the same predictions for a different state of branch {branch}: it ignores it",
+            )
 
 
 def _moved(predictions: Predictions, once: Mapping[str, Tensor]) -> bool:
@@ -44,21 +47,21 @@ def _moved(predictions: Predictions, once: Mapping[str, Tensor]) -> bool:
 
 @torch.no_grad()
 def _given_priors(case: Case) -> None:
-    """Proposals or queries handed back to the head repeat the pass."""
+    """Given its own proposals or queries, the head gives the same predictions to the bit."""
     if case.spec.priors.on_grid:
-        raise LeftOut("priors on a grid are not handed over")
+        raise LeftOut("its priors lie on a grid, and are never given to the head")
     adapter = case.fresh()
     view = case.show(adapter)
     once = outputs(view.head.predictions)
     again = adapter.head(view.features, view.batch, view.head.predictions.priors)
-    expect_same(outputs(again.predictions), once, "with its own priors handed back")
+    expect_same(outputs(again.predictions), once, "with its own priors given")
     for i, _ in enumerate(case.spec.stages):
         resumed = adapter.resume(again.states[i], i, again)
         expect_same(outputs(resumed), once, f"with given priors, resumed from stage {i}")
 
 
 def _shown(case: Case) -> None:
-    """What methods are shown hangs together by gradient, and is not written to afterwards."""
+    """Gradients flow through all that methods are shown, and nothing of it is written to afterwards."""
     adapter = case.fresh(train=True)
     batch = adapter.prepare(case.images, case.targets)
     features = adapter.features(batch)
@@ -74,7 +77,7 @@ def _shown(case: Case) -> None:
     ]
     shown = [*((f"level {i}", x) for i, x in enumerate(features)), *outputs(trace.predictions).items(), *states]
     for name, x in shown:
-        expect(x.requires_grad, f"no gradient flows from {name} to the detector: it is detached from it")
+        expect(x.requires_grad, f"no gradient flows from {name} to the detector: it is detached")
     seen += [(name, x, x._version) for name, x in shown]
     if Capability.ASSIGNMENT in case.spec.capabilities:
         adapter.assign(trace, batch)
@@ -82,7 +85,7 @@ def _shown(case: Case) -> None:
     _expect_unwritten(seen)
     for what, said in (("predictions", [*outputs(trace.predictions).values()]), ("states", [x for _, x in states])):
         reached = not said or _reached(said, features)
-        expect(reached, f"no gradient flows from {what} to the pyramid: the head detaches what it takes")
+        expect(reached, f"no gradient flows from {what} to the pyramid: the head detaches its inputs")
     adapter.model.requires_grad_(False)
     for i, (stage, state) in enumerate(zip(case.spec.stages, trace.states, strict=True)):
         leaves = {branch: tuple(x.detach().requires_grad_() for x in tensors) for branch, tensors in state.items()}
@@ -95,11 +98,11 @@ def _shown(case: Case) -> None:
 
 def _expect_unwritten(seen: Sequence[tuple[str, Tensor, int]]) -> None:
     written = sorted({name for name, x, version in seen if x._version != version})
-    expect(not written, f"{', '.join(written)} is written to after it was shown, and methods see the changed values")
+    expect(not written, f"{', '.join(written)} is written to after it was shown, so methods see the changed values")
 
 
 def _reached(said: Sequence[Tensor], wrt: Sequence[Tensor]) -> bool:
-    """Whether gradient flows from what is said, all in all, to any of these."""
+    """Whether a gradient flows from any tensor of `said` to any tensor of `wrt`."""
     value = torch.stack([x.square().sum() for x in said]).sum()
     if not value.requires_grad:
         return False

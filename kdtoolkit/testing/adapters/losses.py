@@ -15,11 +15,11 @@ from kdtoolkit.testing.adapters._case import Case
 from kdtoolkit.testing.adapters.assignment import expect_assignment
 from kdtoolkit.testing.report import SEED, LeftOut, by_name
 
-ORDER = 30.0  # a plain classification loss, next to the detector's own losses: from a tenth to eight times in ours
+ORDER = 30.0  # factor between a plain classification loss and the detector's own losses; in ours from 1/10 to 8
 
 
 def _task_losses(case: Case) -> None:
-    """Task losses are finite float32 scalars, their gradient reaches the detector, and assignments fit them."""
+    """Task losses are finite float32 scalars, their gradient reaches the detector, and the assignment fits them."""
     adapter = case.fresh(train=True)
     view = case.show(adapter)
     losses, used = adapter.task_losses(view.head, view.batch)
@@ -33,7 +33,7 @@ def _task_losses(case: Case) -> None:
 def _expect_fitting(
     case: Case, adapter: DetectorAdapter, view: View, losses: Mapping[str, Tensor], used: Assignment | None
 ) -> None:
-    """Expect that `assign` gives what the losses went by, in any mode, and a normaliser of their order."""
+    """Expect that `assign` gives what the losses used, in both modes, with a normaliser that fits them."""
     found = adapter.assign(view.head, view.batch)
     adapter.model.eval()
     others = {"assign in eval mode": adapter.assign(view.head, view.batch)}
@@ -42,7 +42,7 @@ def _expect_fitting(
         others["the assignment that the losses used"] = used
     for what, other in others.items():
         alike = torch.equal(other.labels, found.labels) and torch.equal(other.weights, found.weights)
-        expect(alike, f"{what} has other labels or weights than assign in train mode, of one pass")
+        expect(alike, f"{what} has different labels or weights than assign in train mode, for the same pass")
         normalisers = float(other.normaliser), float(found.normaliser)
         near = abs(normalisers[0] - normalisers[1]) <= 1e-5 * abs(normalisers[1])
         expect(near, f"{what} has the normaliser {normalisers[0]:g}, assign in train mode {normalisers[1]:g}")
@@ -57,12 +57,12 @@ def _expect_fitting(
     expect(
         1 / ORDER <= ratio <= ORDER,
         f"a plain classification loss, summed over priors and divided by the normaliser ({float(found.normaliser):g}), "
-        f"is {value:.3g}, and the detector's own losses are {own:.3g} in all: that is not what it divides by",
+        f"is {value:.3g}, and the detector's own losses are {own:.3g} in sum: the detector divides by something else",
     )
 
 
 def _own_task_losses(case: Case) -> None:
-    """Task losses are those of the library's own training forward."""
+    """Task losses equal those of the library's own training forward."""
     if isinstance(case.own_losses, str):
         raise LeftOut(case.own_losses)
     torch.manual_seed(SEED)
@@ -77,12 +77,12 @@ def _own_task_losses(case: Case) -> None:
 
 
 def _empty_targets(case: Case) -> None:
-    """Images without any object give finite losses and gradients."""
+    """If no image has an object, losses and gradients are finite."""
     _expect_finite_step(case, without_objects(case.targets, range(len(case.targets))), "no object at all")
 
 
 def _one_empty_image(case: Case) -> None:
-    """One image without objects among others gives finite losses and gradients."""
+    """If one image has no object, losses and gradients are finite."""
     for i in (0, len(case.targets) - 1):
         _expect_finite_step(case, without_objects(case.targets, [i]), f"no object in image {i}")
 
@@ -91,7 +91,7 @@ def _expect_finite_step(case: Case, targets: Sequence[Target], what: str) -> Non
     adapter = case.fresh(train=True)
     losses = case.losses(adapter, targets)
     expect_losses(losses, what)
-    # Without objects there may be nothing to learn (SSD takes as many negatives as there are positives): zero will do.
+    # Losses may be 0: without objects there may be nothing to learn (SSD takes negatives in proportion to positives).
     expect_backward(losses, adapter.model, what)
     if Capability.ASSIGNMENT in case.spec.capabilities:
         adapter.model.eval()

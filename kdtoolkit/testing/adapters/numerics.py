@@ -37,7 +37,7 @@ def _bfloat16(case: Case) -> None:
 
 
 def _deterministic(case: Case) -> None:
-    """Two runs under one seed are equal to the bit, in train and eval mode."""
+    """Two runs with the same seed are equal to the bit, in train and in eval mode."""
     for train in (True, False):
         runs = []
         for adapter in (case.fresh(train=train), case.fresh(train=train)):

@@ -12,10 +12,10 @@ from kdtoolkit.testing.report import by_name
 
 
 def _matches(case: Case) -> None:
-    """The adapter knows its model by its class, and no other."""
+    """`matches` is True for the adapter's model, and False for any other class."""
     expect(case.adapter.matches(case.adapter.model), "matches(model) is False for the adapter's own model")
     expect(not case.adapter.matches(nn.Identity()), "matches(nn.Identity()) is True")
-    expect(case.adapter.spec == case.adapter.spec, "spec differs from call to call")
+    expect(case.adapter.spec == case.adapter.spec, "spec is different at each call")
 
 
 def _batch(case: Case) -> None:
@@ -29,7 +29,7 @@ def _batch(case: Case) -> None:
     before = [(x, x._version) for x in given()]
     batch = adapter.prepare(case.images, case.targets)
     kept = all(x is now and x._version == version for (x, version), now in zip(before, given(), strict=True))
-    expect(kept, "prepare writes to the images or targets that it is given")
+    expect(kept, "prepare writes to the images or targets that it is given; it must copy them")
     count, colours, *canvas = batch.images.shape
     expect((count, colours) == (len(case.images), 3), f"images are {tuple(batch.images.shape)}")
     originals = tuple((image.shape[-2], image.shape[-1]) for image in case.images)
@@ -45,20 +45,20 @@ def _batch(case: Case) -> None:
         distance = (batch.boxes[i] - expected).abs().max().item() if len(expected) else 0.0
         expect(distance <= max(PIXELS, 1e-4 * max(canvas)), f"boxes of image {i} are off by {distance:g} pixels")
         expect(torch.equal(batch.labels[i], target["labels"]), f"labels of image {i} are {batch.labels[i].tolist()}")
-    # One more, small enough to be padded up to a larger one by what pads to the batch's largest.
+    # A smaller image is added: it is padded further if the adapter pads to the largest image of the batch.
     height, width = originals[-1]
     images = [*case.images, case.images[-1][:, : height // 2, : width // 2]]
     without = adapter.prepare(images)
     expect(without.boxes == () and without.labels == (), "without targets boxes and labels must be empty tuples")
     for i, (image, padded) in enumerate(zip(images, without.padded_sizes, strict=True)):
         alone = tuple(adapter.prepare([image]).images.shape[-2:])
-        what = f"padded_sizes of image {i} is {padded}, and alone it is brought to a canvas of {alone}"
-        expect(padded == alone, f"{what}: its content with its own padding, not that of the batch")
+        what = f"padded_sizes of image {i} is {padded}, but prepared alone it has a canvas of {alone}"
+        expect(padded == alone, f"{what}: padded_sizes must not count the padding that the batch adds")
 
 
 @torch.no_grad()
 def _beside(case: Case) -> None:
-    """Prepared like a student's batch, images lie as they do there: of the same shares, on a canvas that has it all."""
+    """With `like=` images have the same proportions as in the student's batch, on a canvas that is large enough."""
     originals = tuple((image.shape[-2], image.shape[-1]) for image in case.images)
     sizes = tuple((height + 9, 2 * width) for height, width in originals)
     padded = tuple(max(sides) + 23 for sides in zip(*sizes, strict=True))
@@ -72,10 +72,12 @@ def _beside(case: Case) -> None:
     scale = [sum(size[i] for size in batch.sizes) / sum(size[i] for size in sizes) for i in range(2)]
     for ours, theirs in zip(batch.sizes, sizes, strict=True):
         off = max(abs(a - b * factor) for a, b, factor in zip(ours, theirs, scale, strict=True))
-        expect(off <= 1, f"images of sizes {sizes} in the student's batch have {batch.sizes}, which are other shares")
+        expect(
+            off <= 1, f"images of sizes {sizes} in the student's batch have sizes {batch.sizes}: different proportions"
+        )
     canvas = tuple(batch.images.shape[-2:])
     missing = [side for side, other, factor in zip(canvas, padded, scale, strict=True) if side < other * factor - 1]
-    expect(not missing, f"a canvas of {canvas}, scaled by {scale}, does not hold the student's of {padded}")
+    expect(not missing, f"the canvas {canvas}, scaled by {scale}, is too small for the student's canvas of {padded}")
     for i, (own, seen) in enumerate(zip(batch.boxes, like.boxes, strict=True)):
         distance = (own - seen * _factors(batch.sizes[i], sizes[i], seen)).abs()
         off = distance.max().item() if len(own) else 0.0
@@ -85,7 +87,7 @@ def _beside(case: Case) -> None:
 
 
 def _factors(size: tuple[int, int], original: tuple[int, int], like: Tensor) -> Tensor:
-    """(4,): from boxes on an image of one (height, width) to those on another."""
+    """(4,): factors by which xyxy boxes change when an image of `original` (height, width) gets `size`."""
     return like.new_tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
 
 

@@ -18,7 +18,7 @@ from kdtoolkit.testing.report import by_name
 
 @torch.no_grad()
 def _stateless(case: Case) -> None:
-    """Adapters hold nothing between steps: another batch in between changes nothing."""
+    """An adapter keeps nothing between steps: a different batch in between changes nothing."""
     adapter = case.fresh()
     first = case.show(adapter)
     once = outputs(first.head.predictions)
@@ -31,10 +31,10 @@ def _stateless(case: Case) -> None:
 
 
 def _untouched(case: Case) -> None:
-    """Nothing of the model is changed, added or left behind, also where an error ends the pass."""
+    """Nothing in the model is changed, added or left behind, also if an error ends the pass."""
     for train in (False, True):
         adapter = case.fresh(train=train)
-        # What the library's own forward caches is no fault of the adapter's.
+        # The library's own forward may cache something in the model: it runs before the adapter is looked at.
         if not isinstance(case.own, str) and not train:
             case.own(adapter.model, case.images)
         if not isinstance(case.own_losses, str) and train:
@@ -64,7 +64,7 @@ def _call_everything(case: Case, adapter: DetectorAdapter, train: bool) -> None:
 
 
 def _teacher(case: Case) -> None:
-    """As a teacher it is frozen, learns nothing from a step, and passes gradient to the student's states."""
+    """As a teacher the model is frozen and unchanged by a step, and its head lets gradients through to the student."""
     teacher, student = case.fresh(train=True), case.fresh(train=True)
     distiller = Distiller(teacher, student, [Probe(case.spec.capabilities)])
     before, keys = Snapshot.of(teacher.model), tuple(case.adapter.model.state_dict())
@@ -72,7 +72,7 @@ def _teacher(case: Case) -> None:
     expect_backward(losses, student.model, "through the teacher's head", reaches=True)
     before.expect_of(teacher.model, "after a step as a teacher")
     saved = student.model.state_dict()
-    expect(tuple(saved) == keys, f"the student's state dict has other keys: {set(saved) ^ set(keys)}")
+    expect(tuple(saved) == keys, f"the student's state dict has different keys: {set(saved) ^ set(keys)}")
     case.fresh().model.load_state_dict(saved)
 
 

@@ -19,9 +19,9 @@ def _levels(case: Case) -> None:
     expect(len(spec.strides) == len(channels), f"{len(spec.strides)} strides, {len(channels)} levels")
     for stride, level in zip(spec.strides, view.features, strict=True):
         for cells, pixels in zip(level.shape[-2:], view.batch.images.shape[-2:], strict=True):
-            # Levels may be rounded up or down on their way; a wrong stride is off by a factor.
+            # A level's size may be rounded up or down. A wrong stride is off by a factor.
             fits = (cells - 1) * stride <= pixels <= (cells + 1) * stride
-            expect(fits, f"{pixels} pixels give {cells} cells of a stride said to be {stride}")
+            expect(fits, f"{pixels} pixels give {cells} cells, which does not fit the declared stride {stride}")
 
 
 @torch.no_grad()
@@ -37,12 +37,12 @@ def _predictions(case: Case) -> None:
     }
     for name, tensor in outputs(predictions).items():
         shape = tuple(tensor.shape)
-        expect(shape == expected[name], f"{name} is {shape}; the spec makes it {expected[name]}")
+        expect(shape == expected[name], f"{name} is {shape}; by the spec it must be {expected[name]}")
     expect_float32(outputs(predictions), "head")
     for name in ("logits", "quality"):
         values = outputs(predictions).get(name, predictions.logits)
         low, high = values.min().item(), values.max().item()
-        problem = f"{name} lie between {low:g} and {high:g}, as probabilities do; predictions are logits"
+        problem = f"{name} lie between {low:g} and {high:g}, as probabilities do; they must be logits"
         expect(low == high or low < 0 or high > 1, problem)
     kinds = predictions.activation, spec.activation
     expect(kinds[0] == kinds[1], f"activation is {kinds[0]} in predictions, {kinds[1]} in the spec")
@@ -50,7 +50,7 @@ def _predictions(case: Case) -> None:
 
 @torch.no_grad()
 def _priors(case: Case) -> None:
-    """Priors lie on the declared grid, with the declared strides; or on none, and then their form is said."""
+    """Priors lie on the declared grid with the declared strides; without a grid, the spec names their form."""
     view, spec = case.show(), case.spec
     priors = view.head.predictions.priors
     expect_finite({"boxes": priors.boxes}, "priors")
@@ -65,14 +65,16 @@ def _priors(case: Case) -> None:
     cells = tuple((level.shape[-2], level.shape[-1]) for level in view.features)
     expect(priors.grid == cells, f"Priors.grid is {priors.grid}, levels are {cells}")
     counts = tuple(h * w * each for (h, w), each in zip(priors.grid, spec.priors_per_cell, strict=True))
-    expect(counts == priors.per_level, f"the spec makes {counts} priors a level, Priors.per_level {priors.per_level}")
+    expect(
+        counts == priors.per_level, f"by the spec levels have {counts} priors, by Priors.per_level {priors.per_level}"
+    )
     found = len(priors.boxes)
     expect(sum(counts) == found == len(priors.strides), f"{sum(counts)} priors on the levels, {found} in all")
     centres = (priors.boxes[:, :2] + priors.boxes[:, 2:]).double() / 2
     levels = zip(torch.split(priors.strides, [*counts]), torch.split(centres, [*counts]), strict=True)
     for stride, grid, (strides, points) in zip(spec.strides, priors.grid, levels, strict=True):
         where = f"priors of the level of stride {stride}"
-        # Strides of the spec are whole numbers; those of priors may be what the canvas divided by the cells gives.
+        # Strides of the spec are whole numbers. Those of priors may be the canvas divided by the cells.
         off = (strides - stride).abs().max().item()
         expect(off <= 0.5, f"{where} have strides off by {off:g}")
         expect(bool((strides == strides[0]).all()), f"{where} have unequal strides")

@@ -26,23 +26,22 @@ def check_method(
 ) -> ConformanceReport:
     """Check every promise of a method on one pair of detectors: `check_method(MyMethod, tiny(), another_tiny())`.
 
-    A pair that the method refuses is no error: the report says so, with the reason. Terms that `Method.vanishing` names
-    must be about zero where the student is the teacher, with a finite gradient there, which need not be zero, for GIoU
-    and absolute differences have kinks. At initialisation detectors with batch norm may have nearly constant states:
-    give them some spread before (perturbed weights, a few forwards in train mode).
+    It is no error if the method refuses the pair: the report then says so, with the reason. New detectors with batch
+    norm may have nearly constant states, of which some checks can tell nothing: perturb the weights, or run a few
+    forwards in train mode before.
 
     Args:
-        method_factory: makes the method afresh: its class, or a function without arguments.
+        method_factory: builds a new method: its class, or a function without arguments.
         student: a small detector with random weights, or its adapter. It is copied, not changed.
-        teacher: likewise, of as many classes.
-        known: reasons of failures, by check; `known` must name checks that do fail.
-        only: names of the checks to run; all by default.
-        images: two or more (3, H, W) in [0, 1]; two of unequal sizes about 64 px by default.
-        targets: their ground truth; handed in with `images`.
+        teacher: likewise, with as many classes.
+        known: the checks that must fail for now, each with the reason. One that passes is an error.
+        only: the names of the checks to run; all by default.
+        images: two or more (3, H, W) in [0, 1]; by default two of about 64 px, of different sizes.
+        targets: their ground truth. Give both or neither.
 
     Raises:
-        ConformanceError: promises are broken; lists them all.
-        KDError: no adapter knows a model, or `known` or `only` names no check.
+        ConformanceError: promises are broken. It lists all of them.
+        KDError: no adapter knows a model, or there is no check of such a name.
     """
     pair = adapt(student), adapt(teacher)
     subject = f"{type(method_factory()).__name__} from {pair[1].spec.name} to {pair[0].spec.name}"
@@ -51,7 +50,7 @@ def check_method(
     case = Case(method_factory, *pair, tuple(images), tuple(targets))
     try:
         reason = case.why_refused()
-    except Exception:  # no step can be made: one check says why, and the others would only repeat it
+    except Exception:  # a step fails: one check says why, and all others would repeat it
         return run(subject, METHOD_CHECKS, case, known or {}, ["terms"])
     if reason is not None:
         return ConformanceReport(subject, {"refuses": Result("refused", reason)})

@@ -22,7 +22,7 @@ MethodFactory = Callable[[], Method]
 Change = Callable[[DetectorAdapter], DetectorAdapter]
 
 
-ROUNDING = 1e-7  # the same where that of another student is hardly more
+ROUNDING = 1e-7  # absolute: what rounding leaves of a term that is 0
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Case:
 
     @cached_property
     def _copies(self) -> tuple[DetectorAdapter, DetectorAdapter, dict[str, Tensor]]:
-        """Student, teacher, and the student's buffers, which are all that a step may change."""
+        """Student, teacher, and the student's buffers: a step may change nothing but these."""
         student, teacher = copy.deepcopy(self.student), copy.deepcopy(self.teacher)
         return student, teacher, {name: value.clone() for name, value in student.model.named_buffers()}
 
@@ -47,7 +47,7 @@ class Case:
         student: Change = lambda adapter: adapter,
         teacher: Change = lambda adapter: adapter,
     ) -> Distiller:
-        """A distiller with a method set up anew, and models without gradients, of which one may show other things."""
+        """A distiller with a new method; no model has gradients. `student`, `teacher`: how to change what they show."""
         ours, theirs, _ = self._copies
         for model in (ours.model, theirs.model):
             model.zero_grad(set_to_none=True)
@@ -56,13 +56,13 @@ class Case:
 
     @cached_property
     def usual(self) -> dict[str, Tensor]:
-        """The terms of one step, without gradient."""
+        """The terms of one plain step, without gradient."""
         return {name: value.detach() for name, value in self.terms(self.fresh()).items()}
 
     def terms(
         self, distiller: Distiller, images: Sequence[Tensor] | None = None, targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor]:
-        """The method's terms of one step, with the student's first buffers and under one seed."""
+        """The method's terms of one step. The student's buffers and the seed are the same each time."""
         student, _, buffers = self._copies
         for name, value in student.model.named_buffers():
             if name in buffers:

@@ -21,7 +21,7 @@ from kdtoolkit.testing.report import LeftOut, by_name
 PADDING = 64  # pixels
 
 
-SIZES = (8, 16, 32, 64, 128)  # images tried for the smallest that a pair takes
+SIZES = (8, 16, 32, 64, 128)  # sides in pixels, tried in turn to find the smallest that a pair takes
 
 
 def _finite_step(
@@ -34,23 +34,23 @@ def _finite_step(
 
 
 def _no_objects(case: Case) -> None:
-    """Images without any object give finite terms and gradients."""
+    """If no image has an object, terms and gradients are finite."""
     _finite_step(case, "no object at all", targets=without_objects(case.targets, range(len(case.targets))))
 
 
 def _one_image_without(case: Case) -> None:
-    """One image without objects among others gives finite terms and gradients."""
+    """If one image has no object, terms and gradients are finite."""
     for i in (0, len(case.targets) - 1):
         _finite_step(case, f"no object in image {i}", targets=without_objects(case.targets, [i]))
 
 
 def _constant_images(case: Case) -> None:
-    """Images of one colour, whose features hardly vary, give finite terms and gradients."""
+    """For images of one colour, whose features hardly vary, terms and gradients are finite."""
     _finite_step(case, "black images", [torch.zeros_like(image) for image in case.images])
 
 
 def _no_signal(case: Case) -> None:
-    """Features that are 0 everywhere, in the student or the teacher, give finite terms and gradients."""
+    """If the features of student or teacher are all 0, terms and gradients are finite."""
     dead = partial(transformed, levels=lambda level: level * 0)
     for role, distiller in (("student", case.fresh(student=dead)), ("teacher", case.fresh(teacher=dead))):
         terms = case.terms(distiller)
@@ -60,11 +60,11 @@ def _no_signal(case: Case) -> None:
 
 
 def _unequal_padding(case: Case) -> None:
-    """A teacher that pads further than the student gives finite terms and gradients."""
+    """If the teacher pads further than the student, terms and gradients are finite."""
     distiller = case.fresh(teacher=partial(transformed, padding=PADDING))
     try:
         terms = case.terms(distiller)
-    except IncompatibleError as error:  # a teacher of one size has other cells then
+    except IncompatibleError as error:  # a teacher of one image size then has cells of a different stride
         raise LeftOut(f"refuses it: {error}") from error
     what = f"{PADDING} pixels more padding in the teacher"
     expect_losses(terms, what)
@@ -72,7 +72,7 @@ def _unequal_padding(case: Case) -> None:
 
 
 def _small_images(case: Case) -> None:
-    """The smallest images that the pair takes, whose levels have few cells, give finite terms and gradients."""
+    """For the smallest images that the pair takes, whose levels have few cells, terms and gradients are finite."""
     for size in SIZES:
         images = [image.new_full((3, size, size), 0.5) for image in case.images]
         for image in images:
@@ -84,27 +84,27 @@ def _small_images(case: Case) -> None:
         try:
             plain = Distiller(copy.deepcopy(case.teacher), copy.deepcopy(case.student), [Probe(frozenset())])
             plain.train()(images, targets)
-        except Exception:  # too small for the detectors themselves, who say so in their own ways
+        except Exception:  # too small for the detectors themselves
             continue
         try:
             _finite_step(case, f"images of {size} px", images, targets)
-        except IncompatibleError:  # the pair pads them otherwise
+        except IncompatibleError:  # at this size the detectors' cells do not correspond
             continue
         return
     raise LeftOut(f"the detectors take no square images of {', '.join(map(str, SIZES))} px")
 
 
 def _one_image(case: Case) -> None:
-    """A batch of a single image gives finite terms and gradients."""
+    """For a batch of a single image, terms and gradients are finite."""
     for i in range(len(case.images)):
         images, targets = case.images[i : i + 1], case.targets[i : i + 1]
         try:
             Distiller(None, copy.deepcopy(case.student)).train()(images, targets)
-        except Exception:  # too little for the detector's own batch norms
+        except Exception:  # the detector's own batch norms may need more
             continue
         try:
             _finite_step(case, "a single image", images, targets)
-        except IncompatibleError as error:  # which is said in a sentence
+        except IncompatibleError as error:  # a clear refusal is fine
             raise LeftOut(f"refuses it: {error}") from error
         return
     raise LeftOut("the student takes no batch of a single image")

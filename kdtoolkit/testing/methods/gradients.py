@@ -15,23 +15,23 @@ def _student_gradient(case: Case) -> None:
     distiller = case.fresh()
     terms = case.terms(distiller)
     for name, value in terms.items():
-        expect(value.requires_grad, f"{name} depends on nothing that is trained: no gradient flows from it")
+        expect(value.requires_grad, f"no gradient flows from {name}: it depends on nothing that is trained")
     expect_backward(terms, distiller.student, "terms", reaches=True)
 
 
 def _own_parameters(case: Case) -> None:
-    """Gradient reaches each of the method's own parameters, and is finite."""
+    """A finite gradient reaches each of the method's own parameters."""
     distiller = case.fresh()
     learned = {name: p for name, p in method_of(distiller).named_parameters() if p.requires_grad}
     if not learned:
-        raise LeftOut("learns nothing of its own")
+        raise LeftOut("has no parameters of its own")
     expect_backward(case.terms(distiller), method_of(distiller), "the method's own parameters")
     missing = [name for name, p in learned.items() if p.grad is None]
     expect(not missing, f"no gradient reaches the method's own {', '.join(missing)}")
 
 
 def _frozen_teacher(case: Case) -> None:
-    """The teacher gets no gradient, and neither its values nor its buffers change."""
+    """The teacher gets no gradient, and none of its parameters and buffers changes."""
     distiller = case.fresh()
     before = Snapshot.of(teacher_of(distiller))
     for _ in range(2):

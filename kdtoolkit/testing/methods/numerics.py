@@ -17,13 +17,13 @@ from kdtoolkit.testing.methods._case import ROUNDING, Case, method_of
 from kdtoolkit.testing.ranks import side_by_side
 from kdtoolkit.testing.report import SEED, LeftOut, by_name
 
-LAYOUT = 1e-3  # relative to the terms: sums in another order
+LAYOUT = 1e-3  # relative to the terms: sums are taken in a different order
 
 
-PROCESSES = 5e-3  # relative: sums in another order, through heads of random weights
+PROCESSES = 5e-3  # relative: sums are taken in a different order, and pass through heads with random weights
 
 
-BFLOAT16 = 0.3  # relative: terms are differences of detectors that are much alike, and rounded to 8 bits
+BFLOAT16 = 0.3  # relative: terms are differences between similar detectors, rounded to 8 bits
 
 
 def _two_processes(case: Case) -> None:
@@ -78,14 +78,12 @@ def _two_processes(case: Case) -> None:
 
 
 def _channels_last(case: Case) -> None:
-    """Maps whose channels lie last in memory give the same terms."""
+    """Terms are the same if the channels of maps lie last in memory (channels_last)."""
     turned = partial(transformed, levels=lambda x: x.contiguous(memory_format=torch.channels_last))
     terms = case.terms(case.fresh(student=turned, teacher=turned))
     for name, value in case.usual.items():
         near = abs(terms[name] - value) <= LAYOUT * (abs(value) + total(case.usual).abs()) + ROUNDING
-        expect(
-            bool(near), f"{name} is {terms[name].item():g} where channels lie last, {value.item():g} where they do not"
-        )
+        expect(bool(near), f"{name} is {terms[name].item():g} with channels_last, and {value.item():g} without")
 
 
 @without_onednn()
@@ -98,15 +96,15 @@ def _mixed_precision(case: Case) -> None:
     expect_backward(terms, distiller, "terms")
     for name, value in terms.items():
         near = abs(value - exact[name]) <= BFLOAT16 * abs(exact[name]) + 1e-3 * total(exact).abs() + 1e-6
-        found = f"{name} is {value.item():g} in bfloat16, {exact[name].item():g} in float32"
-        expect(bool(near), f"{found} (where that is about 0, give the detectors some spread)")
+        found = f"{name} is {value.item():g} in bfloat16, and {exact[name].item():g} in float32"
+        expect(bool(near), f"{found} (if that is about 0, perturb the detectors' weights)")
 
 
 def _repeatable(case: Case) -> None:
-    """A second run under one seed is equal to the bit, also after another batch: nothing is kept between steps."""
+    """A second run with the same seed is equal to the bit, also after a different batch: nothing is kept."""
     expect_same(case.terms(case.fresh()), case.usual, "the second run")
     distiller = case.fresh()
-    if [*method_of(distiller).buffers()]:  # which may follow what the method sees
+    if [*method_of(distiller).buffers()]:  # buffers may keep statistics of what the method has seen
         return
     case.terms(distiller, [image.flip(-1) for image in case.images], without_objects(case.targets, [0]))
     expect_same(case.terms(distiller), case.usual, "a run after another batch")
@@ -116,7 +114,7 @@ def _round_trip(case: Case) -> None:
     """The method's state dict, loaded into one set up afresh, gives equal terms."""
     distiller, other = case.fresh(), case.fresh(seed=SEED + 1)
     method_of(other).load_state_dict(method_of(distiller).state_dict())
-    expect_same(case.terms(other), case.usual, "with the state dict of another one")
+    expect_same(case.terms(other), case.usual, "with the state dict of a different method")
 
 
 def _copies(case: Case) -> None:

@@ -28,7 +28,7 @@ def _passes(case: Case) -> None:
 
     with torch.no_grad():
         case.terms(case.fresh(student=partial(counted, "student"), teacher=partial(counted, "teacher")))
-    # On the teacher's queries or proposals the student's head runs a second time.
+    # The student's head may run again, on the teacher's queries or proposals.
     most = {
         "features of the student": 1,
         "features of the teacher": 1,
@@ -36,11 +36,14 @@ def _passes(case: Case) -> None:
         "head of the teacher": 1,
     }
     for what, count in calls.items():
-        expect(count <= most[what], f"{what}: run {count} times a step; take what `exchange` and `matched` have")
+        expect(
+            count <= most[what],
+            f"{what}: run {count} times a step. Use the tensors that `exchange` and `exchange.matched()` have",
+        )
 
 
 class _Recorder(Method):
-    """Keeps what both detectors show in a step, and how often each tensor of it has been written to."""
+    """Keeps all tensors that both detectors show in a step, each with its version, which counts writes."""
 
     terms = ()
     paper = ""
@@ -65,18 +68,18 @@ class _Recorder(Method):
 
 
 def _shown_untouched(case: Case) -> None:
-    """What both detectors show is not written to: other methods of the step see it too."""
+    """What both detectors show is not written to, since the other methods of the step see it too."""
     student, teacher, _ = case._copies
     method = case.factory()
     recorder = _Recorder(method.needs)
     torch.manual_seed(SEED)
     case.terms(Distiller(teacher, student, [recorder, method]).train())
     changed = sorted({name for name, x, version in recorder.seen if x._version != version})
-    expect(not changed, f"writes in place to {', '.join(changed)}, which other methods see too")
+    expect(not changed, f"it writes in place to {', '.join(changed)}, which the other methods of the step see too")
 
 
 def _student_untouched(case: Case) -> None:
-    """The student comes out of a step as it does of one without the method, also where an error ends it."""
+    """A step leaves the student as a step without the method does, also if an error ends it."""
     distiller, plain = case.fresh(), Distiller(None, copy.deepcopy(case.student)).train()
     before = Snapshot.of(distiller.student)
     torch.manual_seed(SEED)

@@ -20,34 +20,33 @@ from kdtoolkit.testing._expect import expect, expect_backward, expect_finite, ex
 from kdtoolkit.testing.methods._case import ROUNDING, Case, method_of
 from kdtoolkit.testing.report import SEED, LeftOut, by_name
 
-ZERO = 1e-3  # a vanishing term, relative to that of another student: what float32 leaves of it after a head
+ZERO = 1e-3  # how large a vanishing term may be, relative to that of a different student: rounding in the head
 
-
-# What terms may be in sum, where levels have the spread 1 and logits 2; ours are 0.03 to 300 where they compare heads,
-# and from 0.002 up where they compare features, for maps of four cells.
+# Bounds of the sum of terms if levels have a spread of 1 and logits one of 2. Ours lie between 0.03 and 300 if they
+# compare heads, and are at least 0.002 if they compare features, for maps of four cells.
 LEAST_OF_HEADS, LEAST_OF_FEATURES, MOST = 0.01, 5e-4, 1e4
 
 
 def _options(case: Case) -> None:
-    """Options have type hints, by which wrong ones are refused, and weights are not below 0."""
+    """Options have type hints, so that wrong values are refused, and weights below 0 are refused."""
     cls = type(case.factory())
     if cls.__init__ is nn.Module.__init__:
         raise LeftOut("has no options")
     hints = get_type_hints(cls.__init__)
     for name, parameter in inspect.signature(cls).parameters.items():
         gathers = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        expect(not gathers, f"{cls.__name__} takes any options as {name}, those that are misspelt too")
-        expect(name in hints, f"the option {name} has no type hint, by which wrong values would be refused")
+        expect(not gathers, f"{cls.__name__} takes any option as {name}, also one with a wrong spelling")
+        expect(name in hints, f"the option {name} has no type hint, so wrong values cannot be refused")
         if name.endswith("weight"):
             try:
                 cls(**{name: -1.0})
             except KDError:
                 continue
-            raise AssertionError(f"{cls.__name__}({name}=-1.0) is accepted")
+            raise AssertionError(f"{cls.__name__}({name}=-1.0) is accepted, but no weight may be below 0")
 
 
 def _terms(case: Case) -> None:
-    """Terms are finite float32 scalars, of declared names."""
+    """Terms are finite float32 scalars, and have declared names."""
     distiller = case.fresh()
     method, terms = method_of(distiller), case.terms(distiller)
     for what, names in (("returns", terms), ("`vanishing` names", method.vanishing)):
@@ -57,9 +56,9 @@ def _terms(case: Case) -> None:
 
 
 def _vanishing(case: Case) -> None:
-    """Terms said to vanish are zero, and a minimum, where the student is the teacher; the gradient there is finite.
+    """If the student equals the teacher, terms named in `vanishing` are 0, their minimum, and gradients are finite.
 
-    It need not be zero: at a kink (GIoU, |a - b|) rounding alone decides on a side.
+    The gradient need not be 0: at a kink (GIoU, |a - b|) it is that of one side, which rounding decides.
     """
     teacher = copy.deepcopy(case.teacher)
     teacher.model.eval().requires_grad_(False)
@@ -75,7 +74,7 @@ def _vanishing(case: Case) -> None:
         theirs = observe(teacher, case.images, case.targets)
 
     def terms(distance: float) -> dict[str, float]:
-        """Vanishing terms of a student whose weights are this far from the teacher's, relative to their size."""
+        """The vanishing terms of a student with weights this far from the teacher's, relative to their size."""
         student = copy.deepcopy(teacher)
         torch.manual_seed(SEED)
         with torch.no_grad():
@@ -94,16 +93,16 @@ def _vanishing(case: Case) -> None:
     for name, value in there.items():
         other = elsewhere[name]
         limit = max(ZERO * abs(other), ROUNDING)
-        found = f"{name} is {value:g} where the student is the teacher, and {other:g} where it is not"
+        found = f"{name} is {value:g} if the student equals the teacher, and {other:g} if it does not"
         expect(abs(value) <= limit, found)
         lowest = min(near[name], other)
-        expect(lowest >= -limit, f"{name} falls to {lowest:g} near the teacher, so its zero is no minimum")
+        expect(lowest >= -limit, f"{name} falls to {lowest:g} near the teacher, so 0 is not its minimum")
 
 
 def _magnitude(case: Case) -> None:
-    """Between detectors with the spread of trained ones, terms are neither too small to count nor too large.
+    """Between detectors that differ as trained ones do, terms are neither too small to matter nor too large.
 
-    Random detectors hardly differ in what they predict. So levels are brought to a spread of 1, logits to one of 2, and
+    Random detectors predict nearly the same. So levels are scaled to a spread of 1, logits to one of 2, and
     distributions of box sides to one of 1.
     """
     loud = partial(transformed, levels=_with_spread, predictions=_with_contrast)
@@ -111,9 +110,9 @@ def _magnitude(case: Case) -> None:
         found = float(total(case.terms(case.fresh(student=loud, teacher=loud))))
     least = LEAST_OF_FEATURES if case.factory().needs == {Capability.FEATURES} else LEAST_OF_HEADS
     problem = (
-        f"terms are {found:.2g} in sum where levels have a spread of 1 and logits of 2 (from {least:g} to {MOST:g})"
+        f"terms are {found:.2g} in sum if levels have a spread of 1 and logits one of 2; expected {least:g} to {MOST:g}"
     )
-    expect(least <= found <= MOST, f"{problem}: look at what sums are divided by, and at weights")
+    expect(least <= found <= MOST, f"{problem}. Look at what sums are divided by, and at the weights")
 
 
 def _with_spread(x: Tensor) -> Tensor:
@@ -129,10 +128,10 @@ def _with_contrast(predictions: Predictions) -> Predictions:
 
 
 def _weights_of_zero(case: Case) -> None:
-    """With weights of 0 a method runs and adds nothing."""
+    """With all weights 0 a method runs and adds nothing."""
     cls = case.factory
     if not isinstance(cls, type):
-        raise LeftOut("the method is made by a function")
+        raise LeftOut("the method is built by a function, whose weights are not known")
     weights = [name for name in inspect.signature(cls).parameters if name.endswith("weight")]
     if not weights:
         raise LeftOut("has no weights")
