@@ -109,11 +109,13 @@ class _FolderKeeper(Keeper):
         if self.found is not None:
             facts, step = self.found.facts, self.found.step
             notices += _compare(facts["made_of"], self._made_of, folder.path)
+        self._log = Log(folder.path / "log.jsonl", facts["log"])
+        self._speed = Log(folder.path / "speed.jsonl", facts["speed"])
+        if self._log.missing:
+            notices.append(f"{folder.path / 'log.jsonl'} was cut or changed meanwhile: lines are missing in it")
         for notice in notices:
             self._notice(notice)
         self.best = facts["best"]
-        self._log = Log(folder.path / "log.jsonl", facts["log"])
-        self._speed = Log(folder.path / "speed.jsonl", facts["speed"])
         self.trackers = Trackers(folder.trackers, folder.path, self._made_of["config"], step=step)
         self._saved_step = step
         self._saved = self._measured = time.monotonic()

@@ -17,17 +17,16 @@ class Log:
     """A file with a line of JSON for each row. Rows wait in memory until `flush`."""
 
     def __init__(self, path: Path, position: int = 0) -> None:
-        """Go on after the first `position` bytes; what follows them is of steps that are done again. Raises OSError."""
+        """Go on after the first `position` bytes; what follows them is of steps that are done again. Raises OSError.
+
+        `missing` is the number of bytes that are not there any more because somebody changed the file.
+        """
         self._path = path
         self._waiting: list[bytes] = []
-        self.position = position
         with path.open("ab") as file:
-            if file.tell() < position:
-                raise KDError(
-                    f"{path} is shorter than when its run was last stored: it was changed meanwhile. Delete the run's "
-                    "folder to start again"
-                )
-            file.truncate(position)
+            self.position = min(position, file.tell())
+            file.truncate(self.position)
+        self.missing = position - self.position
 
     def add(self, row: Row) -> None:
         """Take a row down."""

@@ -23,6 +23,7 @@ from kdtoolkit.engine.config import TrainConfig, Validation
 from kdtoolkit.engine.evaluate import METRICS, evaluate
 from kdtoolkit.engine.folder import Keeper, RunFolder, opened
 from kdtoolkit.engine.inputs import check_dataset, resolve_device
+from kdtoolkit.engine.locate import locate_non_finite
 from kdtoolkit.engine.optim import frozen, lr_factor, set_rates
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.engine.result import Progress, TrainResult
@@ -137,7 +138,7 @@ def train(
                     values, has_boxes = _values(losses, their_targets)
                     if bad := _non_finite(values):
                         with autocast:
-                            where = distiller.locate_non_finite(shown, their_targets)
+                            where = locate_non_finite(distiller, shown, their_targets)
                         _stop(student, buffers, step, bad, where)
                     if has_boxes:
                         state.silence.observe(losses, values)
