@@ -2,7 +2,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from kdtoolkit.benchmark.suite import MethodUse, change, load_suite, parse_suite
+from kdtoolkit.benchmark.suite import MethodUse, change
+from kdtoolkit.benchmark.suite_file import load_suite, parse_suite
 from kdtoolkit.contract import Schedule
 from kdtoolkit.errors import KDError
 from kdtoolkit.listing import embedded_suites
