@@ -24,7 +24,7 @@ from kdtoolkit.models import content_of
 _SHARED_BY_METHODS = tuple(f"methods/{name}.py" for name in ("common", "features", "predictions", "prediction_losses"))
 _OF_CELLS = ("benchmark/cell.py", "benchmark/datasets.py")
 _SOURCES = ("*.py", "contract/*.py", "data/*.py", "engine/*.py", *_SHARED_BY_METHODS, *_OF_CELLS)
-_NOT_OF_CELLS = {"__main__.py", "inspect.py", "listing.py", "matrix.py"}
+_NOT_OF_CELLS = {"__main__.py", "inspect.py", "listing.py", "matrix.py", "matrix_tables.py", "verdicts.py"}
 
 
 def cell_parts(

@@ -15,10 +15,10 @@ from kdtoolkit.errors import KDError
 
 
 class Sample(TypedDict):
-    """Ground truth of one image as presented, which may be smaller than the original.
+    """Ground truth of one image as it is given out, which may be smaller than the original.
 
-    `boxes` (G, 4) float32 xyxy in pixels of the image given; `labels` (G,) int64 in [0, K); `original_size` is
-    (height, width) of the image that `DetectionDataset.coco` refers to.
+    `boxes`: (G, 4) float32, xyxy in pixels of the image given out. `labels`: (G,) int64 in [0, K). `image_id`: that of
+    `DetectionDataset.coco`. `original_size`: (height, width) of the image that `coco` refers to.
     """
 
     boxes: Tensor
@@ -28,7 +28,7 @@ class Sample(TypedDict):
 
 
 class DetectionDataset(Dataset[tuple[Tensor, Sample]], ABC):
-    """Images with boxes. Items are what a model is shown; `coco` is what its detections are scored against."""
+    """Images with boxes. A model is shown the items; its detections are scored against `coco`."""
 
     class_names: tuple[str, ...]
 
@@ -46,19 +46,19 @@ class DetectionDataset(Dataset[tuple[Tensor, Sample]], ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Digest of all that determines the content: equal for equal data, wherever it lies."""
+        """Digest of all that determines the content. It is equal for equal data, in whatever folder they are."""
 
     def in_memory(self) -> DetectionDataset:
-        """The data set with its images decoded and kept, for what reads them again and again; itself if it cannot be.
+        """The data set with its images decoded and kept, for a reader that needs them again and again.
 
-        Raises KDError where an image cannot be decoded.
+        A data set that cannot keep its images returns itself. Raises KDError if an image cannot be decoded.
         """
         return self
 
     def subset(self, count: int | None, seed: int) -> DetectionDataset:
-        """Choose `count` images by `seed`, kept in their order; all of them if `count` is None. Decodes none.
+        """Choose `count` images by `seed`, and keep their order. None means all. No image is decoded.
 
-        Raises KDError where `count` is below 1 or more than there are.
+        Raises KDError if `count` is below 1, or more than there are.
         """
         if count is None:
             return self
@@ -107,7 +107,7 @@ def check_is_dataset(dataset: object) -> None:
 
 
 def checked_item(dataset: DetectionDataset, index: int) -> tuple[Tensor, Sample]:
-    """An item of a data set, which users may have written. Raises KDError where its image is not (3, H, W) uint8."""
+    """An item of a data set, which users may have written. Raises KDError if its image is not (3, H, W) uint8."""
     image, sample = dataset[index]
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
@@ -116,12 +116,12 @@ def checked_item(dataset: DetectionDataset, index: int) -> tuple[Tensor, Sample]
 
 
 def digest(*parts: object) -> str:
-    """32 hexadecimal digits of a hash of the parts' representations."""
+    """A hash of the parts as Python writes them: 32 hexadecimal digits."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def check_same_classes(a: DetectionDataset, b: DetectionDataset) -> None:
-    """Check that labels mean the same in both. Raises KDError naming the first class that differs."""
+    """Check that labels mean the same in both. Raises KDError that names the classes that differ."""
     if a.class_names == b.class_names:
         return
     only_a = [name for name in a.class_names if name not in b.class_names]
@@ -129,10 +129,8 @@ def check_same_classes(a: DetectionDataset, b: DetectionDataset) -> None:
     if only_a or only_b:
         reason = f"only the first has {_listed(only_a)}, only the second {_listed(only_b)}"
     else:
-        reason = f"the same classes come in another order: {_listed(a.class_names)}; {_listed(b.class_names)}"
-    raise KDError(
-        f"the classes of {a} and {b} differ: {reason}. Give both files the same categories (labels follow their ids)."
-    )
+        reason = f"the same classes come in a different order: {_listed(a.class_names)}; {_listed(b.class_names)}"
+    raise KDError(f"the classes of {a} and {b} differ: {reason}. Give both the same classes in the same order.")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Image files: their size and whether they are whole, without decoding them; their pixels as 8-bit RGB."""
+"""Image files: whether they are whole and how large, without decoding them; their pixels as 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from torchvision.transforms.v2.functional import pil_to_tensor  # type: ignore[a
 
 from kdtoolkit.errors import KDError
 
-MAX_PIXELS = 500_000_000  # 1.5 GB as RGB
+MAX_PIXELS = 500_000_000  # which take 1.5 GB as RGB
 VERSION = 1  # of what `decode` makes of a file; raise it with any change
-DEPTHS = (8, 10, 12, 14, 16)  # bits a pixel that sensors have; files hold them in 16
-JPEG = ("JPEG", "MPO")  # the latter is several in one file
+DEPTHS = (8, 10, 12, 14, 16)  # bits a pixel of sensors; files hold them in 16 bits
+JPEG = ("JPEG", "MPO")  # an MPO file holds several JPEG images
 ORIENTATION = 0x0112  # a tag of EXIF, and of TIFF itself
 QUARTER_TURNS = (5, 6, 7, 8)
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257
 TIFF_PIECES = ((273, 279), (324, 325))  # offsets and byte counts of strips, of tiles
-TAIL = 1 << 16  # bytes at a file's end: what comes after the pixels is mostly shorter
+TAIL = 1 << 16  # bytes at a file's end; what follows the pixels is mostly shorter
 
 _pillows_limit = threading.Lock()
 
 
 class PictureError(KDError):
-    """Why an image file cannot be used, and how to mend it. The caller knows which image it is."""
+    """Why an image file cannot be used, and how to mend it. The caller adds which image it is."""
 
 
 def seen_size(path: Path) -> tuple[int, int, bool]:
     """(width, height) of an image as one sees it, and whether it is stored turned or mirrored (EXIF's orientation).
 
-    The file is opened and looked at, not decoded. Raises PictureError where it is no image, or is cut short.
+    The file is opened and looked at, not decoded. Raises PictureError if it is no image, or is cut short.
     """
     with _opened(path) as opened:
         if not _ends_well(opened, path):
@@ -75,7 +75,7 @@ def decode(path: Path, size: tuple[int, int]) -> Tensor:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """The opened file. Whatever goes wrong while it is read becomes a PictureError."""
+    """Open a file. Whatever goes wrong while it is read becomes a PictureError."""
     if not os.path.isfile(path):  # not left to Image.open: Ultralytics replaces it, and before 8.4.190 hid this error
         raise PictureError(f"there is no file {path}")
     try:
@@ -102,13 +102,13 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
 
 
 def _stored_size(opened: Image.Image) -> tuple[int, int]:
-    """(width, height) before the orientation is applied. Pillow gives it, but for TIFF, where versions differ."""
+    """(width, height) before the orientation is applied. Of TIFF the tags are read, as Pillow's versions differ."""
     tags = _tiff_tags(opened)
     return (int(tags[TIFF_WIDTH]), int(tags[TIFF_HEIGHT])) if tags else opened.size
 
 
 def _ends_well(opened: Image.Image, path: Path) -> bool:
-    """Whether the file's end shows that it is whole. False also where that is not known: decoding tells."""
+    """Whether the file's end shows that it is whole. False may also mean that only decoding can tell."""
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - TAIL))
@@ -142,7 +142,7 @@ def _to_8_bits(picture: Image.Image) -> Image.Image:
 
 
 def _narrowed(values: np.ndarray) -> np.ndarray:
-    """Integers of up to 16 bits, scaled to 8 by the bits that a sensor of that range has: `convert` cuts off at 255."""
+    """Integers of up to 16 bits, scaled to 8 by the depth of a sensor with that range; `convert` cuts off at 255."""
     largest = int(values.max())
     if values.min() < 0 or largest >= 1 << DEPTHS[-1]:
         raise ValueError("integers beyond 16 bits have no stated range: store it with 8 or 16 bits")

@@ -33,12 +33,13 @@ Colour = tuple[int, int, int]
 
 
 class ProceduralShapes(DetectionDataset):
-    """`count` square pictures with shapes of six classes; picture i of a seed and size is the same whatever the count.
+    """`count` square pictures with shapes of six classes.
 
-    At 96 px a picture has 1 to 6 objects of 10 to 24 px radius. Larger pictures have more objects, from the same 10 px
-    to a quarter of the side. Pictures are drawn when the first one is asked for. With a `folder` they are drawn once:
-    the file written there serves all processes, which share its memory. Raises KDError where an argument is out of
-    range or the folder cannot be written.
+    At 96 px a picture has 1 to 6 objects of 10 to 24 px radius. Larger pictures have more objects, whose radius is from
+    10 px to a quarter of the side. Picture i depends on seed and size, not on the count. Pictures are drawn when the
+    first one is asked for. If there is a `folder`, they are drawn once into a file there, which all processes map.
+
+    Raises KDError if an argument is out of range, or the folder cannot be written.
     """
 
     def __init__(self, count: int, *, image_size: int = 96, seed: int = 0, folder: Path | None = None) -> None:
@@ -222,7 +223,7 @@ class _Scene:
         self.owner.paste(owner, (left, top), mask)
 
     def draw_speck(self) -> None:
-        """A line, or a blot smaller than any object."""
+        """Draw a line, or a blot that is smaller than any object."""
         draw = ImageDraw.Draw(self.canvas)
         x, y, dx, dy = (self.uniform(-0.1, 1.1) * self.side for _ in range(4))
         colour = self.colour()
@@ -233,7 +234,7 @@ class _Scene:
             draw.ellipse((x - width, y - height, x + width, y + height), fill=colour)
 
     def draw_cross(self, radius: float) -> None:
-        """Of an object's size, but no object."""
+        """Draw a cross: as large as an object, but none."""
         arm = self.uniform(0.15, 0.3)
         x, y = (self.uniform(0, self.size) for _ in range(2))
         mask, left, top = self.strip(x, y, radius, arm * radius, self.uniform(0, math.pi))
@@ -241,14 +242,14 @@ class _Scene:
         self.fill(ImageChops.lighter(mask, other), left, top, self.colour_apart(), 0)
 
     def draw_bar(self, x: float, y: float, radius: float) -> None:
-        """Across an object, somewhere."""
+        """Draw a bar that covers a part of an object."""
         x, y = (v + self.uniform(-0.8, 0.8) * radius for v in (x, y))
         width = self.uniform(0.15, 0.45) * radius
         mask, left, top = self.strip(x, y, 2 * radius, width, self.uniform(0, math.pi))
         self.fill(mask, left, top, self.colour(), 0)
 
     def strip(self, x: float, y: float, length: float, width: float, turn: float) -> tuple[Image.Image, int, int]:
-        """A rectangle as `outline` gives it; length and width from the middle."""
+        """A rectangle as `outline` gives it. Length and width are measured from its middle."""
         reach = math.ceil(math.hypot(length, width) * SUPERSAMPLING) + 1
         along = (length * SUPERSAMPLING * math.cos(turn), length * SUPERSAMPLING * math.sin(turn))
         across = (-width * SUPERSAMPLING * math.sin(turn), width * SUPERSAMPLING * math.cos(turn))
@@ -290,7 +291,7 @@ class _Scene:
         return low + int((high - low + 1) * self.rng.random())
 
     def pixels(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """(H, W, 3), averaged, with noise."""
+        """The finished picture (H, W, 3): averaged, with noise."""
         picture = np.asarray(self.canvas.reduce(SUPERSAMPLING)).astype(np.int16)
         strength = self.integer(2, 14)
         noise = self.rng.integers(0, 256, picture.shape, dtype=np.uint8).astype(np.int16)
@@ -298,7 +299,7 @@ class _Scene:
         return picture.clip(0, 255).astype(np.uint8)
 
     def objects(self) -> tuple[Tensor, Tensor]:
-        """Boxes (G, 4) float32 and labels (G,) of what can be seen enough of."""
+        """Boxes (G, 4) float32 and labels (G,) of the objects of which enough can be seen."""
         visible = self.owner.histogram()
         keep = [i for i, area in enumerate(self.areas) if visible[i + 1] >= MIN_VISIBLE * area]
         boxes = torch.tensor([self.boxes[i] for i in keep], dtype=torch.float32).reshape(-1, 4)

@@ -547,7 +547,7 @@ def test_splits_must_agree_on_classes(tmp_path):
         check_same_classes(train, other)
     swapped = document()
     swapped["categories"] = [{"id": 8, "name": "ball"}, {"id": 3, "name": "cube"}]
-    with pytest.raises(KDError, match="the same classes come in another order"):
+    with pytest.raises(KDError, match="the same classes come in a different order"):
         check_same_classes(train, CocoDetection(write(tmp_path, swapped, "val"), "val"))
 
 
