@@ -2,7 +2,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from kdtoolkit.benchmark.suite import MethodUse, change, load_suite, parse_suite
+from kdtoolkit.benchmark.suite import MethodUse, change
+from kdtoolkit.benchmark.suite_file import load_suite, parse_suite
 from kdtoolkit.contract import Schedule
 from kdtoolkit.errors import KDError
 from kdtoolkit.listing import embedded_suites
@@ -120,7 +121,9 @@ def test_embedded_suites_are_valid_and_named_as_their_files(name):
 
 def test_unknown_suites_are_refused_with_the_known_ones():
     known = ", ".join(embedded_suites())
-    with pytest.raises(KDError, match=rf"unknown suite 'qick' \(did you mean 'quick'\?\); embedded are {known}\."):
+    with pytest.raises(
+        KDError, match=rf"unknown suite 'qick' \(did you mean 'quick'\?\); the embedded ones are {known}\."
+    ):
         load_suite("qick")
     with pytest.raises(KDError, match=r"no suite file nowhere\.yaml"):
         load_suite("nowhere.yaml")
