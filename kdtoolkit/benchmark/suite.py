@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -159,7 +160,10 @@ class Suite(_Section):
 
     @field_validator("entries")
     @classmethod
-    def _names_differ(cls, entries: dict[str, tuple[MethodUse, ...]]) -> dict[str, tuple[MethodUse, ...]]:
+    def _check_entries(
+        cls, entries: dict[str, tuple[MethodUse, ...]], info: ValidationInfo
+    ) -> dict[str, tuple[MethodUse, ...]]:
+        student: DetectorSection | None = info.data.get("student")  # None if it has a fault of its own
         names = [BASELINE, EQUAL_TIME, TEACHER]
         for name, methods in entries.items():
             if name.lower() in names:  # some systems take names of folders that differ in case for the same
@@ -167,6 +171,9 @@ class Suite(_Section):
             if not methods:
                 raise ValueError(f"entry '{name}' has no methods; the baseline is always run, and need not be listed")
             names.append(name.lower())
+            for use in methods:
+                if student and (reason := use.build().schedule.why_too_long(student.train.steps)):
+                    raise ValueError(f"entry '{name}': {use.name}: {reason}")
         return entries
 
     def methods(self, row: str) -> tuple[MethodUse, ...]:

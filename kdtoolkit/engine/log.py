@@ -29,7 +29,7 @@ class Log:
         self.missing = position - self.position
 
     def add(self, row: Row) -> None:
-        """Take a row down."""
+        """Add a row."""
         self._waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def flush(self) -> None:
@@ -49,7 +49,7 @@ class Trackers:
     """Accelerate's trackers, by name; none are imported where none are asked for."""
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any], *, step: int) -> None:
-        """Start trackers for a run in `folder` that has done `step` steps. Raises KDError for one that is missing."""
+        """Start trackers for a run in `folder` that has done `step` steps. Raises KDError if one is not installed."""
         self._trackers: list[Any] = []
         if not names:
             return
