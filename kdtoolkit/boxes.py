@@ -1,6 +1,7 @@
-"""Arithmetic on boxes (..., 4) xyxy in pixels, in float32 whatever autocast says.
+"""Arithmetic on boxes (..., 4) xyxy in pixels, in float32 even under autocast.
 
-torchvision.ops has the rest. Its functions take boxes (N, 4) alone (torchvision 0.21), and compare each with each.
+What torchvision.ops has is not repeated here. Its functions take boxes (N, 4) only (torchvision 0.21), and compare each
+box of one set with each box of the other.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ def _intersection_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def elementwise_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU (...) of boxes at the same place of `a` and `b` (..., 4), which may broadcast; 0 where both are empty."""
+    """IoU (...) of the boxes at the same place in `a` and `b` (..., 4), which may broadcast.
+
+    It is 0 if both are empty.
+    """
     intersection, union = _intersection_union(a.float(), b.float())
     return intersection / union
 
 
 def elementwise_giou(a: Tensor, b: Tensor, eps: Tensor | float = 0.0) -> Tensor:
-    """Generalised IoU (...) in [-1, 1] of boxes at the same place of `a` and `b` (..., 4), which may broadcast.
+    """Generalised IoU (...) in [-1, 1] of the boxes at the same place in `a` and `b` (..., 4), which may broadcast.
 
-    Source: Rezatofighi et al., arXiv 1902.09630, with union and hull clamped at 1e-7. `eps` is added to both divisors,
-    as some published losses do: the GIoU of equal boxes is then below 1.
+    Union and hull are at least 1e-7. `eps` is added to both divisors, as some published losses do; the GIoU of equal
+    boxes is then below 1. Source: Rezatofighi et al., arXiv 1902.09630.
     """
     a, b = a.float(), b.float()
     intersection, union = _intersection_union(a, b)
@@ -41,7 +45,7 @@ def elementwise_giou(a: Tensor, b: Tensor, eps: Tensor | float = 0.0) -> Tensor:
 
 
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU (..., P, Q) of each of `a` (..., P, 4) with each of `b` (..., Q, 4); leading dimensions broadcast."""
+    """IoU (..., P, Q) of each box in `a` (..., P, 4) with each box in `b` (..., Q, 4). Leading dimensions broadcast."""
     return elementwise_iou(a[..., :, None, :], b[..., None, :, :])
 
 
@@ -51,16 +55,22 @@ def centres(boxes: Tensor) -> Tensor:
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes (..., 4) cut at images of `sizes` (..., 2) as (height, width); leading dimensions broadcast."""
+    """Cut boxes (..., 4) at the borders of images of `sizes` (..., 2).
+
+    Sizes are (height, width). Leading dimensions broadcast.
+    """
     width_height = sizes.flip(-1)
     return torch.minimum(boxes.clamp(min=0), torch.cat([width_height, width_height], -1))
 
 
 def distances(points: Tensor, boxes: Tensor) -> Tensor:
-    """Distances (..., 4) of `points` (..., 2) to the left, top, right and bottom side; negative outside the box."""
+    """Distances (..., 4) from `points` (..., 2) to the left, top, right and bottom side.
+
+    They are negative outside the box.
+    """
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], -1)
 
 
 def from_distances(points: Tensor, sides: Tensor) -> Tensor:
-    """The inverse of `distances`: boxes (..., 4) from `sides` (..., 4) around `points` (..., 2)."""
+    """Boxes (..., 4) from the distances `sides` (..., 4) of `points` (..., 2): the inverse of `distances`."""
     return torch.cat([points - sides[..., :2], points + sides[..., 2:]], -1)

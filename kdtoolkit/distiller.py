@@ -166,17 +166,6 @@ class Distiller(nn.Module):
         batch = adapter.prepare(images, targets, like=like)
         return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True)
 
-    @torch.no_grad()
-    def locate_non_finite(self, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
-        """Say in words where the first value that is not finite arises in each detector, for this batch.
-
-        Levels are named by their strides. If all values are finite, the largest one is named: then a loss overflowed.
-        """
-        images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
-        roles = (("student", self.student_adapter), ("teacher", self.teacher_adapter))
-        found = (f"{role}: {_first_non_finite(each, images, targets)}" for role, each in roles if each is not None)
-        return "; ".join(found)
-
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules except the student's frozen batch norms, which keep their statistics.
 
@@ -224,30 +213,6 @@ class Distiller(nn.Module):
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Continue at the step of a saved state."""
         self.calls = state["step"] * self.accumulation
-
-
-def _first_non_finite(adapter: DetectorAdapter, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
-    """Where one detector's first value that is not finite arises, in words."""
-    batch = adapter.prepare(images, targets)
-    strides = adapter.spec.strides
-    features = adapter.features(batch)
-    seen = [("images", batch.images)]
-    seen += [(f"features at stride {stride}", x) for stride, x in zip(strides, features, strict=True)]
-    trace = adapter.head(features, batch)
-    for stage, state in zip(adapter.spec.stages, trace.states, strict=True):
-        for branch, tensors in state.items():
-            at = [f" at stride {stride}" for stride in strides] if len(tensors) == len(strides) else [""]
-            seen += [(f"state '{stage.name}' of branch {branch}{w}", x) for w, x in zip(at, tensors, strict=True)]
-    predictions = trace.predictions
-    sizes = list(predictions.priors.per_level)
-    for name, value in (("logits", predictions.logits), ("regression", predictions.regression)):
-        at = [f" at stride {stride}" for stride in strides] if len(sizes) == len(strides) else [""] * len(sizes)
-        seen += [(f"{name}{where}", x) for where, x in zip(at, torch.split(value, sizes, 1), strict=True)]
-    for name, value in seen:
-        if not bool(value.isfinite().all()):
-            return f"not finite, first in {name}"
-    largest, place = max((float(x.abs().max()), name) for name, x in seen if x.numel())
-    return f"all finite, the largest value is {largest:.3g} ({place})"
 
 
 def _stages(methods: Sequence[Method], role: int) -> frozenset[int] | None:

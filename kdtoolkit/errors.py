@@ -1,17 +1,17 @@
-"""The errors a user can mend: the CLI prints their message and nothing else."""
+"""Errors that a user can mend. The command line prints their message and nothing else."""
 
 
 class KDError(Exception):
-    """Something in the input is wrong; the message names it and says how to mend it."""
+    """Something in the input is wrong. The message names it and says how to mend it."""
 
 
 class IncompatibleError(KDError):
-    """A method cannot work between these two detectors; the message says why and what would work."""
+    """A method cannot work between these two detectors. The message says why, and which methods can."""
 
 
 class UnknownDetectorError(KDError):
-    """No adapter knows the class of a model; the message says for which libraries there are some."""
+    """No adapter knows the class of a model. The message names the libraries that have adapters."""
 
 
 class NonFiniteLossError(KDError):
-    """A loss term became NaN or infinite; the message names the term and the step."""
+    """A loss term became NaN or infinite. The message names the term and the step."""

@@ -1,10 +1,9 @@
-"""Detectors and pairs of them as the toolkit sees them, for `kd inspect` and `kd adapters`."""
+"""What the toolkit sees in a detector or a pair of detectors, for `kd inspect` and `kd adapters`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from itertools import combinations
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -13,23 +12,28 @@ from rich.text import Text
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdtoolkit.compatibility import why_refused
-from kdtoolkit.contract import DetectorAdapter, DetectorSpec, Method
+from kdtoolkit.contract import DetectorAdapter, DetectorSpec
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.listing import columns, definitions
-from kdtoolkit.methods import all_methods
-
-Pair = tuple[DetectorSpec, DetectorSpec]
-"""Student and teacher."""
+from kdtoolkit.verdicts import Verdict, judge_pair
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a detector shows: its spec, and sizes measured on one image.
+    """The facts about a detector, and what one pass over a square image of `image_size` pixels shows.
 
-    `grids` are (H, W) of each level and `priors` their number on the image that the detector makes of a square one of
-    `image_size` pixels, which is `canvas` (H, W) large. `multiply_adds` are of one such pass up to the predictions.
+    Attributes:
+        adapter: class name of the adapter.
+        spec: the detector's facts.
+        parameters: number of the model's parameters.
+        trainable: number of those that are trained.
+        image_size: side of the image in pixels.
+        resized: (height, width) of the image after the detector's own resizing.
+        canvas: (height, width) of the image after padding, which is what the backbone gets.
+        grids: (H, W) of each level.
+        priors: number of priors.
+        multiply_adds: multiply-adds of the pass, up to the predictions.
     """
 
     adapter: str
@@ -37,6 +41,7 @@ class Inspection:
     parameters: int
     trainable: int
     image_size: int
+    resized: tuple[int, int]
     canvas: tuple[int, int]
     grids: tuple[tuple[int, int], ...]
     priors: int
@@ -45,14 +50,14 @@ class Inspection:
 
 @torch.no_grad()
 def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) -> Inspection:
-    """Look at a detector, in eval mode, by one pass over a random image of `image_size` pixels.
+    """Run a detector once, in eval mode, on a random square image of `image_size` pixels, and say what it shows.
 
-    Raises KDError where no adapter knows the class, or where the detector cannot be run on such an image.
+    Raises KDError if no adapter knows the model's class, or if the detector cannot run on such an image.
     """
     adapter = adapt(model)
     training = adapter.model.training
     learned = [p for p in adapter.model.parameters() if p.requires_grad]
-    adapter.model.eval().requires_grad_(False)  # windowed attention trips the counter where it may need gradients
+    adapter.model.eval().requires_grad_(False)  # with gradients, the counter fails on windowed attention
     try:
         device = next(adapter.model.parameters()).device
         image = torch.rand(3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -62,10 +67,10 @@ def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) 
             trace = adapter.head(features, batch)
     except KDError:
         raise
-    except Exception as error:  # whatever arguments that its library does not check lead to
+    except Exception as error:  # a library may raise anything for arguments that it has not checked
         raise KDError(
             f"{type(adapter.model).__name__} cannot be run on an image of {image_size} x {image_size} px "
-            f"({type(error).__name__}: {str(error)[:300]}): check its arguments and the image size"
+            f"({type(error).__name__}: {str(error)[:300]}): check the detector's arguments and the image size"
         ) from error
     finally:
         adapter.model.train(training)
@@ -77,85 +82,16 @@ def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) 
         parameters=sum(p.numel() for p in adapter.model.parameters()),
         trainable=sum(p.numel() for p in learned),
         image_size=image_size,
+        resized=batch.sizes[0],
         canvas=(batch.images.shape[-2], batch.images.shape[-1]),
         grids=tuple((level.shape[-2], level.shape[-1]) for level in features),
         priors=trace.predictions.priors.boxes.shape[-2],
-        multiply_adds=counter.get_total_flops() // 2,  # torch counts both
+        multiply_adds=counter.get_total_flops() // 2,  # torch counts multiplications and additions
     )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a method can distil a pair: `reason` says why not, `mends` what the two would have to have in common.
-
-    `mends` are the fewest changes that are enough; there are none where only another kind of detector would do.
-    """
-
-    reason: str | None = None
-    mends: tuple[str, ...] = ()
-
-
-def judge_pair(student: DetectorSpec, teacher: DetectorSpec) -> dict[str, Verdict]:
-    """Whether each method, with its default settings, can distil this pair."""
-    verdicts = {}
-    for name, method in all_methods().items():
-        reason = why_refused(method, student, teacher)
-        verdicts[name] = Verdict(reason, () if reason is None else _mends(method, student, teacher))
-    return verdicts
-
-
-def _mends(method: type[Method], student: DetectorSpec, teacher: DetectorSpec) -> tuple[str, ...]:
-    """What makes the method's own check pass when the two detectors agree in it, found by trying."""
-    differ = {what: change for what, change in _AGREEMENTS.items() if change(student, teacher) != (student, teacher)}
-    for count in range(1, len(differ) + 1):
-        for chosen in combinations(differ, count):
-            changed = student, teacher
-            for what in chosen:
-                changed = differ[what](*changed)
-            if why_refused(method, *changed) is None:
-                return chosen
-    return ()
-
-
-def _equal_levels(student: DetectorSpec, teacher: DetectorSpec) -> Pair:
-    levels = len(teacher.strides)
-    stages = (
-        replace(stage, channels={branch: each[:1] * levels for branch, each in stage.channels.items()})
-        if stage.spatial
-        else stage
-        for stage in student.stages
-    )
-    return (
-        replace(
-            student,
-            strides=teacher.strides,
-            channels=student.channels[:1] * levels,
-            priors_per_cell=student.priors_per_cell[:1] * levels,
-            stages=tuple(stages),
-        )
-        if student.strides != teacher.strides
-        else student
-    ), teacher
-
-
-def _equal_bins(student: DetectorSpec, teacher: DetectorSpec) -> Pair:
-    bins = teacher.bins or student.bins
-    return replace(student, bins=bins), replace(teacher, bins=bins)
-
-
-# What two detectors can be made to agree in: their specs, changed so that they do. Levels come before what is counted
-# in each of them.
-_AGREEMENTS: Mapping[str, Callable[[DetectorSpec, DetectorSpec], Pair]] = {
-    "equal class counts": lambda s, t: (replace(s, num_classes=t.num_classes), t),
-    "equal pyramid levels": _equal_levels,
-    "equal numbers of priors a cell": lambda s, t: (replace(s, priors_per_cell=t.priors_per_cell), t),
-    "sigmoid scores in both": lambda s, t: (replace(s, activation="sigmoid"), replace(t, activation="sigmoid")),
-    "box distributions over equal bins": _equal_bins,
-}
 
 
 def print_inspection(found: Inspection, console: Console) -> None:
-    """Print a detector's sizes, capabilities, levels, stages, and the methods that apply."""
+    """Print a detector's facts, levels and stages, and the methods that work for it."""
     spec = found.spec
     facts = definitions()
     for title, fact in _facts(found).items():
@@ -176,12 +112,12 @@ def print_inspection(found: Inspection, console: Console) -> None:
             _print_title(title, console)
             console.print(_stages(part))
 
-    _print_title("methods, for a twin of itself as the teacher", console)
+    _print_title("methods, with a teacher of the same kind and size", console)
     _print_verdicts(judge_pair(spec, spec), console)
 
 
 def print_pair(student: Inspection, teacher: Inspection, console: Console) -> None:
-    """Print both detectors side by side, what they have in common, and each method that works, or why it does not."""
+    """Print both detectors side by side, what they share, which methods work, and why the others do not."""
     ours, theirs = _facts(student), _facts(teacher)
     table = Table(box=None)
     table.add_column(style="bold", no_wrap=True)
@@ -194,7 +130,7 @@ def print_pair(student: Inspection, teacher: Inspection, console: Console) -> No
     shared = definitions()
     shared.add_row("common strides", ", ".join(map(str, common)) or "none")
     if student.spec.num_classes != teacher.spec.num_classes:
-        shared.add_row("class counts", f"{student.spec.num_classes} and {teacher.spec.num_classes}: they differ")
+        shared.add_row("class counts", f"{student.spec.num_classes} and {teacher.spec.num_classes}, which differ")
     console.print()
     console.print(shared)
     _print_title("methods", console)
@@ -202,12 +138,19 @@ def print_pair(student: Inspection, teacher: Inspection, console: Console) -> No
 
 
 def print_families(families: Mapping[str, Callable[[int], nn.Module]], console: Console) -> None:
-    """Print each family of detectors, what it predicts at, and what it shows to methods."""
-    table = columns("family", "predicts at", "shows")
+    """Print each family of detectors, its adapter, what it predicts at, and what it shows to methods."""
+    table = columns("family", "adapter", "predicts at", "shows")
     for name, example in families.items():
-        spec = adapt(example(3)).spec
-        table.add_row(Text(name), str(spec.priors), ", ".join(sorted(spec.capabilities)))
+        adapter = adapt(example(3))
+        spec = adapter.spec
+        shows = ", ".join(sorted(spec.capabilities))
+        table.add_row(Text(name), Text(type(adapter).__name__), str(spec.priors), shows)
     console.print(table)
+    console.print(
+        "\n`kd inspect MODEL` shows one detector with its adapter. MODEL is a name such as kdtoolkit/gfl, hf/detr or "
+        "package.module:callable for your own or another package's.",
+        highlight=False,
+    )
 
 
 def _print_title(text: str, console: Console) -> None:
@@ -220,23 +163,27 @@ def _print_verdicts(verdicts: Mapping[str, Verdict], console: Console) -> None:
     table.add_row(Text("work", style="green"), Text(", ".join(works) or "none"))
     for name, verdict in verdicts.items():
         if verdict.reason is not None:
-            mend = f"\nwould work with {', '.join(verdict.mends)}" if verdict.mends else ""
+            mend = f"\nworks if the two have {', '.join(verdict.mends)}" if verdict.mends else ""
             table.add_row(Text(name), Text(f"refused: {verdict.reason}").append(mend, style="dim"))
     console.print(table)
+    if settings := [verdict.settings for verdict in verdicts.values() if verdict.settings]:
+        named = ", ".join(f"{each}()" for each in settings)
+        line = f"Use the published settings for this student's kind: {named}. The defaults are for different detectors."
+        console.print(Text(f"\n{line}"))
     if any(verdict.reason and not verdict.mends for verdict in verdicts.values()):
-        line = "Where no mend is named, it takes a detector of another kind: `kd adapters --matrix`."
+        line = "A refused method without 'works if' needs a different kind of detector: see `kd adapters --matrix`."
         console.print(Text(f"\n{line}"))
 
 
 def _facts(found: Inspection) -> dict[str, str]:
     spec = found.spec
     frozen = "" if found.trainable == found.parameters else f", of which {found.trainable / 1e6:.2f} M are trained"
-    height, width = found.canvas
     facts = {
         "detector": f"{spec.name} ({found.adapter})",
         "classes": f"{spec.num_classes}, {spec.activation} scores",
         "parameters": f"{found.parameters / 1e6:.2f} M{frozen}",
-        "multiply-adds": f"{found.multiply_adds / 1e9:.2f} G for an image of {width} x {height} px",
+        "images": _images(found),
+        "multiply-adds": f"{found.multiply_adds / 1e9:.2f} G for this image",
         "strides": ", ".join(map(str, spec.strides)),
         "priors": _priors(found),
     }
@@ -245,11 +192,22 @@ def _facts(found: Inspection) -> dict[str, str]:
     return {**facts, "shows": ", ".join(sorted(spec.capabilities))}
 
 
+def _images(found: Inspection) -> str:
+    """What the detector does to the image before its backbone."""
+    side, (height, width), (canvas_height, canvas_width) = found.image_size, found.resized, found.canvas
+    steps = [f"{side} x {side} px"]
+    if (height, width) != (side, side):
+        steps.append(f"resized by the detector to {width} x {height}")
+    if (canvas_height, canvas_width) != (height, width):
+        steps.append(f"padded to {canvas_width} x {canvas_height}")
+    return ", ".join(steps)
+
+
 def _priors(found: Inspection) -> str:
     spec = found.spec
     if spec.priors.on_grid:
         return f"{found.priors} {spec.priors}"
-    return f"{found.priors} {spec.priors} (of the make: {spec.prior_form})"
+    return f"{found.priors} {spec.priors} (form: {spec.prior_form})"
 
 
 def _stages(spec: DetectorSpec) -> Table:

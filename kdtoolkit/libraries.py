@@ -56,7 +56,15 @@ LIBRARIES = (
         "torchvision",
         sources=("detectors/backbone.py", "detectors/precision.py", "detectors/towers.py"),
     ),
-    Library("hf", "hf/PATH-OR-NAME", "transformers", "kdtoolkit.adapters.transformers", "transformers", optional=True),
+    Library(
+        "hf",
+        "hf/PATH-OR-NAME",
+        "transformers",
+        "kdtoolkit.adapters.transformers",
+        "transformers",
+        optional=True,
+        sources=("detectors/precision.py",),
+    ),
     Library(
         "ultralytics",
         "ultralytics/yolo11n",
@@ -64,6 +72,7 @@ LIBRARIES = (
         "kdtoolkit.adapters.ultralytics",
         "ultralytics",
         optional=True,
+        sources=("detectors/assign.py", "detectors/towers.py"),
     ),
 )
 ENTRY_POINTS = "kdtoolkit.adapters"

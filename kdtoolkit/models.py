@@ -23,14 +23,14 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object] | None =
     """Build a detector.
 
     Args:
-        name: library/model, with arguments after a question mark if there are any, as in
-            "kdtoolkit/gfl?backbone=resnet18&strides=[8, 16, 32]"; or "package.module:callable" (a class or function
-            that returns a detector; modules in the working directory are found).
-        num_classes: without background; handed on as the keyword argument of that name.
-        args: further keyword arguments; they override those in the name.
+        name: "library/model", or "package.module:callable" for a class or function that returns a detector. Modules in
+            the working directory are found too. Arguments may follow a question mark:
+            "kdtoolkit/gfl?backbone=resnet18&strides=[8, 16, 32]".
+        num_classes: number of classes, without background. It is passed on as a keyword argument of this name.
+        args: further keyword arguments. They override those in the name.
 
     Raises:
-        KDError: there is no such detector, it takes no such arguments, or its library is not installed.
+        KDError: there is no such detector, it does not take these arguments, or its library is not installed.
     """
     path, _, query = name.partition("?")
     args = {**_arguments(name, query), **(args or {})}
@@ -51,7 +51,7 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object] | None =
 
 
 def construct(factory: Callable[..., object], name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
-    """Call `factory` with `num_classes` and `args`. Raises KDError where it takes no such arguments, or values."""
+    """Call `factory` with `num_classes` and `args`. Raises KDError if it does not take such arguments, or values."""
     signature = inspect.signature(factory)
     try:
         signature.bind(num_classes=num_classes, **args)
@@ -64,7 +64,7 @@ def construct(factory: Callable[..., object], name: str, num_classes: int, args:
         model = factory(num_classes=num_classes, **args)
     except KDError:
         raise
-    except (Exception, SystemExit) as error:  # whatever a library, or code of the user's own, makes of the arguments
+    except (Exception, SystemExit) as error:  # a library, or the user's code, may raise anything
         given = ", ".join(f"{key}={value!r}" for key, value in args.items())
         raise KDError(f"model {name!r} cannot be built from {given or 'its defaults'}: {_said(error)}") from error
     if not isinstance(model, nn.Module):
@@ -73,13 +73,16 @@ def construct(factory: Callable[..., object], name: str, num_classes: int, args:
 
 
 def content_of(name: str) -> str:
-    """Digest of the files that a name such as `hf/FOLDER` stands for; empty for names that stand for none.
+    """What identifies the files behind `hf/FOLDER` or `hf/OWNER/NAME`, which may change while the name stays.
 
-    A folder's content may change while its name stays. What lies on the hub is known by its name alone.
+    For a folder it is a digest of its files. For a name on the Hugging Face hub it is the commit that lies in the hub's
+    cache on this machine. It is empty if the name stands for no files, or if the cache has none.
     """
     library, _, place = name.partition("?")[0].partition("/")
-    if library != "hf" or not Path(place).is_dir():
+    if library != "hf":
         return ""
+    if not Path(place).is_dir():
+        return _commit_of(place)
     digest = hashlib.sha256()
     for path in sorted(Path(place).iterdir()):
         if path.suffix in (".json", ".safetensors"):
@@ -88,7 +91,20 @@ def content_of(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-@cache  # a plan asks for each of its cells
+def _commit_of(repository: str) -> str:
+    """The commit of a repository (OWNER/NAME) that lies in the hub's cache; empty if there is none."""
+    if repository.count("/") != 1:
+        return ""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(repository, "config.json")  # .../snapshots/COMMIT/config.json
+    except ValueError:  # no name that the hub allows
+        return ""
+    return Path(found).parent.name if isinstance(found, str) else ""
+
+
+@cache  # a plan asks again for each of its cells
 def _digest_of(path: Path, size: int, modified: int) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
@@ -113,11 +129,11 @@ def _imported(name: str) -> Callable[..., object]:
         hint = did_you_mean(name.partition("/")[0], [library.prefix for library in LIBRARIES])
         examples = ", ".join([*(library.example for library in LIBRARIES), "package.module:callable"])
         raise KDError(f"unknown model {name!r}{hint}: write a name such as {examples}")
-    if (here := str(Path.cwd())) not in sys.path:  # as `python -m` has it, and console scripts have not
+    if (here := str(Path.cwd())) not in sys.path:  # `python -m` puts it there, console scripts do not
         sys.path.append(here)
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+    except (Exception, SystemExit) as error:  # the user's module may raise anything when it is imported
         raise KDError(f"model {name!r} cannot be imported: {_said(error)}") from error
     if not callable(factory):
         raise KDError(f"model {name!r} is not callable: name a class or a function that returns a detector")

@@ -1,4 +1,4 @@
-"""Options, checked by the type hints of what takes them: the same check for Python, suites and other packages."""
+"""The check of options against type hints. Methods, schedules, suites and other packages all use it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from kdtoolkit.errors import KDError
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` if one of the known words is close; else nothing."""
+    """Returns ` (did you mean 'x'?)` if a known word is similar, else an empty string."""
     lower = {name.lower(): name for name in known}
     close = get_close_matches(word.lower(), lower, 1)
     return f" (did you mean '{lower[close[0]]}'?)" if close else ""
 
 
 def check_options(owner: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Check options by the hints of the function or class that takes them; return them, with floats where hinted.
+    """Check options against the type hints of the function or class that takes them.
 
-    `Literal`, `float` (finite), `int`, `bool`, `str` and unions of them are checked; values of other hints are not.
-    Names tell the range: a weight (`weight`, `box_weight`) must be 0 or more, a temperature above 0.
+    Returns the options, with whole numbers turned into floats where the hint is `float`. Checked are the hints
+    `Literal`, `float` (which must be finite), `int`, `bool`, `str` and unions of them; a value with any other hint
+    passes. Names imply a range: a weight (`weight`, `box_weight`) must be 0 or more, a temperature above 0.
 
     Raises KDError that names the owner, the option, its value and what is allowed.
     """
     try:
         hints = typing.get_type_hints(getattr(function, "__init__") if isinstance(function, type) else function)  # noqa: B009
-    except NameError:  # hints that are imported for type checkers alone
+    except NameError:  # hints that are only imported for type checkers
         hints = {}
     checked = {}
     for name, value in options.items():
@@ -42,7 +43,7 @@ def check_options(owner: str, function: Callable[..., Any], options: Mapping[str
 
 
 def bound_options(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call by name. Raises TypeError, in Python's words, where they do not fit the signature."""
+    """The options of a call by name. Raises Python's own TypeError if they do not fit the signature."""
     signature = inspect.signature(function)
     bound = signature.bind(*args, **kwargs).arguments
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -50,10 +51,10 @@ def bound_options(function: Callable[..., Any], args: tuple[Any, ...], kwargs: M
 
 
 def _problem(hint: Any, name: str, value: Any) -> str | None:
-    """What is wrong with a value, as the end of a sentence; None if nothing is."""
+    """What is wrong with a value, as the end of a sentence; None if it is right."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        # By type as well: True == 1.
+        # The types must be equal too, because True == 1.
         if any(type(value) is type(each) and value == each for each in inner):
             return None
         return f"must be {' or '.join(map(repr, inner))}{did_you_mean(str(value), map(str, inner))}"

@@ -1,12 +1,12 @@
-"""Sums over the processes that train one model together; with one process nothing is sent and nothing changes.
+"""Sums over all processes that train one model together. With one process they change nothing and send nothing.
 
-Each process has its part of the batch, and DistributedDataParallel averages the gradients of all. If each process
-divided its sum over positives by its own number of positives, that average would not be the loss of the whole batch.
-So each divides by its share of the number of all: the loss does not depend on how many processes the batch is divided
-among.
+Each process has a part of the batch, and DistributedDataParallel averages the gradients of all processes. If each
+process divided its sum over positives by its own number of positives, the average would not be the loss of the whole
+batch. So each divides by the number of positives in all processes, divided by the number of processes (`share`). Then
+the loss does not depend on the number of processes.
 
-Every process must come to these functions equally often, which is so where each takes the same steps. As with
-DistributedDataParallel itself, a step that one process takes alone waits for the others.
+All processes must call these functions equally often. They do if each takes the same steps. A step that one process
+takes alone waits for the others, as in DistributedDataParallel itself.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch import Tensor
 
 
 def count() -> int:
-    """How many processes train together: those of torch.distributed's default group, else 1."""
+    """How many processes train together: the size of torch.distributed's default group, or 1 if there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum of a float tensor over all processes, with gradient to each process's own part; `x` itself in one."""
+    """The sum of a float tensor over all processes. Gradient flows to each process's own part."""
     return x if count() == 1 else _Total.apply(x)
 
 
 def share(x: Tensor, at_least: float = 0.0) -> Tensor:
-    """What each process divides by: the sum over all of `x`, a tensor of numbers of at least 0, divided by their count.
+    """What each process divides by: the sum of `x` over all processes, divided by the number of processes.
 
-    In one process it is `x`. The sum is at least `at_least`. Float32, without gradient.
+    Values of `x` must not be negative, and the sum is raised to `at_least`. The result is float32, without gradient.
     """
     with torch.no_grad():
         return total(x.detach().float()).clamp(min=at_least) / count()
 
 
 class _Total(torch.autograd.Function):
-    """Every process gets the sum, so each part's gradient is the sum of all processes' gradients."""
+    """Sums over processes. Each gets the sum, so the gradient of its part is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -56,17 +56,17 @@ def _summed(x: Tensor) -> Tensor:
 
 
 def reach(loss: Tensor, parameters: list[Tensor]) -> Tensor:
-    """The loss, in whose graph all `parameters` take part, those that it does not depend on too.
+    """The same loss, with all `parameters` in its graph, also those that it does not depend on.
 
-    DistributedDataParallel waits in `backward` for a gradient of each parameter. It gets one of zeros for those of a
-    method that has stopped, whose weight is 0, or of a part of the student that no loss trains.
+    In `backward`, DistributedDataParallel waits for a gradient of each parameter. With this it gets a gradient of zeros
+    for parameters that no loss trains: those of a method that has stopped or has weight 0, or a part of the student.
     """
     result: Tensor = _Reach.apply(loss, *parameters)
     return result
 
 
 class _Reach(torch.autograd.Function):
-    """No gradient is computed for the parameters: their hooks are called all the same, and that is what counts."""
+    """Gives the parameters no gradient, but their hooks are called. DistributedDataParallel waits for the hooks."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:

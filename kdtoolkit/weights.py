@@ -1,4 +1,4 @@
-"""Weights from files: state dicts, as kdtoolkit or a training script saved them, loaded into a detector."""
+"""Weights from files: loads the state dict that kdtoolkit or a training script saved into a detector."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from kdtoolkit.libraries import adapt
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a .safetensors file, or a .pth or .pt file in which nothing but tensors is loaded.
+    """Read a state dict from a .safetensors, .pth or .pt file. Nothing but tensors is loaded.
 
-    A training script's checkpoint is opened: of several state dicts the moving average (`ema`) is taken, since that is
-    what was evaluated, else what is called `state_dict`, `model_state_dict`, `model` or the like.
+    The file may be a training script's checkpoint. If that holds several state dicts, the moving average of the weights
+    (`ema`) is taken, because that is what was evaluated. If there is none, the state dict named `state_dict`,
+    `model_state_dict`, `model` or similar is taken.
 
-    Raises KDError where the file is missing, broken, or holds no state dict, or several of which none stands out.
+    Raises KDError if the file is missing or damaged, holds no state dict, or holds several and it is unclear which one
+    is meant.
     """
     if not path.is_file():
         raise KDError(f"there is no weights file {path}")
@@ -30,36 +32,37 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise KDError(
-            f"{path} is damaged, or holds Python objects, which are not loaded because they may run code: in its own "
-            "library, save model.state_dict() with torch.save or safetensors"
+            f"{path} is damaged, or holds Python objects. These are not loaded, because they may run code: load the "
+            "file with the library that wrote it, and save model.state_dict() with torch.save or safetensors"
         ) from error
-    except Exception as error:  # torch and safetensors raise all kinds of them for what is no file of theirs
+    except Exception as error:  # torch and safetensors raise errors of many kinds for a file that is not theirs
         raise KDError(
-            f"weights file {path} cannot be read, it is damaged or something else: {type(error).__name__}: {error}"
+            f"weights file {path} cannot be read ({type(error).__name__}: {error}). It is damaged, or holds no "
+            "weights: save model.state_dict() into it again"
         ) from error
     found = dict(_state_dicts(content))
     if not found:
-        held = f"a dict of {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else "no dict"
+        held = f"a dict of {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else "something else"
         raise KDError(f"{path} holds no state dict, but {held}: save model.state_dict() into it")
     if len(found) > 1 and not (found := _preferred(found)):
         raise KDError(
-            f"{path} holds several state dicts ({', '.join(dict(_state_dicts(content)))}): save the one to load alone"
+            f"{path} holds several state dicts ({', '.join(dict(_state_dicts(content)))}): save only the one to load"
         )
     (state,) = found.values()
     return state
 
 
-# What training scripts call a moving average of weights, as in `model_ema`, and the weights themselves: the first of
-# these names counts.
+# The names that training scripts give to a moving average of weights (`model_ema`), and to the weights themselves. The
+# first name that is found counts.
 _AVERAGE = re.compile("(^|_)(ema|swa|avg|averaged?)(_|$)")
 _PLAIN = ("state_dict", "model_state_dict", "model", "student", "net", "network", "weights", "module")
 
 
 def _state_dicts(content: object, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """All state dicts in a checkpoint, by their place: `ema.module`. An optimiser's are under numbers, and left out."""
+    """All state dicts in a checkpoint, by their place (`ema.module`). Those of optimisers have numbers as keys."""
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         return
-    # What modules add to a state dict is not the detector's: a Distiller's holds its step so.
+    # Extra state of a module, such as the step of a Distiller, is no weight.
     own = {key: value for key, value in content.items() if key.rpartition(".")[2] != "_extra_state"}
     if own and all(isinstance(value, Tensor) for value in own.values()):
         yield name, own
@@ -69,10 +72,10 @@ def _state_dicts(content: object, name: str = "") -> Iterator[tuple[str, dict[st
 
 
 def _preferred(found: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The one state dict of several that a checkpoint's other contents belong to; none where that is not clear."""
+    """The state dict to load, of several in a checkpoint; empty if that is not clear."""
     tops = {name: name.partition(".")[0] for name in found}
     averages = {name: found[name] for name, top in tops.items() if _AVERAGE.search(top)}
-    # OpenMMLab exchanges the two before it saves them, and adds the average's counter to what it took out.
+    # OpenMMLab swaps average and weights before it saves them: then the dict that is called average has a counter.
     exchanged = "state_dict" in found and any("steps" in state for state in averages.values())
     if averages and not exchanged:
         return averages if len(averages) == 1 else {}
@@ -83,10 +86,10 @@ def _preferred(found: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Te
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a file's weights into `model`, all of them.
+    """Load all weights of a file into `model`.
 
-    What wrappers put before all names (`module.`, `_orig_mod.`, a Distiller's `student.`) is taken off, and batch
-    norms' `num_batches_tracked` may be missing. Raises KDError that names what else is missing or does not fit.
+    Prefixes of all names are removed (`module.`, `_orig_mod.`, a Distiller's `student.`). Batch norms'
+    `num_batches_tracked` may be missing. Raises KDError that names what else is missing or does not fit.
     """
     own = model.state_dict()
     state = fitted(model, read_weights(path), str(path), lambda name: name in own)
@@ -100,21 +103,21 @@ def fitted(
     known: Callable[[str], bool],
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> dict[str, Tensor]:
-    """A state dict that fits `model` exactly, from one as it is found in files.
+    """Turn a state dict from a file into one that fits `model` exactly.
 
     Args:
-        model: to load it into.
-        state: as `read_weights` gives it.
-        source: what to call it in errors.
-        known: whether a name, as the file should have it, is one of the detector's.
-        rename: turns the file's names, without what wrappers put before them, into the model's.
+        model: the model to load it into.
+        state: the state dict that `read_weights` returned.
+        source: what errors call the file.
+        known: whether a name in the file belongs to the detector.
+        rename: turns the file's names, after their prefix has been removed, into the model's.
 
     Raises:
         KDError: names are missing or unknown, or shapes do not fit.
     """
     kind, own = type(model).__name__, model.state_dict()
     state = rename(_unwrapped(state, source, known, kind))
-    # As torch has it: files from before torch 0.4.1 have no counters, and frozen batch norms take none.
+    # As in torch: files from before torch 0.4.1 have no counters, and frozen batch norms have none either.
     counters = {key: value for key, value in own.items() if _is_counter(key)}
     state = {**counters, **{key: value for key, value in state.items() if key in own or not _is_counter(key)}}
     missing, unknown = ([key for key in a if key not in b] for a, b in ((own, state), (state, own)))
@@ -123,8 +126,8 @@ def fitted(
         return state
     if set(missing) >= own.keys() - counters.keys():
         raise KDError(
-            f"{source} holds the weights of something else than {kind}: it has {_some(unknown)}; {kind} has "
-            f"{_some(missing)}. Name the model that they were trained in"
+            f"{source} holds no weights of {kind}: it has {_some(unknown)}, and {kind} has {_some(missing)}. Name the "
+            "model that the weights were trained in"
         )
     if not (missing or unknown) and (classes := _class_counts(model, own, state, misshapen)):
         raise KDError(
@@ -134,21 +137,21 @@ def fitted(
     problems = {
         "missing": _some(missing),
         "unknown": _some(unknown),
-        "of another shape": _shapes(misshapen, own, state),
+        "of a different shape": _shapes(misshapen, own, state),
     }
-    counts = {"missing": len(missing), "unknown": len(unknown), "of another shape": len(misshapen)}
+    counts = {"missing": len(missing), "unknown": len(unknown), "of a different shape": len(misshapen)}
     found = "; ".join(f"{counts[problem]} {problem}: {names}" for problem, names in problems.items() if names)
     raise KDError(
-        f"the weights of {source} do not fit {kind}: {found}. Build the model with the class count and sizes that they "
-        "were trained with"
+        f"the weights of {source} do not fit {kind}: {found}. Build the model with the class count and the sizes that "
+        "the weights were trained with"
     )
 
 
 def _unwrapped(state: Mapping[str, Tensor], source: str, known: Callable[[str], bool], kind: str) -> dict[str, Tensor]:
-    """The state dict without what wrappers put before all names of the detector, and without what lies beside it.
+    """The detector's part of a state dict, without the prefix that wrappers put before its names.
 
-    `torch.compile` puts its name before those of the module that was compiled, which may be a part of the detector.
-    Raises KDError where the detector's names stand behind several prefixes.
+    `torch.compile` puts `_orig_mod.` before the names of the module that was compiled, which may be only a part of the
+    detector. Raises KDError if the detector's names occur behind several prefixes.
     """
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
     votes: Counter[str] = Counter()
@@ -160,8 +163,8 @@ def _unwrapped(state: Mapping[str, Tensor], source: str, known: Callable[[str], 
     (prefix, most), *others = votes.most_common()
     if others and others[0][1] == most:
         raise KDError(
-            f"{source} holds the weights of {kind} more than once, behind {prefix!r} and {others[0][0]!r}: save those "
-            "of one of them alone"
+            f"{source} holds the weights of {kind} more than once, behind {prefix!r} and {others[0][0]!r}: save only "
+            "the part behind one of them"
         )
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
@@ -169,7 +172,7 @@ def _unwrapped(state: Mapping[str, Tensor], source: str, known: Callable[[str], 
 def _class_counts(
     model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor], misshapen: Sequence[str]
 ) -> tuple[int, int] | None:
-    """Class counts of the model and of a state dict, if other counts alone explain all shapes that do not fit."""
+    """Class counts of the model and of a state dict, if a different count explains all shapes that do not fit."""
     try:
         classes = adapt(model).spec.num_classes
     except KDError:
@@ -180,12 +183,12 @@ def _class_counts(
     for key in misshapen:
         if own[key].ndim == 0 or own[key].shape[1:] != state[key].shape[1:]:
             return None
-        length, other = len(own[key]), len(state[key])
-        # A layer has some outputs for each class, and perhaps for background too.
+        ours, theirs = len(own[key]), len(state[key])
+        # A layer has the same number of outputs for each class, and perhaps for background too.
         possible = {
-            other * (classes + background) // length - background
+            theirs * (classes + background) // ours - background
             for background in (0, 1)
-            if length % (classes + background) == 0 and other * (classes + background) % length == 0
+            if ours % (classes + background) == 0 and theirs * (classes + background) % ours == 0
         }
         counts = possible if counts is None else counts & possible
     return (classes, counts.pop()) if counts and len(counts) == 1 else None

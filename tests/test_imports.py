@@ -28,6 +28,7 @@ for line in sys.stdin.read().splitlines():
         ("import kdtoolkit; kdtoolkit.KDError", ("torch", "rich", "typer")),
         (CORE, ("timm", "transformers", "ultralytics", "pydantic", "pycocotools")),
         (ALL, ("transformers", "ultralytics")),
+        ("import kdtoolkit.engine.train", ("accelerate", "tensorboard")),
     ],
 )
 def test_importing_brings_no_library_that_is_not_needed(code, absent):

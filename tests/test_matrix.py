@@ -9,7 +9,8 @@ from rich.console import Console
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.contract import Capability, Method
 from kdtoolkit.errors import IncompatibleError, KDError
-from kdtoolkit.matrix import Cell, Matrix, Outcome, families, print_matrix, run_matrix, to_markdown
+from kdtoolkit.matrix import Cell, Matrix, Outcome, families, run_matrix
+from kdtoolkit.matrix_tables import print_matrix, to_markdown
 from kdtoolkit.methods import LD, PKD, CrossKD, all_methods
 from tests.conftest import first_of_each_kind, tiny_fcos, tiny_gfl
 

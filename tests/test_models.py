@@ -79,6 +79,18 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch):
         build_model("ultralytics/yolo11n", 3)
 
 
+def test_a_name_on_the_hub_is_known_by_the_commit_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert content_of("hf/owner/name") == content_of("hf/owner/no name?x=1") == content_of("hf/detr") == ""
+    repository = tmp_path / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    for commit in ("0" * 40, "1" * 40):
+        (repository / "refs" / "main").write_text(commit)
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+        assert content_of("hf/owner/name?num_queries=5") == commit
+
+
 def test_a_folders_content_is_known_by_its_files(tmp_path):
     assert content_of("kdtoolkit/gfl") == content_of("hf/rt_detr") == content_of("hf/owner/name") == ""
     name = f"hf/{tmp_path}"

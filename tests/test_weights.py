@@ -97,11 +97,14 @@ def test_the_student_of_a_distillers_state_dict_loads(tmp_path):
             lambda w: {**prefixed(w, "a."), **prefixed(w, "b.")},
             r"weights of GFL more than once, behind 'a\.' and 'b\.'",
         ),
-        (lambda w: {"first": w, "second": w}, r"several state dicts \(first, second\): save the one"),
+        (lambda w: {"first": w, "second": w}, r"several state dicts \(first, second\): save only the one"),
         (lambda w: {"epoch": 3, "args": "x"}, r"holds no state dict, but a dict of epoch, args: save"),
-        (lambda w: {"encoder.weight": torch.ones(2)}, "of something else than GFL: it has encoder.weight; GFL has"),
+        (lambda w: {"encoder.weight": torch.ones(2)}, "holds no weights of GFL: it has encoder.weight, and GFL has"),
         (lambda w: {**w, "more": torch.ones(2)}, r"do not fit GFL: 1 unknown: more\. Build"),
-        (lambda w: {**w, "scales": torch.ones(5)}, r"1 of another shape: scales \(needs \(3,\), is \(5,\)\)\. Build"),
+        (
+            lambda w: {**w, "scales": torch.ones(5)},
+            r"1 of a different shape: scales \(needs \(3,\), is \(5,\)\)\. Build",
+        ),
         (lambda w: {k: v for k, v in w.items() if k != "scales"}, r"do not fit GFL: 1 missing: scales\. Build"),
     ],
 )
@@ -124,7 +127,7 @@ def test_other_class_counts_are_named_as_such(family, tmp_path):
 
 def test_other_sizes_are_not_taken_for_class_counts(tmp_path):
     path = saved(GFL(4, **ARGS, bins=17).state_dict(), tmp_path)
-    with pytest.raises(KDError, match=r"2 of another shape: predictors\.reg\.weight"):
+    with pytest.raises(KDError, match=r"2 of a different shape: predictors\.reg\.weight"):
         load_weights(GFL(4, **ARGS, bins=5), path)
 
 

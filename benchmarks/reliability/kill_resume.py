@@ -86,15 +86,19 @@ def work(folder: Path, recipe: str, writes: int, moment: float, rank: int, count
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
         group.join("cpu")
-    sync, done = os.fsync, [0]
+    sync, flushed = os.fsync, []
+    sizes: dict[str, int] = {}  # of files, when they were last flushed
 
     def interrupted(handle: int) -> None:
-        done[0] += 1
-        if done[0] == writes:
-            if os.path.isfile(f"/proc/self/fd/{handle}"):
-                os.ftruncate(handle, os.fstat(handle).st_size // 2)
+        path, size = os.readlink(f"/proc/self/fd/{handle}"), os.fstat(handle).st_size
+        flushed.append(path)
+        if len(flushed) == writes:
+            if os.path.isfile(path):  # half of what is new reaches the disk
+                before = sizes.get(path, size if path.endswith(".jsonl") else 0)  # logs are appended to
+                os.ftruncate(handle, (before + size) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         sync(handle)
+        sizes[path] = size
 
     os.fsync = interrupted
     teacher, student = detector(16, 1), detector(8, 2)

@@ -1,1 +1,1 @@
-"""Adapters, one file a detector library; `kdtoolkit.adapt` imports them when such a model is handed in."""
+"""Adapters: one module per detector library. `kdtoolkit.adapt` imports a module when it is given such a model."""

@@ -1,4 +1,4 @@
-"""kdtoolkit's own dense detectors (kdtoolkit/detectors): a thin view, for they are built along the same joints."""
+"""The adapter of kdtoolkit's own dense detectors (kdtoolkit/detectors)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from kdtoolkit.options import did_you_mean
 
 
 class DenseAdapter(DetectorAdapter):
-    """Adapter of DenseDetector: stage 0 is the pyramid, stage i the towers' state after block i."""
+    """Adapter of DenseDetector. Stage 0 is the pyramid; stage i is the state of both towers after block i."""
 
     model: DenseDetector
 
@@ -39,7 +39,7 @@ class DenseAdapter(DetectorAdapter):
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """The four detectors, narrow and shallow."""
+        """Build the four detectors, narrow and shallow."""
         return {kind.__name__: partial(_tiny, kind) for kind in (GFL, ATSS, FCOS, RetinaNet)}
 
     @classmethod
@@ -48,7 +48,7 @@ class DenseAdapter(DetectorAdapter):
         return isinstance(model, DenseDetector)
 
     def describe(self) -> DetectorSpec:
-        """The detector's facts."""
+        """Describe the detector."""
         model = self.model
         stages = tuple(
             Stage(
@@ -79,11 +79,11 @@ class DenseAdapter(DetectorAdapter):
     def prepare(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
     ) -> Batch:
-        """Normalise and pad."""
+        """Normalise and pad the images."""
         return self.model.prepare(images, targets, like)
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Backbone and pyramid."""
+        """Run backbone and pyramid."""
         return self.model.features(batch.images)
 
     def head(
@@ -93,26 +93,26 @@ class DenseAdapter(DetectorAdapter):
         priors: Priors | None = None,
         stages: Collection[int] | None = None,
     ) -> HeadTrace:
-        """Towers and predictors."""
+        """Run towers and predictors."""
         states, last = keep_states(self.model.walk_towers(self.model.entry(features)), stages)
         return HeadTrace(states, self.model.predict(last))
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
-        """The rest of towers and predictors; `trace` is not needed."""
+        """Run the rest of the towers, then the predictors. `trace` is not needed."""
         _, last = keep_states(self.model.walk_towers(state, stage), ())
         return self.model.predict(last)
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
-        """The detector's own losses."""
+        """Compute the detector's own losses."""
         assignment = self.assign(trace, batch)
         return self.model.losses(trace.predictions, assignment), assignment
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
-        """The detector's own assignment."""
+        """Assign by the detector's own rule."""
         return self.model.assign(trace.predictions, batch)
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """The detector's own postprocessing."""
+        """Run the detector's own post-processing."""
         return self.model.postprocess(trace.predictions, batch)
 
 
@@ -134,7 +134,10 @@ _MODELS: Mapping[str, type[DenseDetector]] = {"gfl": GFL, "atss": ATSS, "fcos": 
 
 
 def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
-    """Build gfl, atss, fcos or retinanet. Raises KDError for another name, or arguments that it does not take."""
+    """Build gfl, atss, fcos or retinanet.
+
+    Raises KDError if there is no detector of that name, or if it does not take such arguments.
+    """
     if name not in _MODELS:
         known = ", ".join(f"kdtoolkit/{model}" for model in _MODELS)
         raise KDError(f"unknown model 'kdtoolkit/{name}'{did_you_mean(name, _MODELS)}: write one of {known}")

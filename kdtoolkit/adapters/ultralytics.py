@@ -1,19 +1,19 @@
 """Ultralytics' YOLO detectors: any DetectionModel with a Detect head, such as YOLOv8, YOLOv10, YOLO11 and YOLO26.
 
-Ultralytics is AGPL-3.0, which binds what is built with it. kdtoolkit imports it where the user has installed it, and
+Ultralytics is AGPL-3.0, which binds what is built with it. kdtoolkit imports it only if the user has installed it, and
 contains none of its code.
 
-Layers are walked as nn/tasks.py does, towers as Detect does; losses, assignment, box arithmetic and NMS are the
-library's functions. Followed: ultralytics 8.4.190. Undocumented names: a layer's `f` and `i` and the model's `save`
-(which outputs enter which layer), Detect's towers `cv2`, `cv3`, `one2one_cv2` and `one2one_cv3` and its `postprocess`,
-make_anchors and dist2bbox, and that criteria take their assignment from `assigner`, E2ELoss's from `one2many.assigner`.
+Layers run in the order of nn/tasks.py, towers in that of Detect. Losses, assignment, box arithmetic and NMS are the
+library's functions. This follows ultralytics 8.4.190. Undocumented names used: a layer's `f` and `i` and the model's
+`save` (which outputs enter which layer); Detect's towers `cv2`, `cv3`, `one2one_cv2` and `one2one_cv3` and its
+`postprocess`; make_anchors and dist2bbox; the criteria's `assigner`, and E2ELoss's `one2many.assigner`.
 
-Some heads, YOLO26's and YOLOv10's, are double: towers that answer with many predictions an object, and a copy of them
-that answers with one, trained on features that are cut off from the graph. States and predictions are those of the
-first: they are dense, and through them gradient reaches the neck. `task_losses` has both, and `detections` those that
-the library would take, which is what the model's `end2end` says (8.4.190: the first with NMS, unless told otherwise).
-The library shifts weight from the first to the second over the epochs; an adapter knows no epoch, so weights stay as
-they are at the start, 0.8 and 0.2.
+YOLO26 and YOLOv10 have double heads: towers that give many predictions for an object, and a copy of them that gives
+one. The copy is trained on features that are cut off from the graph. States and predictions are those of the first
+towers, because they are dense, and gradient flows through them into the neck. `task_losses` has the losses of both.
+`detections` uses the towers that the library would use: the model's `end2end` says which (in 8.4.190 the first ones,
+with NMS, unless the user asks for the copy). During training the library shifts weight from the first towers to the
+copy, epoch by epoch. An adapter knows no epoch, so the weights stay at the library's first values, 0.8 and 0.2.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ Towers = Mapping[str, Sequence[Sequence[nn.Module]]]
 
 
 class UltralyticsAdapter(DetectorAdapter):
-    """Adapter of DetectionModel: stage 0 is the pyramid, stage i the towers' state after block i.
+    """Adapter of DetectionModel. Stage 0 is the pyramid; stage i is the state of the towers after block i.
 
-    Each level has towers of its own, so states may have other channels on each. A `YOLO` object stands for the
-    DetectionModel that it holds.
+    Each level has its own towers, so the numbers of channels may differ from level to level. A `YOLO` object is
+    accepted in place of the DetectionModel that it holds.
 
-    Raises KDError for a model of which `fuse` has left one-to-one towers alone.
+    Raises KDError if `fuse` has removed the towers that give many predictions for an object.
     """
 
     model: Any
@@ -85,19 +85,19 @@ class UltralyticsAdapter(DetectorAdapter):
         super().__init__(cast(nn.Module, model.model) if isinstance(model, Model) else model)
         if self._head.cv2 is None:
             raise KDError(
-                "this model was fused with end2end=True, which removes the one-to-many towers, and these are what "
-                "methods work on: hand in the model as it was before fuse()"
+                "this model was fused with end2end=True. That removes the one-to-many towers, on which methods work: "
+                "pass the model as it was before fuse()"
             )
         self._strides = tuple(round(stride) for stride in self._head.stride.tolist())
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """Three generations, narrow and shallow."""
+        """Build three generations, narrow and shallow."""
         return {name: partial(_tiny, stem) for name, stem in _EXAMPLES.items()}
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        """Whether `model`, or what a `YOLO` object holds, is a DetectionModel that gives boxes and classes alone."""
+        """Whether `model`, or what a `YOLO` object holds, is a DetectionModel for boxes and classes only."""
         inner: Any = model.model if isinstance(model, Model) else model
         return isinstance(inner, DetectionModel) and type(inner.model[-1]) in (Detect, v10Detect)
 
@@ -107,7 +107,7 @@ class UltralyticsAdapter(DetectorAdapter):
 
     @property
     def _towers(self) -> Towers:
-        """Those that answer with many predictions an object."""
+        """The towers that give many predictions for an object."""
         return {"cls": self._head.cv3, "reg": self._head.cv2}
 
     @property
@@ -115,7 +115,7 @@ class UltralyticsAdapter(DetectorAdapter):
         return getattr(self._head, "one2one_cv2", None) is not None
 
     def describe(self) -> DetectorSpec:
-        """The detector's facts."""
+        """Describe the detector."""
         towers = self._towers
         bins = self._head.reg_max if self._head.reg_max > 1 else 0
         stages = tuple(
@@ -139,18 +139,20 @@ class UltralyticsAdapter(DetectorAdapter):
     def prepare(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
     ) -> Batch:
-        """Pad with grey to a multiple of the coarsest stride, at least of 32. Neither resizes nor normalises.
+        """Pad with grey to a multiple of the coarsest stride, at least of 32.
 
-        The library puts images in the middle of the canvas; here they stay at its top left.
+        Images are neither resized nor normalised.
+
+        The library puts images in the middle of the canvas; here they lie at its top left.
         """
         multiple = max(32, *self._strides)
         layout = Layout.padded(images, multiple) if like is None else Layout.of(like, multiple)
         return lay_out(images, targets, layout, fill=GREY)
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Backbone and neck: the maps that enter the Detect head."""
+        """Run backbone and neck: returns the maps that enter the Detect head."""
         *layers, head = self.model.model
-        outputs: list[Any] = []  # of the layers so far, where a later one takes it
+        outputs: list[Any] = []  # of the layers so far, if a later one takes it
         x: Any = batch.images
         for layer in layers:
             x = layer(_inputs(layer, x, outputs))
@@ -164,16 +166,16 @@ class UltralyticsAdapter(DetectorAdapter):
         priors: Priors | None = None,
         stages: Collection[int] | None = None,
     ) -> HeadTrace:
-        """Towers and predictors. The context is the features, which the one-to-one towers take as well."""
+        """Run towers and predictors. The trace's context is the features, for the one-to-one towers."""
         states, outputs = keep_states(walk_towers(dict.fromkeys(self._towers, features), self._towers), stages)
         return HeadTrace(states[:-1], self._predictions(outputs), context=features)
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
-        """The rest of towers and predictors; `trace` is not needed."""
+        """Run the rest of the towers, then the predictors. `trace` is not needed."""
         return self._predictions(_outputs(self._towers, state, stage))
 
     def _predictions(self, outputs: State) -> Predictions:
-        """Predictions of what the towers gave out: maps (N, K, H, W) and (N, 4 * B, H, W)."""
+        """Turn the outputs of the predictors, maps (N, K, H, W) and (N, 4 * B, H, W), into predictions."""
         grid = tuple((level.shape[-2], level.shape[-1]) for level in outputs["reg"])
         logits, regression = (flatten(outputs[branch], outputs[branch][0].shape[1]) for branch in ("cls", "reg"))
         if self._head.reg_max > 1:
@@ -183,23 +185,26 @@ class UltralyticsAdapter(DetectorAdapter):
         return Predictions(logits, regression, priors, _decode)
 
     def _one_to_one(self, trace: HeadTrace) -> Predictions:
-        """What the one-to-one towers say of the trace's features."""
+        """The predictions of the one-to-one towers for the trace's features."""
         features = cast(tuple[Tensor, ...], trace.context)
-        if self._head.training:  # as the library has it: these towers must not disturb what the others need
+        if self._head.training:  # as in the library: these towers must not change the features
             features = tuple(level.detach() for level in features)
         towers: Towers = {"cls": self._head.one2one_cv3, "reg": self._head.one2one_cv2}
         return self._predictions(_outputs(towers, dict.fromkeys(towers, features)))
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
-        """Terms `box`, `cls` and `dfl` (`l1` where sides are no distributions), times the batch size, like the library.
+        """Compute `box`, `cls` and `dfl` (`l1` if sides are no distributions), times the batch size as in the library.
 
-        Gains are those of the model's `args`; the library's default ones where it has none.
+        Gains are those of the model's `args`, or the library's defaults if the model has none.
         """
         one_to_one = self._one_to_one(trace) if self._is_double else None
         return self._criticise(trace.predictions, one_to_one, batch)
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
-        """The task-aligned assignment. It goes by predictions, so no two detectors assign alike."""
+        """Assign by the library's task-aligned rule.
+
+        It depends on the predictions, so two detectors never assign alike.
+        """
         predictions = trace.predictions
         priors, (boxes, labels, real) = predictions.priors, pad_targets(batch.boxes, batch.labels)
         with torch.autocast(boxes.device.type, enabled=False):
@@ -215,11 +220,11 @@ class UltralyticsAdapter(DetectorAdapter):
 
     @cached_property
     def _assigner(self) -> Callable[..., tuple[Tensor, ...]]:
-        """The library's assigner of the towers that answer with many predictions an object."""
+        """The library's assigner for the towers that give many predictions for an object."""
         return cast(Callable[..., tuple[Tensor, ...]], self._criteria(double=False)[1].assigner)
 
     def _criteria(self, *, double: bool) -> tuple[Any, Any]:
-        """The library's criterion, and its part for towers that answer with many predictions an object."""
+        """The library's criterion, and the part of it for the towers that give many predictions for an object."""
         model = self.model
         settings = SimpleNamespace(
             args=_hyperparameters(model),
@@ -233,7 +238,7 @@ class UltralyticsAdapter(DetectorAdapter):
     def _criticise(
         self, predictions: Predictions, one_to_one: Predictions | None, batch: Batch
     ) -> tuple[dict[str, Tensor], Assignment]:
-        """The library's losses in float32, and the assignment that those of `predictions` went by."""
+        """The library's losses in float32, and the assignment that the losses of `predictions` used."""
         device = predictions.logits.device
         criterion, first = self._criteria(double=one_to_one is not None)
         kept = first.assigner = _Kept(first.assigner)
@@ -246,7 +251,7 @@ class UltralyticsAdapter(DetectorAdapter):
         return terms, self._assignment(kept.result)
 
     def _assignment(self, found: tuple[Tensor, ...]) -> Assignment:
-        """From what the library's assigner gives."""
+        """The assignment from the results of the library's assigner."""
         labels, boxes, scores, positive, _ = found
         return Assignment(
             positive=positive,
@@ -258,9 +263,11 @@ class UltralyticsAdapter(DetectorAdapter):
 
     @torch.no_grad()
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """NMS with the settings of the library's validator; or, end to end, the one-to-one towers' best, without NMS.
+        """Run NMS with the settings of the library's validator.
 
-        NMS takes all the time it needs, where the library leaves out images after some seconds.
+        End to end, take the best of the one-to-one towers, without NMS.
+
+        NMS takes all the time it needs. The library leaves out images after some seconds.
         """
         end_to_end = self._head.end2end
         predictions = self._one_to_one(trace) if end_to_end else trace.predictions
@@ -285,7 +292,7 @@ class UltralyticsAdapter(DetectorAdapter):
 
 
 class _Kept:
-    """An assigner that keeps what it assigned last."""
+    """An assigner that keeps its last result."""
 
     def __init__(self, assigner: Callable[..., tuple[Tensor, ...]]) -> None:
         self.assigner = assigner
@@ -297,7 +304,7 @@ class _Kept:
 
 
 def _inputs(layer: Any, last: Any, outputs: Sequence[Any]) -> Any:
-    """What a layer takes: the last layer's output, or those of earlier ones."""
+    """What a layer takes: the output of the last layer, or outputs of earlier ones."""
     if layer.f == -1:
         return last
     if isinstance(layer.f, int):
@@ -306,26 +313,26 @@ def _inputs(layer: Any, last: Any, outputs: Sequence[Any]) -> Any:
 
 
 def _outputs(towers: Towers, state: State, stage: int = 0) -> State:
-    """What the predictors give out, from the state at `stage`."""
+    """The outputs of the predictors, from the state at `stage`."""
     _, outputs = keep_states(walk_towers(state, towers, stage), ())
     return outputs
 
 
 def _corners(regression: Tensor, priors: Priors) -> Tensor:
-    """Corners (..., A, 4) from distances in strides to the four sides, or from their distributions."""
+    """Corners (..., A, 4) from the distances to the four sides in strides, or from distributions of them."""
     strides = priors.strides[:, None]
     if regression.ndim == priors.boxes.ndim + 2:
         bins = torch.arange(regression.shape[-1], device=regression.device, dtype=torch.float32)
-        # Not as a product of matrices, which autocast would round.
+        # Not a product of matrices: autocast would round it.
         regression = (regression.float().softmax(-1) * bins).sum(-1)
     corners: Tensor = _tal.dist2bbox(regression, priors.boxes[:, :2] / strides, xywh=False)
     return corners * strides
 
 
 def _decode(regression: Tensor, priors: Priors) -> Tensor:
-    """Boxes (..., A, 4): `_corners`, put together in the middle where they have passed each other.
+    """Boxes (..., A, 4): `_corners`, but corners that have passed each other meet in their middle.
 
-    Distances that are no distributions may be negative, and so may widths, which no IoU can make sense of.
+    Distances that are not distributions may be negative, and so may the box's width, for which IoU is not defined.
     """
     first, second = _corners(regression, priors).chunk(2, -1)
     middle = (first + second) / 2
@@ -333,7 +340,7 @@ def _decode(regression: Tensor, priors: Priors) -> Tensor:
 
 
 def _as_maps(grid: tuple[tuple[int, int], ...], like: Tensor) -> list[Tensor]:
-    """Maps (1, 1, H, W) without storage of their own: the library takes sizes, dtype and device from maps."""
+    """Maps (1, 1, H, W) without storage of their own. The library takes only sizes, dtype and device from them."""
     return [like.new_empty(()).expand(1, 1, *size) for size in grid]
 
 
@@ -347,7 +354,7 @@ def _as_raw(predictions: Predictions) -> dict[str, object]:
 
 
 def _as_targets(batch: Batch) -> dict[str, Tensor]:
-    """Ground truth as the library's losses take it: one list of all boxes, in shares of the canvas."""
+    """Ground truth as the library's losses take it: one list of all boxes, as shares of the canvas."""
     height, width = batch.images.shape[-2:]
     return {
         "batch_idx": torch.cat([torch.full_like(labels, i) for i, labels in enumerate(batch.labels)]),
@@ -357,7 +364,10 @@ def _as_targets(batch: Batch) -> dict[str, Tensor]:
 
 
 def _hyperparameters(model: Any) -> Any:
-    """Gains of the loss terms: a namespace in training, a mapping once loaded, absent where built from a YAML alone."""
+    """The gains of the loss terms.
+
+    In training they are a namespace, after loading a mapping. A model built from a YAML has none.
+    """
     args = getattr(model, "args", None) or {}
     return SimpleNamespace(**{**DEFAULT_CFG_DICT, **args}) if isinstance(args, Mapping) else args
 
@@ -392,7 +402,7 @@ _MODELS = tuple(family + size for family, sizes in _FAMILIES.items() for size in
 def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
     """Build yolov8n, yolo11s, yolo26m and the like with random weights, from the library's YAML of that name.
 
-    Raises KDError for another name, for arguments (there are none), and for .pt files, which are not loaded.
+    Raises KDError for an unknown name, for any arguments, and for .pt files, which are not loaded.
     """
     if name.endswith(".pt"):
         stem = name.removesuffix(".pt")
@@ -421,7 +431,7 @@ def _tiny(name: str, num_classes: int) -> nn.Module:
 
 @torch.no_grad()
 def _gather_statistics(model: nn.Module) -> None:
-    """Let batch norm see a batch: with its first statistics maps die out, and in eval mode all cells predict alike."""
+    """Let batch norm see a batch. With its first statistics maps die out, and in eval mode all cells predict alike."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -432,6 +442,6 @@ def _gather_statistics(model: nn.Module) -> None:
 
 
 def _built(config: Mapping[str, object], num_classes: int) -> nn.Module:
-    # The class count goes into the configuration: handed in beside it, the library writes a line about the difference.
+    # The class count goes into the configuration. As an argument, the library would print a line about the difference.
     model: nn.Module = DetectionModel({**config, "nc": num_classes}, verbose=False)
     return model

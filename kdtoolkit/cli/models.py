@@ -58,7 +58,8 @@ def adapters(
     check_known(method or (), all_method_facts(), "method")
 
     from kdtoolkit.inspect import print_families
-    from kdtoolkit.matrix import families, print_matrix, run_matrix, to_markdown
+    from kdtoolkit.matrix import families, run_matrix
+    from kdtoolkit.matrix_tables import print_matrix, to_markdown
     from kdtoolkit.methods import all_methods
 
     console = Console()

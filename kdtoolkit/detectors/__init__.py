@@ -1,4 +1,4 @@
-"""Detectors that no maintained library has, on any timm backbone with a feature pyramid: plain torch modules."""
+"""kdtoolkit's own detectors on any timm backbone with a feature pyramid: plain torch modules."""
 
 from kdtoolkit.detectors.atss import ATSS
 from kdtoolkit.detectors.fcos import FCOS

@@ -1,6 +1,6 @@
 """Which prior answers for which ground-truth box: the ATSS rule, for a whole batch at once.
 
-Shapes as in kdtoolkit/contract; ground truth is padded to G boxes an image.
+Shapes are those of kdtoolkit/contract. Ground truth is padded to G boxes per image.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from kdtoolkit.contract import Assignment, Batch, Priors
 
 
 def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Stack ground truth: boxes (N, G, 4), labels (N, G), and which of them are real (N, G) bool; G is at least 1."""
+    """Stack ground truth: boxes (N, G, 4), labels (N, G), and which of them are real (N, G) bool. G is at least 1."""
     device = boxes[0].device
     lengths = [len(image) for image in boxes]
     counts = torch.tensor(lengths, device=device)
-    # One box that is not real beyond the longest list, so that no batch has G = 0 and maxima over G always exist.
+    # One box more than in the longest list, which is not real, so that G is never 0 and a maximum over G exists.
     sentinel = torch.zeros(max(lengths) + 1, 4, device=device)
     padded = pad_sequence([*boxes, sentinel], batch_first=True)[:-1]
     padded_labels = pad_sequence([*labels, sentinel[:, 0].long()], batch_first=True)[:-1]
@@ -31,7 +31,7 @@ def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tens
 
 
 def inside_padded(priors: Priors, batch: Batch) -> Tensor:
-    """(N, A) bool: cells that belong to an image or its own padding, not only to the batch's canvas."""
+    """(N, A) bool: cells that belong to an image or to its own padding, and not only to the batch's canvas."""
     padded = torch.tensor(batch.padded_sizes, device=priors.boxes.device)
     # A cell's first pixel decides. Priors are centred there or half a cell further; a quarter absorbs rounding.
     strides = priors.strides[:, None]
@@ -43,15 +43,15 @@ def inside_padded(priors: Priors, batch: Batch) -> Tensor:
 class ATSSAssigner:
     """Adaptive training sample selection (Zhang et al., CVPR 2020, arXiv 1912.02424, algorithm 1).
 
-    Per level the `topk` priors nearest to a box's centre are candidates; positive are those whose IoU reaches mean +
-    std (unbiased) of all candidates' IoUs and whose centre lies in the box. A prior wanted by several boxes goes to
-    the one of highest IoU. Priors outside an image's own padding take no part.
+    On each level the `topk` priors nearest to a box's centre are candidates. A candidate is positive if its centre lies
+    in the box and its IoU is at least mean + std (unbiased) of all candidates' IoUs. If several boxes want one prior,
+    the box of highest IoU gets it. Priors outside an image's own padding take no part.
     """
 
     topk: int = 9
 
     def __call__(self, priors: Priors, batch: Batch, num_classes: int) -> Assignment:
-        """Assign the batch's boxes to priors (A, 4); the normaliser is the sum over images of max(positives, 1)."""
+        """Assign the batch's boxes to priors (A, 4). The normaliser is the sum over images of max(positives, 1)."""
         valid = inside_padded(priors, batch)
         boxes, labels, real = pad_targets(batch.boxes, batch.labels)
         prior_centres = centres(priors.boxes)
@@ -74,7 +74,7 @@ class ATSSAssigner:
     def _candidates(
         self, box_centres: Tensor, prior_centres: Tensor, valid: Tensor, per_level: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Indices of the nearest priors of all levels (N, G, topk * L), and which of them are valid."""
+        """Indices (N, G, topk * L) of the nearest priors on all levels, and which of them are valid."""
         squared = (box_centres[:, :, None] - prior_centres).square().sum(-1).masked_fill(~valid[:, None], torch.inf)
         nearest, start = [], 0
         for level in torch.split(squared, list(per_level), -1):
@@ -84,7 +84,7 @@ class ATSSAssigner:
         return indices, valid[:, None].expand(-1, indices.shape[1], -1).gather(2, indices)
 
     def _positive(self, iou: Tensor, candidates: Tensor, usable: Tensor) -> Tensor:
-        """(N, G, A) bool: usable candidates whose IoU reaches mean + std of them."""
+        """(N, G, A) bool: usable candidates whose IoU is at least mean + std of all usable candidates."""
         chosen = iou.gather(2, candidates)
         count = usable.sum(-1, keepdim=True)
         mean = (chosen * usable).sum(-1, keepdim=True) / count.clamp(min=1)

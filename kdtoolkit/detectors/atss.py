@@ -1,6 +1,7 @@
 """ATSS: adaptive training sample selection (Zhang et al., CVPR 2020, arXiv 1912.02424).
 
-One square anchor a cell, focal loss, boxes as offsets from the anchor, and centerness, by which scores are multiplied.
+Each cell has one square anchor. Losses are the focal loss for classes, GIoU for boxes, which are offsets from the
+anchor, and BCE for centerness. Scores are multiplied by centerness.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ LOG_SIZE_LIMIT = math.log(1000 / 16)
 
 
 def decode_offsets(offsets: Tensor, anchors: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
-    """Boxes (..., 4) from (dx, dy, dw, dh) (..., 4) relative to anchors, in units of `stds`; log sizes are clipped."""
+    """Decode (dx, dy, dw, dh) (..., 4), relative to anchors, into boxes (..., 4).
+
+    They are in units of `stds`. Log sizes are clipped.
+    """
     shift, log_size = (offsets.float() * torch.tensor(stds, device=offsets.device)).chunk(2, -1)
     middle, size = box_convert(anchors, "xyxy", "cxcywh").chunk(2, -1)
     factor = log_size.clamp(-LOG_SIZE_LIMIT, LOG_SIZE_LIMIT).exp()
@@ -35,13 +39,13 @@ def decode_offsets(offsets: Tensor, anchors: Tensor, stds: tuple[float, float, f
 
 
 def centerness(sides: Tensor) -> Tensor:
-    """Centerness (...) in [0, 1] from distances > 0 to left, top, right and bottom (..., 4). Source: FCOS, eq. 3."""
+    """Centerness (...) in [0, 1] of distances > 0 to left, top, right and bottom (..., 4). Source: FCOS, eq. 3."""
     low, high = torch.minimum(sides[..., :2], sides[..., 2:]), torch.maximum(sides[..., :2], sides[..., 2:])
     return (low / high).prod(-1).sqrt()
 
 
 class ATSS(DenseDetector):
-    """ATSS detector. Arguments are those of DenseDetector."""
+    """The ATSS detector. Its arguments are those of DenseDetector."""
 
     has_quality: ClassVar[bool] = True
     published_predictors: ClassVar[Mapping[str, str]] = {
@@ -52,23 +56,23 @@ class ATSS(DenseDetector):
 
     @property
     def assigner(self) -> ATSSAssigner:
-        """ATSS with its published settings."""
+        """The ATSS assigner with its published settings."""
         return ATSSAssigner()
 
     def priors(self, grid: tuple[tuple[int, int], ...]) -> Priors:
-        """One square anchor a cell."""
+        """One square anchor per cell."""
         return square_anchors(grid, self.strides, ANCHOR_SCALE, self.scales.device)
 
     def decode(self, regression: Tensor, priors: Priors) -> Tensor:
-        """Boxes (..., A, 4) from offsets (..., A, 4)."""
+        """Decode offsets (..., A, 4) into boxes (..., A, 4)."""
         return decode_offsets(regression, priors.boxes, STDS)
 
     def assign(self, predictions: Predictions, batch: Batch) -> Assignment:
-        """ATSS."""
+        """Assign by ATSS."""
         return self.assigner(predictions.priors, batch, self.num_classes)
 
     def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
-        """`cls` (focal), `box` (GIoU, weight 2, each weighted by centerness) and `centerness` (BCE)."""
+        """Compute `cls` (focal), `box` (GIoU weighted by centerness, times 2) and `centerness` (BCE)."""
         assert predictions.quality is not None
         image, prior = assignment.positive.nonzero(as_tuple=True)
         target_boxes = assignment.boxes[image, prior]

@@ -1,4 +1,4 @@
-"""timm's models as backbones: which of a model's maps a pyramid takes, what images it wants, and the pyramid."""
+"""timm's models as backbones: the maps that a pyramid takes, the normalisation of images, and the pyramid."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from kdtoolkit.options import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_TRIAL = 64, 96  # height and width in pixels: both unlike those that models are made for, and unlike each other
+_TRIAL = 64, 96  # height and width in pixels: two sizes that no model is built for
 
 
 @dataclass(frozen=True)
 class Levels:
     """The feature maps that a pyramid takes from a backbone.
 
-    `indices` are their places among all maps that the backbone gives, `channels` their channels. With `channels_last`
-    the backbone gives maps (N, H, W, C), as Swin Transformers do. `mean` and `std` are what the backbone's own training
-    normalised images in [0, 1] by, a channel; ImageNet's where the backbone says nothing.
+    `indices` are their places among all maps of the backbone, and `channels` their numbers of channels. With
+    `channels_last` the backbone gives maps (N, H, W, C), as Swin Transformers do. `mean` and `std`, three numbers each,
+    are those by which the backbone's own training normalised images in [0, 1]; they are ImageNet's if the backbone does
+    not say.
     """
 
     indices: tuple[int, ...]
@@ -38,7 +39,7 @@ class Levels:
     std: tuple[float, ...]
 
     def of(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The pyramid's maps (N, C, H, W), finest first, of all that the backbone gave."""
+        """Choose the pyramid's maps (N, C, H, W), finest first, from all maps of the backbone."""
         chosen = [maps[index] for index in self.indices]
         return [x.permute(0, 3, 1, 2) for x in chosen] if self.channels_last else chosen
 
@@ -55,8 +56,8 @@ def build_backbone(
         args: further arguments of timm.create_model.
 
     Raises:
-        KDError: timm has no such model or cannot build it, it has no such maps, or it does not run on images of sizes
-            other than its own.
+        KDError: timm has no such model or cannot build it, it has no such maps, or it runs only on images of its own
+            size.
     """
     if not timm.is_model(name):
         raise KDError(f"backbone: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
@@ -89,11 +90,11 @@ def build_backbone(
 
 
 class Pyramid(FeaturePyramidNetwork):
-    """torchvision's feature pyramid, on the maps that it takes from a timm backbone.
+    """torchvision's feature pyramid, on maps of a timm backbone.
 
     Args:
-        levels: which maps it takes.
-        channels: of each of its levels.
+        levels: the maps that it takes.
+        channels: of each pyramid level.
         extra: computes the levels that are coarser than the backbone's.
     """
 
@@ -102,7 +103,7 @@ class Pyramid(FeaturePyramidNetwork):
         self.levels = levels
 
     def of(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Pyramid levels (N, C, H, W) by name, finest first, of all maps that the backbone gave."""
+        """Compute pyramid levels (N, C, H, W) by name, finest first, from all maps of the backbone."""
         levels: dict[str, Tensor] = self(OrderedDict((str(i), x) for i, x in enumerate(self.levels.of(maps))))
         return levels
 
@@ -110,7 +111,7 @@ class Pyramid(FeaturePyramidNetwork):
 def _created(name: str, pretrained: bool, args: dict[str, Any]) -> Any:
     try:
         return timm.create_model(name, features_only=True, pretrained=pretrained, **args)
-    except Exception as error:  # whatever the model makes of the arguments, or the hub of the network
+    except Exception as error:  # models and the hub raise errors of all kinds
         given = ", ".join(f"{key}={value!r}" for key, value in args.items()) or "its defaults"
         raise KDError(
             f"backbone {name!r} cannot be built from {given}: {_said(error)}. Mend backbone_args, or take another "
@@ -119,12 +120,12 @@ def _created(name: str, pretrained: bool, args: dict[str, Any]) -> Any:
 
 
 def _trial_shapes(name: str, model: nn.Module) -> list[tuple[int, ...]]:
-    """The shapes of all maps without the batch, of a small image that is not square."""
+    """The shapes of all maps, without the batch dimension, for a small image that is not square."""
     device = next(model.parameters()).device
     try:
         with torch.no_grad():
             maps = model.eval()(torch.zeros(1, 3, *_TRIAL, device=device))
-    except Exception as error:  # each model has its own way to complain
+    except Exception as error:  # models raise errors of all kinds
         raise KDError(
             f"backbone {name!r} does not run on images of {_TRIAL[0]} x {_TRIAL[1]} px ({_said(error)}), and a "
             "detector's images have any size. Take a backbone that takes any size: most convolutional ones do, and Swin"

@@ -1,6 +1,6 @@
 """What one-stage detectors with two convolutional towers share: backbone, pyramid, towers, decoding, NMS.
 
-A detector is one file: its predictors, its loss, its assigner. Shapes and terms as in kdtoolkit/contract.
+Each detector is one file: its predictors, its loss, its assigner. Shapes and terms are those of kdtoolkit/contract.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from kdtoolkit.errors import KDError
 
 BACKBONE_STRIDES = (8, 16, 32)
 PADDING = 32  # images are padded to a multiple of it
-PRIOR_PROBABILITY = 0.01  # of each class at the start of training, so that background does not swamp the first steps
-MAX_CANDIDATES = 1000  # a level, before NMS
+# Of each class at the start of training: otherwise the loss of the first steps is nearly all background.
+PRIOR_PROBABILITY = 0.01
+MAX_CANDIDATES = 1000  # per level, before NMS
 EPS = torch.finfo(torch.float32).eps
 
 
 class ExtraLevels(ExtraFPNBlock):
-    """Coarser pyramid levels by 3x3 convolutions of stride 2, each from the level before it.
+    """Coarser pyramid levels by 3x3 convolutions of stride 2, each computed from the level before it.
 
-    With `from_input` (channels) the first is from the backbone's last map instead. `relu` stands between them.
-    They are computed in float32 whatever autocast says: on some CPUs the bfloat16 weight gradient of a strided
-    convolution is uninitialised memory where its map is one cell wide (torch 2.14, oneDNN).
+    With `from_input` (a number of channels) the first one is computed from the backbone's last map. With `relu` a ReLU
+    stands between them. All are computed in float32 even under autocast: on some CPUs the bfloat16 weight gradient of a
+    strided convolution is uninitialised memory if its map is one cell wide (torch 2.14, oneDNN).
     """
 
     def __init__(self, channels: int, count: int, *, from_input: int = 0, relu: bool = False) -> None:
@@ -51,7 +52,7 @@ class ExtraLevels(ExtraFPNBlock):
             nn.init.zeros_(cast(Tensor, conv.bias))
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        """Append levels to the pyramid's `results`."""
+        """Append the coarser levels to the pyramid's `results`."""
         levels = list(results)
         source = x[-1] if self.from_input else levels[-1]
         with without_autocast(source):
@@ -62,7 +63,10 @@ class ExtraLevels(ExtraFPNBlock):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in float32 whatever autocast says: also 7 times as fast as bfloat16 on a CPU, channels last."""
+    """Group norm in float32 even under autocast.
+
+    On a CPU with channels last it is 7 times as fast as in bfloat16, too.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (N, C, H, W)."""
@@ -70,11 +74,11 @@ class GroupNorm(nn.GroupNorm):
 
 
 class DenseDetector(nn.Module, ABC):
-    """A timm backbone, a feature pyramid and two towers shared over levels, with one prediction a prior.
+    """A timm backbone, a feature pyramid, and two towers that all levels share, with one prediction for each prior.
 
-    Follows torchvision's convention: `model(images, targets)` gives a dict of losses in training mode, `model(images)`
-    a list of {"boxes", "scores", "labels"} in eval mode. Images are (3, H, W) in [0, 1]; boxes xyxy in pixels; labels
-    in [0, num_classes).
+    It follows torchvision's convention: `model(images, targets)` returns a dict of losses in training mode,
+    `model(images)` a list of {"boxes", "scores", "labels"} in eval mode. Images are (3, H, W) in [0, 1], boxes xyxy in
+    pixels, labels in [0, num_classes).
 
     Args:
         num_classes: without background.
@@ -82,18 +86,19 @@ class DenseDetector(nn.Module, ABC):
         backbone_args: further arguments of timm.create_model.
         pretrained: load timm's ImageNet weights (downloads them).
         strides: of the pyramid's levels: 8, 16, 32, and any number of coarser ones, each twice the one before.
-        neck_channels: of the pyramid.
+        neck_channels: of the pyramid's levels.
         head_channels: of the towers.
-        head_blocks: convolution blocks of each tower.
-        head_groups: groups of the towers' group norm, 0 for none; None for what the detector's paper has.
-        score_threshold: detections below it are dropped before NMS.
-        nms_iou: IoU above which the lower of two detections of a class is dropped; None for what its paper has.
-        detections_per_image: the most that are kept.
-        image_mean: subtracted from images in [0, 1], a channel; None for what timm names for the backbone's weights.
-        image_std: what images are divided by after it; likewise.
+        head_blocks: number of convolution blocks in each tower.
+        head_groups: number of groups in the towers' group norm; 0 for no norm, None for what the detector's paper has.
+        score_threshold: detections with a lower score are dropped before NMS.
+        nms_iou: if two detections of a class have a larger IoU, the one of lower score is dropped. None for what the
+            detector's paper has.
+        detections_per_image: the largest number of detections that are kept.
+        image_mean: subtracted from images in [0, 1], one number per channel. None for what timm names for the backbone.
+        image_std: images are then divided by it, likewise.
 
     Raises:
-        KDError: the backbone has no such levels or takes images of one size only, strides are others than those above,
+        KDError: the backbone has no such levels or takes images of one size only, strides are not as described above,
             or channels are not divisible by groups.
     """
 
@@ -189,15 +194,18 @@ class DenseDetector(nn.Module, ABC):
     @property
     @abstractmethod
     def assigner(self) -> Hashable:
-        """The assigner's settings; equal ones assign alike."""
+        """The assigner's settings.
+
+        If those of two detectors are equal (`==`), they assign the same boxes to the same priors.
+        """
 
     @abstractmethod
     def priors(self, grid: tuple[tuple[int, int], ...]) -> Priors:
-        """Priors of levels of (H, W) cells."""
+        """Priors of levels with (H, W) cells each."""
 
     @abstractmethod
     def decode(self, regression: Tensor, priors: Priors) -> Tensor:
-        """Boxes (..., A, 4) from what is predicted for priors (A, 4)."""
+        """Decode what is predicted for priors (A, 4) into boxes (..., A, 4)."""
 
     @abstractmethod
     def assign(self, predictions: Predictions, batch: Batch) -> Assignment:
@@ -205,14 +213,14 @@ class DenseDetector(nn.Module, ABC):
 
     @abstractmethod
     def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
-        """Loss terms, float32 scalars."""
+        """Compute the loss terms, float32 scalars."""
 
     # The pipeline.
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[Detections]:
-        """Losses in training mode, detections in eval mode."""
+        """Return losses in training mode, detections in eval mode."""
         if self.training and targets is None:
             raise KDError("a detector in training mode needs targets; call model.eval() to detect")
         if targets is not None:
@@ -229,7 +237,8 @@ class DenseDetector(nn.Module, ABC):
     ) -> Batch:
         """Normalise images (3, H, W) in [0, 1], and pad them at the right and bottom to one canvas.
 
-        With `like` they are scaled to the sizes of that batch, and lie on its canvas, padded further if need be.
+        With `like` the images get the sizes that they have in that batch, and lie on a canvas of its size. The canvas
+        is padded further if the detector needs it.
         """
         layout = Layout.padded(images, PADDING) if like is None else Layout.of(like, PADDING)
         return lay_out(images, targets, layout, mean=self.image_mean, std=self.image_std)
@@ -242,20 +251,20 @@ class DenseDetector(nn.Module, ABC):
             )
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Pyramid levels (N, C, H, W), finest first, of normalised images (N, 3, H, W)."""
+        """Compute pyramid levels (N, C, H, W), finest first, from normalised images (N, 3, H, W)."""
         return tuple(self.neck.of(self.backbone(images)).values())
 
     def entry(self, features: tuple[Tensor, ...]) -> State:
-        """The state at stage 0: both towers take the pyramid."""
+        """The state at stage 0: the pyramid enters both towers."""
         return dict.fromkeys(self.towers, features)
 
     def walk_towers(self, state: State, stage: int = 0) -> Iterator[State]:
-        """Hidden states from `stage`, whose state is given, to the end, one after the other, before the activation."""
+        """Yield the hidden states, before the activation, from `stage`, whose state is given, to the end."""
         towers = {branch: [[*cast(nn.ModuleList, tower)]] * len(self.strides) for branch, tower in self.towers.items()}
         return walk_towers(state, towers, stage, F.relu)
 
     def predict(self, state: State) -> Predictions:
-        """Predictions of all priors, from the towers' last state."""
+        """Predict for all priors from the towers' last state."""
         cls, reg = ([F.relu(x) if self.head_blocks else x for x in state[branch]] for branch in ("cls", "reg"))
         grid = tuple((level.shape[-2], level.shape[-1]) for level in cls)
         quality = None
@@ -272,14 +281,15 @@ class DenseDetector(nn.Module, ABC):
         )
 
     def shape_regression(self, regression: Tensor) -> Tensor:
-        """What `Predictions.regression` is, from the scaled output (N, A, C) of the regression predictor."""
+        """Turn the scaled output (N, A, C) of the regression predictor into `Predictions.regression`."""
         return regression
 
     @torch.no_grad()
     def postprocess(self, predictions: Predictions, batch: Batch) -> list[Detections]:
-        """Threshold, the best of each level, NMS by class; boxes in pixels of the original images, clipped to them.
+        """Threshold, keep the best of each level, and run NMS by class.
 
-        Threshold and choice go by class probability; order and NMS by its product with quality, where there is one.
+        Threshold and choice use the class probability. Order and NMS use its product with the quality, if there is one.
+        Boxes are in pixels of the original images, and clipped to them.
         """
         probabilities = predictions.probabilities
         images, priors, labels = self._candidates(probabilities, predictions.priors.per_level)
@@ -295,10 +305,10 @@ class DenseDetector(nn.Module, ABC):
         factors = (original / sizes).flip(-1).repeat(1, 2)
         counts = torch.bincount(images, minlength=len(sizes)).tolist()
         found: list[Detections] = []
-        # Image by image: the cost of an NMS grows with the square of the number of its boxes.
+        # Image by image, because the cost of an NMS grows with the square of its number of boxes.
         each = zip(*(torch.split(x, counts) for x in (boxes, scores, labels)), factors, strict=True)
         for image_boxes, image_scores, image_labels, factor in each:
-            # batched_nms moves each class to its own place; float64, so that boxes far out keep their precision.
+            # batched_nms shifts the boxes of each class. In float64 they keep their precision.
             keep = batched_nms(image_boxes.double(), image_scores.double(), image_labels, self.nms_iou)
             keep = keep[: self.detections_per_image]
             found.append(
@@ -307,7 +317,7 @@ class DenseDetector(nn.Module, ABC):
         return found
 
     def _candidates(self, probabilities: Tensor, per_level: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, prior and class of what passes the threshold, at most MAX_CANDIDATES an image and level."""
+        """Image, prior and class of all that pass the threshold, at most MAX_CANDIDATES per image and level."""
         passing = probabilities > self.score_threshold
         levels = (torch.split(x, list(per_level), 1) for x in (probabilities, passing))
         for level, ok in zip(*levels, strict=True):
@@ -320,7 +330,10 @@ class DenseDetector(nn.Module, ABC):
 
 
 def conv_block(in_channels: int, channels: int, groups: int) -> nn.Sequential:
-    """3x3 convolution and group norm (none with 0 groups: then the convolution has a bias). No activation."""
+    """Build a 3x3 convolution and group norm, without activation.
+
+    With 0 groups there is no norm, and a bias instead.
+    """
     conv = predictor(in_channels, channels)
     if not groups:
         return nn.Sequential(conv)
@@ -329,7 +342,7 @@ def conv_block(in_channels: int, channels: int, groups: int) -> nn.Sequential:
 
 
 def predictor(in_channels: int, channels: int, bias: float = 0.0) -> nn.Conv2d:
-    """3x3 convolution with small random weights."""
+    """Build a 3x3 convolution with small random weights."""
     conv = nn.Conv2d(in_channels, channels, 3, padding=1)
     nn.init.normal_(conv.weight, std=0.01)
     assert conv.bias is not None
@@ -338,18 +351,18 @@ def predictor(in_channels: int, channels: int, bias: float = 0.0) -> nn.Conv2d:
 
 
 def select(priors: Priors, index: Tensor) -> Priors:
-    """The priors (A, 4) at `index` (P,): what `decode` needs for some predictions alone."""
+    """Choose the priors (A, 4) at `index` (P,), to decode only some predictions."""
     return Priors(priors.boxes[index], priors.strides[index])
 
 
 def cell_priors(
     grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], shapes: Tensor, device: torch.device
 ) -> Priors:
-    """Priors of the same `shapes` (P, 4) in each cell: xyxy in strides from the cell's first pixel."""
+    """Build priors with the same `shapes` (P, 4) in each cell: xyxy, in strides from the cell's first pixel."""
     boxes, cell_strides = [], []
     for (height, width), stride in zip(grid, strides, strict=True):
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        # Moved after scaling, as published code does it: rounding decides which anchors tie for an object.
+        # Scaled before they are moved, as in published code: rounding decides which anchors tie for an object.
         moved = torch.stack([x, y, x, y], -1).view(-1, 1, 4) * float(stride) + shapes * stride
         boxes.append(moved.view(-1, 4))
         cell_strides.append(torch.full((len(boxes[-1]),), float(stride)))
@@ -361,7 +374,7 @@ def cell_priors(
 def square_anchors(
     grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], scale: float, device: torch.device
 ) -> Priors:
-    """One square anchor a cell, `scale` strides wide and centred on the cell's first pixel (x * stride, y * stride)."""
+    """Build one square anchor per cell, `scale` strides wide, with its centre on the cell's first pixel."""
     half = scale / 2
     return cell_priors(grid, strides, torch.tensor([[-half, -half, half, half]]), device)
 

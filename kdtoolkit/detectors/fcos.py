@@ -1,7 +1,8 @@
 """FCOS: fully convolutional one-stage detection (Tian et al., ICCV 2019, arXiv 1904.01355).
 
-One point a cell, focal loss, boxes as distances from the point, and centerness, by which scores are multiplied.
-The options are those of the journal version (arXiv 2006.09214); the defaults are the first version's.
+Each cell has one point. Losses are the focal loss for classes, IoU for boxes, which are distances from the point, and
+BCE for centerness. Scores are multiplied by centerness. The options are those of the journal version (arXiv
+2006.09214); the defaults are those of the first version.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MIN_IOU = 1e-6  # below it the IoU loss grows no further
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a cached tensor made in that mode could not be trained with later
 def points(grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device) -> Priors:
-    """One point a cell, at its middle."""
+    """Build one point per cell, at its middle."""
     return cell_priors(grid, strides, torch.full((1, 4), 0.5), device)
 
 
@@ -37,16 +38,16 @@ def points(grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: 
 class FCOSAssigner:
     """A point answers for the smallest box around it among those whose size fits its level (FCOS, section 3.2).
 
-    The largest distance to a side must lie in 4 to 8 strides, with no lower limit on the finest level and no upper
-    limit on the coarsest. With `center_sampling_radius` (strides), the point must be that near to the box's centre too.
+    The size fits if the largest distance to a side is 4 to 8 strides. The finest level has no lower limit, the coarsest
+    no upper limit. With `center_sampling_radius` (strides), the point must also be that near to the box's centre.
     """
 
     center_sampling_radius: float | None = None
 
     def __call__(self, priors: Priors, batch: Batch, num_classes: int) -> Assignment:
-        """Assign the batch's boxes to points (A, 4); the normaliser is the sum of the centerness of all positives.
+        """Assign the batch's boxes to points (A, 4). The normaliser is the sum of the centerness of all positives.
 
-        Weights are 1 everywhere. Without any positive the normaliser is 1: published code has 1e-6 there.
+        All weights are 1. If there is no positive, the normaliser is 1, where published code has 1e-6.
         """
         boxes, labels, _ = pad_targets(batch.boxes, batch.labels)  # what is not real is empty: no point lies in it
         middle, strides = centres(priors.boxes), priors.strides
@@ -74,13 +75,13 @@ class FCOSAssigner:
 
 
 class FCOS(DenseDetector):
-    """FCOS detector. Arguments are those of DenseDetector, and three more.
+    """The FCOS detector. Its arguments are those of DenseDetector, and three more.
 
     Args:
-        norm_on_bbox: predict distances in strides and cut them at 0, instead of the logarithm of pixels.
-        centerness_on_reg: predict centerness from the regression tower, instead of the classification tower.
-        center_sampling_radius: train on points that near to a box's centre, in strides (published: 1.5); None for all
-            points in the box.
+        norm_on_bbox: predict distances in strides, and cut them at 0. Otherwise the logarithm of pixels is predicted.
+        centerness_on_reg: predict centerness from the regression tower instead of the classification tower.
+        center_sampling_radius: train only on points that are this near to a box's centre, in strides (published: 1.5).
+            None for all points in the box.
     """
 
     kind: ClassVar[PriorKind] = PriorKind.POINTS
@@ -135,28 +136,28 @@ class FCOS(DenseDetector):
 
     @property
     def assigner(self) -> FCOSAssigner:
-        """By size and place."""
+        """The assigner, by size and place."""
         return FCOSAssigner(self.center_sampling_radius)
 
     def priors(self, grid: tuple[tuple[int, int], ...]) -> Priors:
-        """One point a cell."""
+        """One point per cell."""
         return points(grid, self.strides, self.scales.device)
 
     def sides(self, regression: Tensor, priors: Priors) -> Tensor:
-        """Distances (..., A, 4) in pixels to the left, top, right and bottom side, from what is predicted."""
+        """Turn what is predicted into distances (..., A, 4), in pixels, to the left, top, right and bottom side."""
         regression = regression.float()
         return regression.clamp(min=0) * priors.strides[:, None] if self.norm_on_bbox else regression.exp()
 
     def decode(self, regression: Tensor, priors: Priors) -> Tensor:
-        """Boxes (..., A, 4) from what is predicted (..., A, 4)."""
+        """Decode what is predicted (..., A, 4) into boxes (..., A, 4)."""
         return from_distances(centres(priors.boxes), self.sides(regression, priors))
 
     def assign(self, predictions: Predictions, batch: Batch) -> Assignment:
-        """By size and place."""
+        """Assign by size and place."""
         return self.assigner(predictions.priors, batch, self.num_classes)
 
     def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
-        """`cls` (focal), `box` (-log IoU, each weighted by centerness) and `centerness` (BCE)."""
+        """Compute `cls` (focal), `box` (-log IoU, weighted by centerness) and `centerness` (BCE)."""
         assert predictions.quality is not None
         image, prior = assignment.positive.nonzero(as_tuple=True)
         target_boxes = assignment.boxes[image, prior]

@@ -1,7 +1,7 @@
 """GFL: generalised focal loss (Li et al., NeurIPS 2020, arXiv 2006.04388).
 
-Class scores are trained towards the IoU of the box (quality focal loss), and each box side is a distribution over
-`bins` distances 0, 1, .. strides (distribution focal loss); the box is at the distributions' means.
+Class scores are trained towards the IoU of the box (quality focal loss). Each box side is a distribution over `bins`
+distances of 0, 1, 2 and so on strides (distribution focal loss). The box lies at the means of the distributions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DFL_WEIGHT = 0.25
 
 
 def quality_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """BCE times the squared distance of score and target, elementwise. Source: equation 3, beta 2."""
+    """BCE times the squared difference of score and target, elementwise. Source: equation 3, beta 2."""
     modulation = (logits.sigmoid() - target).square()
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none") * modulation
 
@@ -40,7 +40,7 @@ def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class GFL(DenseDetector):
-    """Generalised focal loss detector. Arguments are those of DenseDetector, and `bins` of each box side."""
+    """The GFL detector. Its arguments are those of DenseDetector, and `bins`, their number for each box side."""
 
     published_predictors: ClassVar[Mapping[str, str]] = {"gfl_cls": "cls", "gfl_reg": "reg"}
 
@@ -84,30 +84,33 @@ class GFL(DenseDetector):
 
     @property
     def assigner(self) -> ATSSAssigner:
-        """ATSS with its published settings."""
+        """The ATSS assigner with its published settings."""
         return ATSSAssigner()
 
     def priors(self, grid: tuple[tuple[int, int], ...]) -> Priors:
-        """One square anchor a cell; only its centre matters to boxes, its size to the assigner."""
+        """One square anchor per cell. Boxes depend on its centre only; the assigner needs its size."""
         return square_anchors(grid, self.strides, ANCHOR_SCALE, self.scales.device)
 
     def shape_regression(self, regression: Tensor) -> Tensor:
-        """(N, A, 4, B) logits, sides left, top, right, bottom."""
+        """Return logits (N, A, 4, B) of the sides left, top, right and bottom."""
         return regression.view(*regression.shape[:-1], 4, self.bins)
 
     def decode(self, regression: Tensor, priors: Priors) -> Tensor:
-        """Boxes (..., A, 4) at the means of the distributions (..., A, 4, B)."""
+        """Decode distributions (..., A, 4, B) into boxes (..., A, 4) at their means."""
         # Not a matrix product: autocast would run that in half precision.
         probability = regression.float().softmax(-1)
         mean = (probability * torch.arange(self.bins, device=regression.device)).sum(-1)
         return from_distances(centres(priors.boxes), mean * priors.strides[:, None])
 
     def assign(self, predictions: Predictions, batch: Batch) -> Assignment:
-        """ATSS."""
+        """Assign by ATSS."""
         return self.assigner(predictions.priors, batch, self.num_classes)
 
     def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
-        """`cls` (QFL), `box` (GIoU, weight 2), `dfl` (weight 0.25); the latter two weighted by the class score."""
+        """Compute `cls` (QFL), `box` (GIoU, times 2) and `dfl` (times 0.25).
+
+        The latter two are weighted by the class score.
+        """
         logits = predictions.logits
         image, prior = assignment.positive.nonzero(as_tuple=True)
         labels = assignment.labels[image, prior]

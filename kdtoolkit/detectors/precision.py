@@ -1,4 +1,4 @@
-"""Where autocast must not reach: parts of detectors that need float32."""
+"""Parts of detectors that need float32 under autocast."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from torch import Tensor
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Where operations on the device of `x` run in the precision of their inputs. The device may be `meta`."""
+    """Context in which operations on the device of `x` run in the precision of their inputs.
+
+    The device may be `meta`.
+    """
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def without_narrow_bfloat16(images: Tensor, stride: int) -> AbstractContextManager[Any]:
-    """Where a backbone of somebody else's library can be trained on narrow images under bfloat16 autocast on a CPU.
+    """Context for the backbone and neck of another library's detector: no bfloat16 autocast for narrow images on a CPU.
 
-    A level of `stride` that a convolution of stride 2 computes has an input one cell wide where images (N, 3, H, W) are
-    at most stride / 2 px wide. On some CPUs the bfloat16 gradient of that convolution's weight is uninitialised memory
-    then (torch 2.14, oneDNN): up to 1e36, infinite or NaN. So autocast is off for such images. Elsewhere, and where no
-    gradient is recorded, nothing changes.
+    A convolution of stride 2 computes the level of `stride`. If images (N, 3, H, W) are at most stride / 2 px wide, the
+    input of that convolution is one cell wide. On some CPUs the bfloat16 gradient of its weight is then uninitialised
+    memory (torch 2.14, oneDNN): up to 1e36, infinite or NaN. For such images autocast is off in this context.
+    Otherwise, and if no gradient is recorded, nothing changes.
     """
     faulty = (
         images.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Weights published by the authors' projects: their names of parameters, and ours."""
+"""Weights published by the authors' projects, and how their parameters are called here."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ def load_published(model: DenseDetector, source: str | os.PathLike[str] | Mappin
     """Load a published checkpoint of the model's detector into `model`, in place.
 
     The layout is that of the authors' projects: `backbone.*` with torchvision's names for a ResNet,
-    `neck.lateral_convs.*` and `neck.fpn_convs.*`, finest level first, and `bbox_head.*`; in a file, perhaps under
-    "state_dict" and behind a prefix that all names share. Build the model with the class count, backbone and sizes of
-    the checkpoint. Every parameter must be found, and every entry be used; `num_batches_tracked` may be missing.
+    `neck.lateral_convs.*` and `neck.fpn_convs.*`, finest level first, and `bbox_head.*`. In a file they may be under
+    "state_dict", and behind a prefix that all names share. Build the model with the class count, backbone and sizes of
+    the checkpoint. Every parameter must be found, and every entry be used; only `num_batches_tracked` may be missing.
 
-    Names do not tell all: backbones in Caffe's style (many FCOS checkpoints: BGR images in [0, 255], stride in the
-    first convolution of a block) load without complaint but detect badly: timm's ResNets have it in the second.
+    Names do not tell all. Backbones in Caffe's style (many FCOS checkpoints: BGR images in [0, 255], stride in the
+    first convolution of a block) load without complaint but detect badly, because timm's ResNets have the stride in the
+    second convolution.
 
     Args:
         model: GFL, ATSS, FCOS, RetinaNet or another DenseDetector.
         source: a .pth or .safetensors file (no code in it is run), or its state dict.
 
     Raises:
-        KDError: the file cannot be read, or keys are missing, unexpected or of other shapes.
+        KDError: the file cannot be read, or keys are missing, unexpected or of a wrong shape.
     """
     if isinstance(source, (str, os.PathLike)):
         published, name = read_weights(Path(source)), str(source)
@@ -59,12 +60,12 @@ def load_published(model: DenseDetector, source: str | os.PathLike[str] | Mappin
 
 
 def rename_published(model: DenseDetector, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names for published parameters; what has none keeps its own."""
+    """Rename published parameters to our names. A parameter without one keeps its name."""
     renamed = {rename(model, key): value for key, value in published.items()}
     scales = [_SCALE.format(level) for level in range(len(model.strides))]
     if all(key in renamed for key in scales):
         renamed["scales"] = torch.stack([renamed.pop(key).reshape(()) for key in scales])
-    # The bins' distances are a constant here. Others than 0, 1, 2, ... stay in, and so are complained of.
+    # The bins' distances are a constant here: 0, 1, 2, ... Different ones stay in the dict, and `fitted` refuses them.
     if model.bins and _BINS in renamed and torch.equal(renamed[_BINS].float().cpu(), torch.arange(float(model.bins))):
         del renamed[_BINS]
     return renamed

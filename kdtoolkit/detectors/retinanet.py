@@ -1,7 +1,8 @@
 """RetinaNet: focal loss for dense object detection (Lin et al., ICCV 2017, arXiv 1708.02002).
 
-Nine anchors a cell (three sizes, three aspect ratios), focal loss, and boxes as offsets from the anchor. The towers
-have no norm, and the pyramid's coarser levels start from the backbone's last map.
+Each cell has nine anchors (three sizes, three aspect ratios). Losses are the focal loss for classes and L1 for boxes,
+which are offsets from the anchor. The towers have no norm. The pyramid's coarser levels start from the backbone's last
+map.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ STDS = (1.0, 1.0, 1.0, 1.0)
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a cached tensor made in that mode could not be trained with later
 def anchors(grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device) -> Priors:
-    """Nine anchors a cell, centred on its first pixel: for each aspect ratio the three sizes."""
+    """Build nine anchors per cell, with their centre on its first pixel: for each aspect ratio the three sizes."""
     root, scales = torch.tensor(ASPECT_RATIOS).sqrt()[:, None], torch.tensor(ANCHOR_SCALES)
     half = torch.stack([1 / root * scales, root * scales], -1).view(-1, 2) / 2
     return cell_priors(grid, strides, torch.cat([-half, half], -1), device)
 
 
 def encode_offsets(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """(dx, dy, dw, dh) (..., 4) of boxes relative to anchors, both (..., 4) of positive size: undone by `decode`."""
+    """Encode boxes (..., 4) as (dx, dy, dw, dh) (..., 4) relative to anchors.
+
+    Both must have an area. `decode` is the inverse.
+    """
     middle, size = box_convert(boxes, "xyxy", "cxcywh").chunk(2, -1)
     anchor_middle, anchor_size = box_convert(anchors, "xyxy", "cxcywh").chunk(2, -1)
     return torch.cat([(middle - anchor_middle) / anchor_size, (size / anchor_size).log()], -1)
@@ -46,18 +50,18 @@ def encode_offsets(boxes: Tensor, anchors: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MaxIoUAssigner:
-    """Each prior answers for the box of highest IoU, if that is high enough (Faster R-CNN, arXiv 1506.01497, 3.1.2).
+    """Each prior answers for the box of highest IoU, if the IoU is high enough (Faster R-CNN, arXiv 1506.01497, 3.1.2).
 
-    Positive from `positive_iou`, background below `negative_iou`, of weight 0 between. Moreover each box gets the
-    priors that no other prior surpasses in IoU with it, however low; if several boxes claim one so, the last does.
-    Priors outside an image's own padding take no part.
+    A prior is positive from `positive_iou`, background below `negative_iou`, and has the weight 0 between. Moreover,
+    each box gets the priors of highest IoU with it, however low that is. If several boxes claim one prior in this way,
+    the last box gets it. Priors outside an image's own padding take no part.
     """
 
     positive_iou: float = 0.5
     negative_iou: float = 0.4
 
     def __call__(self, priors: Priors, batch: Batch, num_classes: int) -> Assignment:
-        """Assign the batch's boxes to priors (A, 4); the normaliser is the sum over images of max(positives, 1)."""
+        """Assign the batch's boxes to priors (A, 4). The normaliser is the sum over images of max(positives, 1)."""
         valid = inside_padded(priors, batch)
         boxes, labels, real = pad_targets(batch.boxes, batch.labels)
         iou = pairwise_iou(boxes, priors.boxes).masked_fill(~(real[:, :, None] & valid[:, None]), -1)  # (N, G, A)
@@ -80,7 +84,7 @@ class MaxIoUAssigner:
 
 
 class RetinaNet(DenseDetector):
-    """RetinaNet detector. Arguments are those of DenseDetector."""
+    """The RetinaNet detector. Its arguments are those of DenseDetector."""
 
     priors_per_cell: ClassVar[int] = len(ANCHOR_SCALES) * len(ASPECT_RATIOS)
     usual_head_groups: ClassVar[int] = 0
@@ -91,23 +95,23 @@ class RetinaNet(DenseDetector):
 
     @property
     def assigner(self) -> MaxIoUAssigner:
-        """By IoU, with the published settings."""
+        """The assigner by IoU, with the published settings."""
         return MaxIoUAssigner()
 
     def priors(self, grid: tuple[tuple[int, int], ...]) -> Priors:
-        """Nine anchors a cell."""
+        """Nine anchors per cell."""
         return anchors(grid, self.strides, self.scales.device)
 
     def decode(self, regression: Tensor, priors: Priors) -> Tensor:
-        """Boxes (..., A, 4) from offsets (..., A, 4)."""
+        """Decode offsets (..., A, 4) into boxes (..., A, 4)."""
         return decode_offsets(regression, priors.boxes, STDS)
 
     def assign(self, predictions: Predictions, batch: Batch) -> Assignment:
-        """By IoU."""
+        """Assign by IoU."""
         return self.assigner(predictions.priors, batch, self.num_classes)
 
     def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:
-        """`cls` (focal) and `box` (L1 of offsets)."""
+        """Compute `cls` (focal) and `box` (L1 of offsets)."""
         image, prior = assignment.positive.nonzero(as_tuple=True)
         target = encode_offsets(assignment.boxes[image, prior], predictions.priors.boxes[prior])
         box = F.l1_loss(predictions.regression[image, prior], target, reduction="sum")

@@ -1,4 +1,4 @@
-"""The walk through a head's towers, for detectors and adapters that run their blocks one by one."""
+"""The walk through a head's towers, block by block, for detectors and adapters."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def walk_towers(
 ) -> Iterator[State]:
     """Yield the states of a head from `stage`, whose state is given, to the end.
 
-    States are taken before the activation, which is applied on entry to the next block. The first block, at stage 0,
-    takes its state as it is.
+    A state is taken before the activation. The next block applies the activation first; only the first block, at stage
+    0, takes its state as it is.
 
     Args:
-        state: at `stage`: for each branch, one tensor a level.
-        towers: for each branch, one tower a level. All have the same number of blocks.
+        state: at `stage`: for each branch, one tensor per level.
+        towers: for each branch, one tower per level. All have the same number of blocks.
         stage: how many blocks have run.
         activation: stands between two blocks; None for nothing.
     """
@@ -42,6 +42,6 @@ def walk_towers(
 
 
 def flatten(maps: Sequence[Tensor], columns: int) -> Tensor:
-    """One (N, A, columns) in float32 of maps (N, priors per cell * columns, H, W), one map a level."""
+    """Turn maps (N, priors per cell * columns, H, W), one per level, into one (N, A, columns) in float32."""
     cells = torch.cat([level.flatten(2) for level in maps], -1).transpose(1, 2)
     return cells.reshape(cells.shape[0], -1, columns).float()

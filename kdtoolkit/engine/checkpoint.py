@@ -22,7 +22,7 @@ _NAME = re.compile(r"step-(\d+)\.json")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run was at a step: its tensors by name, and facts that JSON can hold."""
+    """The state of a run after a step: tensors by name, and facts that JSON can hold."""
 
     step: int
     tensors: Mapping[str, Tensor]
@@ -40,7 +40,7 @@ class Checkpoints:
         self._keep = keep
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Store a checkpoint, then delete the oldest. Raises OSError; the earlier ones are then still there."""
+        """Store a checkpoint, then delete the oldest. Raises OSError if it cannot; the earlier ones then stay."""
         path = self._path(checkpoint.step)
         content = to_bytes(checkpoint.tensors)
         facts = json.dumps(checkpoint.facts, allow_nan=False)
@@ -60,8 +60,7 @@ class Checkpoints:
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, None if there is none, and a sentence for each newer damaged one.
 
-        Raises KDError where there are checkpoints and all are damaged: starting again from nothing is for the user to
-        decide.
+        Raises KDError if there are checkpoints and all are damaged: the user decides whether to start again.
         """
         damaged: list[str] = []
         for step in reversed(self._steps()):
@@ -106,7 +105,7 @@ class Checkpoints:
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as a safetensors file, which holds them on the CPU and each in memory of its own."""
+    """The content of a safetensors file with these tensors."""
     content: bytes = safetensors.torch.save(
         {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     )

@@ -63,16 +63,16 @@ class Keeper:
     best: float | None = None
 
     def log(self, step: int, row: Row) -> None:
-        """Take down what a step gave."""
+        """Note the values of a step, or of an evaluation."""
 
     def speed(self, step: int, busy: float, waited: float, images: int, device: torch.device) -> None:
-        """Take down that a step of `images` took `busy` seconds, after `waited` seconds for its images."""
+        """Note that a step of `images` took `busy` seconds, after `waited` seconds for its images."""
 
     def save(self, state: RunState, *, last: bool = False) -> None:
-        """Store a checkpoint, if it is time to or the run ends."""
+        """Store a checkpoint if it is time for one, or if this step is the `last`."""
 
     def weights(self, name: str, student: nn.Module, *, last: bool = False) -> bool:
-        """Store the detector's weights; whether that worked. Raises KDError where it did not and the run ends."""
+        """Store the detector's weights. Returns whether that worked; raises KDError if it did not and the run ends."""
         return True
 
 
@@ -80,10 +80,9 @@ class Keeper:
 def opened(
     folder: RunFolder, state: RunState, dataset: DetectionDataset, seed: int, device: torch.device
 ) -> Iterator[tuple[Keeper, Checkpoint | None]]:
-    """Hold a run's folder; gives what keeps the run, and the checkpoint to go on from, if there is one.
+    """Hold a run's folder. Gives what keeps the run, and the checkpoint to go on from if there is one.
 
-    Raises KDError if the folder is in use by another process, if it holds a run of something else, or if it cannot be
-    written.
+    Raises KDError if another process uses the folder, if it holds a different run, or if it cannot be written.
     """
     made_of = _made_of(state, dataset, seed, device)
     with ExitStack() as held:
@@ -109,11 +108,13 @@ class _FolderKeeper(Keeper):
         if self.found is not None:
             facts, step = self.found.facts, self.found.step
             notices += _compare(facts["made_of"], self._made_of, folder.path)
+        self._log = Log(folder.path / "log.jsonl", facts["log"])
+        self._speed = Log(folder.path / "speed.jsonl", facts["speed"])
+        if self._log.missing:
+            notices.append(f"{folder.path / 'log.jsonl'} was cut or changed meanwhile: lines are missing in it")
         for notice in notices:
             self._notice(notice)
         self.best = facts["best"]
-        self._log = Log(folder.path / "log.jsonl", facts["log"])
-        self._speed = Log(folder.path / "speed.jsonl", facts["speed"])
         self.trackers = Trackers(folder.trackers, folder.path, self._made_of["config"], step=step)
         self._saved_step = step
         self._saved = self._measured = time.monotonic()
@@ -180,7 +181,7 @@ class _FolderKeeper(Keeper):
             self._notice(f"{_unwritable(error, self._folder.path)}. The log's lines wait until it can be")
 
     def _failed(self, error: OSError, path: Path, *, last: bool) -> None:
-        """Say that something could not be written. Raises KDError where the run ends."""
+        """Say that something could not be written. Raises KDError if the run ends here."""
         kept = f"the last whole checkpoint is of step {self._saved_step}" if self._saved_step else "there is none yet"
         if last:
             raise KDError(
@@ -216,7 +217,7 @@ def _made_of(state: RunState, dataset: DetectionDataset, seed: int, device: torc
 
 
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> list[str]:
-    """Notices where a run goes on under other circumstances. Raises KDError where it would be another run."""
+    """Notices about a run that goes on under different circumstances. Raises KDError if its settings differ."""
     before, now = dict(old["config"]), dict(new["config"])
     changed = [name for name in now if name != "workers" and before.get(name) != now[name]]
     changed += [name for name in ("seed", "student", "teacher", "methods", "data") if old[name] != new[name]]

@@ -17,20 +17,19 @@ class Log:
     """A file with a line of JSON for each row. Rows wait in memory until `flush`."""
 
     def __init__(self, path: Path, position: int = 0) -> None:
-        """Go on after the first `position` bytes; what follows them is of steps that are done again. Raises OSError."""
+        """Go on after the first `position` bytes; what follows them is of steps that are done again. Raises OSError.
+
+        `missing` is the number of bytes that are not there any more because somebody changed the file.
+        """
         self._path = path
         self._waiting: list[bytes] = []
-        self.position = position
         with path.open("ab") as file:
-            if file.tell() < position:
-                raise KDError(
-                    f"{path} is shorter than when its run was last stored: it was changed meanwhile. Delete the run's "
-                    "folder to start again"
-                )
-            file.truncate(position)
+            self.position = min(position, file.tell())
+            file.truncate(self.position)
+        self.missing = position - self.position
 
     def add(self, row: Row) -> None:
-        """Take a row down."""
+        """Add a row."""
         self._waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def flush(self) -> None:
@@ -50,7 +49,7 @@ class Trackers:
     """Accelerate's trackers, by name; none are imported where none are asked for."""
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any], *, step: int) -> None:
-        """Start trackers for a run in `folder` that has done `step` steps. Raises KDError for one that is missing."""
+        """Start trackers for a run in `folder` that has done `step` steps. Raises KDError if one is not installed."""
         self._trackers: list[Any] = []
         if not names:
             return

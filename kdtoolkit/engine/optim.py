@@ -31,9 +31,9 @@ def lr_factor(step: int, config: TrainConfig) -> float:
 
 
 def build_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser of all trainable parameters, in a group for each learning rate and weight decay.
+    """The optimiser of all trainable parameters, with a group for each pair of learning rate and weight decay.
 
-    Each group has its peak rate as `peak`. What methods learn has the plain rate and decay. Raises KDError where the
+    Each group keeps its peak rate as `peak`. What methods learn has the plain rate and decay. Raises KDError if the
     config names a part that the student does not have.
     """
     student = distiller.student
@@ -66,8 +66,8 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) 
 def frozen(student: nn.Module, config: TrainConfig) -> Iterator[Callable[[Distiller], None]]:
     """Freeze the parts that the config names; they are trainable again when the block ends.
 
-    Gives the function that sets a distiller into training mode, all but the batch norms that keep their statistics.
-    Raises KDError where the student has no such part.
+    Gives the function that sets a distiller to training mode, except the batch norms that keep their statistics. Raises
+    KDError if the student has no such part.
     """
     names = _members(student, config.frozen)
     _members(student, config.frozen_statistics)
@@ -127,7 +127,10 @@ def _is_in(name: str, part: str) -> bool:
 
 
 def named_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
-    """What the optimiser remembers, by parameter's name (`names`, by id) and kind: `student.head.weight/exp_avg`."""
+    """The optimiser's state, by the parameter's name and the kind of value: `student.head.weight/exp_avg`.
+
+    `names` are the names of parameters by their id.
+    """
     return {
         f"{names[id(parameter)]}/{kind}": value
         for group in optimizer.param_groups
@@ -140,7 +143,7 @@ def named_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> d
 def load_named_state(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str], state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Give an optimiser back what `named_state` gave."""
+    """Give an optimiser the state that `named_state` returned."""
     by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     for key, value in state.items():
         name, _, kind = key.rpartition("/")

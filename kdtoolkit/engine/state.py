@@ -1,4 +1,4 @@
-"""All that a run is at a step: what a checkpoint must hold for the run to go on as if it had not been stopped.
+"""The state of a run: what a checkpoint must hold for the run to go on as if it had not been stopped.
 
 The batch of a step and its random numbers depend on the seed and the step alone, and so does the learning rate. They
 need no state.
@@ -76,7 +76,7 @@ class RunState:
 
     @classmethod
     def begin(cls, distiller: Distiller, config: TrainConfig, precision: Precision, device: torch.device) -> RunState:
-        """A run before its first step. Raises KDError where the config names parts that the student does not have."""
+        """A run before its first step. Raises KDError if the config names parts that the student does not have."""
         names = [name for name, p in distiller.named_parameters() if p.requires_grad]
         average = None
         if config.ema:
@@ -145,7 +145,7 @@ class RunState:
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint. Raises KDError where its tensors are not those of these models."""
+        """Go on from a checkpoint. Raises KDError if its tensors do not fit these models."""
         tensors, facts = checkpoint.tensors, checkpoint.facts
         try:
             self.distiller.load_state_dict({**_below("model/", tensors), _EXTRA: {"step": checkpoint.step}})

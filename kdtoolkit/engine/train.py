@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdtoolkit import processes
-from kdtoolkit.contract import Target
+from kdtoolkit.contract import Method, Target
 from kdtoolkit.data import DetectionDataset, batches
 from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.engine import group
@@ -23,6 +23,7 @@ from kdtoolkit.engine.config import TrainConfig, Validation
 from kdtoolkit.engine.evaluate import METRICS, evaluate
 from kdtoolkit.engine.folder import Keeper, RunFolder, opened
 from kdtoolkit.engine.inputs import check_dataset, resolve_device
+from kdtoolkit.engine.locate import locate_non_finite
 from kdtoolkit.engine.optim import frozen, lr_factor, set_rates
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.engine.result import Progress, TrainResult
@@ -137,7 +138,7 @@ def train(
                     values, has_boxes = _values(losses, their_targets)
                     if bad := _non_finite(values):
                         with autocast:
-                            where = distiller.locate_non_finite(shown, their_targets)
+                            where = locate_non_finite(distiller, shown, their_targets)
                         _stop(student, buffers, step, bad, where)
                     if has_boxes:
                         state.silence.observe(losses, values)
@@ -218,6 +219,9 @@ def _check_arguments(distiller: object, config: object) -> None:
         raise KDError(
             "nothing of the student is to be trained: all its parameters are frozen. Call student.requires_grad_(True)"
         )
+    for method in distiller.methods:
+        if isinstance(method, Method) and (reason := method.schedule.why_too_long(config.steps)):
+            raise KDError(f"{type(method).__name__}: {reason}")
 
 
 def _wrapped(distiller: Distiller, config: TrainConfig, device: torch.device) -> Any:

@@ -438,7 +438,7 @@ def test_bad_images_are_named():
 def test_a_foreign_head_is_named():
     model = tiny("FCOS").model
     model.head = nn.Identity()
-    with pytest.raises(KDError, match="Identity is no head of torchvision's"):
+    with pytest.raises(KDError, match="Identity is not a head of torchvision"):
         FCOSAdapter(model)
 
 

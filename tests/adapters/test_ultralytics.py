@@ -269,7 +269,7 @@ def test_a_fused_model_can_teach_and_detects_the_same(batch):
 
 def test_a_model_fused_to_one_to_one_towers_is_refused():
     fused = tiny("yolo26n", end2end=True).fuse(verbose=False)
-    with pytest.raises(KDError, match="hand in the model as it was before fuse"):
+    with pytest.raises(KDError, match="pass the model as it was before fuse"):
         UltralyticsAdapter(fused)
     assert UltralyticsAdapter(tiny("yolo26n").fuse(verbose=False)).spec.name == "yolo26n"
 

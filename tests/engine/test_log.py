@@ -48,9 +48,12 @@ def test_rows_that_could_not_be_written_wait(tmp_path, monkeypatch):
 
 
 def test_a_log_that_was_cut_is_not_filled_with_nothing(tmp_path):
-    (tmp_path / "log.jsonl").write_text("{}\n")
-    with pytest.raises(KDError, match=r"log.jsonl is shorter than when its run was last stored"):
-        Log(tmp_path / "log.jsonl", 100)
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    log = Log(tmp_path / "log.jsonl", 100)
+    assert log.missing == 88
+    log.add({"step": 9})
+    log.flush()
+    assert rows(tmp_path / "log.jsonl") == [1, 9]
 
 
 def run(path, **options):

@@ -149,6 +149,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(data, tmp_pat
         assert result.notices[0] in caplog.text
 
 
+def test_a_log_that_was_changed_meanwhile_is_told(data, tmp_path):
+    stopped(data, tmp_path, 4)
+    (tmp_path / "log.jsonl").write_text("")
+    _, result = run(data, tmp_path)
+    assert result.notices == [f"{tmp_path / 'log.jsonl'} was cut or changed meanwhile: lines are missing in it"]
+
+
 def test_if_all_checkpoints_are_damaged_nothing_is_thrown_away(data, tmp_path):
     stopped(data, tmp_path, 6)
     for path in (tmp_path / "checkpoints").glob("*.safetensors"):

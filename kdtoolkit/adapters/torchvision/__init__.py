@@ -1,13 +1,15 @@
 """torchvision's detectors: RetinaNet, FCOS, SSD, SSDlite, Faster R-CNN, and the box part of Mask and Keypoint R-CNN.
 
-Heads are walked along the submodules that the library's own forward runs, in its order; losses, matching, anchors, box
-coders, transforms and post-processing are the library's functions. Followed: torchvision/models/detection/*.py of
-0.29. Underscored names: RetinaNet's `_loss_type`, in an example alone. Undocumented ones: ImageList, resize_boxes,
-permute_and_flatten, fastrcnn_loss, the heads' and RoIHeads' parts, and that FCOS.compute_loss hands its matches to
-`self.head.compute_loss` (see FCOSAdapter.assign).
+The adapters call the submodules of a head in the order of the library's own forward. Losses, matching, anchors, box
+coders, transforms and post-processing are the library's functions. They follow torchvision/models/detection/*.py of
+0.29.
 
-Class 0 of SSD and the R-CNN kind is background; here it comes last. Under autocast anchors, regression and losses stay
-in float32, where the library's own forward rounds anchors to the precision of the feature maps.
+Private names used: RetinaNet's `_loss_type`, only in an example. Undocumented names used: ImageList, resize_boxes,
+permute_and_flatten, fastrcnn_loss, and the parts of the heads and of RoIHeads. `TwoTowersAdapter` relies on it that
+FCOS.compute_loss gives its matches to `self.head.compute_loss`.
+
+In the library, class 0 of SSD and of the R-CNN kind is background; here background comes last. Under autocast, anchors,
+regression and losses stay in float32. The library's own forward rounds anchors to the precision of the feature maps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the adapters of all of torchvision's detectors share: the transform before the backbone, and the backbone."""
+"""What the adapters of all torchvision detectors share: the transform of images, and the backbone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIBRARY: Any = torchvision.models  # much of it is untyped
 
 @dataclass(frozen=True)
 class Levels:
-    """What the backbone gives: `names` of its feature maps, their `strides` (pixels) and `channels`."""
+    """The feature maps of a backbone: their `names`, `strides` in pixels, and `channels`."""
 
     names: tuple[str, ...]
     strides: tuple[int, ...]
@@ -33,7 +33,7 @@ class Levels:
 
 
 class TorchvisionAdapter(DetectorAdapter):
-    """What all of torchvision's detectors share: the transform before the backbone, and the backbone."""
+    """Base of all torchvision adapters: the transform of images, and the backbone."""
 
     model: Any
     library_class: ClassVar[type[nn.Module]]
@@ -49,7 +49,7 @@ class TorchvisionAdapter(DetectorAdapter):
         return isinstance(model, cls.library_class)
 
     def _check_head(self) -> None:
-        """Raise KDError where the head is not one of the library's own."""
+        """Raise KDError if the head is not one of the library's own."""
 
     @property
     def _num_classes(self) -> int:
@@ -61,7 +61,7 @@ class TorchvisionAdapter(DetectorAdapter):
         model = self.model
         fixed = model.transform.fixed_size  # (width, height)
         height, width = (fixed[1], fixed[0]) if fixed else (_PROBE, _PROBE)
-        # The backbone runs on tensors without storage: a copy, for running it must not move batch norm's statistics.
+        # A copy of the backbone runs on tensors without storage: running the model would move batch norm's statistics.
         memo: dict[int, Any] = {
             id(x): torch.empty_like(x, device="meta")
             for x in chain(model.backbone.parameters(), model.backbone.buffers())
@@ -77,7 +77,7 @@ class TorchvisionAdapter(DetectorAdapter):
     ) -> Batch:
         """Normalise, resize and pad by the detector's own transform.
 
-        Raises KDError for what is no image.
+        Raises KDError for images that are not (3, H, W) floats.
         """
         transform = self.model.transform
         if like is not None:
@@ -103,7 +103,7 @@ class TorchvisionAdapter(DetectorAdapter):
         return Layout.of(like, self.model.transform.size_divisible)
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Backbone and pyramid."""
+        """Run backbone and pyramid."""
         return tuple(_named_maps(self.model.backbone(batch.images)).values())
 
     def _targets(self, batch: Batch) -> list[dict[str, Tensor]]:
@@ -126,7 +126,7 @@ class TorchvisionAdapter(DetectorAdapter):
 
 
 def _named_maps(output: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A backbone's feature maps by name; some have one only."""
+    """A backbone's feature maps by name. Some backbones give a single map without a name."""
     return {"0": output} if isinstance(output, Tensor) else output
 
 
@@ -134,8 +134,8 @@ def require(head: nn.Module, *known: type[nn.Module]) -> None:
     """Raise KDError for a head of a class that is not `known`."""
     if not isinstance(head, known):
         raise KDError(
-            f"{type(head).__name__} is no head of torchvision's ({' or '.join(cls.__name__ for cls in known)}), so its "
-            "stages are unknown: write an adapter for it (CONTRIBUTING.md, 'Add a detector library')"
+            f"{type(head).__name__} is not a head of torchvision ({' or '.join(cls.__name__ for cls in known)}), so "
+            "its stages are unknown: write an adapter for it (CONTRIBUTING.md, 'Add a detector library')"
         )
 
 
@@ -150,13 +150,13 @@ def each_image(priors: Priors, batch: Batch) -> list[Tensor]:
 
 
 def match_by_iou(matcher: Callable[[Tensor], Tensor], priors: Priors, batch: Batch) -> Tensor:
-    """(N, A) which of the image's boxes each prior answers for; negative for none."""
+    """(N, A): the index of the image's box that each prior answers for. Negative numbers mean no box."""
     none = torch.full((len(priors.boxes),), -1, device=priors.boxes.device)
     return torch.stack([matcher(box_iou(boxes, priors.boxes)) if len(boxes) else none for boxes in batch.boxes])
 
 
 def assignment_of(matches: Tensor, batch: Batch, num_classes: int, normaliser: Tensor) -> Assignment:
-    """From which box each prior answers for (N, A); of -2, between thresholds, the weight is 0."""
+    """The assignment made of matches (N, A), the indices of boxes. -2, between the thresholds, has the weight 0."""
     labels = torch.full_like(matches, num_classes)
     boxes = batch.images.new_zeros(*matches.shape, 4)
     for i, (own, own_labels) in enumerate(zip(batch.boxes, batch.labels, strict=True)):

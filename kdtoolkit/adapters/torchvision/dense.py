@@ -1,4 +1,4 @@
-"""RetinaNet and FCOS: two towers that all levels share."""
+"""The adapters of RetinaNet and FCOS, whose two towers run on all levels."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from kdtoolkit.detectors.precision import without_narrow_bfloat16
 
 
 class TwoTowersAdapter(GridAdapter):
-    """What RetinaNet and FCOS share: a tower of classes and one of boxes, which run on all levels.
+    """Base of the adapters of RetinaNet and FCOS, which have a tower for classes and one for boxes.
 
-    Stage 0 is the pyramid, stage i the towers' state after block i.
+    Stage 0 is the pyramid; stage i is the state of both towers after block i.
     """
 
     head_class: ClassVar[type[nn.Module]]
@@ -40,7 +40,7 @@ class TwoTowersAdapter(GridAdapter):
         return int(self.model.head.classification_head.num_classes)
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Backbone and pyramid."""
+        """Run backbone and pyramid."""
         if any(isinstance(module, CoarserLevels) for module in self.model.backbone.modules()):
             return super().features(batch)
         with without_narrow_bfloat16(batch.images, self._strides[-1]):
@@ -59,7 +59,7 @@ class TwoTowersAdapter(GridAdapter):
         return priors.boxes
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
-        """`classification`, `bbox_regression` and, of FCOS, `bbox_ctrness`."""
+        """Compute `classification`, `bbox_regression` and, for FCOS, `bbox_ctrness`."""
         predictions, matches = trace.predictions, self._matches(trace.predictions.priors, batch)
         anchors = [self._anchors(predictions.priors)] * len(batch.sizes)
         outputs = self._outputs(predictions)
@@ -67,7 +67,7 @@ class TwoTowersAdapter(GridAdapter):
         return losses, self._assigned(matches, batch)
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """The detector's own post-processing."""
+        """Run the detector's own post-processing."""
         priors = trace.predictions.priors
         per_level = list(priors.per_level)
         outputs = {name: list(torch.split(x, per_level, 1)) for name, x in self._outputs(trace.predictions).items()}
@@ -76,14 +76,14 @@ class TwoTowersAdapter(GridAdapter):
 
 
 class RetinaNetAdapter(TwoTowersAdapter):
-    """Adapter of RetinaNet, both versions. Priors between its two thresholds have the weight 0."""
+    """Adapter of both versions of RetinaNet. A prior between the two IoU thresholds has the weight 0."""
 
     library_class = RetinaNet
     head_class = RetinaNetHead
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """Both versions, narrow."""
+        """Build both versions, narrow."""
         return {
             "torchvision RetinaNet": tiny_retinanet,
             "torchvision RetinaNet v2": partial(tiny_retinanet, norm_groups=4, loss="giou"),
@@ -91,7 +91,7 @@ class RetinaNetAdapter(TwoTowersAdapter):
 
     @property
     def assigner(self) -> object:
-        """Thresholds and anchors."""
+        """The matcher's thresholds, and the anchors."""
         generator = self.model.anchor_generator
         return (
             "torchvision RetinaNet",
@@ -115,7 +115,7 @@ class RetinaNetAdapter(TwoTowersAdapter):
 
 
 class FCOSAdapter(TwoTowersAdapter):
-    """Adapter of FCOS. Centerness is predicted from the tower of boxes."""
+    """Adapter of FCOS. Centerness is predicted from the tower for boxes."""
 
     library_class = FCOS
     head_class = FCOSHead
@@ -123,16 +123,16 @@ class FCOSAdapter(TwoTowersAdapter):
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow one."""
+        """Build a narrow one."""
         return {"torchvision FCOS": tiny_fcos}
 
     @property
     def assigner(self) -> object:
-        """Radius, and squares around the points."""
+        """The sampling radius, and the sides of the squares around the points."""
         return "torchvision FCOS", self.model.center_sampling_radius, self.model.anchor_generator.sizes
 
     def _priors(self, features: tuple[Tensor, ...], batch: Batch) -> Priors:
-        """Points, each with the side of its square in place of the stride: the unit of its regression."""
+        """Points. Their `strides` are the sides of their squares, which are the unit of the regression."""
         squares = super()._priors(features, batch)
         middle = centres(squares.boxes)
         sides = squares.boxes[:, 2] - squares.boxes[:, 0]
@@ -158,9 +158,12 @@ class FCOSAdapter(TwoTowersAdapter):
         return {**super()._outputs(predictions), "bbox_ctrness": predictions.quality[..., None]}
 
     def _matches(self, priors: Priors, batch: Batch) -> Tensor:
-        """(N, A) which of the image's boxes each point answers for, by place and size; negative for none."""
-        # The rule has no function of its own: it is the part of compute_loss before the head computes the losses. So it
-        # runs with a head that hands back the matches.
+        """(N, A): the index of the image's box that each point answers for, by place and size.
+
+        Negative means no box.
+        """
+        # The rule has no function of its own: it is the part of compute_loss before the head computes the losses. So
+        # compute_loss runs here with a head that returns the matches.
         matcher = SimpleNamespace(
             center_sampling_radius=self.model.center_sampling_radius,
             head=SimpleNamespace(compute_loss=lambda targets, outputs, anchors, matches: matches),
@@ -171,12 +174,12 @@ class FCOSAdapter(TwoTowersAdapter):
 
 
 def _decode_sides(coder: Any, regression: Tensor, priors: Priors) -> Tensor:
-    """Boxes (..., A, 4) from distances to the sides (..., A, 4), in sides of the points' squares."""
+    """Boxes (..., A, 4) from distances to the four sides (..., A, 4), in units of the sides of the points' squares."""
     decoded: Tensor = coder.decode(regression, _squares(priors))
     return decoded
 
 
 def _squares(priors: Priors) -> Tensor:
-    """The squares (A, 4) around points (A, 4): what the library calls their anchors."""
+    """The squares (A, 4) around points (A, 4). The library calls them anchors."""
     half = priors.strides[:, None] / 2
     return priors.boxes + torch.cat([-half, -half, half, half], 1)

@@ -1,4 +1,4 @@
-"""Tiny detectors with random weights: a few thousand weights, images of 64 px."""
+"""Tiny detectors with random weights: a few thousand weights, for images of 64 px."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kdtoolkit.adapters.torchvision.base import LIBRARY
 from kdtoolkit.adapters.torchvision.models import TimmPyramid
 
 _TINY_BACKBONE = {"channels": (8, 8, 16, 16), "stem_width": 4}
-# What the coarsest level's stride divides: the library spreads anchors by the canvas divided by cells, rounded down.
+# Multiples of the coarsest stride, because the library rounds the steps between anchors down.
 _TINY_SIZES: Mapping[str, Any] = {"min_size": 128, "max_size": 128, "size_divisible": 128}
 
 
@@ -33,14 +33,14 @@ def _tiny_levels(strides: Sequence[int], channels: int, extra: ExtraFPNBlock) ->
 
 
 def _enliven(head: nn.Module) -> None:
-    """Weights that make a head say something else of each place, as a trained one does; the library's are near 0."""
+    """Give a head larger random weights, so that its outputs differ from place to place. The library's are near 0."""
     for layer in head.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight)
 
 
 def tiny_retinanet(num_classes: int, *, norm_groups: int = 0, loss: str = "l1") -> RetinaNet:
-    """A narrow RetinaNet; with group norm in its towers, as the second version has it, where there are groups."""
+    """Build a narrow RetinaNet. With `norm_groups` its towers have group norm, as in the second version."""
     sizes = tuple((4 * stride, 5 * stride, 6 * stride) for stride in (8, 16, 32, 64, 128))
     anchors = LIBRARY.detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     norm = partial(nn.GroupNorm, norm_groups) if norm_groups else None
@@ -53,7 +53,7 @@ def tiny_retinanet(num_classes: int, *, norm_groups: int = 0, loss: str = "l1") 
 
 
 def tiny_fcos(num_classes: int) -> FCOS:
-    """A narrow FCOS."""
+    """Build a narrow FCOS."""
     levels = _tiny_levels(
         (8, 16, 32), 64, LastLevelP6P7(64, 64)
     )  # the head has 32 groups, of two for a map of one cell
@@ -64,7 +64,7 @@ def tiny_fcos(num_classes: int) -> FCOS:
 
 
 class _TinyMaps(nn.Module):
-    """Three levels of strides 8, 16 and 32, each with other channels, without a pyramid."""
+    """Three levels of strides 8, 16 and 32 with different numbers of channels, without a pyramid."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class _TinyMaps(nn.Module):
 
 
 def tiny_ssd(num_classes: int, *, lite: bool = False) -> SSD:
-    """A narrow SSD, or SSDlite."""
+    """Build a narrow SSD; with `lite`, an SSDlite."""
     backbone = _TinyMaps()
     boxes = DefaultBoxGenerator([[2], [2, 3], [2]], steps=[8, 16, 32])
     per_cell = boxes.num_anchors_per_location()
@@ -98,7 +98,7 @@ def tiny_ssd(num_classes: int, *, lite: bool = False) -> SSD:
 
 
 def tiny_fasterrcnn(num_classes: int, *, kind: Callable[..., FasterRCNN] = FasterRCNN, **parts: Any) -> FasterRCNN:
-    """A narrow Faster R-CNN, or a kind of it with further `parts`."""
+    """Build a narrow Faster R-CNN, or another `kind` of it with further `parts`."""
     sizes = ((16,), (24,), (32,), (48,), (64,))
     library = LIBRARY.detection
     options = {
@@ -119,7 +119,7 @@ def tiny_fasterrcnn(num_classes: int, *, kind: Callable[..., FasterRCNN] = Faste
 
 
 def tiny_fasterrcnn_v2(num_classes: int) -> FasterRCNN:
-    """A narrow Faster R-CNN with a convolutional box head, as the second version has it."""
+    """Build a narrow Faster R-CNN with a convolutional box head, as in the second version."""
     return tiny_fasterrcnn(
         num_classes,
         rpn_head=RPNHead(16, 3, conv_depth=2),
@@ -128,7 +128,7 @@ def tiny_fasterrcnn_v2(num_classes: int) -> FasterRCNN:
 
 
 def tiny_maskrcnn(num_classes: int) -> FasterRCNN:
-    """A narrow Mask R-CNN."""
+    """Build a narrow Mask R-CNN."""
     library = LIBRARY.detection.mask_rcnn
     return tiny_fasterrcnn(
         num_classes,

@@ -1,4 +1,4 @@
-"""What the adapters of heads on a grid share: towers along the levels, each with its predictor."""
+"""What the adapters of heads on a grid share: towers that run on the levels, each with its predictor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from kdtoolkit.detectors.towers import walk_towers
 
 
 class GridAdapter(TorchvisionAdapter):
-    """What heads on a grid share: towers along the levels, each with its predictor."""
+    """Base of the adapters of heads on a grid: towers that run on the levels, each with its predictor."""
 
     kind = PriorKind.ANCHORS
     activation: Callable[[Tensor], Tensor] = staticmethod(F.relu)
@@ -49,11 +49,11 @@ class GridAdapter(TorchvisionAdapter):
         raise NotImplementedError
 
     def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
-        """Predictions from the predictors' input."""
+        """Run the predictors on their inputs."""
         raise NotImplementedError
 
     def describe(self) -> DetectorSpec:
-        """The detector's facts."""
+        """Describe the detector."""
         return DetectorSpec(
             name=f"torchvision {type(self.model).__name__}",
             num_classes=self._num_classes,
@@ -72,7 +72,7 @@ class GridAdapter(TorchvisionAdapter):
         priors: Priors | None = None,
         stages: Collection[int] | None = None,
     ) -> HeadTrace:
-        """Towers and predictors; for its own priors whatever is given."""
+        """Run towers and predictors. The priors are always the head's own."""
         towers = self._towers()
         states, last = keep_states(
             walk_towers(dict.fromkeys(towers, features), towers, activation=self.activation), stages
@@ -80,7 +80,7 @@ class GridAdapter(TorchvisionAdapter):
         return HeadTrace(states, self._finish(last, self._priors(features, batch)))
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
-        """The rest of towers and predictors."""
+        """Run the rest of the towers, then the predictors."""
         towers = {
             branch: [[block.still() for block in blocks] for blocks in levels]
             for branch, levels in self._towers().items()
@@ -89,11 +89,11 @@ class GridAdapter(TorchvisionAdapter):
         return self._finish(last, trace.predictions.priors)
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
-        """By the library's own rule."""
+        """Assign by the library's own rule."""
         return self._assigned(self._matches(trace.predictions.priors, batch), batch)
 
     def _matches(self, priors: Priors, batch: Batch) -> Tensor:
-        """(N, A) which of the image's boxes each prior answers for, by IoU; negative for none."""
+        """(N, A): the index of the image's box that each prior answers for, by IoU. Negative numbers mean no box."""
         return match_by_iou(self.model.proposal_matcher, priors, batch)
 
     def _assigned(self, matches: Tensor, batch: Batch) -> Assignment:
@@ -102,7 +102,7 @@ class GridAdapter(TorchvisionAdapter):
         return assignment_of(matches, batch, self._num_classes, normaliser)
 
     def _normaliser(self, positive: Tensor) -> Tensor:
-        """What the library counts to divide its losses by, of the priors (N, A) that answer for an object."""
+        """What the library divides its losses by: a count of the priors (N, A) that answer for an object."""
         return positive.sum()
 
     def _finish(self, state: State, priors: Priors) -> Predictions:
@@ -114,8 +114,8 @@ class GridAdapter(TorchvisionAdapter):
         return self._predict(activated, priors)
 
     def _priors(self, features: tuple[Tensor, ...], batch: Batch) -> Priors:
-        """The generator's anchors of one image, which all images share."""
-        # It looks at shapes, device and dtype alone, and would round anchors to bfloat16 as maps are under autocast.
+        """The anchors of one image. All images share them."""
+        # It only needs shapes, device and dtype. Of bfloat16 maps under autocast it would round anchors to bfloat16.
         maps = [torch.zeros((), device=x.device).expand(x.shape) for x in features]
         boxes = self._generator(ImageList(batch.images, [batch.sizes[0]]), maps)[0]
         grid = tuple((x.shape[-2], x.shape[-1]) for x in features)
@@ -145,13 +145,13 @@ def _stages(
 
 
 def flatten(maps: Sequence[Tensor], columns: int) -> Tensor:
-    """One (N, A, columns) in float32 of maps (N, priors per cell * columns, H, W)."""
+    """Turn maps (N, priors per cell * columns, H, W) into one (N, A, columns) in float32."""
     flat = [permute_and_flatten(x, x.shape[0], x.shape[1] // columns, columns, x.shape[2], x.shape[3]) for x in maps]
     return torch.cat(flat, 1).float()
 
 
 def decode_offsets(coder: Any, regression: Tensor, priors: Priors) -> Tensor:
-    """Boxes (..., A, 4) from offsets (..., A, 4)."""
+    """Decode offsets (..., A, 4) into boxes (..., A, 4)."""
     boxes = priors.boxes.expand_as(regression).reshape(-1, 4)
     decoded: Tensor = coder.decode_single(regression.reshape(-1, 4), boxes)
     return decoded.view_as(regression)

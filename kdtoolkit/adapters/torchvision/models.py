@@ -1,4 +1,4 @@
-"""torchvision's detectors by name, and above any timm backbone."""
+"""torchvision's detectors by name, and on any timm backbone."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ class TimmPyramid(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Pyramid levels (N, C, H, W) by name, finest first, of images (N, 3, H, W)."""
+        """Compute pyramid levels (N, C, H, W) by name, finest first, from images (N, 3, H, W)."""
         return self.fpn.of(self.body(images))
 
     @property
     def normalisation(self) -> dict[str, Any]:
-        """Arguments of a detector: the mean and std of images in the backbone's own training."""
+        """The mean and std of images in the backbone's own training, as arguments of a detector."""
         return {"image_mean": list(self.fpn.levels.mean), "image_std": list(self.fpn.levels.std)}
 
 
 class CoarserLevels(LastLevelP6P7):
-    """P6 and P7 in float32 whatever autocast says; why: `kdtoolkit.detectors.dense.ExtraLevels`."""
+    """P6 and P7 in float32 even under autocast. The reason stands in `kdtoolkit.detectors.dense.ExtraLevels`."""
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        """Append levels to the pyramid's."""
+        """Append P6 and P7 to the pyramid's levels `p`."""
         with without_autocast(p[-1]):
             levels: tuple[list[Tensor], list[str]] = super().forward(
                 [*p[:-1], p[-1].float()], [*c[:-1], c[-1].float()], names
@@ -117,13 +117,13 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
     """Build one of torchvision's detectors.
 
     Args:
-        name: of a builder of torchvision's, such as "fcos_resnet50_fpn", which loads no weights unless `args` say so;
-            or "retinanet", "fcos" or "fasterrcnn", which take any timm backbone.
+        name: of one of torchvision's builders, such as "fcos_resnet50_fpn", which loads no weights unless `args` say
+            so. Or "retinanet", "fcos" or "fasterrcnn", which take any timm backbone.
         num_classes: without background.
         args: further arguments of the builder, or of the detector that it builds.
 
     Raises:
-        KDError: there is no such builder, or it takes no such arguments.
+        KDError: there is no such builder, or it does not take such arguments.
     """
     full = f"torchvision/{name}"
     if name in _ON_TIMM:
@@ -134,7 +134,7 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
     builder = LIBRARY.get_model_builder(name)
     signature = inspect.signature(builder)
     detector = signature.return_annotation
-    # The transform takes any argument and ignores those it does not know, so names are looked at here.
+    # The transform ignores arguments that it does not know, so names are checked here.
     taken = {**signature.parameters, **inspect.signature(detector.__init__).parameters}
     allowed = sorted(taken.keys() - {"self", "kwargs", "backbone", "num_classes", "size"})
     if unknown := sorted(args.keys() - set(allowed)):
@@ -146,5 +146,10 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
     options: dict[str, Any] = {"weights": None, "weights_backbone": None, **args}
     try:
         return cast(nn.Module, builder(num_classes=outputs, **options))
-    except (TypeError, ValueError, KeyError, OSError) as error:  # weights of other classes, unknown, or no network
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        OSError,
+    ) as error:  # weights that are unknown or for other classes, or no network
         raise KDError(f"model {full!r}: {error}") from error

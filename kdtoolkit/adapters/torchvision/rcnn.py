@@ -1,4 +1,4 @@
-"""Faster R-CNN, and the box part of Mask and Keypoint R-CNN: a region proposal network, and a head of proposals."""
+"""The adapters of Faster R-CNN and of its region proposal network; also of the box part of Mask and Keypoint R-CNN."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from kdtoolkit.errors import KDError
 
 
 class RPNAdapter(GridAdapter):
-    """Adapter of a two-stage detector's region proposal network: a detector of one class, "object".
+    """Adapter of the region proposal network of a two-stage detector: a detector of one class, "object".
 
-    `model` is the whole detector. It is reached through `first_stage` alone.
+    `model` is the whole detector. The adapter is reached through `first_stage` only.
     """
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        """Never: a two-stage detector is shown whole."""
+        """Always False: a two-stage detector is adapted as a whole."""
         return False
 
     def _check_head(self) -> None:
@@ -61,13 +61,13 @@ class RPNAdapter(GridAdapter):
         return cast(nn.Module, self.model.rpn.anchor_generator)
 
     def describe(self) -> DetectorSpec:
-        """The first stage's facts."""
+        """Describe the first stage."""
         spec = super().describe()
         return replace(spec, name=f"{spec.name} RPN")
 
     @property
     def assigner(self) -> object:
-        """Thresholds and anchors."""
+        """The matcher's thresholds, and the anchors."""
         generator = self.model.rpn.anchor_generator
         return (
             "torchvision RPN",
@@ -98,7 +98,7 @@ class RPNAdapter(GridAdapter):
         return found
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], None]:
-        """`loss_objectness` and `loss_rpn_box_reg`, of anchors drawn at random."""
+        """Compute `loss_objectness` and `loss_rpn_box_reg` of anchors that are drawn at random."""
         rpn, predictions = self.model.rpn, trace.predictions
         anchors = each_image(predictions.priors, batch)
         labels, boxes = rpn.assign_targets_to_anchors(anchors, self._targets(batch))
@@ -107,7 +107,7 @@ class RPNAdapter(GridAdapter):
         return dict(zip(("loss_objectness", "loss_rpn_box_reg"), losses, strict=True)), None
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
-        """By IoU, nothing drawn; of weight 0 between the thresholds. The normaliser is max(positives, 1)."""
+        """Assign by IoU. No anchor is drawn; one between the thresholds has the weight 0."""
         found, boxes = self.model.rpn.assign_targets_to_anchors(
             each_image(trace.predictions.priors, batch), self._targets(batch)
         )
@@ -121,7 +121,7 @@ class RPNAdapter(GridAdapter):
         )
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """The proposals."""
+        """Return the proposals."""
         found = [
             {"boxes": boxes, "scores": scores, "labels": torch.zeros_like(scores, dtype=torch.int64)}
             for boxes, scores in zip(*self.proposals(trace, batch), strict=True)
@@ -131,10 +131,11 @@ class RPNAdapter(GridAdapter):
 
 @dataclass(frozen=True)
 class BoxOutputs:
-    """What the box head said of the R real proposals, raw.
+    """The raw outputs of the box head for the R real proposals.
 
-    `class_logits` (R, K + 1), background first; `box_regression` (R, (K + 1) * 4). In training `matches`, `labels` and
-    `targets` are those of the proposals drawn, by image, and `rpn_losses` the first stage's.
+    `class_logits` (R, K + 1) have background first; `box_regression` is (R, (K + 1) * 4). In training, `matches`,
+    `labels` and `targets` are those of the drawn proposals, image by image, and `rpn_losses` are those of the first
+    stage.
     """
 
     class_logits: Tensor
@@ -146,10 +147,11 @@ class BoxOutputs:
 
 
 class FasterRCNNAdapter(TorchvisionAdapter):
-    """Adapter of Faster R-CNN, and of what Mask R-CNN and Keypoint R-CNN say of boxes.
+    """Adapter of Faster R-CNN, and of the box part of Mask R-CNN and Keypoint R-CNN.
 
-    Stage 0 is what is pooled of each proposal, stage i the box head's state after layer i. In training the head draws
-    proposals as the library does. `Predictions.regression` is the mean of the classes' offsets by their probabilities.
+    Stage 0 is what is pooled for each proposal; stage i is the state of the box head after layer i. In training, the
+    head draws proposals as the library does. `Predictions.regression` is the mean of all classes' offsets, weighted by
+    the class probabilities.
     """
 
     library_class = FasterRCNN
@@ -161,7 +163,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """Narrow ones of each box head, and one with masks."""
+        """Build narrow ones with each box head, and one with masks."""
         return {
             "torchvision Faster R-CNN": tiny_fasterrcnn,
             "torchvision Faster R-CNN v2": tiny_fasterrcnn_v2,
@@ -177,7 +179,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         return int(self.model.roi_heads.box_predictor.cls_score.out_features) - 1
 
     def describe(self) -> DetectorSpec:
-        """The detector's facts."""
+        """Describe the detector."""
         levels = self._levels
         return DetectorSpec(
             name=f"torchvision {type(self.model).__name__}",
@@ -205,7 +207,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
 
     @property
     def assigner(self) -> object:
-        """Thresholds."""
+        """The matcher's thresholds."""
         return "torchvision RoI heads", thresholds(self.model.roi_heads.proposal_matcher)
 
     @property
@@ -220,24 +222,27 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         priors: Priors | None = None,
         stages: Collection[int] | None = None,
     ) -> HeadTrace:
-        """The first stage and, in training, the draw of proposals; or the `priors` given; then the box head."""
+        """Run the first stage, in training draw proposals, and run the box head.
+
+        With `priors` it runs on these instead.
+        """
         roi_heads = self.model.roi_heads
         matches = labels = targets = rpn_losses = first = None
         blocks = self._blocks() if priors is None else [block.still() for block in self._blocks()]
-        # The pooler tells strides by the size of images, which in the library is that of their content. Where much of a
-        # canvas is another detector's padding that would be wrong.
+        # The pooler derives strides from the size of images. The library gives it the size of the content, which would
+        # be wrong if much of a canvas is padding for another detector.
         shown = list(batch.sizes) if priors is None else [tuple(batch.images.shape[-2:])]
         if priors is None:
             first = self._rpn.head(features, batch, stages=None if stages is None else ())
             proposals, _ = self._rpn.proposals(first, batch)
             if self.model.training and batch.boxes:
-                # In the library's order, for both losses draw at random.
+                # In the library's order, because both losses draw at random.
                 rpn_losses, _ = self._rpn.task_losses(first, batch)
                 proposals, matches, labels, targets = roi_heads.select_training_samples(proposals, self._targets(batch))
             priors = _filled(proposals, batch)
         rows = _Rows.of(priors)
         maps = {name: x.float() for name, x in zip(self._levels.names, features, strict=True)}
-        # A copy, for the pooler writes down the scales of the first maps it sees.
+        # A copy, because the pooler remembers the scales of the first maps that it sees.
         pooled = copy.copy(roi_heads.box_roi_pool)(maps, rows.boxes, shown)
         states, last = keep_states(walk_towers({"box": (pooled,)}, {"box": [blocks]}, activation=F.relu), stages)
         class_logits, box_regression = self._outputs(last["box"][0])
@@ -248,7 +253,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         return HeadTrace(spread, self._predictions(class_logits, box_regression, priors, rows), outputs, first)
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
-        """The rest of the box head."""
+        """Run the rest of the box head."""
         priors = trace.predictions.priors
         rows = _Rows.of(priors)
         taken, towers = {"box": (rows.take(state["box"][0]),)}, {"box": [[block.still() for block in self._blocks()]]}
@@ -256,14 +261,14 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         return self._predictions(*self._outputs(last["box"][0]), priors, rows)
 
     def _outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The predictor's raw class logits (R, K + 1) and offsets (R, (K + 1) * 4), from the last stage's state."""
+        """The raw class logits (R, K + 1) and offsets (R, (K + 1) * 4), predicted from the last stage's state."""
         class_logits, box_regression = self.model.roi_heads.box_predictor(F.relu(state))
         return class_logits.float(), box_regression.float()
 
     def _predictions(self, class_logits: Tensor, box_regression: Tensor, priors: Priors, rows: _Rows) -> Predictions:
         shape = priors.boxes.shape[:2]
-        # Each class has offsets of its own. Their mean by the probabilities of classes, background apart, is what the
-        # proposal becomes; probabilities are not moved by what boxes should be.
+        # Each class has its own offsets. The box is their mean, weighted by the probabilities of all classes but
+        # background. The probabilities get no gradient from boxes.
         shares = class_logits.detach()[:, 1:].softmax(-1)[..., None]
         regression = (torch.unflatten(box_regression, -1, (-1, 4))[:, 1:] * shares).sum(1)
         return Predictions(
@@ -277,14 +282,15 @@ class FasterRCNNAdapter(TorchvisionAdapter):
     def _targets(self, batch: Batch) -> list[dict[str, Tensor]]:
         targets = super()._targets(batch)
         if self.model.roi_heads.has_mask():
-            # `check_targets` asks for masks; what is called here does not look at them.
+            # `check_targets` demands masks, but nothing that is called here uses them.
             targets = [{**target, "masks": target["boxes"]} for target in targets]
         return targets
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], None]:
-        """`loss_classifier`, `loss_box_reg`, `loss_objectness` and `loss_rpn_box_reg`; none of masks and keypoints.
+        """Compute `loss_classifier`, `loss_box_reg`, `loss_objectness` and `loss_rpn_box_reg`.
 
-        Raises KDError where the head ran in eval mode, or on priors of another detector: then no proposals were drawn.
+        Masks and keypoints have none. Raises KDError if the head ran in eval mode or on another detector's priors,
+        because then no proposals were drawn.
         """
         outputs = cast(BoxOutputs, trace.context)
         if outputs.labels is None or outputs.targets is None or outputs.rpn_losses is None:
@@ -296,7 +302,10 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         return {**dict(zip(("loss_classifier", "loss_box_reg"), losses, strict=True)), **outputs.rpn_losses}, None
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
-        """By IoU, all proposals, none drawn; of weight 0 where they fill up. The normaliser is the sum of weights."""
+        """Assign all proposals by IoU; none is drawn.
+
+        Those that fill up have the weight 0. The normaliser is the sum of weights.
+        """
         priors, outputs = trace.predictions.priors, cast(BoxOutputs, trace.context)
         proposals, targets = priors.boxes, self._targets(batch)
         if outputs.matches is not None and outputs.labels is not None:  # the library matched what it drew
@@ -323,7 +332,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         return Assignment(positive, labels, boxes, weights, processes.share(weights.sum(), at_least=1))
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """The detector's own post-processing of boxes."""
+        """Run the detector's own post-processing of boxes."""
         outputs = cast(BoxOutputs, trace.context)
         priors = trace.predictions.priors
         real = [boxes[:count] for boxes, count in zip(priors.boxes, _counts(priors), strict=True)]
@@ -338,8 +347,8 @@ class FasterRCNNAdapter(TorchvisionAdapter):
 class _Rows:
     """The real proposals among the N * P of a batch, one after the other.
 
-    Only they go through the box head, for its batch norm and its losses must not see what fills up. In states and
-    predictions, a row that fills up repeats the last real one before it.
+    Only they go through the box head, because its batch norm and its losses must not see proposals that fill up. In
+    states and predictions, a row that fills up repeats the last real row before it.
     """
 
     boxes: list[Tensor]  # of each image (P_i, 4)
@@ -351,7 +360,9 @@ class _Rows:
     def of(cls, priors: Priors) -> _Rows:
         images, longest = priors.boxes.shape[:2]
         counts = _counts(priors)
-        run = counts if any(counts) else (longest,) * images  # nothing proposed: run something, and detect nothing
+        run = (
+            counts if any(counts) else (longest,) * images
+        )  # without proposals: run the boxes that fill up, and detect nothing
         boxes = [image[:count] for image, count in zip(priors.boxes, run, strict=True)]
         if min(run) == longest:
             return cls(boxes, sum(counts), None, None)
@@ -372,7 +383,7 @@ class _Rows:
 
 
 def _counts(priors: Priors) -> tuple[int, ...]:
-    """Number of proposals of each image that do not fill up; all, where whoever proposed did not say."""
+    """The number of each image's proposals that do not fill up: all of them, if their detector did not tell."""
     if isinstance(priors.context, tuple):
         return priors.context
     images, longest = priors.boxes.shape[:2]
@@ -380,7 +391,7 @@ def _counts(priors: Priors) -> tuple[int, ...]:
 
 
 def _filled(proposals: Sequence[Tensor], batch: Batch) -> Priors:
-    """Proposals (N, P, 4) of images with unlike numbers of them; the numbers are the context."""
+    """Proposals (N, P, 4) of images with different numbers of proposals. These numbers are the context."""
     counts = tuple(len(boxes) for boxes in proposals)
     longest = max(1, *counts)
     height_width = torch.tensor(batch.sizes, device=proposals[0].device, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""SSD and SSDlite: a head of one convolution, or two, on each level."""
+"""The adapter of SSD and SSDlite, whose head is one convolution on each level, or two."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from kdtoolkit.contract import Assignment, Batch, Detections, HeadTrace, Predict
 
 
 class SSDAdapter(GridAdapter):
-    """Adapter of SSD and SSDlite: the head is one convolution a level, in SSDlite after a depthwise block (stage 1)."""
+    """Adapter of SSD and SSDlite.
+
+    The head is one convolution on each level; SSDlite has a depthwise block before it (stage 1).
+    """
 
     library_class = SSD
     background = 1
@@ -27,7 +30,7 @@ class SSDAdapter(GridAdapter):
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """Both kinds, narrow, with levels of unlike channels."""
+        """Build both kinds, narrow, with different numbers of channels on the levels."""
         return {"torchvision SSD": tiny_ssd, "torchvision SSDlite": partial(tiny_ssd, lite=True)}
 
     def _check_head(self) -> None:
@@ -39,19 +42,19 @@ class SSDAdapter(GridAdapter):
 
     @property
     def _strides(self) -> tuple[int, ...]:
-        """The generator's steps, by which it lays its boxes out, where it has any."""
+        """The generator's steps, if it has any: it lays its boxes out by them."""
         steps = self.model.anchor_generator.steps
         return tuple(steps) if steps else self._levels.strides
 
     @property
     def assigner(self) -> object:
-        """Threshold and default boxes."""
+        """The matcher's threshold, and the default boxes."""
         generator = self.model.anchor_generator
         boxes = (repr(generator.aspect_ratios), tuple(generator.scales), generator.clip, self._strides)
         return "torchvision SSD", thresholds(self.model.proposal_matcher), boxes
 
     def _layout(self, like: Batch) -> Layout:
-        """On the one canvas that it is built for: its default boxes are shares of it."""
+        """On the one canvas that the detector is built for, because its default boxes are shares of the canvas."""
         width, height = self.model.transform.fixed_size
         return Layout.fitted(like, (height, width))
 
@@ -84,7 +87,7 @@ class SSDAdapter(GridAdapter):
         return {"cls_logits": predictions.logits.roll(1, -1), "bbox_regression": predictions.regression}
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
-        """`bbox_regression` and `classification`, the latter of positives and the hardest background."""
+        """Compute `bbox_regression` and `classification`. The latter counts positives and the hardest background."""
         priors = trace.predictions.priors
         matches = self._matches(priors, batch)
         anchors = each_image(priors, batch)
@@ -92,7 +95,7 @@ class SSDAdapter(GridAdapter):
         return losses, self._assigned(matches, batch)
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """The detector's own post-processing."""
+        """Run the detector's own post-processing."""
         anchors = each_image(trace.predictions.priors, batch)
         found = self.model.postprocess_detections(self._outputs(trace), anchors, list(batch.sizes))
         return self._detections(found, batch)

@@ -1,4 +1,4 @@
-"""Adapters of transformers' DETR kin, and its detectors by name."""
+"""Adapters of transformers' DETR and its kin, and these detectors by name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ADAPTERS: tuple[type[TransformersAdapter], ...] = (
 
 _auto_model: Any = AutoModelForObjectDetection  # without types in the library
 
-# What configs take besides their fields to describe a backbone.
+# Arguments that configs take besides their fields, to describe a backbone.
 _BACKBONE = {"backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs"}
 
 
@@ -49,11 +49,11 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
     """Build a detector of transformers.
 
     Args:
-        name: a model type, as "deformable_detr", for random weights; else a folder that `save_pretrained` wrote, or a
-            name on the Hugging Face hub, for the weights there (safetensors alone), the class head made anew where
-            the number of classes differs. Its adapter does to images what the image processor there says.
+        name: a model type, such as "deformable_detr", for random weights. Or a folder that `save_pretrained` wrote, or
+            a name on the Hugging Face hub, for the weights there (safetensors only). If the number of classes differs,
+            the class head is new. The adapter treats images as the image processor there says.
         num_classes: without background.
-        args: fields of the config, which override its defaults or those of the folder.
+        args: fields of the config. They override its defaults or those of the folder.
 
     Raises:
         KDError: there is no such detector, its config has no such fields, or the hub is needed and does not answer.
@@ -74,11 +74,11 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
         )
         if unused:
             raise KDError(f"model 'hf/{name}': its config has no {', '.join(unused)}")
-        # In float32 whatever they were saved in, as every adapter needs them.
+        # In float32, which every adapter needs, in whatever precision they were saved.
         model = _auto_model.from_pretrained(
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **source
         )
-        # Into the hub's cache, where the adapter looks for it; without it, the class's defaults hold.
+        # Loads it into the hub's cache, where the adapter looks for it. Without one, the class's defaults hold.
         cached_file(
             name,
             processing.FILE,
@@ -89,7 +89,7 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
             _load_shared_heads(model, name)
     except KDError:
         raise
-    except Exception as error:  # configs, the hub and its HTTP client share no other base
+    except Exception as error:  # errors of configs, the hub and its HTTP client have no closer base class in common
         raise _failure(name, " ".join(str(error).split()).rstrip(".")) from error
     return model
 
@@ -105,9 +105,9 @@ def _failure(name: str, reason: str) -> KDError:
 
 
 def _is_local(name: str) -> bool:
-    """Whether to look for files on this machine alone, in a folder or in the hub's cache.
+    """Whether to look for files on this machine only, in a folder or in the hub's cache.
 
-    Without a network the library asks the hub again and again, for more than a minute. Raises KDError for what is
+    Without a network the library asks the hub again and again, for more than a minute. Raises KDError if the name is
     neither a folder nor a name on the hub.
     """
     if Path(name).is_dir():
@@ -124,8 +124,8 @@ def _is_local(name: str) -> bool:
 def _load_shared_heads(model: nn.Module, name: str) -> None:
     """Load weights as they stand in the file.
 
-    Of layers that share their box head the library (5.24) saves the last one's, and loads the first one's: from such a
-    file the head stays random.
+    If layers share their box head, the library (5.24) saves that of the last layer and loads that of the first: the
+    head would stay random.
     """
     own = model.state_dict()
     state = load_file(str(cached_file(name, "model.safetensors", local_files_only=True)))
@@ -134,7 +134,7 @@ def _load_shared_heads(model: nn.Module, name: str) -> None:
 
 
 def _check_fields(name: str, model_type: str, args: Mapping[str, object]) -> None:
-    """The library takes any argument for a field of the config, misspelt ones too."""
+    """Raise KDError for unknown fields of the config. The library accepts any argument, even a misspelt one."""
     config = CONFIG_MAPPING[model_type]
     fields = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map) | _BACKBONE
     if unknown := sorted(set(args) - fields):

@@ -1,7 +1,7 @@
-"""What adapters of transformers' DETR kin share: batches, labels, priors made of queries, matching, postprocessing.
+"""What the adapters of transformers' DETR kin share: batches, labels, priors made of queries, matching, postprocessing.
 
-Follows transformers 5.23. Its detectors give boxes as (centre x, centre y, width, height) in [0, 1]. Predictions hold
-them so, as the library does (`regression` is its `pred_boxes`); `decode` turns them into xyxy pixels.
+Follows transformers 5.23. Its detectors give boxes as (centre x, centre y, width, height) in [0, 1].
+`Predictions.regression` holds them so (the library's `pred_boxes`), and `decode` turns them into xyxy pixels.
 
 Private name used: `TimmBackbone._backbone`, for its strides.
 """
@@ -49,8 +49,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Queries:
     """What enters a decoder: the `context` of priors that are queries.
 
-    `content` and `positions` are (N, Q, C); `references` (N, Q, 2) points or (N, Q, 4) boxes as (centre x, centre y,
-    width, height), in [0, 1]. None where a detector has no such thing.
+    `content` and `positions` are (N, Q, C). `references` are points (N, Q, 2) or boxes (N, Q, 4) as (centre x, centre
+    y, width, height), in [0, 1]. A detector that has no positions or references has None.
     """
 
     content: Tensor
@@ -59,13 +59,15 @@ class Queries:
 
 
 class TransformersAdapter(DetectorAdapter):
-    """Base of the adapters of transformers' detectors; stage 0 are the queries, stage i the state after layer i.
+    """Base of the adapters of transformers' detectors.
+
+    Stage 0 is the queries; stage i is the state after decoder layer i.
 
     Args:
         model: the detector, one of the library's `...ForObjectDetection`.
-        image_mean: what is subtracted from images in [0, 1], a channel. None for that of the image processor in the
-            folder or repository that the model was loaded from; where there is none, of the class's default.
-        image_std: what they are divided by after it; likewise.
+        image_mean: subtracted from images in [0, 1], one number per channel. None for that of the image processor in
+            the folder or repository that the model was loaded from, or of the class's default if there is none.
+        image_std: images are then divided by it, likewise.
         size_divisor: images are padded to multiples of it, in pixels.
 
     Raises:
@@ -77,10 +79,10 @@ class TransformersAdapter(DetectorAdapter):
     family: ClassVar[str]
     default_mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
     default_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
-    # Whether the model masks padding, so that its boxes are relative to each image's content; else to the canvas.
+    # Whether the model masks padding. Then boxes are relative to each image's content, else to the canvas.
     masked: ClassVar[bool] = True
     activation: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
-    # The library's image processor, for its postprocessing alone.
+    # The library's image processor, used for its postprocessing only.
     processor: ClassVar[type[Any]]
 
     def __init__(
@@ -103,24 +105,24 @@ class TransformersAdapter(DetectorAdapter):
     @classmethod
     @abstractmethod
     def tiny(cls, num_classes: int) -> nn.Module:
-        """A narrow and shallow detector of this kind."""
+        """Build a narrow and shallow detector of this kind."""
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """A narrow and shallow one."""
+        """Build a narrow and shallow one, with noise on its weights."""
         return {cls.family: partial(stirred, cls.tiny)}
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        """Whether `model` is one of the class that this adapter is for."""
+        """Whether `model` is of the class that this adapter is for."""
         return isinstance(model, cls.kind)
 
     def default_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The mean and std that published models of this kind want."""
+        """The mean and std that published models of this kind need."""
         return self.default_mean, self.default_std
 
     def refuses(self) -> str | None:
-        """Why a model of this class cannot be adapted; None if it can. Checked once."""
+        """Why this model cannot be adapted; None if it can. Asked once."""
         return None
 
     def decoder_spec(
@@ -149,7 +151,8 @@ class TransformersAdapter(DetectorAdapter):
     ) -> Batch:
         """Normalise, and pad at the right and bottom to the largest size, a multiple of `size_divisor`.
 
-        Images are resized only where the model was loaded with an image processor that does so, and to those of `like`.
+        Images are resized to the sizes in `like`. Without `like` they are resized only if the model was loaded with an
+        image processor that does so.
 
         Raises KDError for images that are not (3, H, W) floats.
         """
@@ -161,11 +164,11 @@ class TransformersAdapter(DetectorAdapter):
         return replace(self.lay_out(images, targets, layout), original_sizes=originals)
 
     def lay_out(self, images: Sequence[Tensor], targets: Sequence[Target] | None, layout: Layout) -> Batch:
-        """The images normalised, where the layout has them; padding is 0, the mean."""
+        """Normalise the images and place them as the layout says. Padding is 0, which is the mean."""
         return lay_out(images, targets, layout, mean=self.image_mean, std=self.image_std)
 
     def scale(self, batch: Batch) -> Tensor:
-        """(N, 4): pixels (width, height, width, height) that boxes in [0, 1] are relative to, an image."""
+        """(N, 4): the pixels (width, height, width, height) that each image's boxes in [0, 1] are relative to."""
         canvas = batch.images.shape[-2], batch.images.shape[-1]
         sizes = batch.sizes if self.masked else (canvas,) * len(batch.sizes)
         return torch.tensor(
@@ -180,7 +183,10 @@ class TransformersAdapter(DetectorAdapter):
         ]
 
     def priors(self, queries: Queries, batch: Batch) -> Priors:
-        """Priors made of queries: boxes (N, Q, 4) of their references, or of the whole image where there are none."""
+        """Make priors of queries.
+
+        Their boxes (N, Q, 4) are those of the references, or the whole image if there are none.
+        """
         scale = self.scale(batch)[:, None]
         if queries.references is None:
             whole = torch.cat([torch.zeros_like(scale[..., 2:]), scale[..., 2:]], -1)
@@ -192,14 +198,16 @@ class TransformersAdapter(DetectorAdapter):
         return Priors(boxes, boxes.new_zeros(0), context=queries)
 
     def given_queries(self, priors: Priors, batch: Batch) -> Queries:
-        """The queries of priors handed over, with references at the priors' boxes (N, Q, 4) on this batch's canvas.
+        """The queries of given priors, with references at the priors' boxes (N, Q, 4) on this batch's canvas.
 
-        The other detector's may be relative to something else: an image's content, a canvas with other padding.
+        References of another detector may be relative to something different: an image's content, or a canvas with
+        other padding.
         """
         queries, scale = queries_of(priors), self.scale(batch)[:, None]
         if queries.references is None:
             return queries
-        # Where both are relative to the same, to the bit: chosen box by box, for a question would make a GPU wait.
+        # References that are relative to the same stay as they are, to the bit. Each box is chosen by itself, because
+        # a question would make a GPU's host wait.
         same = (self.priors(queries, batch).boxes == priors.boxes).all(-1, keepdim=True)
         if queries.references.shape[-1] == 2:
             moved = priors.boxes[..., :2] / scale[..., :2]
@@ -208,7 +216,7 @@ class TransformersAdapter(DetectorAdapter):
         return replace(queries, references=torch.where(same, queries.references, moved))
 
     def predictions(self, logits: Tensor, boxes: Tensor, priors: Priors, batch: Batch) -> Predictions:
-        """Predictions from the library's `logits` (N, Q, K) or (N, Q, K + 1) and `pred_boxes` (N, Q, 4)."""
+        """Make predictions of the library's `logits` (N, Q, K) or (N, Q, K + 1) and `pred_boxes` (N, Q, 4)."""
         return Predictions(
             logits=logits.float(),
             regression=boxes.float(),
@@ -218,7 +226,7 @@ class TransformersAdapter(DetectorAdapter):
         )
 
     def check_cells(self, queries: int, cells: int, field: str) -> None:
-        """Raise KDError where images have fewer `cells` than the config's `field` selects of them, `queries`."""
+        """Raise KDError if images have fewer `cells` than the config's `field` selects of them: `queries`."""
         if cells < queries:
             raise KDError(
                 f"{type(self.model).__name__} selects {queries} queries of an image's cells, and the images of this "
@@ -226,7 +234,10 @@ class TransformersAdapter(DetectorAdapter):
             )
 
     def matcher(self) -> Any:
-        """The library's matcher, as its loss builds it: takes outputs and labels, gives pairs of indices an image."""
+        """Build the library's matcher as its loss does.
+
+        It takes outputs and labels, and returns pairs of indices per image.
+        """
         raise NotImplementedError
 
     def criticise(
@@ -235,31 +246,31 @@ class TransformersAdapter(DetectorAdapter):
         loss: Callable[[list[dict[str, Tensor]]], tuple[Any, Mapping[str, Tensor], Any]],
         queries: int,
     ) -> tuple[Mapping[str, Tensor], Assignment]:
-        """The terms of the library's `loss` function, given labels, and the matching of the last layer that it made.
+        """Run the library's `loss` function on labels.
 
-        `queries` is the number of those that detect, the first ones.
+        Returns its terms, and the matching that it made for the last layer. The first `queries` queries detect.
         """
         labels = self.library_labels(batch)
         matchings: list[Any] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if len(args) > 1 and args[1] is labels:  # a matcher, or last the whole criterion
+            if len(args) > 1 and args[1] is labels:  # the matcher, or at the end the whole criterion
                 matchings.append(output)
 
-        # The library builds its criterion inside the function: this looks on, and changes nothing.
+        # The library builds its criterion inside the function. The hook only looks on.
         with register_module_forward_hook(keep):
             _, terms, _ = loss(labels)
         return terms, self._assignment(matchings[0], queries, batch)
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
-        """The library's one-to-one matching of the last layer's predictions; the normaliser is the count of boxes."""
+        """Match the last layer's predictions one to one, as the library does. The normaliser is the number of boxes."""
         predictions = trace.predictions
         outputs = {"logits": predictions.logits.detach(), "pred_boxes": predictions.regression.detach()}
         indices = self.matcher()(outputs, self.library_labels(batch))
         return self._assignment(indices, predictions.logits.shape[1], batch)
 
     def _assignment(self, indices: Sequence[tuple[Tensor, Tensor]], queries: int, batch: Batch) -> Assignment:
-        """From the matcher's pairs (query, box) of each image, which lie on the host."""
+        """The assignment from the matcher's pairs (query, box) of each image, which lie on the host."""
         images, count = len(batch.labels), sum(map(len, batch.labels))
         device, starts = batch.images.device, accumulate(map(len, batch.labels), initial=0)
         pairs = [
@@ -282,7 +293,7 @@ class TransformersAdapter(DetectorAdapter):
         )
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """The library's own postprocessing, with no score threshold, by falling score."""
+        """Run the library's own postprocessing without a score threshold; sorted by falling score."""
         outputs = SimpleNamespace(logits=trace.predictions.logits, pred_boxes=trace.predictions.regression)
         height, width = batch.images.shape[-2:]
         # A box relative to the canvas reaches over that much of the original image.
@@ -329,7 +340,7 @@ def from_state(state: State) -> Tensor:
 
 
 def corners(boxes: Tensor, scale: Tensor) -> Tensor:
-    """Boxes (..., 4) as (centre x, centre y, width, height) in [0, 1] -> xyxy in pixels, `scale` (..., 4)."""
+    """Turn boxes (..., 4) as (centre x, centre y, width, height) in [0, 1] into xyxy pixels; `scale` is (..., 4)."""
     return box_convert(boxes, "cxcywh", "xyxy") * scale
 
 
@@ -338,16 +349,16 @@ def _decode(scale: Tensor, regression: Tensor, priors: Priors) -> Tensor:
 
 
 def queries_of(priors: Priors) -> Queries:
-    """The queries that priors are made of. Raises KDError where they are not made of queries."""
+    """The queries that priors are made of. Raises KDError if they are made of something else."""
     if not isinstance(priors.context, Queries):
-        raise KDError("these priors are not made of queries of a transformers detector: hand over another head's own")
+        raise KDError("these priors are not made of queries: pass the priors of a transformers detector's own trace")
     return priors.context
 
 
 def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """The library's terms times their weights; those of no weight (counts for logging) are left out.
+    """The library's terms times their weights. Terms without a weight (counts for logging) are left out.
 
-    Terms of auxiliary outputs have a suffix, as in `loss_ce_0`, and the weight of the term without it.
+    A term of auxiliary outputs has a suffix, as in `loss_ce_0`, and the same weight as the term without it.
     """
     terms = {}
     for name, loss in losses.items():
@@ -358,7 +369,7 @@ def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict
 
 
 def backbone_strides(backbone: nn.Module) -> tuple[int, ...]:
-    """Strides of the maps that a backbone gives, one of timm's or of the library's own, finest first."""
+    """The strides of a backbone's maps, finest first. The backbone is one of timm's or of the library's own."""
     module: Any = getattr(backbone, "_backbone", backbone)
     if hasattr(module, "feature_info"):  # timm's
         return tuple(module.feature_info.reduction())
@@ -371,10 +382,10 @@ def backbone_strides(backbone: nn.Module) -> tuple[int, ...]:
 
 
 def stirred(build: Callable[[int], nn.Module], num_classes: int) -> nn.Module:
-    """A detector for examples, with noise on its weights.
+    """Build a detector for examples, with noise on its weights.
 
-    Fresh ones answer nearly alike for all queries, some have box layers of zeros, and of D-FINE's gradients of black
-    images overflow in the library.
+    Without noise some detectors answer nearly alike for all queries, and some have box layers of zeros. D-FINE's
+    gradients overflow in the library for black images.
     """
     built = build(num_classes)
     with torch.no_grad():

@@ -22,10 +22,10 @@ _conditional: Any = modeling_conditional_detr
 
 
 class ConditionalDetrAdapter(DetrAdapter):
-    """Adapter of ConditionalDetrForObjectDetection: as DETR, but with scores by sigmoid and queries at points.
+    """Adapter of ConditionalDetrForObjectDetection: as DETR, but scores are sigmoids and queries have points.
 
-    The points are made from the positions by the decoder's own layers. They are handed over with them, so that queries
-    are looked for at the same places in both detectors.
+    The decoder's own layers compute the points from the positions. Another detector gets the points with the queries,
+    so that both look at the same places.
     """
 
     activation = "sigmoid"
@@ -35,7 +35,7 @@ class ConditionalDetrAdapter(DetrAdapter):
     prior_form = "queries of content {0}, positions {0}, reference points"
 
     def refuses(self) -> str | None:
-        """Layers left out at random cannot be resumed."""
+        """Refuse layers that are left out at random: they cannot be resumed."""
         if self.model.config.decoder_layerdrop:
             return (
                 f"has decoder_layerdrop={self.model.config.decoder_layerdrop}, which leaves out layers at random: set "
@@ -44,19 +44,19 @@ class ConditionalDetrAdapter(DetrAdapter):
         return super().refuses()
 
     def queries(self, memory: Memory) -> Queries:
-        """Learned positions, and the points made from them; the content is zero."""
+        """Learned positions, and the points computed from them. The content is zero."""
         queries = super().queries(memory)
         return replace(queries, references=self.model.model.decoder.ref_point_head(queries.positions).sigmoid())
 
     def attention_mask(self, queries: Queries, memory: Memory) -> Tensor | None:
-        """As the library's decoder prepares it."""
+        """The mask as the library's decoder prepares it."""
         mask: Tensor | None = attention_mask_of(self.model.model.decoder.config, queries.content, memory.mask)
         return mask
 
     def layer(
         self, i: int, hidden: Tensor, reference: Tensor | None, queries: Queries, memory: Memory, attend: Tensor | None
     ) -> Tensor:
-        """One layer; the embedding of the points is scaled by the state, but for the first layer."""
+        """Run one layer. In all layers but the first, the state scales the embedding of the points."""
         decoder = self.model.model.decoder
         sine = _conditional.encode_sinusoidal_position_embedding(
             reference, num_pos_feats=self.model.config.d_model // 2
@@ -74,7 +74,7 @@ class ConditionalDetrAdapter(DetrAdapter):
         return self._between(hidden)
 
     def judge(self, i: int, hidden: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The one pair of heads that all layers share; boxes are offsets from the points."""
+        """Run the one pair of heads that all layers share. Boxes are offsets from the points."""
         offsets = self.model.bbox_predictor(hidden).float()
         boxes = offset(offsets, _conditional.inverse_sigmoid(reference)).sigmoid()
         return self.model.class_labels_classifier(hidden), boxes

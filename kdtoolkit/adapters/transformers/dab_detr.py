@@ -23,7 +23,7 @@ _dab: Any = modeling_dab_detr
 
 
 class DabDetrAdapter(DetrAdapter):
-    """Adapter of DabDetrForObjectDetection: queries are anchor boxes, refined from layer to layer."""
+    """Adapter of DabDetrForObjectDetection: queries are anchor boxes, which each layer refines."""
 
     activation = "sigmoid"
     processor = ConditionalDetrImageProcessor
@@ -36,7 +36,7 @@ class DabDetrAdapter(DetrAdapter):
         return backbone
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Backbone and encoder: the encoder's output as one map."""
+        """Run backbone and encoder. The encoder's output is the one map."""
         model = self.model.model
         maps, positions = model.backbone(batch.images, pixel_mask(batch))
         feature_map, mask = maps[-1]
@@ -52,13 +52,13 @@ class DabDetrAdapter(DetrAdapter):
         return to_tokens(self.model.model.backbone.position_embedding(feature_map, mask).to(feature_map.dtype))
 
     def queries(self, memory: Memory) -> Queries:
-        """Learned anchor boxes; the content is zero, or each of `num_patterns` learned ones at each of the boxes."""
+        """Learned anchor boxes. The content is zero, or each of `num_patterns` learned ones at each of the boxes."""
         model = self.model.model
         anchors = repeated(model.query_refpoint_embeddings.weight, memory)
         if not model.num_patterns:
             content = anchors.new_zeros(*anchors.shape[:2], self.model.config.hidden_size)
         else:
-            # The images side by side in memory, as the library has them: other strides give other last bits.
+            # The images lie side by side in memory, as in the library: other memory strides would give other last bits.
             patterns = model.patterns.weight.repeat_interleave(anchors.shape[1], 0).unsqueeze(1)
             content = patterns.repeat(1, len(anchors), 1).transpose(0, 1)
             anchors = anchors.repeat(1, model.num_patterns, 1)
@@ -67,7 +67,7 @@ class DabDetrAdapter(DetrAdapter):
     def layer(
         self, i: int, hidden: Tensor, reference: Tensor | None, queries: Queries, memory: Memory, attend: Tensor | None
     ) -> Tensor:
-        """One layer; the embedding of the boxes' centres is scaled by the state, and by the boxes' sizes."""
+        """Run one layer. The state and the boxes' sizes scale the embedding of the boxes' centres."""
         assert reference is not None
         decoder, width = self.model.model.decoder, self.model.config.hidden_size
         box = reference if i == 0 else reference.detach()
@@ -89,18 +89,21 @@ class DabDetrAdapter(DetrAdapter):
         return output
 
     def refine(self, i: int, hidden: Tensor, reference: Tensor | None) -> Tensor:
-        """Boxes after layer `i`: gradient flows into them from the next layer's prediction, not from the next layer."""
+        """The boxes after layer `i`.
+
+        Gradient flows into them from the next layer's prediction, but not from the layer itself.
+        """
         assert reference is not None
         box = reference if i == 0 else reference.detach()
         refined: Tensor = self.model.model.decoder.bbox_embed(hidden).float() + _dab.inverse_sigmoid(box)
         return refined.sigmoid()
 
     def auxiliary_norm(self, hidden: Tensor) -> Tensor:
-        """The last layer's norm: the library normalises beside the way from layer to layer."""
+        """The last layer's norm. The library applies it for the heads only, not between the layers."""
         return self.last_norm(hidden)
 
     def judge(self, i: int, hidden: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The one pair of heads that all layers share; boxes are offsets from those that entered the layer."""
+        """Run the one pair of heads that all layers share. Boxes are offsets from those that entered the layer."""
         offsets = self.model.bbox_predictor(hidden).float()
         boxes = (offsets + _dab.inverse_sigmoid(reference)).sigmoid()
         return self.model.class_embed(hidden), boxes

@@ -32,10 +32,11 @@ _deformable: Any = modeling_deformable_detr
 
 
 class DeformableDetrAdapter(DetrBase):
-    """Adapter of DeformableDetrForObjectDetection: a pyramid; queries at points, or (two_stage) at the best boxes.
+    """Adapter of DeformableDetrForObjectDetection: a pyramid, and queries at points.
 
-    With `with_box_refine` references are refined from layer to layer. The library's loss leaves out
-    the encoder's own boxes of two_stage, so that their heads do not learn; so it is here.
+    With `two_stage` queries start at the encoder's best boxes. With `with_box_refine` each layer refines the
+    references. The library's loss leaves out the encoder's own boxes of `two_stage`, so their heads do not learn, here
+    neither.
     """
 
     processor = DeformableDetrImageProcessor
@@ -44,7 +45,7 @@ class DeformableDetrAdapter(DetrBase):
 
     @classmethod
     def tiny(cls, num_classes: int) -> nn.Module:
-        """One with box refinement and two stages."""
+        """Build one with box refinement and two stages."""
         # 64 channels: its group norm of 32 groups has nothing to compare in groups of one channel on a map of one cell.
         return tiny_detr(
             cls.kind,
@@ -57,7 +58,7 @@ class DeformableDetrAdapter(DetrBase):
         )
 
     def describe(self) -> DetectorSpec:
-        """The detector's facts."""
+        """Describe the detector."""
         config = self.model.config
         strides = backbone_strides(self.model.model.backbone.model)
         if config.num_feature_levels == 1:
@@ -73,7 +74,7 @@ class DeformableDetrAdapter(DetrBase):
         )
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Backbone, projections and encoder: the encoder's output as maps."""
+        """Run backbone, projections and encoder. The encoder's output is split into maps."""
         model = self.model.model
         with without_narrow_bfloat16(batch.images, self.spec.strides[-1]):
             maps = [feature_map for feature_map, _ in model.backbone(batch.images, pixel_mask(batch))]
@@ -100,7 +101,7 @@ class DeformableDetrAdapter(DetrBase):
         return tuple(to_map(level, shape) for level, shape in zip(levels, shapes, strict=True))
 
     def _valid_ratios(self, masks: list[Tensor]) -> Tensor:
-        """In float32 under autocast too: places in an image that are worked out in bfloat16 are off by pixels."""
+        """The shares of the canvas that images fill, in float32: bfloat16 would move places by pixels."""
         return torch.stack([self.model.model.get_valid_ratio(mask, dtype=torch.float32) for mask in masks], 1)
 
     def memory(self, features: tuple[Tensor, ...], batch: Batch) -> Memory:
@@ -110,9 +111,11 @@ class DeformableDetrAdapter(DetrBase):
         return Memory(torch.cat([to_tokens(level) for level in features], 1), mask, shapes)
 
     def queries(self, memory: Memory) -> Queries:
-        """Learned content and positions, with points made from these; or all three from the encoder's best boxes.
+        """Learned content and positions, and points computed from these.
 
-        Raises KDError for images with fewer cells than boxes to select.
+        With `two_stage` all three come from the best boxes.
+
+        Raises KDError if images have fewer cells than boxes to select.
         """
         model, width = self.model.model, self.model.config.d_model
         if not self.model.config.two_stage:
@@ -120,7 +123,7 @@ class DeformableDetrAdapter(DetrBase):
             return Queries(content, positions, model.reference_points(positions).sigmoid())
         count = self.model.config.two_stage_num_proposals
         self.check_cells(count, memory.tokens.shape[1], "two_stage_num_proposals")
-        # Of tokens in float32 under autocast too, for proposals are made in their precision.
+        # Tokens are float32 even under autocast, because proposals get their precision.
         candidates, proposals = model.gen_encoder_output_proposals(memory.tokens.float(), ~memory.mask, memory.shapes)
         scores = model.decoder.class_embed[-1](candidates)[..., 0]
         boxes = model.decoder.bbox_embed[-1](candidates).float() + proposals
@@ -131,13 +134,13 @@ class DeformableDetrAdapter(DetrBase):
         return Queries(content, positions, boxes.sigmoid())
 
     def attention_mask(self, queries: Queries, memory: Memory) -> Tensor | None:
-        """The mask itself: deformable attention takes it so."""
+        """The mask itself, as deformable attention takes it."""
         return memory.mask
 
     def layer(
         self, i: int, hidden: Tensor, reference: Tensor | None, queries: Queries, memory: Memory, attend: Tensor | None
     ) -> Tensor:
-        """One layer, which samples the memory around the references."""
+        """Run one layer. It samples the memory around the references."""
         assert reference is not None
         levels = torch.split(memory.mask, [height * width for height, width in memory.shapes], 1)
         masks = [mask.reshape(-1, *shape) for mask, shape in zip(levels, memory.shapes, strict=True)]
@@ -153,18 +156,18 @@ class DeformableDetrAdapter(DetrBase):
         return output
 
     def refine(self, i: int, hidden: Tensor, reference: Tensor | None) -> Tensor | None:
-        """Boxes after layer `i`, cut from the gradient."""
+        """The boxes after layer `i`, without gradient."""
         heads = self.model.model.decoder.bbox_embed
         return reference if heads is None else self._boxes(heads[i](hidden), reference).detach()
 
     def last_norm(self, hidden: Tensor) -> Tensor:
-        """There is none."""
+        """Return the state as it is: there is no norm."""
         return hidden
 
     def judge(self, i: int, hidden: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The heads of layer `i`; boxes are offsets from the references that entered it."""
-        # The library's heads see slices of all layers' states in one tensor. What is multiplied from other strides
-        # differs in its last bits.
+        """Run the heads of layer `i`. Boxes are offsets from the references that entered it."""
+        # The library's heads see slices of one tensor with all layers' states. With different memory strides the last
+        # bits of a product differ.
         hidden = torch.stack([hidden, hidden], 1)[:, 0]
         return self.model.class_embed[i](hidden), self._boxes(self.model.bbox_embed[i](hidden), reference)
 

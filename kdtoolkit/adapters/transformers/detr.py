@@ -18,7 +18,7 @@ from kdtoolkit.contract import Batch, DetectorSpec
 
 
 class DetrAdapter(DetrBase):
-    """Adapter of DetrForObjectDetection: one map of stride 32, scores a softmax, queries without a place."""
+    """Adapter of DetrForObjectDetection: one map of stride 32, a softmax over classes, and queries without a place."""
 
     activation: ClassVar[Literal["sigmoid", "softmax"]] = "softmax"
     processor: ClassVar[type[Any]] = DetrImageProcessor
@@ -27,7 +27,7 @@ class DetrAdapter(DetrBase):
     prior_form: ClassVar[str] = "queries of content {0}, positions {0}"
 
     def describe(self) -> DetectorSpec:
-        """The detector's facts."""
+        """Describe the detector."""
         config = self.model.config
         return self.decoder_spec(
             strides=backbone_strides(self._backbone())[-1:],
@@ -41,7 +41,7 @@ class DetrAdapter(DetrBase):
         return backbone
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Backbone and encoder: the encoder's output as one map."""
+        """Run backbone and encoder. The encoder's output is the one map."""
         model = self.model.model
         feature_map, mask = model.backbone(batch.images, pixel_mask(batch))[-1]
         encoded = model.encoder(
@@ -59,7 +59,7 @@ class DetrAdapter(DetrBase):
         return to_tokens(position)
 
     def memory(self, features: tuple[Tensor, ...], batch: Batch) -> Memory:
-        """The encoder's output with the positions that cross-attention adds."""
+        """The encoder's output, with the positions that cross-attention adds."""
         (encoded,) = features
         height, width = encoded.shape[-2:]
         mask = mask_at(batch, (height, width))
@@ -67,14 +67,14 @@ class DetrAdapter(DetrBase):
         return Memory(to_tokens(encoded), mask.flatten(1), ((height, width),), positions)
 
     def queries(self, memory: Memory) -> Queries:
-        """Learned positions; the content is zero."""
+        """Learned positions. The content is zero."""
         positions = repeated(self.model.model.query_position_embeddings.weight, memory)
         return Queries(torch.zeros_like(positions), positions)
 
     def layer(
         self, i: int, hidden: Tensor, reference: Tensor | None, queries: Queries, memory: Memory, attend: Tensor | None
     ) -> Tensor:
-        """One layer; with auxiliary losses the library normalises between layers."""
+        """Run one layer. With auxiliary losses the library normalises between layers."""
         decoder = self.model.model.decoder
         hidden = decoder.layers[i](
             hidden, None, memory.positions, queries.positions, memory.tokens, encoder_attention_mask=attend
@@ -85,5 +85,5 @@ class DetrAdapter(DetrBase):
         return self.model.model.decoder.layernorm(hidden) if self.model.config.auxiliary_loss else hidden
 
     def judge(self, i: int, hidden: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The one pair of heads that all layers share."""
+        """Run the one pair of heads that all layers share."""
         return self.model.class_labels_classifier(hidden), self.model.bbox_predictor(hidden).float().sigmoid()

@@ -1,4 +1,4 @@
-"""What DETR, Conditional DETR, DAB-DETR and Deformable DETR have in common: decoder layers that are run one by one.
+"""What DETR, Conditional DETR, DAB-DETR and Deformable DETR have in common: a decoder that is run layer by layer.
 
 Follows the forwards in `models/{detr,conditional_detr,dab_detr,deformable_detr}/modeling_*.py` of transformers 5.23:
 the same submodules, called in the same order, so that predictions, losses and draws of dropout are the library's own.
@@ -37,9 +37,9 @@ _resnet: Any = ResNetConfig
 
 @dataclass(frozen=True)
 class Memory:
-    """What a decoder looks at: the encoder's `tokens` (N, S, C), and which of them are content: `mask` (N, S) bool.
+    """What a decoder looks at: the encoder's `tokens` (N, S, C), and `mask` (N, S) bool, which is True for content.
 
-    `positions` (N, S, C) where cross-attention adds them. `shapes` are the (H, W) of each level.
+    `positions` (N, S, C) are added in cross-attention, if there are any. `shapes` are the (H, W) of each level.
     """
 
     tokens: Tensor
@@ -50,10 +50,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Pass:
-    """The context of a trace: the memory, and the references (N, Q, 2 or 4) that entered each layer, None if none.
+    """The context of a trace: the memory, and the references that entered each layer.
 
-    `states` are the hidden ones (N, Q, C) of all stages, of which the losses of inner layers are made; `attend` is the
-    mask of cross-attention as the library prepares it, which makes a GPU's host wait.
+    `references` are (N, Q, 2 or 4), None if the detector has none. `states` are the hidden states (N, Q, C) of all
+    stages; the losses of inner layers need them. `attend` is the mask of cross-attention as the library prepares it. It
+    is kept, because making it again would let a GPU's host wait.
     """
 
     memory: Memory
@@ -63,13 +64,13 @@ class Pass:
 
 
 class DetrBase(TransformersAdapter):
-    """What the four have in common: a decoder whose layers are run one by one."""
+    """Base of the four adapters: a decoder that is run layer by layer."""
 
     processor: ClassVar[type[Any]] = ConditionalDetrImageProcessor
 
     @classmethod
     def tiny(cls, num_classes: int) -> nn.Module:
-        """One of 32 channels, with three decoder layers."""
+        """Build one of 32 channels, with three decoder layers."""
         return tiny_detr(cls.kind, num_classes)
 
     @abstractmethod
@@ -84,10 +85,10 @@ class DetrBase(TransformersAdapter):
     def layer(
         self, i: int, hidden: Tensor, reference: Tensor | None, queries: Queries, memory: Memory, attend: Tensor | None
     ) -> Tensor:
-        """Run decoder layer `i` on (N, Q, C); `attend` is the mask of cross-attention as the library prepares it."""
+        """Run decoder layer `i` on (N, Q, C). `attend` is the mask of cross-attention as the library prepares it."""
 
     def refine(self, i: int, hidden: Tensor, reference: Tensor | None) -> Tensor | None:
-        """The references that enter layer `i + 1`, from the state after layer `i`: the same where none are refined."""
+        """The references that enter layer `i + 1`, from the state after layer `i`. By default they stay the same."""
         return reference
 
     def attention_mask(self, queries: Queries, memory: Memory) -> Tensor | None:
@@ -102,15 +103,15 @@ class DetrBase(TransformersAdapter):
 
     @abstractmethod
     def judge(self, i: int, hidden: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Class logits and boxes in [0, 1] by the heads of layer `i`, from its normalised state (N, Q, C)."""
+        """Compute class logits and boxes in [0, 1] by the heads of layer `i`, from its normalised state (N, Q, C)."""
 
     def last_norm(self, hidden: Tensor) -> Tensor:
-        """The norm between the last layer and the heads."""
+        """Apply the norm between the last layer and the heads."""
         normalised: Tensor = self.model.model.decoder.layernorm(hidden)
         return normalised
 
     def auxiliary_norm(self, hidden: Tensor) -> Tensor:
-        """The norm between an inner layer and the heads, for auxiliary losses."""
+        """Apply the norm between an inner layer and the heads, for auxiliary losses."""
         return hidden
 
     def head(
@@ -120,7 +121,7 @@ class DetrBase(TransformersAdapter):
         priors: Priors | None = None,
         stages: Collection[int] | None = None,
     ) -> HeadTrace:
-        """Decode the own queries, or those of `priors`."""
+        """Decode the detector's own queries, or those of `priors`."""
         memory = self.memory(features, batch)
         queries = self.queries(memory) if priors is None else self.given_queries(priors, batch)
         attend = self.attention_mask(queries, memory)
@@ -131,7 +132,7 @@ class DetrBase(TransformersAdapter):
         return HeadTrace(kept, predictions, Pass(memory, tuple(references), tuple(states), attend))
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
-        """The layers after `stage`, on the memory of `trace`, from the references that entered there."""
+        """Run the layers after `stage` on the memory of `trace`, from the references that entered there."""
         past: Any = trace.context
         reference = past.references[min(stage, len(past.references) - 1)]
         queries = queries_of(trace.predictions.priors)
@@ -148,7 +149,7 @@ class DetrBase(TransformersAdapter):
         memory: Memory,
         attend: Tensor | None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The states from stage `start` on, and the references that entered each layer from there on (one at least)."""
+        """The states from stage `start` on, and the references that entered each layer from there on (at least one)."""
         states, references = [hidden], [reference]
         for i in range(start, len(self.model.model.decoder.layers)):
             if i > start:
@@ -160,7 +161,7 @@ class DetrBase(TransformersAdapter):
         return self.judge(len(self.model.model.decoder.layers) - 1, self.last_norm(hidden), reference)
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
-        """The library's terms with its weights, those of inner layers too if the config has `auxiliary_loss`."""
+        """Compute the library's terms with its weights, of inner layers too if the config has `auxiliary_loss`."""
         config, predictions = self.model.config, trace.predictions
         logits, boxes = None, None
         if config.auxiliary_loss:
@@ -191,7 +192,7 @@ class DetrBase(TransformersAdapter):
         return [(logits.float(), boxes.float()) for logits, boxes in judged]
 
     def matcher(self) -> nn.Module:
-        """The library's matcher with the costs of the config."""
+        """Build the library's matcher with the costs of the config."""
         config = self.model.config
         kind = HungarianMatcher if self.activation == "softmax" else DeformableDetrHungarianMatcher
         matcher: nn.Module = kind(class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost)
@@ -219,7 +220,7 @@ def repeated(embedding: Tensor, memory: Memory) -> Tensor:
 
 
 def tiny_backbone(*stages: int) -> Any:
-    """A narrow ResNet that gives the maps of `stages` (1 has stride 4, 4 has 32), for examples and tests."""
+    """Build the config of a narrow ResNet that gives the maps of `stages` (1 has stride 4, 4 has 32)."""
     return _resnet(
         embedding_size=8,
         hidden_sizes=[8, 8, 16, 16],
@@ -230,7 +231,7 @@ def tiny_backbone(*stages: int) -> Any:
 
 
 def tiny_detr(kind: Any, num_classes: int, **changes: Any) -> nn.Module:
-    """A narrow and shallow detector of these four, for examples and tests; `changes` are fields of the config."""
+    """Build a narrow and shallow detector of these four kinds. `changes` are fields of the config."""
     width = {"hidden_size" if kind is DabDetrForObjectDetection else "d_model": 32}
     settings: dict[str, Any] = {
         "backbone_config": tiny_backbone(4),

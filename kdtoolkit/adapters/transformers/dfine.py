@@ -1,11 +1,11 @@
-"""D-FINE and DEIMv2 of transformers: RT-DETR's kin whose box sides are distributions.
+"""D-FINE and DEIMv2 of transformers: kin of RT-DETR whose box sides are distributions.
 
 Follows the forwards in `models/{d_fine,deimv2}/modeling_*.py` of transformers 5.23: the same submodules, called in the
 same order, so that predictions, losses and draws of noise are the library's own.
 
-A side's distribution is over how far the box is from a first guess, in shares of that guess's width or height (`bins`).
-The first guess is made after the first layer, by each detector from its own state: between two detectors equal
-distributions at the same queries are equal corrections, of guesses that may differ.
+A side's distribution is over its distance from a first guess of the box, in shares of the guess's width or height
+(`bins`). Each detector makes the first guess from its own state after the first layer. So equal distributions of two
+detectors at the same queries are equal corrections, but of guesses that may differ.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from kdtoolkit.contract import Assignment, Batch, Detections, DetectorSpec, Head
 
 @dataclass(frozen=True)
 class Refinement(Progress):
-    """Progress of box distributions: `corners` (N, Q, 4 * B) logits, summed up over layers.
+    """Progress of box distributions: `corners` (N, Q, 4 * B) are logits, summed over layers.
 
-    `guess` (N, Q, 4) is the first guess of boxes, with its gradient; at stage 0 it is that of the references. `bins`
-    (B,) are the values of the bins.
+    `guess` (N, Q, 4) is the first guess of boxes, with its gradient; at stage 0 it is the references. `bins` (B,) are
+    the values of the bins.
     """
 
     corners: Tensor
@@ -40,14 +40,14 @@ class Refinement(Progress):
 
 
 class DFineAdapter(RTDetrAdapter):
-    """Adapter of DFineForObjectDetection: boxes by distributions, which layers correct one after the other."""
+    """Adapter of DFineForObjectDetection: box sides are distributions, which each layer corrects."""
 
     kind: ClassVar[type[nn.Module]] = DFineForObjectDetection
     family: ClassVar[str] = "D-FINE"
     modeling: ClassVar[Any] = modeling_d_fine
 
     def describe(self) -> DetectorSpec:
-        """The detector's facts."""
+        """Describe the detector."""
         return replace(super().describe(), bins=tuple(self._bins().tolist()))
 
     def _bins(self) -> Tensor:
@@ -56,13 +56,13 @@ class DFineAdapter(RTDetrAdapter):
         return bins
 
     def start(self, queries: Queries) -> Refinement:
-        """The progress at stage 0: no corrections yet."""
+        """The progress at stage 0, without corrections."""
         progress = super().start(queries)
         zero = progress.hidden.new_zeros(1, 1, 1).expand(*progress.hidden.shape[:2], 1)
         return Refinement(progress.hidden, progress.boxes, zero, progress.boxes, self._bins())
 
     def layer(self, i: int, progress: Progress, memory: Memory, mask: Tensor | None) -> Tensor:
-        """One layer, which samples the memory around the boxes, cut from their gradient."""
+        """Run one layer. It samples the memory around the boxes, and no gradient flows into these."""
         decoder, references = self.model.model.decoder, progress.boxes.detach()
         output: Tensor = decoder.layers[i](
             progress.hidden,
@@ -75,7 +75,7 @@ class DFineAdapter(RTDetrAdapter):
         return output
 
     def refine(self, i: int, hidden: Tensor, progress: Progress) -> Refinement:
-        """Distributions corrected by the head of layer `i`, which sees the states before and after it."""
+        """Correct the distributions by the head of layer `i`, which takes the states before and after it."""
         assert isinstance(progress, Refinement)
         decoder, guess = self.model.model.decoder, progress.guess
         if i == 0:
@@ -88,19 +88,19 @@ class DFineAdapter(RTDetrAdapter):
         return Refinement(hidden, boxes, logits, guess, progress.bins)
 
     def _integrate(self, logits: Tensor, guess: Tensor, bins: Tensor) -> Tensor:
-        """Boxes (N, Q, 4) in [0, 1] from logits (N, Q, 4 * B): each side lies where its distribution has its mean."""
+        """Boxes (N, Q, 4) in [0, 1] from logits (N, Q, 4 * B). Each side lies at the mean of its distribution."""
         decoder = self.model.model.decoder
         boxes: Tensor = self.modeling.distance2bbox(guess, decoder.integral(logits, bins), decoder.reg_scale)
         return boxes
 
     def classify(self, i: int, progress: Progress) -> Tensor:
-        """Class logits by the head of layer `i`, with what its distributions say of the box's quality."""
+        """Class logits by the head of layer `i`, corrected by the box quality that the distributions show."""
         assert isinstance(progress, Refinement)
         logits: Tensor = self.model.model.decoder.lqe_layers[i](super().classify(i, progress), progress.corners)
         return logits
 
     def predict(self, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
-        """Predictions by the last layer's heads; `decode` goes from the first guess of this pass."""
+        """Predict by the last layer's heads. `decode` starts from the first guess of this pass."""
         assert isinstance(progress, Refinement)
         return Predictions(
             logits=self.classify(self.layers - 1, progress).float(),
@@ -112,7 +112,7 @@ class DFineAdapter(RTDetrAdapter):
         )
 
     def layer_outputs(self, progress: tuple[Progress, ...]) -> dict[str, list[Tensor]]:
-        """What the library's loss takes of each layer; in eval mode its decoder gives the last layer alone."""
+        """What the library's loss takes of each layer. In eval mode its decoder gives only the last layer."""
         after = [at for at in progress[1:] if isinstance(at, Refinement)]
         wanted = [i for i in range(self.layers) if self.model.training or i == self.layers - 1]
         outputs = {
@@ -127,17 +127,17 @@ class DFineAdapter(RTDetrAdapter):
         return outputs
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
-        """The library's matching of the last layer's boxes, which its loss clamps to the canvas."""
+        """Match the last layer's boxes as the library does: its loss clamps them to the canvas."""
         return super().assign(_with_boxes(trace, clamp=True), batch)
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """The library's own postprocessing, with no score threshold, by falling score; nothing in padding."""
+        """Run the library's own postprocessing without a score threshold, and leave out what lies in padding."""
         return super().detections(_with_boxes(trace, clamp=False), batch)
 
 
 @dataclass(frozen=True)
 class _Decoder:
-    """`Predictions.decode` of one pass, whose boxes start from its first guess."""
+    """`Predictions.decode` of one pass. Its boxes start from the first guess of that pass."""
 
     integrate: Callable[[Tensor, Tensor, Tensor], Tensor]
     guess: Tensor
@@ -156,7 +156,7 @@ class _Decoder:
 
 
 def _with_boxes(trace: HeadTrace, *, clamp: bool) -> HeadTrace:
-    """The trace with boxes in [0, 1] in place of distributions, for code that goes by boxes."""
+    """The trace with boxes in [0, 1] in place of distributions, for code that needs boxes."""
     predictions = trace.predictions
     decode: Any = predictions.decode
     boxes = decode.normalised(predictions.regression)
@@ -165,10 +165,10 @@ def _with_boxes(trace: HeadTrace, *, clamp: bool) -> HeadTrace:
 
 
 class Deimv2Adapter(DFineAdapter):
-    """Adapter of Deimv2ForObjectDetection: as D-FINE, with other blocks and losses.
+    """Adapter of Deimv2ForObjectDetection: as D-FINE, with different blocks and losses.
 
-    By default images are rescaled to [0, 1] and no more, as in the published models on HGNet; on DINOv3 they are
-    normalised by ImageNet's mean and std.
+    Without an image processor, images on DINOv3 are normalised by ImageNet's mean and std. On other backbones they stay
+    in [0, 1], as in the published models on HGNet.
     """
 
     kind: ClassVar[type[nn.Module]] = Deimv2ForObjectDetection
@@ -176,17 +176,17 @@ class Deimv2Adapter(DFineAdapter):
     modeling: ClassVar[Any] = modeling_deimv2
 
     def default_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The mean and std that published models want, by their backbone."""
+        """The mean and std that published models need, by their backbone."""
         on_dinov3 = self.model.config.backbone_config.model_type.startswith("dinov3")
         return (IMAGENET_MEAN, IMAGENET_STD) if on_dinov3 else super().default_normalisation()
 
     def _map_strides(self) -> Sequence[int]:
-        """Strides of the encoder's maps; the lite one makes a second of one, whose stride configs leave out."""
+        """The strides of the encoder's maps. The lite encoder makes a second map, whose stride is not in the config."""
         strides = super()._map_strides()
         return (strides[0], 2 * strides[0]) if self.model.config.encoder_type == "lite" else strides
 
     def encode(self, batch: Batch) -> Sequence[Tensor]:
-        """Backbone and encoder: one map a level."""
+        """Run backbone and encoder; returns one map per level."""
         model = self.model.model
         encoded: Sequence[Tensor] = model.encoder(model.conv_encoder(batch.images), return_dict=True).feature_maps
         return encoded

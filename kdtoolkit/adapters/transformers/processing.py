@@ -1,4 +1,4 @@
-"""What a published detector of transformers wants done to images: the image processor in its folder or repository."""
+"""What a published detector of transformers needs done to images: the image processor in its folder or repository."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = "preprocessor_config.json"
 
 
 class Processing:
-    """The mean and std (a channel, for images in [0, 1]) and the resizing of an image processor of the library."""
+    """What one of the library's image processors does: mean and std per channel, for images in [0, 1], and resizing."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
@@ -30,7 +30,7 @@ class Processing:
     def resized(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None
     ) -> tuple[Sequence[Tensor], Sequence[Target] | None]:
-        """Images (3, H, W) as large as the processor makes them, with their ground truth."""
+        """Resize images (3, H, W) as the processor does, with their ground truth."""
         processor = self._processor
         if not processor.do_resize:
             return images, targets
@@ -45,9 +45,9 @@ class Processing:
 
 
 def published_processing(model: nn.Module, processor: type[Any]) -> Processing | None:
-    """The processing of the folder or repository that `model` was loaded from; None where it was not, or has none.
+    """The processing of the folder or repository that `model` was loaded from; None if there is none.
 
-    Looks at files on this machine alone. Raises KDError where the file there cannot be read.
+    Only files on this machine are looked at. Raises KDError if the file there cannot be read.
     """
     config: Any = model.config
     source = str(config.name_or_path or "")

@@ -3,8 +3,8 @@
 Follows the forwards in `models/{rf_detr,lw_detr}/modeling_*.py` of transformers 5.23: the same submodules, called in
 the same order, so that predictions, losses and draws of dropout are the library's own.
 
-The library can mask padding here, but its windows look at it all the same. It is not masked: boxes are relative to the
-canvas, as where the library is given no mask.
+The library can mask padding here, but its windows look at padding all the same. So it is not masked, and boxes are
+relative to the canvas, as in the library without a mask.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _lw_detr_backbone: Any = LwDetrViTConfig
 class LwDetrAdapter(SelectingAdapter):
     """Adapter of LwDetrForObjectDetection: learned queries at the encoder's best boxes, which no layer refines.
 
-    In train mode the library decodes `group_detr` groups of queries; the first is the one that detects.
+    In train mode the library decodes `group_detr` groups of queries. The first group detects.
     """
 
     processor: ClassVar[type[Any]] = DeformableDetrImageProcessor
@@ -66,17 +66,17 @@ class LwDetrAdapter(SelectingAdapter):
 
     @classmethod
     def tiny(cls, num_classes: int) -> nn.Module:
-        """One of 32 channels, with three decoder layers."""
+        """Build one of 32 channels, with three decoder layers."""
         return tiny_lw_detr(num_classes)
 
     def refuses(self) -> str | None:
-        """The library's default config has no level."""
+        """Refuse a detector without levels, which the library's default config describes."""
         if not self._strides():
             return "has no levels: build it with projector_scale_factors, as [1.0], or [2.0, 0.5] of its large sizes"
         return super().refuses()
 
     def describe(self) -> DetectorSpec:
-        """The detector's facts."""
+        """Describe the detector."""
         width = self.model.config.d_model
         return self.decoder_spec(
             strides=self._strides(),
@@ -90,21 +90,24 @@ class LwDetrAdapter(SelectingAdapter):
         return tuple(int(config.backbone_config.patch_size / scale) for scale in config.projector_scale_factors)
 
     def _window(self) -> int:
-        """Pixels that the sides of a canvas are a multiple of."""
+        """The sides of a canvas are multiples of this number of pixels."""
         config = self.model.config.backbone_config
         return int(config.patch_size * config.num_windows_side)
 
     @property
     def groups(self) -> int:
-        """Groups of queries: some in train mode, one in eval mode."""
+        """The number of groups of queries: `group_detr` in train mode, one in eval mode."""
         return int(self.model.config.group_detr) if self.model.training else 1
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Backbone and projector."""
+        """Run backbone and projector."""
         return tuple(level for level, _ in self.model.model.backbone(batch.images, pixel_mask(batch)))
 
     def select(self, memory: Memory, batch: Batch) -> Selection:
-        """Each group's learned content, at the best boxes by its heads on the encoder, with learned offsets."""
+        """Select each group's learned content, at the boxes that the group's heads on the encoder score best.
+
+        The references are these boxes, moved by learned offsets.
+        """
         model, count = self.model.model, self.model.config.num_queries
         tokens, proposals, invalid = model.gen_encoder_output_proposals(
             memory.tokens.float(), self._no_padding(memory), memory.shapes
@@ -129,11 +132,11 @@ class LwDetrAdapter(SelectingAdapter):
 
     @staticmethod
     def _no_padding(memory: Memory) -> Tensor:
-        """(N, S) bool, False everywhere: no cell is padding."""
+        """(N, S) bool, all False: no cell is padding."""
         return torch.zeros(memory.tokens.shape[:2], dtype=torch.bool, device=memory.tokens.device)
 
     def layer(self, i: int, progress: Progress, memory: Memory, mask: Tensor | None) -> Tensor:
-        """One layer, which samples the memory around the references."""
+        """Run one layer. It samples the memory around the references."""
         decoder = self.model.model.decoder
         ratios = memory.tokens.new_ones(memory.tokens.shape[0], len(memory.shapes), 2)
         references, positions = decoder.get_reference(progress.boxes, ratios)
@@ -148,7 +151,7 @@ class LwDetrAdapter(SelectingAdapter):
         return output
 
     def refine(self, i: int, hidden: Tensor, progress: Progress) -> Progress:
-        """The references stay."""
+        """Keep the references."""
         return replace(progress, hidden=hidden)
 
     def _judge(self, hidden: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,12 +160,15 @@ class LwDetrAdapter(SelectingAdapter):
         return self.model.class_embed(hidden), boxes
 
     def predict(self, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
-        """Predictions by the heads, after the decoder's norm."""
+        """Predict by the heads, after the decoder's norm."""
         logits, boxes = self._judge(self.model.model.decoder.layernorm(progress.hidden), progress.boxes)
         return self.predictions(logits, boxes, priors, batch)
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
-        """The library's terms with its weights, of the encoder (`enc`) and, if the config says so, inner layers too."""
+        """Compute the library's terms with its weights.
+
+        The encoder has terms too (`enc`), and inner layers if the config has `auxiliary_loss`.
+        """
         past, encoder_logits, encoder_boxes = self.encoder_outputs(trace)
         config, final = self.model.config, past.progress[-1]
         normalised = torch.stack([self.model.model.decoder.layernorm(at.hidden) for at in past.progress[1:]])
@@ -187,20 +193,21 @@ class LwDetrAdapter(SelectingAdapter):
             "loss_bbox": config.bbox_loss_coefficient,
             "loss_giou": config.giou_loss_coefficient,
         }
-        # In eval mode the library's loss goes on to match group by group, where there is one alone.
+        # In eval mode there is one group only, but the library's loss still matches several.
         return weighted(losses, weights), assignment if self.model.training else self.assign(trace, batch)
 
     def matcher(self) -> Any:
-        """The library's matcher with the costs of the config, for one group."""
+        """Build the library's matcher with the costs of the config, for one group."""
         config = self.model.config
         matcher = _matcher(class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost)
         return partial(matcher, group_detr=1)
 
 
 class RfDetrAdapter(LwDetrAdapter):
-    """Adapter of RfDetrForObjectDetection: as LW-DETR, on DINOv2 and one level.
+    """Adapter of RfDetrForObjectDetection: as LW-DETR, on DINOv2 and with one level.
 
-    Canvases are square: the library's windows take height for width, so that others come apart.
+    Canvases are square, because the library's windows take the height for the width and mix up the rows of other
+    canvases.
     """
 
     processor: ClassVar[type[Any]] = RfDetrImageProcessor
@@ -210,7 +217,7 @@ class RfDetrAdapter(LwDetrAdapter):
 
     @classmethod
     def tiny(cls, num_classes: int) -> nn.Module:
-        """One of 32 channels, with three decoder layers."""
+        """Build one of 32 channels, with three decoder layers."""
         return tiny_rf_detr(num_classes)
 
     def _strides(self) -> tuple[int, ...]:
@@ -221,16 +228,16 @@ class RfDetrAdapter(LwDetrAdapter):
         return int(config.patch_size * config.num_windows)
 
     def lay_out(self, images: Sequence[Tensor], targets: Sequence[Target] | None, layout: Layout) -> Batch:
-        """On a square, as large as the largest side needs."""
+        """Place the images on a square canvas, as large as the largest side needs."""
         return super().lay_out(images, targets, layout.squared())
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Backbone and projector."""
+        """Run backbone and projector."""
         return (self.model.model.backbone(batch.images, pixel_mask(batch))[0],)
 
 
 def tiny_lw_detr(num_classes: int, **changes: Any) -> nn.Module:
-    """A narrow and shallow LW-DETR, for examples and tests; `changes` are fields of the config."""
+    """Build a narrow and shallow LW-DETR. `changes` are fields of the config."""
     backbone = _lw_detr_backbone(
         hidden_size=32,
         num_hidden_layers=2,
@@ -248,7 +255,7 @@ def tiny_lw_detr(num_classes: int, **changes: Any) -> nn.Module:
 
 
 def tiny_rf_detr(num_classes: int, **changes: Any) -> nn.Module:
-    """A narrow and shallow RF-DETR, for examples and tests; `changes` are fields of the config."""
+    """Build a narrow and shallow RF-DETR. `changes` are fields of the config."""
     backbone = _rf_detr_backbone(
         hidden_size=32,
         num_hidden_layers=2,

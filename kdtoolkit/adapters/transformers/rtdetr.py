@@ -31,10 +31,10 @@ _matcher: Any = RTDetrHungarianMatcher
 
 
 class RTDetrAdapter(SelectingAdapter):
-    """Adapter of RTDetrForObjectDetection: a pyramid; boxes are refined from layer to layer.
+    """Adapter of RTDetrForObjectDetection: a pyramid, and boxes that each layer refines.
 
-    Features are the encoder's maps as the decoder looks at them, that is after its input projections. These have batch
-    norms, whose statistics a second pass of the head, for another detector's queries, must not count again.
+    Features are the encoder's maps after the decoder's input projections. These have batch norms, whose statistics must
+    not count a second pass of the head for another detector's queries.
     """
 
     # Images are rescaled to [0, 1] and no more.
@@ -48,11 +48,14 @@ class RTDetrAdapter(SelectingAdapter):
 
     @classmethod
     def tiny(cls, num_classes: int) -> nn.Module:
-        """One of 32 channels, with three decoder layers."""
+        """Build one of 32 channels, with three decoder layers."""
         return tiny_rt_detr(cls.kind, num_classes)
 
     def refuses(self) -> str | None:
-        """What configs can ask for and the library's forward cannot run (5.24): published ones do not."""
+        """Refuse what a config can ask for and the library's forward cannot run (5.24).
+
+        Published configs do not ask for it.
+        """
         config = self.model.config
         if config.learn_initial_query:
             return "has learn_initial_query, which the library cannot run: build it without"
@@ -61,7 +64,7 @@ class RTDetrAdapter(SelectingAdapter):
         return super().refuses()
 
     def describe(self) -> DetectorSpec:
-        """The detector's facts."""
+        """Describe the detector."""
         config, projections = self.model.config, self.model.model.decoder_input_proj
         strides = list(self._map_strides())
         # Further levels come from the encoder's last map, each of them.
@@ -81,9 +84,9 @@ class RTDetrAdapter(SelectingAdapter):
         return strides
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Backbone, encoder, and the decoder's input projections.
+        """Run backbone, encoder, and the decoder's input projections.
 
-        Raises KDError where the config's `feat_strides` are not those of the maps.
+        Raises KDError if the config's `feat_strides` are not those of the maps.
         """
         model = self.model.model
         with without_narrow_bfloat16(batch.images, self.spec.strides[-1]):
@@ -100,7 +103,7 @@ class RTDetrAdapter(SelectingAdapter):
         return tuple(levels)
 
     def encode(self, batch: Batch) -> Sequence[Tensor]:
-        """Backbone and encoder: one map a level."""
+        """Run backbone and encoder; returns one map per level."""
         model = self.model.model
         maps = model.backbone(batch.images, pixel_mask(batch))
         projected = [project(x) for project, (x, _) in zip(model.encoder_input_proj, maps, strict=False)]
@@ -108,7 +111,7 @@ class RTDetrAdapter(SelectingAdapter):
         return encoded
 
     def select(self, memory: Memory, batch: Batch) -> Selection:
-        """The encoder's best boxes, behind them in train mode noisy versions of the ground truth."""
+        """Select the encoder's best boxes. In train mode noisy versions of the ground truth stand before them."""
         model, config, tokens = self.model.model, self.model.config, memory.tokens
         noise = self._noise(batch)
         # In float32 under autocast too: anchors in bfloat16 are off by pixels.
@@ -130,7 +133,7 @@ class RTDetrAdapter(SelectingAdapter):
         return Selection(queries, shown, logits, boxes.sigmoid(), mask, denoising)
 
     def _noise(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Any]] | None:
-        """Content, unnormalised references, mask and facts of the library's denoising queries; None without any."""
+        """Content, unnormalised references, mask and facts of the library's denoising queries, if there are any."""
         config = self.model.config
         if not self.model.training or config.num_denoising <= 0 or not batch.labels:
             return None
@@ -146,7 +149,7 @@ class RTDetrAdapter(SelectingAdapter):
         return None if content is None else (content, references, mask, denoising)
 
     def layer(self, i: int, progress: Progress, memory: Memory, mask: Tensor | None) -> Tensor:
-        """One layer, which samples the memory around the boxes, cut from their gradient."""
+        """Run one layer. It samples the memory around the boxes, and no gradient flows into these."""
         decoder, references = self.model.model.decoder, progress.boxes.detach()
         output: Tensor = decoder.layers[i](
             progress.hidden,
@@ -159,22 +162,22 @@ class RTDetrAdapter(SelectingAdapter):
         return output
 
     def refine(self, i: int, hidden: Tensor, progress: Progress) -> Progress:
-        """Boxes by the head of layer `i`, offsets from those that entered it."""
+        """Refine boxes by the head of layer `i`: it gives offsets from the boxes that entered it."""
         offsets = self.model.model.decoder.bbox_embed[i](hidden)
         boxes = (offsets + self.modeling.inverse_sigmoid(progress.boxes.detach())).sigmoid()
         return Progress(hidden, boxes)
 
     def classify(self, i: int, progress: Progress) -> Tensor:
-        """Class logits (N, Q, K) by the head of layer `i`, from the progress after it."""
+        """Compute class logits (N, Q, K) by the head of layer `i`, from the progress after it."""
         logits: Tensor = self.model.model.decoder.class_embed[i](progress.hidden)
         return logits
 
     def predict(self, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
-        """Predictions by the last layer's heads."""
+        """Predict by the last layer's heads."""
         return self.predictions(self.classify(self.layers - 1, progress), progress.boxes, priors, batch)
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
-        """The library's terms with its weights: of each layer (`aux`), and of denoising (`dn`)."""
+        """Compute the library's terms with its weights, of each layer (`aux`) and of denoising (`dn`)."""
         past, encoder_logits, encoder_boxes = self.encoder_outputs(trace)
         outputs = {name: torch.stack(each, 1).float() for name, each in self.layer_outputs(past.progress).items()}
         losses, assignment = self.criticise(
@@ -203,12 +206,12 @@ class RTDetrAdapter(SelectingAdapter):
         }
 
     def matcher(self) -> Any:
-        """The library's matcher with the costs of the config."""
+        """Build the library's matcher with the costs of the config."""
         return _matcher(self.model.config)
 
 
 class RTDetrV2Adapter(RTDetrAdapter):
-    """Adapter of RTDetrV2ForObjectDetection: as RT-DETR, with another way to sample the memory."""
+    """Adapter of RTDetrV2ForObjectDetection: as RT-DETR, with a different way to sample the memory."""
 
     kind: ClassVar[type[nn.Module]] = RTDetrV2ForObjectDetection
     family: ClassVar[str] = "RT-DETR v2"
@@ -216,7 +219,7 @@ class RTDetrV2Adapter(RTDetrAdapter):
 
 
 def tiny_rt_detr(kind: Any, num_classes: int, **changes: Any) -> nn.Module:
-    """A narrow and shallow detector of RT-DETR's kin, for examples and tests; `changes` are fields of the config."""
+    """Build a narrow and shallow detector of RT-DETR's kin. `changes` are fields of the config."""
     settings: dict[str, Any] = {
         "backbone_config": tiny_backbone(2, 3, 4),
         "num_labels": num_classes,

@@ -1,6 +1,6 @@
-"""What the detectors have in common whose queries start at the encoder's best boxes: RT-DETR, D-FINE, LW-DETR and kin.
+"""Detectors whose queries start at the encoder's best boxes: what RT-DETR, D-FINE, LW-DETR and their kin share.
 
-These detectors know no padding: boxes are relative to the canvas, and padding is looked at like any image.
+These detectors do not know padding. Boxes are relative to the canvas, and padding is treated like any part of an image.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Memory:
 
     @classmethod
     def of(cls, features: tuple[Tensor, ...]) -> Memory:
-        """The levels one after the other."""
+        """Join the levels one after the other."""
         return cls(
             torch.cat([*map(to_tokens, features)], 1), tuple((level.shape[-2], level.shape[-1]) for level in features)
         )
@@ -50,11 +50,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Selection:
-    """What enters the decoder: `queries`, of which `shown` are those that detect.
+    """What enters the decoder: `queries`, of which the `shown` ones detect. The others are for training only.
 
-    The others are of training alone (denoising, further groups). `logits` (N, Q, K) and `boxes` (N, Q, 4) are what the
-    encoder said of the selected ones, None for queries of another detector; `mask` (Q, Q) is added to the scores of
-    self-attention; `denoising` is what the library's loss wants to know of the noise.
+    `logits` (N, Q, K) and `boxes` (N, Q, 4) are the encoder's predictions for the selected queries, None for queries of
+    another detector. `mask` (Q, Q) is added to the scores of self-attention. `denoising` is what the library's loss
+    needs to know about the noisy queries.
     """
 
     queries: Queries
@@ -67,9 +67,9 @@ class Selection:
 
 @dataclass(frozen=True)
 class Progress:
-    """What goes from one decoder layer to the next: the state (N, Q, C), and boxes (N, Q, 4) as the library has them.
+    """What goes from one decoder layer to the next: the state (N, Q, C), and boxes (N, Q, 4) in the library's format.
 
-    At stage 0 the boxes are the references; after a layer they are its refined ones, with their gradient.
+    At stage 0 the boxes are the references. After a layer they are its refined boxes, with their gradient.
     """
 
     hidden: Tensor
@@ -86,12 +86,12 @@ class Pass:
     batch: Batch
 
     def shown(self, stage: int) -> Progress:
-        """The progress at a stage of the queries that detect."""
+        """The progress at a stage, of the queries that detect."""
         return over_queries(self.progress[stage], lambda x: x[:, self.selection.shown])
 
 
 def over_queries(held: Held, change: Callable[[Tensor], Tensor]) -> Held:
-    """`held` with all its tensors (N, Q, C) changed."""
+    """Return `held` with `change` applied to all its tensors (N, Q, C)."""
     values = {field.name: getattr(held, field.name) for field in fields(held)}
     return replace(held, **{k: change(x) for k, x in values.items() if isinstance(x, Tensor) and x.ndim == 3})
 
@@ -108,16 +108,16 @@ class SelectingAdapter(TransformersAdapter):
 
     @property
     def groups(self) -> int:
-        """For how many groups of queries, blind to each other, the library's self-attention takes them."""
+        """The number of groups of queries, blind to each other, that the library's self-attention expects."""
         return 1
 
     @abstractmethod
     def select(self, memory: Memory, batch: Batch) -> Selection:
-        """The detector's own queries, and in train mode what the library trains besides."""
+        """Select the detector's own queries, and in train mode those that the library trains besides."""
 
     @abstractmethod
     def layer(self, i: int, progress: Progress, memory: Memory, mask: Tensor | None) -> Tensor:
-        """The state after decoder layer `i`."""
+        """Run decoder layer `i`; returns the state after it."""
 
     @abstractmethod
     def refine(self, i: int, hidden: Tensor, progress: Progress) -> Progress:
@@ -125,7 +125,7 @@ class SelectingAdapter(TransformersAdapter):
 
     @abstractmethod
     def predict(self, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
-        """Predictions by the last layer's heads."""
+        """Predict by the last layer's heads."""
 
     def start(self, queries: Queries) -> Progress:
         """The progress at stage 0."""
@@ -139,9 +139,9 @@ class SelectingAdapter(TransformersAdapter):
         priors: Priors | None = None,
         stages: Collection[int] | None = None,
     ) -> HeadTrace:
-        """Select queries and decode them, or those of `priors`.
+        """Select queries and decode them, or decode those of `priors`.
 
-        Raises KDError for images with fewer cells than queries to select.
+        Raises KDError if images have fewer cells than queries to select.
         """
         memory = Memory.of(features)
         if priors is None:
@@ -159,11 +159,13 @@ class SelectingAdapter(TransformersAdapter):
     def _given(self, priors: Priors, batch: Batch) -> Selection:
         queries = self.given_queries(priors, batch)
         if queries.references is None:
-            raise KDError("these queries have no reference boxes: hand over those of a detector of equal prior_form")
+            raise KDError(
+                "these queries have no reference boxes: pass the priors of a detector with the same spec.prior_form"
+            )
         return Selection(self._as_groups(queries), slice(0, queries.content.shape[1]))
 
     def _as_groups(self, held: Held) -> Held:
-        """The same queries as each of the groups that self-attention takes them for."""
+        """Repeat queries for each group that self-attention expects."""
         return over_queries(held, lambda x: x.repeat(1, self.groups, 1)) if self.groups > 1 else held
 
     def _decode(self, progress: Progress, start: int, memory: Memory, mask: Tensor | None) -> list[Progress]:
@@ -175,7 +177,7 @@ class SelectingAdapter(TransformersAdapter):
         return passed
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
-        """The layers after `stage`, on the memory of `trace`, from the boxes that it has at that stage."""
+        """Run the layers after `stage` on the memory of `trace`, from the boxes that it has at that stage."""
         past: Any = trace.context
         hidden = from_state(state)
         if stage == self.layers:
@@ -187,9 +189,9 @@ class SelectingAdapter(TransformersAdapter):
         return self.predict(progress, trace.predictions.priors, past.batch)
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """The library's own postprocessing, with no score threshold, by falling score.
+        """Run the library's own postprocessing without a score threshold; sorted by falling score.
 
-        The library knows no padding here. What it finds there, by the centre, is left out.
+        The library does not know padding here. Boxes whose centre lies in padding are left out.
         """
         canvas = batch.images.shape[-2], batch.images.shape[-1]
         found = super().detections(trace, batch)
@@ -200,9 +202,9 @@ class SelectingAdapter(TransformersAdapter):
         ]
 
     def encoder_outputs(self, trace: HeadTrace) -> tuple[Pass, Tensor, Tensor]:
-        """The pass of a trace, and what the encoder said of its queries: logits and boxes, in float32.
+        """The pass of a trace, and the encoder's logits and boxes for its queries, in float32.
 
-        Raises KDError for queries of another detector, which the own encoder did not select.
+        Raises KDError for queries of another detector, because the detector's own encoder did not select them.
         """
         past: Any = trace.context
         if past.selection.logits is None or past.selection.boxes is None:
@@ -211,7 +213,7 @@ class SelectingAdapter(TransformersAdapter):
 
 
 def _within(found: Detections, size: tuple[int, int]) -> Detections:
-    """The detections whose centre lies in an image of (height, width)."""
+    """Choose the detections whose centre lies in an image of (height, width)."""
     doubled = found["boxes"][:, :2] + found["boxes"][:, 2:]
     keep = (doubled <= 2 * doubled.new_tensor([size[1], size[0]])).all(1)
     return Detections(boxes=found["boxes"][keep], scores=found["scores"][keep], labels=found["labels"][keep])

@@ -1,0 +1,49 @@
+"""Where the first value of a step that is not finite arises: told when a training run stops because of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kdtoolkit.checks import checked_batch
+from kdtoolkit.contract import DetectorAdapter, Target
+from kdtoolkit.distiller import Distiller
+
+
+@torch.no_grad()
+def locate_non_finite(distiller: Distiller, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
+    """Say in words where the first value that is not finite arises in each detector, for this batch.
+
+    Levels are named by their strides. If all values are finite, the largest one is named: then a loss overflowed.
+    """
+    student, teacher = distiller.student_adapter, distiller.teacher_adapter
+    images, targets = checked_batch(images, targets, distiller.student, student.spec)
+    roles = (("student", student), ("teacher", teacher))
+    found = (f"{role}: {_first_non_finite(each, images, targets)}" for role, each in roles if each is not None)
+    return "; ".join(found)
+
+
+def _first_non_finite(adapter: DetectorAdapter, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
+    """Where one detector's first value that is not finite arises, in words."""
+    batch = adapter.prepare(images, targets)
+    strides = adapter.spec.strides
+    features = adapter.features(batch)
+    seen = [("images", batch.images)]
+    seen += [(f"features at stride {stride}", x) for stride, x in zip(strides, features, strict=True)]
+    trace = adapter.head(features, batch)
+    for stage, state in zip(adapter.spec.stages, trace.states, strict=True):
+        for branch, tensors in state.items():
+            at = [f" at stride {stride}" for stride in strides] if len(tensors) == len(strides) else [""]
+            seen += [(f"state '{stage.name}' of branch {branch}{w}", x) for w, x in zip(at, tensors, strict=True)]
+    predictions = trace.predictions
+    sizes = list(predictions.priors.per_level)
+    for name, value in (("logits", predictions.logits), ("regression", predictions.regression)):
+        at = [f" at stride {stride}" for stride in strides] if len(sizes) == len(strides) else [""] * len(sizes)
+        seen += [(f"{name}{where}", x) for where, x in zip(at, torch.split(value, sizes, 1), strict=True)]
+    for name, value in seen:
+        if not bool(value.isfinite().all()):
+            return f"not finite, first in {name}"
+    largest, place = max((float(x.abs().max()), name) for name, x in seen if x.numel())
+    return f"all finite, the largest value is {largest:.3g} ({place})"
