@@ -1,6 +1,6 @@
-"""What there is to choose from: methods and embedded suites, read from their files without importing torch.
+"""Lists of methods and of embedded suites, read from their files without importing torch.
 
-Importing torch takes seconds, and a list of names needs none of it.
+Importing torch takes seconds, and a list of names does not need it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,17 @@ SUITES = Path(__file__).parent / "benchmark" / "suites"
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What a method's file says of it.
+    """What a method's file says about it.
 
-    `idea` is the file's docstring, `doc` the class's. `arguments` are the defaults by name, as Python writes them.
-    `settings` are the docstrings of published settings for other detectors, by names such as `CrossKD.for_fcos`.
+    Attributes:
+        name: the class's name.
+        idea: the file's docstring.
+        doc: the class's docstring.
+        needs: the capabilities that both detectors must have.
+        terms: the names of the loss terms.
+        paper: where the method comes from.
+        arguments: the default of each argument, as Python writes it.
+        settings: the docstring of each named constructor, by a name such as `CrossKD.for_fcos`.
     """
 
     name: str
@@ -51,8 +58,8 @@ class MethodFacts:
 def all_method_facts() -> dict[str, MethodFacts]:
     """The facts about every method that `kdtoolkit.methods.all_methods` finds, by name and in that order.
 
-    Our own files are read, not imported. Where that is not enough, all methods are imported: where another package
-    announces a method, or where a file computes or inherits a fact instead of writing it down.
+    Our own files are read, not imported. All methods are imported if reading is not enough: if another package
+    announces a method, or if a file computes a fact instead of writing it down.
     """
     if not entry_points(group="kdtoolkit.methods"):
         try:
@@ -154,7 +161,7 @@ def print_methods(methods: Mapping[str, MethodFacts], console: Console) -> None:
 
 
 def print_method(facts: MethodFacts, console: Console) -> None:
-    """Print a method's idea, paper, needs, loss terms, arguments with their defaults, and other published settings."""
+    """Print a method's idea, paper, needs, loss terms, arguments with their defaults, and named constructors."""
     doc, _, rest = facts.doc.partition("\n\nArgs:\n")
     console.print(Text(facts.name, style="bold"))
     console.print(Text(f"{_reflow(facts.idea)}\n"))
@@ -174,7 +181,9 @@ def print_method(facts: MethodFacts, console: Console) -> None:
             arguments.add_row(Text(name), Text(default), Text(described.get(name, "")))
         console.print(arguments)
     if facts.settings:
-        console.print("\nPublished settings for other detectors, by these names in suites too:\n", highlight=False)
+        console.print(
+            "\nPublished settings for different kinds of detectors. Suites take these names too:\n", highlight=False
+        )
         settings = definitions()
         for name, doc in facts.settings.items():
             settings.add_row(Text(name), Text(_reflow(doc)))
@@ -187,7 +196,7 @@ def embedded_suites() -> dict[str, Path]:
 
 
 def suite_path(name_or_path: str) -> Path:
-    """The file of an embedded suite or of a path. Raises KDError where there is none."""
+    """The file of an embedded suite, or of a path. Raises KDError if there is none."""
     known = embedded_suites()
     path = known.get(name_or_path, Path(name_or_path))
     if path.is_file():
@@ -195,13 +204,13 @@ def suite_path(name_or_path: str) -> Path:
     if path.suffix in (".yaml", ".yml"):
         raise KDError(f"there is no suite file {path}")
     raise KDError(
-        f"unknown suite '{name_or_path}'{did_you_mean(name_or_path, known)}; embedded are {', '.join(known)}. "
-        "A suite of your own is a path that ends in .yaml."
+        f"unknown suite '{name_or_path}'{did_you_mean(name_or_path, known)}; the embedded ones are {', '.join(known)}. "
+        "For a suite of your own, give the path of its .yaml file"
     )
 
 
 def print_suites(console: Console) -> None:
-    """Print each embedded suite's name, time, number of seeds, and what it is."""
+    """Print each embedded suite's name, time, number of seeds and description."""
     table = columns("suite", "takes about", "seeds", "what it is")
     for name, path in embedded_suites().items():
         suite = yaml.safe_load(path.read_text("utf-8"))
@@ -211,7 +220,7 @@ def print_suites(console: Console) -> None:
 
 
 def definitions() -> Table:
-    """A table of names and texts without a header: the texts wrap."""
+    """A table of names and texts without a header. The texts wrap."""
     table = Table(box=None, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -219,7 +228,7 @@ def definitions() -> Table:
 
 
 def columns(*names: str) -> Table:
-    """A table in which the last column wraps and the others keep their width."""
+    """A table whose last column wraps. All other columns keep their width."""
     table = Table(box=None)
     for name in names[:-1]:
         table.add_column(name, no_wrap=True)
@@ -228,10 +237,10 @@ def columns(*names: str) -> Table:
 
 
 def _reflow(doc: str) -> str:
-    """Paragraphs in one line each, for the terminal to break; what is indented stays as it is."""
+    """Join the lines of each paragraph, so that the terminal breaks them. Indented text stays as it is."""
     paragraphs = doc.split("\n\n")
     return "\n\n".join(p if "\n  " in p or p.startswith(" ") else " ".join(p.split()) for p in paragraphs)
 
 
-# `    name: text`, and deeper lines that go on with it.
+# `    name: text`, and the lines indented deeper that continue it.
 _ARGUMENT = re.compile(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)

@@ -1,4 +1,4 @@
-"""`adapt` (kdtoolkit/libraries.py): which adapters it looks at, and what it says of models that it does not take."""
+"""The table of libraries (kdtoolkit/libraries.py), and `adapt`: what it tries, and what it says if none fits."""
 
 import sys
 from types import ModuleType
@@ -9,10 +9,13 @@ from torch import nn
 
 from kdtoolkit import Distiller
 from kdtoolkit.adapters.native import DenseAdapter
+from kdtoolkit.benchmark.keys import package_of, source_digest
+from kdtoolkit.detectors import GFL
 from kdtoolkit.errors import KDError
-from kdtoolkit.libraries import adapt
+from kdtoolkit.libraries import LIBRARIES, Library, adapt, adapter_classes
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import PKD
+from kdtoolkit.models import build_model
 from tests.conftest import tiny_gfl
 
 
@@ -39,6 +42,29 @@ def test_only_the_library_of_the_models_own_class_counts(old_transformers):
 def test_a_library_of_another_version_is_one_sentence(old_transformers):
     with pytest.raises(KDError, match=r"cannot work with this version of transformers .*pip install -U 'kdtoolkit\[tr"):
         adapt(of_library("transformers"))
+
+
+def test_a_library_is_one_module_and_one_row(monkeypatch):
+    toy = type("Toy", (GFL,), {"__module__": "toylib.detectors"})
+
+    class ToyAdapter(DenseAdapter):
+        @classmethod
+        def matches(cls, model):
+            return isinstance(model, toy)
+
+    module = ModuleType("toylib_adapters")
+    module.ADAPTERS, module.build_model = (ToyAdapter,), lambda name, num_classes, args: toy(num_classes, **args)
+    monkeypatch.setitem(sys.modules, "toylib", ModuleType("toylib"))
+    monkeypatch.setitem(sys.modules, "toylib_adapters", module)
+    row = Library("toys", "toys/small", "toylib", "toylib_adapters", "numpy")
+    monkeypatch.setattr("kdtoolkit.libraries.LIBRARIES", (row, *LIBRARIES))
+    model = build_model(
+        "toys/small?backbone=test_resnet", 3, {"neck_channels": 16, "head_channels": 16, "head_groups": 4}
+    )
+    assert type(adapt(model)) is ToyAdapter
+    assert ToyAdapter in adapter_classes()
+    assert package_of("toys/small") == "numpy"
+    assert source_digest("toys/small")
 
 
 @pytest.mark.parametrize("family", ["GFL", "torchvision FCOS", "DETR"])

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from kdtoolkit import listing
-from kdtoolkit.benchmark.suite import load_suite
+from kdtoolkit.benchmark.suite_file import load_suite
 from kdtoolkit.listing import all_method_facts, embedded_suites, facts_of, print_method, print_methods, print_suites
 from kdtoolkit.methods import PKD, CrossKD, all_methods
 

@@ -31,7 +31,7 @@ import torch
 
 from kdtoolkit import Distiller, adapt
 from kdtoolkit.adapters import torchvision
-from kdtoolkit.benchmark.suite import load_suite
+from kdtoolkit.benchmark.suite_file import load_suite
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
 from kdtoolkit.errors import KDError

@@ -1,8 +1,8 @@
 """Train pairs across libraries on photos of mixed sizes: python benchmarks/reliability/mixed_sizes.py DIR.
 
-Each pair trains for some steps with PKD, and with CrossKD where it applies. The long side of each photo is drawn anew
-each time, and torchvision's students draw what they resize to as well. Detectors are the tiny examples of the adapters.
-A pair fails where a step is refused, or a loss is not finite. Prints a line a pair.
+Each pair trains for some steps with PKD, and with CrossKD if it applies. The long side of each photo is drawn at random
+in each step; torchvision's students also draw the size that they resize to. Detectors are the tiny examples of the
+adapters. A pair fails if a step is refused, or if a loss is not finite. Prints a line for each pair.
 """
 
 from __future__ import annotations

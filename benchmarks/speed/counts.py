@@ -1,7 +1,7 @@
 """Passes of heads, matchings and host-device synchronisations of one step: python benchmarks/speed/counts.py.
 
-For each family of detectors, a student of it and a teacher of it, with methods; beside them the student's library's own
-training forward. Counted on a CPU: kdtoolkit/testing/syncs.py says what counts as a synchronisation. Prints markdown.
+Student and teacher are of the same family of detectors. The same is counted in the training forward of the student's
+own library. All is counted on a CPU: kdtoolkit/testing/syncs.py says what counts as a synchronisation. Prints Markdown.
 """
 
 from __future__ import annotations

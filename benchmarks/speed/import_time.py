@@ -1,4 +1,4 @@
-"""Times of imports and of `kd`'s lists, in fresh processes in turn: medians, on the clock and of the processor."""
+"""Time imports and the lists of `kd`, each in a new process, in turn. Prints medians of wall-clock and CPU time."""
 
 import platform
 import resource

@@ -20,7 +20,7 @@ TRAIN = """
 import hashlib, json, sys, tempfile, time, torch
 torch.set_num_threads(1)
 from kdtoolkit import Distiller
-from kdtoolkit.benchmark.suite import load_suite
+from kdtoolkit.benchmark.suite_file import load_suite
 from kdtoolkit.data import ProceduralShapes
 from kdtoolkit.engine.train import train
 from kdtoolkit.methods import PKD, CrossKD

@@ -1,10 +1,10 @@
-"""Time each method's loss, forward and backward, against a plain reading of its formula (plain.py), in one process.
+"""Time each method's loss, forward and backward, and compare it with a plain reading of its formula (plain.py).
 
 python benchmarks/speed/methods.py [--method FGD] [--repeat 7] [--threads 1]
 
 The shapes are those of an 800 x 1216 image: five levels of 256 channels, strides 8 to 128, batch 2, 20 boxes an
-image; predictions have 80 classes and 17 bins, with 40 positive priors. The two run in turn, so that drift cancels,
-and the ratio is the median of the pairs'. Value and gradient are compared first.
+image. Predictions have 80 classes and 17 bins; 40 priors are positive. First value and gradient are compared. Then both
+run in turn in one process, so that drift of the machine cancels. The ratio is the median over the pairs.
 """
 
 from __future__ import annotations

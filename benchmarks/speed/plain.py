@@ -1,8 +1,8 @@
-"""Each method once more, as its formula reads: what benchmarks/speed/methods.py measures the methods against.
+"""Plain readings: each method's formula, written again. benchmarks/speed/methods.py compares the methods with them.
 
-A reading is a function of a method, whose settings and learned layers it uses, and of what the method would see. It
-is straightforward PyTorch, each line of the formula a line of code, with no thought of speed; but nothing is slower
-than it reads. tests/benchmarks/test_plain.py holds every reading to the value of its method.
+A reading is a function of a method, for its settings and learned layers, and of the exchange that the method would see.
+It is simple PyTorch code: one line for each line of the formula. It is written without care for speed, but never slow
+on purpose. tests/benchmarks/test_plain.py checks that each reading has the value of its method.
 """
 
 from __future__ import annotations

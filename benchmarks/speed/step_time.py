@@ -1,4 +1,6 @@
-"""Time a training step of each method against the plain student's, in turn in one process, so that drift cancels.
+"""Time a training step of each method, and of the plain student.
+
+They run in turn in one process, so that drift of the machine cancels.
 
 python benchmarks/speed/step_time.py [SUITE] [--steps 30]
 """
@@ -12,7 +14,8 @@ import torch
 from kdtoolkit import Distiller
 from kdtoolkit.benchmark.cell import build_detector
 from kdtoolkit.benchmark.datasets import load_data
-from kdtoolkit.benchmark.suite import BASELINE, load_suite
+from kdtoolkit.benchmark.suite import BASELINE
+from kdtoolkit.benchmark.suite_file import load_suite
 from kdtoolkit.data import batches
 
 
@@ -23,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     suite = load_suite(args.suite)
-    images = load_data(suite.data).student
+    images = load_data(suite.data).student_data
     classes = len(images.class_names)
     config = suite.student.train
     teacher = build_detector(suite.teacher, classes, 0)

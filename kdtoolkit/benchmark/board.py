@@ -9,7 +9,8 @@ from pathlib import Path
 
 from kdtoolkit.benchmark.stats import Difference, Spread, Verdict, gap_recovered, paired_difference, spread
 from kdtoolkit.benchmark.store import CellResult, Store, read_result
-from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, Suite, load_suite
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, Suite
+from kdtoolkit.benchmark.suite_file import load_suite
 from kdtoolkit.errors import KDError
 
 METRICS = {

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 
 from kdtoolkit.benchmark.datasets import load_data
+from kdtoolkit.benchmark.hardware import device_name, machine
 from kdtoolkit.benchmark.keys import key_of, package_of
 from kdtoolkit.benchmark.store import CellResult, discard_runs, write_result, write_weights, writing
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection, MethodUse
@@ -35,7 +34,7 @@ class Task:
     """What one cell is to do.
 
     `detector`: what it trains: the student or the teacher. `parts`: what its key is made of. `result`: the path of its
-    result. `teacher`: the path of the teacher's weights. `pictures`: the folder of drawn pictures and
+    result. `teacher_weights`: their path. `pictures`: the folder of drawn pictures and
     decoded photos.
     """
 
@@ -50,13 +49,18 @@ class Task:
     threads: int
     methods: tuple[MethodUse, ...] = ()
     teacher_detector: DetectorSection | None = None
-    teacher: Path | None = None
+    teacher_weights: Path | None = None
     stretch: float = 1.0
 
     @property
     def name(self) -> str:
         """The cell's name in messages."""
         return self.entry if self.entry == TEACHER else f"{self.entry}, seed {self.seed}"
+
+    @property
+    def weights(self) -> Path:
+        """The path of the weights that it trains, beside its result."""
+        return self.result.with_suffix(".pt")
 
     @property
     def run_folder(self) -> Path:
@@ -111,15 +115,15 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     torch.set_num_threads(task.threads)
     report(Report("reading data"))
     sets = load_data(task.data, task.pictures)
-    images = sets.teacher if task.entry == TEACHER else sets.student
+    images = sets.teacher_data if task.entry == TEACHER else sets.student_data
     num_classes = len(images.class_names)
     student = build_detector(task.detector, num_classes, task.seed).to(task.device)
     teacher = None
     if task.methods:
         assert task.teacher_detector is not None  # every task with methods has both
-        assert task.teacher is not None
+        assert task.teacher_weights is not None
         teacher = build_detector(task.teacher_detector, num_classes, 0)
-        teacher.load_state_dict(torch.load(task.teacher, weights_only=True))
+        teacher.load_state_dict(torch.load(task.teacher_weights, weights_only=True))
         teacher.to(task.device)
 
     def training(progress: Progress) -> None:
@@ -141,8 +145,8 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     def evaluating(done: int, total: int) -> None:
         report(Report(f"evaluating {done}/{total}", trained.steps, warnings=tuple(trained.warnings)))
 
-    evaluating(0, len(sets.val))
-    evaluation = evaluate(student, sets.val, device=task.device, input_size=config.input_size, progress=evaluating)
+    evaluating(0, len(sets.val_data))
+    evaluation = evaluate(student, sets.val_data, device=task.device, input_size=config.input_size, progress=evaluating)
     result = CellResult(
         entry=task.entry,
         seed=task.seed,
@@ -170,27 +174,6 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
     report(Report("storing", trained.steps))
-    write_weights(task.result.with_suffix(".pt"), student)  # before the result, so that no result lacks its weights
+    write_weights(task.weights, student)  # before the result, so that no result lacks its weights
     write_result(task.result, result)
     discard_runs(task.result)
-
-
-def machine() -> str:
-    """Processor, number of cores and operating system, in words."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {cores()} cores, {platform.system()}"
-
-
-def device_name(device: str) -> str:
-    """What a cell runs on: `cpu`, or the name of the GPU."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -28,7 +28,7 @@ _NOT_OF_CELLS = {"__main__.py", "inspect.py", "listing.py", "matrix.py", "matrix
 
 
 def cell_parts(
-    student: DetectorSection,
+    detector: DetectorSection,
     methods: tuple[MethodUse, ...],
     *,
     seed: int,
@@ -40,24 +40,24 @@ def cell_parts(
 ) -> dict[str, str]:
     """All that the result and the cost of a cell depend on, by name.
 
-    `student`: the section of its detector, in which `auto` is replaced by a precision. `data`, `teacher`: digests of
+    `detector`: its section, in which `auto` is replaced by a precision. `data`, `teacher`: digests of
     these. `device`: its name. Versions of libraries and the source code are added.
     """
-    library = package_of(student.model)
+    library = package_of(detector.model)
     return {
-        "detector": digest(student.model_dump(mode="json")),
+        "detector": digest(detector.model_dump(mode="json")),
         "methods": json.dumps([[use.name, use.args] for use in methods]),
         "seed": str(seed),
         "steps": str(steps),
         "data": data,
         "teacher": teacher if methods else "none",
-        "precision": student.train.precision,
+        "precision": detector.train.precision,
         "device": device,
         "threads": str(threads),
         "torch": torch.__version__,
         "library": f"{library} {version(library)}",
-        **({"weights": content} if (content := content_of(student.model)) else {}),
-        "code": source_digest(student.model, tuple(Path(inspect.getfile(use.method)) for use in methods)),
+        **({"weights": content} if (content := content_of(detector.model)) else {}),
+        "code": source_digest(detector.model, tuple(Path(inspect.getfile(use.method)) for use in methods)),
     }
 
 

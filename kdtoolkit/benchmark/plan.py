@@ -7,8 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdtoolkit.benchmark.cell import Task, build_detector, device_name, stretched
+from kdtoolkit.benchmark.cell import Task, build_detector, stretched
 from kdtoolkit.benchmark.datasets import DataSets
+from kdtoolkit.benchmark.hardware import device_name
 from kdtoolkit.benchmark.keys import cell_parts, difference, key_of
 from kdtoolkit.benchmark.stats import slowest
 from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside
@@ -25,9 +26,9 @@ STRETCH_SLACK = 1.05  # the stored row of equal time is kept until it would have
 class Fingerprints:
     """Digests of the three data sets."""
 
-    teacher: str
-    student: str
-    val: str
+    teacher_data: str
+    student_data: str
+    val_data: str
 
 
 class Plan:
@@ -43,12 +44,14 @@ class Plan:
         self.threads = threads
         self._teacher_section = _for_device(suite.teacher, device)
         self._student_section = _for_device(suite.student, device)
-        self._data = Fingerprints(sets.teacher.fingerprint(), sets.student.fingerprint(), sets.val.fingerprint())
+        self._data = Fingerprints(
+            sets.teacher_data.fingerprint(), sets.student_data.fingerprint(), sets.val_data.fingerprint()
+        )
 
-    def teacher(self) -> Task:
+    def teacher_task(self) -> Task:
         """The teacher's task. Its result and weights are stored under its key, for all runs."""
         section = self._teacher_section
-        data = f"{self._data.teacher} {self._data.val}"
+        data = f"{self._data.teacher_data} {self._data.val_data}"
         parts = self._parts(section, (), 0, section.train.steps, data, "none")
         result = self.store.teacher_path(key_of(parts))
         pictures = self.store.pictures
@@ -56,8 +59,8 @@ class Plan:
 
     def cell(self, row: str, seed: int, stretch: float = 1.0) -> Task:
         """The task of a row and seed."""
-        section, methods, teacher = self._student_section, self.suite.methods(row), self.teacher()
-        data = f"{self._data.student} {self._data.val}"
+        section, methods, teacher = self._student_section, self.suite.methods(row), self.teacher_task()
+        data = f"{self._data.student_data} {self._data.val_data}"
         steps = stretched(section.train.steps, stretch)
         return Task(
             entry=row,
@@ -71,7 +74,7 @@ class Plan:
             threads=self.threads,
             methods=methods,
             teacher_detector=self._teacher_section if methods else None,
-            teacher=teacher.result.with_suffix(".pt") if methods else None,
+            teacher_weights=teacher.weights if methods else None,
             stretch=stretch,
         )
 
@@ -91,7 +94,7 @@ class Plan:
 
     def complete(self, rows: Iterable[str]) -> bool:
         """Whether the teacher, all cells of these rows, and the baseline at equal time are done and up to date."""
-        tasks = [self.teacher(), *self.cells(rows)]
+        tasks = [self.teacher_task(), *self.cells(rows)]
         if any(self.result(task) is None for task in tasks):
             return False
         found = self.stretch()
@@ -105,7 +108,7 @@ class Plan:
     def result(self, task: Task) -> CellResult | None:
         """The stored result of a task; None unless it has the task's key, and its weights are complete."""
         found = _readable(task.result)
-        whole = found is not None and found.key == key_of(task.parts) and are_whole(task.result.with_suffix(".pt"))
+        whole = found is not None and found.key == key_of(task.parts) and are_whole(task.weights)
         return found if whole else None
 
     def measured(self, row: str) -> list[CellResult]:
@@ -117,7 +120,7 @@ class Plan:
         """Set aside the results that are damaged or out of date. Returns the reasons, by the cells' names."""
         reasons = {}
         stretches = {result.seed: result.stretch for result in self.measured(EQUAL_TIME)}
-        tasks = [self.teacher(), *self.cells([BASELINE, *self.suite.entries])]
+        tasks = [self.teacher_task(), *self.cells([BASELINE, *self.suite.entries])]
         tasks += [self.cell(EQUAL_TIME, seed, stretches.get(seed, 1.0)) for seed in range(self.suite.seeds)]
         for task in tasks:
             if reason := self._unusable(task):
@@ -132,8 +135,7 @@ class Plan:
             return f"is trained again, since {task.result} is damaged" if task.result.exists() else None
         if old.key != key_of(task.parts):
             return f"is out of date ({difference(old.key_parts, task.parts)})"
-        weights = task.result.with_suffix(".pt")
-        return None if are_whole(weights) else f"is trained again, since {weights} is missing or damaged"
+        return None if are_whole(task.weights) else f"is trained again, since {task.weights} is missing or damaged"
 
     def stretch(self) -> tuple[str, float] | None:
         """The slowest entry, and the factor by which the baseline's schedule must be longer to take as long.
@@ -169,7 +171,7 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
 
     Raises KDError that names the section or entry of the suite.
     """
-    num_classes = len(sets.student.class_names)
+    num_classes = len(sets.student_data.class_names)
     where = "teacher"
     try:
         teacher = build_detector(suite.teacher, num_classes, 0)

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 from kdtoolkit.benchmark.board import build_board
-from kdtoolkit.benchmark.cell import Failure, Report, Task, cores, device_name, machine
+from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.datasets import DataSets, load_data
 from kdtoolkit.benchmark.display import Display, duration
 from kdtoolkit.benchmark.estimate import Costs
+from kdtoolkit.benchmark.hardware import cores, device_name, machine
 from kdtoolkit.benchmark.plan import Plan, check_methods
 from kdtoolkit.benchmark.report import write_board
 from kdtoolkit.benchmark.store import (
@@ -132,7 +133,7 @@ class _Run:
         plan, display = self.plan, self.display
         for row in self.fresh:
             paths = (
-                [plan.teacher().result]
+                [plan.teacher_task().result]
                 if row == TEACHER
                 else [plan.store.result_path(row, seed) for seed in range(plan.suite.seeds)]
             )
@@ -141,14 +142,14 @@ class _Run:
                 discard_runs(path)
         for name, reason in plan.set_aside_unusable().items():
             display.line(f"{name} {reason}; its old result is kept as .json.old", "yellow")
-        teacher = plan.teacher()
+        teacher = plan.teacher_task()
         if plan.result(teacher) is None:
             discard(plan.store.teacher_copy)
             self.pending.append(teacher)
         else:
             self._keep_teacher()
             self.costs.finished(TEACHER, self._teacher_result().seconds_per_step)
-            display.line(f"teacher: taken from {teacher.result.with_suffix('.pt')}")
+            display.line(f"teacher: taken from {teacher.weights}")
         for task in plan.cells(self.rows):
             if (result := plan.result(task)) is None:
                 self.pending.append(task)
@@ -175,7 +176,7 @@ class _Run:
         display.line(f"results: {self.plan.store.root}; after Ctrl-C, run the same command to continue")
         if self.pending:
             display.line(f"data: {self.sets.description}")
-            for images in (self.sets.teacher, self.sets.student, self.sets.val):
+            for images in (self.sets.teacher_data, self.sets.student_data, self.sets.val_data):
                 _ = images.in_memory()[0]  # drawn pictures and decoded photos are then there for all cells
 
     def _precision(self) -> str:
@@ -279,7 +280,7 @@ class _Run:
         write_atomic(self.plan.store.teacher_copy, self._teacher_result().model_dump_json(indent=1).encode())
 
     def _teacher_result(self) -> CellResult:
-        result = read_result(self.plan.teacher().result)
+        result = read_result(self.plan.teacher_task().result)
         assert result is not None  # the callers have checked that it is there
         return result
 

@@ -1,10 +1,10 @@
-"""A suite: one YAML file that says what is compared. It is checked before anything runs; errors name the line."""
+"""A suite says what is compared: a teacher, a student, and methods. All of it is checked before anything runs."""
 
 from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -24,7 +25,6 @@ from pydantic_core import ErrorDetails
 from kdtoolkit.contract import Method
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
-from kdtoolkit.listing import SUITES, suite_path
 from kdtoolkit.methods import all_methods, published_settings
 from kdtoolkit.options import check_options, did_you_mean
 
@@ -125,7 +125,7 @@ class MethodUse(_Section):
             checked = _Extras.model_validate(extras)
             checked.extend(method)
         except ValidationError as error:
-            reasons = [f"{name}: {_reason(_Extras, problem)}" for problem in error.errors()]
+            reasons = [f"{name}: {reason(_Extras, problem)}" for problem in error.errors()]
             raise ValueError("; ".join(reasons)) from None
         except KDError as error:
             raise ValueError(f"{name}: {error}") from None
@@ -160,7 +160,10 @@ class Suite(_Section):
 
     @field_validator("entries")
     @classmethod
-    def _names_differ(cls, entries: dict[str, tuple[MethodUse, ...]]) -> dict[str, tuple[MethodUse, ...]]:
+    def _check_entries(
+        cls, entries: dict[str, tuple[MethodUse, ...]], info: ValidationInfo
+    ) -> dict[str, tuple[MethodUse, ...]]:
+        student: DetectorSection | None = info.data.get("student")  # None if it has a fault of its own
         names = [BASELINE, EQUAL_TIME, TEACHER]
         for name, methods in entries.items():
             if name.lower() in names:  # some systems take names of folders that differ in case for the same
@@ -168,6 +171,9 @@ class Suite(_Section):
             if not methods:
                 raise ValueError(f"entry '{name}' has no methods; the baseline is always run, and need not be listed")
             names.append(name.lower())
+            for use in methods:
+                if student and (reason := use.build().schedule.why_too_long(student.train.steps)):
+                    raise ValueError(f"entry '{name}': {use.name}: {reason}")
         return entries
 
     def methods(self, row: str) -> tuple[MethodUse, ...]:
@@ -178,39 +184,6 @@ class Suite(_Section):
         """The suite as YAML, which `load_suite` can read."""
         fields = self.model_dump(mode="json", exclude_unset=True)
         return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=120)
-
-
-def load_suite(name_or_path: str) -> Suite:
-    """Read an embedded suite or a YAML file. Raises KDError that names file and line, and says what is allowed."""
-    path = suite_path(name_or_path)
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise KDError(f"cannot read suite file {path}: {error}") from error
-    suite = parse_suite(text, path.name if path.parent == SUITES else str(path))
-    root = suite.data.root
-    return suite if root is None else change(suite, data={"root": (path.parent / root).resolve()})
-
-
-def parse_suite(text: str, source: str) -> Suite:
-    """Read a suite from YAML text. `source` is its name in errors. Raises KDError with one line for each error."""
-    try:
-        tree = yaml.compose(text, yaml.SafeLoader)
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise KDError(f"{source}{where}: not YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(tree, yaml.MappingNode):
-        raise KDError(f"{source}, line 1: a suite is a mapping with the keys {', '.join(Suite.model_fields)}")
-    problems = list(_duplicates(tree))
-    try:
-        suite = Suite.model_validate(raw)
-    except ValidationError as error:
-        problems += [(_line(tree, item["loc"]), _explain(item)) for item in error.errors()]
-    if problems:
-        raise KDError("\n".join(f"{source}, line {line}: {message}" for line, message in sorted(problems)))
-    return suite
 
 
 def change(suite: Suite, data: Mapping[str, Any] | None = None, **fields: Any) -> Suite:
@@ -241,19 +214,12 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _explain(error: ErrorDetails) -> str:
-    section = _model_at(error["loc"][:-1])
-    where = ".".join(
-        map(str, error["loc"] if error["type"] not in ("extra_forbidden", "missing") else error["loc"][:-1])
-    )
-    return (f"{where}: " if where else "") + _reason(section, error)
-
-
 def _unknown_key(key: str, allowed: Sequence[str]) -> str:
     return f"unknown key '{key}'{did_you_mean(key, allowed)}; allowed: {', '.join(allowed) or 'none'}"
 
 
-def _reason(section: type[BaseModel], error: ErrorDetails) -> str:
+def reason(section: type[BaseModel], error: ErrorDetails) -> str:
+    """An error of a section in words."""
     key = str(error["loc"][-1]) if error["loc"] else ""
     if error["type"] == "extra_forbidden":
         return _unknown_key(key, list(section.model_fields))
@@ -262,44 +228,3 @@ def _reason(section: type[BaseModel], error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     return f"{key} = {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
-
-
-def _model_at(loc: Sequence[int | str]) -> type[BaseModel]:
-    """The section of the schema that an error is in."""
-    model: type[BaseModel] = Suite
-    for part in loc:
-        field = model.model_fields.get(str(part))
-        if field is None or not (inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)):
-            break
-        model = field.annotation
-    return model
-
-
-def _line(node: yaml.Node, loc: Sequence[int | str]) -> int:
-    """The line, counted from 1, of the key or item at `loc`; if the file lacks it, of the nearest one above it."""
-    line = node.start_mark.line
-    for part in loc:
-        if isinstance(node, yaml.MappingNode):
-            found = [(key, value) for key, value in node.value if key.value == str(part)]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-            found = [(item, item) for item in node.value[part : part + 1]]
-        else:
-            found = []
-        if not found:
-            break
-        line, node = found[0][0].start_mark.line, found[0][1]
-    return int(line) + 1
-
-
-def _duplicates(node: yaml.Node) -> Iterator[tuple[int, str]]:
-    """Keys that are written twice. YAML would take the last one without a word."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                yield key.start_mark.line + 1, f"key '{key.value}' is written twice"
-            seen.add(key.value)
-            yield from _duplicates(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _duplicates(item)

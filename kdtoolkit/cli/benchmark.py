@@ -70,7 +70,8 @@ def run(
     from kdtoolkit.benchmark.board import build_board
     from kdtoolkit.benchmark.report import print_board
     from kdtoolkit.benchmark.runner import run_suite
-    from kdtoolkit.benchmark.suite import change, load_suite
+    from kdtoolkit.benchmark.suite import change
+    from kdtoolkit.benchmark.suite_file import load_suite
     from kdtoolkit.data.opening import name_of
 
     chosen = load_suite(suite)

@@ -48,6 +48,15 @@ class Schedule:
                 f"({self.decay}) are over: it must be {least} or more"
             )
 
+    def why_too_long(self, steps: int) -> str | None:
+        """Why the weights do not reach their full size in a run of `steps` steps; None if they do."""
+        if self.start + self.warmup <= steps:
+            return None
+        return (
+            f"start ({self.start}) and warmup ({self.warmup}) take longer than the run ({steps} steps), so its weights "
+            "would never be reached: shorten them, or train longer"
+        )
+
     def factor(self, step: int) -> float:
         """The factor at a step; steps count from 0."""
         if step < self.start or (step - self.start) % self.every or (self.stop is not None and step >= self.stop):

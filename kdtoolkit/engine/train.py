@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdtoolkit import processes
-from kdtoolkit.contract import Target
+from kdtoolkit.contract import Method, Target
 from kdtoolkit.data import DetectionDataset, batches
 from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.engine import group
@@ -219,6 +219,9 @@ def _check_arguments(distiller: object, config: object) -> None:
         raise KDError(
             "nothing of the student is to be trained: all its parameters are frozen. Call student.requires_grad_(True)"
         )
+    for method in distiller.methods:
+        if isinstance(method, Method) and (reason := method.schedule.why_too_long(config.steps)):
+            raise KDError(f"{type(method).__name__}: {reason}")
 
 
 def _wrapped(distiller: Distiller, config: TrainConfig, device: torch.device) -> Any:

@@ -1,12 +1,13 @@
 """BCKD: distillation by the protocol of dense detectors (Yang et al., ICCV 2023, arXiv 2308.14286).
 
-Classification: each class of each prior is a binary task of its own, as it is for the detector's own loss, so scores
-are compared as sigmoids, not as a softmax over classes: sum of BCE(s, p_t) * |p_s - p_t|. Localisation: 1 - GIoU of
-decoded boxes, weighted by the largest |p_s - p_t| of the classes. Both over all priors, divided by the positives.
+Classification: each class of each prior is a binary task, as it is for the detector's own loss. So scores are compared
+as sigmoids, not as a softmax over classes: the sum of BCE(s, p_t) * |p_s - p_t|. Localisation: 1 - GIoU of decoded
+boxes, weighted by the largest |p_s - p_t| of the classes. Both are sums over all priors, divided by the number of
+positives.
 
-Numbers agree with the published code (TinyTigerPan/BCKD @121c9aa), but for one thing: there a level counts only if a
-prior of the batch is positive on it, which the paper does not say. Here every level counts, so that a step does not
-depend on which images come together; in the reference files the sums are 1.3 to 1.4 times as large. `published_levels`
+Numbers agree with the published code (TinyTigerPan/BCKD @121c9aa), but for one thing. There a level counts only if the
+batch has a positive prior on it, which the paper does not say. Here every level counts, so that an image's loss does
+not depend on the images beside it. In the reference files the sums are 1.3 to 1.4 times as large. `published_levels`
 has the published rule.
 """
 

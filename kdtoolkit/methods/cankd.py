@@ -41,7 +41,7 @@ def cankd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Add to the student's map what its cells find in the teacher's; at first nothing, as its scale starts at 0."""
+    """Add to the student's map what its cells find in the teacher's; at first nothing, for the scale starts at 0."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -66,10 +66,10 @@ class CrossAttention(nn.Module):
 
 
 class CanKD(FeatureMethod):
-    """Imitate the teacher's pyramid, each of the student's cells with the whole of the teacher's map in view.
+    """Imitate the teacher's pyramid after each cell of the student has looked at the teacher's whole map.
 
-    For all detectors with a pyramid. The default weight is the paper's for all of them (10 / 2 in the code), where the
-    four finest levels are distilled: `at_strides` chooses levels.
+    For all detectors with a pyramid. The default weight is the paper's (10 / 2 in the code). The paper distils the four
+    finest levels; `at_strides` chooses levels.
 
     Args:
         weight: factor of the loss summed over levels; the paper's mu.
@@ -82,7 +82,7 @@ class CanKD(FeatureMethod):
         super().__init__(weight=weight)
 
     def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
-        """Build a block of attention for each level besides."""
+        """Build also an attention block for each level."""
         super().setup(student_spec, teacher_spec)
         self.attention = nn.ModuleList(CrossAttention(teacher_spec.channels[t]) for _, t in self.levels)
 

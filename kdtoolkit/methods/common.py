@@ -1,4 +1,7 @@
-"""What methods share: levels that correspond, projections, statistics of channels, divergences of predictions."""
+"""What methods share: rows of levels, resizing, statistics of channels, divergences of predictions.
+
+Methods of other packages may use all of it.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def rows_of_levels(priors: Priors, levels: Sequence[int]) -> Tensor:
-    """Indices (A',) into the priors of those on some levels, in order."""
+    """Indices (A',) of the priors that lie on some levels, in the order of `levels`."""
     starts = [0, *accumulate(priors.per_level)]
     return torch.cat([torch.arange(starts[i], starts[i + 1], device=priors.boxes.device) for i in levels])
 
 
 def at_levels(predictions: Predictions, levels: Sequence[int]) -> Predictions:
-    """The predictions of some levels of a grid."""
+    """The predictions on some levels of a grid."""
     rows, priors = rows_of_levels(predictions.priors, levels), predictions.priors
     kept = Priors(
         priors.boxes[rows],
@@ -42,7 +45,7 @@ def at_levels(predictions: Predictions, levels: Sequence[int]) -> Predictions:
 
 
 def resize_like(x: Tensor, reference: Tensor) -> Tensor:
-    """Resize maps (N, C, h, w) bilinearly to the (H, W) of `reference`; unchanged where equal."""
+    """Resize maps (N, C, h, w) bilinearly to the (H, W) of `reference`. Maps of that size are returned unchanged."""
     size = reference.shape[-2:]
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
@@ -76,8 +79,8 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def standardise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Standardise (N, C, ...) per channel over all else, by the unbiased std + `eps`, in float32.
 
-    A channel that does not vary, but for rounding, becomes 0 and gets no gradient, which would be 1 / `eps` times the
-    loss's.
+    A channel that is constant but for rounding becomes 0 and gets no gradient. Otherwise its gradient would be 1 /
+    `eps` times that of the loss.
     """
     x = x.float()
     mean, std = channel_statistics(x)
@@ -88,7 +91,7 @@ def standardise(x: Tensor, eps: float = 1e-6) -> Tensor:
 def distribution_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) of distributions given as logits (..., B), summed over B, times T^2: (...), float32.
 
-    No gradient reaches the teacher. LD divides it by B. Source: Hinton et al., arXiv 1503.02531.
+    No gradient reaches the teacher. Source: Hinton et al., arXiv 1503.02531.
     """
     student = (student_logits.float() / temperature).log_softmax(-1)
     teacher = (teacher_logits.detach().float() / temperature).log_softmax(-1)
@@ -98,8 +101,8 @@ def distribution_kl(student_logits: Tensor, teacher_logits: Tensor, temperature:
 def quality_focal_kd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
     """Quality focal loss towards the teacher's scores, elementwise in float32, for logits of any equal shape.
 
-    `beta` is 0, or 1 and more: between them the gradient is infinite where both scores are equal.
-    BCE(s, sigmoid(t)) * |sigmoid(s) - sigmoid(t)|^beta. Source: GFL (arXiv 2006.04388), equation 7, soft target.
+    It is BCE(s, sigmoid(t)) * |sigmoid(s) - sigmoid(t)|^beta. `beta` must be 0, or 1 and more: between 0 and 1 the
+    gradient is infinite at equal scores. Source: GFL (arXiv 2006.04388), equation 7, with a soft target.
     """
     student_logits, target = student_logits.float(), teacher_logits.detach().float().sigmoid()
     modulation = (student_logits.sigmoid() - target).abs()

@@ -1,11 +1,11 @@
 """CrossKD: cross-head knowledge distillation (Wang et al., CVPR 2024, arXiv 2306.11369).
 
-The student's hidden head state is handed to the teacher's frozen head, which finishes from there; the cross-head
-predictions mimic the teacher's own. The student's own predictions, which answer to the ground truth, are left out of
-it, so that the two targets do not conflict (section 3.2, equations 4 and 5).
+A hidden state of the student's head is put into the teacher's frozen head, which runs to its end. These cross-head
+predictions mimic the teacher's own. The student's own predictions learn from the ground truth alone, so the two targets
+do not conflict (section 3.2, equations 4 and 5).
 
-Before it enters the teacher's head the state takes on the statistics of the teacher's state, channel by channel.
-The settings are the published ones; where they differ between detectors, see the arguments.
+Before the state enters the teacher's head it takes on the statistics of the teacher's state, channel by channel. The
+settings are the published ones for GFL. `CrossKD.for_fcos()` has those for FCOS; for other detectors see the arguments.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kdtoolkit.methods.prediction_losses import BoxLoss, PredictionLosses
 
 
 class StateProjection(nn.Conv2d):
-    """A learned linear map of dim 1, of maps (N, C, H, W) as of vectors (N, C) and (N, C, Q)."""
+    """A learned linear map of dim 1. It takes maps (N, C, H, W) and vectors (N, C) or (N, C, Q)."""
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
         super().__init__(student_channels, teacher_channels, 1)
@@ -59,10 +59,10 @@ def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Ten
 def cross_state(
     student: State, teacher: State, project: Mapping[str, nn.ModuleList], levels: Sequence[tuple[int, int]]
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Make the student's state fit for the teacher's head: project, resize and align each branch and level.
+    """Fit the student's state to the teacher's head: project, resize and align each branch and level.
 
-    `levels` are pairs of the student's and the teacher's, one for each module of a branch. On the teacher's other
-    levels its own state stays.
+    `levels` are pairs (student level, teacher level), one for each module of a branch. On all other levels the
+    teacher's own state stays.
     """
     crossed = {}
     for branch, modules in project.items():
@@ -76,9 +76,9 @@ def cross_state(
 
 
 def state_projections(student: Sequence[int], teacher: Sequence[int]) -> nn.ModuleList:
-    """A projection for each tensor of a state, from the student's channels to the teacher's, where they differ.
+    """A projection for each tensor of a state from the student's channels to the teacher's; none if they are equal.
 
-    Levels of equal channels share one, as they share towers.
+    Levels with the same channels share one projection, as they share towers.
     """
     pairs = list(zip(student, teacher, strict=True))
     shared = {(s, t): nn.Identity() if s == t else StateProjection(s, t) for s, t in dict.fromkeys(pairs)}
@@ -93,9 +93,9 @@ def keep_levels(assignment: Assignment, priors: Priors, levels: Collection[int])
 
 
 class CrossKD(Method):
-    """Let the teacher's head finish from the student's hidden state, and mimic the teacher's own predictions.
+    """Run the teacher's head on from the student's hidden state; the result mimics the teacher's own predictions.
 
-    On grids that share only some strides, it works on those levels.
+    If two grids have only some strides in common, it works on the levels with these.
 
     Args:
         stage: where the student's state enters the teacher's head: the paper's i (0 is the pyramid itself), or from
@@ -104,7 +104,7 @@ class CrossKD(Method):
         cls_weight: factor of the classification term (1; FCOS 0.4).
         distribution_weight: factor of the localisation term where boxes are distributions (GFL: 4).
         box_weight: factor of the localisation term where they are not (RetinaNet, ATSS: 1; FCOS 0.75).
-        quality_weight: factor of the centerness term (ATSS: 1; FCOS 0); there is none without such a branch.
+        quality_weight: factor of the centerness term (ATSS: 1; FCOS 0); only detectors with such a branch have it.
         beta: exponent of the quality focal loss, 0, or 1 and more.
         box_loss: "giou" (RetinaNet, ATSS), or "iou" (FCOS).
         tap: take the state "after" the activation, as the published results do, or "before" it, as the text reads.

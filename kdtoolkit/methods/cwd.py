@@ -1,7 +1,7 @@
 """CWD: channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
 
 Each channel of a pyramid level becomes a distribution over its cells (a softmax), and the student's are pulled to the
-teacher's by KL divergence: where a channel is active matters, not how strongly (section 3.2).
+teacher's by KL divergence. So it matters where a channel is active, not how strongly (section 3.2).
 
 The loss agrees with open-mmlab/mmrazor @90c7af1, but the teacher gets no gradient here.
 """
@@ -30,7 +30,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
 
 
 def logit_maps(predictions: Predictions) -> list[Tensor]:
-    """Class logits as maps (N, C, H, W) of each level of a grid, one channel a class and prior of a cell."""
+    """Class logits as maps (N, C, H, W), one for each level of a grid; a channel is one class of one prior."""
     levels = torch.split(predictions.logits, list(predictions.priors.per_level), 1)
     return [
         x.reshape(len(x), height, width, -1).permute(0, 3, 1, 2)
@@ -45,7 +45,7 @@ class CWD(FeatureMethod):
         weight: factor of the loss summed over levels. 10 is mmrazor's setting for features; published results have
             5, for the features of RetinaNet's four finest levels and for GFL's class logits.
         temperature: of the softmax over cells.
-        on: "features", or "logits": for detectors on grids with as many priors a cell.
+        on: "features", or "logits", for two detectors on grids with the same number of priors in a cell.
     """
 
     vanishing = ("feature",)
@@ -66,7 +66,7 @@ class CWD(FeatureMethod):
         return cls(weight=5.0, on="logits")
 
     def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
-        """Refuse pairs without a common stride; for logits, those without corresponding maps."""
+        """Refuse pairs without a common stride; on logits, pairs whose maps do not correspond."""
         if self.on == "features":
             return super().refuses(student_spec, teacher_spec)
         if reason := why_not_on_grid(student_spec, "student", use="CWD(on='features')"):

@@ -1,13 +1,13 @@
 """DeFeat: features decoupled into objects and background (Guo et al., CVPR 2021, arXiv 2103.14475).
 
-Squared difference of the pyramid's features inside and outside ground-truth boxes, each region averaged by itself and
-with its own weight, so that neither drowns the other: for each, 1 / (2 * region's values) * sum (a(s) - t)^2, a mean
-over levels. The student's features go through a learned 3x3 convolution `a` first.
+The squared difference of features is averaged inside and outside ground-truth boxes, and each region has its own
+weight. So neither drowns the other. The term of a region is 1 / (2 * region's values) * sum (a(s) - t)^2, a mean over
+levels. `a` is a learned 3x3 convolution of the student's features.
 
-Regions, sums and weights follow the published code (ggjy/DeFeat.pytorch @cebb825): each box is an object on one level
-only, chosen by its size, and background on the others; padding is background. One thing differs: `a` starts as the
-identity where channels are equal, there near 0, where the student gets no gradient at first. The paper's other half,
-the decoupled classification of proposals, is not here.
+Regions, sums and weights follow the published code (ggjy/DeFeat.pytorch @cebb825). A box is an object on one level,
+chosen by its size, and background on all others. Padding is background. One thing differs: where channels are equal,
+`a` starts as the identity. There it starts near 0, so that the student gets no gradient at first. The second half of
+the paper, the decoupled classification of proposals, is not here.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def levels_of(boxes: Tensor, levels: int) -> Tensor:
 
 
 def object_region(boxes: Tensor, stride: int, height: int, width: int) -> Tensor:
-    """Cells (N, height, width) bool of one level under boxes (N, G, 4) xyxy in pixels; NaN is no box.
+    """Which cells (N, height, width) of one level lie under boxes (N, G, 4) xyxy in pixels. A box of NaN is no box.
 
-    A box covers the cells from that of its first corner up to, without it, that of its last; at least one.
+    A box covers the cells from the one of its first corner to the one before that of its last corner, at least one.
     """
     first, last = (boxes / stride).floor().chunk(2, -1)
     limit = first.new_tensor([width, height])
@@ -52,7 +52,7 @@ def object_region(boxes: Tensor, stride: int, height: int, width: int) -> Tensor
 def object_regions(
     boxes: Sequence[Tensor], strides: Sequence[int], levels: Sequence[int], sizes: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
-    """The object regions (N, H, W) bool of some `levels`, of (H, W) `sizes`, of a pyramid of `strides` in pixels."""
+    """The object regions (N, H, W) bool of some levels, whose (H, W) are `sizes`; `strides` are those of all levels."""
     padded = pad_sequence(list(boxes), batch_first=True, padding_value=torch.nan).float()
     level_of = levels_of(padded.nan_to_num(), len(strides))[..., None]
     return [
@@ -62,9 +62,9 @@ def object_regions(
 
 
 def decoupled_losses(student: Tensor, teacher: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
-    """Half the mean squared difference of maps (N, C, H, W) in the region `objects` (N, H, W) bool and outside it.
+    """Half the mean squared difference of maps (N, C, H, W), inside the region `objects` (N, H, W) bool and outside it.
 
-    Scalars in float32, 0 where a region is empty. No gradient reaches the teacher.
+    Two scalars in float32; a term is 0 if its region is empty. No gradient reaches the teacher.
     """
     difference = (student.float() - teacher.detach().float()).square().sum(1)
     values = [processes.share(region.sum() * student.shape[1], at_least=1) for region in (objects, ~objects)]
@@ -94,7 +94,7 @@ class DeFeat(FeatureMethod):
         self.weights = object_weight, background_weight
 
     def projection(self, student_channels: int, teacher_channels: int) -> nn.Module:
-        """A 3x3 convolution, at first the identity where channels are equal."""
+        """A 3x3 convolution. It starts as the identity where channels are equal."""
         convolution = nn.Conv2d(student_channels, teacher_channels, 3, padding=1)
         if student_channels == teacher_channels:
             nn.init.dirac_(convolution.weight)

@@ -6,9 +6,9 @@ f * sqrt(C softmax(mean |f| / T)); take the maximum of each 2 x 2 cells; divide 
 images of the batch; mean absolute difference.
 
 Follows the published configurations (lliai/DetKDS @9e43bfa). For GFL and RepPoints this is all; for the others they add
-terms on boxes or logits, which are not here. Its figure for GFL, 43.7, is of a student trained twice as long, on
-several scales, and started from the teacher's neck and head. One thing differs: a value that is 0 in all images, as on
-maps that end in a ReLU, gets no gradient; there it gets the loss's times 1e12.
+terms on boxes or logits, which are not here. Its figure for GFL, 43.7, is of a student that was trained twice as long,
+on several scales, and that started from the teacher's neck and head. One thing differs. On maps that end in a ReLU, a
+value can be 0 in all images. Here such a value gets no gradient; there it gets 1e12 times the loss's gradient.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def weigh_channels(x: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 def pool(x: Tensor) -> Tensor:
-    """The maximum of each 2 x 2 cells of (N, C, H, W); an odd map is filled up with 0 at the right and bottom.
+    """The maximum of each 2 x 2 cells of (N, C, H, W). Maps of odd size are padded with 0 at the right and bottom.
 
     Cells of one value share its gradient, as in the published code.
     """
@@ -49,7 +49,7 @@ def normalise_over_images(x: Tensor, eps: float = 1e-6) -> Tensor:
 def detkds_loss(student: Tensor, teacher: Tensor, temperature: float = 0.5) -> Tensor:
     """Mean absolute difference of maps (N, C, H, W) after the chain found by search: a scalar, in float32.
 
-    No gradient reaches the teacher. One image alone, divided by itself, leaves signs without gradient.
+    No gradient reaches the teacher. A batch of one image has no gradient: each value is divided by itself.
     """
     student, teacher = (
         normalise_over_images(pool(weigh_channels(x.float(), temperature))) for x in (student, teacher.detach())
@@ -81,5 +81,8 @@ class DetKDS(FeatureMethod):
         Raises IncompatibleError for a batch of one image, in which there is nothing to compare.
         """
         if len(teacher) < 2:
-            raise IncompatibleError("DetKDS compares the images of a batch: train with batches of two or more a device")
+            raise IncompatibleError(
+                "DetKDS compares the images of a batch, and this one has one image: train with batches of two or more "
+                "images on each device"
+            )
         return detkds_loss(student, teacher, self.temperature)

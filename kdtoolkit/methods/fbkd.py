@@ -1,8 +1,8 @@
 """FBKD: attention-guided features and non-local relations (Zhang & Ma, ICLR 2021, uKhGRvM8QNH).
 
-The student's map mimics the teacher's where both look, its means over space and over channels mimic the teacher's
-(section 3.1), and so does what a non-local block makes of the relations between its cells (section 3.2). Each term is
-a Euclidean norm over all of a level, neither squared nor divided by N.
+The student's map mimics the teacher's where both detectors look. Its means over space and over channels mimic the
+teacher's (section 3.1). The output of a non-local block, which relates all cells, mimics the teacher's (section 3.2).
+Each term is a Euclidean norm over a whole level, neither squared nor divided by N.
 
 Numbers agree with open-mmlab/mmrazor @90c7af1, level by level.
 """
@@ -68,7 +68,7 @@ class NonLocal(nn.Module):
 
 
 class Connector(nn.Module):
-    """What is learned for one level: both relations, and the student's way to the teacher's channels."""
+    """What is learned for one level: the relations of both detectors, and projections to the teacher's channels."""
 
     def __init__(self, student_channels: int, teacher_channels: int, pool: int, reduction: int = 4) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Connector(nn.Module):
         self.teacher_relation = NonLocal(teacher_channels, pool, reduction)
 
     def forward(self, student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Feature, channel, spatial and relation term, unweighted scalars, of maps (N, C, H, W) of one size."""
+        """The feature, channel, spatial and relation term: unweighted scalars, of maps (N, C, H, W) of equal size."""
         teacher = teacher.detach()
         attention = (spatial_attention(student, temperature) + spatial_attention(teacher, temperature)).detach() / 2
         differences = (
@@ -96,8 +96,8 @@ class Connector(nn.Module):
 class FBKD(FeatureMethod):
     """Imitate the teacher's pyramid where it looks, its means, and the relations between its cells.
 
-    Relations are to one key in 64 x 64 pixels, or in 4 x 4 cells where that is more: the published setting. The default
-    weights are mmrazor's for Faster R-CNN.
+    Keys and values are pooled to one for each 64 x 64 pixels, or for each 4 x 4 cells where these are larger, as
+    published. The default weights are mmrazor's for Faster R-CNN.
 
     Args:
         temperature: of the attention.

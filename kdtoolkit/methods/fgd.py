@@ -4,12 +4,12 @@ Focal: squared feature difference, weighted by the teacher's spatial and channel
 background apart, and the L1 distance of both detectors' attention (section 3.1). Global: squared difference after a
 context block each (section 3.2). All are sums over a level divided by N, as published.
 
-Numbers agree with the published code (yzd-v/FGD @c03a6cf), but for one thing: there boxes are scaled as if the map
-showed an image's content alone. On padded images its masks lie elsewhere than the objects, by the factor of the
-padding. Here masks lie where the boxes are; `published_masks=True` gives the published ones.
+Numbers agree with the published code (yzd-v/FGD @c03a6cf), but for one thing. There boxes are scaled as if the map
+showed an image's content alone. On padded images its masks miss the objects, by the factor of the padding. Here masks
+lie where the boxes are; `published_masks=True` gives the published ones.
 
-All terms are sums over whole maps, so none of them needs a second map: the region masks need no loop over boxes, and
-`compare` takes what the terms are made of in one walk through both maps, with a gradient that is one walk as well.
+All terms are sums over whole maps. `compare` computes what they are made of in one walk through both maps, and its
+gradient in a second walk. No step writes another map of that size, and the masks need no loop over boxes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kdtoolkit.contract import Batch, DetectorSpec, Exchange
 from kdtoolkit.methods.features import FeatureMethod, Level
 
-CHUNK = 2**18  # entries: what the walk through a map has at hand at a time, so that it stays in a processor's cache
+CHUNK = 2**18  # entries that the walk through a map takes at a time, so that they stay in a processor's cache
 
 
 def _attention(strength: Tensor, temperature: float) -> Tensor:
@@ -68,16 +68,16 @@ def region_masks(cells: Tensor, height: int, width: int) -> tuple[Tensor, Tensor
 
 
 def cells_of_content(boxes: Tensor, sizes: Sequence[tuple[int, int]], height: int, width: int) -> Tensor:
-    """Boxes (N, G, 4) in cells, as if the map showed each image's content alone, of (height, width) `sizes` in pixels.
+    """Boxes (N, G, 4) in cells, as if the map showed each image's content alone; `sizes` are (height, width) in pixels.
 
-    It is what the published code does. On padded images boxes come to lie beside what they belong to.
+    This is what the published code does. On padded images the boxes then miss the objects.
     """
     content = boxes.new_tensor([(w, h, w, h) for h, w in sizes])[:, None]
     return boxes / content * boxes.new_tensor([width, height, width, height])
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
-    """Slices of the channels of maps (N, C, P); one slice of all on accelerators, which mind calls more than memory."""
+    """Slices of the channels of maps (N, C, P). On accelerators it is one slice: there each call costs much."""
     images, channels, cells = x.shape
     step = max(CHUNK // max(images * cells, 1), 1) if x.device.type == "cpu" else channels
     return (slice(start, start + step) for start in range(0, channels, step))
@@ -106,7 +106,7 @@ def _over_channels(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Compare(torch.autograd.Function):
-    """What `compare` takes from maps (N, C, P). By hand, since autograd makes a new map at each step of each term."""
+    """The walk of `compare` through maps (N, C, P), and its gradient. Autograd would write a map at each step."""
 
     @staticmethod
     def forward(
@@ -134,7 +134,7 @@ class _Compare(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         student, teacher, channel_weight, mask_weight, difference_mean, pooling = ctx.saved_tensors
         images, channels, cells = student.shape
-        with torch.autocast(student.device.type, enabled=False):  # it may be on where backward is called
+        with torch.autocast(student.device.type, enabled=False):  # the caller of backward may have it on
             # Through the softmax of the pooling to its logits; then each entry's part in logits and context.
             pooled = pooling * _over_channels(student, context)
             logits = pooled - pooling * pooled.sum(1, keepdim=True)
@@ -155,7 +155,7 @@ class _Compare(torch.autograd.Function):
 
 
 class Comparison(NamedTuple):
-    """What the terms of one level are made of; P cells. The teacher's part in it gets no gradient.
+    """What the terms of one level, of P cells, are made of. No gradient reaches the teacher.
 
     `spatial` (N, P) and `channel` (N, C) are the student's attentions, `teacher_spatial` and `teacher_channel` the
     teacher's. `attended` (N, P): squared differences, weighted by both of these, summed over channels. `mean` (N, C)
@@ -177,13 +177,13 @@ def compare(student: Tensor, teacher: Tensor, mask_weight: Tensor, mask_bias: Te
     """Compare maps (N, C, H, W), float32, in one walk.
 
     Args:
-        student: gets gradient.
-        teacher: gets none.
-        mask_weight: of the 1x1 convolution that says how much a cell counts for the student's context, (C,).
-        mask_bias: of the same, (1,).
+        student: the map that gets gradient.
+        teacher: the map that gets none.
+        mask_weight: weight (C,) of the 1x1 convolution that says how much a cell counts in the student's context.
+        mask_bias: its bias (1,).
         temperature: of the attentions.
     """
-    # Of maps with channels last a copy: the walk is by channels, and out of order it would take twice as long.
+    # The walk is by channels. It would take twice as long on maps with channels last, so these are copied.
     student, teacher = student.flatten(2).contiguous(), teacher.detach().flatten(2).contiguous()
     teacher_spatial, teacher_channel = (_attention(x, temperature) for x in _strengths(teacher))
     spatial, channel, attended, mean, spread, context = _Compare.apply(
@@ -228,7 +228,7 @@ def focal_losses(
 
 
 class ContextBlock(nn.Module):
-    """Add to a map what its cells have in common: GCNet's block (arXiv 1904.11492), at first the identity."""
+    """Add to a map what its cells have in common: GCNet's block (arXiv 1904.11492). It starts as the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ class ContextBlock(nn.Module):
 
     @property
     def counting(self) -> tuple[Tensor, Tensor]:
-        """Weight (C,) and bias (1,) of how much a cell counts."""
+        """Weight (C,) and bias (1,) of the convolution that says how much a cell counts."""
         return self.mask.weight.flatten(), cast(Tensor, self.mask.bias)
 
     def context(self, x: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ class ContextBlock(nn.Module):
         return _over_cells(flat, weight.softmax(1))
 
     def added(self, context: Tensor) -> Tensor:
-        """What is added to each cell, (N, C), of a context (N, C)."""
+        """What a context (N, C) adds to each cell: (N, C)."""
         found: Tensor = self.add(context[:, :, None, None])
         return found.flatten(1)
 
@@ -266,7 +266,7 @@ class ContextBlock(nn.Module):
 
 
 class FGD(FeatureMethod):
-    """Imitate the teacher's pyramid where it looks, objects and background apart, and in its global relations.
+    """Imitate the teacher's pyramid where the teacher looks, objects and background apart, and its global relations.
 
     Defaults are the paper's for RetinaNet and GFL.
 
@@ -276,8 +276,8 @@ class FGD(FeatureMethod):
         background_weight: beta.
         attention_weight: gamma.
         global_weight: lambda.
-        published_masks: lay boxes over the map as the published code does: see `cells_of_content`. Without padding the
-            two are the same.
+        published_masks: lay boxes over the map as the published code does (`cells_of_content`). It makes no difference
+            to images without padding.
     """
 
     terms = ("foreground", "background", "attention", "global")
@@ -323,7 +323,7 @@ class FGD(FeatureMethod):
         return cls(foreground_weight=2e-3, background_weight=1e-3, attention_weight=1e-3, global_weight=1e-5)
 
     def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
-        """Build two context blocks for each level besides."""
+        """Build also two context blocks for each level."""
         super().setup(student_spec, teacher_spec)
         channels = [teacher_spec.channels[t] for _, t in self.levels]
         self.student_context = nn.ModuleList(map(ContextBlock, channels))

@@ -1,11 +1,11 @@
 """Feature imitation: FitNets' hints (Romero et al., ICLR 2015, arXiv 1412.6550), over all cells or those that matter.
 
 Mean squared difference of the pyramid's features: over the whole map, over the priors inside boxes, or over the
-priors that overlap a box well (Wang et al., CVPR 2019, arXiv 1906.03609). The baseline that other feature methods
-are measured against.
+priors that overlap a box well (Wang et al., CVPR 2019, arXiv 1906.03609). Other methods of features use it as their
+baseline.
 
-Numbers agree with the imitation losses in HikariTJU/LD @4287990, but for one thing: there a level counts only if it
-has a positive prior too; here whenever its region is not empty.
+Numbers agree with the imitation losses in HikariTJU/LD @4287990, but for one thing. There a level counts only if a
+prior on it is positive. Here it counts if its region is not empty.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def imitation_loss(student: Tensor, teacher: Tensor, region: Tensor | None = Non
 def box_region(priors: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """Which priors (A, 4) have their centre strictly inside a box of the image: (N, A) bool. `boxes`: (G, 4) each."""
     points = centres(priors)[:, None]
-    # Image by image, here and below: a batch filled up to the most boxes of an image is several times as much to keep.
+    # Image by image, here and below: padded to the most boxes of an image, a batch would take several times the memory.
     return torch.stack([((points > own[:, :2]) & (points < own[:, 2:])).all(-1).any(-1) for own in boxes])
 
 
@@ -64,7 +64,7 @@ def fine_grained_region(priors: Tensor, boxes: Sequence[Tensor], valid: Tensor, 
 
 
 def on_image(priors: Priors, batch: Batch) -> Tensor:
-    """Which priors have their centre on the image with its own padding: (N, A) bool."""
+    """Which priors have their centre on the image or on the padding that it has alone: (N, A) bool."""
     points = centres(priors.boxes)
     return (points < points.new_tensor([(w, h) for h, w in batch.padded_sizes])[:, None]).all(-1)
 
@@ -74,8 +74,8 @@ class FitNet(FeatureMethod):
 
     Args:
         weight: factor of the loss summed over levels; 2 is LD's for its imitation terms on GFL.
-        region: "whole" map; cells with a prior inside "boxes"; or "fine-grained": with an anchor that overlaps a
-            box well. The latter two need the student's priors, on a grid.
+        region: the "whole" map; "boxes": cells with a prior inside a box; "fine-grained": cells with an anchor that
+            overlaps a box well. The last two need a student whose priors lie on a grid.
     """
 
     vanishing = ("feature",)
@@ -100,7 +100,7 @@ class FitNet(FeatureMethod):
         """The region (N, H, W) bool of each pair of levels, in the student's cells; None for whole maps."""
         if self.region == "whole":
             return None
-        # Whatever the methods need, the student's head has run: for its own loss.
+        # The student's head has run for its own loss, although this method needs features alone.
         priors, batch = exchange.student.head.predictions.priors, exchange.student.batch
         if self.region == "boxes":
             region = box_region(priors.boxes, batch.boxes)
@@ -116,5 +116,5 @@ class FitNet(FeatureMethod):
         return [shown[s] for s, _ in self.levels]
 
     def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
-        """The loss of one level. The teacher's map is resized, since the region is one of the student's cells."""
+        """The loss of one level. The teacher's map is resized, for the region is in the student's cells."""
         return imitation_loss(student, resize_like(teacher, student), level.region)

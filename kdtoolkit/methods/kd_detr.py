@@ -1,16 +1,16 @@
-"""KD-DETR: distillation at consistent points of DETR kin (Wang et al., CVPR 2024, arXiv 2211.08071).
+"""KD-DETR: distillation at consistent points, for DETR and its relatives (Wang et al., CVPR 2024, arXiv 2211.08071).
 
-Each DETR has queries of its own, so predictions of two do not correspond. Both decoders therefore answer one set of
-queries, beside the student's own pass, which alone meets the ground truth: the teacher's queries, the paper's specific
-sampling. Queries weigh w, the teacher's largest class probability, since most are background: sum w * KL of classes,
-and L1 and GIoU of boxes averaged by w.
+Each DETR has its own queries, so the predictions of two do not correspond. Therefore both decoders run on one set of
+queries: the teacher's, which the paper calls specific sampling. The student's pass on its own queries is trained on the
+ground truth beside it. Most queries are background, so each has a weight w, the teacher's largest class probability.
+The terms are the sum of w * KL of classes, and L1 and GIoU of boxes, averaged by w.
 
-Numbers agree with the public code for DAB-DETR (Myleswork/KD-DETR @e7dfccb), but for this. There each of the student's
-six decoder layers is compared with the teacher's last, and the terms are summed; here the last layer alone is compared,
-a sixth of the terms. The paper's further, random queries are left out. The code's GIoU adds 1e-6 to union and hull, in
-shares of the image's area: 1e-3 of 32 x 32 px in 800 x 1333. Here GIoU is exact; `published_giou` has the code's.
-Classification is a sum over the queries of the batch of all processes, so it grows with the batch; there it is one over
-the batch of each process (8 or 16 images).
+Numbers agree with the public code for DAB-DETR (Myleswork/KD-DETR @e7dfccb), with these differences. There each of the
+student's six decoder layers is compared with the teacher's last layer, and the terms are summed. Here only the last
+layer is compared, so the terms are a sixth. The paper's additional random queries are left out. The code's GIoU adds
+1e-6 to union and hull, in shares of the image's area (1e-3 of 32 x 32 px in 800 x 1333). Here GIoU is exact, and
+`published_giou` has the code's. Classification is a sum over the queries of the batch of all processes, so it grows
+with the batch. There it is a sum over the batch of each process (8 or 16 images).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PUBLISHED_EPS = 1e-6  # of the GIoU, in shares of the image's area
 
 
 def class_divergence(student: Tensor, teacher: Tensor, temperature: float = 10.0) -> Tensor:
-    """KL of class scores (N, Q, K) as a softmax over classes, whatever activation they have, mean over them: (N, Q)."""
+    """KL of a softmax over class logits (N, Q, K), divided by K: (N, Q); a softmax even if scores are sigmoids."""
     return distribution_kl(student, teacher, temperature) / student.shape[-1]
 
 
@@ -43,9 +43,9 @@ def box_distances(student: Tensor, teacher: Tensor, scale: Tensor, eps: float = 
 
     Args:
         student: xyxy in pixels.
-        teacher: likewise, of the same image size; gets no gradient.
+        teacher: xyxy in pixels of the same image; gets no gradient.
         scale: (N, 1, 4) width, height, width, height of each image in pixels.
-        eps: what the GIoU adds to union and hull, in shares of the image's area.
+        eps: what is added to union and hull in the GIoU, as a share of the image's area.
     """
     student, teacher = student.float(), teacher.detach().float()
     difference = (centres_and_sizes(student) - centres_and_sizes(teacher)) / scale
@@ -56,7 +56,7 @@ def box_distances(student: Tensor, teacher: Tensor, scale: Tensor, eps: float = 
 class KDDETR(Method):
     """Teach the student's decoder what the teacher's predicts at the same queries.
 
-    For two detectors that predict at queries of one make (`prior_form`). The default weights and temperature are the
+    Both detectors must predict at queries of the same form (`prior_form`). The default weights and temperature are the
     published ones for DAB-DETR.
 
     Args:
@@ -94,7 +94,7 @@ class KDDETR(Method):
             self.vanishing = ("cls", "box")
 
     def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
-        """Refuse detectors that do not predict at queries of one make, differ in kind of scores, or have one class."""
+        """Refuse detectors whose queries or scores differ in form, that have no queries, or that have one class."""
         for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
             if spec.priors is not PriorKind.QUERIES:
                 return f"it compares queries, and the {role} predicts at {spec.priors}. Use CrossKD or PKD"

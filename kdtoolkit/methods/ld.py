@@ -1,11 +1,11 @@
 """LD: localisation distillation (Zheng et al., CVPR 2022, arXiv 2102.12252; journal version arXiv 2204.05957).
 
-Detectors whose box sides are distributions over bins can be taught to localise by KL divergence, as classifiers are
-taught classes. Main region: at the student's positive priors. Valuable region: at priors of moderate overlap around
-the objects. Both are sums, not divided by the number of positives, as published.
+If box sides are distributions over bins, a detector can learn to localise by KL divergence, as a classifier learns
+classes. The main region are the student's positive priors. The valuable region are priors around the objects that
+overlap them moderately. Both terms are sums and are not divided by the number of positives, as published.
 
-Numbers agree with the published code (HikariTJU/LD @4287990; the main region alone with mmdet 3.3.0 too). The valuable
-region follows that code rather than the paper: see `valuable_region`.
+Numbers agree with the published code (HikariTJU/LD @4287990); those of the main region agree with mmdet 3.3.0 too. The
+valuable region follows that code, not the paper: see `valuable_region`.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def side_divergence(
 
 
 def match_bins(student: Sequence[float], teacher: Sequence[float], offset: tuple[float, float]) -> Tensor:
-    """How the teacher's bins, seen from the student's priors, fall into the student's: (4, teacher's B, student's B).
+    """Shares (4, teacher's B, student's B) by which each bin of the teacher falls into the student's bins.
 
-    Not of the paper, but what makes distributions over other bins, or of priors elsewhere in the cell, comparable. A
-    bin's probability is divided linearly between the two nearest of the student's bins; beyond the ends the last one
-    takes all.
+    The paper has nothing like it. It makes two distributions comparable if their bins differ, or if their priors lie at
+    different places in a cell. The probability of a bin is divided linearly between the two nearest bins of the
+    student. Beyond the ends, the last bin takes all of it.
 
     Args:
-        student: values of the bins, rising, in strides.
-        teacher: likewise.
+        student: values of the student's bins, rising, in strides.
+        teacher: values of the teacher's bins, rising, in strides.
         offset: (x, y) from the teacher's priors to the student's, in strides.
     """
     ours = torch.tensor(student)
@@ -80,7 +80,7 @@ def atss_thresholds(overlaps: Tensor, distances: Tensor, per_level: Sequence[int
 
     Args:
         overlaps: IoU (N, A, G).
-        distances: (N, A, G) between centres; infinite where a prior is none of the image's.
+        distances: (N, A, G) between centres; infinite where a prior does not belong to the image.
         per_level: number of priors on each level.
         topk: candidates a level.
     """
@@ -100,10 +100,10 @@ def valuable_region(
 ) -> Tensor:
     """Weight of each anchor in the valuable localisation region (N, A), 0 outside it.
 
-    An anchor belongs to a box if its distance measure lies in [lower * threshold, threshold) of that box's ATSS
-    threshold; its weight is its largest IoU with such a box. The paper's measure is DIoU; the published code divides
-    the intersection by the anchor's area instead of the union, which takes in more anchors smaller than the object.
-    That is what published figures rest on, and what is done here.
+    An anchor belongs to a box if its distance measure lies in [lower * threshold, threshold), where `threshold` is the
+    box's ATSS threshold. Its weight is its largest IoU with such a box. The paper's measure is DIoU. The published code
+    divides the intersection by the anchor's area, not by the union, which takes in more anchors that are smaller than
+    the object. The published figures come from that code, so it is followed here.
 
     Args:
         anchors: (A, 4) xyxy in pixels, level by level.
@@ -112,7 +112,7 @@ def valuable_region(
         per_level: number of anchors on each level.
         lower: lower end of the region, as a share of the threshold.
     """
-    # Boxes of no extent fill up images with fewer boxes: their threshold is 0, so they have no region.
+    # Images with fewer boxes are padded with empty boxes. Their threshold is 0, so they have no region.
     padded = pad_sequence(list(boxes), batch_first=True).float()
     padded = torch.cat([padded, padded.new_zeros(len(boxes), 1, 4)], 1)  # (N, G, 4)
     iou = pairwise_iou(anchors, padded)  # (N, A, G)
@@ -131,11 +131,12 @@ def valuable_region(
 class LD(Method):
     """Teach the student's box distributions the teacher's, at the same priors.
 
-    On grids that share some strides, it works on those; bins, and where priors lie in their cells, may differ.
+    If two grids have only some strides in common, it works on these. Bins may differ, and so may the places of priors
+    in their cells.
 
-    By default the main region alone, the paper's conference version. The journal version's settings for GFL are
-    `valuable_weight=0.25, cls_weight=10`. Box terms are sums over positions, so they grow with the batch: that of all
-    processes, where the published code sums over the 2 or 3 images of each GPU.
+    The default is the paper's conference version: the main region alone. The settings of the journal version for GFL
+    are `valuable_weight=0.25, cls_weight=10`. Box terms are sums over positions of the batch of all processes, so they
+    grow with the batch. The published code sums over the 2 or 3 images of each GPU.
 
     Args:
         weight: factor of the main region's term.
@@ -182,7 +183,7 @@ class LD(Method):
         return why_no_shared_level(student_spec, teacher_spec)
 
     def _corresponding(self, exchange: Exchange) -> tuple[Predictions, Predictions, Assignment, Tensor | None]:
-        """Both predictions and the student's assignment on what they share, and how bins correspond, if they differ."""
+        """Both predictions and the student's assignment on common levels; `match_bins` if bins or places differ."""
         pair, specs = exchange.matched(), (exchange.student.spec, exchange.teacher.spec)
         student, teacher, assignment = pair.student.predictions, pair.teacher.predictions, pair.student_assignment
         if not student.priors.grid:
@@ -204,7 +205,7 @@ class LD(Method):
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`main` and, where their weight is not 0, `valuable` and `cls`.
 
-        Raises IncompatibleError where the two detectors bring the batch to other sizes.
+        Raises IncompatibleError if the two detectors bring the batch to grids of different sizes.
         """
         student, teacher, assignment, matching = self._corresponding(exchange)
         positive = assignment.positive.nonzero(as_tuple=True)
@@ -218,7 +219,7 @@ class LD(Method):
             if exchange.student.spec.priors is PriorKind.POINTS:
                 reach = student.priors.strides[:, None] * POINT_SIDE / 2
                 anchors = anchors + torch.cat([-reach, -reach, reach, reach], 1)
-            # Image by image: a batch filled up to the most boxes of an image is several times as much to keep.
+            # Image by image: padded to the most boxes of an image, a batch would take several times the memory.
             images = zip(exchange.student.batch.boxes, assignment.weights > 0, strict=True)
             region = torch.cat(
                 [valuable_region(anchors, [own], real[None], student.priors.per_level) for own, real in images]

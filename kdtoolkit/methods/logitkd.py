@@ -1,11 +1,12 @@
-"""Logit distillation of class scores, in the three published forms (KD, DKD, DIST), at priors of the same place.
+"""Logit distillation: three published forms (KD, DKD, DIST) for the class scores of corresponding priors.
 
 KD (Hinton et al., arXiv 1503.02531): KL divergence of softened scores. DKD (Zhao et al., CVPR 2022, arXiv
 2203.08679): KL of the target class against all others, and KL among the others, weighted apart. DIST (Huang et al.,
 NeurIPS 2022, arXiv 2205.10536): 1 - Pearson's r of each prior's scores and of each class's scores over priors.
 
-Made for classifiers whose scores are a softmax, as two-stage detectors' are; there all priors count, background being
-a class. Where scores are sigmoids, the classes are compared at positive priors only. Numbers agree with mmrazor's.
+All three were made for classifiers with a softmax. Two-stage detectors have one too, with background as a class, and
+there all priors count. Where scores are sigmoids, classes are compared at positive priors only. Numbers agree with
+mmrazor's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Kind = Literal["kd", "dkd", "dist"]
 
 
 def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """DKD's two parts at each of R rows, (R,) each: KL of target against the rest, and among the rest; times T^2.
+    """The two parts of DKD, (R,) each: KL of the target against the rest, and KL among the rest; both times T^2.
 
     Logits (R, K), labels (R,) in [0, K). Source: arXiv 2203.08679, equation 7.
     """
@@ -47,14 +48,14 @@ def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: 
 
 
 def relation_distance(student: Tensor, teacher: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
-    """1 - Pearson's r along `dim` of two tensors of one shape, the mean over what is left: a scalar.
+    """1 - Pearson's r along `dim` of two tensors of equal shape, averaged over all else: a scalar.
 
     Source: arXiv 2205.10536, equations 7 to 10; `eps` is added to the product of the norms.
     """
     centred = [x - x.mean(dim, keepdim=True) for x in (student, teacher)]
     # Not Tensor.norm: its gradient is 0 / 0 where all are equal.
     norms = [x.square().sum(dim).clamp(min=1e-24).sqrt() for x in centred]
-    # Scores that do not vary, but for rounding, correlate with nothing; 1 / `eps` would be the size of their gradient.
+    # Scores that are constant but for rounding correlate with nothing, and would get a gradient of size 1 / `eps`.
     varies = norms[0] > 1e-6 * student.detach().square().sum(dim).sqrt()
     correlation = (centred[0] * centred[1]).sum(dim) / (norms[0] * norms[1] + eps)
     return (1 - torch.where(varies, correlation, 0.0)).mean()
@@ -103,7 +104,7 @@ class LogitKD(PredictionMethod):
         self.priors = priors
 
     def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
-        """Refuse pairs whose priors or scores do not correspond, or that have nothing to compare."""
+        """Refuse pairs whose priors or scores do not correspond, or that have too few classes."""
         if reason := why_too_few_classes(student_spec, 3 if self.kind == "dkd" else 2):
             return f"{reason}. Use Mimic or BCKD, which compare each class by itself"
         return super().refuses(student_spec, teacher_spec)

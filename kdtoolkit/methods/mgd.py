@@ -1,9 +1,9 @@
 """MGD: masked generative distillation (Yang et al., ECCV 2022, arXiv 2205.01529).
 
-Random cells of the student's map are blanked, and a small convolutional block must make the teacher's full map of the
-rest, so that each cell has to know its surroundings (section 3.1). The loss is a sum over the level divided by N.
+Random cells of the student's map are blanked. From the rest, a small convolutional block must generate the teacher's
+full map, so each cell has to know its surroundings (section 3.1). The loss is a sum over the level, divided by N.
 
-Numbers agree with open-mmlab/mmrazor @90c7af1, case by case, given the same random mask.
+Given the same random mask, numbers agree with open-mmlab/mmrazor @90c7af1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def mgd_loss(generated: Tensor, teacher: Tensor) -> Tensor:
 
 
 def generator(channels: int) -> nn.Sequential:
-    """The block that makes the teacher's map: 3x3 convolution, ReLU, 3x3 convolution."""
+    """The block that generates the teacher's map: 3x3 convolution, ReLU, 3x3 convolution."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1),
         nn.ReLU(),
@@ -56,7 +56,7 @@ class MGD(FeatureMethod):
         return cls(weight=5e-7, mask_ratio=0.45)
 
     def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
-        """Build a generating block for each level besides."""
+        """Build also a generating block for each level."""
         super().setup(student_spec, teacher_spec)
         self.generate = nn.ModuleList(generator(teacher_spec.channels[t]) for _, t in self.levels)
 

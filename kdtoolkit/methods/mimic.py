@@ -1,7 +1,7 @@
 """Prediction mimicking: the student's own predictions mimic the teacher's, the baseline of CrossKD (arXiv 2306.11369).
 
-The losses are CrossKD's, but nothing of the teacher's head takes part: predictions that answer to the ground truth
-are at the same time drawn towards the teacher's, and where the two disagree the targets conflict (section 3.1).
+The losses are CrossKD's, but no part of the teacher's head takes part. The student's predictions are drawn towards the
+ground truth and towards the teacher's at the same time. Where these two disagree, the targets conflict (section 3.1).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from kdtoolkit.methods.predictions import PredictionMethod
 class Mimic(PredictionMethod):
     """Let the student's own predictions mimic the teacher's, prior by prior.
 
-    Defaults are those of `CrossKD`, so that the two differ in nothing but whose predictions mimic.
+    Defaults are those of `CrossKD`, so the two methods differ only in the predictions that mimic the teacher's.
 
     Args:
         cls_weight: factor of the classification term (1; FCOS 0.4).
         distribution_weight: factor of the localisation term where boxes are distributions (GFL: 4).
         box_weight: factor of the localisation term where they are not (RetinaNet, ATSS: 1; FCOS 0.75).
-        quality_weight: factor of the centerness term (ATSS: 1; FCOS 0); there is none without such a branch.
+        quality_weight: factor of the centerness term (ATSS: 1; FCOS 0); only detectors with such a branch have it.
         beta: exponent of the quality focal loss, 0, or 1 and more.
         box_loss: "giou" (RetinaNet, ATSS), or "iou" (FCOS).
     """
@@ -51,7 +51,7 @@ class Mimic(PredictionMethod):
         return cls(cls_weight=0.4, box_weight=0.75, quality_weight=0.0, box_loss="iou")
 
     def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
-        """Refuse pairs whose priors do not correspond one to one, or that predict boxes in other ways."""
+        """Refuse pairs whose priors do not correspond one to one, or whose boxes are predicted differently."""
         if reason := super().refuses(student_spec, teacher_spec):
             return reason
         if student_spec.priors != teacher_spec.priors:

@@ -1,8 +1,8 @@
 """PKD: feature imitation by Pearson correlation (Cao et al., NeurIPS 2022, arXiv 2207.02039).
 
-Each channel of a pyramid level is standardised over batch and space in both detectors, and the mean squared
-difference is halved: 1 - r of the channels, so scale and offset of the teacher's features do not matter and
-detectors of different kinds can be paired (section 3.3, equations 4 and 5).
+Each channel of a pyramid level is standardised over batch and space in both detectors. The loss is half the mean
+squared difference, which equals 1 - Pearson's r of the channels. So scale and offset of the teacher's features do not
+matter, and detectors of different kinds can be paired (section 3.3, equations 4 and 5).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kdtoolkit.methods.features import FeatureMethod, Level
 def pkd_loss(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
     """Half the mean squared difference of standardised features, both (N, C, H, W): a scalar in [0, 2].
 
-    Where sizes differ the smaller map is resized bilinearly to the larger. No gradient reaches the teacher. Source:
+    If sizes differ, the smaller map is resized bilinearly to the larger. No gradient reaches the teacher. Source:
     equation 5.
     """
     teacher = teacher.detach()

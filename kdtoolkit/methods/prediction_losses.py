@@ -18,7 +18,7 @@ BoxLoss = Literal["giou", "iou"]
 
 
 def classification_kd(student: Predictions, teacher: Predictions, beta: float = 1.0) -> Tensor:
-    """Classification term of each prior (N, A), summed over classes: QFL, or KL where scores are a softmax."""
+    """Classification term of each prior (N, A): quality focal loss summed over classes; KL if scores are a softmax."""
     if teacher.activation == "sigmoid":
         return quality_focal_kd(student.logits, teacher.logits, beta).sum(-1)
     return distribution_kl(student.logits, teacher.logits, temperature=1.0)
@@ -27,8 +27,9 @@ def classification_kd(student: Predictions, teacher: Predictions, beta: float = 
 def box_kd(student: Predictions, teacher: Predictions, assignment: Assignment, kind: BoxLoss) -> tuple[Tensor, Tensor]:
     """Localisation term of each prior (N, A) and the divisor of its sum, each prior weighted by the teacher's score.
 
-    Distributions: KL averaged over the four sides, divided by the sum of the weights. Else: 1 - GIoU, or -log IoU,
-    of decoded boxes, divided by the normaliser of the teacher's assignment.
+    If box sides are distributions, the term is their KL, averaged over the four sides; the divisor is the sum of the
+    weights. Otherwise the term is 1 - GIoU, or -log IoU, of decoded boxes; the divisor is the normaliser of the
+    teacher's assignment.
     """
     weight = teacher.scores * assignment.weights
     if teacher.regression.ndim == 4:
@@ -45,7 +46,7 @@ def box_kd(student: Predictions, teacher: Predictions, assignment: Assignment, k
 class PredictionLosses:
     """Losses `cls`, `box` and, where both heads judge quality, `quality`, between predictions at the same priors.
 
-    `distribution_weight` is the weight of `box` where box sides are distributions, `box_weight` where they are not.
+    The weight of `box` is `distribution_weight` if box sides are distributions, else `box_weight`.
     `beta` is the exponent of the quality focal loss. Raises KDError for one between 0 and 1: there the gradient is
     infinite at equal scores.
     """

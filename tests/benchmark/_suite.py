@@ -1,7 +1,7 @@
 """A suite whose cells take a second, in the text that a user would write, and results as its cells would store them."""
 
 from kdtoolkit.benchmark.store import CellResult, write_atomic
-from kdtoolkit.benchmark.suite import parse_suite
+from kdtoolkit.benchmark.suite_file import parse_suite
 
 TINY = """\
 name: tiny

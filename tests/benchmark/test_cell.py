@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kdtoolkit.benchmark import cell
+from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.store import Store, discard_runs
 from kdtoolkit.benchmark.suite import BASELINE
@@ -17,7 +18,7 @@ class Stopped(Exception):
 def task_in(root):
     suite = tiny()
     store = Store(root / "run")
-    plan = Plan(suite, store, cell.load_data(suite.data), device="cpu", threads=torch.get_num_threads())
+    plan = Plan(suite, store, load_data(suite.data), device="cpu", threads=torch.get_num_threads())
     return plan.cell(BASELINE, 0)
 
 

@@ -18,7 +18,7 @@ class Images:
 
 
 class Sets:
-    teacher = student = val = Images()
+    teacher_data = student_data = val_data = Images()
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_durations():
 def test_the_time_left_by_hand(plan):
     costs = Costs()
     later = plan.cells([EQUAL_TIME])  # of 2 seeds
-    baseline, pkd, teacher = plan.cell(BASELINE, 0), plan.cell("PKD", 0), plan.teacher()  # of 2, 2 and 3 steps
+    baseline, pkd, teacher = plan.cell(BASELINE, 0), plan.cell("PKD", 0), plan.teacher_task()  # of 2, 2 and 3 steps
     assert costs.remaining([baseline], {}, 1, [], []) is None  # nothing is known yet
     costs.finished(BASELINE, 10.0)
     assert costs.remaining([baseline, pkd], {}, 1, [], []) is None  # nothing of the teacher
@@ -77,7 +77,7 @@ def test_the_time_left_by_hand(plan):
 
 def test_the_first_steps_of_a_running_cell_tell_its_cost(plan):
     costs = Costs()
-    baseline, teacher = plan.cell(BASELINE, 0), plan.teacher()
+    baseline, teacher = plan.cell(BASELINE, 0), plan.teacher_task()
     for task, pace in ((baseline, 0.5), (teacher, 2.0)):
         costs.running(task, Report("reading data"), 1.0)
         costs.running(task, Report("training", 1, {}, 3.0), 7.0)  # the first step is slow, and so was the start: 4 s

@@ -2,7 +2,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from kdtoolkit.benchmark.suite import MethodUse, change, load_suite, parse_suite
+from kdtoolkit.benchmark.suite import MethodUse, change
+from kdtoolkit.benchmark.suite_file import load_suite, parse_suite
 from kdtoolkit.contract import Schedule
 from kdtoolkit.errors import KDError
 from kdtoolkit.listing import embedded_suites
@@ -74,6 +75,12 @@ def test_what_is_written_reads_back():
         ),
         ("PKD: [PKD]", "PKD: [{CWD: {'on': logit}}]", "CWD", ["CWD(on='logit')", "did you mean 'logits'"]),
         ("PKD: [PKD]", "PKD: [{CWD: {on: logits}}]", "CWD", ["CWD: YAML reads the key `on`", "quotes"]),
+        (
+            "{weight: 3.0}",
+            "{warmup: 9}",
+            "entries",
+            ["PKD: start (0) and warmup (9) take longer than the run (2 steps)"],
+        ),
         ("PKD: [PKD]", "PKD: []", "entries", ["entry 'PKD' has no methods"]),
         ("PKD: [PKD]", "Baseline: [PKD]", "entries", ["'Baseline' has the same name as another row"]),
         ("PKD: [PKD]", "../PKD: [PKD]", "../PKD", ["../PKD"]),
@@ -114,7 +121,9 @@ def test_embedded_suites_are_valid_and_named_as_their_files(name):
 
 def test_unknown_suites_are_refused_with_the_known_ones():
     known = ", ".join(embedded_suites())
-    with pytest.raises(KDError, match=rf"unknown suite 'qick' \(did you mean 'quick'\?\); embedded are {known}\."):
+    with pytest.raises(
+        KDError, match=rf"unknown suite 'qick' \(did you mean 'quick'\?\); the embedded ones are {known}\."
+    ):
         load_suite("qick")
     with pytest.raises(KDError, match=r"no suite file nowhere\.yaml"):
         load_suite("nowhere.yaml")

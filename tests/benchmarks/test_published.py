@@ -6,7 +6,7 @@ import pytest
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdtoolkit import Distiller
-from kdtoolkit.benchmark.suite import load_suite
+from kdtoolkit.benchmark.suite_file import load_suite
 from kdtoolkit.engine.optim import build_optimizer, frozen
 from kdtoolkit.models import build_model
 

@@ -217,3 +217,10 @@ def test_a_frozen_student_is_refused(data, methods):
     distiller.student.requires_grad_(False)
     with pytest.raises(KDError, match=r"all its parameters are frozen. Call student.requires_grad_\(True\)"):
         train(distiller, data, config(), seed=0)
+
+
+@pytest.mark.parametrize("schedule", [{"warmup": 5}, {"start": 2, "warmup": 3}])
+def test_a_schedule_that_is_not_over_at_the_last_step_is_refused(data, schedule):
+    distiller = Distiller(model(1), model(2), [PKD().scheduled(**schedule)])
+    with pytest.raises(KDError, match=r"PKD: start .* take longer than the run \(4 steps\).*: shorten them"):
+        train(distiller, data, config(steps=4), seed=0)

@@ -44,15 +44,15 @@ class Case:
         seed: int = SEED,
         *,
         factory: MethodFactory | None = None,
-        student: Change = lambda adapter: adapter,
-        teacher: Change = lambda adapter: adapter,
+        change_student: Change = lambda adapter: adapter,
+        change_teacher: Change = lambda adapter: adapter,
     ) -> Distiller:
-        """A distiller with a new method; no model has gradients. `student`, `teacher`: how to change what they show."""
+        """A distiller with a new method; no model has gradients. `change_...`: what they show instead."""
         ours, theirs, _ = self._copies
         for model in (ours.model, theirs.model):
             model.zero_grad(set_to_none=True)
         torch.manual_seed(seed)
-        return Distiller(teacher(theirs), student(ours), [(factory or self.factory)()]).train()
+        return Distiller(change_teacher(theirs), change_student(ours), [(factory or self.factory)()]).train()
 
     @cached_property
     def usual(self) -> dict[str, Tensor]:

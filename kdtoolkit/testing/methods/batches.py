@@ -52,7 +52,7 @@ def _constant_images(case: Case) -> None:
 def _no_signal(case: Case) -> None:
     """If the features of student or teacher are all 0, terms and gradients are finite."""
     dead = partial(transformed, levels=lambda level: level * 0)
-    for role, distiller in (("student", case.fresh(student=dead)), ("teacher", case.fresh(teacher=dead))):
+    for role, distiller in (("student", case.fresh(change_student=dead)), ("teacher", case.fresh(change_teacher=dead))):
         terms = case.terms(distiller)
         what = f"features of the {role} that are all 0"
         expect_losses(terms, what)
@@ -61,7 +61,7 @@ def _no_signal(case: Case) -> None:
 
 def _unequal_padding(case: Case) -> None:
     """If the teacher pads further than the student, terms and gradients are finite."""
-    distiller = case.fresh(teacher=partial(transformed, padding=PADDING))
+    distiller = case.fresh(change_teacher=partial(transformed, padding=PADDING))
     try:
         terms = case.terms(distiller)
     except IncompatibleError as error:  # a teacher of one image size then has cells of a different stride

@@ -80,7 +80,7 @@ def _two_processes(case: Case) -> None:
 def _channels_last(case: Case) -> None:
     """Terms are the same if the channels of maps lie last in memory (channels_last)."""
     turned = partial(transformed, levels=lambda x: x.contiguous(memory_format=torch.channels_last))
-    terms = case.terms(case.fresh(student=turned, teacher=turned))
+    terms = case.terms(case.fresh(change_student=turned, change_teacher=turned))
     for name, value in case.usual.items():
         near = abs(terms[name] - value) <= LAYOUT * (abs(value) + total(case.usual).abs()) + ROUNDING
         expect(bool(near), f"{name} is {terms[name].item():g} with channels_last, and {value.item():g} without")

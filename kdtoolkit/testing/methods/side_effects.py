@@ -27,7 +27,7 @@ def _passes(case: Case) -> None:
         return transformed(adapter, note=lambda what: calls.update([f"{what} of the {role}"]))
 
     with torch.no_grad():
-        case.terms(case.fresh(student=partial(counted, "student"), teacher=partial(counted, "teacher")))
+        case.terms(case.fresh(change_student=partial(counted, "student"), change_teacher=partial(counted, "teacher")))
     # The student's head may run again, on the teacher's queries or proposals.
     most = {
         "features of the student": 1,

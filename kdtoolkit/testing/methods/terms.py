@@ -107,7 +107,7 @@ def _magnitude(case: Case) -> None:
     """
     loud = partial(transformed, levels=_with_spread, predictions=_with_contrast)
     with torch.no_grad():
-        found = float(total(case.terms(case.fresh(student=loud, teacher=loud))))
+        found = float(total(case.terms(case.fresh(change_student=loud, change_teacher=loud))))
     least = LEAST_OF_FEATURES if case.factory().needs == {Capability.FEATURES} else LEAST_OF_HEADS
     problem = (
         f"terms are {found:.2g} in sum if levels have a spread of 1 and logits one of 2; expected {least:g} to {MOST:g}"
