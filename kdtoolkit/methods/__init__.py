@@ -1,4 +1,4 @@
-"""Distillation methods, one file each: a file in this folder is found by itself, as is what other packages announce."""
+"""Distillation methods, one file each. Every file in this folder is found by itself; other packages announce theirs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def all_methods() -> dict[str, type[Method]]:
 
 
 def published_settings(method: type[Method]) -> dict[str, Callable[[], Method]]:
-    """A method's published settings for other detectors than its defaults are for: `CrossKD.for_fcos` and so on."""
+    """A method's published settings for detectors that its defaults do not suit: `CrossKD.for_fcos` and so on."""
     names = [name for name in dir(method) if name.startswith("for_")]
     return {f"{method.__name__}.{name}": getattr(method, name) for name in names}
 

@@ -41,9 +41,8 @@ class FeatureMethod(Method):
     """A method that compares two pyramids, level by level. A subclass writes `loss`; the rest is done here.
 
     Pairs without a common stride are refused. Where the channels of a level differ, a learned 1x1 convolution brings
-    the student's to the teacher's number. The losses of the levels that both pyramids have are added up and weighted.
-
-    `resize_student`: whether a student's map is resized bilinearly to its teacher's before `loss`, where sizes differ.
+    the student's to the teacher's number. The losses of all pairs of levels are added up and weighted.
+    `resize_student`: if sizes differ, resize the student's map bilinearly to the teacher's size before `loss`.
     `mean_over_levels`: divide by the number of levels. A method with several terms sets `weights` in its `__init__`,
     one for each of `terms`.
 
@@ -80,14 +79,15 @@ class FeatureMethod(Method):
     def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         """Pair the levels of equal stride, and build a projection for each pair.
 
-        A method that learns more extends this, and finds the modules of a level by `Level.index`.
+        If a method learns more than projections, it extends `setup` and keeps one module for each pair. `loss` finds
+        the module of its pair by `level.index`.
         """
         self.levels = shared_levels(student_spec, teacher_spec)
         channels = ((student_spec.channels[s], teacher_spec.channels[t]) for s, t in self.levels)
         self.align = nn.ModuleList(self.projection(ours, theirs) for ours, theirs in channels)
 
     def projection(self, student_channels: int, teacher_channels: int) -> nn.Module:
-        """What each student's map goes through first: a 1x1 convolution, or nothing where channels are equal."""
+        """The module that a student's map goes through first: a 1x1 convolution, or none if channels are equal."""
         if student_channels == teacher_channels:
             return nn.Identity()
         return nn.Conv2d(student_channels, teacher_channels, 1)
@@ -97,7 +97,7 @@ class FeatureMethod(Method):
         return exchange.student.features, exchange.teacher.features
 
     def regions(self, exchange: Exchange) -> Sequence[Tensor] | None:
-        """For each pair of levels, which cells matter, as `loss` wants it; None if all cells are alike."""
+        """For each pair of levels: which cells matter, in the form that `loss` needs; None if all matter equally."""
         return None
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:

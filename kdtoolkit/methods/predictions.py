@@ -37,8 +37,9 @@ class PredictionMethod(Method):
         """The weighted terms, float32 scalars, by names of `terms`.
 
         Args:
-            student: its predictions.
-            teacher: the same priors' predictions; its `boxes` lie on the student's canvas. Detach what is compared.
+            student: the student's predictions.
+            teacher: the teacher's predictions at the same priors; `boxes` lie on the student's canvas. Detach what you
+                compare with.
             pair: has the assignments of ground truth to these priors, `student_assignment` and `teacher_assignment`,
                 and the heads' states.
         """
