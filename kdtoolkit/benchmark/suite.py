@@ -61,7 +61,7 @@ class DataSection(_Section):
             counts = ("teacher_images", "student_images", "val_images")
             if missing := [name for name in counts if getattr(self, name) is None]:
                 raise ValueError(
-                    f"procedural data needs {', '.join(missing)}: write how many images to draw, or name a data set as `root`"
+                    f"procedural data needs {', '.join(missing)}: write how many images to draw, or name a `root`"
                 )
         return self
 
