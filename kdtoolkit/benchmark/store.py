@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from kdtoolkit import files
+from kdtoolkit.benchmark.words import counted
 from kdtoolkit.errors import KDError
 from kdtoolkit.lock import hold
 
@@ -63,7 +64,7 @@ class CellResult(BaseModel):
     def hardware(self) -> str:
         """What it was measured on, in words. Times on different hardware cannot be compared."""
         where = self.machine if self.device == "cpu" else f"{self.device} ({self.machine})"
-        return f"{where}, {self.threads} thread{'s' if self.threads > 1 else ''} a cell"
+        return f"{where}, {counted(self.threads, 'thread')} a cell"
 
 
 class Store:

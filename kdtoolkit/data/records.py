@@ -118,18 +118,26 @@ class Reading:
             self.faults.append(Fault(file, str(error), loses))
 
     def inside(
-        self, xywh: Sequence[float], size: tuple[int, int], shown: str, rule: str
+        self,
+        xywh: tuple[float, float, float, float],
+        size: tuple[int, int],
+        what: str,
+        numbers: Sequence[float],
+        rule: str,
     ) -> tuple[float, float, float, float]:
         """The part of a box that lies in its image of `size` (width, height).
 
-        `shown` names the box, `rule` says how the format writes boxes. Raises BadEntryError if the box has no area,
-        lies outside, or reaches more than MAX_OVERHANG beyond the image.
+        `what` and `numbers`: the box as the format writes it; `rule`: how the format writes boxes. Raises BadEntryError
+        if the box has no area, lies outside, or reaches more than MAX_OVERHANG beyond the image.
         """
         (x, y, width, height), (image_width, image_height) = xywh, size
         thinnest = MIN_SIDE * image_width, MIN_SIDE * image_height
-        if width <= thinnest[0] or height <= thinnest[1]:
-            raise BadEntryError(f"{shown} has no area; give it a positive width and height, or delete it")
         overhang = max(-x, -y, x + width - image_width, y + height - image_height)
+        if overhang <= 0 and width > thinnest[0] and height > thinnest[1]:
+            return xywh
+        box = f"{what} [{', '.join(f'{number:.10g}' for number in numbers)}]"
+        if width <= thinnest[0] or height <= thinnest[1]:
+            raise BadEntryError(f"{box} has no area; give it a positive width and height, or delete it")
         x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + width, image_width), min(y + height, image_height)
         problem = ""
         if x2 - x1 <= thinnest[0] or y2 - y1 <= thinnest[1]:
@@ -138,10 +146,8 @@ class Reading:
             problem = f"reaches {overhang:g} px beyond"
         if problem:
             raise BadEntryError(
-                f"{shown} {problem} the image of {image_width}x{image_height}; {rule}. Correct it, or delete it"
+                f"{box} {problem} the image of {image_width}x{image_height}; {rule}. Correct it, or delete it"
             )
-        if overhang <= 0:
-            return x, y, width, height
         self.cut += overhang > NOTICEABLE
         return x1, y1, x2 - x1, y2 - y1
 
@@ -249,7 +255,7 @@ def settle(faults: Sequence[Fault], source: Path, on_bad: Literal["error", "skip
         return
     listed = "".join(f"\n  {fault.text}" for fault in faults[:SHOWN_FAULTS])
     if len(faults) > SHOWN_FAULTS:
-        listed += f"\n  and {len(faults) - SHOWN_FAULTS} more"
+        listed += f"\n  and {len(faults) - SHOWN_FAULTS} more; `kd data check` lists all"
     number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     if on_bad == "error":
         raise KDError(

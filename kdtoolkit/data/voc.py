@@ -249,11 +249,10 @@ def _box(entry: Element, corners: list[float], size: tuple[int, int], labels: di
     if difficult not in ("0", "1"):
         raise BadEntryError(f"difficult must be 0 or 1, not {shown(difficult)}")
     x1, y1, x2, y2 = corners
-    box = f"bndbox [{', '.join(f'{value:g}' for value in corners)}]"
     reading.unread["truncated flags"] += _text(entry, "truncated") == "1"
     reading.unread["parts of objects"] += len(entry.findall("part"))
-    pixels = (round(value, DECIMALS) for value in (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1))
-    xywh = reading.inside(tuple(pixels), size, box, RULE)
+    x, y, width, height = (round(value, DECIMALS) for value in (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1))
+    xywh = reading.inside((x, y, width, height), size, "bndbox", corners, RULE)
     return Box(labels[name], xywh, xywh[2] * xywh[3], difficult == "1")
 
 

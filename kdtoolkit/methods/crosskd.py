@@ -155,11 +155,8 @@ class CrossKD(Method):
     def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse pairs whose heads have no corresponding states."""
         on_grids = student_spec.priors.on_grid and teacher_spec.priors.on_grid
-        if (
-            reason := why_no_shared_level(student_spec, teacher_spec)
-            if on_grids
-            else why_cells_differ(student_spec, teacher_spec)
-        ):
+        why_apart = why_no_shared_level if on_grids else why_cells_differ
+        if reason := why_apart(student_spec, teacher_spec):
             return reason
         for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
             if not 0 <= self._index(spec) < len(spec.stages):
