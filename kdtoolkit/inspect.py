@@ -27,7 +27,7 @@ class Inspection:
         adapter: class name of the adapter.
         spec: the detector's facts.
         parameters: number of the model's parameters.
-        trainable: number of those that are trained.
+        trainable: number of the parameters that are trained.
         image_size: side of the image in pixels.
         resized: (height, width) of the image after the detector's own resizing.
         canvas: (height, width) of the image after padding, which is what the backbone gets.
@@ -178,7 +178,7 @@ def _print_verdicts(verdicts: Mapping[str, Verdict], console: Console) -> None:
 
 def _facts(found: Inspection) -> dict[str, str]:
     spec = found.spec
-    frozen = "" if found.trainable == found.parameters else f", of which {found.trainable / 1e6:.2f} M are trained"
+    frozen = "" if found.trainable == found.parameters else f"; {found.trainable / 1e6:.2f} M of them are trained"
     facts = {
         "detector": f"{spec.name} ({found.adapter})",
         "classes": f"{spec.num_classes}, {spec.activation} scores",

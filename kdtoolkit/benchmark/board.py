@@ -66,8 +66,8 @@ class Claim:
 class Board:
     """A leaderboard.
 
-    `rows` are the students', sorted by AP, highest first. `claims` are sentences, `facts` settings by name, `warnings`
-    what is wrong or missing.
+    `rows`: one for each student, sorted by AP, highest first. `claims`: sentences. `facts`: settings by name.
+    `warnings`: what is wrong or missing.
     """
 
     title: str
@@ -80,10 +80,12 @@ class Board:
 
 
 def build_board(root: Path) -> Board:
-    """The board of a run's folder, also of an unfinished run. Raises KDError if the folder is of no run."""
+    """The board of a run's folder, also if the run is unfinished. Raises KDError if the folder holds no run."""
     store = Store(root)
     if not store.suite_path.is_file():
-        raise KDError(f"{root} is not a folder of `kd benchmark run`: it has no suite.yaml")
+        raise KDError(
+            f"{root} is not a folder of `kd benchmark run`: it has no suite.yaml. Name a suite's folder, as runs/quick"
+        )
     suite = load_suite(str(store.suite_path))
     cells = {row: list(_cells(store, suite, row)) for row in (BASELINE, *suite.entries, EQUAL_TIME)}
     teacher = read_result(store.teacher_copy)

@@ -66,7 +66,7 @@ def run_suite(
         jobs: how many cells run at the same time. None: one for each core on a CPU, 1 on a GPU.
         device: `cpu` or `cuda`.
         only: the entries to run besides the baseline. Empty: all entries.
-        fresh: run the entries of `only` again, or all rows and the teacher if it is empty.
+        fresh: run finished cells again: those of `only`, or all rows and the teacher if `only` is empty.
 
     Raises KDError if the suite does not fit the data, if the folder cannot be written, or if another run works in it.
     """

@@ -28,8 +28,8 @@ class CellResult(BaseModel):
 
     `key`, `key_parts`: digests of all that the result depends on. `evaluation`, `per_class`: AP in percent, or None if
     undefined. `train_seconds`: the whole training. `step_ms`: the median step. `peak_memory_mb`: peak memory of the
-    process until the end of training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was made
-    longer. `history`: loss terms by step.
+    process until the end of training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was
+    stretched. `history`: loss terms by step.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -98,7 +98,7 @@ class Store:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process, however it ends. Raises KDError, which names the holder, if it is held."""
+        """Lock the folder for this process until it ends. Raises KDError that names the process that holds it."""
         with ExitStack() as held:
             with writing(self.root):
                 held.enter_context(hold(self.root))
@@ -144,7 +144,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is complete, or as it was before. Raises StoreError where it cannot be written."""
+    """Write a file completely, or leave it as it was. Raises StoreError if it cannot be written."""
     with writing(path):
         files.write_atomic(path, content)
 
@@ -162,7 +162,7 @@ def discard(path: Path) -> None:
 
 
 def discard_runs(result: Path, but: Path | None = None) -> None:
-    """Delete the folders of a cell's trainings that did not come to their end, `but` that one."""
+    """Delete the folders of a cell's unfinished trainings, except `but`."""
     for folder in result.parent.glob("*.run"):
         if folder.name.startswith(f"{result.stem}.") and folder != but:
             with writing(folder):

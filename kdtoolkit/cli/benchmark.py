@@ -66,7 +66,8 @@ def run(
     """Train, distil and compare on a leaderboard.
 
     A teacher, a student alone (the baseline) and a student for each entry of the suite are trained and evaluated.
-    Results land in OUT/SUITE as they come. What is done is not run again, so an interrupted run goes on where it was.
+    Results go to OUT/SUITE, cell by cell. Finished cells are not run again, so an interrupted run continues where it
+    was.
     """
     from kdtoolkit.listing import suite_path
 

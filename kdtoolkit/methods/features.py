@@ -83,7 +83,8 @@ class FeatureMethod(Method):
     def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         """Pair the levels of equal stride, and build a projection for each pair.
 
-        A method that learns more extends this, and finds the modules of a level by `Level.index`.
+        If a method learns more than projections, it extends `setup` and keeps one module for each pair. `loss` finds
+        the module of its pair by `level.index`.
         """
         self.levels = shared_levels(student_spec, teacher_spec)
         channels = ((student_spec.channels[s], teacher_spec.channels[t]) for s, t in self.levels)
