@@ -83,9 +83,12 @@ def test_report_writes_the_board_again(run, tmp_path):
 def test_mistakes_are_one_error_and_code_2(run, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(TINY.replace("seeds: 2", "sedes: 2"))
+    code_of_others = tmp_path / "code.yaml"
+    code_of_others.write_text(TINY.replace("model: kdtoolkit/gfl", "model: os:system", 1))
     for arguments, part in (
         (["benchmark", "run", "qick"], "did you mean 'quick'?"),
         (["benchmark", "run", wrong], "wrong.yaml, line 4: unknown key 'sedes' (did you mean 'seeds'?)"),
+        (["benchmark", "run", code_of_others], "is 'os:system', which imports a Python module and so runs its code"),
         (["benchmark", "report", tmp_path], "is not a folder of `kd benchmark run`"),
         (["benchmark", "run", "--data", tmp_path / "none"], "none' does not exist"),
         (["benchmark", "run", "--sed", "3"], "--seeds"),

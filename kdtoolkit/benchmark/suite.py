@@ -26,6 +26,7 @@ from kdtoolkit.contract import Method
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import all_methods, published_settings
+from kdtoolkit.models import is_code
 from kdtoolkit.options import check_options, did_you_mean
 
 BASELINE = "baseline"
@@ -191,6 +192,16 @@ def change(suite: Suite, data: Mapping[str, Any] | None = None, **fields: Any) -
     raw = suite.model_dump(exclude_unset=True)
     raw["data"].update(data or {})
     return Suite.model_validate({**raw, **fields})
+
+
+def check_runs_no_code(suite: Suite) -> None:
+    """Raises KDError if the suite names a module to import as a model, which would run whatever the module contains."""
+    for role, section in (("teacher", suite.teacher), ("student", suite.student)):
+        if is_code(section.model):
+            raise KDError(
+                f"the {role} of suite {suite.name!r} is {section.model!r}, which imports a Python module and so runs "
+                "its code: read the module, then run the same command with --allow-code"
+            )
 
 
 def _factories() -> dict[str, Callable[..., Method]]:
