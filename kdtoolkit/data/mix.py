@@ -15,7 +15,7 @@ from kdtoolkit.contract import Target
 from kdtoolkit.data.resize import with_boxes
 
 GREY = 128
-MIN_VISIBLE = 0.25  # of a box's area; an object of which less is left in the image is no object any more
+MIN_VISIBLE = 0.25  # of a box's area; an object that keeps less of it is left out
 
 Item = tuple[Tensor, Target]
 

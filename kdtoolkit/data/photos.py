@@ -160,7 +160,7 @@ class PhotoDataset(DetectionDataset):
             return sum(3 * math.prod(self._presented_size(photo)) for photo in self._photos) <= self._memory_bytes
         places = []
         for photo in self._photos:
-            with suppress(PictureError):  # told when it is to be decoded
+            with suppress(PictureError):  # `decode` reports it later
                 places.append(self._cache.picture(self._hash(photo), self._presented_size(photo)))
         return self._cache.has_room(sum(place.bytes for place in places if not place.exists()))
 

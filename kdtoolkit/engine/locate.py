@@ -16,7 +16,7 @@ from kdtoolkit.distiller import Distiller
 def locate_non_finite(distiller: Distiller, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
     """Say in words where the first non-finite value arises in each detector, for this batch.
 
-    Levels are named by their strides. If all values are finite, the largest one is named: then a loss overflowed.
+    Levels are named by their strides. If all values are finite, it names the largest one: then a loss overflowed.
     """
     student, teacher = distiller.student_adapter, distiller.teacher_adapter
     images, targets = checked_batch(images, targets, distiller.student, student.spec)
