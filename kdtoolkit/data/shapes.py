@@ -1,4 +1,4 @@
-"""The embedded data set: small pictures of shapes, drawn by seed, with no download. It tells good detectors from bad ones.
+"""The embedded data set: small pictures of shapes, drawn by seed without download. Good and bad detectors differ on it.
 
 Classes differ in fine detail (a ring and a ring with a gap); objects overlap, are covered by bars, differ in size,
 colour and texture, and lie among lines, specks and crosses that are no objects.
