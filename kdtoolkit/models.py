@@ -50,6 +50,11 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object] | None =
     return construct(_imported(path), name, num_classes, args)
 
 
+def is_code(name: str) -> bool:
+    """Whether a model's name is "package.module:callable", so that building it imports a module of that name."""
+    return library_of_name(name) is None and ":" in name.partition("?")[0]
+
+
 def construct(factory: Callable[..., object], name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
     """Call `factory` with `num_classes` and `args`. Raises KDError if it does not take such arguments, or values."""
     signature = inspect.signature(factory)

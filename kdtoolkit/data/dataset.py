@@ -63,7 +63,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Sample]], ABC):
         if count is None:
             return self
         if not 1 <= count <= len(self):
-            raise KDError(f"a subset of {count} images was asked for, of a data set that has {len(self)}")
+            raise KDError(f"a subset of {count} images is too large: the data set has {len(self)}; ask for no more")
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
         return self._part(sorted(chosen.tolist()))
 

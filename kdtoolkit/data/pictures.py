@@ -30,7 +30,7 @@ _pillows_limit = threading.Lock()
 
 
 class PictureError(KDError):
-    """Why an image file cannot be used, and how to mend it. The caller adds which image it is."""
+    """Why an image file cannot be used, and how to fix it. The caller adds which image it is."""
 
 
 def seen_size(path: Path) -> tuple[int, int, bool]:

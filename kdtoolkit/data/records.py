@@ -83,7 +83,7 @@ class Photo:
 class Fault:
     """Something in a data set that cannot be used. `loses`: what is left out where the user wants to go on without.
 
-    `text` names the image or annotation, says what is wrong, and how to mend it. `file` is where it stands.
+    `text` names the image or annotation, says what is wrong, and how to fix it. `file` is where it stands.
     """
 
     file: Path
@@ -169,7 +169,7 @@ class Form:
 
 
 class BadEntryError(Exception):
-    """Why an image or annotation cannot be used, and how to mend it."""
+    """Why an image or annotation cannot be used, and how to fix it."""
 
 
 class Files:

@@ -88,7 +88,7 @@ class Validation:
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_epochs is not None:
-            raise KDError("a run is evaluated every so many steps or every so many epochs: leave one of them out")
+            raise KDError("every_steps and every_epochs cannot be used together: leave one of them out")
         if any(every is not None and every <= 0 for every in (self.every_steps, self.every_epochs)):
             raise KDError(
                 "every_steps is a whole number from 1, every_epochs a number above 0; leave both out for the end alone"

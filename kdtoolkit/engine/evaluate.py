@@ -178,7 +178,7 @@ def _found(
         raise KDError(
             f"the detector gives the label {labels[bad[0]] + labels_from} on image "
             f"{items[where[bad[0]]][1]['image_id']}; the data set has labels {labels_from} to "
-            f"{num_classes - 1 + labels_from}. Build it for {num_classes} classes, or mend labels_from."
+            f"{num_classes - 1 + labels_from}. Build it for {num_classes} classes, or correct labels_from."
         )
     scales = [
         (sample["original_size"][1] / image.shape[2], sample["original_size"][0] / image.shape[1])

@@ -90,7 +90,7 @@ def opened(
             held.enter_context(hold(folder.path))
             keeper = _FolderKeeper(folder, made_of)
         except OSError as error:
-            raise KDError(f"{_unwritable(error, folder.path)}: mend that, or choose another folder") from error
+            raise KDError(f"{_unwritable(error, folder.path)}: correct that, or choose another folder") from error
         held.callback(keeper.trackers.finish)
         yield keeper, keeper.found
 

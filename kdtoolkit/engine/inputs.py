@@ -25,7 +25,7 @@ def check_dataset(dataset: DetectionDataset, spec: DetectorSpec | None) -> None:
     if spec is not None and spec.num_classes != count:
         raise KDError(
             f"{spec.name} has {spec.num_classes} classes, the data set {count}: labels would not agree. Build the "
-            f"detector for {count} classes, or choose those of the data set by class_names"
+            f"detector for {count} classes, or choose the data set's classes: open_dataset(..., class_names=[...])"
         )
 
 

@@ -217,7 +217,7 @@ def _check_arguments(distiller: object, config: object) -> None:
         raise KDError(f"config is a {type(config).__name__}; it must be a TrainConfig, as in TrainConfig(steps=1000)")
     if not any(p.requires_grad for p in distiller.student.parameters()):
         raise KDError(
-            "nothing of the student is to be trained: all its parameters are frozen. Call student.requires_grad_(True)"
+            "the student has nothing to train: all its parameters are frozen. Call student.requires_grad_(True)"
         )
     for method in distiller.methods:
         if isinstance(method, Method) and (reason := method.schedule.why_too_long(config.steps)):
