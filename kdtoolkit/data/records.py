@@ -50,7 +50,7 @@ class Box:
     """An object. `xywh`: left, top, width and height in pixels of the image as one sees it; all of it is in the image.
 
     `label`: index of its class. `area`: in square pixels, as COCO's scores by size use it. `crowd`: COCO's `iscrowd`
-    and VOC's `difficult`: no target in training; in scoring, a detection there is no mistake.
+    or VOC's `difficult`. Such an object is no target in training, and in scoring a detection of it is no mistake.
     """
 
     label: int
@@ -81,7 +81,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something in a data set that cannot be used. `loses`: what is left out where the user wants to go on without.
+    """Something in a data set that cannot be used. `loses`: what is left out if the user chooses to skip it.
 
     `text` names the image or annotation, says what is wrong, and how to fix it. `file` is where it stands.
     """
@@ -96,8 +96,8 @@ class Reading:
     """What a reader found in one split.
 
     `source`: the file that stands for the split in messages. `root`: the folder of the data set. `remarks`: sentences
-    about what is odd, but can be read. `cut`: number of boxes of which a part beyond the image's edge was cut off.
-    `unread`: how many there are of what the files hold, and detection does not use.
+    about what is odd, but can be read. `cut`: number of boxes that reached beyond the image's edge and were cut there.
+    `unread`: numbers of entries in the files that detection does not use.
     """
 
     source: Path
@@ -157,8 +157,8 @@ class Form:
     """A format of data sets.
 
     `locate` returns the place to read from if the path holds data of this format, else None. `splits` names the splits
-    of a place, `read` reads one of them. Both raise KDError where the data cannot be read at all. `looked_for` says by
-    which files the format is known.
+    of a place, `read` reads one of them. Both raise KDError where the data cannot be read at all. `looked_for` names
+    the files by which the format is recognised.
     """
 
     name: str
@@ -186,8 +186,8 @@ class Files:
     def find(self, name: str) -> Path:
         """The file of this name; separators may be Windows', and accents composed in a different way.
 
-        Raises PictureError if the name leads out of the folder, or if there is no such file; then it tells of a file
-        whose name differs in case only.
+        Raises PictureError if the name leads out of the folder, or if there is no such file. The error also names a
+        file whose name differs only in case.
         """
         if leads_out(name):
             raise PictureError(f"{shown(name)} leads out of {self._folder}; {self._rule}. Name a file inside of it")
@@ -232,7 +232,7 @@ def agreed_size(path: Path, stated: tuple[int, int] | None, where: str) -> tuple
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Raises BadEntryError for more pixels than are read."""
+    """Raises BadEntryError if an image has more than MAX_PIXELS pixels."""
     if width * height > MAX_PIXELS:
         raise BadEntryError(
             f"{width}x{height} are more than the {MAX_PIXELS // 10**6} million pixels that are read; cut it into "
@@ -242,7 +242,7 @@ def check_pixels(width: int, height: int) -> None:
 
 @contextmanager
 def naming(title: str) -> Iterator[None]:
-    """Let a BadEntryError or PictureError begin with what it is about."""
+    """Put the name of the image or annotation before the message of a BadEntryError or PictureError."""
     try:
         yield
     except (BadEntryError, PictureError) as error:
@@ -259,7 +259,7 @@ def settle(faults: Sequence[Fault], source: Path, on_bad: Literal["error", "skip
     number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     if on_bad == "error":
         raise KDError(
-            f'{source}: {number}:{listed}\nMend them, or leave them out: kd\'s --skip-bad, on_bad="skip" in Python.'
+            f'{source}: {number}:{listed}\nCorrect them. Or skip them: --skip-bad of kd, or on_bad="skip" in Python.'
         )
     log.warning("%s: left out, as they are bad: %s%s", source, number, listed)
 

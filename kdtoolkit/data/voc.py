@@ -124,7 +124,7 @@ def parse(path: Path) -> Element:
             f"line {error.lineno}: not valid XML ({expat.ErrorString(error.code)}); write the file again"
         ) from None
     except FileNotFoundError:
-        raise BadEntryError("there is no such file; take the name off the list, or write the file") from None
+        raise BadEntryError("there is no such file; delete the name from the list, or add the file") from None
     except (OSError, ValueError, LookupError) as error:  # no permission; a name too long; an unknown encoding
         raise BadEntryError(f"the file cannot be read: {error}") from None
     if root.tag != "annotation":

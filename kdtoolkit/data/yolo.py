@@ -200,7 +200,7 @@ def _categories(place: Path, document: dict[Any, Any]) -> list[Category]:
 
 
 def _pose_numbers(place: Path, document: dict[Any, Any]) -> int | None:
-    """How many numbers the line of a pose has: those of a box, and those of its keypoints."""
+    """How many numbers the line of a pose has: the box's and the keypoints'."""
     shape = document.get("kpt_shape")
     if shape is None:
         return None

@@ -16,11 +16,11 @@ from kdtoolkit.errors import KDError
 def check_dataset(dataset: DetectionDataset, spec: DetectorSpec | None) -> None:
     """Check the data set of a training or an evaluation.
 
-    Raises KDError if it is no DetectionDataset, is empty, or has not as many classes as the detector.
+    Raises KDError if it is no DetectionDataset, is empty, or has a different number of classes than the detector.
     """
     check_is_dataset(dataset)
     if not len(dataset):
-        raise KDError(f"{dataset} has no images")
+        raise KDError(f"{dataset} has no images: add some")
     count = len(dataset.class_names)
     if spec is not None and spec.num_classes != count:
         raise KDError(

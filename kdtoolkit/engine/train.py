@@ -53,7 +53,7 @@ def train(
         distiller: student, teacher and methods.
         dataset: the images to train on.
         config: how to train.
-        seed: decides the order of images, their augmentation and all that is drawn at random.
+        seed: decides the order of images, their augmentation and everything else that is random.
         device: where the models lie; None asks the student itself.
         folder: where the run is kept. If a stopped run lies there, it goes on from its last checkpoint, and ends with
             the same weights and the same log as if it had not been stopped. None keeps nothing.

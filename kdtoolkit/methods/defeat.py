@@ -104,7 +104,7 @@ class DeFeat(FeatureMethod):
     def regions(self, exchange: Exchange) -> list[Tensor]:
         """The object region (N, H, W) bool of each pair of levels, in the teacher's cells."""
         view = exchange.teacher
-        # Whichever levels are compared, boxes belong to those of the whole pyramid.
+        # Boxes are assigned to the levels of the whole pyramid, also if only some levels are compared.
         strides = view.adapter.spec.strides
         shown = [i for i, stride in enumerate(strides) if stride in view.spec.strides]
         sizes = [(view.features[t].shape[2], view.features[t].shape[3]) for _, t in self.levels]

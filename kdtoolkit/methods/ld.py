@@ -1,12 +1,12 @@
 """LD: localisation distillation (Zheng et al., CVPR 2022, arXiv 2102.12252; journal version arXiv 2204.05957).
 
 If box sides are distributions over bins, a detector can learn to localise by KL divergence, as a classifier learns
-classes. The main region consists of the student's positive priors. The valuable region consists of priors around
-objects that overlap the objects moderately. Both terms are sums and are not divided by the number of positives, as
+classes. The main region consists of the student's positive priors. The valuable region consists of priors near an
+object that overlap it only moderately. Both terms are sums and are not divided by the number of positives, as
 published.
 
-Numbers agree with the published code (HikariTJU/LD @4287990); the main region's also agree with mmdet 3.3.0. The
-valuable region follows that code, not the paper: see `valuable_region`.
+Numbers agree with the published code (HikariTJU/LD @4287990); the main region's numbers also agree with mmdet 3.3.0.
+The valuable region follows that code, not the paper: see `valuable_region`.
 """
 
 from __future__ import annotations

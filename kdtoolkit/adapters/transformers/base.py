@@ -131,7 +131,7 @@ class TransformersAdapter(DetectorAdapter):
     ) -> DetectorSpec:
         """The facts about a detector whose decoder has `layers` layers of `width` channels.
 
-        `channels` are those of the encoder's levels, `width` each if empty.
+        `channels`: the channels of the encoder's levels; if empty, each has `width`.
         """
         return DetectorSpec(
             name=type(self.model).__name__,
