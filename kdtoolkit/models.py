@@ -1,4 +1,4 @@
-"""Detectors by name, for suites and the command line."""
+"""Detectors by name, and their weights from files, for suites and the command line."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from torch import nn
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import LIBRARIES, library_of_name
 from kdtoolkit.options import did_you_mean
+from kdtoolkit.weights import load_weights
+
+__all__ = ["build_model", "construct", "content_of", "is_code", "load_weights"]
 
 
 def build_model(name: str, num_classes: int, args: Mapping[str, object] | None = None) -> nn.Module:

@@ -115,7 +115,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     torch.set_num_threads(task.threads)
     report(Report("reading data"))
     sets = load_data(task.data, task.pictures)
-    images = sets.teacher_data if task.entry == TEACHER else sets.student_data
+    images = sets.teacher if task.entry == TEACHER else sets.student
     num_classes = len(images.class_names)
     student = build_detector(task.detector, num_classes, task.seed).to(task.device)
     teacher = None
@@ -145,8 +145,8 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     def evaluating(done: int, total: int) -> None:
         report(Report(f"evaluating {done}/{total}", trained.steps, warnings=tuple(trained.warnings)))
 
-    evaluating(0, len(sets.val_data))
-    evaluation = evaluate(student, sets.val_data, device=task.device, input_size=config.input_size, progress=evaluating)
+    evaluating(0, len(sets.val))
+    evaluation = evaluate(student, sets.val, device=task.device, input_size=config.input_size, progress=evaluating)
     result = CellResult(
         entry=task.entry,
         seed=task.seed,

@@ -44,9 +44,7 @@ class Plan:
         self.threads = threads
         self._teacher_section = _for_device(suite.teacher, device)
         self._student_section = _for_device(suite.student, device)
-        self._data = Fingerprints(
-            sets.teacher_data.fingerprint(), sets.student_data.fingerprint(), sets.val_data.fingerprint()
-        )
+        self._data = Fingerprints(sets.teacher.fingerprint(), sets.student.fingerprint(), sets.val.fingerprint())
 
     def teacher_task(self) -> Task:
         """The teacher's task. Its result and weights are stored under its key, for all runs."""
@@ -171,7 +169,7 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
 
     Raises KDError that names the section or entry of the suite.
     """
-    num_classes = len(sets.student_data.class_names)
+    num_classes = len(sets.student.class_names)
     where = "teacher"
     try:
         teacher = build_detector(suite.teacher, num_classes, 0)

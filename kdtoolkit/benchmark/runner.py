@@ -177,7 +177,7 @@ class _Run:
         display.line(f"results: {self.plan.store.root}; after Ctrl-C, run the same command to continue")
         if self.pending:
             display.line(f"data: {self.sets.description}")
-            for images in (self.sets.teacher_data, self.sets.student_data, self.sets.val_data):
+            for images in (self.sets.teacher, self.sets.student, self.sets.val):
                 _ = images.in_memory()[0]  # drawn pictures and decoded photos are then there for all cells
 
     def _precision(self) -> str:

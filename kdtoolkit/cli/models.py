@@ -119,8 +119,7 @@ def inspect(
     from rich.console import Console
 
     from kdtoolkit.inspect import inspect_detector, print_inspection, print_pair
-    from kdtoolkit.models import build_model
-    from kdtoolkit.weights import load_weights
+    from kdtoolkit.models import build_model, load_weights
 
     found = []
     for name, file in ((model, weights), (teacher, teacher_weights)):

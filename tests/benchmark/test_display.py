@@ -19,7 +19,7 @@ class Images:
 
 
 class Sets:
-    teacher_data = student_data = val_data = Images()
+    teacher = student = val = Images()
 
 
 @pytest.fixture
