@@ -66,7 +66,7 @@ class Claim:
 class Board:
     """A leaderboard.
 
-    `rows`: one for each student, sorted by AP, highest first. `claims`: sentences. `facts`: settings by name.
+    `rows`: baselines and entries, sorted by AP, highest first. `claims`: sentences. `facts`: settings by name.
     `warnings`: what is wrong or missing.
     """
 

@@ -21,7 +21,7 @@ Item = tuple[Tensor, Target]
 
 
 def mosaic(items: Sequence[Item], generator: torch.Generator) -> Item:
-    """Four images, at half their size, around a point that is drawn in the middle half of a canvas of the first's size.
+    """Four images at half their size, around a random point near the middle of a canvas of the first image's size.
 
     Images (3, H, W) uint8. Each image is cut off at the border of its quarter of the canvas; free space is grey.
     """
