@@ -26,6 +26,7 @@ class View:
         assignment: the assignment that the detector's losses used, if they returned one.
         stages: indices of the stages whose hidden states are kept; None keeps all.
         frozen: run the head without gradient, as for a teacher.
+        scale: size of the images on this detector's canvas, relative to the student's.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class View:
         *,
         stages: frozenset[int] | None = None,
         frozen: bool = False,
+        scale: float = 1.0,
     ) -> None:
         self.adapter = adapter
         self.batch = batch
@@ -47,6 +49,7 @@ class View:
         self.spec = adapter.spec
         self.shown: tuple[int, int] | None = None
         self.frozen = frozen
+        self.scale = scale
         self._stages = stages
         self._own = [] if trace is None else [trace]  # a list, for parts of the view share it
 
@@ -68,13 +71,14 @@ class View:
             return self.adapter.head(self.maps, self.batch, priors, self._stages)
 
     def at_strides(self, strides: tuple[int, ...]) -> View:
-        """The view of the levels with these strides; the whole view if `strides` is empty."""
+        """The view of the levels with these strides, in pixels of the student; the whole view if `strides` is empty."""
         if not strides:
             return self
         part = copy.copy(self)
-        levels = zip(self.spec.strides, self.features, strict=True)
-        part.features = tuple(x for stride, x in levels if stride in strides)
-        part.spec = self.spec.at_strides(strides)
+        of_student = self.spec.on_images_scaled_by(self.scale).strides
+        levels = [i for i, stride in enumerate(of_student) if stride in strides]
+        part.features = tuple(self.features[i] for i in levels)
+        part.spec = self.spec.at_levels(levels)
         return part
 
     def beside(self, batch: Batch) -> View:
