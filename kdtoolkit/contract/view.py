@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdtoolkit.contract.adapter import DetectorAdapter
 from kdtoolkit.contract.data import Assignment, Batch, HeadTrace, Predictions, Priors
+from kdtoolkit.contract.spec import DetectorSpec
 
 
 class View:
@@ -70,13 +71,17 @@ class View:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.adapter.head(self.maps, self.batch, priors, self._stages)
 
+    @property
+    def spec_in_student_pixels(self) -> DetectorSpec:
+        """The detector's spec with strides in pixels of the student's images."""
+        return self.spec if self.scale == 1 else self.spec.on_images_scaled_by(self.scale)
+
     def at_strides(self, strides: tuple[int, ...]) -> View:
         """The view of the levels with these strides, in pixels of the student; the whole view if `strides` is empty."""
         if not strides:
             return self
         part = copy.copy(self)
-        of_student = self.spec.on_images_scaled_by(self.scale).strides
-        levels = [i for i, stride in enumerate(of_student) if stride in strides]
+        levels = [i for i, stride in enumerate(self.spec_in_student_pixels.strides) if stride in strides]
         part.features = tuple(self.features[i] for i in levels)
         part.spec = self.spec.at_levels(levels)
         return part

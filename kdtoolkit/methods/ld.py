@@ -183,19 +183,15 @@ class LD(Method):
             return f"the student has {unlike[0][0]} priors a cell, the teacher {unlike[0][1]}. Use CrossKD or PKD"
         return why_no_shared_level(student_spec, teacher_spec)
 
-    def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
-        """Pair the levels of equal stride."""
-        self.levels = shared_levels(student_spec, teacher_spec)
-        self.all_levels = len(self.levels) == len(student_spec.strides) == len(teacher_spec.strides)
-
     def _corresponding(self, exchange: Exchange) -> tuple[Predictions, Predictions, Assignment, Tensor | None]:
         """Both predictions and the student's assignment on common levels; `match_bins` if bins or places differ."""
-        pair, specs = exchange.matched(), (exchange.student.spec, exchange.teacher.spec)
+        pair, specs = exchange.matched(), (exchange.student.spec, exchange.teacher.spec_in_student_pixels)
         student, teacher, assignment = pair.student.predictions, pair.teacher.predictions, pair.student_assignment
         if not student.priors.grid:
             return student, teacher, assignment, None
-        if not self.all_levels:
-            ours, theirs = [s for s, _ in self.levels], [t for _, t in self.levels]
+        if specs[0].strides != specs[1].strides:
+            levels = shared_levels(*specs)
+            ours, theirs = [s for s, _ in levels], [t for _, t in levels]
             assignment = assignment.at_rows(rows_of_levels(student.priors, ours))
             student, teacher = at_levels(student, ours), at_levels(teacher, theirs)
         check_grids("LD", student, teacher)
