@@ -23,7 +23,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where images lie: each at the top left of a `canvas`, with its size in `sizes`. Fields are those of `Batch`."""
+    """Where images lie: each at the top left of a `canvas`, with its size in `sizes`. Fields are as in `Batch`."""
 
     sizes: tuple[Size, ...]
     padded_sizes: tuple[Size, ...]

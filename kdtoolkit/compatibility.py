@@ -33,7 +33,7 @@ def why_refused(method: type[Method] | Method, student_spec: DetectorSpec, teach
         if absent := sorted(set(built.strides) - set(spec.strides)):
             return (
                 f"it was told to work at the strides {absent}, and the {role} ({spec.name}) has only "
-                f"{spec.strides}: choose among those in at_strides"
+                f"{spec.strides}: name only these in at_strides"
             )
     return built.refuses(student_spec.at_strides(built.strides), teacher_spec.at_strides(built.strides))
 
@@ -113,7 +113,7 @@ def why_scores_differ(student_spec: DetectorSpec, teacher_spec: DetectorSpec) ->
 
 
 def why_too_few_classes(spec: DetectorSpec, least: int = 2) -> str | None:
-    """Why a softmax over a detector's classes says nothing: it has fewer than `least` (of one class it is always 1)."""
+    """Why a softmax over a detector's classes says nothing: there are fewer than `least` (for one it is always 1)."""
     classes = spec.num_classes + (spec.activation == "softmax")
     if classes >= least:
         return None
@@ -139,7 +139,7 @@ def check_grids(method: str, student: Predictions, teacher: Predictions) -> None
     if student.priors.grid != teacher.priors.grid:
         raise IncompatibleError(
             f"{method} compares grids of equal size, and for this batch they are {student.priors.grid} (H, W) in the "
-            f"student and {teacher.priors.grid} in the teacher: let both resize and pad images alike"
+            f"student and {teacher.priors.grid} in the teacher: build both detectors with the same image size"
         )
 
 

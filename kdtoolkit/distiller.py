@@ -124,7 +124,7 @@ class Distiller(nn.Module):
         Images are float tensors (3, H, W) in [0, 1]. Ground truth is in torchvision's convention. It may be on the
         host: then it is checked there and copied to the images' device.
 
-        Raises KDError if images or ground truth cannot be meant as they are.
+        Raises KDError if images or ground truth are clearly wrong (shape, range, labels).
         """
         for adapter in (self.student_adapter, self.teacher_adapter):  # the user may have called half()
             if adapter is not None:
@@ -268,4 +268,7 @@ def _check_models(teacher: nn.Module, student: nn.Module) -> None:
         raise KDError("teacher and student share parameters: hand in two models (copy.deepcopy makes a second one)")
     devices = {str(next(model.parameters()).device) for model in (teacher, student)}
     if len(devices) > 1:
-        raise KDError(f"teacher and student are on different devices ({', '.join(sorted(devices))}): move one of them")
+        raise KDError(
+            f"teacher and student are on different devices ({', '.join(sorted(devices))}): move one, as in "
+            "teacher.to('cuda')"
+        )

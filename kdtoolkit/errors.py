@@ -1,8 +1,8 @@
-"""Errors that a user can mend. The command line prints their message and nothing else."""
+"""Errors that a user can fix. The command line prints their message and nothing else."""
 
 
 class KDError(Exception):
-    """Something in the input is wrong. The message names it and says how to mend it."""
+    """Something in the input is wrong. The message names it and says how to fix it."""
 
 
 class IncompatibleError(KDError):

@@ -9,9 +9,9 @@ _PARTIAL = ".*.partial"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is complete, or as it was before, whenever the process or the machine stops.
+    """Write a file so that it is complete, or as it was before, even if the process or the machine stops meanwhile.
 
-    The content goes to a file beside it, is flushed to the disk and then takes the name. Raises OSError.
+    The content goes to a second file beside it, which is flushed to the disk and then renamed. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -27,7 +27,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what killed processes left half written, in a folder and all folders in it. Hold the folder meanwhile."""
+    """Delete half-written files of killed processes in a folder and its subfolders. The caller must hold it."""
     for leftover in folder.rglob(_PARTIAL):
         leftover.unlink(missing_ok=True)
 

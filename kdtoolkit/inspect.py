@@ -27,7 +27,7 @@ class Inspection:
         adapter: class name of the adapter.
         spec: the detector's facts.
         parameters: number of the model's parameters.
-        trainable: number of those that are trained.
+        trainable: number of the parameters that are trained.
         image_size: side of the image in pixels.
         resized: (height, width) of the image after the detector's own resizing.
         canvas: (height, width) of the image after padding, which is what the backbone gets.
@@ -116,9 +116,10 @@ def print_inspection(found: Inspection, console: Console) -> None:
     _print_verdicts(judge_pair(spec, spec), console)
 
 
-def print_pair(student: Inspection, teacher: Inspection, console: Console) -> None:
+def print_pair(student_found: Inspection, teacher_found: Inspection, console: Console) -> None:
     """Print both detectors side by side, what they share, which methods work, and why the others do not."""
-    ours, theirs = _facts(student), _facts(teacher)
+    student_spec, teacher_spec = student_found.spec, teacher_found.spec
+    ours, theirs = _facts(student_found), _facts(teacher_found)
     table = Table(box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column("student", overflow="fold")
@@ -126,15 +127,15 @@ def print_pair(student: Inspection, teacher: Inspection, console: Console) -> No
     for title in dict.fromkeys([*ours, *theirs]):
         table.add_row(title, Text(ours.get(title, "-")), Text(theirs.get(title, "-")))
     console.print(table)
-    common = [stride for stride in student.spec.strides if stride in teacher.spec.strides]
+    common = [stride for stride in student_spec.strides if stride in teacher_spec.strides]
     shared = definitions()
     shared.add_row("common strides", ", ".join(map(str, common)) or "none")
-    if student.spec.num_classes != teacher.spec.num_classes:
-        shared.add_row("class counts", f"{student.spec.num_classes} and {teacher.spec.num_classes}, which differ")
+    if student_spec.num_classes != teacher_spec.num_classes:
+        shared.add_row("class counts", f"{student_spec.num_classes} and {teacher_spec.num_classes}, which differ")
     console.print()
     console.print(shared)
     _print_title("methods", console)
-    _print_verdicts(judge_pair(student.spec, teacher.spec), console)
+    _print_verdicts(judge_pair(student_spec, teacher_spec), console)
 
 
 def print_families(families: Mapping[str, Callable[[int], nn.Module]], console: Console) -> None:
@@ -177,7 +178,7 @@ def _print_verdicts(verdicts: Mapping[str, Verdict], console: Console) -> None:
 
 def _facts(found: Inspection) -> dict[str, str]:
     spec = found.spec
-    frozen = "" if found.trainable == found.parameters else f", of which {found.trainable / 1e6:.2f} M are trained"
+    frozen = "" if found.trainable == found.parameters else f"; {found.trainable / 1e6:.2f} M of them are trained"
     facts = {
         "detector": f"{spec.name} ({found.adapter})",
         "classes": f"{spec.num_classes}, {spec.activation} scores",

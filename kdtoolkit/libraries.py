@@ -24,10 +24,10 @@ from kdtoolkit.plugins import announced
 class Library:
     """One library of detectors.
 
-    `prefix` is the first part of its models' names, and `example` such a name. `module` is what is imported before any
-    of its detectors can exist: only then is `adapters`, our module for it, imported too. `package` is its name on PyPI.
-    Where `optional`, kdtoolkit has an extra of that name, which installs it. `sources` are the files of kdtoolkit,
-    besides the adapters, that decide what its detectors compute.
+    `prefix` is the first part of its models' names, and `example` such a name. `module` is the module that must be
+    imported before any of its detectors can exist. `adapters`, our module for the library, is imported only after it.
+    `package` is its name on PyPI. If `optional`, kdtoolkit has an extra of that name, which installs it. `sources` are
+    the files of kdtoolkit, besides the adapters, that decide what its detectors compute.
     """
 
     prefix: str
@@ -85,7 +85,7 @@ def library_of_name(name: str) -> Library | None:
 
 
 def adapter_classes(*, load: bool = False) -> list[type[DetectorAdapter]]:
-    """The adapter classes of all libraries that are imported, and those that other packages announce.
+    """The adapter classes of all libraries that are imported, and the adapter classes of other packages.
 
     With `load`, the libraries that are installed are imported first. Raises KDError where an announced class cannot be
     loaded.
@@ -130,7 +130,7 @@ def adapt(model: nn.Module | DetectorAdapter) -> DetectorAdapter:
 
 
 def _own_classes(libraries: Iterable[Library]) -> list[type[DetectorAdapter]]:
-    """The adapter classes of those of `libraries` that are imported. Raises KDError for a version that will not do."""
+    """The adapter classes of all imported `libraries`. Raises KDError for a version that kdtoolkit cannot work with."""
     found: list[type[DetectorAdapter]] = []
     for library in libraries:
         if library.module not in sys.modules:

@@ -121,7 +121,7 @@ def _lineage(name: str, classes: Mapping[str, ast.ClassDef]) -> list[str]:
 
 
 def _facts_written(lineage: Sequence[ast.ClassDef], idea: str) -> MethodFacts:
-    """The facts about the first class of a lineage, some of which it may inherit from the others."""
+    """The facts about the first class of a lineage. It may inherit some of them from the others."""
     node, body = lineage[0], [line for each in reversed(lineage) for line in each.body]
     values = {ast.unparse(line.target): line.value for line in body if isinstance(line, ast.AnnAssign) and line.value}
     assigned = (line for line in body if isinstance(line, ast.Assign))
@@ -129,7 +129,7 @@ def _facts_written(lineage: Sequence[ast.ClassDef], idea: str) -> MethodFacts:
     functions = {line.name: line for line in body if isinstance(line, ast.FunctionDef)}
     needs = re.fullmatch(r"frozenset\(\{(Capability\.\w+(?:, Capability\.\w+)*)\}\)", ast.unparse(values["needs"]))
     if needs is None:
-        raise ValueError("needs are not written down")
+        raise ValueError("the class does not say `needs = frozenset({Capability...})` literally")
     init = functions["__init__"].args
     defaults = [*zip(init.args[-len(init.defaults) :], init.defaults, strict=False)]  # the last ones have defaults
     defaults += [(name, value) for name, value in zip(init.kwonlyargs, init.kw_defaults, strict=True) if value]

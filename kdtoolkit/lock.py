@@ -1,4 +1,4 @@
-"""Folders that one process holds at a time: a second one is told who holds it."""
+"""Folders that only one process may hold at a time. A second process gets an error that names the first."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HOLDER = ".lock.json"
 def hold(folder: Path) -> Iterator[None]:
     """Hold a folder for this process until the block or the process ends, and make the folder if it is missing.
 
-    Raises KDError, which names the holder, if another process holds the folder; OSError where it cannot be written.
+    Raises KDError if another process holds the folder, and names that process. Raises OSError if it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK)

@@ -58,13 +58,13 @@ class Matrix:
     cells: Mapping[tuple[str, str, str], Cell]
 
     def count(self, outcome: Outcome, method: str | None = None) -> int:
-        """Number of cells with an outcome, of one method or of all methods."""
+        """Number of cells with an outcome, for one method or for all methods."""
         return sum(
             cell.outcome == outcome for (name, _, _), cell in self.cells.items() if method is None or name == method
         )
 
     def share(self, method: str | None = None) -> float:
-        """Share in [0, 1] of the pairs that work, of one method or of all methods."""
+        """Share in [0, 1] of the pairs that work, for one method or for all methods."""
         total = len(self.families) ** 2 * (len(self.methods) if method is None else 1)
         return self.count(Outcome.WORKS, method) / total if total else 0.0
 

@@ -101,7 +101,7 @@ def _summary(matrix: Matrix, method: str | None = None) -> str:
 
 
 def to_markdown(matrix: Matrix) -> str:
-    """A page with one table, students by teachers, for all methods of equal outcomes. Each reason is listed once."""
+    """A page of tables, students by teachers. Methods with equal outcomes share a table. Each reason is listed once."""
     every = dict.fromkeys(reason for method in matrix.methods for reason in matrix.reasons(method))
     numbers = {reason: i for i, reason in enumerate(every, 1)}
     pairs = [(student, teacher) for student in matrix.families for teacher in matrix.families]

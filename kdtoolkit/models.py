@@ -1,4 +1,4 @@
-"""Detectors by name, for suites and the command line."""
+"""Detectors by name, and their weights from files, for suites and the command line."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from torch import nn
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import LIBRARIES, library_of_name
 from kdtoolkit.options import did_you_mean
+from kdtoolkit.weights import load_weights
+
+__all__ = ["build_model", "construct", "content_of", "is_code", "load_weights"]
 
 
 def build_model(name: str, num_classes: int, args: Mapping[str, object] | None = None) -> nn.Module:
@@ -48,6 +51,11 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object] | None =
         built: nn.Module = builder.build_model(model, num_classes, args)
         return built
     return construct(_imported(path), name, num_classes, args)
+
+
+def is_code(name: str) -> bool:
+    """Whether a model's name is "package.module:callable", so that building it imports a module of that name."""
+    return library_of_name(name) is None and ":" in name.partition("?")[0]
 
 
 def construct(factory: Callable[..., object], name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:

@@ -24,9 +24,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def check_options(owner: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Check options against the type hints of the function or class that takes them.
 
-    Returns the options, with whole numbers turned into floats where the hint is `float`. Checked are the hints
+    Returns the options, with whole numbers turned into floats where the hint is `float`. It checks the hints
     `Literal`, `float` (which must be finite), `int`, `bool`, `str` and unions of them; a value with any other hint
-    passes. Names imply a range: a weight (`weight`, `box_weight`) must be 0 or more, a temperature above 0.
+    passes. Some names imply a range: a weight (`weight`, `box_weight`) must be 0 or more, a temperature above 0.
 
     Raises KDError that names the owner, the option, its value and what is allowed.
     """

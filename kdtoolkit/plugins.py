@@ -21,6 +21,6 @@ def announced(group: str) -> list[Any]:
             package = "an installed package" if entry.dist is None else f"the installed package {entry.dist.name}"
             raise KDError(
                 f"{package} announces {entry.value} ({group}), which cannot be loaded: {type(error).__name__}: "
-                f"{error}. Mend it or uninstall it"
+                f"{error}. Fix it or uninstall it"
             ) from error
     return found

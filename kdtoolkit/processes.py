@@ -1,4 +1,4 @@
-"""Sums over all processes that train one model together. With one process they change nothing and send nothing.
+"""Sums over all processes that train one model together. In a single process these functions change and send nothing.
 
 Each process has a part of the batch, and DistributedDataParallel averages the gradients of all processes. If each
 process divided its sum over positives by its own number of positives, the average would not be the loss of the whole
@@ -56,10 +56,11 @@ def _summed(x: Tensor) -> Tensor:
 
 
 def reach(loss: Tensor, parameters: list[Tensor]) -> Tensor:
-    """The same loss, with all `parameters` in its graph, also those that it does not depend on.
+    """The same loss, with all `parameters` in its graph, even if it does not depend on them.
 
-    In `backward`, DistributedDataParallel waits for a gradient of each parameter. With this it gets a gradient of zeros
-    for parameters that no loss trains: those of a method that has stopped or has weight 0, or a part of the student.
+    In `backward`, DistributedDataParallel waits for a gradient of each parameter. This function gives it a gradient of
+    zeros for parameters that no loss trains: of a method that has stopped or has weight 0, or of a part of the
+    student.
     """
     result: Tensor = _Reach.apply(loss, *parameters)
     return result

@@ -20,8 +20,8 @@ class Verdict:
 
     Attributes:
         reason: why it cannot; None if it can.
-        mends: what the two detectors must have in common for it, as few things as possible. Empty if only a different
-            kind of detector helps.
+        mends: the fewest things that the two detectors must have in common so that the method works. Empty if only a
+            different kind of detector helps.
         settings: the method's published settings for the student's kind (`CrossKD.for_fcos`); empty if there are none.
     """
 

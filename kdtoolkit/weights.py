@@ -72,7 +72,7 @@ def _state_dicts(content: object, name: str = "") -> Iterator[tuple[str, dict[st
 
 
 def _preferred(found: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The state dict to load, of several in a checkpoint; empty if that is not clear."""
+    """Which of a checkpoint's state dicts to load; empty if that is not clear."""
     tops = {name: name.partition(".")[0] for name in found}
     averages = {name: found[name] for name, top in tops.items() if _AVERAGE.search(top)}
     # OpenMMLab swaps average and weights before it saves them: then the dict that is called average has a counter.
@@ -88,7 +88,7 @@ def _preferred(found: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Te
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load all weights of a file into `model`.
 
-    Prefixes of all names are removed (`module.`, `_orig_mod.`, a Distiller's `student.`). Batch norms'
+    Prefixes that all names share are removed (`module.`, `_orig_mod.`, a Distiller's `student.`). Batch norms'
     `num_batches_tracked` may be missing. Raises KDError that names what else is missing or does not fit.
     """
     own = model.state_dict()

@@ -83,9 +83,12 @@ def test_report_writes_the_board_again(run, tmp_path):
 def test_mistakes_are_one_error_and_code_2(run, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(TINY.replace("seeds: 2", "sedes: 2"))
+    code_of_others = tmp_path / "code.yaml"
+    code_of_others.write_text(TINY.replace("model: kdtoolkit/gfl", "model: os:system", 1))
     for arguments, part in (
         (["benchmark", "run", "qick"], "did you mean 'quick'?"),
         (["benchmark", "run", wrong], "wrong.yaml, line 4: unknown key 'sedes' (did you mean 'seeds'?)"),
+        (["benchmark", "run", code_of_others], "is 'os:system', which imports a Python module and so runs its code"),
         (["benchmark", "report", tmp_path], "is not a folder of `kd benchmark run`"),
         (["benchmark", "run", "--data", tmp_path / "none"], "none' does not exist"),
         (["benchmark", "run", "--sed", "3"], "--seeds"),
@@ -95,7 +98,7 @@ def test_mistakes_are_one_error_and_code_2(run, tmp_path):
         (["bench"], "Did you mean 'benchmark'? (see `kd --help`)"),
         (["inspect"], "(see `kd inspect --help`)"),
         (["inspect", "kdtoolkit/gfl", "--weights", tmp_path / "none.pth"], "none.pth' does not exist"),
-        (["inspect", "kdtoolkit/gfl", "--teacher-weights", wrong], "--teacher-weights goes with --teacher"),
+        (["inspect", "kdtoolkit/gfl", "--teacher-weights", wrong], "--teacher-weights needs --teacher NAME"),
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")
@@ -270,7 +273,7 @@ def test_the_matrix_is_printed_and_written(run, tmp_path):
 
 def test_options_of_the_matrix_alone_are_not_ignored(run):
     code, _, err = run("adapters", "--family", "GFL")
-    assert (code, "go with --matrix" in err) == (2, True)
+    assert (code, "need --matrix" in err) == (2, True)
 
 
 def test_inspect_names_arguments_that_a_library_does_not_check(run):

@@ -175,7 +175,7 @@ def test_a_stopped_method_costs_no_teacher_pass(batch):
         ({"warmup": -1}, "numbers of steps"),
         ({"warmup": 5, "stop": 4}, "comes before"),
         ({"start": 5, "stop": 4}, "comes before"),
-        ({"every": 0}, "every=0: .* must be 1 or more"),
+        ({"every": 0}, "every=0: it must be 1 or more"),
     ],
 )
 def test_impossible_schedules_are_explained(schedule, message):

@@ -32,6 +32,12 @@ def test_commands_in_the_readme_name_embedded_suites():
     assert named <= set(embedded_suites())
 
 
+def test_the_detectors_of_the_docs_are_built():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "detectors.md").read_text("utf-8"), re.DOTALL).group(1)
+    with torch.device("meta"):  # their weights are of no use here
+        exec(code, {})
+
+
 def test_the_python_example_runs(tmp_path, monkeypatch, batch):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
     monkeypatch.chdir(tmp_path)

@@ -669,7 +669,7 @@ def test_a_good_adapter_passes_and_stays_as_it_is():
     left_out = {name for name, result in report.results.items() if result.outcome != "passed"}
     assert left_out == {"given_priors", "first_stage"}
     assert "resume: passed" in str(report)
-    assert "first_stage: left out (has no first stage)" in str(report)
+    assert "first_stage: left out (the adapter has no first stage)" in str(report)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), random)

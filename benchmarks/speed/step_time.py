@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     suite = load_suite(args.suite)
-    images = load_data(suite.data).student_data
+    images = load_data(suite.data).student
     classes = len(images.class_names)
     config = suite.student.train
     teacher = build_detector(suite.teacher, classes, 0)

@@ -9,8 +9,8 @@ library's functions. This follows ultralytics 8.4.190. Undocumented names used: 
 `postprocess`; make_anchors and dist2bbox; the criteria's `assigner`, and E2ELoss's `one2many.assigner`.
 
 YOLO26 and YOLOv10 have double heads: towers that give many predictions for an object, and a copy of them that gives
-one. The copy is trained on features that are cut off from the graph. States and predictions are those of the first
-towers, because they are dense, and gradient flows through them into the neck. `task_losses` has the losses of both.
+one. The copy is trained on features that are cut off from the graph. States and predictions come from the first
+towers, because these are dense, and gradient flows through them into the neck. `task_losses` has the losses of both.
 `detections` uses the towers that the library would use: the model's `end2end` says which (in 8.4.190 the first ones,
 with NMS, unless the user asks for the copy). During training the library shifts weight from the first towers to the
 copy, epoch by epoch. An adapter knows no epoch, so the weights stay at the library's first values, 0.8 and 0.2.
@@ -195,7 +195,7 @@ class UltralyticsAdapter(DetectorAdapter):
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """Compute `box`, `cls` and `dfl` (`l1` if sides are no distributions), times the batch size as in the library.
 
-        Gains are those of the model's `args`, or the library's defaults if the model has none.
+        Gains (weights) come from the model's `args`. If it has none, they are the library's defaults.
         """
         one_to_one = self._one_to_one(trace) if self._is_double else None
         return self._criticise(trace.predictions, one_to_one, batch)
@@ -263,11 +263,11 @@ class UltralyticsAdapter(DetectorAdapter):
 
     @torch.no_grad()
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
-        """Run NMS with the settings of the library's validator.
+        """Final boxes: NMS with the settings of the library's validator.
 
-        End to end, take the best of the one-to-one towers, without NMS.
+        An end-to-end model takes the best predictions of its one-to-one towers, without NMS.
 
-        NMS takes all the time it needs. The library leaves out images after some seconds.
+        Here NMS has no time limit. The library's own NMS gives up on the remaining images after some seconds.
         """
         end_to_end = self._head.end2end
         predictions = self._one_to_one(trace) if end_to_end else trace.predictions

@@ -11,6 +11,7 @@ from kdtoolkit.benchmark.stats import Difference, Spread, Verdict, gap_recovered
 from kdtoolkit.benchmark.store import CellResult, Store, read_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, Suite
 from kdtoolkit.benchmark.suite_file import load_suite
+from kdtoolkit.benchmark.words import counted
 from kdtoolkit.errors import KDError
 
 METRICS = {
@@ -65,8 +66,8 @@ class Claim:
 class Board:
     """A leaderboard.
 
-    `rows` are the students', sorted by AP, highest first. `claims` are sentences, `facts` settings by name, `warnings`
-    what is wrong or missing.
+    `rows`: baselines and entries, sorted by AP, highest first. `claims`: sentences. `facts`: settings by name.
+    `warnings`: what is wrong or missing.
     """
 
     title: str
@@ -79,10 +80,12 @@ class Board:
 
 
 def build_board(root: Path) -> Board:
-    """The board of a run's folder, also of an unfinished run. Raises KDError if the folder is of no run."""
+    """The board of a run's folder, also if the run is unfinished. Raises KDError if the folder holds no run."""
     store = Store(root)
     if not store.suite_path.is_file():
-        raise KDError(f"{root} is not a folder of `kd benchmark run`: it has no suite.yaml")
+        raise KDError(
+            f"{root} is not a folder of `kd benchmark run`: it has no suite.yaml. Name a suite's folder, as runs/quick"
+        )
     suite = load_suite(str(store.suite_path))
     cells = {row: list(_cells(store, suite, row)) for row in (BASELINE, *suite.entries, EQUAL_TIME)}
     teacher = read_result(store.teacher_copy)
@@ -159,7 +162,7 @@ def _claims(rows: Iterable[Row]) -> Iterable[Claim]:
 def _claim(row: Row, against: str, difference: Difference | None) -> Iterable[Claim]:
     if difference is None:
         return
-    seeds = f"{difference.pairs} seed{'s' if difference.pairs > 1 else ''}"
+    seeds = counted(difference.pairs, "seed")
     where = "above" if difference.mean > 0 else "below" if difference.mean < 0 else "level with"
     interval = (
         "no interval" if difference.low is None else f"95 % interval {difference.low:+.2f} to {difference.high:+.2f}"
@@ -197,7 +200,7 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
         facts[EQUAL_TIME] = (
             f"{steps} steps: the schedule times {stretch}, so that it takes as long as the slowest method"
         )
-    threads = distinct(f"{result.threads} thread{'s' if result.threads > 1 else ''} a cell" for result in done)
+    threads = distinct(f"{counted(result.threads, 'thread')} a cell" for result in done)
     facts["machine"] = f"{distinct(result.machine for result in done)}; {threads}"
     facts["device"] = distinct(result.device for result in done)
     facts["versions"] = distinct(", ".join(f"{k} {v}" for k, v in result.versions.items()) for result in done)

@@ -31,11 +31,11 @@ SAVE_SECONDS = 60.0  # between two checkpoints of a training
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What one cell is to do.
+    """What one cell has to do.
 
-    `detector`: what it trains: the student or the teacher. `parts`: what its key is made of. `result`: the path of its
-    result. `teacher_weights`: their path. `pictures`: the folder of drawn pictures and
-    decoded photos.
+    `detector`: what it trains, the student or the teacher. `parts`: everything that its key is computed from.
+    `result`: the path of its result. `teacher_weights`: the path of the teacher's weights. `pictures`: the folder of
+    drawn pictures and decoded photos.
     """
 
     entry: str
@@ -64,7 +64,7 @@ class Task:
 
     @property
     def run_folder(self) -> Path:
-        """Where the training is kept until its result is stored; the key in its name keeps other trainings out."""
+        """The folder of the training until its result is stored. Its name has the key: one folder per training."""
         return self.result.with_suffix(f".{key_of(self.parts)}.run")
 
     @property
@@ -77,7 +77,7 @@ class Task:
 class Report:
     """What a cell reports while it runs.
 
-    `phase`: what it is doing, in words. `seconds`: time spent on training so far.
+    `phase`: the cell's current work, in words. `seconds`: time spent on training so far.
     """
 
     phase: str
@@ -115,7 +115,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     torch.set_num_threads(task.threads)
     report(Report("reading data"))
     sets = load_data(task.data, task.pictures)
-    images = sets.teacher_data if task.entry == TEACHER else sets.student_data
+    images = sets.teacher if task.entry == TEACHER else sets.student
     num_classes = len(images.class_names)
     student = build_detector(task.detector, num_classes, task.seed).to(task.device)
     teacher = None
@@ -145,8 +145,8 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     def evaluating(done: int, total: int) -> None:
         report(Report(f"evaluating {done}/{total}", trained.steps, warnings=tuple(trained.warnings)))
 
-    evaluating(0, len(sets.val_data))
-    evaluation = evaluate(student, sets.val_data, device=task.device, input_size=config.input_size, progress=evaluating)
+    evaluating(0, len(sets.val))
+    evaluation = evaluate(student, sets.val, device=task.device, input_size=config.input_size, progress=evaluating)
     result = CellResult(
         entry=task.entry,
         seed=task.seed,

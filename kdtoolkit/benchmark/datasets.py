@@ -18,9 +18,9 @@ class DataSets:
     `description` says in words what they are. `notices`: what the user should know about them, one sentence each.
     """
 
-    teacher_data: DetectionDataset
-    student_data: DetectionDataset
-    val_data: DetectionDataset
+    teacher: DetectionDataset
+    student: DetectionDataset
+    val: DetectionDataset
     description: str
     notices: tuple[str, ...]
 

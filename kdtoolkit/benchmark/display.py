@@ -87,13 +87,3 @@ class Display:
         """A cell has ended; `text` says with what result."""
         self._cells.remove_task(self._bars.pop(task))
         self.line(text, style)
-
-
-def duration(seconds: float) -> str:
-    """A time in words, rounded for a reader: `45 s`, `2.5 min`, `12 min`, `3 h 20 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 570:
-        return f"{seconds / 60:.1f} min"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

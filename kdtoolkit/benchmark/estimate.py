@@ -14,7 +14,7 @@ FIRST_STEPS = 10  # a running cell is measured from this many steps on
 
 
 class Costs:
-    """Seconds per step of each row: the mean over its finished cells or, before one has finished, a running cell's."""
+    """Seconds per step of each row: the mean over its finished cells. If there are none, a running cell's seconds."""
 
     def __init__(self) -> None:
         self._measured: dict[str, list[float]] = {}
@@ -28,7 +28,7 @@ class Costs:
         self._measured.setdefault(row, []).append(seconds_per_step)
 
     def ended(self, seconds_around: float) -> None:
-        """A cell has spent this much time on all but training: start, reading of data, evaluation."""
+        """A cell has spent this much time outside training: start, reading of data, evaluation."""
         self._around.append(seconds_around)
 
     def running(self, task: Task, report: Report, seconds: float) -> None:
@@ -67,8 +67,8 @@ class Costs:
     ) -> float | None:
         """Seconds until the run is done; None as long as a row's cost is unknown.
 
-        `later`: the cells of the baseline at equal time while they are not pending yet, with the schedule unstretched.
-        Each will take as long as this schedule takes the slowest of `entries`.
+        `later`: the cells of the row "equal time" that are not pending yet, with their schedule before it is
+        stretched. Each will take as long as the slowest of `entries` takes for this schedule.
         """
         around = statistics.fmean(self._around) if self._around else self._start_up
         seconds: dict[str, float] = {}

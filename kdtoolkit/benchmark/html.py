@@ -1,4 +1,4 @@
-"""The board as one HTML page: no script, nothing loaded from elsewhere, light or dark as the reader's system is."""
+"""The board as one HTML page. It has no script, loads nothing, and is light or dark like the reader's system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kdtoolkit.benchmark.board import Board, Row
 def to_html(board: Board, columns: Sequence[str], rows: Sequence[tuple[Row, Sequence[str]]], footnote: str) -> str:
     """The board as a page.
 
-    `columns`: the table's headings, "entry" first. `rows`: each row with the texts of its remaining columns.
+    `columns`: the table's headings; the first is "entry". `rows`: each row with the texts of all other columns.
     """
     environment = Environment(
         loader=PackageLoader("kdtoolkit.benchmark"),

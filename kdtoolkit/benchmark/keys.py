@@ -40,8 +40,8 @@ def cell_parts(
 ) -> dict[str, str]:
     """All that the result and the cost of a cell depend on, by name.
 
-    `detector`: its section, in which `auto` is replaced by a precision. `data`, `teacher`: digests of
-    these. `device`: its name. Versions of libraries and the source code are added.
+    `detector`: the detector's section; a precision replaces `auto`. `data`, `teacher`: their digests. `device`: the
+    device's name. Versions of libraries and the source code are added.
     """
     library = package_of(detector.model)
     return {
@@ -80,14 +80,14 @@ def digest(value: Any) -> str:
 
 
 def package_of(model: str) -> str:
-    """The package that the model of this name comes from; torchvision for a model of the user."""
+    """The package that the model of this name comes from; torchvision for a user's own model."""
     library = library_of_name(model)
     return "torchvision" if library is None else library.package
 
 
 @cache  # computed once: workers have imported the files as they were when the run began
 def source_digest(model: str, extra: tuple[Path, ...] = ()) -> str:
-    """Digest of the source files that train and evaluate a model: ours, that of a user's model, and `extra`."""
+    """Digest of the files that train and evaluate a model: kdtoolkit's, the file of a user's model, and `extra`."""
     package = Path(kdtoolkit.__file__).parent
     files = {path for pattern in (*_SOURCES, *_adapter_sources(model)) for path in package.glob(pattern)} | set(extra)
     files -= {package / name for name in _NOT_OF_CELLS}

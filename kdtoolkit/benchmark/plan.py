@@ -44,9 +44,7 @@ class Plan:
         self.threads = threads
         self._teacher_section = _for_device(suite.teacher, device)
         self._student_section = _for_device(suite.student, device)
-        self._data = Fingerprints(
-            sets.teacher_data.fingerprint(), sets.student_data.fingerprint(), sets.val_data.fingerprint()
-        )
+        self._data = Fingerprints(sets.teacher.fingerprint(), sets.student.fingerprint(), sets.val.fingerprint())
 
     def teacher_task(self) -> Task:
         """The teacher's task. Its result and weights are stored under its key, for all runs."""
@@ -112,7 +110,7 @@ class Plan:
         return found if whole else None
 
     def measured(self, row: str) -> list[CellResult]:
-        """The stored results of a row, also those of an earlier version of the suite."""
+        """The stored results of a row, also results of an earlier version of the suite."""
         found = (_readable(self.store.result_path(row, seed)) for seed in range(self.suite.seeds))
         return [result for result in found if result is not None]
 
@@ -138,7 +136,7 @@ class Plan:
         return None if are_whole(task.weights) else f"is trained again, since {task.weights} is missing or damaged"
 
     def stretch(self) -> tuple[str, float] | None:
-        """The slowest entry, and the factor by which the baseline's schedule must be longer to take as long.
+        """The slowest entry, and the factor by which to stretch the baseline's schedule so that it takes as long.
 
         Only costs on the same hardware are compared; None if there are none. The factor of a stored row is kept unless
         the factor needed now is more than 5 % larger.
@@ -171,7 +169,7 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
 
     Raises KDError that names the section or entry of the suite.
     """
-    num_classes = len(sets.student_data.class_names)
+    num_classes = len(sets.student.class_names)
     where = "teacher"
     try:
         teacher = build_detector(suite.teacher, num_classes, 0)

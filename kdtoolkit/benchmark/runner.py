@@ -17,7 +17,7 @@ from rich.text import Text
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.datasets import DataSets, load_data
-from kdtoolkit.benchmark.display import Display, duration
+from kdtoolkit.benchmark.display import Display
 from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.hardware import cores, device_name, machine
 from kdtoolkit.benchmark.plan import Plan, check_methods
@@ -33,6 +33,7 @@ from kdtoolkit.benchmark.store import (
     write_atomic,
 )
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite
+from kdtoolkit.benchmark.words import counted, duration
 from kdtoolkit.benchmark.workers import Ended, Workers
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
@@ -65,7 +66,7 @@ def run_suite(
         jobs: how many cells run at the same time. None: one for each core on a CPU, 1 on a GPU.
         device: `cpu` or `cuda`.
         only: the entries to run besides the baseline. Empty: all entries.
-        fresh: run the entries of `only` again, or all rows and the teacher if it is empty.
+        fresh: run finished cells again: those of `only`, or all rows and the teacher if `only` is empty.
 
     Raises KDError if the suite does not fit the data, if the folder cannot be written, or if another run works in it.
     """
@@ -166,17 +167,17 @@ class _Run:
         suite, display = self.plan.suite, self.display
         if any(task.entry == TEACHER for task in self.pending):
             display.line(f"teacher: {suite.teacher.model}, {suite.teacher.train.steps} steps")
-        rows, seeds = ", ".join(self.rows), f"{suite.seeds} seed{'s' if suite.seeds > 1 else ''}"
+        rows, seeds = ", ".join(self.rows), counted(suite.seeds, "seed")
         display.line(f"students: {seeds} each of {rows}; {suite.student.train.steps} steps")
         if len(self.rows) > 1:
             display.line("then the baseline again, with a schedule that takes as long as the slowest method")
-        threads = f"{self.plan.threads} thread{'s' if self.plan.threads > 1 else ''} each"
+        threads = f"{counted(self.plan.threads, 'thread')} each"
         where = machine() if self.plan.device == "cpu" else device_name(self.plan.device)
         display.line(f"on {where}: {self.jobs} at a time, {threads}, {self._precision()}")
         display.line(f"results: {self.plan.store.root}; after Ctrl-C, run the same command to continue")
         if self.pending:
             display.line(f"data: {self.sets.description}")
-            for images in (self.sets.teacher_data, self.sets.student_data, self.sets.val_data):
+            for images in (self.sets.teacher, self.sets.student, self.sets.val):
                 _ = images.in_memory()[0]  # drawn pictures and decoded photos are then there for all cells
 
     def _precision(self) -> str:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from kdtoolkit import files
+from kdtoolkit.benchmark.words import counted
 from kdtoolkit.errors import KDError
 from kdtoolkit.lock import hold
 
@@ -27,8 +28,8 @@ class CellResult(BaseModel):
 
     `key`, `key_parts`: digests of all that the result depends on. `evaluation`, `per_class`: AP in percent, or None if
     undefined. `train_seconds`: the whole training. `step_ms`: the median step. `peak_memory_mb`: peak memory of the
-    process until the end of training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was made
-    longer. `history`: loss terms by step.
+    process until the end of training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was
+    stretched. `history`: loss terms by step.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -63,7 +64,7 @@ class CellResult(BaseModel):
     def hardware(self) -> str:
         """What it was measured on, in words. Times on different hardware cannot be compared."""
         where = self.machine if self.device == "cpu" else f"{self.device} ({self.machine})"
-        return f"{where}, {self.threads} thread{'s' if self.threads > 1 else ''} a cell"
+        return f"{where}, {counted(self.threads, 'thread')} a cell"
 
 
 class Store:
@@ -97,7 +98,7 @@ class Store:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process, however it ends. Raises KDError, which names the holder, if it is held."""
+        """Lock the folder for this process until it ends. Raises KDError that names the process that holds it."""
         with ExitStack() as held:
             with writing(self.root):
                 held.enter_context(hold(self.root))
@@ -143,7 +144,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is complete, or as it was before. Raises StoreError where it cannot be written."""
+    """Write a file completely, or leave it as it was. Raises StoreError if it cannot be written."""
     with writing(path):
         files.write_atomic(path, content)
 
@@ -161,7 +162,7 @@ def discard(path: Path) -> None:
 
 
 def discard_runs(result: Path, but: Path | None = None) -> None:
-    """Delete the folders of a cell's trainings that did not come to their end, `but` that one."""
+    """Delete the folders of a cell's unfinished trainings, except `but`."""
     for folder in result.parent.glob("*.run"):
         if folder.name.startswith(f"{result.stem}.") and folder != but:
             with writing(folder):

@@ -1,4 +1,4 @@
-"""A suite says what is compared: a teacher, a student, and methods. All of it is checked before anything runs."""
+"""A suite says what is compared: a teacher, a student, and methods. The whole suite is checked before anything runs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from kdtoolkit.contract import Method
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import all_methods, published_settings
+from kdtoolkit.models import is_code
 from kdtoolkit.options import check_options, did_you_mean
 
 BASELINE = "baseline"
@@ -61,7 +62,7 @@ class DataSection(_Section):
             counts = ("teacher_images", "student_images", "val_images")
             if missing := [name for name in counts if getattr(self, name) is None]:
                 raise ValueError(
-                    f"procedural data needs {', '.join(missing)}: without `root`, images are drawn, as many as you say"
+                    f"procedural data needs {', '.join(missing)}: write how many images to draw, or name a `root`"
                 )
         return self
 
@@ -75,7 +76,7 @@ class DetectorSection(_Section):
 
 
 class _Extras(_Section):
-    """The arguments that all methods have in common: those of `Method.scheduled` and `Method.at_strides`."""
+    """The arguments that all methods have in common: the arguments of `Method.scheduled` and `Method.at_strides`."""
 
     warmup: int | None = Field(None, ge=0)
     decay: int | None = Field(None, ge=0)
@@ -167,9 +168,9 @@ class Suite(_Section):
         names = [BASELINE, EQUAL_TIME, TEACHER]
         for name, methods in entries.items():
             if name.lower() in names:  # some systems take names of folders that differ in case for the same
-                raise ValueError(f"entry '{name}' has the same name as another row")
+                raise ValueError(f"entry '{name}' has the same name as another row: rename it")
             if not methods:
-                raise ValueError(f"entry '{name}' has no methods; the baseline is always run, and need not be listed")
+                raise ValueError(f"entry '{name}' has no methods: delete it (the baseline is always run), or name some")
             names.append(name.lower())
             for use in methods:
                 if student and (reason := use.build().schedule.why_too_long(student.train.steps)):
@@ -187,10 +188,20 @@ class Suite(_Section):
 
 
 def change(suite: Suite, data: Mapping[str, Any] | None = None, **fields: Any) -> Suite:
-    """A copy of the suite with some fields changed, checked again. `data`: fields to change of the data section."""
+    """A copy of the suite with some fields changed, checked again. `data`: fields to change in the data section."""
     raw = suite.model_dump(exclude_unset=True)
     raw["data"].update(data or {})
     return Suite.model_validate({**raw, **fields})
+
+
+def check_runs_no_code(suite: Suite) -> None:
+    """Raises KDError if the suite names a module to import as a model, which would run whatever the module contains."""
+    for role, section in (("teacher", suite.teacher), ("student", suite.student)):
+        if is_code(section.model):
+            raise KDError(
+                f"the {role} of suite {suite.name!r} is {section.model!r}, which imports a Python module and so runs "
+                "its code: read the module, then run the same command with --allow-code"
+            )
 
 
 def _factories() -> dict[str, Callable[..., Method]]:
@@ -201,7 +212,7 @@ def _factories() -> dict[str, Callable[..., Method]]:
 
 
 def _split(args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split arguments into the method's own and those of `_Extras`."""
+    """Split arguments into the method's own and the fields of `_Extras`."""
     extras = {name: args[name] for name in _Extras.model_fields if name in args}
     return {name: value for name, value in args.items() if name not in extras}, extras
 

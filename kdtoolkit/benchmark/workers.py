@@ -1,4 +1,4 @@
-"""Worker processes: each cell runs in a new process. So its memory is its own, and a crash ends no other cell."""
+"""Worker processes: each cell runs in a new process. So cells share no memory, and a crash ends one cell only."""
 
 from __future__ import annotations
 

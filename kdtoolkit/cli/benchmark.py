@@ -55,11 +55,19 @@ def run(
         bool, typer.Option("--skip-bad", help="Leave bad images and annotations of --data out, instead of stopping.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is done already.")] = False,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code", help="Import the Python modules that the suite names as models: package:callable."
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the board and errors alone.")] = False,
 ) -> None:
     """Train, distil and compare on a leaderboard.
 
     A teacher, a student alone (the baseline) and a student for each entry of the suite are trained and evaluated.
-    Results land in OUT/SUITE as they come. What is done is not run again, so an interrupted run goes on where it was.
+    Results go to OUT/SUITE, cell by cell. Finished cells are not run again, so an interrupted run continues where it
+    was.
     """
     from kdtoolkit.listing import suite_path
 
@@ -70,11 +78,13 @@ def run(
     from kdtoolkit.benchmark.board import build_board
     from kdtoolkit.benchmark.report import print_board
     from kdtoolkit.benchmark.runner import run_suite
-    from kdtoolkit.benchmark.suite import change
+    from kdtoolkit.benchmark.suite import change, check_runs_no_code
     from kdtoolkit.benchmark.suite_file import load_suite
     from kdtoolkit.data.opening import name_of
 
     chosen = load_suite(suite)
+    if not allow_code:
+        check_runs_no_code(chosen)
     changes = {
         "root": data.resolve() if data else None,
         "image_size": image_size,
@@ -85,7 +95,7 @@ def run(
     root = out / (f"{chosen.name}-{name_of(data)}" if data else chosen.name)
     console = Console()
     outcome = run_suite(
-        chosen, root, console=console, jobs=jobs, device=device_name(device), only=only or (), fresh=fresh
+        chosen, root, console=Console(quiet=quiet), jobs=jobs, device=device_name(device), only=only or (), fresh=fresh
     )
     print_board(build_board(root), console)
     place = f"board: {root}/leaderboard.html (also .md, .csv, .json)"

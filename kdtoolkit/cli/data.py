@@ -69,7 +69,7 @@ def convert(
 ) -> None:
     """Write a data set in a different format.
 
-    Images are copied as they are. What the new format has no place for is told.
+    Images are copied as they are. kd names what the new format has no place for.
     """
     from kdtoolkit.cli._common import progress_bar
     from kdtoolkit.data.tools.convert import convert as run

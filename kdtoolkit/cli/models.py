@@ -1,4 +1,4 @@
-"""`kd methods`, `kd adapters` and `kd inspect`: what there is, and what works with what."""
+"""`kd methods`, `kd adapters` and `kd inspect`: lists of methods and detectors, and which of them work together."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def adapters(
 ) -> None:
     """List detector families, or run all methods on all pairs.
 
-    The families are those that our adapters, installed libraries and other packages bring.
+    Families come from kdtoolkit's adapters for installed libraries, and from other packages.
     """
     if not matrix and (method or family or markdown):
-        raise KDError("--method, --family and --markdown go with --matrix")
+        raise KDError("--method, --family and --markdown need --matrix: add it")
     if markdown is not None and not markdown.absolute().parent.is_dir():
-        raise KDError(f"cannot write {markdown}: there is no folder {markdown.parent}")
+        raise KDError(f"cannot write {markdown}: there is no folder {markdown.parent}. Make it first")
     from rich.console import Console
 
     from kdtoolkit.listing import all_method_facts
@@ -115,12 +115,11 @@ def inspect(
     With --teacher: both side by side, which methods work between them, and why the others do not.
     """
     if teacher is None and teacher_weights is not None:
-        raise KDError("--teacher-weights goes with --teacher")
+        raise KDError("--teacher-weights needs --teacher NAME: add it")
     from rich.console import Console
 
     from kdtoolkit.inspect import inspect_detector, print_inspection, print_pair
-    from kdtoolkit.models import build_model
-    from kdtoolkit.weights import load_weights
+    from kdtoolkit.models import build_model, load_weights
 
     found = []
     for name, file in ((model, weights), (teacher, teacher_weights)):

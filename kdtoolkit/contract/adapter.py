@@ -50,7 +50,7 @@ class DetectorAdapter(ABC):
 
     @property
     def first_stage(self) -> DetectorAdapter | None:
-        """The part that proposes, as a detector of one class that takes the same batch and features; None if none."""
+        """The region proposal network, as a detector of one class with the same batch and features; None if none."""
         return None
 
     @classmethod
@@ -74,9 +74,9 @@ class DetectorAdapter(ABC):
         """Do what the detector does to images (3, H, W) in [0, 1] before its backbone: resize, normalise, pad.
 
         With `like`, the detector is a teacher, and `like` is the student's batch of the same images. Then each image
-        gets the size that it has there, and the canvas the size of that one. The canvas is padded further, at the right
-        and bottom, only if the detector cannot run otherwise. A detector built for one size scales the whole canvas.
-        `kdtoolkit.canvas` has the code for both.
+        gets the same size as in `like`, and the canvas the same size as the canvas of `like`. The canvas is padded
+        further, at the right and bottom, only if the detector cannot run otherwise. A detector built for one size
+        scales the whole canvas. `kdtoolkit.canvas` has the code for both.
         """
 
     @abstractmethod

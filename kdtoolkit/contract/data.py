@@ -37,7 +37,7 @@ class Batch:
         padded_sizes: size of each image with the padding that it would have alone. Cells beyond it belong to no image.
         original_sizes: sizes before `prepare`. Detections are in pixels of these.
         boxes: one tensor (G, 4) per image, in pixels of the canvas; empty if the batch has no ground truth.
-        labels: one tensor (G,) per image; empty likewise.
+        labels: one tensor (G,) per image; empty if the batch has no ground truth.
     """
 
     images: Tensor
@@ -127,7 +127,7 @@ class HeadTrace:
 
     Attributes:
         states: the state at each stage. States that were not asked for are empty.
-        predictions: what the pass led to.
+        predictions: the predictions at the end of the pass.
         context: what else the adapter needs to resume the head (the encoder's memory), or to compute the library's own
             losses and detections (raw outputs).
         first: the pass of the first stage, if the head ran one.

@@ -1,4 +1,4 @@
-"""Exchange: what a method sees of a step, and both heads brought to the same priors."""
+"""Exchange: what a method sees of a step, and both heads on the same priors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Matched:
 
     @cached_property
     def teacher_assignment(self) -> Assignment:
-        """Ground truth assigned to these priors by the rule of the detector that laid them out.
+        """Ground truth assigned to these priors by the rule of the detector that the priors come from.
 
         Cross-head losses use it. On a grid, and for the teacher's own proposals or queries, it is the teacher's rule.
         For the student's proposals or queries it is the student's rule.
@@ -130,7 +130,7 @@ class Exchange:
 
     @cached_property
     def first_stage(self) -> Exchange | None:
-        """The same step as the first stages of both detectors show it; None unless both have one."""
+        """The same step for the first stages (proposal networks) of both detectors; None unless both have one."""
         student_view, teacher_view = _first_stage(self.student), _first_stage(self.teacher)
         return None if student_view is None or teacher_view is None else Exchange(student_view, teacher_view)
 

@@ -87,7 +87,7 @@ class Method(nn.Module, ABC):
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """The loss terms of one step by name: float32 scalars with their weights applied.
 
-        Names are those of `terms`; a term may be missing.
+        The names are from `terms`; a term may be missing.
         """
 
 

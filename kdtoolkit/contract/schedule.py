@@ -14,8 +14,8 @@ class Schedule:
 
     The factor is 0 before step `start`, and the method is not run. It rises linearly from 0 to 1 over the `warmup`
     steps after `start`. It falls linearly to 0 over the last `decay` steps before step `stop`. From `stop` on it is 0,
-    and the method is no longer run. If `stop` is None, the method runs to the end. With `every` above 1 the method is
-    run in every so many steps only, from `start` on. In a step without any method the teacher is not run either.
+    and the method is no longer run. If `stop` is None, the method runs to the end. With `every=4` the method is run
+    only in every fourth step, from `start` on. In a step without any method the teacher is not run either.
 
     Raises KDError if a number of steps is negative or not whole, if `every` or `stop` is 0, if `decay` has no `stop`,
     or if `stop` comes before `start`, warm-up and decay are over.
@@ -37,7 +37,7 @@ class Schedule:
                 "be 0 or more"
             )
         if self.every < 1:
-            raise KDError(f"every={self.every}: the method is run in every so many steps, so it must be 1 or more")
+            raise KDError(f"every={self.every}: it must be 1 or more; every=2 runs the method in every second step")
         if self.stop is None and self.decay:
             raise KDError(
                 f"decay ({self.decay}) needs stop, the step at which the weights have fallen to 0: add stop=STEP"

@@ -1,4 +1,4 @@
-"""Random changes of one image and its boxes, by a generator of its own: the global random state is left alone."""
+"""Random changes of one image and its boxes. They have their own generator and leave the global random state alone."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class PictureCache:
         return CachedPicture(self._folder / content[:2] / name, size)
 
     def has_room(self, size: int) -> bool:
-        """Whether the disk has room for so many bytes more, and leaves as much again to others."""
+        """Whether the disk has room for twice this number of bytes: one half stays free for other files."""
         existing = next(each for each in (self._folder, *self._folder.absolute().parents) if each.exists())
         return SPARE * size <= shutil.disk_usage(existing).free
 

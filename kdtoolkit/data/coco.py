@@ -13,6 +13,7 @@ from kdtoolkit.data.records import (
     BadEntryError,
     Box,
     Category,
+    Fault,
     Files,
     Form,
     Photo,
@@ -29,6 +30,7 @@ from kdtoolkit.data.records import (
 from kdtoolkit.errors import KDError
 
 NEEDED = ("images", "annotations", "categories")
+UNREAD = {"segmentation": "segmentations", "keypoints": "sets of keypoints"}
 RULE = "it must be [x, y, width, height] in pixels"
 
 
@@ -184,28 +186,41 @@ def _boxes(entries: list[Any], images: dict[int, _Entry | None], reading: Readin
     boxes: dict[int, list[Box]] = {number: [] for number in images}
     labels = {category.id: label for label, category in enumerate(reading.categories)}
     for index, entry in enumerate(entries):
-        with reading.noting(reading.source, "box"):
-            if not isinstance(entry, dict):
-                raise BadEntryError(f"annotations[{index}] must be an object")
-            own_id = entry.get("id")  # needed for nothing else than to be named by
-            where = f"annotation {shown(own_id)}" if isinstance(own_id, int | float | str) else f"annotations[{index}]"
-            image_id = whole(entry.get("image_id"))
-            if image_id is None or image_id not in images:
-                raise BadEntryError(
-                    f"{where}: no image has the id {shown(entry.get('image_id'))}; add the image, or delete the "
-                    "annotation"
-                )
-            with naming(f"{where} (image {image_id})"):
-                if (box := _box(entry, images[image_id], labels, reading)) is not None:
-                    boxes[image_id].append(box)
+        try:
+            image_id, box = _box(entry, images, labels, reading)
+        except BadEntryError as error:
+            reading.faults.append(Fault(reading.source, f"{_title(index, entry, images)}{error}", "box"))
+        else:
+            if box is not None:
+                boxes[image_id].append(box)
     return boxes
 
 
-def _box(entry: dict[str, Any], image: _Entry | None, labels: dict[int, int], reading: Reading) -> Box | None:
-    """The annotation, with its box cut at the image's edge; None if its image has a fault. Raises BadEntryError."""
-    box, area = entry.get("bbox"), entry.get("area")
+def _title(index: int, entry: Any, images: Container[int]) -> str:
+    """What a bad annotation is called: by its id, if it has one, and by its image."""
+    if not isinstance(entry, dict):
+        return f"annotations[{index}] "
+    own_id, image_id = entry.get("id"), whole(entry.get("image_id"))
+    title = f"annotation {shown(own_id)}" if isinstance(own_id, int | float | str) else f"annotations[{index}]"
+    return f"{title} (image {image_id}): " if image_id is not None and image_id in images else f"{title}: "
+
+
+def _box(
+    entry: Any, images: dict[int, _Entry | None], labels: dict[int, int], reading: Reading
+) -> tuple[int, Box | None]:
+    """The image's id and the object of an annotation, cut at the image's edge; None if the image has a fault.
+
+    Raises BadEntryError.
+    """
+    if not isinstance(entry, dict):
+        raise BadEntryError("must be an object")
+    image_id, category_id = whole(entry.get("image_id")), whole(entry.get("category_id"))
+    if image_id is None or image_id not in images:
+        raise BadEntryError(
+            f"no image has the id {shown(entry.get('image_id'))}; add the image, or delete the annotation"
+        )
+    image, box, area = images[image_id], entry.get("bbox"), entry.get("area")
     crowd = 0 if entry.get("iscrowd") is None else entry["iscrowd"]
-    category_id = whole(entry.get("category_id"))
     if category_id is None or category_id not in labels:
         ids = ", ".join(map(str, labels))
         raise BadEntryError(
@@ -218,8 +233,10 @@ def _box(entry: dict[str, Any], image: _Entry | None, labels: dict[int, int], re
     if area is not None and (not is_finite(area) or area < 0):
         raise BadEntryError(f"area must be a finite number of at least 0, not {shown(area)}")
     if image is None:
-        return None
-    reading.unread["segmentations"] += bool(entry.get("segmentation"))
-    reading.unread["sets of keypoints"] += bool(entry.get("keypoints"))
-    xywh = reading.inside(box, (image.width, image.height), f"bbox {box}", RULE)
-    return Box(labels[category_id], xywh, xywh[2] * xywh[3] if area is None else area, bool(crowd))
+        return image_id, None
+    for key, what in UNREAD.items():
+        if entry.get(key):
+            reading.unread[what] += 1
+    x, y, width, height = box
+    xywh = reading.inside((x, y, width, height), (image.width, image.height), "bbox", box, RULE)
+    return image_id, Box(labels[category_id], xywh, xywh[2] * xywh[3] if area is None else area, bool(crowd))

@@ -17,8 +17,8 @@ from kdtoolkit.errors import KDError
 class Sample(TypedDict):
     """Ground truth of one image as it is given out, which may be smaller than the original.
 
-    `boxes`: (G, 4) float32, xyxy in pixels of the image given out. `labels`: (G,) int64 in [0, K). `image_id`: that of
-    `DetectionDataset.coco`. `original_size`: (height, width) of the image that `coco` refers to.
+    `boxes`: (G, 4) float32, xyxy in pixels of the image given out. `labels`: (G,) int64 in [0, K). `image_id`: the
+    image's id in `DetectionDataset.coco`. `original_size`: (height, width) of the image that `coco` refers to.
     """
 
     boxes: Tensor
@@ -46,7 +46,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Sample]], ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Digest of all that determines the content. It is equal for equal data, in whatever folder they are."""
+        """Digest of everything that determines the content. Equal data in two folders have equal digests."""
 
     def in_memory(self) -> DetectionDataset:
         """The data set with its images decoded and kept, for a reader that needs them again and again.
@@ -63,7 +63,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Sample]], ABC):
         if count is None:
             return self
         if not 1 <= count <= len(self):
-            raise KDError(f"a subset of {count} images was asked for, of a data set that has {len(self)}")
+            raise KDError(f"a subset of {count} images is too large: the data set has {len(self)}; ask for no more")
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
         return self._part(sorted(chosen.tolist()))
 

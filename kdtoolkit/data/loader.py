@@ -43,18 +43,18 @@ def batches(
 
     Epochs follow each other without a break, each shuffled anew, so a batch may hold the end of one and the beginning
     of the next. The batch of a step depends on `seed` and the step, and on nothing else: not on where a run began, on
-    `workers` (processes that read ahead: of use where images are large or decoded on access) or on the global random
+    `workers` (processes that read ahead, useful if images are large or decoded on access) or on the global random
     state. Images are read `in_memory` first.
 
     Args:
         dataset: the images.
-        batch_size: images a step, of all processes together.
+        batch_size: images per step, counted over all processes.
         steps: of the whole run.
         seed: decides order and augmentation.
         augment: what is changed at random.
-        input_size: what images are resized to before, with one size a step.
+        input_size: images are first resized to it; one size per step.
         workers: processes that read ahead.
-        start: the steps that are done already.
+        start: number of steps already done.
         share: place and number of the processes that train together; each yields its part of each batch.
         pin: whether the images are in pinned memory, from which they are copied to a GPU faster.
     """

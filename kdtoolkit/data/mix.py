@@ -1,4 +1,4 @@
-"""Training images made of several: mosaics of four, and two that show through each other.
+"""Training images made of several images: mosaics of four, and the mean of two.
 
 What a detector sees is one image with the boxes of all. Teacher and student are shown the same one.
 """
@@ -15,15 +15,15 @@ from kdtoolkit.contract import Target
 from kdtoolkit.data.resize import with_boxes
 
 GREY = 128
-MIN_VISIBLE = 0.25  # of a box's area; an object of which less is left in the image is no object any more
+MIN_VISIBLE = 0.25  # of a box's area; an object that keeps less of it is left out
 
 Item = tuple[Tensor, Target]
 
 
 def mosaic(items: Sequence[Item], generator: torch.Generator) -> Item:
-    """Four images, at half their size, around a point that is drawn in the middle half of a canvas of the first's size.
+    """Four images at half their size, around a random point near the middle of a canvas of the first image's size.
 
-    Images (3, H, W) uint8. What reaches over its quarter of the canvas is cut off; what is left free is grey.
+    Images (3, H, W) uint8. Each image is cut off at the border of its quarter of the canvas; free space is grey.
     """
     _, height, width = items[0][0].shape
     middle = torch.rand(2, generator=generator) * 0.5 + 0.25
@@ -50,7 +50,7 @@ def mosaic(items: Sequence[Item], generator: torch.Generator) -> Item:
 
 
 def mixup(first: Item, second: Item) -> Item:
-    """The mean of two images on the canvas of the first; the second is fitted into it. All boxes count in full."""
+    """The mean of two images, on the canvas of the first; the second is fitted into it. The boxes of both stay."""
     image, target = first
     other = _fitted(second[0], *image.shape[1:])
     canvas = torch.full_like(image, GREY)

@@ -1,4 +1,4 @@
-"""One way to open a data set: COCO, YOLO or VOC, told apart by the files that lie there."""
+"""Opens a data set in COCO's, YOLO's or VOC's format. The files in the folder show which format it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMS = (coco.FORM, yolo.FORM, voc.FORM)
 
 
 def locate(path: str | Path) -> tuple[Form, Path]:
-    """The format of a data set, and the place to read it from. Raises KDError if it has none of ours, or several."""
+    """The format of a data set, and the place to read it from. Raises KDError if it has no known format, or several."""
     path = Path(path)
     if not path.exists():
         raise KDError(f"there is no file or folder {path}")
@@ -61,7 +61,7 @@ def open_dataset(
         on_bad: `skip` leaves bad images and annotations out, and lists them in one warning.
         memory_bytes: `in_memory` keeps the decoded images in memory if they take at most this.
         cache: a folder. `in_memory` keeps the decoded images there instead, for all processes and later runs.
-        progress: called with the number of images that were looked at, and of all.
+        progress: called with the number of images checked so far and the number of all images.
 
     Raises KDError that lists the first faults of the data and their number, or says what was looked for.
     """
@@ -77,7 +77,7 @@ def open_dataset(
 
 
 class CocoDetection(PhotoDataset):
-    """A split of a folder in COCO's format; the arguments are those of `open_dataset`, which opens it as well."""
+    """A split of a folder in COCO's format; it takes the arguments of `open_dataset`, which opens it as well."""
 
     def __init__(
         self,

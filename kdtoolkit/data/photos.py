@@ -1,4 +1,4 @@
-"""A data set of photos, whatever format its annotations came in."""
+"""A data set of photos. It is the same for all formats of annotations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class PhotoDataset(DetectionDataset):
     """The photos that a reader found, made by `open_dataset`, which explains the arguments.
 
     Photos are decoded on access. `in_memory` decodes all of them once, and keeps them in memory or in the folder
-    `cache`. Crowds and VOC's difficult objects are no targets; `coco` has them, where they count as COCO has it.
+    `cache`. Crowds and VOC's difficult objects are no targets. `coco` has them, and scoring treats them by COCO's
+    rules.
     """
 
     def __init__(
@@ -85,9 +86,9 @@ class PhotoDataset(DetectionDataset):
             raise KDError(f"{self._source}: {error}") from None
 
     def coco(self) -> dict[str, Any]:
-        """Ground truth as the files have it, but for what was left out; boxes are cut at the image's edge.
+        """Ground truth as in the files, without the entries that were left out; boxes are cut at the image's edge.
 
-        Annotations are numbered anew, for files may give them no ids, or the same one twice.
+        Annotations get new numbers, because files may give them no ids, or the same id twice.
         """
         images = [
             {"id": photo.id, "file_name": photo.name, "width": photo.width, "height": photo.height}
@@ -125,7 +126,7 @@ class PhotoDataset(DetectionDataset):
         return digest(self._max_size, [(category.id, category.name) for category in self._categories], content)
 
     def subset(self, count: int | None, seed: int) -> DetectionDataset:
-        """As every data set's; raises KDError also if none of the images chosen has a box."""
+        """Choose `count` images, as `DetectionDataset.subset` does. Also raises KDError if none of them has a box."""
         part = super().subset(count, seed)
         if isinstance(part, PhotoDataset) and part._has_no_box():
             raise KDError(
@@ -137,8 +138,8 @@ class PhotoDataset(DetectionDataset):
     def in_memory(self) -> DetectionDataset:
         """The data set with its images decoded and kept: in the cache's folder if there is one, else in memory.
 
-        It is returned as it is if its images take too much of either. Files that cannot be decoded are an error, or are
-        left out, as `on_bad` has it. Raises KDError.
+        If its images take too much of either, the data set is returned unchanged. `on_bad` decides whether files that
+        cannot be decoded are an error (KDError) or are left out.
         """
         if self._in_memory is None and self._kept is None:
             if not self._has_room():
@@ -159,7 +160,7 @@ class PhotoDataset(DetectionDataset):
             return sum(3 * math.prod(self._presented_size(photo)) for photo in self._photos) <= self._memory_bytes
         places = []
         for photo in self._photos:
-            with suppress(PictureError):  # told when it is to be decoded
+            with suppress(PictureError):  # `decode` reports it later
                 places.append(self._cache.picture(self._hash(photo), self._presented_size(photo)))
         return self._cache.has_room(sum(place.bytes for place in places if not place.exists()))
 
@@ -199,7 +200,7 @@ class PhotoDataset(DetectionDataset):
         if (most := len(fullest.boxes)) > SCORED_DETECTIONS:
             log.warning(
                 "%s: images with up to %d boxes (%s). COCO scores at most %d detections an image, so AP is bounded; "
-                "DETR and its kin find no more objects than they have queries. Cut such images into tiles if all their "
+                "detectors like DETR find at most one object per query. Cut such images into tiles if all their "
                 "objects matter.",
                 self._source,
                 most,

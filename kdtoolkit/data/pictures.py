@@ -30,7 +30,7 @@ _pillows_limit = threading.Lock()
 
 
 class PictureError(KDError):
-    """Why an image file cannot be used, and how to mend it. The caller adds which image it is."""
+    """Why an image file cannot be used, and how to fix it. The caller adds which image it is."""
 
 
 def seen_size(path: Path) -> tuple[int, int, bool]:
@@ -52,8 +52,8 @@ def seen_size(path: Path) -> tuple[int, int, bool]:
 def decode(path: Path, size: tuple[int, int]) -> Tensor:
     """Decode an image upright, as RGB (3, H, W) uint8, scaled down to `size` (height, width), antialiased.
 
-    JPEG is decoded at an eighth, a quarter or half of its size where that is at least twice what is wanted. Of
-    animations and files of several pages the first image is taken. Raises PictureError.
+    JPEG is decoded at an eighth, a quarter or half of its size if that is at least twice the wanted size. Animations
+    and files with several pages give their first image. Raises PictureError.
     """
     height, width = size
     with _opened(path) as opened:

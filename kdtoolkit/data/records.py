@@ -50,7 +50,7 @@ class Box:
     """An object. `xywh`: left, top, width and height in pixels of the image as one sees it; all of it is in the image.
 
     `label`: index of its class. `area`: in square pixels, as COCO's scores by size use it. `crowd`: COCO's `iscrowd`
-    and VOC's `difficult`: no target in training; in scoring, a detection there is no mistake.
+    or VOC's `difficult`. Such an object is no target in training, and in scoring a detection of it is no mistake.
     """
 
     label: int
@@ -81,9 +81,9 @@ class Photo:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something in a data set that cannot be used. `loses`: what is left out where the user wants to go on without.
+    """Something in a data set that cannot be used. `loses`: what is left out if the user chooses to skip it.
 
-    `text` names the image or annotation, says what is wrong, and how to mend it. `file` is where it stands.
+    `text` names the image or annotation, says what is wrong, and how to fix it. `file` is where it stands.
     """
 
     file: Path
@@ -96,8 +96,8 @@ class Reading:
     """What a reader found in one split.
 
     `source`: the file that stands for the split in messages. `root`: the folder of the data set. `remarks`: sentences
-    about what is odd, but can be read. `cut`: number of boxes of which a part beyond the image's edge was cut off.
-    `unread`: how many there are of what the files hold, and detection does not use.
+    about what is odd, but can be read. `cut`: number of boxes that reached beyond the image's edge and were cut there.
+    `unread`: numbers of entries in the files that detection does not use.
     """
 
     source: Path
@@ -118,18 +118,26 @@ class Reading:
             self.faults.append(Fault(file, str(error), loses))
 
     def inside(
-        self, xywh: Sequence[float], size: tuple[int, int], shown: str, rule: str
+        self,
+        xywh: tuple[float, float, float, float],
+        size: tuple[int, int],
+        what: str,
+        numbers: Sequence[float],
+        rule: str,
     ) -> tuple[float, float, float, float]:
         """The part of a box that lies in its image of `size` (width, height).
 
-        `shown` names the box, `rule` says how the format writes boxes. Raises BadEntryError if the box has no area,
-        lies outside, or reaches more than MAX_OVERHANG beyond the image.
+        `what` and `numbers`: the box as the format writes it; `rule`: how the format writes boxes. Raises BadEntryError
+        if the box has no area, lies outside, or reaches more than MAX_OVERHANG beyond the image.
         """
         (x, y, width, height), (image_width, image_height) = xywh, size
         thinnest = MIN_SIDE * image_width, MIN_SIDE * image_height
-        if width <= thinnest[0] or height <= thinnest[1]:
-            raise BadEntryError(f"{shown} has no area; give it a positive width and height, or delete it")
         overhang = max(-x, -y, x + width - image_width, y + height - image_height)
+        if overhang <= 0 and width > thinnest[0] and height > thinnest[1]:
+            return xywh
+        box = f"{what} [{', '.join(f'{number:.10g}' for number in numbers)}]"
+        if width <= thinnest[0] or height <= thinnest[1]:
+            raise BadEntryError(f"{box} has no area; give it a positive width and height, or delete it")
         x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + width, image_width), min(y + height, image_height)
         problem = ""
         if x2 - x1 <= thinnest[0] or y2 - y1 <= thinnest[1]:
@@ -138,10 +146,8 @@ class Reading:
             problem = f"reaches {overhang:g} px beyond"
         if problem:
             raise BadEntryError(
-                f"{shown} {problem} the image of {image_width}x{image_height}; {rule}. Correct it, or delete it"
+                f"{box} {problem} the image of {image_width}x{image_height}; {rule}. Correct it, or delete it"
             )
-        if overhang <= 0:
-            return x, y, width, height
         self.cut += overhang > NOTICEABLE
         return x1, y1, x2 - x1, y2 - y1
 
@@ -151,8 +157,8 @@ class Form:
     """A format of data sets.
 
     `locate` returns the place to read from if the path holds data of this format, else None. `splits` names the splits
-    of a place, `read` reads one of them. Both raise KDError where the data cannot be read at all. `looked_for` says by
-    which files the format is known.
+    of a place, `read` reads one of them. Both raise KDError where the data cannot be read at all. `looked_for` names
+    the files by which the format is recognised.
     """
 
     name: str
@@ -163,7 +169,7 @@ class Form:
 
 
 class BadEntryError(Exception):
-    """Why an image or annotation cannot be used, and how to mend it."""
+    """Why an image or annotation cannot be used, and how to fix it."""
 
 
 class Files:
@@ -180,8 +186,8 @@ class Files:
     def find(self, name: str) -> Path:
         """The file of this name; separators may be Windows', and accents composed in a different way.
 
-        Raises PictureError if the name leads out of the folder, or if there is no such file; then it tells of a file
-        whose name differs in case only.
+        Raises PictureError if the name leads out of the folder, or if there is no such file. The error also names a
+        file whose name differs only in case.
         """
         if leads_out(name):
             raise PictureError(f"{shown(name)} leads out of {self._folder}; {self._rule}. Name a file inside of it")
@@ -226,7 +232,7 @@ def agreed_size(path: Path, stated: tuple[int, int] | None, where: str) -> tuple
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Raises BadEntryError for more pixels than are read."""
+    """Raises BadEntryError if an image has more than MAX_PIXELS pixels."""
     if width * height > MAX_PIXELS:
         raise BadEntryError(
             f"{width}x{height} are more than the {MAX_PIXELS // 10**6} million pixels that are read; cut it into "
@@ -236,7 +242,7 @@ def check_pixels(width: int, height: int) -> None:
 
 @contextmanager
 def naming(title: str) -> Iterator[None]:
-    """Let a BadEntryError or PictureError begin with what it is about."""
+    """Put the name of the image or annotation before the message of a BadEntryError or PictureError."""
     try:
         yield
     except (BadEntryError, PictureError) as error:
@@ -249,11 +255,11 @@ def settle(faults: Sequence[Fault], source: Path, on_bad: Literal["error", "skip
         return
     listed = "".join(f"\n  {fault.text}" for fault in faults[:SHOWN_FAULTS])
     if len(faults) > SHOWN_FAULTS:
-        listed += f"\n  and {len(faults) - SHOWN_FAULTS} more"
+        listed += f"\n  and {len(faults) - SHOWN_FAULTS} more; `kd data check` lists all"
     number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     if on_bad == "error":
         raise KDError(
-            f'{source}: {number}:{listed}\nMend them, or leave them out: kd\'s --skip-bad, on_bad="skip" in Python.'
+            f'{source}: {number}:{listed}\nCorrect them. Or skip them: --skip-bad of kd, or on_bad="skip" in Python.'
         )
     log.warning("%s: left out, as they are bad: %s%s", source, number, listed)
 

@@ -1,4 +1,4 @@
-"""Images resized to a size that is drawn anew for each step: multi-scale training, and one fixed size."""
+"""Resizes images to one fixed size, or to a size that is drawn for each step (multi-scale training)."""
 
 from __future__ import annotations
 

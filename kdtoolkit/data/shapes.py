@@ -1,4 +1,4 @@
-"""The embedded data set: small pictures of shapes, drawn by seed. No download, and hard enough to tell detectors apart.
+"""The embedded data set: small pictures of shapes, drawn by seed without download. Good and bad detectors differ on it.
 
 Classes differ in fine detail (a ring and a ring with a gap); objects overlap, are covered by bars, differ in size,
 colour and texture, and lie among lines, specks and crosses that are no objects.
@@ -299,7 +299,7 @@ class _Scene:
         return picture.clip(0, 255).astype(np.uint8)
 
     def objects(self) -> tuple[Tensor, Tensor]:
-        """Boxes (G, 4) float32 and labels (G,) of the objects of which enough can be seen."""
+        """Boxes (G, 4) float32 and labels (G,) of the objects that are visible enough."""
         visible = self.owner.histogram()
         keep = [i for i, area in enumerate(self.areas) if visible[i + 1] >= MIN_VISIBLE * area]
         boxes = torch.tensor([self.boxes[i] for i in keep], dtype=torch.float32).reshape(-1, 4)

@@ -124,7 +124,7 @@ def parse(path: Path) -> Element:
             f"line {error.lineno}: not valid XML ({expat.ErrorString(error.code)}); write the file again"
         ) from None
     except FileNotFoundError:
-        raise BadEntryError("there is no such file; take the name off the list, or write the file") from None
+        raise BadEntryError("there is no such file; delete the name from the list, or add the file") from None
     except (OSError, ValueError, LookupError) as error:  # no permission; a name too long; an unknown encoding
         raise BadEntryError(f"the file cannot be read: {error}") from None
     if root.tag != "annotation":
@@ -249,11 +249,10 @@ def _box(entry: Element, corners: list[float], size: tuple[int, int], labels: di
     if difficult not in ("0", "1"):
         raise BadEntryError(f"difficult must be 0 or 1, not {shown(difficult)}")
     x1, y1, x2, y2 = corners
-    box = f"bndbox [{', '.join(f'{value:g}' for value in corners)}]"
     reading.unread["truncated flags"] += _text(entry, "truncated") == "1"
     reading.unread["parts of objects"] += len(entry.findall("part"))
-    pixels = (round(value, DECIMALS) for value in (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1))
-    xywh = reading.inside(tuple(pixels), size, box, RULE)
+    x, y, width, height = (round(value, DECIMALS) for value in (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1))
+    xywh = reading.inside((x, y, width, height), size, "bndbox", corners, RULE)
     return Box(labels[name], xywh, xywh[2] * xywh[3], difficult == "1")
 
 

@@ -22,6 +22,7 @@ from kdtoolkit.data.records import (
     BadEntryError,
     Box,
     Category,
+    Fault,
     Form,
     Photo,
     Progress,
@@ -38,7 +39,7 @@ from kdtoolkit.data.records import (
 from kdtoolkit.errors import KDError
 
 LINE = "class, centre x, centre y, width, height, each but the class divided by the image's width or height"
-RULE = f"a line is {LINE}"
+RULE = f"these are pixels: x, y, width, height; a line is {LINE}"
 
 
 def locate(path: Path) -> Path | None:
@@ -199,7 +200,7 @@ def _categories(place: Path, document: dict[Any, Any]) -> list[Category]:
 
 
 def _pose_numbers(place: Path, document: dict[Any, Any]) -> int | None:
-    """How many numbers the line of a pose has: those of a box, and those of its keypoints."""
+    """How many numbers the line of a pose has: the box's and the keypoints'."""
     shape = document.get("kpt_shape")
     if shape is None:
         return None
@@ -293,8 +294,10 @@ def _boxes(path: Path, size: tuple[int, int], layout: _Layout, reading: Reading)
     boxes = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if fields := line.split():
-            with reading.noting(path, "box"), naming(f"{_short(path, layout.root)}, line {number}"):
+            try:
                 boxes.append(_box(fields, size, layout, reading))
+            except BadEntryError as error:
+                reading.faults.append(Fault(path, f"{_short(path, layout.root)}, line {number}: {error}", "box"))
     return tuple(boxes)
 
 
@@ -304,9 +307,8 @@ def _box(fields: list[str], size: tuple[int, int], layout: _Layout, reading: Rea
         numbers = [float(field) for field in fields]
     except ValueError:
         numbers = []
-    line = shown(" ".join(fields))
     if not numbers or not all(map(is_finite, numbers)):
-        raise BadEntryError(f"{line} must be finite numbers: {LINE}")
+        raise BadEntryError(f"{shown(' '.join(fields))} must be finite numbers: {LINE}")
     label, *places = numbers
     count = len(layout.categories)
     if not label.is_integer() or not 0 <= label < count:
@@ -331,7 +333,7 @@ def _box(fields: list[str], size: tuple[int, int], layout: _Layout, reading: Rea
     x, y, width, height = (
         round(value * side, DECIMALS) for value, side in zip((x1, y1, width, height), size * 2, strict=True)
     )
-    xywh = reading.inside((x, y, width, height), size, f"box [{x:g}, {y:g}, {width:g}, {height:g}] px", RULE)
+    xywh = reading.inside((x, y, width, height), size, "box", (x, y, width, height), RULE)
     return Box(int(label), xywh, xywh[2] * xywh[3])
 
 

@@ -1,6 +1,6 @@
 """Which prior answers for which ground-truth box: the ATSS rule, for a whole batch at once.
 
-Shapes are those of kdtoolkit/contract. Ground truth is padded to G boxes per image.
+Shapes are as in kdtoolkit/contract. Ground truth is padded to G boxes per image.
 """
 
 from __future__ import annotations

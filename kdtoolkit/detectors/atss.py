@@ -45,7 +45,7 @@ def centerness(sides: Tensor) -> Tensor:
 
 
 class ATSS(DenseDetector):
-    """The ATSS detector. Its arguments are those of DenseDetector."""
+    """The ATSS detector. It takes the arguments of DenseDetector."""
 
     has_quality: ClassVar[bool] = True
     published_predictors: ClassVar[Mapping[str, str]] = {

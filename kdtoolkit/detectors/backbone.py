@@ -27,9 +27,9 @@ class Levels:
     """The feature maps that a pyramid takes from a backbone.
 
     `indices` are their places among all maps of the backbone, and `channels` their numbers of channels. With
-    `channels_last` the backbone gives maps (N, H, W, C), as Swin Transformers do. `mean` and `std`, three numbers each,
-    are those by which the backbone's own training normalised images in [0, 1]; they are ImageNet's if the backbone does
-    not say.
+    `channels_last` the backbone gives maps (N, H, W, C), as Swin Transformers do. `mean` and `std`, three numbers
+    each, are what the backbone's own training used to normalise images in [0, 1]. If the backbone names none, they are
+    ImageNet's.
     """
 
     indices: tuple[int, ...]
@@ -67,7 +67,7 @@ def build_backbone(
     if missing := [stride for stride in strides if stride not in reductions]:
         raise KDError(
             f"backbone {name!r} gives feature maps of strides {reductions}, and the pyramid needs {tuple(strides)}: "
-            f"{missing} missing. Take another backbone, or mend backbone_args (out_indices)."
+            f"{missing} missing. Take another backbone, or correct backbone_args (out_indices)."
         )
     if any(getattr(module, "strict_img_size", False) for module in model.modules()):
         # Swin Transformers take images of one size unless told otherwise. A detector's images have any size.
@@ -114,7 +114,7 @@ def _created(name: str, pretrained: bool, args: dict[str, Any]) -> Any:
     except Exception as error:  # models and the hub raise errors of all kinds
         given = ", ".join(f"{key}={value!r}" for key, value in args.items()) or "its defaults"
         raise KDError(
-            f"backbone {name!r} cannot be built from {given}: {_said(error)}. Mend backbone_args, or take another "
+            f"backbone {name!r} cannot be built from {given}: {_said(error)}. Correct backbone_args, or take another "
             "backbone: one that timm can build with features_only=True"
         ) from error
 

@@ -1,6 +1,6 @@
 """What one-stage detectors with two convolutional towers share: backbone, pyramid, towers, decoding, NMS.
 
-Each detector is one file: its predictors, its loss, its assigner. Shapes and terms are those of kdtoolkit/contract.
+Each detector is one file: its predictors, its loss, its assigner. Shapes and terms are as in kdtoolkit/contract.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class DenseDetector(nn.Module, ABC):
             detector's paper has.
         detections_per_image: the largest number of detections that are kept.
         image_mean: subtracted from images in [0, 1], one number per channel. None for what timm names for the backbone.
-        image_std: images are then divided by it, likewise.
+        image_std: images are then divided by it, one number per channel. None for what timm names for the backbone.
 
     Raises:
         KDError: the backbone has no such levels or takes images of one size only, strides are not as described above,
@@ -196,7 +196,7 @@ class DenseDetector(nn.Module, ABC):
     def assigner(self) -> Hashable:
         """The assigner's settings.
 
-        If those of two detectors are equal (`==`), they assign the same boxes to the same priors.
+        If the settings of two detectors are equal (`==`), they assign the same boxes to the same priors.
         """
 
     @abstractmethod
@@ -237,8 +237,8 @@ class DenseDetector(nn.Module, ABC):
     ) -> Batch:
         """Normalise images (3, H, W) in [0, 1], and pad them at the right and bottom to one canvas.
 
-        With `like` the images get the sizes that they have in that batch, and lie on a canvas of its size. The canvas
-        is padded further if the detector needs it.
+        `like`: a batch of the same images. With it the images get the same sizes, and the canvas the same size, as
+        there. The canvas is padded further if the detector needs it.
         """
         layout = Layout.padded(images, PADDING) if like is None else Layout.of(like, PADDING)
         return lay_out(images, targets, layout, mean=self.image_mean, std=self.image_std)

@@ -1,8 +1,8 @@
 """FCOS: fully convolutional one-stage detection (Tian et al., ICCV 2019, arXiv 1904.01355).
 
 Each cell has one point. Losses are the focal loss for classes, IoU for boxes, which are distances from the point, and
-BCE for centerness. Scores are multiplied by centerness. The options are those of the journal version (arXiv
-2006.09214); the defaults are those of the first version.
+BCE for centerness. Scores are multiplied by centerness. The defaults follow the first version of the paper; the
+options follow its journal version (arXiv 2006.09214).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class FCOSAssigner:
 
 
 class FCOS(DenseDetector):
-    """The FCOS detector. Its arguments are those of DenseDetector, and three more.
+    """The FCOS detector. It takes the arguments of DenseDetector, and three more.
 
     Args:
         norm_on_bbox: predict distances in strides, and cut them at 0. Otherwise the logarithm of pixels is predicted.
@@ -136,7 +136,7 @@ class FCOS(DenseDetector):
 
     @property
     def assigner(self) -> FCOSAssigner:
-        """The assigner, by size and place."""
+        """FCOS's assigner: it chooses the box of each point by the box's size and place."""
         return FCOSAssigner(self.center_sampling_radius)
 
     def priors(self, grid: tuple[tuple[int, int], ...]) -> Priors:
@@ -153,7 +153,7 @@ class FCOS(DenseDetector):
         return from_distances(centres(priors.boxes), self.sides(regression, priors))
 
     def assign(self, predictions: Predictions, batch: Batch) -> Assignment:
-        """Assign by size and place."""
+        """Assign boxes to points by the boxes' size and place, see `FCOSAssigner`."""
         return self.assigner(predictions.priors, batch, self.num_classes)
 
     def losses(self, predictions: Predictions, assignment: Assignment) -> dict[str, Tensor]:

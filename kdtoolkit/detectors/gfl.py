@@ -40,7 +40,7 @@ def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class GFL(DenseDetector):
-    """The GFL detector. Its arguments are those of DenseDetector, and `bins`, their number for each box side."""
+    """The GFL detector. It takes the arguments of DenseDetector, and `bins`: the number of bins for each box side."""
 
     published_predictors: ClassVar[Mapping[str, str]] = {"gfl_cls": "cls", "gfl_reg": "reg"}
 

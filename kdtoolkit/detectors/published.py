@@ -36,9 +36,9 @@ def load_published(model: DenseDetector, source: str | os.PathLike[str] | Mappin
     "state_dict", and behind a prefix that all names share. Build the model with the class count, backbone and sizes of
     the checkpoint. Every parameter must be found, and every entry be used; only `num_batches_tracked` may be missing.
 
-    Names do not tell all. Backbones in Caffe's style (many FCOS checkpoints: BGR images in [0, 255], stride in the
-    first convolution of a block) load without complaint but detect badly, because timm's ResNets have the stride in the
-    second convolution.
+    Names alone do not show whether a file fits. Backbones in Caffe's style (many FCOS checkpoints: BGR images in [0,
+    255], stride in the first convolution of a block) load without complaint but detect badly, because timm's ResNets
+    have the stride in the second convolution.
 
     Args:
         model: GFL, ATSS, FCOS, RetinaNet or another DenseDetector.
@@ -60,7 +60,7 @@ def load_published(model: DenseDetector, source: str | os.PathLike[str] | Mappin
 
 
 def rename_published(model: DenseDetector, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename published parameters to our names. A parameter without one keeps its name."""
+    """Rename published parameters to our names. A parameter without a name here keeps its published one."""
     renamed = {rename(model, key): value for key, value in published.items()}
     scales = [_SCALE.format(level) for level in range(len(model.strides))]
     if all(key in renamed for key in scales):

@@ -84,7 +84,7 @@ class MaxIoUAssigner:
 
 
 class RetinaNet(DenseDetector):
-    """The RetinaNet detector. Its arguments are those of DenseDetector."""
+    """The RetinaNet detector. It takes the arguments of DenseDetector."""
 
     priors_per_cell: ClassVar[int] = len(ANCHOR_SCALES) * len(ASPECT_RATIOS)
     usual_head_groups: ClassVar[int] = 0

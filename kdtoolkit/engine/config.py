@@ -1,4 +1,4 @@
-"""How to train: the options of a run, and nothing that only says where it is kept."""
+"""How to train: the options of a run. Options about its folder are not here."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class TrainConfig(BaseModel):
     """How to train. The defaults suit AdamW from scratch; `sgd`, lr 0.01 and `step` give the published schedules.
 
     `lr_factors`, `no_decay` and `frozen` name parts of the student: `backbone` or `backbone.layer1` stands for all
-    parameters below a module of that name, `norms` for those of normalisation layers, `biases` for all biases of
-    different layers, and `backbone norms` for what is both.
+    parameters below a module of that name, `norms` for the parameters of normalisation layers, `biases` for the biases
+    of all other layers, and `backbone norms` for what is both.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(gt=0, description="optimiser steps")
-    batch_size: int = Field(default=16, gt=0, description="images a step, of all processes together")
+    batch_size: int = Field(default=16, gt=0, description="images per step, counted over all processes")
     accumulation: int = Field(
         default=1, gt=0, description="parts that each process's batch is divided into, to save memory"
     )
@@ -71,15 +71,15 @@ class TrainConfig(BaseModel):
     def _batch_has_parts(self) -> TrainConfig:
         if self.batch_size % self.accumulation:
             raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of accumulation ({self.accumulation}): it is what "
-                "a step sees, in so many parts"
+                f"batch_size ({self.batch_size}) must be a multiple of accumulation ({self.accumulation}): each step "
+                "splits its batch into that number of parts"
             )
         return self
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What a run is evaluated on, at its end and before: every so many steps, or every so many epochs."""
+    """The data that a run is evaluated on, and when: after some steps or epochs, and at the end."""
 
     dataset: DetectionDataset
     every_steps: int | None = None
@@ -88,14 +88,15 @@ class Validation:
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_epochs is not None:
-            raise KDError("a run is evaluated every so many steps or every so many epochs: leave one of them out")
+            raise KDError("every_steps and every_epochs cannot be used together: leave one of them out")
         if any(every is not None and every <= 0 for every in (self.every_steps, self.every_epochs)):
             raise KDError(
-                "every_steps is a whole number from 1, every_epochs a number above 0; leave both out for the end alone"
+                "every_steps is a whole number from 1, every_epochs a number above 0; leave out both to evaluate only "
+                "at the end"
             )
 
     def due(self, step: int, batch_size: int, images: int) -> bool:
-        """Whether it is time after so many steps of `batch_size`, on so many images of training."""
+        """Whether to evaluate after this step, with batches of `batch_size` from this number of training images."""
         if self.every_steps is not None:
             return step % self.every_steps == 0
         if self.every_epochs is None:

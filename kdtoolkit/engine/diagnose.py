@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdtoolkit import processes
 from kdtoolkit.distiller import Losses
 
-FIRST_STEPS = 5  # a term that has said nothing in so many steps with boxes is reported while the run goes on
+FIRST_STEPS = 5  # a term that taught nothing in this number of steps with boxes is reported during the run
 
 
 @dataclass
@@ -43,7 +43,7 @@ class SilenceDetector:
         self._terms: dict[str, _Term] = {}
 
     def observe(self, losses: Losses, values: Mapping[str, float]) -> None:
-        """Look at the terms of a step with boxes, before `backward`; `values` are those of `losses`.
+        """Look at the terms of a step with boxes, before `backward`; `values` are the values of `losses`.
 
         The graph and all gradients stay as they are. A term is looked at until it has a gradient: in the first steps in
         which it is not zero, then less and less often. Where several processes train together, `values` must be the
@@ -95,12 +95,12 @@ class DeadParts:
 
     The best known case is a box head whose sides are all zero: no small change of a weight gives such boxes an area. A
     part is called dead if it once had a gradient and had none in the last `patience` steps with boxes. In a list of
-    parts, one part is not called dead while the rest of the list learns: of heads for one level each, some may get no
-    object for long.
+    parts, one part is not called dead while other parts of the list learn: if each level has its own head, some heads
+    may see no object for a long time.
     """
 
     def __init__(self, student: nn.Module, names: Sequence[str], patience: int, device: torch.device) -> None:
-        """`names` are those of a Distiller's parameters. Warnings are only about the student's."""
+        """`names`: the names of a Distiller's parameters. Warnings are only about the student's parameters."""
         self._names = names
         self._lists = {name for name, module in student.named_modules() if isinstance(module, nn.ModuleList)}
         self._patience = patience
@@ -117,7 +117,7 @@ class DeadParts:
             row.masked_fill_(norms > 0, value)
 
     def warnings(self) -> list[str]:
-        """One line for each part that is dead now: the largest modules all of whose parameters are."""
+        """One line for each dead part. A part is named by the largest module whose parameters are all dead."""
         dead: dict[str, int] = {}  # by module, the last step in which some parameter of it had a gradient
         alive: set[str] = set()
         for name, last, boxes in zip(self._names, *self._alive.tolist(), strict=True):

@@ -27,11 +27,11 @@ METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Average precisions in percent, [0, 100]. One is None where the ground truth has no object of its kind.
+    """Average precisions in percent, [0, 100]. A value is None if the ground truth has no object of that kind.
 
-    `ap` is the mean over the IoU thresholds 0.50, 0.55 ... 0.95. `ap_small`, `ap_medium` and `ap_large` are those of
-    objects below 32^2 pixels of the original image, of 32^2 to 96^2, and above 96^2. `images` and `detections` are
-    counts.
+    `ap` is the mean over the IoU thresholds 0.50, 0.55 ... 0.95. `ap_small`, `ap_medium` and `ap_large` are for
+    objects of less than 32^2, 32^2 to 96^2, and more than 96^2 pixels of the original image. `images` and `detections`
+    are counts.
     """
 
     ap: float | None
@@ -69,9 +69,9 @@ def evaluate(
             float32 in [0, 1]; it returns a list of Detections. 0 if the first class has label 0; 1 if label 0 is
             background. None runs the detector through the adapter that knows it. If no adapter does, labels count
             from 0.
-        input_size: what images are resized to before, at the largest size of its range.
-        together: in a run of several processes, each takes its part of the images, and all get the result of all.
-            Every process must call it then.
+        input_size: images are first resized to the largest size of its range.
+        together: in a run of several processes, each process evaluates a part of the images, and all get the whole
+            result. Then every process must call `evaluate`.
         progress: called with the number of images done and the number of all images.
 
     Raises KDError before anything runs if the model's adapter refuses it, if its number of classes differs from the
@@ -81,7 +81,7 @@ def evaluate(
     if not isinstance(model, nn.Module | DetectorAdapter):
         raise KDError(f"the model must be a detector, an nn.Module, or an adapter of one; it is {model!r}")
     if batch_size < 1:
-        raise KDError(f"batch_size ({batch_size}) is a number of images, from 1")
+        raise KDError(f"batch_size must be at least 1, not {batch_size}")
     module, detect, spec = _detector(model, labels_from)
     check_dataset(dataset, spec)
     dataset = dataset.in_memory()
@@ -120,7 +120,7 @@ def _detector(
     """The module that detects, how it is called, and the detector's facts where an adapter tells them."""
     if labels_from is not None:
         if labels_from not in (0, 1) or isinstance(model, DetectorAdapter):
-            raise KDError(f"labels_from is 0 or 1, and for plain modules alone; it is {labels_from!r}")
+            raise KDError(f"labels_from must be 0 or 1, and only for plain modules; it is {labels_from!r}")
         return model, partial(_detect_plainly, model), None
     try:
         adapter = adapt(model)
@@ -163,7 +163,7 @@ def _found(
     num_classes: int,
     labels_from: int,
 ) -> Found:
-    """A batch's detections in pixels of the original images, of which `places` has the place by id."""
+    """A batch's detections, in pixels of the original images. `places` gives the place of each image by its id."""
     counts = [len(output["scores"]) for output in outputs]
     where = np.repeat(np.arange(len(items)), counts)
     boxes, scores = (torch.cat([output[name] for output in outputs]).float().cpu() for name in ("boxes", "scores"))
@@ -178,7 +178,7 @@ def _found(
         raise KDError(
             f"the detector gives the label {labels[bad[0]] + labels_from} on image "
             f"{items[where[bad[0]]][1]['image_id']}; the data set has labels {labels_from} to "
-            f"{num_classes - 1 + labels_from}. Build it for {num_classes} classes, or mend labels_from."
+            f"{num_classes - 1 + labels_from}. Build it for {num_classes} classes, or correct labels_from."
         )
     scales = [
         (sample["original_size"][1] / image.shape[2], sample["original_size"][0] / image.shape[1])

@@ -31,7 +31,7 @@ _TOLD = logging.getLogger("kdtoolkit")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run is kept, and how often. A run that was stopped goes on from what lies there.
+    """Where a run is saved, and how often. A run that was stopped continues from there.
 
     It holds `checkpoints/`, `log.jsonl` (a line a step: each loss term, `lr`, `gradient_norm`, and evaluations),
     `speed.jsonl` (images a second, memory), `best.safetensors` and `student.safetensors` (the detector's weights).
@@ -57,7 +57,7 @@ class RunFolder:
 
 
 class Keeper:
-    """Keeps nothing: of runs without a folder, and of all processes but the first."""
+    """Keeps nothing. Runs without a folder use it, and all processes except the first."""
 
     notices: tuple[str, ...] = ()
     best: float | None = None
@@ -80,7 +80,7 @@ class Keeper:
 def opened(
     folder: RunFolder, state: RunState, dataset: DetectionDataset, seed: int, device: torch.device
 ) -> Iterator[tuple[Keeper, Checkpoint | None]]:
-    """Hold a run's folder. Gives what keeps the run, and the checkpoint to go on from if there is one.
+    """Hold a run's folder. Gives the Keeper of the run, and the checkpoint to continue from, if there is one.
 
     Raises KDError if another process uses the folder, if it holds a different run, or if it cannot be written.
     """
@@ -90,7 +90,7 @@ def opened(
             held.enter_context(hold(folder.path))
             keeper = _FolderKeeper(folder, made_of)
         except OSError as error:
-            raise KDError(f"{_unwritable(error, folder.path)}: mend that, or choose another folder") from error
+            raise KDError(f"{_unwritable(error, folder.path)}: correct that, or choose another folder") from error
         held.callback(keeper.trackers.finish)
         yield keeper, keeper.found
 
@@ -228,7 +228,7 @@ def _compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> li
         )
     circumstances = [name for name in ("torch", "device", "processes") if old[name] != new[name]]
     return [
-        f"the run in {folder} began with {name} {old[name]} and goes on with {new[name]}: its last digits will not be "
-        "those of a run that was never stopped"
+        f"the run in {folder} began with {name} {old[name]} and goes on with {new[name]}: its last digits will "
+        "differ from a run that was never stopped"
         for name in circumstances
     ]

@@ -54,7 +54,7 @@ def rank() -> int:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process, for all; a KDError that it raises there is raised in all."""
+    """Call `make` in the first process, and return its result in all. If it raises KDError, all processes raise it."""
     if processes.count() == 1:
         return make()
     outcome: list[Any] = [None]

@@ -16,16 +16,16 @@ from kdtoolkit.errors import KDError
 def check_dataset(dataset: DetectionDataset, spec: DetectorSpec | None) -> None:
     """Check the data set of a training or an evaluation.
 
-    Raises KDError if it is no DetectionDataset, is empty, or has not as many classes as the detector.
+    Raises KDError if it is no DetectionDataset, is empty, or has a different number of classes than the detector.
     """
     check_is_dataset(dataset)
     if not len(dataset):
-        raise KDError(f"{dataset} has no images")
+        raise KDError(f"{dataset} has no images: add some")
     count = len(dataset.class_names)
     if spec is not None and spec.num_classes != count:
         raise KDError(
             f"{spec.name} has {spec.num_classes} classes, the data set {count}: labels would not agree. Build the "
-            f"detector for {count} classes, or choose those of the data set by class_names"
+            f"detector for {count} classes, or choose the data set's classes: open_dataset(..., class_names=[...])"
         )
 
 

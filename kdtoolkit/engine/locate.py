@@ -1,4 +1,4 @@
-"""Where the first value of a step that is not finite arises: told when a training run stops because of it."""
+"""Finds where the first non-finite value of a step arises. A training run that stops because of it says so."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kdtoolkit.distiller import Distiller
 
 @torch.no_grad()
 def locate_non_finite(distiller: Distiller, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
-    """Say in words where the first value that is not finite arises in each detector, for this batch.
+    """Say in words where the first non-finite value arises in each detector, for this batch.
 
-    Levels are named by their strides. If all values are finite, the largest one is named: then a loss overflowed.
+    Levels are named by their strides. If all values are finite, it names the largest one: then a loss overflowed.
     """
     student, teacher = distiller.student_adapter, distiller.teacher_adapter
     images, targets = checked_batch(images, targets, distiller.student, student.spec)

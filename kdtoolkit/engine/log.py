@@ -33,7 +33,7 @@ class Log:
         self._waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def flush(self) -> None:
-        """Write all rows to the disk. Raises OSError; the rows then wait on, and no half a line is left."""
+        """Write all rows to the disk. After an OSError the rows are still in memory, and no half line is left."""
         content = b"".join(self._waiting)
         with self._path.open("r+b") as file:
             file.truncate(self.position)
@@ -46,7 +46,7 @@ class Log:
 
 
 class Trackers:
-    """Accelerate's trackers, by name; none are imported where none are asked for."""
+    """Accelerate's trackers, by name. Accelerate is imported only if a tracker is asked for."""
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any], *, step: int) -> None:
         """Start trackers for a run in `folder` that has done `step` steps. Raises KDError if one is not installed."""

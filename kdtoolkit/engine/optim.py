@@ -33,8 +33,8 @@ def lr_factor(step: int, config: TrainConfig) -> float:
 def build_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser of all trainable parameters, with a group for each pair of learning rate and weight decay.
 
-    Each group keeps its peak rate as `peak`. What methods learn has the plain rate and decay. Raises KDError if the
-    config names a part that the student does not have.
+    Each group keeps its peak rate as `peak`. Parameters of methods have the plain rate and decay. Raises KDError if
+    the config names a part that the student does not have.
     """
     student = distiller.student
     factors = {part: _parameters(student, part) for part in config.lr_factors}
@@ -55,7 +55,7 @@ def build_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Op
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> float:
-    """Give each group its learning rate of a step; returns the rate without factors of parts."""
+    """Set each group's learning rate for a step. Returns the rate without the factors of parts."""
     factor = lr_factor(step, config)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor

@@ -19,7 +19,7 @@ def has_bfloat16(device: str | torch.device = "cpu") -> bool:
     """Whether the device multiplies bfloat16 in hardware.
 
     A CPU needs AVX512-BF16 or AMX instructions for it, which the environment variable `ONEDNN_MAX_CPU_ISA` can hide. A
-    CUDA device needs a compute capability of at least 8. All different devices count as without.
+    CUDA device needs a compute capability of at least 8. All other devices count as having none.
     """
     device = torch.device(device)
     if device.type == "cuda":

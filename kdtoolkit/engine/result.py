@@ -24,9 +24,10 @@ class Progress:
 class TrainResult:
     """What a run cost and how it went.
 
-    `history` has about 100 points of step, lr and every loss term (means). `warnings` are those of `Progress` about the
-    training, for the whole run; `notices` those about its folder. `evaluations` have step and average precisions.
-    `seconds` is training time over all starts of the run; `step_ms` the median step of this start, 0 if it had none.
+    `history` has about 100 points of step, lr and every loss term (means). `warnings`: the warnings of `Progress`
+    about the training, for the whole run. `notices`: its warnings about the folder. `evaluations` have step and
+    average precisions. `seconds` is training time over all starts of the run; `step_ms` the median step of this start,
+    0 if it had none.
     """
 
     steps: int

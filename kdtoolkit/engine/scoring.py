@@ -31,7 +31,7 @@ class Found:
     """The detections of several images.
 
     `images` (D,) and `classes` (D,) are places in the ground truth's lists of images and categories. `boxes` (D, 4) are
-    x, y, width and height in pixels of the original image. `scores` (D,) are those of the detector.
+    x, y, width and height in pixels of the original image. `scores` (D,) are the detector's.
     """
 
     images: Ints

@@ -1,7 +1,6 @@
 """The state of a run: what a checkpoint must hold for the run to go on as if it had not been stopped.
 
-The batch of a step and its random numbers depend on the seed and the step alone, and so does the learning rate. They
-need no state.
+The batch, the random numbers and the learning rate of a step depend only on the seed and the step. They need no state.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ class RunState:
 
     @property
     def step_ms(self) -> float:
-        """Milliseconds of the median step since this start, or of the one before if this one has hardly begun."""
+        """Milliseconds of the median step since this start; if it has hardly begun, of the start before."""
         if len(self.durations) <= UNTIMED_STEPS and self.earlier_step_ms:
             return self.earlier_step_ms
         timed = self.durations[min(UNTIMED_STEPS, len(self.durations) - 1) :]
@@ -156,7 +155,7 @@ class RunState:
             self.dead.load(counts, alive)
         except (RuntimeError, KeyError) as error:
             raise KDError(
-                f"the checkpoint of step {checkpoint.step} is of other models or methods than these: {error}. Build "
+                f"the checkpoint of step {checkpoint.step} does not fit these models or methods: {error}. Build "
                 "them as before, or choose another folder"
             ) from error
         self.scaler.load_state_dict(facts["scaler"])

@@ -53,7 +53,7 @@ def train(
         distiller: student, teacher and methods.
         dataset: the images to train on.
         config: how to train.
-        seed: decides the order of images, their augmentation and all that is drawn at random.
+        seed: decides the order of images, their augmentation and everything else that is random.
         device: where the models lie; None asks the student itself.
         folder: where the run is kept. If a stopped run lies there, it goes on from its last checkpoint, and ends with
             the same weights and the same log as if it had not been stopped. None keeps nothing.
@@ -217,7 +217,7 @@ def _check_arguments(distiller: object, config: object) -> None:
         raise KDError(f"config is a {type(config).__name__}; it must be a TrainConfig, as in TrainConfig(steps=1000)")
     if not any(p.requires_grad for p in distiller.student.parameters()):
         raise KDError(
-            "nothing of the student is to be trained: all its parameters are frozen. Call student.requires_grad_(True)"
+            "the student has nothing to train: all its parameters are frozen. Call student.requires_grad_(True)"
         )
     for method in distiller.methods:
         if isinstance(method, Method) and (reason := method.schedule.why_too_long(config.steps)):

@@ -1,4 +1,4 @@
-"""Distillation methods, one file each: a file in this folder is found by itself, as is what other packages announce."""
+"""Distillation methods, one file each. Files of this folder, and what other packages announce, are found here."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def all_methods() -> dict[str, type[Method]]:
 
 
 def published_settings(method: type[Method]) -> dict[str, Callable[[], Method]]:
-    """A method's published settings for other detectors than its defaults are for: `CrossKD.for_fcos` and so on."""
+    """A method's published settings for detectors that its defaults are not for, by name: `CrossKD.for_fcos`."""
     names = [name for name in dir(method) if name.startswith("for_")]
     return {f"{method.__name__}.{name}": getattr(method, name) for name in names}
 
 
 def __getattr__(name: str) -> type[Method]:
-    """Methods in files that are not imported above, where type checkers see them."""
+    """Methods whose files are not imported above. The imports are there for type checkers and editors alone."""
     if name in (own := _own_methods()):
         return own[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

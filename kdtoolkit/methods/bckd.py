@@ -5,8 +5,8 @@ as sigmoids, not as a softmax over classes: the sum of BCE(s, p_t) * |p_s - p_t|
 boxes, weighted by the largest |p_s - p_t| of the classes. Both are sums over all priors, divided by the number of
 positives.
 
-Numbers agree with the published code (TinyTigerPan/BCKD @121c9aa), but for one thing. There a level counts only if the
-batch has a positive prior on it, which the paper does not say. Here every level counts, so that an image's loss does
+Numbers agree with the published code (TinyTigerPan/BCKD @121c9aa), with one difference. There a level counts only if
+the batch has a positive prior on it; the paper does not say so. Here every level counts, so that an image's loss does
 not depend on the images beside it. In the reference files the sums are 1.3 to 1.4 times as large. `published_levels`
 has the published rule.
 """
@@ -24,21 +24,21 @@ from kdtoolkit.methods.predictions import PredictionMethod
 
 
 def disagreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """The largest difference of class probabilities of each prior: (..., A) of logits (..., A, K), no gradient."""
+    """The largest difference of class probabilities of each prior (..., A), from logits (..., A, K). No gradient."""
     difference = student_logits.detach().float().sigmoid() - teacher_logits.detach().float().sigmoid()
     return difference.abs().amax(-1)
 
 
 def iou_distance(student_boxes: Tensor, teacher_boxes: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sum of 1 - GIoU of boxes (..., 4), xyxy in pixels, `weight` (...): a scalar."""
+    """Sum of `weight` (...) * (1 - GIoU) over boxes (..., 4), xyxy in pixels: a scalar."""
     return (weight * (1 - elementwise_giou(student_boxes, teacher_boxes.detach()))).sum()
 
 
 class BCKD(PredictionMethod):
     """Teach the student the teacher's class scores as binary tasks, and its boxes by overlap.
 
-    For detectors on a grid with sigmoid scores; how they predict boxes may differ (GFL teaches ATSS). The default
-    weights are the published ones for GFL.
+    For detectors on a grid with sigmoid scores. They may predict boxes in different ways (GFL teaches ATSS). The
+    default weights are the published ones for GFL.
 
     Args:
         cls_weight: factor of the classification term.

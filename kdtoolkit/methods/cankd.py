@@ -4,10 +4,10 @@ Before it is compared, each cell of the student's map adds what it finds in all 
 a = theta(s) (phi(t)^T g(t)) / P, over the P cells of the teacher's map, pooled by 2. Then the mean squared difference
 of z and the teacher's map, each standardised by channel in each image: instance normalisation without parameters.
 
-Follows the published code (tori-hotaru/CanKD @1a75718). There the affinities theta(s) phi(t)^T are computed first, a
-matrix of cells by cells; without a softmax between them the product is associative, and the one of channels by channels
-that comes of it here is the same in a fraction of time and memory. Biases of W, which the normalisation removes, are
-left out.
+Follows the published code (tori-hotaru/CanKD @1a75718). There theta(s) phi(t)^T is computed first: a matrix of cells
+by cells. There is no softmax, so the product is associative. Here phi(t)^T g(t) is computed first: a matrix of
+channels by channels. The result is the same, and takes a fraction of the time and memory. W has no biases here,
+because the normalisation removes them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def cankd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Add to the student's map what its cells find in the teacher's; at first nothing, for the scale starts at 0."""
+    """Add to the student's map what its cells find in the teacher's map. The scale starts at 0: at first, nothing."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -79,7 +79,7 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def standardise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Standardise (N, C, ...) per channel over all else, by the unbiased std + `eps`, in float32.
 
-    A channel that is constant but for rounding becomes 0 and gets no gradient. Otherwise its gradient would be 1 /
+    A channel that is constant except for rounding becomes 0 and gets no gradient. Otherwise its gradient would be 1 /
     `eps` times that of the loss.
     """
     x = x.float()

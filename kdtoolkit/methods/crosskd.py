@@ -49,8 +49,8 @@ class StateProjection(nn.Conv2d):
 def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
     """Give `student` the mean and std of `teacher`, both (N, C, ...), per channel over all else, in float32.
 
-    Gradient flows through the student's statistics. Stds are unbiased; `eps` is added to the student's alone. A channel
-    of the student that does not vary becomes the teacher's mean.
+    Gradient flows through the student's statistics. Stds are unbiased; `eps` is added to the student's std only. If a
+    channel of the student does not vary, its values become the teacher's mean.
     """
     mean, std = channel_statistics(teacher.float())
     return standardise(student, eps) * std + mean
@@ -76,7 +76,7 @@ def cross_state(
 
 
 def state_projections(student: Sequence[int], teacher: Sequence[int]) -> nn.ModuleList:
-    """A projection for each tensor of a state from the student's channels to the teacher's; none if they are equal.
+    """Projections of a state's tensors from the student's channels to the teacher's; none where channels are equal.
 
     Levels with the same channels share one projection, as they share towers.
     """
@@ -93,14 +93,14 @@ def keep_levels(assignment: Assignment, priors: Priors, levels: Collection[int])
 
 
 class CrossKD(Method):
-    """Run the teacher's head on from the student's hidden state; the result mimics the teacher's own predictions.
+    """Run the rest of the teacher's head on the student's hidden state; the result mimics the teacher's predictions.
 
     If two grids have only some strides in common, it works on the levels with these.
 
     Args:
-        stage: where the student's state enters the teacher's head: the paper's i (0 is the pyramid itself), or from
-            the end: -1 leaves the teacher's last block to do, i = 3 of 4, the paper's choice. In heads of other depth
-            a negative stage counts from each head's own end, down to 0.
+        stage: where the student's state enters the teacher's head: the paper's i. 0 is the pyramid itself. Negative
+            numbers count from the end of each head, at most down to stage 0: with -1 only the teacher's last block
+            runs. That is the paper's choice (i = 3 of 4).
         cls_weight: factor of the classification term (1; FCOS 0.4).
         distribution_weight: factor of the localisation term where boxes are distributions (GFL: 4).
         box_weight: factor of the localisation term where they are not (RetinaNet, ATSS: 1; FCOS 0.75).
@@ -108,10 +108,11 @@ class CrossKD(Method):
         beta: exponent of the quality focal loss, 0, or 1 and more.
         box_loss: "giou" (RetinaNet, ATSS), or "iou" (FCOS).
         tap: take the state "after" the activation, as the published results do, or "before" it, as the text reads.
-        priors: whose proposals or queries go through both heads; on grids the two are the same. Why the student's:
-            docs/cross_head.md.
-        proposal_weight: factor of the same losses on the region proposal networks, where both detectors have one: the
-            student's pyramid goes through the teacher's. It did harm where we tried it; 0 leaves it out.
+        priors: whose proposals or queries go through both heads. docs/cross_head.md says why the student's by default.
+            On grids it makes no difference.
+        proposal_weight: factor of the same losses on the region proposal networks, if both detectors have one. Then
+            the student's pyramid goes through the teacher's network. It made results worse where we tried it
+            (docs/cross_head.md); 0 leaves it out.
     """
 
     needs = frozenset({Capability.PREDICTIONS, Capability.STAGES, Capability.ASSIGNMENT})
@@ -154,11 +155,8 @@ class CrossKD(Method):
     def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse pairs whose heads have no corresponding states."""
         on_grids = student_spec.priors.on_grid and teacher_spec.priors.on_grid
-        if (
-            reason := why_no_shared_level(student_spec, teacher_spec)
-            if on_grids
-            else why_cells_differ(student_spec, teacher_spec)
-        ):
+        why_apart = why_no_shared_level if on_grids else why_cells_differ
+        if reason := why_apart(student_spec, teacher_spec):
             return reason
         for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
             if not 0 <= self._index(spec) < len(spec.stages):
@@ -205,7 +203,7 @@ class CrossKD(Method):
             self.proposals.setup(student_spec.first_stage, teacher_spec.first_stage)
 
     def cross(self, pair: Matched) -> Predictions:
-        """Cross-head predictions: the teacher's head, finishing from the student's state."""
+        """Cross-head predictions: the teacher's head runs from the student's state to its end."""
         states = pair.student.states[self.joints[0]], pair.teacher.states[self.joints[1]]
         student, teacher = (
             state if act is None else {branch: tuple(map(act, maps)) for branch, maps in state.items()}
@@ -215,9 +213,9 @@ class CrossKD(Method):
         return pair.finish_with_teacher(cross_state(student, teacher, project, self.levels), self.joints[1])
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`cls`, `box` and, where the teacher judges quality, `quality`; those of weight 0 are left out.
+        """`cls`, `box` and, where the teacher judges quality, `quality`; terms of weight 0 are left out.
 
-        Two-stage detectors have `proposal_cls` and `proposal_box` besides.
+        Two-stage detectors also have `proposal_cls` and `proposal_box`.
         """
         pair = exchange.matched(self.priors)
         cross, teacher = self.cross(pair), pair.teacher.predictions

@@ -1,7 +1,7 @@
 """CWD: channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
 
-Each channel of a pyramid level becomes a distribution over its cells (a softmax), and the student's are pulled to the
-teacher's by KL divergence. So it matters where a channel is active, not how strongly (section 3.2).
+Each channel of a pyramid level becomes a distribution over its cells (a softmax), and KL divergence draws the
+student's distributions to the teacher's. So it matters where a channel is active, not how strongly (section 3.2).
 
 The loss agrees with open-mmlab/mmrazor @90c7af1, but the teacher gets no gradient here.
 """
@@ -25,7 +25,7 @@ from kdtoolkit.methods.features import FeatureMethod, Level
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL of the channels' distributions over cells, maps (N, C, H, W), mean over N and C, times T^2: a scalar."""
+    """KL of the channels' distributions over cells of maps (N, C, H, W): mean over N and C, times T^2, a scalar."""
     return distribution_kl(student.flatten(2), teacher.flatten(2), temperature).mean()
 
 
@@ -74,7 +74,7 @@ class CWD(FeatureMethod):
         return why_priors_differ(student_spec, teacher_spec) or why_scores_differ(student_spec, teacher_spec)
 
     def projection(self, student_channels: int, teacher_channels: int) -> nn.Module:
-        """Maps of class logits have as many channels in both detectors."""
+        """No projection for class logits: both detectors' maps have the same number of channels."""
         return nn.Identity() if self.on == "logits" else super().projection(student_channels, teacher_channels)
 
     def pyramids(self, exchange: Exchange) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

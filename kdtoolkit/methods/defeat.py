@@ -6,8 +6,8 @@ levels. `a` is a learned 3x3 convolution of the student's features.
 
 Regions, sums and weights follow the published code (ggjy/DeFeat.pytorch @cebb825). A box is an object on one level,
 chosen by its size, and background on all others. Padding is background. One thing differs: where channels are equal,
-`a` starts as the identity. There it starts near 0, so that the student gets no gradient at first. The second half of
-the paper, the decoupled classification of proposals, is not here.
+`a` starts as the identity. In the published code it starts near 0, so that the student gets almost no gradient at
+first. The second half of the paper, the decoupled classification of proposals, is not here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def levels_of(boxes: Tensor, levels: int) -> Tensor:
 def object_region(boxes: Tensor, stride: int, height: int, width: int) -> Tensor:
     """Which cells (N, height, width) of one level lie under boxes (N, G, 4) xyxy in pixels. A box of NaN is no box.
 
-    A box covers the cells from the one of its first corner to the one before that of its last corner, at least one.
+    A box covers the cells from its first corner's cell up to, but without, its last corner's cell; at least one cell.
     """
     first, last = (boxes / stride).floor().chunk(2, -1)
     limit = first.new_tensor([width, height])
@@ -52,7 +52,7 @@ def object_region(boxes: Tensor, stride: int, height: int, width: int) -> Tensor
 def object_regions(
     boxes: Sequence[Tensor], strides: Sequence[int], levels: Sequence[int], sizes: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
-    """The object regions (N, H, W) bool of some levels, whose (H, W) are `sizes`; `strides` are those of all levels."""
+    """The object regions (N, H, W) bool of some levels. `sizes`: their (H, W). `strides`: the strides of all levels."""
     padded = pad_sequence(list(boxes), batch_first=True, padding_value=torch.nan).float()
     level_of = levels_of(padded.nan_to_num(), len(strides))[..., None]
     return [
@@ -76,8 +76,8 @@ def decoupled_losses(student: Tensor, teacher: Tensor, objects: Tensor) -> tuple
 class DeFeat(FeatureMethod):
     """Imitate the teacher's pyramid on objects and on background, each with its own weight.
 
-    For all detectors with a pyramid. The default weights are those of the published configuration, for Faster R-CNN
-    on Pascal VOC.
+    For all detectors with a pyramid. The default weights come from the published configuration for Faster R-CNN on
+    Pascal VOC.
 
     Args:
         object_weight: factor of the term inside boxes.
@@ -104,7 +104,7 @@ class DeFeat(FeatureMethod):
     def regions(self, exchange: Exchange) -> list[Tensor]:
         """The object region (N, H, W) bool of each pair of levels, in the teacher's cells."""
         view = exchange.teacher
-        # Whichever levels are compared, boxes belong to those of the whole pyramid.
+        # Boxes are assigned to the levels of the whole pyramid, also if only some levels are compared.
         strides = view.adapter.spec.strides
         shown = [i for i, stride in enumerate(strides) if stride in view.spec.strides]
         sizes = [(view.features[t].shape[2], view.features[t].shape[3]) for _, t in self.levels]

@@ -1,14 +1,15 @@
 """DetKDS: the feature distiller found by search for detectors (Li et al., ICML 2024, openreview SBR8Gwe1E2).
 
-The paper searches transformations and distances of what is compared. For the whole pyramid it found one chain for
-GFL, RepPoints, RetinaNet, FCOS and Faster R-CNN with ResNet teachers: weigh channels by attention,
-f * sqrt(C softmax(mean |f| / T)); take the maximum of each 2 x 2 cells; divide each value by its L2 norm over the
-images of the batch; mean absolute difference.
+The paper searches for the best transformations and distances. For the whole pyramid it found one chain for GFL,
+RepPoints, RetinaNet, FCOS and Faster R-CNN with ResNet teachers: weigh channels by attention, f * sqrt(C softmax(mean
+|f| / T)); take the maximum of each 2 x 2 cells; divide each value by its L2 norm over the images of the batch; mean
+absolute difference.
 
-Follows the published configurations (lliai/DetKDS @9e43bfa). For GFL and RepPoints this is all; for the others they add
-terms on boxes or logits, which are not here. Its figure for GFL, 43.7, is of a student that was trained twice as long,
-on several scales, and that started from the teacher's neck and head. One thing differs. On maps that end in a ReLU, a
-value can be 0 in all images. Here such a value gets no gradient; there it gets 1e12 times the loss's gradient.
+Follows the published configurations (lliai/DetKDS @9e43bfa). For GFL and RepPoints this is all. For the others they
+add terms on boxes or logits, which are not here. The paper's AP for GFL, 43.7, belongs to a student that was trained
+twice as long, on several scales, and that started from the teacher's neck and head. One thing differs. On maps that
+end in a ReLU, a value can be 0 in all images. Here such a value gets no gradient; there it gets 1e12 times the loss's
+gradient.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ def weigh_channels(x: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 def pool(x: Tensor) -> Tensor:
-    """The maximum of each 2 x 2 cells of (N, C, H, W). Maps of odd size are padded with 0 at the right and bottom.
+    """The maximum of each 2 x 2 block of (N, C, H, W). Maps of odd size are padded with 0 at the right and bottom.
 
-    Cells of one value share its gradient, as in the published code.
+    If cells of a block have the same largest value, they share its gradient, as in the published code.
     """
     x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
     # Not max_pool2d, which gives all gradient to the first of equal cells.
@@ -41,7 +42,7 @@ def pool(x: Tensor) -> Tensor:
 
 
 def normalise_over_images(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Values of (N, ...) divided by their L2 norm over the N images; 0, without gradient, where it is below `eps`."""
+    """Values of (N, ...) divided by their L2 norm over the N images. A norm below `eps` gives 0, without gradient."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=0, keepdim=True)
     return torch.where(norm < eps, 0.0, x / norm.clamp(min=eps))
 
@@ -60,8 +61,8 @@ def detkds_loss(student: Tensor, teacher: Tensor, temperature: float = 0.5) -> T
 class DetKDS(FeatureMethod):
     """Imitate how the teacher's features differ between the images of a batch, where channels are strong.
 
-    For all detectors with a pyramid, in batches of two images or more. The default weight is the published one for GFL;
-    it is 6 for RetinaNet and 5 for FCOS, beside other terms.
+    For all detectors with a pyramid, in batches of two images or more. The default weight is the published one for
+    GFL. The published weights for RetinaNet (6) and FCOS (5) are used together with other terms.
 
     Args:
         weight: factor of the loss summed over levels.

@@ -26,7 +26,7 @@ def spatial_attention(x: Tensor, temperature: float) -> Tensor:
 
 
 def norm(x: Tensor) -> Tensor:
-    """Euclidean norm of all of a tensor, a scalar, with gradient 0 where all is 0; over the images of all processes."""
+    """Euclidean norm over a whole tensor and the images of all processes: a scalar. Its gradient is 0 if all is 0."""
     # Not square().sum().sqrt(): its gradient is 0 / 0 where all is 0. In two steps, since taken in one the norm of a
     # level of 8 million entries loses 2e-4 to float32.
     norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1))
@@ -36,9 +36,9 @@ def norm(x: Tensor) -> Tensor:
 
 
 class NonLocal(nn.Module):
-    """Add to each cell what it gathers from the others by dot product (arXiv 1711.07971); at first the identity.
+    """Add to each cell what it gathers from all cells by dot product (arXiv 1711.07971). It starts as the identity.
 
-    Keys and values are max-pooled, to one of `pool` x `pool` cells or, in smaller maps, to one of all.
+    Keys and values are max-pooled over windows of `pool` x `pool` cells. In a smaller map the window is the whole map.
     """
 
     def __init__(self, channels: int, pool: int, reduction: int) -> None:
@@ -61,7 +61,7 @@ class NonLocal(nn.Module):
         # a map, is never written down.
         relation = torch.bmm(value, key.transpose(1, 2)) / key.shape[2]
         gathered = self.out(torch.bmm(relation, query.flatten(2)).view_as(query))
-        # Batch normalisation in training mode, but for a single cell in all too, which nn.BatchNorm2d refuses.
+        # Batch normalisation in training mode. It also takes a single cell in all, which nn.BatchNorm2d refuses.
         mean, variance = channel_moments(gathered, correction=0)
         normed: Tensor = (gathered - mean) * (variance + 1e-5).rsqrt() * self.scale + self.shift
         return x + normed
@@ -80,7 +80,7 @@ class Connector(nn.Module):
         self.teacher_relation = NonLocal(teacher_channels, pool, reduction)
 
     def forward(self, student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The feature, channel, spatial and relation term: unweighted scalars, of maps (N, C, H, W) of equal size."""
+        """The feature, channel, spatial and relation terms of maps (N, C, H, W) of equal size: unweighted scalars."""
         teacher = teacher.detach()
         attention = (spatial_attention(student, temperature) + spatial_attention(teacher, temperature)).detach() / 2
         differences = (
@@ -96,12 +96,12 @@ class Connector(nn.Module):
 class FBKD(FeatureMethod):
     """Imitate the teacher's pyramid where it looks, its means, and the relations between its cells.
 
-    Keys and values are pooled to one for each 64 x 64 pixels, or for each 4 x 4 cells where these are larger, as
-    published. The default weights are mmrazor's for Faster R-CNN.
+    Keys and values are pooled over 64 x 64 pixels, or over 4 x 4 cells where these are larger, as published. The
+    default weights are mmrazor's for Faster R-CNN.
 
     Args:
         temperature: of the attention.
-        feature_weight: factor of the attended difference of features, summed over levels as all terms are.
+        feature_weight: factor of the difference of features weighted by attention. All terms are summed over levels.
         channel_weight: factor of the difference of means over space.
         spatial_weight: factor of the difference of means over channels.
         relation_weight: factor of the non-local term.

@@ -40,15 +40,18 @@ class Level:
 class FeatureMethod(Method):
     """A method that compares two pyramids, level by level. A subclass writes `loss`; the rest is done here.
 
-    Pairs without a common stride are refused. Where the channels of a level differ, a learned 1x1 convolution brings
-    the student's to the teacher's number. The losses of the levels that both pyramids have are added up and weighted.
-
-    `resize_student`: whether a student's map is resized bilinearly to its teacher's before `loss`, where sizes differ.
-    `mean_over_levels`: divide by the number of levels. A method with several terms sets `weights` in its `__init__`,
-    one for each of `terms`.
+    Pairs without a common stride are refused. If the channels of a level differ, a learned 1x1 convolution projects the
+    student's map to the teacher's channels. The losses of all common levels are added up and weighted.
 
     Args:
-        weight: factor of the loss, if it is a single term.
+        weight: factor of the loss, for a method with a single term.
+
+    Attributes:
+        resize_student: if the two maps differ in size, resize the student's bilinearly before `loss`.
+        mean_over_levels: divide the sum over levels by their number.
+        weights: one for each of `terms`. A method with several terms assigns them in its `__init__`.
+        levels: pairs (student level, teacher level) of equal stride, finest first.
+        align: the projection of each pair.
     """
 
     needs = frozenset({Capability.FEATURES})
@@ -65,7 +68,7 @@ class FeatureMethod(Method):
 
     @abstractmethod
     def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
-        """The unweighted loss of one pair of maps: a scalar, or (T,) where the method has T terms.
+        """The unweighted loss of one pair of maps: a scalar, or (T,) if the method has T terms.
 
         Args:
             student: (N, C, H, W) float32, projected to the teacher's channels.
@@ -80,24 +83,25 @@ class FeatureMethod(Method):
     def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         """Pair the levels of equal stride, and build a projection for each pair.
 
-        A method that learns more extends this, and finds the modules of a level by `Level.index`.
+        If a method learns more than projections, it extends `setup` and keeps one module for each pair. `loss` finds
+        the module of its pair by `level.index`.
         """
         self.levels = shared_levels(student_spec, teacher_spec)
         channels = ((student_spec.channels[s], teacher_spec.channels[t]) for s, t in self.levels)
         self.align = nn.ModuleList(self.projection(ours, theirs) for ours, theirs in channels)
 
     def projection(self, student_channels: int, teacher_channels: int) -> nn.Module:
-        """What each student's map goes through first: a 1x1 convolution, or nothing where channels are equal."""
+        """The module that a student's map goes through first: a 1x1 convolution; the identity if channels are equal."""
         if student_channels == teacher_channels:
             return nn.Identity()
         return nn.Conv2d(student_channels, teacher_channels, 1)
 
     def pyramids(self, exchange: Exchange) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The student's and the teacher's maps (N, C, H, W) of all levels."""
+        """The maps (N, C, H, W) of all levels, of the student and of the teacher."""
         return exchange.student.features, exchange.teacher.features
 
     def regions(self, exchange: Exchange) -> Sequence[Tensor] | None:
-        """For each pair of levels, which cells matter, as `loss` wants it; None if all cells are alike."""
+        """A tensor for each pair of levels, which `loss` gets as `Level.region`: which cells matter, and how much."""
         return None
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:

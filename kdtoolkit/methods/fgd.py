@@ -1,15 +1,16 @@
 """FGD: focal and global feature distillation (Yang et al., CVPR 2022, arXiv 2111.11837).
 
-Focal: squared feature difference, weighted by the teacher's spatial and channel attention, with foreground and
-background apart, and the L1 distance of both detectors' attention (section 3.1). Global: squared difference after a
-context block each (section 3.2). All are sums over a level divided by N, as published.
+Focal terms (section 3.1): the squared difference of features, weighted by the teacher's spatial and channel attention,
+for foreground and background separately; and the L1 distance between both detectors' attentions. Global term (section
+3.2): the squared difference after each map has gone through its own context block. All terms are sums over a level
+divided by N, as published.
 
-Numbers agree with the published code (yzd-v/FGD @c03a6cf), but for one thing. There boxes are scaled as if the map
+Numbers agree with the published code (yzd-v/FGD @c03a6cf), with one difference. There boxes are scaled as if the map
 showed an image's content alone. On padded images its masks miss the objects, by the factor of the padding. Here masks
 lie where the boxes are; `published_masks=True` gives the published ones.
 
-All terms are sums over whole maps. `compare` computes what they are made of in one walk through both maps, and its
-gradient in a second walk. No step writes another map of that size, and the masks need no loop over boxes.
+All terms are sums over whole maps. `compare` reads both maps once to compute everything that the terms need, and once
+more for the gradient. No step writes another map of that size, and the masks need no loop over boxes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CHUNK = 2**18  # entries that the walk through a map takes at a time, so that th
 
 
 def _attention(strength: Tensor, temperature: float) -> Tensor:
-    """Softmax of (N, M), of mean 1."""
+    """Softmax of (N, M), scaled to mean 1."""
     return (strength / temperature).softmax(1) * strength.shape[1]
 
 
@@ -155,7 +156,7 @@ class _Compare(torch.autograd.Function):
 
 
 class Comparison(NamedTuple):
-    """What the terms of one level, of P cells, are made of. No gradient reaches the teacher.
+    """What the terms of one level with P cells are computed from. No gradient reaches the teacher.
 
     `spatial` (N, P) and `channel` (N, C) are the student's attentions, `teacher_spatial` and `teacher_channel` the
     teacher's. `attended` (N, P): squared differences, weighted by both of these, summed over channels. `mean` (N, C)
@@ -266,18 +267,18 @@ class ContextBlock(nn.Module):
 
 
 class FGD(FeatureMethod):
-    """Imitate the teacher's pyramid where the teacher looks, objects and background apart, and its global relations.
+    """Imitate the teacher's pyramid by its attention, on objects and background separately, and its global relations.
 
     Defaults are the paper's for RetinaNet and GFL.
 
     Args:
-        temperature: the paper's T, of the attentions.
+        temperature: of the softmax that makes the attentions; the paper's T.
         foreground_weight: the paper's alpha.
         background_weight: beta.
         attention_weight: gamma.
         global_weight: lambda.
-        published_masks: lay boxes over the map as the published code does (`cells_of_content`). It makes no difference
-            to images without padding.
+        published_masks: lay boxes over the map as the published code does (`cells_of_content`). For images without
+            padding both are the same.
     """
 
     terms = ("foreground", "background", "attention", "global")
@@ -330,7 +331,7 @@ class FGD(FeatureMethod):
         self.teacher_context = nn.ModuleList(map(ContextBlock, channels))
 
     def masks(self, batch: Batch, stride: int, height: int, width: int) -> Tensor:
-        """Foreground and background weights (2, N, height, width) of the level of a stride in pixels."""
+        """Foreground and background weights (2, N, height, width) of the cells of one level; `stride` is in pixels."""
         boxes = pad_sequence(list(batch.boxes), batch_first=True, padding_value=torch.nan).float()
         cells = cells_of_content(boxes, batch.sizes, height, width) if self.published_masks else boxes / stride
         return torch.stack(region_masks(cells, height, width))

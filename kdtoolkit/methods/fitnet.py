@@ -1,10 +1,10 @@
-"""Feature imitation: FitNets' hints (Romero et al., ICLR 2015, arXiv 1412.6550), over all cells or those that matter.
+"""Feature imitation: FitNets' hints (Romero et al., ICLR 2015, arXiv 1412.6550), over all cells or over some.
 
 Mean squared difference of the pyramid's features: over the whole map, over the priors inside boxes, or over the
-priors that overlap a box well (Wang et al., CVPR 2019, arXiv 1906.03609). Other methods of features use it as their
-baseline.
+priors that overlap a box well (Wang et al., CVPR 2019, arXiv 1906.03609). The papers of other feature methods compare
+themselves with it.
 
-Numbers agree with the imitation losses in HikariTJU/LD @4287990, but for one thing. There a level counts only if a
+Numbers agree with the imitation losses in HikariTJU/LD @4287990, with one difference. There a level counts only if a
 prior on it is positive. Here it counts if its region is not empty.
 """
 

@@ -1,16 +1,16 @@
 """KD-DETR: distillation at consistent points, for DETR and its relatives (Wang et al., CVPR 2024, arXiv 2211.08071).
 
 Each DETR has its own queries, so the predictions of two do not correspond. Therefore both decoders run on one set of
-queries: the teacher's, which the paper calls specific sampling. The student's pass on its own queries is trained on the
-ground truth beside it. Most queries are background, so each has a weight w, the teacher's largest class probability.
-The terms are the sum of w * KL of classes, and L1 and GIoU of boxes, averaged by w.
+queries: the teacher's, which the paper calls specific sampling. The student also runs on its own queries; that pass is
+trained on the ground truth. Most queries are background, so each has a weight w, the teacher's largest class
+probability. The terms are the sum of w * KL of classes, and L1 and GIoU of boxes, averaged by w.
 
 Numbers agree with the public code for DAB-DETR (Myleswork/KD-DETR @e7dfccb), with these differences. There each of the
 student's six decoder layers is compared with the teacher's last layer, and the terms are summed. Here only the last
-layer is compared, so the terms are a sixth. The paper's additional random queries are left out. The code's GIoU adds
-1e-6 to union and hull, in shares of the image's area (1e-3 of 32 x 32 px in 800 x 1333). Here GIoU is exact, and
-`published_giou` has the code's. Classification is a sum over the queries of the batch of all processes, so it grows
-with the batch. There it is a sum over the batch of each process (8 or 16 images).
+layer is compared, so the terms are a sixth. The paper's additional random queries are left out. The code's GIoU works
+with areas relative to the image, and adds 1e-6 to union and hull: 0.1 % of an object of 32 x 32 px in an image of 800
+x 1333. Here GIoU is exact, and `published_giou` has the code's. Classification is a sum over the queries of the batch
+of all processes, so it grows with the batch. There it is a sum over the batch of each process (8 or 16 images).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kdtoolkit.compatibility import why_priors_differ, why_scores_differ, why_to
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, PriorKind, Whose
 from kdtoolkit.methods.common import EPS, distribution_kl
 
-PUBLISHED_EPS = 1e-6  # of the GIoU, in shares of the image's area
+PUBLISHED_EPS = 1e-6  # of the GIoU, as a share of the image's area
 
 
 def class_divergence(student: Tensor, teacher: Tensor, temperature: float = 10.0) -> Tensor:
@@ -39,7 +39,7 @@ def centres_and_sizes(boxes: Tensor) -> Tensor:
 
 
 def box_distances(student: Tensor, teacher: Tensor, scale: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Mean L1 of centres and sizes relative to the image, and 1 - GIoU, of boxes (N, Q, 4): (N, Q) each.
+    """Two distances (N, Q) of boxes (N, Q, 4): mean L1 of centres and sizes relative to the image, and 1 - GIoU.
 
     Args:
         student: xyxy in pixels.
@@ -54,7 +54,7 @@ def box_distances(student: Tensor, teacher: Tensor, scale: Tensor, eps: float = 
 
 
 class KDDETR(Method):
-    """Teach the student's decoder what the teacher's predicts at the same queries.
+    """Teach the student's decoder the predictions of the teacher's decoder at the same queries.
 
     Both detectors must predict at queries of the same form (`prior_form`). The default weights and temperature are the
     published ones for DAB-DETR.
@@ -94,7 +94,7 @@ class KDDETR(Method):
             self.vanishing = ("cls", "box")
 
     def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
-        """Refuse detectors whose queries or scores differ in form, that have no queries, or that have one class."""
+        """Refuse detectors without queries or of one class, and pairs whose queries or scores differ in form."""
         for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
             if spec.priors is not PriorKind.QUERIES:
                 return f"it compares queries, and the {role} predicts at {spec.priors}. Use CrossKD or PKD"
@@ -103,7 +103,7 @@ class KDDETR(Method):
         return why_priors_differ(student_spec, teacher_spec) or why_scores_differ(student_spec, teacher_spec)
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """`cls`, `box` and `giou`, weighted; those of weight 0 are left out."""
+        """`cls`, `box` and `giou`, weighted; terms of weight 0 are left out."""
         pair = exchange.matched(self.priors)
         student, teacher = pair.student.predictions, pair.teacher.predictions
         weight = teacher.scores.detach()

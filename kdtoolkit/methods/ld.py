@@ -1,11 +1,12 @@
 """LD: localisation distillation (Zheng et al., CVPR 2022, arXiv 2102.12252; journal version arXiv 2204.05957).
 
 If box sides are distributions over bins, a detector can learn to localise by KL divergence, as a classifier learns
-classes. The main region are the student's positive priors. The valuable region are priors around the objects that
-overlap them moderately. Both terms are sums and are not divided by the number of positives, as published.
+classes. The main region consists of the student's positive priors. The valuable region consists of priors near an
+object that overlap it only moderately. Both terms are sums and are not divided by the number of positives, as
+published.
 
-Numbers agree with the published code (HikariTJU/LD @4287990); those of the main region agree with mmdet 3.3.0 too. The
-valuable region follows that code, not the paper: see `valuable_region`.
+Numbers agree with the published code (HikariTJU/LD @4287990); the main region's numbers also agree with mmdet 3.3.0.
+The valuable region follows that code, not the paper: see `valuable_region`.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def valuable_region(
 
     An anchor belongs to a box if its distance measure lies in [lower * threshold, threshold), where `threshold` is the
     box's ATSS threshold. Its weight is its largest IoU with such a box. The paper's measure is DIoU. The published code
-    divides the intersection by the anchor's area, not by the union, which takes in more anchors that are smaller than
-    the object. The published figures come from that code, so it is followed here.
+    divides the intersection by the anchor's area, not by the union. So the region has more anchors that are smaller
+    than the object. The published figures come from that code, so it is followed here.
 
     Args:
         anchors: (A, 4) xyxy in pixels, level by level.
@@ -129,10 +130,10 @@ def valuable_region(
 
 
 class LD(Method):
-    """Teach the student's box distributions the teacher's, at the same priors.
+    """Teach the student the teacher's box distributions, at the same priors.
 
-    If two grids have only some strides in common, it works on these. Bins may differ, and so may the places of priors
-    in their cells.
+    If two grids have only some strides in common, it works on these. The two detectors may have different bins, and
+    different places of the priors in their cells.
 
     The default is the paper's conference version: the main region alone. The settings of the journal version for GFL
     are `valuable_weight=0.25, cls_weight=10`. Box terms are sums over positions of the batch of all processes, so they

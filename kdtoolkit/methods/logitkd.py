@@ -1,8 +1,8 @@
 """Logit distillation: three published forms (KD, DKD, DIST) for the class scores of corresponding priors.
 
 KD (Hinton et al., arXiv 1503.02531): KL divergence of softened scores. DKD (Zhao et al., CVPR 2022, arXiv
-2203.08679): KL of the target class against all others, and KL among the others, weighted apart. DIST (Huang et al.,
-NeurIPS 2022, arXiv 2205.10536): 1 - Pearson's r of each prior's scores and of each class's scores over priors.
+2203.08679): KL of the target class against all others, and KL among the others; each has its own weight. DIST (Huang
+et al., NeurIPS 2022, arXiv 2205.10536): 1 - Pearson's r of each prior's scores and of each class's scores over priors.
 
 All three were made for classifiers with a softmax. Two-stage detectors have one too, with background as a class, and
 there all priors count. Where scores are sigmoids, classes are compared at positive priors only. Numbers agree with
@@ -55,7 +55,7 @@ def relation_distance(student: Tensor, teacher: Tensor, dim: int, eps: float = 1
     centred = [x - x.mean(dim, keepdim=True) for x in (student, teacher)]
     # Not Tensor.norm: its gradient is 0 / 0 where all are equal.
     norms = [x.square().sum(dim).clamp(min=1e-24).sqrt() for x in centred]
-    # Scores that are constant but for rounding correlate with nothing, and would get a gradient of size 1 / `eps`.
+    # Scores that are constant except for rounding correlate with nothing, and would get a gradient of size 1 / `eps`.
     varies = norms[0] > 1e-6 * student.detach().square().sum(dim).sqrt()
     correlation = (centred[0] * centred[1]).sum(dim) / (norms[0] * norms[1] + eps)
     return (1 - torch.where(varies, correlation, 0.0)).mean()
@@ -74,11 +74,11 @@ class LogitKD(PredictionMethod):
     Args:
         kind: "kd", "dkd" or "dist".
         weight: factor of the loss, a mean over priors.
-        temperature: divides logits of both (1; DKD's own experiments on detectors use 1 as well).
-        target_weight: DKD's alpha, of the target class (1).
-        others_weight: DKD's beta, of the others (0.25 on detectors, 8 on ImageNet's classifiers).
-        priors: whose proposals or queries go through both heads: the student's, in training those that it samples,
-            as in DKD's experiments on detectors. On grids the two are the same.
+        temperature: divides both detectors' logits. 1 by default, as in DKD's own experiments on detectors.
+        target_weight: DKD's alpha, the weight of the target class.
+        others_weight: DKD's beta, the weight of the other classes (0.25 on detectors, 8 on ImageNet's classifiers).
+        priors: whose proposals or queries go through both heads. By default the student's (in training, the ones that
+            it samples), as in DKD's experiments on detectors. On grids it makes no difference.
     """
 
     terms = ("cls",)

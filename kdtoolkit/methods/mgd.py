@@ -47,7 +47,7 @@ class MGD(FeatureMethod):
     def __init__(self, *, weight: float = 2e-5, mask_ratio: float = 0.65) -> None:
         super().__init__(weight=weight)
         if not 0 <= mask_ratio < 1:
-            raise KDError(f"MGD(mask_ratio={mask_ratio}): must be a share in [0, 1)")
+            raise KDError(f"MGD(mask_ratio={mask_ratio}): it must be at least 0 and below 1")
         self.mask_ratio = mask_ratio
 
     @classmethod

@@ -17,7 +17,8 @@ from kdtoolkit.methods.predictions import PredictionMethod
 class Mimic(PredictionMethod):
     """Let the student's own predictions mimic the teacher's, prior by prior.
 
-    Defaults are those of `CrossKD`, so the two methods differ only in the predictions that mimic the teacher's.
+    The defaults are the same as in `CrossKD`, so the two methods differ only in the predictions that mimic the
+    teacher's.
 
     Args:
         cls_weight: factor of the classification term (1; FCOS 0.4).
@@ -62,5 +63,5 @@ class Mimic(PredictionMethod):
         return why_bins_differ(student_spec, teacher_spec)
 
     def losses(self, student: Predictions, teacher: Predictions, pair: Matched) -> dict[str, Tensor]:
-        """`cls`, `box` and, where both heads judge quality, `quality`; those of weight 0 are left out."""
+        """`cls`, `box` and, where both heads judge quality, `quality`; terms of weight 0 are left out."""
         return self.distances(student, teacher, pair.teacher_assignment)

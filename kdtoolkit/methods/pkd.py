@@ -31,8 +31,9 @@ class PKD(FeatureMethod):
     """Imitate the teacher's pyramid up to scale and offset of each channel.
 
     Args:
-        weight: factor of the loss summed over levels. 6 is used with CrossKD on GFL, and alone in mmrazor's settings
-            for Faster R-CNN and for Mask R-CNN into RetinaNet; 10 there for FCOS and ResNeXt-101 into RetinaNet.
+        weight: factor of the loss summed over levels. Published: 6 together with CrossKD on GFL. mmrazor's settings,
+            without another method: 6 for Faster R-CNN and for a Mask R-CNN that teaches RetinaNet; 10 for FCOS and for
+            a ResNeXt-101 that teaches RetinaNet.
     """
 
     vanishing = ("feature",)
@@ -44,17 +45,17 @@ class PKD(FeatureMethod):
 
     @classmethod
     def for_fcos(cls) -> PKD:
-        """For FCOS beside CrossKD: weight 2."""
+        """For FCOS, together with CrossKD: weight 2."""
         return cls(weight=2.0)
 
     @classmethod
     def for_retinanet(cls) -> PKD:
-        """For RetinaNet beside CrossKD: weight 2."""
+        """For RetinaNet, together with CrossKD: weight 2."""
         return cls(weight=2.0)
 
     @classmethod
     def for_atss(cls) -> PKD:
-        """For ATSS beside CrossKD: weight 1."""
+        """For ATSS, together with CrossKD: weight 1."""
         return cls(weight=1.0)
 
     def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:

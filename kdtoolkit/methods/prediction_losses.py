@@ -60,10 +60,10 @@ class PredictionLosses:
 
     def __post_init__(self) -> None:
         if self.beta != 0 and not self.beta >= 1:
-            raise KDError(f"beta={self.beta}: must be 0, or 1 and more")
+            raise KDError(f"beta={self.beta}: it must be 0, or at least 1")
 
     def __call__(self, student: Predictions, teacher: Predictions, assignment: Assignment) -> dict[str, Tensor]:
-        """The weighted losses, without those of weight 0; `assignment` is of the teacher's priors."""
+        """The weighted losses; terms of weight 0 are left out. `assignment`: for the teacher's priors."""
         normaliser = assignment.normaliser + EPS
         losses = {}
         if self.cls_weight:

@@ -25,8 +25,11 @@ from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Matched, Meth
 class PredictionMethod(Method):
     """A method that compares two detectors' predictions at the same priors. A subclass writes `losses`.
 
-    Pairs whose priors or class scores do not correspond are refused, and so are batches that the two detectors bring to
-    grids of different sizes. `priors`: whose proposals or queries go through both heads; on a grid both have the same.
+    Pairs whose priors or class scores do not correspond are refused. So is a batch from which the two detectors make
+    grids of different sizes.
+
+    Attributes:
+        priors: whose proposals or queries go through both heads. On a grid it makes no difference.
     """
 
     needs = frozenset({Capability.PREDICTIONS, Capability.ASSIGNMENT})
@@ -37,10 +40,10 @@ class PredictionMethod(Method):
         """The weighted terms, float32 scalars, by names of `terms`.
 
         Args:
-            student: its predictions.
-            teacher: the same priors' predictions; its `boxes` lie on the student's canvas. Detach what is compared.
-            pair: has the assignments of ground truth to these priors, `student_assignment` and `teacher_assignment`,
-                and the heads' states.
+            student: the student's predictions.
+            teacher: the teacher's predictions at the same priors, with `boxes` on the student's canvas. Detach what is
+                compared, so that no gradient reaches it.
+            pair: the assignments of ground truth to these priors, `student_assignment` and `teacher_assignment`.
         """
 
     def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:

@@ -1,4 +1,4 @@
-"""Several processes that train together, played one after another in this one: a check needs no process group."""
+"""Simulates processes that train together, one after another in this process. A check needs no process group."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ROUNDS = 50
 def side_by_side(steps: Sequence[Callable[[], T]]) -> list[T]:
     """Run each step as if it were in a process of its own; `kdtoolkit.processes` sums over all of them.
 
-    The steps must be repeatable, since each is run several times. In each round a step gets what the others handed to a
-    sum in the round before, until that does not change any more. (Threads would not do: before Python 3.12 a
-    `functools.cached_property` lets one thread in at a time.)
+    The steps must be repeatable, since each is run several times. In each round, a step's sums use what the other
+    steps added in the round before. The rounds end when these numbers no longer change. (Threads would not do: before
+    Python 3.12 a `functools.cached_property` lets one thread in at a time.)
 
-    Raises AssertionError where one step sums more often than another, or no round is like the one before.
+    Raises AssertionError if one step sums more often than another, or if the numbers change in every round.
     """
     handed: list[list[Tensor]] = [[] for _ in steps]
     for _ in range(ROUNDS):

@@ -1,4 +1,4 @@
-"""Running checks one by one, and the report of what came of them."""
+"""Runs checks one by one, and reports the outcome of each."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def by_name(*checks: Check) -> dict[str, Check]:
 def run(
     subject: str, checks: Mapping[str, Check], case: object, known: Mapping[str, str], only: Collection[str] = ()
 ) -> ConformanceReport:
-    """Run each check on the case, each with the same seed. `only`: the names of those to run; empty means all.
+    """Run each check on the case, each with the same seed. `only`: the names of the checks to run; empty means all.
 
     Raises ConformanceError if checks fail, or if a check of `known` does not fail; checks that fail in the same way
     share a sentence. Raises KDError if `known` or `only` has a name that no check has.

@@ -1,4 +1,4 @@
-"""Count the operations that make the host wait for a GPU, those that read a tensor's values; on any machine."""
+"""Counts the operations that make the host wait for a GPU (they read a tensor's values). It works without a GPU."""
 
 from __future__ import annotations
 

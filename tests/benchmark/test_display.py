@@ -4,11 +4,12 @@ import pytest
 from rich.console import Console
 
 from kdtoolkit.benchmark.cell import Report
-from kdtoolkit.benchmark.display import Display, duration
+from kdtoolkit.benchmark.display import Display
 from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.store import Store
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME
+from kdtoolkit.benchmark.words import duration
 from tests.benchmark._suite import tiny
 
 
@@ -18,7 +19,7 @@ class Images:
 
 
 class Sets:
-    teacher_data = student_data = val_data = Images()
+    teacher = student = val = Images()
 
 
 @pytest.fixture

@@ -91,9 +91,9 @@ def test_images_without_a_box_are_refused_before_anything_is_trained(tmp_path, d
 def test_stored_weights_are_the_student_that_was_measured(finished):
     suite, path = tiny(), Store(finished).result_path("PKD", 1)
     sets = load_data(suite.data)
-    student = build_detector(suite.student, len(sets.val_data.class_names), 5)
+    student = build_detector(suite.student, len(sets.val.class_names), 5)
     student.load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=True))
-    assert evaluate(student, sets.val_data).ap == pytest.approx(read_result(path).evaluation["ap"], abs=1e-6)
+    assert evaluate(student, sets.val).ap == pytest.approx(read_result(path).evaluation["ap"], abs=1e-6)
 
 
 def test_rows_of_a_seed_start_alike_and_differ_by_their_methods(finished):
@@ -139,7 +139,7 @@ def test_drawn_pictures_serve_all_cells(finished):
     assert len(files) == 2  # for training and for evaluation
     suite = tiny()
     ours, theirs = load_data(suite.data), load_data(suite.data, finished.parent / "pictures")
-    for mine, kept in ((ours.student_data, theirs.student_data), (ours.val_data, theirs.val_data)):
+    for mine, kept in ((ours.student, theirs.student), (ours.val, theirs.val)):
         assert mine.coco() == kept.coco()
         assert all(torch.equal(mine[i][0], kept[i][0]) for i in range(len(mine)))
 
@@ -218,7 +218,7 @@ def test_a_student_that_diverges_is_kept_as_it_was_before(tmp_path):
     (reason,) = outcome.failures.values()
     assert "step 1: pkd/feature = inf (student: all finite" in reason
     assert str(kept) in reason
-    student = build_detector(suite.student, len(load_data(suite.data).val_data.class_names), 5)
+    student = build_detector(suite.student, len(load_data(suite.data).val.class_names), 5)
     student.load_state_dict(torch.load(kept, weights_only=True))
 
 

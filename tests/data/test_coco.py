@@ -381,7 +381,7 @@ def test_many_faults_are_one_error_with_the_first_few_and_their_number(tmp_path)
         CocoDetection(write(tmp_path, doc), "train")
     lines = str(error.value).splitlines()
     assert [line.split(":")[0].strip() for line in lines[1:6]] == [f"annotation {i} (image 7)" for i in range(10, 15)]
-    assert lines[6] == "  and 3 more"
+    assert lines[6] == "  and 3 more; `kd data check` lists all"
 
 
 @pytest.mark.parametrize(

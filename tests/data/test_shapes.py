@@ -185,5 +185,5 @@ def test_subsets_have_fingerprints_of_their_own(data):
 
 @pytest.mark.parametrize("count", [0, 301])
 def test_subsets_no_data_set_can_give(data, count):
-    with pytest.raises(KDError, match=f"a subset of {count} images was asked for, of a data set that has 300"):
+    with pytest.raises(KDError, match=f"a subset of {count} images is too large: the data set has 300"):
         data.subset(count, seed=0)

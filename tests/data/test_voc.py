@@ -165,7 +165,7 @@ def test_bad_entries_are_named_or_left_out(tmp_path, caplog, text, message, left
 
 
 LISTED = {
-    "no such file": ("none\n9", "Annotations/none.xml: there is no such file; take the name off the list"),
+    "no such file": ("none\n9", "Annotations/none.xml: there is no such file; delete the name from the list"),
     "a climb": ("../7\n9", r"'../7' leads out of the data set, or is no text; correct the name"),
     "absolute": ("/etc/passwd\n9", "'/etc/passwd' leads out of the data set"),
     "another drive": ("C:7\n9", "'C:7' leads out of the data set"),

@@ -198,10 +198,10 @@ BAD = {
     "a class alone": ("0", "the line has 1 numbers", 0),
     "a confidence": (f"{BALL} 0.9", "the line has 6 numbers", 0),
     "half a corner": (f"{BALL} 0.9 0.5 0.1", "the line has 8 numbers; .* If it is a pose, set kpt_shape", 0),
-    "no width": ("0 0.5 0.5 0 0.2", r"box \[20, 12, 0, 6\] px has no area", 0),
+    "no width": ("0 0.5 0.5 0 0.2", r"box \[20, 12, 0, 6\] has no area", 0),
     "negative height": ("0 0.5 0.5 0.2 -0.2", "has no area", 0),
     "a flat polygon": ("0 0.1 0.5 0.5 0.5 0.9 0.5", "has no area", 0),
-    "pixels": ("0 20 15 8 6", r"lies outside the image of 40x30; a line is class, centre x", 0),
+    "pixels": ("0 20 15 8 6", r"lies outside the image of 40x30; these are pixels: .* a line is class, centre x", 0),
     "corners": ("0 0.5 0.5 0.9 0.9\n0 0.6 0.6 0.9 0.9", r"line 2: box .* reaches 2 px beyond the image of 40x30", 1),
     "no text": (b"\xff\xfe0", r"is not text in UTF-8 \(invalid start byte at byte 0\)", None),
 }

@@ -314,9 +314,9 @@ def test_adapters_and_devices_are_taken_as_they_come(data):
     [
         ({"device": "gpu"}, "device='gpu' is no device: write 'cpu'"),
         ({"device": "meta"}, "device is meta, and the model lies on cpu"),
-        ({"batch_size": 0}, r"batch_size \(0\) is a number of images, from 1"),
+        ({"batch_size": 0}, r"batch_size must be at least 1, not 0"),
         ({"precision": "bf16"}, "precision is 'auto', 'float32', 'bfloat16' or 'float16', not 'bf16'"),
-        ({"labels_from": 2}, "labels_from is 0 or 1"),
+        ({"labels_from": 2}, "labels_from must be 0 or 1"),
         ({"model": GFL}, "the model must be a detector, an nn.Module"),
         ({"dataset": [(torch.zeros(3, 8, 8), {})]}, "the data set is a list; it must be a DetectionDataset"),
         ({"model": nn.Identity(), "labels_from": 0}, "Identity must return a list with a dict of boxes"),

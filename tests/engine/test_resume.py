@@ -187,7 +187,9 @@ def test_a_folder_in_use_is_refused_with_its_holder(data, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(KDError, match=r"cannot write .*file.*: Not a directory: mend that, or choose another folder"):
+    with pytest.raises(
+        KDError, match=r"cannot write .*file.*: Not a directory: correct that, or choose another folder"
+    ):
         run(data, tmp_path / "file" / "run")
 
 

@@ -171,5 +171,5 @@ def test_pairs_that_do_not_correspond_are_refused(change, reason):
 def test_unequal_grids_are_an_error_that_says_so():
     student, teacher = boxed(2, 1), boxed(2, 2)
     other = replace(teacher, priors=replace(teacher.priors, grid=((9, 6), GRID[1])))
-    with pytest.raises(IncompatibleError, match="let both resize and pad images alike"):
+    with pytest.raises(IncompatibleError, match="build both detectors with the same image size"):
         bckd(student, other, background(student))

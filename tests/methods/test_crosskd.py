@@ -162,7 +162,7 @@ def test_other_strides_are_refused():
 
 def test_an_exponent_with_an_infinite_gradient_is_refused():
     assert CrossKD(beta=0).distances.beta == 0
-    with pytest.raises(KDError, match="must be 0, or 1 and more"):
+    with pytest.raises(KDError, match="must be 0, or at least 1"):
         CrossKD(beta=0.5)
 
 

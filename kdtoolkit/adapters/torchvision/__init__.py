@@ -5,11 +5,12 @@ coders, transforms and post-processing are the library's functions. They follow 
 0.29.
 
 Private names used: RetinaNet's `_loss_type`, only in an example. Undocumented names used: ImageList, resize_boxes,
-permute_and_flatten, fastrcnn_loss, and the parts of the heads and of RoIHeads. `TwoTowersAdapter` relies on it that
-FCOS.compute_loss gives its matches to `self.head.compute_loss`.
+permute_and_flatten, fastrcnn_loss, and the parts of the heads and of RoIHeads. `TwoTowersAdapter` relies on one
+detail: FCOS.compute_loss gives its matches to `self.head.compute_loss`.
 
-In the library, class 0 of SSD and of the R-CNN kind is background; here background comes last. Under autocast, anchors,
-regression and losses stay in float32. The library's own forward rounds anchors to the precision of the feature maps.
+In the library, class 0 of SSD and of the R-CNN detectors is background. Here background comes last. Under autocast,
+anchors, regression and losses stay in float32. The library's own forward rounds anchors to the precision of the
+feature maps.
 """
 
 from __future__ import annotations

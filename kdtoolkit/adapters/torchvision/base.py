@@ -131,7 +131,7 @@ def _named_maps(output: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def require(head: nn.Module, *known: type[nn.Module]) -> None:
-    """Raise KDError for a head of a class that is not `known`."""
+    """Raise KDError if the head's class is not one of `known`."""
     if not isinstance(head, known):
         raise KDError(
             f"{type(head).__name__} is not a head of torchvision ({' or '.join(cls.__name__ for cls in known)}), so "

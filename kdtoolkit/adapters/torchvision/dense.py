@@ -83,7 +83,7 @@ class RetinaNetAdapter(TwoTowersAdapter):
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """Build both versions, narrow."""
+        """Both versions, with few channels."""
         return {
             "torchvision RetinaNet": tiny_retinanet,
             "torchvision RetinaNet v2": partial(tiny_retinanet, norm_groups=4, loss="giou"),
@@ -91,7 +91,7 @@ class RetinaNetAdapter(TwoTowersAdapter):
 
     @property
     def assigner(self) -> object:
-        """The matcher's thresholds, and the anchors."""
+        """What the assignment depends on: the matcher's thresholds and the anchors."""
         generator = self.model.anchor_generator
         return (
             "torchvision RetinaNet",
@@ -123,12 +123,12 @@ class FCOSAdapter(TwoTowersAdapter):
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """Build a narrow one."""
+        """One example: a narrow FCOS."""
         return {"torchvision FCOS": tiny_fcos}
 
     @property
     def assigner(self) -> object:
-        """The sampling radius, and the sides of the squares around the points."""
+        """What the assignment depends on: the sampling radius, and the sides of the squares around the points."""
         return "torchvision FCOS", self.model.center_sampling_radius, self.model.anchor_generator.sizes
 
     def _priors(self, features: tuple[Tensor, ...], batch: Batch) -> Priors:

@@ -93,7 +93,7 @@ def on_timm(
         pretrained: load timm's ImageNet weights (downloads them).
         out_channels: of the feature pyramid's levels.
         min_size: the detector scales images until their shorter side has this length, in pixels.
-        max_size: but their longer side has at most this length.
+        max_size: the largest length of the longer side, in pixels. It takes precedence over `min_size`.
 
     Raises:
         KDError: timm has no such model, or the model has no such levels or takes images of one size only.

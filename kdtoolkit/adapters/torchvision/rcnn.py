@@ -67,7 +67,7 @@ class RPNAdapter(GridAdapter):
 
     @property
     def assigner(self) -> object:
-        """The matcher's thresholds, and the anchors."""
+        """What the assignment depends on: the matcher's thresholds and the anchors."""
         generator = self.model.rpn.anchor_generator
         return (
             "torchvision RPN",
@@ -107,7 +107,7 @@ class RPNAdapter(GridAdapter):
         return dict(zip(("loss_objectness", "loss_rpn_box_reg"), losses, strict=True)), None
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
-        """Assign by IoU. No anchor is drawn; one between the thresholds has the weight 0."""
+        """Assign all anchors by IoU; none is drawn at random. An anchor between the thresholds has the weight 0."""
         found, boxes = self.model.rpn.assign_targets_to_anchors(
             each_image(trace.predictions.priors, batch), self._targets(batch)
         )
@@ -134,8 +134,8 @@ class BoxOutputs:
     """The raw outputs of the box head for the R real proposals.
 
     `class_logits` (R, K + 1) have background first; `box_regression` is (R, (K + 1) * 4). In training, `matches`,
-    `labels` and `targets` are those of the drawn proposals, image by image, and `rpn_losses` are those of the first
-    stage.
+    `labels` and `targets` belong to the drawn proposals, image by image, and `rpn_losses` are the first stage's
+    losses.
     """
 
     class_logits: Tensor
@@ -163,7 +163,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """Build narrow ones with each box head, and one with masks."""
+        """A Faster R-CNN with each kind of box head, and a Mask R-CNN; all have few channels."""
         return {
             "torchvision Faster R-CNN": tiny_fasterrcnn,
             "torchvision Faster R-CNN v2": tiny_fasterrcnn_v2,
@@ -207,7 +207,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
 
     @property
     def assigner(self) -> object:
-        """The matcher's thresholds."""
+        """What the assignment depends on: the matcher's thresholds."""
         return "torchvision RoI heads", thresholds(self.model.roi_heads.proposal_matcher)
 
     @property
@@ -222,9 +222,9 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         priors: Priors | None = None,
         stages: Collection[int] | None = None,
     ) -> HeadTrace:
-        """Run the first stage, in training draw proposals, and run the box head.
+        """Run the first stage and the box head. In training, draw proposals between the two.
 
-        With `priors` it runs on these instead.
+        With `priors`, the box head runs on these proposals instead.
         """
         roi_heads = self.model.roi_heads
         matches = labels = targets = rpn_losses = first = None
@@ -302,9 +302,9 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         return {**dict(zip(("loss_classifier", "loss_box_reg"), losses, strict=True)), **outputs.rpn_losses}, None
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
-        """Assign all proposals by IoU; none is drawn.
+        """Assign all proposals by IoU, without drawing any at random.
 
-        Those that fill up have the weight 0. The normaliser is the sum of weights.
+        Boxes that only fill gaps (see `Priors`) have the weight 0. The normaliser is the sum of weights.
         """
         priors, outputs = trace.predictions.priors, cast(BoxOutputs, trace.context)
         proposals, targets = priors.boxes, self._targets(batch)

@@ -30,7 +30,7 @@ class SSDAdapter(GridAdapter):
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """Build both kinds, narrow, with different numbers of channels on the levels."""
+        """Both kinds, with few channels. Their levels differ in the number of channels."""
         return {"torchvision SSD": tiny_ssd, "torchvision SSDlite": partial(tiny_ssd, lite=True)}
 
     def _check_head(self) -> None:
@@ -48,7 +48,7 @@ class SSDAdapter(GridAdapter):
 
     @property
     def assigner(self) -> object:
-        """The matcher's threshold, and the default boxes."""
+        """What the assignment depends on: the matcher's threshold and the default boxes."""
         generator = self.model.anchor_generator
         boxes = (repr(generator.aspect_ratios), tuple(generator.scales), generator.clip, self._strides)
         return "torchvision SSD", thresholds(self.model.proposal_matcher), boxes

@@ -39,7 +39,7 @@ class Block:
         return any(isinstance(layer, nn.Conv2d) for layer in self.layers)
 
     def still(self) -> Block:
-        """The same block, which does not move the statistics of its batch norms: for a second pass of the head."""
+        """The same block, for a second pass of the head: the statistics of its batch norms stay as they are."""
         return Block(tuple(map(_still, self.layers)))
 
 

@@ -1,4 +1,4 @@
-"""Adapters of transformers' DETR and its kin, and these detectors by name."""
+"""Adapters of transformers' DETR and its relatives, and these detectors by name."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
     Args:
         name: a model type, such as "deformable_detr", for random weights. Or a folder that `save_pretrained` wrote, or
             a name on the Hugging Face hub, for the weights there (safetensors only). If the number of classes differs,
-            the class head is new. The adapter treats images as the image processor there says.
+            the class head is new. The adapter prepares images as the image processor in that place says.
         num_classes: without background.
-        args: fields of the config. They override its defaults or those of the folder.
+        args: fields of the config. They override the config's defaults, or what the folder's config says.
 
     Raises:
         KDError: there is no such detector, its config has no such fields, or the hub is needed and does not answer.

@@ -1,4 +1,4 @@
-"""What the adapters of transformers' DETR kin share: batches, labels, priors made of queries, matching, postprocessing.
+"""What all adapters of transformers share: batches, labels, priors made of queries, matching, postprocessing.
 
 Follows transformers 5.23. Its detectors give boxes as (centre x, centre y, width, height) in [0, 1].
 `Predictions.regression` holds them so (the library's `pred_boxes`), and `decode` turns them into xyxy pixels.
@@ -59,15 +59,16 @@ class Queries:
 
 
 class TransformersAdapter(DetectorAdapter):
-    """Base of the adapters of transformers' detectors.
+    """Base of all adapters of transformers' detectors.
 
     Stage 0 is the queries; stage i is the state after decoder layer i.
 
     Args:
         model: the detector, one of the library's `...ForObjectDetection`.
-        image_mean: subtracted from images in [0, 1], one number per channel. None for that of the image processor in
-            the folder or repository that the model was loaded from, or of the class's default if there is none.
-        image_std: images are then divided by it, likewise.
+        image_mean: subtracted from images in [0, 1], one number per channel. None: the mean of the image processor
+            that lies with the loaded model (in its folder or repository). If there is none, the default of the
+            adapter's class.
+        image_std: images are then divided by it, one number per channel. None: as for `image_mean`.
         size_divisor: images are padded to multiples of it, in pixels.
 
     Raises:
@@ -109,7 +110,7 @@ class TransformersAdapter(DetectorAdapter):
 
     @classmethod
     def examples(cls) -> Mapping[str, Callable[[int], nn.Module]]:
-        """Build a narrow and shallow one, with noise on its weights."""
+        """One example: a narrow and shallow detector, with noise on its weights."""
         return {cls.family: partial(stirred, cls.tiny)}
 
     @classmethod
@@ -130,7 +131,7 @@ class TransformersAdapter(DetectorAdapter):
     ) -> DetectorSpec:
         """The facts about a detector whose decoder has `layers` layers of `width` channels.
 
-        `channels` are those of the encoder's levels, `width` each if empty.
+        `channels`: the channels of the encoder's levels; if empty, each has `width`.
         """
         return DetectorSpec(
             name=type(self.model).__name__,
@@ -185,7 +186,7 @@ class TransformersAdapter(DetectorAdapter):
     def priors(self, queries: Queries, batch: Batch) -> Priors:
         """Make priors of queries.
 
-        Their boxes (N, Q, 4) are those of the references, or the whole image if there are none.
+        Their boxes (N, Q, 4) are the references' boxes, or the whole image if there are no references.
         """
         scale = self.scale(batch)[:, None]
         if queries.references is None:
@@ -351,7 +352,7 @@ def _decode(scale: Tensor, regression: Tensor, priors: Priors) -> Tensor:
 def queries_of(priors: Priors) -> Queries:
     """The queries that priors are made of. Raises KDError if they are made of something else."""
     if not isinstance(priors.context, Queries):
-        raise KDError("these priors are not made of queries: pass the priors of a transformers detector's own trace")
+        raise KDError("these priors are not made of queries: pass trace.predictions.priors of a transformers detector")
     return priors.context
 
 
@@ -376,7 +377,7 @@ def backbone_strides(backbone: nn.Module) -> tuple[int, ...]:
     config = module.config
     if hasattr(config, "patch_size") and not hasattr(config, "depths"):  # a plain vision transformer
         return (config.patch_size,) * len(module.out_indices)
-    # The stem (0) and mostly the first stage have stride 4, each further stage halves: ResNet, Swin, ConvNeXt and kin.
+    # The stem (0) and mostly the first stage have stride 4, each further stage halves: ResNet, Swin, ConvNeXt etc.
     first = 8 if getattr(config, "downsample_in_first_stage", False) else 4
     return tuple(4 if index == 0 else first * 2 ** (index - 1) for index in module.out_indices)
 

@@ -35,7 +35,7 @@ class ConditionalDetrAdapter(DetrAdapter):
     prior_form = "queries of content {0}, positions {0}, reference points"
 
     def refuses(self) -> str | None:
-        """Refuse layers that are left out at random: they cannot be resumed."""
+        """Refuse a model that skips decoder layers at random (layer drop): its head cannot be resumed from a state."""
         if self.model.config.decoder_layerdrop:
             return (
                 f"has decoder_layerdrop={self.model.config.decoder_layerdrop}, which leaves out layers at random: set "

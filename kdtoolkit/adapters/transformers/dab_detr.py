@@ -52,7 +52,7 @@ class DabDetrAdapter(DetrAdapter):
         return to_tokens(self.model.model.backbone.position_embedding(feature_map, mask).to(feature_map.dtype))
 
     def queries(self, memory: Memory) -> Queries:
-        """Learned anchor boxes. The content is zero, or each of `num_patterns` learned ones at each of the boxes."""
+        """Learned anchor boxes. The content is zero; with `num_patterns`, each box gets each learned content once."""
         model = self.model.model
         anchors = repeated(model.query_refpoint_embeddings.weight, memory)
         if not model.num_patterns:

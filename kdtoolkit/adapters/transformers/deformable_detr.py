@@ -35,8 +35,8 @@ class DeformableDetrAdapter(DetrBase):
     """Adapter of DeformableDetrForObjectDetection: a pyramid, and queries at points.
 
     With `two_stage` queries start at the encoder's best boxes. With `with_box_refine` each layer refines the
-    references. The library's loss leaves out the encoder's own boxes of `two_stage`, so their heads do not learn, here
-    neither.
+    references. With `two_stage` the library's loss leaves out the encoder's own boxes. So their heads learn nothing,
+    in the library as here.
     """
 
     processor = DeformableDetrImageProcessor

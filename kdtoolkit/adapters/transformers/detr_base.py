@@ -121,7 +121,7 @@ class DetrBase(TransformersAdapter):
         priors: Priors | None = None,
         stages: Collection[int] | None = None,
     ) -> HeadTrace:
-        """Decode the detector's own queries, or those of `priors`."""
+        """Decode the detector's own queries. With `priors`, decode the queries of `priors` instead."""
         memory = self.memory(features, batch)
         queries = self.queries(memory) if priors is None else self.given_queries(priors, batch)
         attend = self.attention_mask(queries, memory)
@@ -161,7 +161,7 @@ class DetrBase(TransformersAdapter):
         return self.judge(len(self.model.model.decoder.layers) - 1, self.last_norm(hidden), reference)
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
-        """Compute the library's terms with its weights, of inner layers too if the config has `auxiliary_loss`."""
+        """Compute the library's weighted terms. With `auxiliary_loss` in the config, inner layers have terms too."""
         config, predictions = self.model.config, trace.predictions
         logits, boxes = None, None
         if config.auxiliary_loss:

@@ -1,11 +1,12 @@
-"""D-FINE and DEIMv2 of transformers: kin of RT-DETR whose box sides are distributions.
+"""D-FINE and DEIMv2 of transformers: relatives of RT-DETR that predict a distribution for each box side.
 
 Follows the forwards in `models/{d_fine,deimv2}/modeling_*.py` of transformers 5.23: the same submodules, called in the
 same order, so that predictions, losses and draws of noise are the library's own.
 
-A side's distribution is over its distance from a first guess of the box, in shares of the guess's width or height
-(`bins`). Each detector makes the first guess from its own state after the first layer. So equal distributions of two
-detectors at the same queries are equal corrections, but of guesses that may differ.
+Each detector makes a first guess of the box from its own state after the first layer. The distribution of a side is
+over corrections of that guess: distances from the guessed side, as fractions of the guess's width or height (`bins`).
+So if two detectors predict equal distributions, they make equal corrections. But their guesses, and then their boxes,
+may differ.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class DFineAdapter(RTDetrAdapter):
         )
 
     def layer_outputs(self, progress: tuple[Progress, ...]) -> dict[str, list[Tensor]]:
-        """What the library's loss takes of each layer. In eval mode its decoder gives only the last layer."""
+        """Each layer's outputs, for the library's loss. In eval mode its decoder gives only the last layer's."""
         after = [at for at in progress[1:] if isinstance(at, Refinement)]
         wanted = [i for i in range(self.layers) if self.model.training or i == self.layers - 1]
         outputs = {

@@ -65,8 +65,8 @@ def published_processing(model: nn.Module, processor: type[Any]) -> Processing |
     except Exception as error:  # the library's many ways to complain of a file
         reason = " ".join(str(error).split()).rstrip(".")
         raise KDError(
-            f"{found}, which says what {type(model).__name__} wants done to images, cannot be used ({reason}): mend "
-            "it, or remove it to have the library's defaults"
+            f"the image processor of {type(model).__name__} cannot be used ({reason}): correct {found}, or delete it "
+            "to use the library's defaults"
         ) from error
 
 

@@ -70,9 +70,9 @@ class LwDetrAdapter(SelectingAdapter):
         return tiny_lw_detr(num_classes)
 
     def refuses(self) -> str | None:
-        """Refuse a detector without levels, which the library's default config describes."""
+        """Refuse a detector without levels. The library's default config has none."""
         if not self._strides():
-            return "has no levels: build it with projector_scale_factors, as [1.0], or [2.0, 0.5] of its large sizes"
+            return "has no levels: build it with projector_scale_factors=[1.0] (large models have [2.0, 0.5])"
         return super().refuses()
 
     def describe(self) -> DetectorSpec:
@@ -104,7 +104,7 @@ class LwDetrAdapter(SelectingAdapter):
         return tuple(level for level, _ in self.model.model.backbone(batch.images, pixel_mask(batch)))
 
     def select(self, memory: Memory, batch: Batch) -> Selection:
-        """Select each group's learned content, at the boxes that the group's heads on the encoder score best.
+        """Select queries for each group: learned content, at the encoder's boxes that the group's heads score best.
 
         The references are these boxes, moved by learned offsets.
         """
@@ -165,7 +165,7 @@ class LwDetrAdapter(SelectingAdapter):
         return self.predictions(logits, boxes, priors, batch)
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
-        """Compute the library's terms with its weights.
+        """Compute the library's weighted loss terms.
 
         The encoder has terms too (`enc`), and inner layers if the config has `auxiliary_loss`.
         """

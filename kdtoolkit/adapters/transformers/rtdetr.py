@@ -52,15 +52,15 @@ class RTDetrAdapter(SelectingAdapter):
         return tiny_rt_detr(cls.kind, num_classes)
 
     def refuses(self) -> str | None:
-        """Refuse what a config can ask for and the library's forward cannot run (5.24).
+        """Refuse two settings of a config that the library's own forward cannot run (5.24).
 
-        Published configs do not ask for it.
+        No published config has them.
         """
         config = self.model.config
         if config.learn_initial_query:
-            return "has learn_initial_query, which the library cannot run: build it without"
+            return "has learn_initial_query=True, which the library cannot run: set learn_initial_query=False"
         if getattr(config, "eval_idx", -1) not in (-1, self.layers - 1):
-            return f"has eval_idx={config.eval_idx}, which the library cannot run: build it with -1, the last layer"
+            return f"has eval_idx={config.eval_idx}, which the library cannot run: build it with eval_idx=-1"
         return super().refuses()
 
     def describe(self) -> DetectorSpec:
@@ -86,7 +86,7 @@ class RTDetrAdapter(SelectingAdapter):
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Run backbone, encoder, and the decoder's input projections.
 
-        Raises KDError if the config's `feat_strides` are not those of the maps.
+        Raises KDError if the config's `feat_strides` are not the strides of the maps.
         """
         model = self.model.model
         with without_narrow_bfloat16(batch.images, self.spec.strides[-1]):
@@ -98,7 +98,7 @@ class RTDetrAdapter(SelectingAdapter):
         if found != [-(-width // stride) for stride in strides]:
             raise KDError(
                 f"the maps of {type(self.model).__name__} are {found} cells wide for {width} px, which does not fit "
-                f"strides {strides}: set model.config.feat_strides to those of its backbone's maps"
+                f"strides {strides}: set model.config.feat_strides to the strides of its backbone's maps"
             )
         return tuple(levels)
 
@@ -177,7 +177,7 @@ class RTDetrAdapter(SelectingAdapter):
         return self.predictions(self.classify(self.layers - 1, progress), progress.boxes, priors, batch)
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
-        """Compute the library's terms with its weights, of each layer (`aux`) and of denoising (`dn`)."""
+        """Compute the library's weighted terms: for each layer (`aux`), and for denoising (`dn`)."""
         past, encoder_logits, encoder_boxes = self.encoder_outputs(trace)
         outputs = {name: torch.stack(each, 1).float() for name, each in self.layer_outputs(past.progress).items()}
         losses, assignment = self.criticise(
@@ -198,7 +198,7 @@ class RTDetrAdapter(SelectingAdapter):
         return dict(losses), assignment
 
     def layer_outputs(self, progress: tuple[Progress, ...]) -> dict[str, list[Tensor]]:
-        """What the library's loss takes of each layer, by the names of its arguments."""
+        """Each layer's outputs, for the library's loss, by the names of its arguments."""
         after = progress[1:]
         return {
             "outputs_class": [self.classify(i, at) for i, at in enumerate(after)],
@@ -219,7 +219,7 @@ class RTDetrV2Adapter(RTDetrAdapter):
 
 
 def tiny_rt_detr(kind: Any, num_classes: int, **changes: Any) -> nn.Module:
-    """Build a narrow and shallow detector of RT-DETR's kin. `changes` are fields of the config."""
+    """Build a narrow and shallow RT-DETR or a relative of it. `changes` are fields of the config."""
     settings: dict[str, Any] = {
         "backbone_config": tiny_backbone(2, 3, 4),
         "num_labels": num_classes,

@@ -1,4 +1,4 @@
-"""Detectors whose queries start at the encoder's best boxes: what RT-DETR, D-FINE, LW-DETR and their kin share.
+"""Detectors whose queries start at the encoder's best boxes: what RT-DETR, D-FINE, LW-DETR and similar ones share.
 
 These detectors do not know padding. Boxes are relative to the canvas, and padding is treated like any part of an image.
 """
@@ -50,7 +50,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Selection:
-    """What enters the decoder: `queries`, of which the `shown` ones detect. The others are for training only.
+    """What enters the decoder: `queries`. The `shown` queries detect; the others are for training only.
 
     `logits` (N, Q, K) and `boxes` (N, Q, 4) are the encoder's predictions for the selected queries, None for queries of
     another detector. `mask` (Q, Q) is added to the scores of self-attention. `denoising` is what the library's loss
@@ -86,7 +86,7 @@ class Pass:
     batch: Batch
 
     def shown(self, stage: int) -> Progress:
-        """The progress at a stage, of the queries that detect."""
+        """The progress at a stage, for the queries that detect."""
         return over_queries(self.progress[stage], lambda x: x[:, self.selection.shown])
 
 
@@ -113,7 +113,7 @@ class SelectingAdapter(TransformersAdapter):
 
     @abstractmethod
     def select(self, memory: Memory, batch: Batch) -> Selection:
-        """Select the detector's own queries, and in train mode those that the library trains besides."""
+        """Select the detector's own queries. In train mode, add the queries that the library uses in training only."""
 
     @abstractmethod
     def layer(self, i: int, progress: Progress, memory: Memory, mask: Tensor | None) -> Tensor:
@@ -139,7 +139,7 @@ class SelectingAdapter(TransformersAdapter):
         priors: Priors | None = None,
         stages: Collection[int] | None = None,
     ) -> HeadTrace:
-        """Select queries and decode them, or decode those of `priors`.
+        """Select queries and decode them. With `priors`, decode the queries of `priors` instead.
 
         Raises KDError if images have fewer cells than queries to select.
         """

@@ -30,7 +30,7 @@ class SplitReport:
     """What a split holds. `error` says why it cannot be read at all; then there is nothing else.
 
     `boxes` are targets of training, `crowds` are not. `sides` are the 10 %, 50 % and 90 % quantile of the square roots
-    of the boxes' areas, in pixels. `boxes_an_image` are the median and the most.
+    of the boxes' areas, in pixels. `boxes_an_image` are the median and the maximum.
     """
 
     source: str

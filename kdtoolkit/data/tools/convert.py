@@ -22,7 +22,7 @@ Write = Callable[[Path, dict[str, Reading], dict[str, dict[int, str]]], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was written, and what the format of the target, or detection, has no place for."""
+    """What was written, and what was left out because the new format, or detection, has no place for it."""
 
     images: int
     boxes: int
@@ -47,7 +47,7 @@ def convert(
     form, place = locate(source)
     readings = {split: form.read(place, split, progress) for split in form.splits(place)}
     if not readings:
-        raise KDError(f"{source} has neither train nor val nor test")
+        raise KDError(f"{source} has none of the splits train, val and test")
     for reading in readings.values():
         settle(reading.faults, reading.source, on_bad)
     classes = {tuple(category.name for category in reading.categories) for reading in readings.values()}

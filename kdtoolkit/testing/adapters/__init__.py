@@ -33,16 +33,17 @@ def check_adapter(
 
     Args:
         adapter_or_model: a small detector with random weights, or its adapter. It is copied, not changed.
-        own: the library's own inference, which `detections` must equal; or a sentence why there is none.
-        own_losses: the library's own training losses, which `task_losses` must equal; or such a sentence.
-        known: the checks that must fail for now, each with the reason. One that passes is an error.
+        own: the library's own inference, which `detections` must equal. If there is none, a sentence that says why.
+        own_losses: the library's own training losses, which `task_losses` must equal. If there are none, a sentence
+            that says why.
+        known: the checks that must fail for now, each with the reason. If such a check passes, that is an error.
         only: the names of the checks to run; all by default.
-        images: two or more (3, H, W) in [0, 1]; by default two of about 64 px, of different sizes.
+        images: two or more (3, H, W) in [0, 1]. By default two of different sizes, of about 64 px.
         targets: their ground truth. Give both or neither.
 
     Raises:
         ConformanceError: promises are broken. It lists all of them.
-        KDError: no adapter knows the model, there is no check of such a name, or a sentence is empty.
+        KDError: no adapter knows the model, no check has a name of `known` or `only`, or a sentence is empty.
     """
     for name, value in (("own", own), ("own_losses", own_losses)):
         if not callable(value) and not (isinstance(value, str) and value.strip()):
@@ -60,7 +61,7 @@ def _first_stage(case: Case) -> None:
     """The first stage is a detector of one class, and keeps the same promises."""
     stage = case.adapter.first_stage
     if stage is None:
-        raise LeftOut("has no first stage")
+        raise LeftOut("the adapter has no first stage")
     expect(stage.spec.num_classes == 1, f"a first stage has one class, here {stage.spec.num_classes}")
     proposing = Case(stage, case.images, case.targets, proposes=True)
     run(f"first stage of {case.spec.name}", FIRST_STAGE_CHECKS, proposing, {})

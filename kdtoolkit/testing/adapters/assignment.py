@@ -19,7 +19,7 @@ from kdtoolkit.testing.report import LeftOut, by_name
 def _assignment(case: Case) -> None:
     """Labels, boxes, weights and normaliser of the assignment mean what the contract says, in both modes."""
     if Capability.ASSIGNMENT not in case.spec.capabilities:
-        raise LeftOut("declares no assignment")
+        raise LeftOut("the adapter has no `assign`")
     for train in (False, True):
         expect_assignment(case, case.fresh(train=train), case.targets, mode(train))
 
@@ -67,7 +67,7 @@ def expect_assignment(case: Case, adapter: DetectorAdapter, targets: Sequence[Ta
 def _two_processes(case: Case) -> None:
     """The normaliser is summed over processes: a process without objects has the same as one with all objects."""
     if Capability.ASSIGNMENT not in case.spec.capabilities:
-        raise LeftOut("declares no assignment")
+        raise LeftOut("the adapter has no `assign`")
 
     def normaliser(targets: Sequence[Target]) -> float:
         adapter = case.fresh()

@@ -1,4 +1,4 @@
-"""Whether detections are those of the library, and follow from the predictions."""
+"""Whether detections equal the library's, and follow from the predictions."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _sources(case: Case) -> None:
 
 @torch.no_grad()
 def _own_detections(case: Case) -> None:
-    """Detections equal those of the library's own inference."""
+    """Detections equal the detections of the library's own inference."""
     if isinstance(case.own, str):
         raise LeftOut(case.own)
     adapter = case.fresh()

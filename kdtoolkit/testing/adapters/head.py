@@ -17,7 +17,7 @@ from kdtoolkit.testing.report import LeftOut, by_name
 def _resume(case: Case) -> None:
     """Resumed from its own state, the head gives the same predictions to the bit; from another state, others."""
     if not case.spec.stages:
-        raise LeftOut("declares no stages")
+        raise LeftOut("the spec has no stages")
     adapter = case.fresh()
     trace = case.show(adapter).head
     once = outputs(trace.predictions)
@@ -49,7 +49,7 @@ def _moved(predictions: Predictions, once: Mapping[str, Tensor]) -> bool:
 def _given_priors(case: Case) -> None:
     """Given its own proposals or queries, the head gives the same predictions to the bit."""
     if case.spec.priors.on_grid:
-        raise LeftOut("its priors lie on a grid, and are never given to the head")
+        raise LeftOut("the detector's priors lie on a grid: its head never gets another detector's")
     adapter = case.fresh()
     view = case.show(adapter)
     once = outputs(view.head.predictions)

@@ -1,4 +1,4 @@
-"""Whether task losses are those of the library."""
+"""Whether task losses equal the library's."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _expect_fitting(
 
 
 def _own_task_losses(case: Case) -> None:
-    """Task losses equal those of the library's own training forward."""
+    """Task losses equal the losses of the library's own training forward."""
     if isinstance(case.own_losses, str):
         raise LeftOut(case.own_losses)
     torch.manual_seed(SEED)

@@ -12,7 +12,7 @@ from kdtoolkit.testing.report import LeftOut, by_name
 
 @torch.no_grad()
 def _levels(case: Case) -> None:
-    """Channels and strides of the spec are those of the pyramid."""
+    """Channels and strides of the spec equal the pyramid's."""
     view, spec = case.show(), case.spec
     channels = tuple(level.shape[1] for level in view.features)
     expect(channels == spec.channels, f"levels have {channels} channels, the spec says {spec.channels}")
@@ -91,7 +91,7 @@ def _stages(case: Case) -> None:
     if not spec.stages:
         resumes = type(case.adapter).resume is not DetectorAdapter.resume
         expect(not resumes, "resume is implemented, but describe names no stages")
-        raise LeftOut("declares no stages")
+        raise LeftOut("the spec has no stages")
     states = case.show().head.states
     names = [stage.name for stage in spec.stages]
     expect(len(set(names)) == len(names), f"stages share a name: {names}")

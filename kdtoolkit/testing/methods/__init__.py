@@ -27,21 +27,21 @@ def check_method(
     """Check every promise of a method on one pair of detectors: `check_method(MyMethod, tiny(), another_tiny())`.
 
     It is no error if the method refuses the pair: the report then says so, with the reason. New detectors with batch
-    norm may have nearly constant states, of which some checks can tell nothing: perturb the weights, or run a few
-    forwards in train mode before.
+    norm may have nearly constant states. Then some checks can say nothing: perturb the weights first, or run a few
+    forwards in train mode.
 
     Args:
         method_factory: builds a new method: its class, or a function without arguments.
         student: a small detector with random weights, or its adapter. It is copied, not changed.
-        teacher: likewise, with as many classes.
-        known: the checks that must fail for now, each with the reason. One that passes is an error.
+        teacher: the same for the teacher; it needs the student's number of classes.
+        known: the checks that must fail for now, each with the reason. If such a check passes, that is an error.
         only: the names of the checks to run; all by default.
-        images: two or more (3, H, W) in [0, 1]; by default two of about 64 px, of different sizes.
+        images: two or more (3, H, W) in [0, 1]. By default two of different sizes, of about 64 px.
         targets: their ground truth. Give both or neither.
 
     Raises:
         ConformanceError: promises are broken. It lists all of them.
-        KDError: no adapter knows a model, or there is no check of such a name.
+        KDError: no adapter knows a model, or no check has a name of `known` or `only`.
     """
     pair = adapt(student), adapt(teacher)
     subject = f"{type(method_factory()).__name__} from {pair[1].spec.name} to {pair[0].spec.name}"

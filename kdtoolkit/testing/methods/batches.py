@@ -65,7 +65,7 @@ def _unequal_padding(case: Case) -> None:
     try:
         terms = case.terms(distiller)
     except IncompatibleError as error:  # a teacher of one image size then has cells of a different stride
-        raise LeftOut(f"refuses it: {error}") from error
+        raise LeftOut(f"the method refuses it: {error}") from error
     what = f"{PADDING} pixels more padding in the teacher"
     expect_losses(terms, what)
     expect_backward(terms, distiller, what)
@@ -105,7 +105,7 @@ def _one_image(case: Case) -> None:
         try:
             _finite_step(case, "a single image", images, targets)
         except IncompatibleError as error:  # a clear refusal is fine
-            raise LeftOut(f"refuses it: {error}") from error
+            raise LeftOut(f"the method refuses it: {error}") from error
         return
     raise LeftOut("the student takes no batch of a single image")
 

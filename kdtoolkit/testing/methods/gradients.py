@@ -1,4 +1,4 @@
-"""Whether gradients reach what is to be trained, and nothing else."""
+"""Whether gradients reach everything that must be trained, and nothing else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _own_parameters(case: Case) -> None:
     distiller = case.fresh()
     learned = {name: p for name, p in method_of(distiller).named_parameters() if p.requires_grad}
     if not learned:
-        raise LeftOut("has no parameters of its own")
+        raise LeftOut("the method has no parameters of its own")
     expect_backward(case.terms(distiller), method_of(distiller), "the method's own parameters")
     missing = [name for name, p in learned.items() if p.grad is None]
     expect(not missing, f"no gradient reaches the method's own {', '.join(missing)}")

@@ -61,11 +61,11 @@ def _two_processes(case: Case) -> None:
     except KDError as error:
         raise LeftOut(f"the student takes no step in eval mode: {error}") from error
     if not all(torch.equal(whole[name], again[name]) for name in whole):
-        raise LeftOut("it draws at random, so that no two runs are alike")
+        raise LeftOut("the method draws at random, so no two runs give the same numbers")
     try:
         halves = side_by_side([partial(step, slice(i, i + 1)) for i in range(2)])
     except IncompatibleError as error:
-        raise LeftOut(f"refuses a single image: {error}") from error
+        raise LeftOut(f"the method refuses a single image: {error}") from error
     largest = max(value.norm() for value in whole.values())
     for name, value in whole.items():
         parts = [half.get(name, torch.zeros_like(value)) for half in halves]
@@ -88,7 +88,7 @@ def _channels_last(case: Case) -> None:
 
 @without_onednn()
 def _mixed_precision(case: Case) -> None:
-    """Under bfloat16 autocast terms are finite, in float32, and near those of float32."""
+    """Under bfloat16 autocast, terms are finite, have the type float32, and are near the terms without autocast."""
     exact, distiller = case.usual, case.fresh()
     with torch.autocast(case.images[0].device.type, torch.bfloat16):
         terms = case.terms(distiller)

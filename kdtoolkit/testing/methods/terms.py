@@ -31,7 +31,7 @@ def _options(case: Case) -> None:
     """Options have type hints, so that wrong values are refused, and weights below 0 are refused."""
     cls = type(case.factory())
     if cls.__init__ is nn.Module.__init__:
-        raise LeftOut("has no options")
+        raise LeftOut("the method has no options")
     hints = get_type_hints(cls.__init__)
     for name, parameter in inspect.signature(cls).parameters.items():
         gathers = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
@@ -65,9 +65,9 @@ def _vanishing(case: Case) -> None:
     teacher.model.eval().requires_grad_(False)
     method = case.factory()
     if not method.vanishing:
-        raise LeftOut("declares no vanishing terms")
+        raise LeftOut("the method's `vanishing` is empty")
     if reason := why_refused(method, teacher.spec, teacher.spec):
-        raise LeftOut(f"refuses a student that is the teacher: {reason}")
+        raise LeftOut(f"the method refuses a student that is the teacher: {reason}")
     spec = teacher.spec.at_strides(method.strides)
     method.setup(spec, spec)
     method.to(case.images[0].device).eval()
@@ -145,7 +145,7 @@ def _weights_of_zero(case: Case) -> None:
         raise LeftOut("the method is built by a function, whose weights are not known")
     weights = [name for name in inspect.signature(cls).parameters if name.endswith("weight")]
     if not weights:
-        raise LeftOut("has no weights")
+        raise LeftOut("the method has no weights")
     distiller = case.fresh(factory=partial(cls, **dict.fromkeys(weights, 0.0)))
     terms, what = case.terms(distiller), f"with {', '.join(weights)} = 0"
     expect_finite(terms, what)

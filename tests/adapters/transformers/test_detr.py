@@ -633,7 +633,7 @@ def test_all_that_a_processor_does_to_values_is_one_mean_and_std(settings, mean,
 def test_a_broken_image_processor_is_named(tmp_path):
     build_model("detr", 4, TINY_ARGS).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(KDError, match=r"preprocessor_config\.json, which says what .* cannot be used"):
+    with pytest.raises(KDError, match=r"image processor of .* cannot be used .*: correct .*preprocessor_config\.json"):
         adapt(build_model(str(tmp_path), 4, {}))
 
 

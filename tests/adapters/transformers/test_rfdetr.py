@@ -60,7 +60,7 @@ def test_features_lie_where_the_image_has_them():
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_a_detector_without_levels_is_refused():
     """As the library's default config of LW-DETR builds it."""
-    with pytest.raises(KDError, match=r"projector_scale_factors, as \[1\.0\]"):
+    with pytest.raises(KDError, match=r"projector_scale_factors=\[1\.0\]"):
         adapt(tiny_lw_detr(3, projector_scale_factors=[]))
 
 
