@@ -65,11 +65,13 @@ class Distiller(nn.Module):
         student: a detector, or the adapter of one. Nothing is added to it: its state dict always fits the plain model.
         methods: the methods to distil by. Without methods the losses are exactly the student's own.
         accumulation: number of calls in training mode that make one optimiser step. Schedules of methods count steps.
+        teacher_scale: size of the teacher's images relative to the student's: 1, 0.5 or 0.25. A smaller teacher input
+            costs less. The teacher's level of stride 8 then stands beside the student's of stride 16 or 32.
 
     Raises:
         IncompatibleError: a method cannot work between the two. The message says why, and which methods can.
         KDError: no adapter knows a model's class; teacher and student share parameters or are on different devices; no
-            parameter of the student is trainable; `accumulation` is below 1.
+            parameter of the student is trainable; `accumulation` is below 1; `teacher_scale` is a different number.
     """
 
     def __init__(
@@ -79,12 +81,15 @@ class Distiller(nn.Module):
         methods: Sequence[Method] = (),
         *,
         accumulation: int = 1,
+        teacher_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if accumulation < 1:
             raise KDError(
                 f"accumulation ({accumulation}) is the number of calls in one optimiser step: it must be 1 or more"
             )
+        if teacher_scale not in (1, 0.5, 0.25):  # with a different number no stride would be one of the student's
+            raise KDError(f"teacher_scale is {teacher_scale}: it must be 1, 0.5 or 0.25")
         methods = _checked(methods)
         self.student_adapter = adapt(student)
         self.student = self.student_adapter.model
@@ -97,6 +102,7 @@ class Distiller(nn.Module):
         self.teacher_adapter = None if teacher is None else adapt(teacher)
         self.methods = nn.ModuleList(methods)
         self.accumulation = accumulation
+        self.teacher_scale = teacher_scale
         self.calls = 0
         self._names = _unique_names(methods)
         if self.teacher_adapter is None:
@@ -104,7 +110,7 @@ class Distiller(nn.Module):
                 raise KDError("methods need a teacher: Distiller(teacher, student, methods=[...])")
             return
         _check_models(self.teacher_adapter.model, self.student)
-        specs = self.student_adapter.spec, self.teacher_adapter.spec
+        specs = self.student_adapter.spec, self.teacher_adapter.spec.on_images_scaled_by(teacher_scale)
         for name, method in zip(self._names, methods, strict=True):
             if reason := why_refused(method, *specs):
                 working = ", ".join(working_methods(*specs)) or "none"
@@ -163,8 +169,8 @@ class Distiller(nn.Module):
         if adapter.spec.num_classes != self.student_adapter.spec.num_classes:
             # Then no method uses the labels (`why_refused`), and they may be too large for the teacher.
             targets = [Target(boxes=t["boxes"], labels=torch.zeros_like(t["labels"])) for t in targets]
-        batch = adapter.prepare(images, targets, like=like)
-        return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True)
+        batch = adapter.prepare(images, targets, like=like.geometry_scaled_by(self.teacher_scale))
+        return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True, scale=self.teacher_scale)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules except the student's frozen batch norms, which keep their statistics.

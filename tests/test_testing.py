@@ -826,6 +826,15 @@ class MinimumAboveZero(Squares):
         return {"feature": self.loss(exchange) + 1}
 
 
+class CosineOfDeadChannels(Squares):
+    """vanishing"""
+
+    def loss(self, exchange):
+        student, teacher = exchange.student.features[0], exchange.teacher.features[0]
+        maps = self.project(student).float().flatten(2), teacher.float().flatten(2)
+        return 1 - torch.nn.functional.cosine_similarity(*maps, dim=-1).mean()
+
+
 class ZeroIsNoMinimum(Squares):
     """vanishing"""
 

@@ -51,6 +51,7 @@ class Task:
     teacher_detector: DetectorSection | None = None
     teacher_weights: Path | None = None
     stretch: float = 1.0
+    teacher_scale: float = 1.0
 
     @property
     def name(self) -> str:
@@ -130,7 +131,8 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
         report(Report("training", progress.step, progress.losses, progress.seconds, progress.warnings))
 
     config = task.detector.train.model_copy(update={"steps": task.steps})
-    distiller = Distiller(teacher, student, [use.build() for use in task.methods])
+    methods = [use.build() for use in task.methods]
+    distiller = Distiller(teacher, student, methods, teacher_scale=task.teacher_scale)
     folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
     with writing(folder.path):
         discard_runs(task.result, but=folder.path)

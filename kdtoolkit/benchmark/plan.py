@@ -60,6 +60,8 @@ class Plan:
         section, methods, teacher = self._student_section, self.suite.methods(row), self.teacher_task()
         data = f"{self._data.student_data} {self._data.val_data}"
         steps = stretched(section.train.steps, stretch)
+        scale = self.suite.teacher_scale
+        taught_by = teacher.result.stem if scale == 1 else f"{teacher.result.stem}, images scaled by {scale}"
         return Task(
             entry=row,
             seed=seed,
@@ -67,13 +69,14 @@ class Plan:
             data=self.suite.data,
             pictures=self.store.pictures,
             result=self.store.result_path(row, seed),
-            parts=self._parts(section, methods, seed, steps, data, teacher.result.stem),
+            parts=self._parts(section, methods, seed, steps, data, taught_by),
             device=self.device,
             threads=self.threads,
             methods=methods,
             teacher_detector=self._teacher_section if methods else None,
             teacher_weights=teacher.weights if methods else None,
             stretch=stretch,
+            teacher_scale=scale,
         )
 
     def _parts(
@@ -181,7 +184,7 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
                     f"model {getattr(suite, where).model!r} has {known} classes, and the data has {num_classes}"
                 )
         for where, uses in suite.entries.items():  # noqa: B007 - named in the error
-            Distiller(teacher, student, [use.build() for use in uses])
+            Distiller(teacher, student, [use.build() for use in uses], teacher_scale=suite.teacher_scale)
     except KDError as error:
         raise KDError(f"suite {suite.name}, {where}: {error}") from error
 

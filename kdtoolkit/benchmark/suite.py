@@ -148,7 +148,10 @@ class MethodUse(_Section):
 
 
 class Suite(_Section):
-    """What is compared: one student, trained alone (the row `baseline`) and with the methods of each entry."""
+    """What is compared: one student, trained alone (the row `baseline`) and with the methods of each entry.
+
+    `teacher_scale`: size of the images that the teacher sees while it teaches, relative to the student's.
+    """
 
     name: str = Field(pattern=_FOLDER_NAME)
     description: str
@@ -157,6 +160,7 @@ class Suite(_Section):
     data: DataSection
     teacher: DetectorSection
     student: DetectorSection
+    teacher_scale: float = Field(1.0, gt=0, le=1)
     entries: dict[typing.Annotated[str, Field(pattern=_FOLDER_NAME)], tuple[MethodUse, ...]]
 
     @field_validator("entries")

@@ -133,7 +133,18 @@ def keep_states(states: Iterable[State], stages: Collection[int] | None) -> tupl
     """Collect the states of a head. Returns one entry per state, and the last state.
 
     Only the states of `stages` are kept; the entries of all others are empty. None keeps all states. If `states` is a
-    generator, a state that is not kept is freed while the head runs.
+    generator, a state that is not kept is freed while the head runs. One generator serves `head` and `resume`:
+
+        def walk(self, state: State, start: int = 0) -> Iterator[State]:
+            yield state  # stage `start`, before its activation
+            for stage, conv in enumerate(self.model.tower[start:], start):  # conv i leads from stage i to stage i + 1
+                state = {"cls": tuple(conv(x.relu() if stage else x) for x in state["cls"])}
+                yield state
+
+        states, last = keep_states(self.walk({"cls": features}), stages)  # in `head`
+        _, last = keep_states(self.walk(state, stage), ())  # in `resume`
+
+    Both then apply the last activation and the predictors to `last`. Stage 0, the pyramid, has no activation here.
     """
     kept: list[State] = []
     last: State = {}

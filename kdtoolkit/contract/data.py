@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 from torch import Tensor
@@ -46,6 +47,25 @@ class Batch:
     original_sizes: tuple[tuple[int, int], ...]
     boxes: tuple[Tensor, ...] = ()
     labels: tuple[Tensor, ...] = ()
+
+    def geometry_scaled_by(self, scale: float) -> Batch:
+        """A batch with scaled sizes and canvas, for `DetectorAdapter.prepare(like=...)`; its pixels mean nothing."""
+        if scale == 1:
+            return self
+
+        def scaled(size: tuple[int, int]) -> tuple[int, int]:
+            height, width = (max(1, round(side * scale)) for side in size)
+            return height, width
+
+        height, width = (math.ceil(side * scale) for side in self.images.shape[-2:])
+        return replace(
+            self,
+            images=self.images[..., :height, :width],
+            sizes=tuple(map(scaled, self.sizes)),
+            padded_sizes=tuple(map(scaled, self.padded_sizes)),
+            boxes=(),
+            labels=(),
+        )
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ def _first_stage(view: View) -> View | None:
     adapter, trace = view.adapter.first_stage, view.trace
     if adapter is None:
         return None
-    return View(adapter, view.batch, view.maps, None if trace is None else trace.first, frozen=view.frozen)
+    first = None if trace is None else trace.first
+    return View(adapter, view.batch, view.maps, first, frozen=view.frozen, scale=view.scale)
 
 
 def _priors_for(view: View, source: View) -> Priors:

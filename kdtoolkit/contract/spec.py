@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -105,7 +105,15 @@ class DetectorSpec:
         """The facts about the levels with these strides; about all levels if `strides` is empty."""
         if not strides:
             return self
-        kept = [i for i, stride in enumerate(self.strides) if stride in strides]
+        return self.at_levels([i for i, stride in enumerate(self.strides) if stride in strides])
+
+    def at_levels(self, levels: Sequence[int]) -> DetectorSpec:
+        """The facts about the levels with these indices."""
         return replace(
-            self, strides=tuple(self.strides[i] for i in kept), channels=tuple(self.channels[i] for i in kept)
+            self, strides=tuple(self.strides[i] for i in levels), channels=tuple(self.channels[i] for i in levels)
         )
+
+    def on_images_scaled_by(self, scale: float) -> DetectorSpec:
+        """The facts in pixels of images that the detector sees scaled by `scale`: its strides are larger there."""
+        first = None if self.first_stage is None else self.first_stage.on_images_scaled_by(scale)
+        return replace(self, strides=tuple(round(stride / scale) for stride in self.strides), first_stage=first)

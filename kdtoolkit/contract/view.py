@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdtoolkit.contract.adapter import DetectorAdapter
 from kdtoolkit.contract.data import Assignment, Batch, HeadTrace, Predictions, Priors
+from kdtoolkit.contract.spec import DetectorSpec
 
 
 class View:
@@ -26,6 +27,7 @@ class View:
         assignment: the assignment that the detector's losses used, if they returned one.
         stages: indices of the stages whose hidden states are kept; None keeps all.
         frozen: run the head without gradient, as for a teacher.
+        scale: size of the images on this detector's canvas, relative to the student's.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class View:
         *,
         stages: frozenset[int] | None = None,
         frozen: bool = False,
+        scale: float = 1.0,
     ) -> None:
         self.adapter = adapter
         self.batch = batch
@@ -47,6 +50,7 @@ class View:
         self.spec = adapter.spec
         self.shown: tuple[int, int] | None = None
         self.frozen = frozen
+        self.scale = scale
         self._stages = stages
         self._own = [] if trace is None else [trace]  # a list, for parts of the view share it
 
@@ -67,14 +71,19 @@ class View:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.adapter.head(self.maps, self.batch, priors, self._stages)
 
+    @property
+    def spec_in_student_pixels(self) -> DetectorSpec:
+        """The detector's spec with strides in pixels of the student's images."""
+        return self.spec if self.scale == 1 else self.spec.on_images_scaled_by(self.scale)
+
     def at_strides(self, strides: tuple[int, ...]) -> View:
-        """The view of the levels with these strides; the whole view if `strides` is empty."""
+        """The view of the levels with these strides, in pixels of the student; the whole view if `strides` is empty."""
         if not strides:
             return self
         part = copy.copy(self)
-        levels = zip(self.spec.strides, self.features, strict=True)
-        part.features = tuple(x for stride, x in levels if stride in strides)
-        part.spec = self.spec.at_strides(strides)
+        levels = [i for i, stride in enumerate(self.spec_in_student_pixels.strides) if stride in strides]
+        part.features = tuple(self.features[i] for i in levels)
+        part.spec = self.spec.at_levels(levels)
         return part
 
     def beside(self, batch: Batch) -> View:

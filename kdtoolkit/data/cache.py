@@ -1,7 +1,7 @@
 """Decoded images on disk, for all processes of a run and for later runs.
 
-Each image is a file of its own, so that data sets that share images share them here too, and no process has to wait for
-another. A file is mapped into memory where it is used: all processes see the same pages.
+Each image has its own file. So data sets with common images share the files, and no process has to wait for another.
+Files are mapped into memory, so all processes use the same pages.
 """
 
 from __future__ import annotations

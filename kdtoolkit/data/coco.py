@@ -35,7 +35,7 @@ RULE = "it must be [x, y, width, height] in pixels"
 
 
 def locate(path: Path) -> Path | None:
-    """The data set's folder, from itself or from its folder `annotations`."""
+    """The data set's folder. `path` is that folder, or the folder `annotations` in it."""
     for root in (path, path.parent):
         folder = root / "annotations"
         if folder in (path, path / "annotations") and next(folder.glob("*.json"), None) is not None:

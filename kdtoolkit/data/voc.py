@@ -40,7 +40,7 @@ RULE = "xmin, ymin, xmax and ymax are pixels, counted from 1"
 
 
 def locate(path: Path) -> Path | None:
-    """The data set's folder, from itself or from its folder `Annotations`."""
+    """The data set's folder. `path` is that folder, or the folder `Annotations` in it."""
     for root in (path, path.parent):
         folder = root / "Annotations"
         if folder in (path, path / "Annotations") and next(folder.rglob("*.xml"), None) is not None:

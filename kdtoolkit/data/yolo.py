@@ -43,7 +43,7 @@ RULE = f"these are pixels: x, y, width, height; a line is {LINE}"
 
 
 def locate(path: Path) -> Path | None:
-    """The YAML file, from itself or from its folder. Raises KDError if several in a folder could be meant."""
+    """The YAML file. `path` is that file or its folder. Raises KDError if the folder has several such files."""
     if path.is_file():
         return path if path.suffix.lower() in (".yaml", ".yml") else None
     if (usual := path / "data.yaml").is_file():

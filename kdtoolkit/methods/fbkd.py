@@ -94,7 +94,7 @@ class Connector(nn.Module):
 
 
 class FBKD(FeatureMethod):
-    """Imitate the teacher's pyramid where it looks, its means, and the relations between its cells.
+    """Imitate the teacher's pyramid weighted by attention, its means, and the relations between its cells.
 
     Keys and values are pooled over 64 x 64 pixels, or over 4 x 4 cells where these are larger, as published. The
     default weights are mmrazor's for Faster R-CNN.

@@ -185,19 +185,21 @@ class LD(Method):
 
     def _corresponding(self, exchange: Exchange) -> tuple[Predictions, Predictions, Assignment, Tensor | None]:
         """Both predictions and the student's assignment on common levels; `match_bins` if bins or places differ."""
-        pair, specs = exchange.matched(), (exchange.student.spec, exchange.teacher.spec)
+        pair, specs = exchange.matched(), (exchange.student.spec, exchange.teacher.spec_in_student_pixels)
         student, teacher, assignment = pair.student.predictions, pair.teacher.predictions, pair.student_assignment
         if not student.priors.grid:
             return student, teacher, assignment, None
         if specs[0].strides != specs[1].strides:
             levels = shared_levels(*specs)
-            assignment = assignment.at_rows(rows_of_levels(student.priors, [s for s, _ in levels]))
-            student, teacher = at_levels(student, [s for s, _ in levels]), at_levels(teacher, [t for _, t in levels])
+            ours, theirs = [s for s, _ in levels], [t for _, t in levels]
+            assignment = assignment.at_rows(rows_of_levels(student.priors, ours))
+            student, teacher = at_levels(student, ours), at_levels(teacher, theirs)
         check_grids("LD", student, teacher)
         if specs[0].bins == specs[1].bins and student.priors.boxes is teacher.priors.boxes:
             return student, teacher, assignment, None
-        between = centres(student.priors.boxes[:1]) - centres(teacher.priors.boxes[:1])
-        x, y = (between[0] / student.priors.strides[0]).tolist()
+        # In cells, since the teacher's pixels may be larger than the student's.
+        first = [centres(priors.boxes[0]) / priors.strides[0] for priors in (student.priors, teacher.priors)]
+        x, y = (first[0] - first[1]).tolist()
         if specs[0].bins == specs[1].bins and x == y == 0:
             return student, teacher, assignment, None
         matching = match_bins(specs[0].bins, specs[1].bins, (x, y)).to(student.regression.device)

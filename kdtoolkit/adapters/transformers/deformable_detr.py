@@ -45,7 +45,7 @@ class DeformableDetrAdapter(DetrBase):
 
     @classmethod
     def tiny(cls, num_classes: int) -> nn.Module:
-        """Build one with box refinement and two stages."""
+        """Build a detector with box refinement and two stages."""
         # 64 channels: its group norm of 32 groups has nothing to compare in groups of one channel on a map of one cell.
         return tiny_detr(
             cls.kind,

@@ -70,7 +70,7 @@ class DetrBase(TransformersAdapter):
 
     @classmethod
     def tiny(cls, num_classes: int) -> nn.Module:
-        """Build one of 32 channels, with three decoder layers."""
+        """Build a detector with 32 channels and three decoder layers."""
         return tiny_detr(cls.kind, num_classes)
 
     @abstractmethod

@@ -66,7 +66,7 @@ class LwDetrAdapter(SelectingAdapter):
 
     @classmethod
     def tiny(cls, num_classes: int) -> nn.Module:
-        """Build one of 32 channels, with three decoder layers."""
+        """Build a detector with 32 channels and three decoder layers."""
         return tiny_lw_detr(num_classes)
 
     def refuses(self) -> str | None:
@@ -217,7 +217,7 @@ class RfDetrAdapter(LwDetrAdapter):
 
     @classmethod
     def tiny(cls, num_classes: int) -> nn.Module:
-        """Build one of 32 channels, with three decoder layers."""
+        """Build a detector with 32 channels and three decoder layers."""
         return tiny_rf_detr(num_classes)
 
     def _strides(self) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ class RTDetrAdapter(SelectingAdapter):
 
     @classmethod
     def tiny(cls, num_classes: int) -> nn.Module:
-        """Build one of 32 channels, with three decoder layers."""
+        """Build a detector with 32 channels and three decoder layers."""
         return tiny_rt_detr(cls.kind, num_classes)
 
     def refuses(self) -> str | None:
