@@ -22,7 +22,8 @@ from torchvision.transforms.v2.functional import (  # type: ignore[attr-defined]
 )
 
 from kdtoolkit.contract import Target
-from kdtoolkit.data.mix import GREY, Item, cut, mixup, mosaic
+from kdtoolkit.data.mix import GREY, Item, mixup, mosaic
+from kdtoolkit.data.resize import cut
 
 _Probability = Annotated[float, Field(ge=0, le=1)]
 

@@ -52,7 +52,7 @@ def batches(
         steps: of the whole run.
         seed: decides order and augmentation.
         augment: what is changed at random.
-        input_size: images are first resized to it; one size per step.
+        input_size: images are first cropped and resized as it says; a step has one shorter side.
         workers: processes that read ahead.
         start: number of steps already done.
         share: place and number of the processes that train together; each yields its part of each batch.
@@ -98,7 +98,7 @@ def _plan(size: int, batch_size: int, steps: int, seed: int, input_size: InputSi
 
 
 class _Presented(Dataset[tuple[Tensor, Target]]):
-    """Images as they are shown: resized, augmented, as floats."""
+    """Images as they are shown: cropped, resized, augmented, as floats."""
 
     def __init__(self, dataset: DetectionDataset, augment: Augmentation, input_size: InputSize | None) -> None:
         self._dataset = dataset
@@ -110,16 +110,17 @@ class _Presented(Dataset[tuple[Tensor, Target]]):
         generator = self._generator.manual_seed(draw.seed)
 
         def another() -> Item:
-            return self._read(int(torch.randint(len(self._dataset), (), generator=generator)), draw.short)
+            return self._read(int(torch.randint(len(self._dataset), (), generator=generator)), draw.short, generator)
 
-        image, target = self._augment.of(self._read(draw.image, draw.short), another, generator)
+        image, target = self._augment.of(self._read(draw.image, draw.short, generator), another, generator)
         return image.float().div_(255), target
 
-    def _read(self, index: int, short: int | None) -> Item:
+    def _read(self, index: int, short: int | None, generator: torch.Generator) -> Item:
         image, sample = checked_item(self._dataset, index)
         target: Target = {"boxes": sample["boxes"], "labels": sample["labels"]}
         if self._input_size is None:
             return image, target
+        image, target = self._input_size.cropped(image, target, generator)
         resized = self._input_size.apply(image, short)
         return resized, with_boxes(target, image, resized)
 

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize  # type: ignore[attr-defined]
 
 from kdtoolkit.contract import Target
-from kdtoolkit.data.resize import with_boxes
+from kdtoolkit.data.resize import cut, scaled, with_boxes
 
 GREY = 128
-MIN_VISIBLE = 0.25  # of a box's area; an object that keeps less of it is left out
 
 Item = tuple[Tensor, Target]
 
@@ -59,27 +57,11 @@ def mixup(first: Item, second: Item) -> Item:
     return mixed, _joined([target, with_boxes(second[1], second[0], other)])
 
 
-def cut(target: Target, window: tuple[int, int, int, int]) -> Target:
-    """Boxes cut at a window (x1, y1, x2, y2) in pixels; one that keeps less than a quarter of its area is left out."""
-    boxes = target["boxes"]
-    x1, y1, x2, y2 = window
-    low, high = torch.tensor([x1, y1, x1, y1]), torch.tensor([x2, y2, x2, y2])
-    clipped = torch.maximum(torch.minimum(boxes, high), low)
-    keep = (_areas(clipped) >= MIN_VISIBLE * _areas(boxes)) & (clipped[:, 2:] > clipped[:, :2]).all(1)
-    return {"boxes": clipped[keep], "labels": target["labels"][keep]}
-
-
 def _fitted(image: Tensor, height: float, width: float) -> Tensor:
     """An image scaled to lie within a height and width, with its proportions."""
-    factor = min(height / image.shape[1], width / image.shape[2])
-    size = [max(1, round(image.shape[1] * factor)), max(1, round(image.shape[2] * factor))]
-    return image if size == list(image.shape[1:]) else resize(image, size, antialias=True)
+    return scaled(image, min(height / image.shape[1], width / image.shape[2]))
 
 
 def _joined(targets: Sequence[Target]) -> Target:
     boxes, labels = (torch.cat([target[key] for target in targets]) for key in ("boxes", "labels"))
     return {"boxes": boxes, "labels": labels}
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1)

@@ -23,6 +23,7 @@ def test_published_suites_are_valid(name):
     suite = load_suite(str(FOLDER / f"{name}.yaml"))
     assert suite.name == f"published-{name}"
     assert suite.student.train.input_size.long == suite.data.image_size == 1333
+    assert suite.student.train.input_size.crop == (0.5 if name == "detr" else 0)
 
 
 @pytest.mark.slow
