@@ -9,6 +9,7 @@ from torch import nn
 from kdtoolkit import Distiller, KDError, NonFiniteLossError
 from kdtoolkit.contract import Capability, Method
 from kdtoolkit.data import ProceduralShapes
+from kdtoolkit.engine.config import Validation
 from kdtoolkit.engine.train import TrainConfig, lr_factor, train
 from kdtoolkit.methods import FGD, PKD, CrossKD
 from tests.conftest import tiny_gfl
@@ -65,6 +66,11 @@ def test_reports_begin_at_the_first_step_and_end_at_the_last(data):
     train(Distiller(None, model(2)), data, config(), seed=0, report=seen.append)
     assert (seen[0].step, seen[-1].step) == (1, 4)
     assert set(seen[0].losses) == {"task/cls", "task/box", "task/dfl"}
+
+
+def test_a_validation_of_no_images_at_a_time_is_refused(data):
+    with pytest.raises(KDError, match=r"batch_size \(0\) is the number of images in a batch: it must be 1 or more"):
+        Validation(data, batch_size=0)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
