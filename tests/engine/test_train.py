@@ -152,6 +152,19 @@ def test_the_first_place_that_is_not_finite_is_named_and_buffers_stay_good(data)
     assert all(torch.equal(buffer, kept[1][name]) for name, buffer in student.named_buffers())
 
 
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_search_for_that_place_shows_the_teacher_what_the_step_showed_it(data, start):
+    student, teacher = model(2), model(1)
+    sizes = []
+    teacher.backbone.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[-2:])))
+    student.neck.register_forward_hook(lambda module, args, output: {k: x * math.inf for k, x in output.items()})
+    distiller = Distiller(teacher, student, [PKD().scheduled(start=start)], teacher_scale=0.5)
+    with pytest.raises(NonFiniteLossError, match="student: not finite") as caught:
+        train(distiller, data, config(), seed=0)
+    assert sizes == ([] if start else 2 * [(32, 32)])  # in the step, and in the search
+    assert ("teacher: " in str(caught.value)) != bool(start)
+
+
 def test_a_gradient_that_is_not_finite_stops_too(data):
     student = model(2)
     make = lambda step, x: (x.square().sum() * 0).sqrt()  # noqa: E731
