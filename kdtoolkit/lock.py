@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,19 +20,23 @@ _HOLDER = ".lock.json"
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold a folder for this process until the block or the process ends, and make the folder if it is missing.
 
-    Raises KDError if another process holds the folder, and names that process. Raises OSError if it cannot be written.
+    If another process holds the folder, `waiting` is called once with that process in words, and then the block waits.
+    Without `waiting` it raises KDError that names the process. Raises OSError if it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise KDError(
-            f"{_holder(folder)} works in {folder}: wait until it ends, stop it, or choose another folder"
-        ) from None
+        if waiting is None:
+            raise KDError(
+                f"{_holder(folder)} works in {folder}: wait until it ends, stop it, or choose another folder"
+            ) from None
+        waiting(_holder(folder))
+        lock.acquire(poll_interval=0.2)
     except NotImplementedError as error:
         raise OSError(errno.ENOLCK, "its file system has no locks", str(folder)) from error
     try:

@@ -35,6 +35,26 @@ def test_a_second_process_is_told_who_holds_the_folder_and_a_killed_one_holds_no
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
 
 
+def test_a_holder_may_be_waited_for(tmp_path):
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    process = context.Process(target=hold_until_killed, args=(tmp_path, held))
+    process.start()
+    assert held.wait(20)
+    told = []
+
+    def waiting(holder):
+        told.append(holder)
+        os.kill(process.pid, signal.SIGKILL)
+
+    with hold(tmp_path, waiting):
+        process.join()
+    (holder,) = told
+    assert holder.startswith(f"process {process.pid} on ")
+    with hold(tmp_path, told.append):
+        assert len(told) == 1
+
+
 def test_errors_of_the_block_are_its_own_and_free_the_folder(tmp_path):
     with pytest.raises(OSError, match="mine"), hold(tmp_path):
         raise OSError("mine")

@@ -16,7 +16,7 @@ from torch import nn
 from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.hardware import device_name, machine
 from kdtoolkit.benchmark.keys import key_of, package_of
-from kdtoolkit.benchmark.store import CellResult, discard_runs, write_result, write_weights, writing
+from kdtoolkit.benchmark.store import CellResult, discard_runs, holding, usable_result, write_result, write_weights
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection, MethodUse
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.evaluate import METRICS, evaluate
@@ -69,6 +69,11 @@ class Task:
         return self.result.with_suffix(f".{key_of(self.parts)}.run")
 
     @property
+    def lock_folder(self) -> Path:
+        """The folder that a run holds while it works on a teacher. All runs of an output folder share teachers."""
+        return self.result.with_suffix(".lock")
+
+    @property
     def steps(self) -> int:
         """Training steps, rounded up if the schedule is stretched."""
         return stretched(self.detector.train.steps, self.stretch)
@@ -78,7 +83,7 @@ class Task:
 class Report:
     """What a cell reports while it runs.
 
-    `phase`: the cell's current work, in words. `seconds`: time spent on training so far.
+    `phase`: the cell's current work, in words. `seconds`: time spent on training so far. `notice`: a line for the log.
     """
 
     phase: str
@@ -86,6 +91,7 @@ class Report:
     losses: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    notice: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,23 @@ def build_detector(section: DetectorSection, num_classes: int, seed: int) -> nn.
 
 
 def run(task: Task, report: Callable[[Report], None]) -> None:
-    """Run a cell and store what it measured. Raises KDError if it cannot run."""
+    """Run a cell and store what it measured. Raises KDError if it cannot run.
+
+    Several runs may need the same teacher at the same time. One of them trains it, and the others wait for its result.
+    """
+    if task.entry != TEACHER:
+        _run(task, report)
+        return
+
+    def waiting(holder: str) -> None:
+        report(Report("waiting", notice=f"teacher: waits for {holder}, which trains the same teacher"))
+
+    with holding(task.lock_folder, waiting):
+        if usable_result(task.result, key_of(task.parts)) is None:
+            _run(task, report)
+
+
+def _run(task: Task, report: Callable[[Report], None]) -> None:
     torch.set_num_threads(task.threads)
     report(Report("reading data"))
     sets = load_data(task.data, task.pictures)
@@ -134,8 +156,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
     methods = [use.build() for use in task.methods]
     distiller = Distiller(teacher, student, methods, teacher_scale=task.teacher_scale)
     folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
-    with writing(folder.path):
-        discard_runs(task.result, but=folder.path)
+    discard_runs(task.result, but=folder.path)
     try:
         trained = train(distiller, images, config, seed=task.seed, device=task.device, folder=folder, report=training)
     except NonFiniteLossError as error:

@@ -12,7 +12,7 @@ from kdtoolkit.benchmark.datasets import DataSets
 from kdtoolkit.benchmark.hardware import device_name
 from kdtoolkit.benchmark.keys import cell_parts, difference, key_of
 from kdtoolkit.benchmark.stats import slowest
-from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside
+from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside, usable_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, MethodUse, Suite
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.precision import resolve_precision
@@ -94,12 +94,18 @@ class Plan:
         )
 
     def complete(self, rows: Iterable[str]) -> bool:
-        """Whether the teacher, all cells of these rows, and the baseline at equal time are done and up to date."""
-        tasks = [self.teacher_task(), *self.cells(rows)]
-        if any(self.result(task) is None for task in tasks):
+        """Whether the teacher, all cells of these rows, and the baseline at equal time are done and up to date.
+
+        A cell whose training still has its folder is not done: the run was killed before it deleted the folder.
+        """
+
+        def done(tasks: Iterable[Task]) -> bool:
+            return all(self.result(task) is not None and not task.run_folder.exists() for task in tasks)
+
+        if not done([self.teacher_task(), *self.cells(rows)]):
             return False
         found = self.stretch()
-        return found is None or all(self.result(task) is not None for task in self.cells([EQUAL_TIME], found[1]))
+        return found is None or done(self.cells([EQUAL_TIME], found[1]))
 
     def cells(self, rows: Iterable[str], stretch: float = 1.0) -> list[Task]:
         """The tasks of these rows: all of seed 0, then all of seed 1, and so on. Rows can then be compared early."""
@@ -108,9 +114,7 @@ class Plan:
 
     def result(self, task: Task) -> CellResult | None:
         """The stored result of a task; None unless it has the task's key, and its weights are complete."""
-        found = _readable(task.result)
-        whole = found is not None and found.key == key_of(task.parts) and are_whole(task.weights)
-        return found if whole else None
+        return usable_result(task.result, key_of(task.parts))
 
     def measured(self, row: str) -> list[CellResult]:
         """The stored results of a row, also results of an earlier version of the suite."""

@@ -28,6 +28,7 @@ from kdtoolkit.benchmark.store import (
     StoreError,
     discard,
     discard_runs,
+    holding,
     read_result,
     set_aside,
     write_atomic,
@@ -132,13 +133,9 @@ class _Run:
 
     def _prepare(self) -> None:
         plan, display = self.plan, self.display
+        self._tidy_teacher()
         for row in self.fresh:
-            paths = (
-                [plan.teacher_task().result]
-                if row == TEACHER
-                else [plan.store.result_path(row, seed) for seed in range(plan.suite.seeds)]
-            )
-            for path in paths:
+            for path in [plan.store.result_path(row, seed) for seed in range(plan.suite.seeds) if row != TEACHER]:
                 discard(path)
                 discard_runs(path)
         for name, reason in plan.set_aside_unusable().items():
@@ -152,7 +149,7 @@ class _Run:
             self.costs.finished(TEACHER, self._teacher_result().seconds_per_step)
             display.line(f"teacher: taken from {teacher.weights}")
         for task in plan.cells(self.rows):
-            if (result := plan.result(task)) is None:
+            if (result := self._finished(task)) is None:
                 self.pending.append(task)
             else:
                 self.costs.finished(task.entry, result.seconds_per_step)
@@ -161,6 +158,32 @@ class _Run:
             self.later = plan.cells([EQUAL_TIME])
         if self.done:
             display.line(f"done already: {self.done} cells, not counting the baseline at equal time")
+
+    def _tidy_teacher(self) -> None:
+        """Delete what an earlier training of the teacher left: all of it if it is to run afresh, else its run folder.
+
+        If another run trains the teacher just now, it is left to that run, and its result is as fresh as can be.
+        """
+        teacher = self.plan.teacher_task()
+        if TEACHER not in self.fresh and not teacher.run_folder.exists():
+            return
+        try:
+            with holding(teacher.lock_folder):
+                if TEACHER in self.fresh:
+                    discard(teacher.result)
+                    discard_runs(teacher.result)
+                self._finished(teacher)
+        except StoreError:
+            raise
+        except KDError:
+            return
+
+    def _finished(self, task: Task) -> CellResult | None:
+        """The result of a task that is done. Deletes its run folder, which a run leaves if it is killed just then."""
+        result = self.plan.result(task)
+        if result is not None:
+            discard_runs(task.result)
+        return result
 
     def _introduce(self) -> None:
         """Print what the run will do, before anything takes long."""
@@ -199,7 +222,7 @@ class _Run:
             return
         slowest, stretch = found
         for task in self.plan.cells([EQUAL_TIME], stretch):
-            if self.plan.result(task) is not None:
+            if self._finished(task) is not None:
                 self.done += 1
                 continue
             self.pending.append(task)
@@ -236,13 +259,15 @@ class _Run:
         self.running[task] = report
         self.costs.running(task, report, time.monotonic() - self.begun[task])
         self.display.progress(task, report)
+        if report.notice:
+            self.display.line(report.notice, "yellow")
         for warning in report.warnings:
             if (task.entry, warning) not in self.warned:
                 self.warned.add((task.entry, warning))
                 self.display.line(f"WARNING  {task.entry}: {warning}", "bold red")
 
     def _end(self, task: Task, failure: Failure | None) -> None:
-        del self.running[task]
+        last = self.running.pop(task)
         result = self.plan.result(task)  # a cell has succeeded if its result is on disk
         if result is None:
             failure = failure or Failure("its process ended without a result")
@@ -250,7 +275,8 @@ class _Run:
             return
         self.done += 1
         self.costs.finished(task.entry, result.seconds_per_step)
-        self.costs.ended(time.monotonic() - self.begun[task] - result.train_seconds)
+        if last.phase == "storing":  # else another run trained it
+            self.costs.ended(time.monotonic() - self.begun[task] - result.train_seconds)
         ap = result.evaluation["ap"]
         shown = "undefined" if ap is None else f"{ap:.1f}"
         cost = f"{result.step_ms:.0f} ms/step, {duration(result.train_seconds)}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import shutil
 import zipfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -96,13 +96,9 @@ class Store:
         """The JSON file of the teacher with this key. Its weights lie beside it, in a file that ends in .pt."""
         return self.teachers / f"{key}.json"
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Lock the folder for this process until it ends. Raises KDError that names the process that holds it."""
-        with ExitStack() as held:
-            with writing(self.root):
-                held.enter_context(hold(self.root))
-            yield
+        return holding(self.root)
 
 
 def read_result(path: Path) -> CellResult | None:
@@ -113,6 +109,15 @@ def read_result(path: Path) -> CellResult | None:
         return None
     except (OSError, ValidationError) as error:
         raise KDError(f"{path} is damaged. `kd benchmark run` sets it aside and runs the cell again") from error
+
+
+def usable_result(path: Path, key: str) -> CellResult | None:
+    """A stored result; None unless it has this key, and its weights are complete."""
+    with suppress(KDError):
+        found = read_result(path)
+        if found is not None and found.key == key and are_whole(path.with_suffix(".pt")):
+            return found
+    return None
 
 
 def are_whole(weights: Path) -> bool:
@@ -143,6 +148,15 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def holding(folder: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold a folder as `hold` does. Raises StoreError if the folder cannot be written."""
+    with ExitStack() as held:
+        with writing(folder):
+            held.enter_context(hold(folder, waiting))
+        yield
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file completely, or leave it as it was. Raises StoreError if it cannot be written."""
     with writing(path):
@@ -162,7 +176,10 @@ def discard(path: Path) -> None:
 
 
 def discard_runs(result: Path, but: Path | None = None) -> None:
-    """Delete the folders of a cell's unfinished trainings, except `but`."""
+    """Delete the folders of a cell's unfinished trainings, except `but`.
+
+    The caller must hold the run's folder, or for a teacher its lock folder: else it deletes what another run works in.
+    """
     for folder in result.parent.glob("*.run"):
         if folder.name.startswith(f"{result.stem}.") and folder != but:
             with writing(folder):

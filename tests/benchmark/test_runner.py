@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from kdtoolkit.benchmark import cell
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import build_detector
 from kdtoolkit.benchmark.datasets import load_data
+from kdtoolkit.benchmark.hardware import cores
 from kdtoolkit.benchmark.keys import difference
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
@@ -254,6 +258,56 @@ def test_a_killed_worker_costs_its_cell_and_the_next_call_runs_it(tmp_path):
     assert "started   PKD" not in text
     assert "baseline (equal time)" in text
     assert not error.exists()
+
+
+def test_a_run_waits_for_a_teacher_that_another_run_trains_and_does_not_delete_its_folder(tmp_path):
+    suite = tiny(("seeds: 2", "seeds: 1"), ("  CrossKD+PKD: [CrossKD, {PKD: {weight: 3.0}}]\n", ""))
+    store = Store(tmp_path / "tiny")
+    teacher = Plan(suite, store, load_data(suite.data), device="cpu", threads=1).teacher_task()
+    training, go_on = threading.Event(), threading.Event()
+
+    def pause(report):
+        if report.phase == "training":
+            training.set()
+            assert go_on.wait(60)
+
+    console = Console(file=io.StringIO(), width=200)
+    with ThreadPoolExecutor() as threads:
+        try:
+            first = threads.submit(cell.run, teacher, pause)
+            assert training.wait(60)
+            options = {"jobs": cores(), "fresh": True}  # one thread a cell
+            second = threads.submit(run_suite, suite, store.root, console=console, **options)
+            deadline = time.monotonic() + 60
+            while not second.done() and "waits for process" not in console.file.getvalue():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert teacher.run_folder.exists()
+        finally:
+            go_on.set()
+        first.result()
+        date = teacher.result.stat().st_mtime_ns
+        assert second.result().failures == {}
+    text = console.file.getvalue()
+    assert text.count(f"teacher: waits for process {os.getpid()} on ") == 1
+    assert "finished  PKD, seed 0" in text
+    assert teacher.result.stat().st_mtime_ns == date
+    assert not teacher.run_folder.exists()
+
+
+def test_a_run_folder_that_a_killed_run_left_beside_its_result_is_deleted(finished, tmp_path):
+    root = shutil.copytree(finished.parent, tmp_path / "runs") / finished.name
+    suite = tiny()
+    plan = Plan(suite, Store(root), load_data(suite.data), device="cpu", threads=max(1, cores() // 2))
+    _, stretch = plan.stretch()
+    left = [plan.teacher_task(), plan.cell("PKD", 1), plan.cell(EQUAL_TIME, 0, stretch)]
+    before = dates(root)
+    for task in left:
+        (task.run_folder / "checkpoints").mkdir(parents=True)
+        outcome, text = run(suite, root)
+        assert outcome.failures == {}
+        assert not task.run_folder.exists(), text
+    assert dates(root) == before
 
 
 def test_a_disk_that_takes_no_cells_ends_the_run_with_one_error(tmp_path):
