@@ -15,6 +15,7 @@ import yaml
 
 from kdtoolkit.data.opening import locate
 from kdtoolkit.data.records import ENDINGS, Box, Photo, Progress, Reading, settle, shown
+from kdtoolkit.data.yolo import label_file
 from kdtoolkit.errors import KDError
 
 Write = Callable[[Path, dict[str, Reading], dict[str, dict[int, str]]], None]
@@ -161,9 +162,10 @@ def _write_yolo(root: Path, readings: dict[str, Reading], names: dict[str, dict[
     for split, reading in readings.items():
         for index, photo in enumerate(reading.photos):
             name = names[split][index]
-            _copy(photo, root / "images" / split / name)
+            path = root / "images" / split / name
+            _copy(photo, path)
             lines = [_yolo_line(box, photo) for box in photo.boxes if not box.crowd]
-            _write_text((root / "labels" / split / name).with_suffix(".txt"), "".join(lines))
+            _write_text(label_file(path), "".join(lines))
     classes = next(iter(readings.values())).categories
     # Without `path`: Ultralytics would take a relative one as relative to where it is started.
     described: dict[str, Any] = {split: f"images/{split}" for split in readings}

@@ -216,6 +216,17 @@ def test_images_of_one_name_in_two_splits(tmp_path):
     assert (tmp_path / "coco" / "images" / "train" / "7.png").exists()
 
 
+def test_folders_called_images_in_names(tmp_path):
+    yaml = "train: [images/a, images/b]\nval: images/a\nnames: [ball, cube]"
+    root = _yolo.write(_yolo.write(tmp_path / "source", yaml, images="images/a"), yaml, images="images/b")
+    run(root, tmp_path / "coco", "coco")
+    run(tmp_path / "coco", tmp_path / "yolo", "yolo")
+    classes, found = samples(root, "train")
+    assert samples(tmp_path / "yolo", "train") == (classes, found)
+    assert set(found) == {f"images/{folder}/{number}.png" for folder in "ab" for number in (7, 9)}
+    assert all(boxes for _, _, boxes in found.values())
+
+
 def test_what_cannot_be_converted(tmp_path, caplog):
     source = _coco.write(tmp_path / "coco")
     with pytest.raises(KDError, match="coco is there already; name a new folder"):
