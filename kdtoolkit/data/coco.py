@@ -57,10 +57,16 @@ def read(root: Path, split: str, progress: Progress) -> Reading:
     entries = _images(document["images"], reading)
     boxes = _boxes(document["annotations"], entries, reading)
     files = Files(folder, "file_name is relative to the images folder")
+    users: dict[Path, _Entry] = {}
     for done, entry in enumerate(entries.values(), 1):
         if entry is not None:
             with reading.noting(path, "image"), naming(str(entry)):
                 file = files.find(entry.name)
+                if (first := users.setdefault(file, entry)) is not entry:
+                    raise BadEntryError(
+                        f"{first} has the same file, and each would lack the boxes of the other; merge the two "
+                        "entries, with their annotations"
+                    )
                 width, height = agreed_size(file, (entry.width, entry.height), "JSON")
                 found = tuple(boxes[entry.id])
                 reading.photos.append(Photo(entry.id, entry.name, str(entry), file, width, height, found))

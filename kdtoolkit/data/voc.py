@@ -60,6 +60,7 @@ def read(root: Path, split: str, progress: Progress) -> Reading:
     labels = {category.name: label for label, category in enumerate(reading.categories)}
     pictures = _Pictures(root / "JPEGImages")
     seen: set[str] = set()
+    users: dict[Path, str] = {}
     from_0 = 0
     for done, name in enumerate(names, 1):
         file = root / "Annotations" / f"{name}.xml"
@@ -74,6 +75,10 @@ def read(root: Path, split: str, progress: Progress) -> Reading:
                 annotation = parse(file)
                 stated = _stated_size(annotation)
                 path = pictures.find(name, _text(annotation, "filename"))
+                if (first := users.setdefault(path, where)) != where:
+                    raise BadEntryError(
+                        f"{first} has the same image, and each would lack the boxes of the other; merge the two files"
+                    )
             short = path.relative_to(root / "JPEGImages").as_posix()
             title = f"image JPEGImages/{short}"
             with naming(title):

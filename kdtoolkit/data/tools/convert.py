@@ -94,7 +94,8 @@ def _names(readings: dict[str, Reading], to: str) -> dict[str, dict[int, str]]:
     """The name of each photo in the new data set, by split and place.
 
     Splits share a folder in COCO's and VOC's format. If they have different images of one name there, all names begin
-    with the split. Raises KDError if names cannot be told apart, or readers of the new format would not find them.
+    with the split. Raises KDError if two images of a split would have one name or one file of annotations, or if
+    readers of the new format would not find an image.
     """
 
     def key(name: str) -> str:
@@ -107,7 +108,7 @@ def _names(readings: dict[str, Reading], to: str) -> dict[str, dict[int, str]]:
     taken: dict[str, Path] = {}
     collide = False
     for split, reading in readings.items():
-        within: dict[str, str] = {}
+        within: dict[str, Photo] = {}
         for index, photo in enumerate(reading.photos):
             name = names[split][index]
             if to != "coco" and (PurePosixPath(name).suffix.lower() not in ENDINGS or name != name.strip()):
@@ -115,11 +116,15 @@ def _names(readings: dict[str, Reading], to: str) -> dict[str, dict[int, str]]:
                     f"{photo}: readers of {to.upper()} look for images by their endings, {', '.join(ENDINGS)}; rename "
                     f"{shown(name)}, or store it in a different form"
                 )
-            if (other := within.setdefault(key(name), name)) != name:
-                raise KDError(f"{other} and {name} would share their annotations; rename one of them")
-            first = taken.setdefault(key(name), photo.path)
-            collide |= first != photo.path and not filecmp.cmp(first, photo.path, shallow=False)
-    if collide and to != "yolo":
+            if (other := within.setdefault(key(name), photo)) is not photo:
+                raise KDError(
+                    f"{reading.source}: {other} and {photo} would both be {key(name)} in the new data set, and share "
+                    "their annotations; rename one of the files"
+                )
+            if to != "yolo":
+                first = taken.setdefault(key(name), photo.path)
+                collide |= first != photo.path and not filecmp.cmp(first, photo.path, shallow=False)
+    if collide:
         return {split: {i: f"{split}/{name}" for i, name in found.items()} for split, found in names.items()}
     return names
 

@@ -227,6 +227,16 @@ def test_folders_called_images_in_names(tmp_path):
     assert all(boxes for _, _, boxes in found.values())
 
 
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc"])
+def test_two_images_of_one_name_in_a_split(tmp_path, to):
+    root = _yolo.write(tmp_path / "source", _yolo.YAML.replace("train: images/train", "train: list.txt"))
+    (root / "7.png").write_bytes((root / "images" / "train" / "9.png").read_bytes())
+    (root / "images" / "7.png").write_bytes((root / "images" / "train" / "7.png").read_bytes())
+    (root / "list.txt").write_text("images/7.png\n7.png\nimages/train/9.png\n")
+    with pytest.raises(KDError, match=r"image images/7.png and image 7.png would both be 7(.png)? in the new data set"):
+        run(root, tmp_path / "out", to)
+
+
 def test_what_cannot_be_converted(tmp_path, caplog):
     source = _coco.write(tmp_path / "coco")
     with pytest.raises(KDError, match="coco is there already; name a new folder"):
@@ -241,7 +251,9 @@ def test_what_cannot_be_converted(tmp_path, caplog):
     doc["images"][0]["file_name"] = "9.jpg"
     (source / "images" / "9.jpg").write_bytes((source / "images" / "7.png").read_bytes())
     _coco.write(source, doc)
-    with pytest.raises(KDError, match=r"9.jpg and 9.png would share their annotations; rename one"):
+    with pytest.raises(
+        KDError, match=r"\(9.jpg\) and image 9 \(9.png\) would both be 9 in the new data set, and share"
+    ):
         run(source, tmp_path / "out", "voc")
     doc["images"][0]["file_name"] = "9.gif"
     (source / "images" / "9.gif").write_bytes((source / "images" / "7.png").read_bytes())
