@@ -42,7 +42,7 @@ def check(
 ) -> None:
     """List every fault of a data set, statistics, and what may go wrong in training.
 
-    All splits are read and all images decoded. The exit code is 1 if there is a fault, at which training would stop.
+    All splits are read and all images decoded. The exit code is 1 if training would refuse the data.
     """
     from rich.console import Console
 

@@ -44,8 +44,11 @@ def locate(path: Path) -> Path | None:
 
 
 def splits(root: Path) -> list[str]:
-    """The splits that have a file."""
-    return [split for split in SPLITS if (root / "annotations" / f"{split}.json").is_file()]
+    """The splits that have a file. Raises KDError if there is none."""
+    found = [split for split in SPLITS if (root / "annotations" / f"{split}.json").is_file()]
+    if not found:
+        raise _missing(root, "train")
+    return found
 
 
 def read(root: Path, split: str, progress: Progress) -> Reading:
@@ -92,19 +95,27 @@ class _Entry:
 
 def _files_of(root: Path, split: str) -> tuple[Path, Path]:
     """The annotation file and the images folder."""
-    layout = (
+    path, folder = root / "annotations" / f"{split}.json", root / "images"
+    if not root.is_dir():
+        raise KDError(f"there is no folder {root}. {_layout(root)}")
+    if not path.is_file():
+        raise _missing(root, split)
+    if not folder.is_dir():
+        raise KDError(f"there is no folder {folder}. {_layout(root)}")
+    return path, folder
+
+
+def _missing(root: Path, split: str) -> KDError:
+    folder = root / "annotations"
+    others = ", ".join(sorted(other.name for other in folder.glob("*.json")))
+    return KDError(f"there is no file {folder / split}.json{f' (but {others})' if others else ''}. {_layout(root)}")
+
+
+def _layout(root: Path) -> str:
+    return (
         f"Expected are {root / 'annotations'}/train.json and val.json in COCO's format, and the images in "
         f"{root / 'images'}."
     )
-    path, folder = root / "annotations" / f"{split}.json", root / "images"
-    if not root.is_dir():
-        raise KDError(f"there is no folder {root}. {layout}")
-    if not path.is_file():
-        others = ", ".join(sorted(other.name for other in path.parent.glob("*.json")))
-        raise KDError(f"there is no file {path}{f' (but {others})' if others else ''}. {layout}")
-    if not folder.is_dir():
-        raise KDError(f"there is no folder {folder}. {layout}")
-    return path, folder
 
 
 def _parse(path: Path) -> dict[str, list[Any]]:

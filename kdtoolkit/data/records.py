@@ -157,8 +157,8 @@ class Form:
     """A format of data sets.
 
     `locate` returns the place to read from if the path holds data of this format, else None. `splits` names the splits
-    of a place, `read` reads one of them. Both raise KDError where the data cannot be read at all. `looked_for` names
-    the files by which the format is recognised.
+    of a place, `read` reads one of them. Both raise KDError if there is no split, or if the data cannot be read at all.
+    `looked_for` names the files by which the format is recognised.
     """
 
     name: str

@@ -49,8 +49,11 @@ def locate(path: Path) -> Path | None:
 
 
 def splits(root: Path) -> list[str]:
-    """The splits that have a list."""
-    return [split for split in SPLITS if _list_of(root, split).is_file()]
+    """The splits that have a list. Raises KDError if there is none."""
+    found = _listed(root)
+    if not found:
+        raise _missing(root, "train")
+    return found
 
 
 def read(root: Path, split: str, progress: Progress) -> Reading:
@@ -175,18 +178,17 @@ def _list_of(root: Path, split: str) -> Path:
     return root / "ImageSets" / "Main" / f"{split}.txt"
 
 
+def _listed(root: Path) -> list[str]:
+    return [split for split in SPLITS if _list_of(root, split).is_file()]
+
+
 def _names(root: Path, split: str) -> list[str]:
     """The names that a split lists. Raises KDError."""
-    layout = (
-        f"Expected are lists of names, one a line, in {_list_of(root, 'train')} and val.txt, and images in "
-        f"{root / 'JPEGImages'}."
-    )
     path = _list_of(root, split)
     if not path.is_file():
-        others = ", ".join(splits(root))
-        raise KDError(f"there is no file {path}{f' (but of {others})' if others else ''}. {layout}")
+        raise _missing(root, split)
     if not (root / "JPEGImages").is_dir():
-        raise KDError(f"there is no folder {root / 'JPEGImages'}. {layout}")
+        raise KDError(f"there is no folder {root / 'JPEGImages'}. {_layout(root)}")
     try:
         lines = read_text(path).splitlines()
     except BadEntryError as error:
@@ -194,6 +196,20 @@ def _names(root: Path, split: str) -> list[str]:
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
     # Some tools list file names.
     return [name[: -len(end)] if (end := Path(name).suffix).lower() in ENDINGS else name for name in names]
+
+
+def _missing(root: Path, split: str) -> KDError:
+    others = ", ".join(_listed(root))
+    return KDError(
+        f"there is no file {_list_of(root, split)}{f' (but of {others})' if others else ''}. {_layout(root)}"
+    )
+
+
+def _layout(root: Path) -> str:
+    return (
+        f"Expected are lists of names, one a line, in {_list_of(root, 'train')} and val.txt, and images in "
+        f"{root / 'JPEGImages'}."
+    )
 
 
 def _categories(root: Path) -> list[Category]:

@@ -47,8 +47,6 @@ def convert(
         raise KDError(f"{target} is there already; name a new folder")
     form, place = locate(source)
     readings = {split: form.read(place, split, progress) for split in form.splits(place)}
-    if not readings:
-        raise KDError(f"{source} has none of the splits train, val and test")
     for reading in readings.values():
         settle(reading.faults, reading.source, on_bad)
     classes = {tuple(category.name for category in reading.categories) for reading in readings.values()}
