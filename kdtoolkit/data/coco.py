@@ -25,6 +25,7 @@ from kdtoolkit.data.records import (
     is_text,
     naming,
     shown,
+    telling_what_is_unreadable,
     whole,
 )
 from kdtoolkit.errors import KDError
@@ -43,6 +44,7 @@ def locate(path: Path) -> Path | None:
     return None
 
 
+@telling_what_is_unreadable()
 def splits(root: Path) -> list[str]:
     """The splits that have a file. Raises KDError if there is none."""
     found = [split for split in SPLITS if (root / "annotations" / f"{split}.json").is_file()]
@@ -51,6 +53,7 @@ def splits(root: Path) -> list[str]:
     return found
 
 
+@telling_what_is_unreadable()
 def read(root: Path, split: str, progress: Progress) -> Reading:
     """Read a split. Raises KDError if the JSON cannot be used at all."""
     path, folder = _files_of(root, split)

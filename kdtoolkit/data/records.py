@@ -249,6 +249,15 @@ def naming(title: str) -> Iterator[None]:
         raise type(error)(f"{title}: {error}") from None
 
 
+@contextmanager
+def telling_what_is_unreadable() -> Iterator[None]:
+    """Make a KDError of an OSError, such as that of a folder that may not be read."""
+    try:
+        yield
+    except OSError as error:
+        raise KDError(f"{error.filename or 'the data set'} cannot be read: {error.strerror or error}") from None
+
+
 def settle(faults: Sequence[Fault], source: Path, on_bad: Literal["error", "skip"]) -> None:
     """Raise KDError that lists the first faults and their number, or log the same as a warning."""
     if not faults:

@@ -31,6 +31,7 @@ from kdtoolkit.data.records import (
     naming,
     read_text,
     shown,
+    telling_what_is_unreadable,
     whole,
 )
 from kdtoolkit.errors import KDError
@@ -48,6 +49,7 @@ def locate(path: Path) -> Path | None:
     return None
 
 
+@telling_what_is_unreadable()
 def splits(root: Path) -> list[str]:
     """The splits that have a list. Raises KDError if there is none."""
     found = _listed(root)
@@ -56,6 +58,7 @@ def splits(root: Path) -> list[str]:
     return found
 
 
+@telling_what_is_unreadable()
 def read(root: Path, split: str, progress: Progress) -> Reading:
     """Read a split. Raises KDError if lists or folders are missing, or no annotation has an object."""
     names = _names(root, split)
@@ -194,8 +197,15 @@ def _names(root: Path, split: str) -> list[str]:
     except BadEntryError as error:
         raise KDError(str(error)) from None
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
-    # Some tools list file names.
-    return [name[: -len(end)] if (end := Path(name).suffix).lower() in ENDINGS else name for name in names]
+    return [_without_ending(root, name) for name in names]
+
+
+def _without_ending(root: Path, name: str) -> str:
+    """The name that a line means. Some tools list file names, and `x.png` may be the name of `x.png.jpg`."""
+    ending = Path(name).suffix
+    if ending.lower() not in ENDINGS or os.path.isfile(root / "Annotations" / f"{name}.xml"):
+        return name
+    return name.removesuffix(ending)
 
 
 def _missing(root: Path, split: str) -> KDError:

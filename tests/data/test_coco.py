@@ -148,6 +148,8 @@ def test_class_names_choose_classes_and_their_order(tmp_path):
     assert {a["category_id"] for a in cubes.coco()["annotations"]} == {8}
     with pytest.raises(KDError, match="has no class dog; there are ball, cube"):
         CocoDetection(tmp_path, "train", class_names=["dog"])
+    with pytest.raises(KDError, match="class_names has cube twice; name each class once"):
+        CocoDetection(tmp_path, "train", class_names=["cube", "ball", "cube"])
 
 
 def test_progress_counts_images(tmp_path):

@@ -18,7 +18,7 @@ from kdtoolkit.data.opening import locate
 from kdtoolkit.data.photos import SCORED_DETECTIONS
 from kdtoolkit.data.pictures import decode
 from kdtoolkit.data.records import Fault, Photo, Progress, Reading, naming
-from kdtoolkit.errors import KDError
+from kdtoolkit.errors import KDError, printable
 
 SMALL, MEDIUM = 32**2, 96**2  # square pixels: the bounds of COCO's sizes
 DECODED = 8, 8  # JPEG is decoded at an eighth of its size, which shows broken data as well
@@ -111,7 +111,7 @@ def print_report(report: Report, console: Console) -> None:
     """Print a report for people."""
 
     def line(text: str, style: str = "") -> None:
-        console.print(Text(text, style), soft_wrap=True)
+        console.print(Text(printable(text), style), soft_wrap=True)
 
     line(f"{report.path}: {report.format}")
     readable = {name: split for name, split in report.splits.items() if not split.error}

@@ -174,6 +174,17 @@ def test_what_is_odd_but_read(tmp_path):
     assert "there is no split val; `kd benchmark run` needs train and val" in text
 
 
+def test_names_cannot_command_the_terminal(tmp_path):
+    labels = _yolo.write(tmp_path / "y") / "labels" / "train"
+    (labels / "\x1b[31mX.txt").write_text("")
+    text = printed(run(tmp_path / "y"))
+    assert r"the first is labels/train/\x1b[31mX.txt" in text
+    _yolo.write(tmp_path / "z", 'path: "/nope\\e[31mX"\ntrain: none\nnames: [ball, cube]\n')
+    text += printed(run(tmp_path / "z"))
+    assert r"(path, /nope\x1b[31mX, is no folder" in text
+    assert "\x1b" not in text
+
+
 def test_names_are_no_markup(tmp_path):
     doc = _coco.document()
     doc["categories"][0]["name"] = "[red]cube[/red]"

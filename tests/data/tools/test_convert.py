@@ -216,6 +216,16 @@ def test_images_of_one_name_in_two_splits(tmp_path):
     assert (tmp_path / "coco" / "images" / "train" / "7.png").exists()
 
 
+def test_names_with_two_endings(tmp_path):
+    doc = _coco.document()
+    doc["images"][0]["file_name"] = "9.png.jpg"
+    root = _coco.write(tmp_path / "coco", doc)
+    (root / "images" / "7.png").rename(root / "images" / "9.png.jpg")
+    run(root, tmp_path / "voc", "voc")
+    assert samples(tmp_path / "voc", "train") == samples(root, "train")
+    assert set(samples(tmp_path / "voc", "train")[1]) == {"9.png", "9.png.jpg"}
+
+
 def test_folders_called_images_in_names(tmp_path):
     yaml = "train: [images/a, images/b]\nval: images/a\nnames: [ball, cube]"
     root = _yolo.write(_yolo.write(tmp_path / "source", yaml, images="images/a"), yaml, images="images/b")
