@@ -1,4 +1,4 @@
-"""Errors that a user can fix. The command line prints their message and nothing else."""
+"""Errors that a user can fix, of which the command line prints the message alone; text made safe for a terminal."""
 
 import unicodedata
 
