@@ -138,9 +138,8 @@ class Distiller(nn.Module):
             if adapter is not None:
                 check_precision(adapter.model)
         images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
-        factors = [method.schedule.factor(self.step) for method in self._methods]
+        active = self.active(self.step)
         self.calls += self.training
-        active = [each for each in zip(self._names, self._methods, factors, strict=True) if each[2]]
         adapter, methods = self.student_adapter, [method for _, method, _ in active]
         batch = adapter.prepare(images, targets)
         features = adapter.features(batch)
@@ -168,9 +167,17 @@ class Distiller(nn.Module):
         adapter = self.teacher_adapter
         assert adapter is not None  # methods without a teacher are refused at construction
         adapter.model.eval()  # the user may have called train() on a module that holds the teacher
+        batch = self.teacher_batch(adapter, images, targets, like)
+        return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True, scale=self.teacher_scale)
+
+    def teacher_batch(
+        self, adapter: DetectorAdapter, images: Sequence[Tensor], targets: Sequence[Target], like: Batch
+    ) -> Batch:
+        """What the teacher sees: the images on the student's canvas (`like`), scaled by `teacher_scale`."""
         if adapter.spec.num_classes != self.student_adapter.spec.num_classes:
             # Then no method uses the labels (`why_refused`), and they may be too large for the teacher.
             targets = [Target(boxes=t["boxes"], labels=torch.zeros_like(t["labels"])) for t in targets]
+<<<<<<< HEAD
         like = like.geometry_scaled_by(self.teacher_scale)
         batch = adapter.prepare(images, targets, like=like)
         if self.teacher_scale != 1 and batch.sizes != like.sizes:
@@ -179,6 +186,14 @@ class Distiller(nn.Module):
                 "teacher_scale out"
             )
         return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True, scale=self.teacher_scale)
+=======
+        return adapter.prepare(images, targets, like=like.geometry_scaled_by(self.teacher_scale))
+
+    def active(self, step: int) -> list[tuple[str, Method, float]]:
+        """The methods that work in a step: their names and the factors of their losses."""
+        factors = [method.schedule.factor(step) for method in self._methods]
+        return [each for each in zip(self._names, self._methods, factors, strict=True) if each[2]]
+>>>>>>> fix3
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules except the student's frozen batch norms, which keep their statistics.

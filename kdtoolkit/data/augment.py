@@ -123,6 +123,6 @@ def _recolour(image: Tensor, strength: float, generator: torch.Generator) -> Ten
 def _distort(image: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global random state
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs, which stay as they are
         changed: Tensor = RandomPhotometricDistort(p=probability)(image)
     return changed

@@ -16,6 +16,7 @@ from kdtoolkit.data.augment import Augmentation
 from kdtoolkit.data.dataset import DetectionDataset, check_is_dataset, checked_item
 from kdtoolkit.data.mix import Item
 from kdtoolkit.data.resize import InputSize, with_boxes
+from kdtoolkit.errors import KDError
 
 
 class _Draw(NamedTuple):
@@ -56,7 +57,10 @@ def batches(
         workers: processes that read ahead.
         start: number of steps already done.
         share: place and number of the processes that train together; each yields its part of each batch.
-        pin: whether the images are in pinned memory, from which they are copied to a GPU faster.
+        pin: whether workers' images are in pinned memory, from which they are copied to a GPU faster. Without workers
+            the images are in ordinary memory.
+
+    Raises KDError, also from a worker, if an image cannot be read.
     """
     check_is_dataset(dataset)
     dataset = dataset.in_memory()
@@ -68,9 +72,9 @@ def batches(
     )
     if workers == 0:
         for draws in plan:
-            yield _collate([presented[draw] for draw in draws])
+            yield _whole(_collate([presented[draw] for draw in draws]))
         return
-    yield from DataLoader(
+    loader = DataLoader(
         presented,
         batch_sampler=plan,
         num_workers=workers,
@@ -81,6 +85,8 @@ def batches(
         # they were started themselves, and send each reader a copy.
         multiprocessing_context="fork" if sys.platform == "linux" else None,
     )
+    for batch in loader:
+        yield _whole(batch)
 
 
 def _plan(size: int, batch_size: int, steps: int, seed: int, input_size: InputSize | None) -> Iterator[list[_Draw]]:
@@ -97,8 +103,11 @@ def _plan(size: int, batch_size: int, steps: int, seed: int, input_size: InputSi
         del waiting[:batch_size]
 
 
-class _Presented(Dataset[tuple[Tensor, Target]]):
-    """Images as they are shown: cropped, resized, augmented, as floats."""
+class _Presented(Dataset[tuple[Tensor, Target] | KDError]):
+    """Images as they are shown: cropped, resized, augmented, as floats.
+
+    A KDError is returned instead of raised, since DataLoader would put a worker's traceback into its message.
+    """
 
     def __init__(self, dataset: DetectionDataset, augment: Augmentation, input_size: InputSize | None) -> None:
         self._dataset = dataset
@@ -106,7 +115,13 @@ class _Presented(Dataset[tuple[Tensor, Target]]):
         self._input_size = input_size
         self._generator = torch.Generator()
 
-    def __getitem__(self, draw: _Draw) -> tuple[Tensor, Target]:
+    def __getitem__(self, draw: _Draw) -> tuple[Tensor, Target] | KDError:
+        try:
+            return self._shown(draw)
+        except KDError as error:
+            return error
+
+    def _shown(self, draw: _Draw) -> tuple[Tensor, Target]:
         generator = self._generator.manual_seed(draw.seed)
 
         def another() -> Item:
@@ -125,5 +140,19 @@ class _Presented(Dataset[tuple[Tensor, Target]]):
         return resized, with_boxes(target, image, resized)
 
 
-def _collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    return [image for image, _ in items], [target for _, target in items]
+def _collate(items: list[tuple[Tensor, Target] | KDError]) -> tuple[list[Tensor], list[Target]] | KDError:
+    """A batch, or the first error."""
+    images: list[Tensor] = []
+    targets: list[Target] = []
+    for item in items:
+        if isinstance(item, KDError):
+            return item
+        images.append(item[0])
+        targets.append(item[1])
+    return images, targets
+
+
+def _whole(batch: tuple[list[Tensor], list[Target]] | KDError) -> tuple[list[Tensor], list[Target]]:
+    if isinstance(batch, KDError):
+        raise batch
+    return batch

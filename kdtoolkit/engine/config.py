@@ -16,9 +16,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class TrainConfig(BaseModel):
     """How to train. The defaults suit AdamW from scratch; `sgd`, lr 0.01 and `step` give the published schedules.
 
-    `lr_factors`, `no_decay` and `frozen` name parts of the student: `backbone` or `backbone.layer1` stands for all
-    parameters below a module of that name, `norms` for the parameters of normalisation layers, `biases` for the biases
-    of all other layers, and `backbone norms` for what is both.
+    `lr_factors`, `no_decay`, `frozen` and `frozen_statistics` name parts of the student: `backbone` or
+    `backbone.layer1` stands for all parameters below a module of that name, `norms` for the parameters of
+    normalisation layers, `biases` for the biases of all other layers, and `backbone norms` for what is both.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -39,7 +39,7 @@ class TrainConfig(BaseModel):
         default=(), description="parts that are not trained, as in [backbone.conv1, backbone.layer1]"
     )
     frozen_statistics: tuple[str, ...] = Field(
-        default=(), description="modules whose batch norms keep their mean and variance, as in [backbone]"
+        default=(), description="parts whose batch norms keep their mean and variance, as in [backbone]"
     )
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
     warmup_steps: int = Field(default=50, ge=0, description="steps of warm-up")
@@ -94,6 +94,8 @@ class Validation:
                 "every_steps is a whole number from 1, every_epochs a number above 0; leave out both to evaluate only "
                 "at the end"
             )
+        if self.batch_size < 1:
+            raise KDError(f"batch_size ({self.batch_size}) is the number of images in a batch: it must be 1 or more")
 
     def due(self, step: int, batch_size: int, images: int) -> bool:
         """Whether to evaluate after this step, with batches of `batch_size` from this number of training images."""

@@ -8,26 +8,30 @@ import torch
 from torch import Tensor
 
 from kdtoolkit.checks import checked_batch
-from kdtoolkit.contract import DetectorAdapter, Target
+from kdtoolkit.contract import Batch, DetectorAdapter, Target
 from kdtoolkit.distiller import Distiller
 
 
 @torch.no_grad()
 def locate_non_finite(distiller: Distiller, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
-    """Say in words where the first non-finite value arises in each detector, for this batch.
+    """Say in words where the first non-finite value arises in each detector, for the batch of the last step.
 
-    Levels are named by their strides. If all values are finite, it names the largest one: then a loss overflowed.
+    The teacher is left out if it did not run in that step. Levels are named by their strides. If all values are finite,
+    it names the largest one: then a loss overflowed.
     """
     student, teacher = distiller.student_adapter, distiller.teacher_adapter
     images, targets = checked_batch(images, targets, distiller.student, student.spec)
-    roles = (("student", student), ("teacher", teacher))
-    found = (f"{role}: {_first_non_finite(each, images, targets)}" for role, each in roles if each is not None)
-    return "; ".join(found)
+    batch = student.prepare(images, targets)
+    found = f"student: {_first_non_finite(student, batch)}"
+    last_step = (distiller.calls - 1) // distiller.accumulation  # the call is counted already
+    if teacher is None or not distiller.active(last_step):
+        return found
+    seen = distiller.teacher_batch(teacher, images, targets, batch)
+    return f"{found}; teacher: {_first_non_finite(teacher, seen)}"
 
 
-def _first_non_finite(adapter: DetectorAdapter, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
+def _first_non_finite(adapter: DetectorAdapter, batch: Batch) -> str:
     """Where one detector's first value that is not finite arises, in words."""
-    batch = adapter.prepare(images, targets)
     strides = adapter.spec.strides
     features = adapter.features(batch)
     seen = [("images", batch.images)]

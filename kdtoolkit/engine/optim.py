@@ -14,7 +14,7 @@ from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
 
-_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
@@ -67,20 +67,17 @@ def frozen(student: nn.Module, config: TrainConfig) -> Iterator[Callable[[Distil
     """Freeze the parts that the config names; they are trainable again when the block ends.
 
     Gives the function that sets a distiller to training mode, except the batch norms that keep their statistics. Raises
-    KDError if the student has no such part.
+    KDError if the student has no such part, or if a part of `frozen_statistics` has no batch norm.
     """
-    names = _members(student, config.frozen)
-    _members(student, config.frozen_statistics)
-    still = [
-        module
-        for name, module in student.named_modules()
-        if isinstance(module, _BatchNorm)
-        and (
-            any(_is_in(name, part) for part in config.frozen_statistics)
-            or (names and {id(p) for p in module.parameters()} <= names)
-        )
-    ]
-    thawed = [p for p in student.parameters() if id(p) in names and p.requires_grad]
+    members = set[int]().union(*(_parameters(student, part) for part in config.frozen))
+    still = [module for part in config.frozen_statistics for module in _batch_norms(student, part)]
+    for name, module in student.named_modules():
+        if isinstance(module, _BatchNorm):
+            own = {id(p) for p in module.parameters()}
+            # A batch norm without parameters is frozen with the module around it.
+            if own <= members if own else any(_covers(part, name) for part in config.frozen):
+                still.append(module)
+    thawed = [p for p in student.parameters() if id(p) in members and p.requires_grad]
 
     def training(distiller: Distiller) -> None:
         distiller.train()
@@ -96,8 +93,17 @@ def frozen(student: nn.Module, config: TrainConfig) -> Iterator[Callable[[Distil
             parameter.requires_grad_(True)
 
 
-def _members(student: nn.Module, parts: tuple[str, ...]) -> set[int]:
-    return set[int]().union(*(_parameters(student, part) for part in parts))
+def _batch_norms(student: nn.Module, part: str) -> list[_BatchNorm]:
+    """The batch norms of a part. Raises KDError if there are none."""
+    found = [m for name, m in student.named_modules() if isinstance(m, _BatchNorm) and _covers(part, name)]
+    if not found or not part.strip():
+        raise KDError(f"{_missing(student, part, 'batch norms')}, the modules below them, and the word norms")
+    return found
+
+
+def _covers(part: str, norm: str) -> bool:
+    """Whether the normalisation layer with the dotted name `norm` belongs to a part."""
+    return all(word == "norms" or _is_in(norm, word) for word in part.split())
 
 
 def _parameters(student: nn.Module, part: str) -> set[int]:
@@ -108,17 +114,20 @@ def _parameters(student: nn.Module, part: str) -> set[int]:
         if word == "norms":
             found &= norms
         elif word == "biases":
-            found &= {id(p) for name, p in student.named_parameters() if name.rpartition(".")[2] == "bias"} - norms
+            found &= {id(p) for name, p in student.named_parameters() if name.endswith("bias")} - norms
         else:
             found &= {id(p) for name, p in student.named_parameters() if _is_in(name, word)}
     if not found or not part.strip():
-        parts = ", ".join(name for name, _ in student.named_children())
         raise KDError(
-            f"the student ({type(student).__name__}) has no parameters in the part {part!r}. Its parts are {parts}, "
-            "the modules below them, as in backbone.layer1, the words norms and biases, and both together, as in "
-            "'backbone norms'"
+            f"{_missing(student, part, 'parameters')}, the modules below them, as in backbone.layer1, the words norms "
+            "and biases, and both together, as in 'backbone norms'"
         )
     return found
+
+
+def _missing(student: nn.Module, part: str, what: str) -> str:
+    parts = ", ".join(name for name, _ in student.named_children())
+    return f"the student ({type(student).__name__}) has no {what} in the part {part!r}. Its parts are {parts}"
 
 
 def _is_in(name: str, part: str) -> bool:

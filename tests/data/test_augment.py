@@ -133,3 +133,12 @@ def test_colour_changes_pixels_and_leaves_boxes():
 def test_settings_out_of_range(arguments):
     with pytest.raises(ValidationError):
         Augmentation(**arguments)
+
+
+def test_photometric_changes_leave_the_random_state_of_gpus_alone(monkeypatch):
+    image = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
+    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    Augmentation(photometric=1.0)(image, target, torch.Generator().manual_seed(0))
+    assert seeded == []

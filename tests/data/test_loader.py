@@ -91,3 +91,15 @@ def test_workers_change_nothing(data, tmp_path):
     assert torch.equal(before, torch.get_rng_state())
     lazy = CocoDetection(write(tmp_path), "train", memory_bytes=0)
     assert same(run(lazy, steps=2), run(lazy, steps=2, workers=1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_one_sentence_also_from_a_worker(tmp_path, workers):
+    lazy = CocoDetection(write(tmp_path), "train", memory_bytes=0)
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(KDError) as caught:
+        run(lazy, steps=1, workers=workers)
+    assert str(tmp_path) in str(caught.value)
+    assert "Caught KDError" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)

@@ -45,7 +45,7 @@ def test_parts_have_rates_and_decays_of_their_own(distiller):
 
 @pytest.mark.parametrize("changes", [{"frozen": ("backbon",)}, {"frozen_statistics": ("bckbone",)}])
 def test_a_part_that_is_not_there_is_named(distiller, changes):
-    message = r"the student \(GFL\) has no parameters in the part '.*'. Its parts are backbone, neck"
+    message = r"the student \(GFL\) has no (parameters|batch norms) in the part '.*'. Its parts are backbone, neck"
     with pytest.raises(KDError, match=message), frozen(distiller.student, config(**changes)):
         pass
     with pytest.raises(KDError, match=message):
@@ -67,10 +67,37 @@ def test_frozen_parts_are_not_trained_and_thaw_afterwards(distiller):
 
 
 def test_statistics_may_stay_while_weights_are_trained(distiller):
-    with frozen(distiller.student, config(frozen_statistics=("backbone",))) as set_training:
-        set_training(distiller)
-        assert not any(modes(distiller.student).values())
-        assert "student.backbone.bn1.weight" in groups(distiller)
+    for part in ("backbone", "norms", "backbone norms"):
+        with frozen(distiller.student, config(frozen_statistics=(part,))) as set_training:
+            set_training(distiller)
+            assert not any(modes(distiller.student).values())
+            assert "student.backbone.bn1.weight" in groups(distiller)
+            distiller.train()
+            assert all(modes(distiller.student).values())
+
+
+@pytest.mark.parametrize("part", ["neck", "biases", ""])
+def test_statistics_of_a_part_without_batch_norms_are_refused(distiller, part):
+    message = rf"the student \(GFL\) has no batch norms in the part '{part}'"
+    with pytest.raises(KDError, match=message), frozen(distiller.student, config(frozen_statistics=(part,))):
+        pass
+
+
+def test_a_batch_norm_without_parameters_is_frozen_with_the_module_around_it_alone(distiller):
+    student = distiller.student
+    student.backbone.bn1 = nn.BatchNorm2d(student.backbone.bn1.num_features, affine=False)
+    for parts, still in ((("neck",), False), (("backbone",), True), (("norms",), True)):
+        with frozen(student, config(frozen=parts)) as set_training:
+            set_training(distiller)
+            assert modes(student)["backbone.bn1"] != still
+        student.train()
+
+
+def test_biases_of_attention_are_biases(distiller):
+    distiller.student.neck.attention = nn.MultiheadAttention(8, 2)
+    found = groups(distiller, no_decay=("biases",))
+    assert found["student.neck.attention.in_proj_bias"] == (1.0, 0.0)
+    assert found["student.neck.attention.in_proj_weight"] == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import nn
 from kdtoolkit import Distiller, KDError, NonFiniteLossError
 from kdtoolkit.contract import Capability, Method
 from kdtoolkit.data import ProceduralShapes
+from kdtoolkit.engine.config import Validation
 from kdtoolkit.engine.train import TrainConfig, lr_factor, train
 from kdtoolkit.methods import FGD, PKD, CrossKD
 from tests.conftest import tiny_gfl
@@ -65,6 +66,11 @@ def test_reports_begin_at_the_first_step_and_end_at_the_last(data):
     train(Distiller(None, model(2)), data, config(), seed=0, report=seen.append)
     assert (seen[0].step, seen[-1].step) == (1, 4)
     assert set(seen[0].losses) == {"task/cls", "task/box", "task/dfl"}
+
+
+def test_a_validation_of_no_images_at_a_time_is_refused(data):
+    with pytest.raises(KDError, match=r"batch_size \(0\) is the number of images in a batch: it must be 1 or more"):
+        Validation(data, batch_size=0)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
@@ -144,6 +150,19 @@ def test_the_first_place_that_is_not_finite_is_named_and_buffers_stay_good(data)
     with pytest.raises(NonFiniteLossError, match=place):
         train(Distiller(model(1), student, [PKD()]), data, config(), seed=0)
     assert all(torch.equal(buffer, kept[1][name]) for name, buffer in student.named_buffers())
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_search_for_that_place_shows_the_teacher_what_the_step_showed_it(data, start):
+    student, teacher = model(2), model(1)
+    sizes = []
+    teacher.backbone.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[-2:])))
+    student.neck.register_forward_hook(lambda module, args, output: {k: x * math.inf for k, x in output.items()})
+    distiller = Distiller(teacher, student, [PKD().scheduled(start=start)], teacher_scale=0.5)
+    with pytest.raises(NonFiniteLossError, match="student: not finite") as caught:
+        train(distiller, data, config(), seed=0)
+    assert sizes == ([] if start else 2 * [(32, 32)])  # in the step, and in the search
+    assert ("teacher: " in str(caught.value)) != bool(start)
 
 
 def test_a_gradient_that_is_not_finite_stops_too(data):
