@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,13 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.files import write_atomic
 from kdtoolkit.lock import hold
 
+_MENDED_BY = {
+    errno.ENOSPC: "Free space",
+    errno.EDQUOT: "Free space, or raise your quota",
+    errno.EFBIG: "Allow larger files (ulimit -f)",
+    errno.EACCES: "Allow this user to write there",
+    errno.EROFS: "Mount it writable",
+}
 _SPEED_SECONDS = 10.0  # between two lines of speed.jsonl
 _TOLD = logging.getLogger("kdtoolkit")
 
@@ -92,6 +100,7 @@ def opened(
         except OSError as error:
             raise KDError(f"{_unwritable(error, folder.path)}: correct that, or choose another folder") from error
         held.callback(keeper.trackers.finish)
+        held.callback(keeper.flush)  # an error or Ctrl-C leaves rows since the last checkpoint
         yield keeper, keeper.found
 
 
@@ -139,7 +148,7 @@ class _FolderKeeper(Keeper):
         self._speed.add({"step": step, **row})
         self.trackers.log(row, step)
         self._measured, self._images, self._busy, self._waited = time.monotonic(), 0, 0.0, 0.0
-        self._flush()
+        self.flush()
 
     def save(self, state: RunState, *, last: bool = False) -> None:
         every = self._folder.save_steps
@@ -173,7 +182,8 @@ class _FolderKeeper(Keeper):
             return False
         return True
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the logs' waiting rows. If they cannot be written, a notice says so."""
         try:
             self._log.flush()
             self._speed.flush()
@@ -184,8 +194,9 @@ class _FolderKeeper(Keeper):
         """Say that something could not be written. Raises KDError if the run ends here."""
         kept = f"the last whole checkpoint is of step {self._saved_step}" if self._saved_step else "there is none yet"
         if last:
+            mended_by = _MENDED_BY.get(error.errno or 0, "Correct that")
             raise KDError(
-                f"{_unwritable(error, path)}; {kept}. Free space, and start the run again: it goes on from there"
+                f"{_unwritable(error, path)}; {kept}. {mended_by}, and start the run again: it goes on from there"
             ) from error
         self._notice(f"{_unwritable(error, path)}; {kept}. Training goes on, and it is tried again later")
 

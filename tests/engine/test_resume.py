@@ -149,6 +149,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(data, tmp_pat
         assert result.notices[0] in caplog.text
 
 
+def test_damaged_checkpoints_do_not_push_out_whole_ones(data, tmp_path):
+    stopped(data, tmp_path, 7, saves=1)
+    for step in (5, 6):
+        flip(tmp_path / "checkpoints" / f"step-0000000{step}.safetensors")
+    stopped(data, tmp_path / "early", 5, saves=1)
+    for kind in ("json", "safetensors"):
+        name = f"step-00000004.{kind}"
+        (tmp_path / "checkpoints" / name).write_bytes((tmp_path / "early" / "checkpoints" / name).read_bytes())
+    stopped(data, tmp_path, 6, saves=1)  # from step 4, and saves step 5
+    assert checkpoints(tmp_path) == [f"step-0000000{n}.{end}" for n in (4, 5) for end in ("json", "safetensors")]
+
+
+def test_an_error_leaves_the_rows_of_the_log(data, tmp_path):
+    stopped(data, tmp_path, 6, saves=100)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
 def test_a_log_that_was_changed_meanwhile_is_told(data, tmp_path):
     stopped(data, tmp_path, 4)
     (tmp_path / "log.jsonl").write_text("")
@@ -216,7 +233,7 @@ def test_a_checkpoint_that_is_larger_than_may_be_written_is_told(data, tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))  # room for the log and the weights
     try:
         with pytest.raises(
-            KDError, match=r"cannot write .*checkpoints.*: File too large; there is none yet. Free space"
+            KDError, match=r"cannot write .*checkpoints.*: File too large; there is none yet. Allow larger files"
         ):
             run(data, tmp_path)
     finally:
