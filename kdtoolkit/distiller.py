@@ -177,7 +177,6 @@ class Distiller(nn.Module):
         if adapter.spec.num_classes != self.student_adapter.spec.num_classes:
             # Then no method uses the labels (`why_refused`), and they may be too large for the teacher.
             targets = [Target(boxes=t["boxes"], labels=torch.zeros_like(t["labels"])) for t in targets]
-<<<<<<< HEAD
         like = like.geometry_scaled_by(self.teacher_scale)
         batch = adapter.prepare(images, targets, like=like)
         if self.teacher_scale != 1 and batch.sizes != like.sizes:
@@ -185,15 +184,12 @@ class Distiller(nn.Module):
                 f"{adapter.spec.name} is built for images of one size, so it cannot be shown smaller ones: leave "
                 "teacher_scale out"
             )
-        return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True, scale=self.teacher_scale)
-=======
-        return adapter.prepare(images, targets, like=like.geometry_scaled_by(self.teacher_scale))
+        return batch
 
     def active(self, step: int) -> list[tuple[str, Method, float]]:
         """The methods that work in a step: their names and the factors of their losses."""
         factors = [method.schedule.factor(step) for method in self._methods]
         return [each for each in zip(self._names, self._methods, factors, strict=True) if each[2]]
->>>>>>> fix3
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules except the student's frozen batch norms, which keep their statistics.

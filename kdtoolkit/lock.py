@@ -13,9 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import remove_partial, write_atomic
+from kdtoolkit.files import LOCK, remove_partial, write_atomic
 
-_LOCK = ".lock"
 _HOLDER = ".lock.json"
 
 
@@ -26,7 +25,7 @@ def hold(folder: Path) -> Iterator[None]:
     Raises KDError if another process holds the folder, and names that process. Raises OSError if it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK)
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -35,6 +35,18 @@ def test_a_second_process_is_told_who_holds_the_folder_and_a_killed_one_holds_no
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
 
 
+def test_what_another_run_below_is_writing_stays(tmp_path):
+    with hold(tmp_path / "mine"):
+        writing = tmp_path / "mine" / "checkpoints" / ".step.json.123.partial"
+        leftover = tmp_path / "checkpoints" / ".step.json.124.partial"
+        for path in (writing, leftover):
+            path.parent.mkdir()
+            path.write_text("half")
+        with hold(tmp_path):
+            assert writing.exists()
+            assert not leftover.exists()
+
+
 def test_errors_of_the_block_are_its_own_and_free_the_folder(tmp_path):
     with pytest.raises(OSError, match="mine"), hold(tmp_path):
         raise OSError("mine")
