@@ -29,6 +29,8 @@ from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import all_methods
 
+TEACHER_SCALES = (1.0, 0.5, 0.25)  # others would turn no stride into one of the student's
+
 
 class Losses(dict[str, Tensor]):
     """Loss terms by name. `task/...` are the student's own terms; all others are terms of methods (`crosskd/cls`)."""
@@ -88,7 +90,7 @@ class Distiller(nn.Module):
             raise KDError(
                 f"accumulation ({accumulation}) is the number of calls in one optimiser step: it must be 1 or more"
             )
-        if teacher_scale not in (1, 0.5, 0.25):  # with a different number no stride would be one of the student's
+        if teacher_scale not in TEACHER_SCALES:
             raise KDError(f"teacher_scale is {teacher_scale}: it must be 1, 0.5 or 0.25")
         methods = _checked(methods)
         self.student_adapter = adapt(student)
@@ -175,7 +177,14 @@ class Distiller(nn.Module):
         if adapter.spec.num_classes != self.student_adapter.spec.num_classes:
             # Then no method uses the labels (`why_refused`), and they may be too large for the teacher.
             targets = [Target(boxes=t["boxes"], labels=torch.zeros_like(t["labels"])) for t in targets]
-        return adapter.prepare(images, targets, like=like.geometry_scaled_by(self.teacher_scale))
+        like = like.geometry_scaled_by(self.teacher_scale)
+        batch = adapter.prepare(images, targets, like=like)
+        if self.teacher_scale != 1 and batch.sizes != like.sizes:
+            raise KDError(
+                f"{adapter.spec.name} is built for images of one size, so it cannot be shown smaller ones: leave "
+                "teacher_scale out"
+            )
+        return batch
 
     def active(self, step: int) -> list[tuple[str, Method, float]]:
         """The methods that work in a step: their names and the factors of their losses."""

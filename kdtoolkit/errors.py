@@ -1,4 +1,6 @@
-"""Errors that a user can fix. The command line prints their message and nothing else."""
+"""Errors that a user can fix, of which the command line prints the message alone; text made safe for a terminal."""
+
+import unicodedata
 
 
 class KDError(Exception):
@@ -15,3 +17,14 @@ class UnknownDetectorError(KDError):
 
 class NonFiniteLossError(KDError):
     """A loss term became NaN or infinite. The message names the term and the step."""
+
+
+def printable(text: str) -> str:
+    r"""Text for a terminal: control characters but the line feed become escapes, such as \x1b.
+
+    A file name may hold control characters, which a terminal takes for commands, and bytes that are no UTF-8.
+    """
+    return "".join(
+        ascii(character)[1:-1] if unicodedata.category(character) in ("Cc", "Cs") and character != "\n" else character
+        for character in text
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 
+LOCK = ".lock"  # the file by which a process holds a folder
 _PARTIAL = ".*.partial"
 
 
@@ -27,9 +29,15 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete half-written files of killed processes in a folder and its subfolders. The caller must hold it."""
-    for leftover in folder.rglob(_PARTIAL):
-        leftover.unlink(missing_ok=True)
+    """Delete half-written files of killed processes in a folder and its subfolders. The caller must hold it.
+
+    Subfolders with a lock of their own are left alone: another process may be writing there.
+    """
+    for here, below, files in os.walk(folder):
+        below[:] = [name for name in below if not Path(here, name, LOCK).exists()]
+        for name in files:
+            if fnmatch(name, _PARTIAL):
+                Path(here, name).unlink(missing_ok=True)
 
 
 def _flush_names(folder: Path) -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import remove_partial, write_atomic
+from kdtoolkit.files import LOCK, remove_partial, write_atomic
 
-_LOCK = ".lock"
 _HOLDER = ".lock.json"
 
 
@@ -27,7 +26,7 @@ def hold(folder: Path, waiting: Callable[[str], None] | None = None) -> Iterator
     Without `waiting` it raises KDError that names the process. Raises OSError if it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK)
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:

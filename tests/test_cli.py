@@ -1,5 +1,6 @@
 import inspect
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -168,6 +169,18 @@ def test_data_are_checked(run, tmp_path):
     assert run("data", "check", root)[0] == 0
     code, _, err = run("data", "check", tmp_path)
     assert (code, "is no data set that is known" in err) == (2, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all file names are Unicode")
+def test_data_whose_file_names_are_no_text_are_checked(run, tmp_path):
+    root = _yolo.write(tmp_path / "photos")
+    (root / "labels" / "train" / os.fsdecode(b"\xff.txt")).write_text("")
+    name = r"labels/train/\udcff.txt"
+    assert name in run("data", "check", root)[1]
+    code, out, err = run("data", "check", root, "--json")
+    assert (code, err) == (0, "")
+    assert name in out
+    assert os.fsdecode(b"\xff.txt") in json.loads(out)["warnings"][-1]
 
 
 def test_data_are_converted_and_shown(run, tmp_path):

@@ -55,6 +55,18 @@ def test_a_holder_may_be_waited_for(tmp_path):
         assert len(told) == 1
 
 
+def test_what_another_run_below_is_writing_stays(tmp_path):
+    with hold(tmp_path / "mine"):
+        writing = tmp_path / "mine" / "checkpoints" / ".step.json.123.partial"
+        leftover = tmp_path / "checkpoints" / ".step.json.124.partial"
+        for path in (writing, leftover):
+            path.parent.mkdir()
+            path.write_text("half")
+        with hold(tmp_path):
+            assert writing.exists()
+            assert not leftover.exists()
+
+
 def test_errors_of_the_block_are_its_own_and_free_the_folder(tmp_path):
     with pytest.raises(OSError, match="mine"), hold(tmp_path):
         raise OSError("mine")

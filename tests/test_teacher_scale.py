@@ -62,6 +62,29 @@ def test_a_scale_that_no_stride_suits_is_refused():
         Distiller(tiny_gfl(seed=1), tiny_gfl(seed=0), [PKD()], teacher_scale=0.7)
 
 
+@pytest.mark.parametrize(("height", "scale"), [(399, 0.5), (335, 0.5), (430, 0.25), (417, 0.5)])
+def test_cells_of_equal_stride_lie_at_the_same_place_whatever_the_height(height, scale):
+    teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=0)
+    images = [torch.rand(3, height, 64)]
+    nothing = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}]
+    seen = []
+
+    class Shapes(PKD):
+        def loss(self, student, teacher, level):
+            seen.append((student.shape[-2:], teacher.shape[-2:]))
+            return super().loss(student, teacher, level)
+
+    Distiller(teacher, student, [Shapes()], teacher_scale=scale)(images, nothing)
+    assert seen
+    assert all(ours == theirs for ours, theirs in seen)
+
+
+def test_a_teacher_built_for_one_size_is_refused():
+    student, teacher = build("torchvision SSD", 0), build("torchvision SSD", 1)
+    with pytest.raises(KDError, match="is built for images of one size, so it cannot be shown smaller ones"):
+        step(Distiller(teacher, student, [PKD()], teacher_scale=0.5))
+
+
 def test_at_strides_means_pixels_of_the_student():
     distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=0), [PKD().at_strides(16)], teacher_scale=0.5)
     assert torch.isfinite(step(distiller)["pkd/feature"])

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-from contextlib import suppress
-from pathlib import Path
 
 import torch
+
+from kdtoolkit.engine.processor import processor_name
 
 
 def machine() -> str:
     """Processor, number of cores and operating system, in words."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {cores()} cores, {platform.system()}"
+    return f"{processor_name()}, {cores()} cores, {platform.system()}"
 
 
 def device_name(device: str) -> str:

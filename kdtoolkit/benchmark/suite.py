@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from kdtoolkit.contract import Method
+from kdtoolkit.distiller import TEACHER_SCALES
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import all_methods, published_settings
@@ -160,8 +161,15 @@ class Suite(_Section):
     data: DataSection
     teacher: DetectorSection
     student: DetectorSection
-    teacher_scale: float = Field(1.0, gt=0, le=1)
+    teacher_scale: float = 1.0
     entries: dict[typing.Annotated[str, Field(pattern=_FOLDER_NAME)], tuple[MethodUse, ...]]
+
+    @field_validator("teacher_scale")
+    @classmethod
+    def _check_scale(cls, scale: float) -> float:
+        if scale not in TEACHER_SCALES:
+            raise ValueError(f"teacher_scale is {scale}: it must be 1, 0.5 or 0.25")
+        return scale
 
     @field_validator("entries")
     @classmethod

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from kdtoolkit.cli import benchmark, data, models
-from kdtoolkit.cli._common import examples, help_alone, printable
-from kdtoolkit.errors import KDError
+from kdtoolkit.cli._common import examples, help_alone
+from kdtoolkit.errors import KDError, printable
 
 app = typer.Typer(
     help="Knowledge distillation for object detectors: train with it, and compare methods head-to-head.",

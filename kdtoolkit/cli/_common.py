@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
@@ -34,17 +33,6 @@ def help_alone(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(2)
-
-
-def printable(text: str) -> str:
-    r"""Text for a terminal: control characters but the line feed become escapes, such as \x1b.
-
-    A file name may hold control characters, which a terminal takes for commands.
-    """
-    return "".join(
-        ascii(character)[1:-1] if unicodedata.category(character) in ("Cc", "Cs") and character != "\n" else character
-        for character in text
-    )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from kdtoolkit.cli._common import examples, help_alone
+from kdtoolkit.errors import printable
 
 app = typer.Typer(help="Check, convert and show data sets in COCO, Ultralytics YOLO and Pascal VOC format.")
 
@@ -42,7 +43,7 @@ def check(
 ) -> None:
     """List every fault of a data set, statistics, and what may go wrong in training.
 
-    All splits are read and all images decoded. The exit code is 1 if there is a fault, at which training would stop.
+    All splits are read and all images decoded. The exit code is 1 if training would refuse the data.
     """
     from rich.console import Console
 
@@ -53,7 +54,7 @@ def check(
     with progress_bar("looking at images") as progress:
         report = run(path, image_size=image_size, stride=stride, queries=queries, progress=progress)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(report.to_json(), indent=2))  # ASCII: file names may be no UTF-8
     else:
         print_report(report, Console())
     if not report.is_good:
@@ -76,7 +77,7 @@ def convert(
 
     with progress_bar("looking at images") as progress:
         outcome = run(source, target, to.value, on_bad="skip" if skip_bad else "error", progress=progress)
-    typer.echo(f"{target}: {outcome.images} images, {outcome.boxes} boxes")
+    typer.echo(printable(f"{target}: {outcome.images} images, {outcome.boxes} boxes"))
     for loss in outcome.losses:
         typer.echo(f"lost: {loss}")
 
@@ -101,4 +102,4 @@ def show(
             path, split, max_size=image_size, on_bad="skip" if skip_bad else "error", progress=progress
         )
     written = run(dataset, out, count=count, seed=seed)
-    typer.echo(f"{out}: {len(written)} pictures of {dataset}")
+    typer.echo(printable(f"{out}: {len(written)} pictures of {dataset}"))

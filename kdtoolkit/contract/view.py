@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import torch
@@ -95,10 +96,13 @@ class View:
         if self.batch is batch:
             return self
         canvases = self.batch.images.shape[-2:], batch.images.shape[-2:]
-        # The sizes of single images are rounded, so the scale is that of all images together.
-        own_sums, its_sums = (map(sum, zip(*each.sizes, strict=True)) for each in (self.batch, batch))
-        sides = zip(*canvases, own_sums, its_sums, strict=True)
-        height, width = (min(own, round(its * own_sum / its_sum)) for own, its, own_sum, its_sum in sides)
+        if self.scale != 1:
+            height, width = (min(own, math.ceil(its * self.scale)) for own, its in zip(*canvases, strict=True))
+        else:
+            # The sizes of single images are rounded, so the scale is that of all images together.
+            own_sums, its_sums = (map(sum, zip(*each.sizes, strict=True)) for each in (self.batch, batch))
+            sides = zip(*canvases, own_sums, its_sums, strict=True)
+            height, width = (min(own, round(its * own_sum / its_sum)) for own, its, own_sum, its_sum in sides)
         if (height, width) == canvases[0]:
             return self
         part = copy.copy(self)

@@ -25,6 +25,7 @@ from kdtoolkit.data.records import (
     is_text,
     naming,
     shown,
+    telling_what_is_unreadable,
     whole,
 )
 from kdtoolkit.errors import KDError
@@ -43,11 +44,16 @@ def locate(path: Path) -> Path | None:
     return None
 
 
+@telling_what_is_unreadable()
 def splits(root: Path) -> list[str]:
-    """The splits that have a file."""
-    return [split for split in SPLITS if (root / "annotations" / f"{split}.json").is_file()]
+    """The splits that have a file. Raises KDError if there is none."""
+    found = [split for split in SPLITS if (root / "annotations" / f"{split}.json").is_file()]
+    if not found:
+        raise _missing(root, "train")
+    return found
 
 
+@telling_what_is_unreadable()
 def read(root: Path, split: str, progress: Progress) -> Reading:
     """Read a split. Raises KDError if the JSON cannot be used at all."""
     path, folder = _files_of(root, split)
@@ -57,10 +63,16 @@ def read(root: Path, split: str, progress: Progress) -> Reading:
     entries = _images(document["images"], reading)
     boxes = _boxes(document["annotations"], entries, reading)
     files = Files(folder, "file_name is relative to the images folder")
+    users: dict[Path, _Entry] = {}
     for done, entry in enumerate(entries.values(), 1):
         if entry is not None:
             with reading.noting(path, "image"), naming(str(entry)):
                 file = files.find(entry.name)
+                if (first := users.setdefault(file, entry)) is not entry:
+                    raise BadEntryError(
+                        f"{first} has the same file, and each would lack the boxes of the other; merge the two "
+                        "entries, with their annotations"
+                    )
                 width, height = agreed_size(file, (entry.width, entry.height), "JSON")
                 found = tuple(boxes[entry.id])
                 reading.photos.append(Photo(entry.id, entry.name, str(entry), file, width, height, found))
@@ -86,19 +98,27 @@ class _Entry:
 
 def _files_of(root: Path, split: str) -> tuple[Path, Path]:
     """The annotation file and the images folder."""
-    layout = (
+    path, folder = root / "annotations" / f"{split}.json", root / "images"
+    if not root.is_dir():
+        raise KDError(f"there is no folder {root}. {_layout(root)}")
+    if not path.is_file():
+        raise _missing(root, split)
+    if not folder.is_dir():
+        raise KDError(f"there is no folder {folder}. {_layout(root)}")
+    return path, folder
+
+
+def _missing(root: Path, split: str) -> KDError:
+    folder = root / "annotations"
+    others = ", ".join(sorted(other.name for other in folder.glob("*.json")))
+    return KDError(f"there is no file {folder / split}.json{f' (but {others})' if others else ''}. {_layout(root)}")
+
+
+def _layout(root: Path) -> str:
+    return (
         f"Expected are {root / 'annotations'}/train.json and val.json in COCO's format, and the images in "
         f"{root / 'images'}."
     )
-    path, folder = root / "annotations" / f"{split}.json", root / "images"
-    if not root.is_dir():
-        raise KDError(f"there is no folder {root}. {layout}")
-    if not path.is_file():
-        others = ", ".join(sorted(other.name for other in path.parent.glob("*.json")))
-        raise KDError(f"there is no file {path}{f' (but {others})' if others else ''}. {layout}")
-    if not folder.is_dir():
-        raise KDError(f"there is no folder {folder}. {layout}")
-    return path, folder
 
 
 def _parse(path: Path) -> dict[str, list[Any]]:

@@ -122,7 +122,7 @@ def digest(*parts: object) -> str:
 
 def check_same_classes(a: DetectionDataset, b: DetectionDataset) -> None:
     """Check that labels mean the same in both. Raises KDError that names the classes that differ."""
-    if a.class_names == b.class_names:
+    if tuple(a.class_names) == tuple(b.class_names):  # users' data sets may have lists
         return
     only_a = [name for name in a.class_names if name not in b.class_names]
     only_b = [name for name in b.class_names if name not in a.class_names]

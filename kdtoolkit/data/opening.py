@@ -8,14 +8,18 @@ from typing import Literal
 
 from kdtoolkit.data import coco, voc, yolo
 from kdtoolkit.data.photos import MEMORY_BYTES, PhotoDataset
-from kdtoolkit.data.records import Form, Progress
+from kdtoolkit.data.records import Form, Progress, telling_what_is_unreadable
 from kdtoolkit.errors import KDError
 
 FORMS = (coco.FORM, yolo.FORM, voc.FORM)
 
 
+@telling_what_is_unreadable()
 def locate(path: str | Path) -> tuple[Form, Path]:
-    """The format of a data set, and the place to read it from. Raises KDError if it has no known format, or several."""
+    """The format of a data set, and the place to read it from.
+
+    Raises KDError if it has no known format or several, or cannot be read.
+    """
     path = Path(path)
     if not path.exists():
         raise KDError(f"there is no file or folder {path}")
@@ -29,7 +33,7 @@ def locate(path: str | Path) -> tuple[Form, Path]:
             "YAML file"
         )
     looked_for = ", ".join(form.looked_for for form in FORMS)
-    inside = [each for each in sorted(path.iterdir()) if each.is_dir() and _forms_of(each)] if path.is_dir() else []
+    inside = [each for each in sorted(path.iterdir()) if each.is_dir() and _is_one(each)] if path.is_dir() else []
     hint = f". But {inside[0]} is one: name that" if inside else ""
     raise KDError(f"{path} is no data set that is known; looked for {looked_for}{hint}")
 
@@ -103,6 +107,14 @@ class CocoDetection(PhotoDataset):
 
 def _forms_of(path: Path) -> list[tuple[Form, Path]]:
     return [(form, place) for form in FORMS if (place := form.locate(path)) is not None]
+
+
+def _is_one(path: Path) -> bool:
+    """Whether a folder holds data; no if it cannot be looked into."""
+    try:
+        return bool(_forms_of(path))
+    except (OSError, KDError):
+        return False
 
 
 def _no_progress(done: int, total: int) -> None:

@@ -252,6 +252,9 @@ def _chosen(reading: Reading, class_names: Sequence[str] | None) -> list[Categor
     by_name = {category.name: category for category in reading.categories}
     if unknown := [name for name in class_names if name not in by_name]:
         raise KDError(f"{reading.source} has no class {', '.join(unknown)}; there are {', '.join(by_name)}")
+    if len(set(class_names)) < len(class_names):
+        twice = next(name for name in class_names if list(class_names).count(name) > 1)
+        raise KDError(f"class_names has {twice} twice; name each class once")
     return [by_name[name] for name in class_names]
 
 

@@ -157,8 +157,8 @@ class Form:
     """A format of data sets.
 
     `locate` returns the place to read from if the path holds data of this format, else None. `splits` names the splits
-    of a place, `read` reads one of them. Both raise KDError where the data cannot be read at all. `looked_for` names
-    the files by which the format is recognised.
+    of a place, `read` reads one of them. Both raise KDError if there is no split, or if the data cannot be read at all.
+    `looked_for` names the files by which the format is recognised.
     """
 
     name: str
@@ -247,6 +247,15 @@ def naming(title: str) -> Iterator[None]:
         yield
     except (BadEntryError, PictureError) as error:
         raise type(error)(f"{title}: {error}") from None
+
+
+@contextmanager
+def telling_what_is_unreadable() -> Iterator[None]:
+    """Make a KDError of an OSError, such as that of a folder that may not be read."""
+    try:
+        yield
+    except OSError as error:
+        raise KDError(f"{error.filename or 'the data set'} cannot be read: {error.strerror or error}") from None
 
 
 def settle(faults: Sequence[Fault], source: Path, on_bad: Literal["error", "skip"]) -> None:

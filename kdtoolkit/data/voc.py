@@ -31,6 +31,7 @@ from kdtoolkit.data.records import (
     naming,
     read_text,
     shown,
+    telling_what_is_unreadable,
     whole,
 )
 from kdtoolkit.errors import KDError
@@ -48,11 +49,16 @@ def locate(path: Path) -> Path | None:
     return None
 
 
+@telling_what_is_unreadable()
 def splits(root: Path) -> list[str]:
-    """The splits that have a list."""
-    return [split for split in SPLITS if _list_of(root, split).is_file()]
+    """The splits that have a list. Raises KDError if there is none."""
+    found = _listed(root)
+    if not found:
+        raise _missing(root, "train")
+    return found
 
 
+@telling_what_is_unreadable()
 def read(root: Path, split: str, progress: Progress) -> Reading:
     """Read a split. Raises KDError if lists or folders are missing, or no annotation has an object."""
     names = _names(root, split)
@@ -60,6 +66,7 @@ def read(root: Path, split: str, progress: Progress) -> Reading:
     labels = {category.name: label for label, category in enumerate(reading.categories)}
     pictures = _Pictures(root / "JPEGImages")
     seen: set[str] = set()
+    users: dict[Path, str] = {}
     from_0 = 0
     for done, name in enumerate(names, 1):
         file = root / "Annotations" / f"{name}.xml"
@@ -74,6 +81,10 @@ def read(root: Path, split: str, progress: Progress) -> Reading:
                 annotation = parse(file)
                 stated = _stated_size(annotation)
                 path = pictures.find(name, _text(annotation, "filename"))
+                if (first := users.setdefault(path, where)) != where:
+                    raise BadEntryError(
+                        f"{first} has the same image, and each would lack the boxes of the other; merge the two files"
+                    )
             short = path.relative_to(root / "JPEGImages").as_posix()
             title = f"image JPEGImages/{short}"
             with naming(title):
@@ -170,25 +181,45 @@ def _list_of(root: Path, split: str) -> Path:
     return root / "ImageSets" / "Main" / f"{split}.txt"
 
 
+def _listed(root: Path) -> list[str]:
+    return [split for split in SPLITS if _list_of(root, split).is_file()]
+
+
 def _names(root: Path, split: str) -> list[str]:
     """The names that a split lists. Raises KDError."""
-    layout = (
-        f"Expected are lists of names, one a line, in {_list_of(root, 'train')} and val.txt, and images in "
-        f"{root / 'JPEGImages'}."
-    )
     path = _list_of(root, split)
     if not path.is_file():
-        others = ", ".join(splits(root))
-        raise KDError(f"there is no file {path}{f' (but of {others})' if others else ''}. {layout}")
+        raise _missing(root, split)
     if not (root / "JPEGImages").is_dir():
-        raise KDError(f"there is no folder {root / 'JPEGImages'}. {layout}")
+        raise KDError(f"there is no folder {root / 'JPEGImages'}. {_layout(root)}")
     try:
         lines = read_text(path).splitlines()
     except BadEntryError as error:
         raise KDError(str(error)) from None
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
-    # Some tools list file names.
-    return [name[: -len(end)] if (end := Path(name).suffix).lower() in ENDINGS else name for name in names]
+    return [_without_ending(root, name) for name in names]
+
+
+def _without_ending(root: Path, name: str) -> str:
+    """The name that a line means. Some tools list file names, and `x.png` may be the name of `x.png.jpg`."""
+    ending = Path(name).suffix
+    if ending.lower() not in ENDINGS or os.path.isfile(root / "Annotations" / f"{name}.xml"):
+        return name
+    return name.removesuffix(ending)
+
+
+def _missing(root: Path, split: str) -> KDError:
+    others = ", ".join(_listed(root))
+    return KDError(
+        f"there is no file {_list_of(root, split)}{f' (but of {others})' if others else ''}. {_layout(root)}"
+    )
+
+
+def _layout(root: Path) -> str:
+    return (
+        f"Expected are lists of names, one a line, in {_list_of(root, 'train')} and val.txt, and images in "
+        f"{root / 'JPEGImages'}."
+    )
 
 
 def _categories(root: Path) -> list[Category]:

@@ -34,6 +34,7 @@ from kdtoolkit.data.records import (
     naming,
     read_text,
     shown,
+    telling_what_is_unreadable,
     whole,
 )
 from kdtoolkit.errors import KDError
@@ -55,11 +56,13 @@ def locate(path: Path) -> Path | None:
     return found[0] if found else None
 
 
+@telling_what_is_unreadable()
 def splits(place: Path) -> list[str]:
     """The splits that the file lists."""
     return [split for split in SPLITS if split in _Layout.of(place).entries]
 
 
+@telling_what_is_unreadable()
 def read(place: Path, split: str, progress: Progress) -> Reading:
     """Read a split. Raises KDError if the YAML cannot be used, or names folders that are not there."""
     layout = _Layout.of(place)

@@ -33,6 +33,7 @@ class Checkpoints:
     """The checkpoints of one run, in a folder: `step-00000120.safetensors`, and `step-00000120.json` beside it.
 
     The JSON holds the digest of both and is written last: without it there is no checkpoint. The last `keep` stay.
+    Those of later steps than the one just written are damaged, for the run has gone back behind them. They are deleted.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -40,7 +41,10 @@ class Checkpoints:
         self._keep = keep
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Store a checkpoint, then delete the oldest. Raises OSError if it cannot; the earlier ones then stay."""
+        """Store a checkpoint, then delete the oldest and those of later steps.
+
+        Raises OSError if it cannot be written; all earlier ones then stay.
+        """
         path = self._path(checkpoint.step)
         content = to_bytes(checkpoint.tensors)
         facts = json.dumps(checkpoint.facts, allow_nan=False)
@@ -52,7 +56,7 @@ class Checkpoints:
         }
         write_atomic(path.with_suffix(".safetensors"), content)
         write_atomic(path, json.dumps(described).encode())
-        kept = self._steps()[-self._keep :]
+        kept = [step for step in self._steps() if step <= checkpoint.step][-self._keep :]
         for old in self.folder.glob("step-*.*"):
             if not any(self._path(step).stem == old.stem for step in kept):
                 old.unlink(missing_ok=True)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from kdtoolkit import processes
-from kdtoolkit.data import DetectionDataset
-from kdtoolkit.data.dataset import digest
 from kdtoolkit.engine.checkpoint import Checkpoint, Checkpoints, to_bytes
+from kdtoolkit.engine.identity import compare
 from kdtoolkit.engine.log import Log, Row, Trackers
 from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.state import RunState
@@ -25,6 +23,13 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.files import write_atomic
 from kdtoolkit.lock import hold
 
+_MENDED_BY = {
+    errno.ENOSPC: "Free space",
+    errno.EDQUOT: "Free space, or raise your quota",
+    errno.EFBIG: "Allow larger files (ulimit -f)",
+    errno.EACCES: "Allow this user to write there",
+    errno.EROFS: "Mount it writable",
+}
 _SPEED_SECONDS = 10.0  # between two lines of speed.jsonl
 _TOLD = logging.getLogger("kdtoolkit")
 
@@ -77,14 +82,13 @@ class Keeper:
 
 
 @contextmanager
-def opened(
-    folder: RunFolder, state: RunState, dataset: DetectionDataset, seed: int, device: torch.device
-) -> Iterator[tuple[Keeper, Checkpoint | None]]:
-    """Hold a run's folder. Gives the Keeper of the run, and the checkpoint to continue from, if there is one.
+def opened(folder: RunFolder, made_of: Mapping[str, Any]) -> Iterator[tuple[Keeper, Checkpoint | None]]:
+    """Hold the folder of the run with the identity `made_of`.
+
+    Gives the Keeper of the run, and the checkpoint to continue from, if there is one.
 
     Raises KDError if another process uses the folder, if it holds a different run, or if it cannot be written.
     """
-    made_of = _made_of(state, dataset, seed, device)
     with ExitStack() as held:
         try:
             held.enter_context(hold(folder.path))
@@ -92,6 +96,7 @@ def opened(
         except OSError as error:
             raise KDError(f"{_unwritable(error, folder.path)}: correct that, or choose another folder") from error
         held.callback(keeper.trackers.finish)
+        held.callback(keeper.flush)  # an error or Ctrl-C leaves rows since the last checkpoint
         yield keeper, keeper.found
 
 
@@ -107,7 +112,7 @@ class _FolderKeeper(Keeper):
         step = 0
         if self.found is not None:
             facts, step = self.found.facts, self.found.step
-            notices += _compare(facts["made_of"], self._made_of, folder.path)
+            notices += compare(facts["made_of"], self._made_of, folder.path)
         self._log = Log(folder.path / "log.jsonl", facts["log"])
         self._speed = Log(folder.path / "speed.jsonl", facts["speed"])
         if self._log.missing:
@@ -139,7 +144,7 @@ class _FolderKeeper(Keeper):
         self._speed.add({"step": step, **row})
         self.trackers.log(row, step)
         self._measured, self._images, self._busy, self._waited = time.monotonic(), 0, 0.0, 0.0
-        self._flush()
+        self.flush()
 
     def save(self, state: RunState, *, last: bool = False) -> None:
         every = self._folder.save_steps
@@ -173,7 +178,8 @@ class _FolderKeeper(Keeper):
             return False
         return True
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the logs' waiting rows. If they cannot be written, a notice says so."""
         try:
             self._log.flush()
             self._speed.flush()
@@ -184,8 +190,9 @@ class _FolderKeeper(Keeper):
         """Say that something could not be written. Raises KDError if the run ends here."""
         kept = f"the last whole checkpoint is of step {self._saved_step}" if self._saved_step else "there is none yet"
         if last:
+            mended_by = _MENDED_BY.get(error.errno or 0, "Correct that")
             raise KDError(
-                f"{_unwritable(error, path)}; {kept}. Free space, and start the run again: it goes on from there"
+                f"{_unwritable(error, path)}; {kept}. {mended_by}, and start the run again: it goes on from there"
             ) from error
         self._notice(f"{_unwritable(error, path)}; {kept}. Training goes on, and it is tried again later")
 
@@ -197,38 +204,3 @@ class _FolderKeeper(Keeper):
 
 def _unwritable(error: OSError, path: Path) -> str:
     return f"cannot write {error.filename or path}: {error.strerror or error}"
-
-
-def _made_of(state: RunState, dataset: DetectionDataset, seed: int, device: torch.device) -> dict[str, Any]:
-    """What decides the run's result, for JSON: a run goes on only where it is the same."""
-    distiller = state.distiller
-    teacher = distiller.teacher_adapter
-    return {
-        "config": state.config.model_dump(mode="json"),
-        "seed": seed,
-        "data": dataset.fingerprint(),
-        "student": digest([(name, tuple(x.shape)) for name, x in distiller.student.state_dict().items()]),
-        "teacher": None if teacher is None else sha256(to_bytes(teacher.model.state_dict())).hexdigest(),
-        "methods": [type(method).__name__ for method in distiller.methods],
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": processes.count(),
-    }
-
-
-def _compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> list[str]:
-    """Notices about a run that goes on under different circumstances. Raises KDError if its settings differ."""
-    before, now = dict(old["config"]), dict(new["config"])
-    changed = [name for name in now if name != "workers" and before.get(name) != now[name]]
-    changed += [name for name in ("seed", "student", "teacher", "methods", "data") if old[name] != new[name]]
-    if changed:
-        raise KDError(
-            f"{folder} holds a run that began with different settings ({', '.join(changed)}): choose another folder, "
-            "or delete this one"
-        )
-    circumstances = [name for name in ("torch", "device", "processes") if old[name] != new[name]]
-    return [
-        f"the run in {folder} began with {name} {old[name]} and goes on with {new[name]}: its last digits will "
-        "differ from a run that was never stopped"
-        for name in circumstances
-    ]

@@ -63,9 +63,7 @@ def from_first(make: Callable[[], T]) -> T:
             outcome = [make()]
         except KDError as error:
             outcome = [error]
-    from accelerate.utils import broadcast_object_list
-
-    broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], KDError):
         raise outcome[0]
     result: T = outcome[0]
@@ -76,10 +74,9 @@ def gathered(parts: list[T]) -> list[T]:
     """The lists of all processes, one after the other in their order."""
     if processes.count() == 1:
         return parts
-    from accelerate.utils import gather_object
-
-    found: list[T] = gather_object(parts)
-    return found
+    found: list[Any] = [None] * processes.count()
+    dist.all_gather_object(found, parts)
+    return [part for each in found for part in each]
 
 
 def means(values: Tensor) -> Tensor:

@@ -7,10 +7,39 @@ from itertools import chain
 import torch
 from torch import nn
 
-from kdtoolkit.contract import DetectorSpec
+from kdtoolkit.contract import DetectorSpec, Method
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import check_is_dataset
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
+
+
+def check_arguments(distiller: object, config: object) -> None:
+    """Check what `train` is called with.
+
+    Raises KDError if a type is wrong, if the student is frozen, or if a method's schedule is longer than the run.
+    """
+    if not isinstance(distiller, Distiller):
+        raise KDError(
+            f"train takes a Distiller, not a {type(distiller).__name__}: write Distiller(teacher, student, methods) "
+            "or, to train alone, Distiller(None, student)"
+        )
+    if not isinstance(config, TrainConfig):
+        raise KDError(f"config is a {type(config).__name__}; it must be a TrainConfig, as in TrainConfig(steps=1000)")
+    check_trainable(distiller.student)
+    for method in distiller.methods:
+        if isinstance(method, Method) and (reason := method.schedule.why_too_long(config.steps)):
+            raise KDError(f"{type(method).__name__}: {reason}")
+
+
+def check_trainable(student: nn.Module) -> None:
+    """Raise KDError if no parameter of the student is trained."""
+    if not any(p.requires_grad for p in student.parameters()):
+        raise KDError(
+            "the student has nothing to train: all its parameters are frozen. Call student.requires_grad_(True), and "
+            "name fewer parts in the config's `frozen`"
+        )
 
 
 def check_dataset(dataset: DetectionDataset, spec: DetectorSpec | None) -> None:
@@ -43,3 +72,16 @@ def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch
         if asked.type != lies.type or asked.index not in (None, lies.index):
             raise KDError(f"device is {asked}, and the model lies on {lies}: move it there first, model.to('{asked}')")
     return lies
+
+
+def check_on_device(distiller: Distiller, device: torch.device) -> None:
+    """Raise KDError if the teacher or a method lies on a different device than the student."""
+    teacher = distiller.teacher_adapter
+    parts = [] if teacher is None else [("the teacher", teacher.model)]
+    for name, part in (*parts, *((type(method).__name__, method) for method in distiller.methods)):
+        for tensor in chain(part.parameters(), part.buffers()):
+            if tensor.device != device:
+                raise KDError(
+                    f"the student lies on {device}, and {name} on {tensor.device}: move all of them together, "
+                    f"distiller.to('{device}')"
+                )

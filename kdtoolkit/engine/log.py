@@ -35,9 +35,10 @@ class Log:
     def flush(self) -> None:
         """Write all rows to the disk. After an OSError the rows are still in memory, and no half line is left."""
         content = b"".join(self._waiting)
-        with self._path.open("r+b") as file:
+        with self._path.open("ab") as file:
+            # Somebody may have emptied or deleted the file meanwhile; `truncate` would fill it up with zero bytes.
+            self.position = min(self.position, file.tell())
             file.truncate(self.position)
-            file.seek(self.position)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

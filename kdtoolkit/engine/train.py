@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdtoolkit import processes
-from kdtoolkit.contract import Method, Target
-from kdtoolkit.data import DetectionDataset, batches
+from kdtoolkit.contract import Target
+from kdtoolkit.data import DetectionDataset, batches, check_same_classes
 from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.engine import group
 from kdtoolkit.engine.checkpoint import Checkpoint
 from kdtoolkit.engine.config import TrainConfig, Validation
 from kdtoolkit.engine.evaluate import METRICS, evaluate
 from kdtoolkit.engine.folder import Keeper, RunFolder, opened
-from kdtoolkit.engine.inputs import check_dataset, resolve_device
+from kdtoolkit.engine.identity import identity
+from kdtoolkit.engine.inputs import check_arguments, check_dataset, check_on_device, check_trainable, resolve_device
 from kdtoolkit.engine.locate import locate_non_finite
 from kdtoolkit.engine.optim import frozen, lr_factor, set_rates
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
@@ -63,11 +64,11 @@ def train(
     Several processes, started by torchrun, train as one: call `kdtoolkit.engine.group.join` before.
 
     Raises KDError before the first step if an argument has a wrong type, if all of the student is frozen, if its number
-    of classes differs from that of a data set, if it lies on another device, or if the folder holds a different run, is
-    in use or cannot be written. Raises NonFiniteLossError if a loss term is NaN or infinite; the student then has the
-    weights of the last good step.
+    of classes differs from that of a data set, if the two data sets have different classes, if the models lie on
+    different devices or not on `device`, or if the folder holds a different run, is in use or cannot be written. Raises
+    NonFiniteLossError if a loss term is NaN or infinite; the student then has the weights of the last good step.
     """
-    _check_arguments(distiller, config)
+    check_arguments(distiller, config)
     check_dataset(dataset, distiller.student_adapter.spec)
     group.check_joined()
     rank, count = group.rank(), processes.count()
@@ -78,26 +79,31 @@ def train(
         )
     dataset = dataset.in_memory()  # before the clock starts
     device = resolve_device(distiller.student, device)
+    check_on_device(distiller, device)
     precision = resolve_precision(config.precision, device)
     seed_step(seed, 0, rank)
     student = distiller.student
     distiller.accumulation = config.accumulation
+    distiller.calls = 0  # schedules of methods begin with this run
     if config.channels_last:
         distiller.to(memory_format=torch.channels_last)
 
     if validation is not None:
         check_dataset(validation.dataset, distiller.student_adapter.spec)
+        check_same_classes(dataset, validation.dataset)
         validation = replace(validation, dataset=validation.dataset.in_memory())
 
     with ExitStack() as stack:
         set_training = stack.enter_context(frozen(student, config))
+        check_trainable(student)  # with the parts that the config freezes
         state = RunState.begin(distiller, config, precision, device)
         keeper = Keeper()
 
         def enter() -> Checkpoint | None:
             nonlocal keeper
             assert folder is not None  # entered only then
-            keeper, found = stack.enter_context(opened(folder, state, dataset, seed, device))
+            made_of = identity(distiller, config, dataset, validation, seed, device)
+            keeper, found = stack.enter_context(opened(folder, made_of))
             return found
 
         if folder is not None and (found := group.from_first(enter)) is not None:
@@ -205,23 +211,6 @@ def train(
             notices=list(keeper.notices),
             evaluations=state.evaluations,
         )
-
-
-def _check_arguments(distiller: object, config: object) -> None:
-    if not isinstance(distiller, Distiller):
-        raise KDError(
-            f"train takes a Distiller, not a {type(distiller).__name__}: write Distiller(teacher, student, methods) "
-            "or, to train alone, Distiller(None, student)"
-        )
-    if not isinstance(config, TrainConfig):
-        raise KDError(f"config is a {type(config).__name__}; it must be a TrainConfig, as in TrainConfig(steps=1000)")
-    if not any(p.requires_grad for p in distiller.student.parameters()):
-        raise KDError(
-            "the student has nothing to train: all its parameters are frozen. Call student.requires_grad_(True)"
-        )
-    for method in distiller.methods:
-        if isinstance(method, Method) and (reason := method.schedule.why_too_long(config.steps)):
-            raise KDError(f"{type(method).__name__}: {reason}")
 
 
 def _wrapped(distiller: Distiller, config: TrainConfig, device: torch.device) -> Any:

@@ -55,6 +55,12 @@ def test_what_is_written_reads_back():
     ("old", "new", "line", "parts"),
     [
         ("seeds: 2", "sedes: 2", "sedes", ["unknown key 'sedes'", "did you mean 'seeds'", "expected_minutes"]),
+        (
+            "seeds: 2",
+            "seeds: 2\nteacher_scale: 0.7",
+            "teacher_scale",
+            ["teacher_scale is 0.7: it must be 1, 0.5 or 0.25"],
+        ),
         ("seeds: 2", "seeds: 0", "seeds", ["seeds = 0", "greater than or equal to 1"]),
         ("seeds: 2", "seeds: many", "seeds", ["seeds = 'many'", "integer"]),
         ("  image_size: 64", "  image_sise: 64", "image_sise", ["data: unknown key", "did you mean 'image_size'"]),

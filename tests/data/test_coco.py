@@ -148,6 +148,8 @@ def test_class_names_choose_classes_and_their_order(tmp_path):
     assert {a["category_id"] for a in cubes.coco()["annotations"]} == {8}
     with pytest.raises(KDError, match="has no class dog; there are ball, cube"):
         CocoDetection(tmp_path, "train", class_names=["dog"])
+    with pytest.raises(KDError, match="class_names has cube twice; name each class once"):
+        CocoDetection(tmp_path, "train", class_names=["cube", "ball", "cube"])
 
 
 def test_progress_counts_images(tmp_path):
@@ -243,6 +245,12 @@ BAD = {
     ),
     "height of zero": (changed("images.0.height", 0), r"image 7 \(7.png\): width and height must be positive", 1, 1),
     "file missing": (changed("images.0.file_name", "x.png"), r"image 7 \(x.png\): there is no file .*x\.png", 1, 1),
+    "one file twice": (
+        changed("images.1.file_name", "./7.png"),
+        r"image 9 \(./7.png\): image 7 \(7.png\) has the same file, .*; merge the two entries",
+        1,
+        2,
+    ),
     "other size": (changed("images.0.width", 41), r"image 7 \(7.png\): the file is 40x30, the JSON says 41x30", 1, 1),
     "annotation no object": (changed("annotations.0", []), r"annotations\[0\] must be an object", 2, 2),
     "unknown image": (changed("annotations.0.image_id", 5), r"annotation 1: no image has the id 5", 2, 2),

@@ -1,6 +1,7 @@
 """Which format a path holds, the cache, and the oracles: libraries that read the same files."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from kdtoolkit import KDError
-from kdtoolkit.data import PhotoDataset, batches, check_same_classes, open_dataset, photos
+from kdtoolkit.data import PhotoDataset, batches, check_same_classes, coco, open_dataset, opening, photos, voc, yolo
 from kdtoolkit.data.augment import Augmentation
 from kdtoolkit.data.opening import locate, name_of
 from tests.data import _coco, _voc, _yolo
@@ -46,6 +47,33 @@ def test_what_was_looked_for_is_said(tmp_path):
         open_dataset(tmp_path, "train")
     with pytest.raises(KDError, match="is no data set that is known"):
         open_dataset(tmp_path / "inner" / "annotations" / "train.json", "train")
+
+
+def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
+    def locate_coco(path):
+        if "locked" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return _coco_locate(path)
+
+    _coco_locate = coco.FORM.locate
+    monkeypatch.setattr(opening, "FORMS", (replace(coco.FORM, locate=locate_coco), yolo.FORM, voc.FORM))
+    (tmp_path / "locked").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "several").mkdir(exist_ok=True)
+        (tmp_path / "several" / f"{name}.yaml").write_text("train: x\nnames: [x]")
+    with pytest.raises(KDError, match=r"is no data set that is known; looked for .*\(Pascal VOC\)$"):
+        locate(tmp_path)
+    _coco.write(tmp_path / "one")
+    with pytest.raises(KDError, match=r"But .*one is one: name that"):
+        locate(tmp_path)
+    with pytest.raises(KDError, match="locked cannot be read: Permission denied"):
+        locate(tmp_path / "locked")
+    long = "x" * 300  # no system has such names; some versions of Python raise OSError
+    with pytest.raises(KDError, match=r"cannot be read|there is no file or folder"):
+        locate(tmp_path / long)
+    _yolo.write(tmp_path / "yolo", f"train: {long}\nnames: [ball, cube]")
+    with pytest.raises(KDError, match=r"cannot be read|there is no folder"):
+        open_dataset(tmp_path / "yolo", "train")
 
 
 def test_several_formats_in_one_folder_are_not_guessed_at(tmp_path):

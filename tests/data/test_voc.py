@@ -57,6 +57,15 @@ def test_the_image_has_the_name_of_the_annotation_file(tmp_path):
     assert open_dataset(tmp_path, "train").coco()["images"][0]["file_name"] == "renamed since.jpg"
 
 
+def test_an_image_has_one_annotation_file(tmp_path):
+    write(tmp_path, files={"9": xml(WHOLE, file_name="7.png")})
+    (tmp_path / "JPEGImages" / "9.png").unlink()
+    with pytest.raises(
+        KDError, match=r"Annotations/9.xml: Annotations/7.xml has the same image, .*; merge the two files"
+    ):
+        open_dataset(tmp_path, "train")
+
+
 def test_of_two_images_of_a_name_the_filename_chooses(tmp_path):
     write(tmp_path, files={"7": xml(BALL, file_name="7.bmp")})
     Image.fromarray(pixels(5)).save(tmp_path / "JPEGImages" / "7.bmp")

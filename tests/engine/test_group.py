@@ -20,7 +20,8 @@ def run(folder):
     """Train for 20 steps; batch norm keeps its statistics, for two processes have two of them."""
     torch.set_num_threads(1)
     data = ProceduralShapes(13, image_size=64, seed=0)
-    teacher, student = tiny_gfl(seed=1, num_classes=CLASSES), tiny_gfl(seed=2, num_classes=CLASSES)
+    teacher = tiny_gfl(seed=1, num_classes=CLASSES)
+    student = tiny_gfl(seed=2, num_classes=CLASSES, score_threshold=0.001)
     with torch.no_grad():
         for weight in teacher.predictors.parameters():  # as if trained: LD's term is lost in rounding if it is near 0
             weight.mul_(20)
@@ -29,7 +30,8 @@ def run(folder):
         steps=20, batch_size=4, optimizer="sgd", lr=1e-3, warmup_steps=2, frozen_statistics=("backbone",)
     )
     train(distiller, data, config, seed=0, folder=RunFolder(folder / "run"), validation=Validation(data))
-    found = evaluate(student, data, batch_size=3, together=True)
+    found, alone = (evaluate(student, data, batch_size=1, together=together) for together in (True, False))
+    assert found == alone  # each image once, whichever process it was in
     return student, {"ap": found.ap, "images": found.images, "detections": found.detections}
 
 
@@ -38,10 +40,19 @@ def work(rank, folder, meeting):
     student, found = run(folder)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     torch.save(student.state_dict(), folder / f"{rank}.pt")
-    try:
-        train(Distiller(None, student), ProceduralShapes(8), TrainConfig(steps=1, batch_size=3), seed=0)
-    except KDError as error:
-        (folder / f"{rank}.error").write_text(str(error))
+    (folder / "file").touch()
+    unwritable = RunFolder(folder / "file" / "run")
+    for name, size, where in (("batch", 3, None), ("folder", 2, unwritable)):
+        try:
+            train(
+                Distiller(None, student),
+                ProceduralShapes(8),
+                TrainConfig(steps=1, batch_size=size),
+                seed=0,
+                folder=where,
+            )
+        except KDError as error:
+            (folder / f"{rank}.{name}").write_text(str(error))
     torch.distributed.destroy_process_group()
 
 
@@ -60,11 +71,13 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert results[0] == results[1]
     assert results[0]["images"] == found["images"] == 13
+    assert results[0]["detections"] > 100
     assert results[0]["ap"] == pytest.approx(found["ap"], abs=1)
     weights = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     for rank in range(2):
-        assert "batch_size (3) must be a multiple of 2" in (tmp_path / f"{rank}.error").read_text()
+        assert "batch_size (3) must be a multiple of 2" in (tmp_path / f"{rank}.batch").read_text()
+        assert "Not a directory" in (tmp_path / f"{rank}.folder").read_text()  # the first process alone opens it
 
 
 def test_processes_that_have_not_joined_are_told_to(monkeypatch):

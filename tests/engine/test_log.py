@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,19 @@ def test_a_log_that_was_cut_is_not_filled_with_nothing(tmp_path):
     log.add({"step": 9})
     log.flush()
     assert rows(tmp_path / "log.jsonl") == [1, 9]
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_bytes(b""), Path.unlink])
+def test_a_log_that_is_emptied_or_deleted_during_a_run_goes_on(tmp_path, change):
+    log = Log(tmp_path / "log.jsonl")
+    for step in (1, 2):
+        log.add({"step": step})
+        log.flush()
+    change(tmp_path / "log.jsonl")
+    log.add({"step": 3})
+    log.flush()
+    assert rows(tmp_path / "log.jsonl") == [3]
+    assert log.position == (tmp_path / "log.jsonl").stat().st_size
 
 
 def run(path, **options):

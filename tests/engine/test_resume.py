@@ -47,7 +47,9 @@ def data():
     return ProceduralShapes(10, image_size=64, seed=0)
 
 
-def run(data, folder, *, stop=None, seed=0, methods=(CrossKD, PKD), saves=2, steps=7, evaluated=None, **changes):
+def run(
+    data, folder, *, stop=None, seed=0, methods=(CrossKD, PKD), saves=2, steps=7, evaluated=None, scale=1.0, **changes
+):
     """Train; `stop` is the step in which it is interrupted. Gives the student and the result."""
     teacher = tiny_gfl(seed=1, num_classes=CLASSES, neck_channels=8)
     student = tiny_gfl(seed=2, num_classes=CLASSES)
@@ -58,7 +60,7 @@ def run(data, folder, *, stop=None, seed=0, methods=(CrossKD, PKD), saves=2, ste
 
     student.neck.register_forward_pre_hook(interrupt)
     config = TrainConfig(**{"steps": steps, "batch_size": 4, "warmup_steps": 2, **changes})
-    distiller = Distiller(teacher, student, [method() for method in methods])
+    distiller = Distiller(teacher, student, [method() for method in methods], teacher_scale=scale)
     where = None if folder is None else RunFolder(folder, save_steps=saves)
     found = train(distiller, data, config, seed=seed, folder=where, validation=evaluated)
     return student, found
@@ -149,6 +151,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(data, tmp_pat
         assert result.notices[0] in caplog.text
 
 
+def test_damaged_checkpoints_do_not_push_out_whole_ones(data, tmp_path):
+    stopped(data, tmp_path, 7, saves=1)
+    for step in (5, 6):
+        flip(tmp_path / "checkpoints" / f"step-0000000{step}.safetensors")
+    stopped(data, tmp_path / "early", 5, saves=1)
+    for kind in ("json", "safetensors"):
+        name = f"step-00000004.{kind}"
+        (tmp_path / "checkpoints" / name).write_bytes((tmp_path / "early" / "checkpoints" / name).read_bytes())
+    stopped(data, tmp_path, 6, saves=1)  # from step 4, and saves step 5
+    assert checkpoints(tmp_path) == [f"step-0000000{n}.{end}" for n in (4, 5) for end in ("json", "safetensors")]
+
+
+def test_an_error_leaves_the_rows_of_the_log(data, tmp_path):
+    stopped(data, tmp_path, 6, saves=100)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
 def test_a_log_that_was_changed_meanwhile_is_told(data, tmp_path):
     stopped(data, tmp_path, 4)
     (tmp_path / "log.jsonl").write_text("")
@@ -167,12 +186,63 @@ def test_if_all_checkpoints_are_damaged_nothing_is_thrown_away(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"seed": 1}, "seed"), ({"lr": 1e-3}, "lr"), ({"methods": (PKD,)}, "methods"), ({"steps": 9}, "steps")],
+    [
+        ({"seed": 1}, "seed"),
+        ({"lr": 1e-3}, "lr"),
+        ({"methods": (CrossKD,)}, "methods, method_settings"),
+        ({"methods": (lambda: PKD(weight=2),)}, "method_settings"),
+        ({"methods": (lambda: PKD().scheduled(warmup=3),)}, "method_settings"),
+        ({"methods": (lambda: PKD().at_strides(8),)}, "method_settings"),
+        ({"scale": 0.5}, "teacher_scale, method_settings"),  # PKD compares different levels
+        ({"evaluated": Validation(ProceduralShapes(4, image_size=64, seed=9))}, "validation"),
+        ({"steps": 9}, "steps"),
+    ],
 )
 def test_another_run_does_not_go_on_in_its_folder(data, tmp_path, changes, named):
-    stopped(data, tmp_path, 4)
+    stopped(data, tmp_path, 4, methods=(PKD,))
+    changes = {"methods": (PKD,), **changes}
     with pytest.raises(KDError, match=rf"began with different settings \({named}\): choose another folder"):
         run(data, tmp_path, **changes)
+
+
+def test_nested_arguments_and_whole_numbers_are_compared_by_value(data, tmp_path):
+    stopped(data, tmp_path, 4, methods=(lambda: CrossKD(box_weight=2.0),))
+    with pytest.raises(KDError, match=r"different settings \(method_settings\)"):
+        run(data, tmp_path, methods=(lambda: CrossKD(box_weight=3),))
+    run(data, tmp_path, methods=(lambda: CrossKD(box_weight=2),))
+
+
+def rewrite(folder, change):
+    """Change what the checkpoints in a run's folder say that the run is made of."""
+    for path in (folder / "checkpoints").glob("*.json"):
+        described = json.loads(path.read_text())
+        facts = json.loads(described["facts"])
+        change(facts["made_of"])
+        described["facts"] = json.dumps(facts)
+        described["facts_sha256"] = hashlib.sha256(described["facts"].encode()).hexdigest()
+        path.write_text(json.dumps(described))
+
+
+def test_a_folder_of_an_earlier_version_goes_on(data, tmp_path):
+    stopped(data, tmp_path, 4)
+
+    def shorten(made_of):
+        for name in ("method_settings", "teacher_scale", "validation", "processor", "threads", "precision"):
+            del made_of[name]
+
+    rewrite(tmp_path, shorten)
+    student, result = run(data, tmp_path)
+    assert digest(student) == digest(run(data, None)[0])
+    assert result.notices == []
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(data, tmp_path):
+    stopped(data, tmp_path, 4)
+    rewrite(tmp_path, lambda made_of: made_of.update(processor="Abacus", threads=99, precision="bfloat16"))
+    _, result = run(data, tmp_path)
+    assert len(result.notices) == 3
+    for notice, began in zip(result.notices, ("processor Abacus", "threads 99", "precision bfloat16"), strict=True):
+        assert f"began with {began} and goes on with" in notice
 
 
 def test_readers_may_be_added(data, tmp_path):
@@ -216,7 +286,7 @@ def test_a_checkpoint_that_is_larger_than_may_be_written_is_told(data, tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))  # room for the log and the weights
     try:
         with pytest.raises(
-            KDError, match=r"cannot write .*checkpoints.*: File too large; there is none yet. Free space"
+            KDError, match=r"cannot write .*checkpoints.*: File too large; there is none yet. Allow larger files"
         ):
             run(data, tmp_path)
     finally:

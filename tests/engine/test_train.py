@@ -8,9 +8,8 @@ from torch import nn
 
 from kdtoolkit import Distiller, KDError, NonFiniteLossError
 from kdtoolkit.contract import Capability, Method
-from kdtoolkit.data import ProceduralShapes
-from kdtoolkit.engine.config import Validation
-from kdtoolkit.engine.train import TrainConfig, lr_factor, train
+from kdtoolkit.data import ProceduralShapes, check_same_classes
+from kdtoolkit.engine.train import TrainConfig, Validation, lr_factor, train
 from kdtoolkit.methods import FGD, PKD, CrossKD
 from tests.conftest import tiny_gfl
 
@@ -236,6 +235,48 @@ def test_a_frozen_student_is_refused(data, methods):
     distiller.student.requires_grad_(False)
     with pytest.raises(KDError, match=r"all its parameters are frozen. Call student.requires_grad_\(True\)"):
         train(distiller, data, config(), seed=0)
+
+
+def test_a_config_that_freezes_all_of_the_student_is_refused(data):
+    student = model(2)
+    frozen = tuple({name.partition(".")[0] for name, _ in student.named_parameters()})
+    with pytest.raises(KDError, match=r"all its parameters are frozen.* name fewer parts in the config's `frozen`"):
+        train(Distiller(model(1), student, [FGD()]), data, config(frozen=frozen), seed=0)
+    assert all(p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", ["the teacher", "FGD"])
+def test_models_on_different_devices_are_told_in_one_sentence(data, name):
+    distiller = Distiller(model(1), model(2), [FGD()])
+    (distiller.teacher_adapter.model if name == "the teacher" else distiller.methods[0]).to("meta")
+    told = rf"the student lies on cpu, and {name} on meta: move all of them together, distiller.to\('cpu'\)"
+    with pytest.raises(KDError, match=told):
+        train(distiller, data, config(), seed=0)
+
+
+def test_schedules_begin_with_the_run(data):
+    runs = []
+    for before in (0, 50):  # calls in a loop of the user's own
+        distiller = Distiller(model(1), model(2), [PKD().scheduled(warmup=3)])
+        distiller.set_extra_state({"step": before})
+        runs.append(train(distiller, data, config(), seed=0).history)
+    assert runs[0] == runs[1]
+
+
+class Renamed(ProceduralShapes):
+    def __init__(self, change):
+        super().__init__(8, image_size=64, seed=1)
+        self.class_names = change(self.class_names)
+
+
+def test_validation_on_different_classes_is_refused(data):
+    turned = Renamed(lambda names: names[::-1])
+    with pytest.raises(KDError, match="the same classes come in a different order"):
+        train(Distiller(None, model(2)), data, config(), seed=0, validation=Validation(turned))
+
+
+def test_class_names_may_be_a_list(data):
+    check_same_classes(data, Renamed(list))
 
 
 @pytest.mark.parametrize("schedule", [{"warmup": 5}, {"start": 2, "warmup": 3}])

@@ -18,7 +18,7 @@ from kdtoolkit.data.opening import locate
 from kdtoolkit.data.photos import SCORED_DETECTIONS
 from kdtoolkit.data.pictures import decode
 from kdtoolkit.data.records import Fault, Photo, Progress, Reading, naming
-from kdtoolkit.errors import KDError
+from kdtoolkit.errors import KDError, printable
 
 SMALL, MEDIUM = 32**2, 96**2  # square pixels: the bounds of COCO's sizes
 DECODED = 8, 8  # JPEG is decoded at an eighth of its size, which shows broken data as well
@@ -49,17 +49,22 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found: the format, each split, and sentences about what may go wrong in training."""
+    """What `check` found: the format and each split.
+
+    `refusals` are sentences about why training refuses the set, apart from faults of single files; `warnings` about
+    what may go wrong in training.
+    """
 
     path: str
     format: str
     splits: dict[str, SplitReport]
+    refusals: tuple[str, ...]
     warnings: tuple[str, ...]
 
     @property
     def is_good(self) -> bool:
         """Whether training takes the data as they are."""
-        return not any(split.faults or split.error for split in self.splits.values())
+        return not self.refusals and not any(split.faults or split.error for split in self.splits.values())
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values; `loses` says what --skip-bad leaves out for a fault."""
@@ -73,7 +78,8 @@ def check(path: Path, *, image_size: int, stride: int, queries: int, progress: P
     """Read all splits, decode all images, and report.
 
     `image_size`: the longer side that images are scaled to in training; `stride`: the finest of the detector;
-    `queries`: how many objects a DETR-like detector finds in an image. Raises KDError if the path holds no data set.
+    `queries`: how many objects a DETR-like detector finds in an image. Raises KDError if the path holds no data set,
+    or none of its splits.
     """
     form, place = locate(path)
     splits: dict[str, SplitReport] = {}
@@ -98,14 +104,14 @@ def check(path: Path, *, image_size: int, stride: int, queries: int, progress: P
         *_of_duplicates(readings),
         *(f"{split}: {remark}" for split, reading in readings.items() for remark in reading.remarks),
     ]
-    return Report(str(path), form.name, splits, tuple(warnings))
+    return Report(str(path), form.name, splits, tuple(_refusals(readings)), tuple(warnings))
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print a report for people."""
 
     def line(text: str, style: str = "") -> None:
-        console.print(Text(text, style), soft_wrap=True)
+        console.print(Text(printable(text), style), soft_wrap=True)
 
     line(f"{report.path}: {report.format}")
     readable = {name: split for name, split in report.splits.items() if not split.error}
@@ -119,6 +125,8 @@ def print_report(report: Report, console: Console) -> None:
             line(f"{name}: cannot be read: {split.error}", "red")
         for fault in split.faults:
             line(f"{name}: {fault.text}", "red")
+    for refusal in report.refusals:
+        line(f"training refuses this: {refusal}", "red")
     lost = Counter(fault.loses for split in report.splits.values() for fault in split.faults)
     if lost:
         line(
@@ -174,18 +182,30 @@ def _of_splits(splits: dict[str, SplitReport]) -> Iterator[str]:
             yield f"there is no split {needed}; `kd benchmark run` needs train and val"
 
 
-def _of_classes(readings: dict[str, Reading]) -> Iterator[str]:
-    names = {split: [category.name for category in reading.categories] for split, reading in readings.items()}
+def _refusals(readings: dict[str, Reading]) -> Iterator[str]:
+    names = {split: _class_names(reading) for split, reading in readings.items()}
     first = next(iter(names), "")
-    for split in names:
+    for split, reading in readings.items():
         if names[split] != names[first]:
             yield (
                 f"the classes of {first} and {split} differ: {', '.join(names[first])}; {', '.join(names[split])}. "
-                "Training refuses that"
+                "Give all splits the same ones, in the same order"
             )
+        if all(box.crowd for photo in reading.photos for box in photo.boxes):
+            yield (
+                f"{split} has no usable box, so nothing can be trained or scored on it. Add boxes, or move images with "
+                "boxes into it"
+            )
+
+
+def _class_names(reading: Reading) -> list[str]:
+    return [category.name for category in reading.categories]
+
+
+def _of_classes(readings: dict[str, Reading]) -> Iterator[str]:
     for split, reading in readings.items():
         there = {box.label for photo in reading.photos for box in photo.boxes if not box.crowd}
-        if missing := [name for label, name in enumerate(names[split]) if label not in there]:
+        if missing := [name for label, name in enumerate(_class_names(reading)) if label not in there]:
             what = "cannot be learnt" if split == "train" else "gets no AP"
             yield f"{split}: no box of {', '.join(missing)}: what has no box {what}"
 

@@ -15,6 +15,7 @@ import yaml
 
 from kdtoolkit.data.opening import locate
 from kdtoolkit.data.records import ENDINGS, Box, Photo, Progress, Reading, settle, shown
+from kdtoolkit.data.yolo import label_file
 from kdtoolkit.errors import KDError
 
 Write = Callable[[Path, dict[str, Reading], dict[str, dict[int, str]]], None]
@@ -46,8 +47,6 @@ def convert(
         raise KDError(f"{target} is there already; name a new folder")
     form, place = locate(source)
     readings = {split: form.read(place, split, progress) for split in form.splits(place)}
-    if not readings:
-        raise KDError(f"{source} has none of the splits train, val and test")
     for reading in readings.values():
         settle(reading.faults, reading.source, on_bad)
     classes = {tuple(category.name for category in reading.categories) for reading in readings.values()}
@@ -93,7 +92,8 @@ def _names(readings: dict[str, Reading], to: str) -> dict[str, dict[int, str]]:
     """The name of each photo in the new data set, by split and place.
 
     Splits share a folder in COCO's and VOC's format. If they have different images of one name there, all names begin
-    with the split. Raises KDError if names cannot be told apart, or readers of the new format would not find them.
+    with the split. Raises KDError if two images of a split would have one name or one file of annotations, or if
+    readers of the new format would not find an image.
     """
 
     def key(name: str) -> str:
@@ -106,7 +106,7 @@ def _names(readings: dict[str, Reading], to: str) -> dict[str, dict[int, str]]:
     taken: dict[str, Path] = {}
     collide = False
     for split, reading in readings.items():
-        within: dict[str, str] = {}
+        within: dict[str, Photo] = {}
         for index, photo in enumerate(reading.photos):
             name = names[split][index]
             if to != "coco" and (PurePosixPath(name).suffix.lower() not in ENDINGS or name != name.strip()):
@@ -114,11 +114,15 @@ def _names(readings: dict[str, Reading], to: str) -> dict[str, dict[int, str]]:
                     f"{photo}: readers of {to.upper()} look for images by their endings, {', '.join(ENDINGS)}; rename "
                     f"{shown(name)}, or store it in a different form"
                 )
-            if (other := within.setdefault(key(name), name)) != name:
-                raise KDError(f"{other} and {name} would share their annotations; rename one of them")
-            first = taken.setdefault(key(name), photo.path)
-            collide |= first != photo.path and not filecmp.cmp(first, photo.path, shallow=False)
-    if collide and to != "yolo":
+            if (other := within.setdefault(key(name), photo)) is not photo:
+                raise KDError(
+                    f"{reading.source}: {other} and {photo} would both be {key(name)} in the new data set, and share "
+                    "their annotations; rename one of the files"
+                )
+            if to != "yolo":
+                first = taken.setdefault(key(name), photo.path)
+                collide |= first != photo.path and not filecmp.cmp(first, photo.path, shallow=False)
+    if collide:
         return {split: {i: f"{split}/{name}" for i, name in found.items()} for split, found in names.items()}
     return names
 
@@ -161,9 +165,10 @@ def _write_yolo(root: Path, readings: dict[str, Reading], names: dict[str, dict[
     for split, reading in readings.items():
         for index, photo in enumerate(reading.photos):
             name = names[split][index]
-            _copy(photo, root / "images" / split / name)
+            path = root / "images" / split / name
+            _copy(photo, path)
             lines = [_yolo_line(box, photo) for box in photo.boxes if not box.crowd]
-            _write_text((root / "labels" / split / name).with_suffix(".txt"), "".join(lines))
+            _write_text(label_file(path), "".join(lines))
     classes = next(iter(readings.values())).categories
     # Without `path`: Ultralytics would take a relative one as relative to where it is started.
     described: dict[str, Any] = {split: f"images/{split}" for split in readings}

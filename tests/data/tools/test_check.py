@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 
 from kdtoolkit import KDError
+from kdtoolkit.data import open_dataset
 from kdtoolkit.data.tools.check import check, print_report
 from tests.data import _coco, _voc, _yolo
 
@@ -96,9 +97,37 @@ def test_classes_without_a_box(tmp_path):
     assert "val: no box of cube, dice: what has no box gets no AP" in text
     doc["categories"][0]["name"] = "die"
     _coco.write(tmp_path, doc, "val")
-    assert "the classes of train and val differ: ball, cube, dice; ball, die, dice. Training refuses" in warnings(
-        tmp_path
+    report = run(tmp_path)
+    assert not report.is_good
+    assert report.refusals == report.to_json()["refusals"]
+    text = printed(report)
+    assert "training refuses this: the classes of train and val differ: ball, cube, dice; ball, die, dice. Give" in text
+    assert "No faults." not in text
+
+
+def test_a_split_without_a_box_is_refused(tmp_path):
+    val = _coco.document()
+    val["annotations"] = [val["annotations"][1]]  # a crowd
+    _coco.write(distinct(tmp_path), val, "val")
+    report = run(tmp_path)
+    assert not report.is_good
+    assert "training refuses this: val has no usable box" in printed(report)
+    with pytest.raises(KDError, match="nothing can be trained or scored on it"):
+        open_dataset(tmp_path, "val")
+
+
+def test_a_set_without_splits_is_refused(tmp_path):
+    (_coco.write(tmp_path / "c") / "annotations" / "train.json").rename(
+        tmp_path / "c" / "annotations" / "instances_train2017.json"
     )
+    with pytest.raises(
+        KDError, match=r"no file .*train.json \(but instances_train2017.json\)\. Expected .* and val.json"
+    ):
+        run(tmp_path / "c")
+    (_voc.write(tmp_path / "v") / "ImageSets" / "Main" / "val.txt").unlink()
+    (tmp_path / "v" / "ImageSets" / "Main" / "train.txt").rename(tmp_path / "v" / "ImageSets" / "Main" / "all.txt")
+    with pytest.raises(KDError, match=r"no file .*train.txt\. Expected .* and val.txt"):
+        run(tmp_path / "v")
 
 
 def test_more_objects_than_detections_or_queries(tmp_path):
@@ -143,6 +172,17 @@ def test_what_is_odd_but_read(tmp_path):
     text = warnings(_coco.write(tmp_path / "c", doc))
     assert "train: 1 segmentations are not used" in text
     assert "there is no split val; `kd benchmark run` needs train and val" in text
+
+
+def test_names_cannot_command_the_terminal(tmp_path):
+    labels = _yolo.write(tmp_path / "y") / "labels" / "train"
+    (labels / "\x1b[31mX.txt").write_text("")
+    text = printed(run(tmp_path / "y"))
+    assert r"the first is labels/train/\x1b[31mX.txt" in text
+    _yolo.write(tmp_path / "z", 'path: "/nope\\e[31mX"\ntrain: none\nnames: [ball, cube]\n')
+    text += printed(run(tmp_path / "z"))
+    assert r"(path, /nope\x1b[31mX, is no folder" in text
+    assert "\x1b" not in text
 
 
 def test_names_are_no_markup(tmp_path):

@@ -216,6 +216,37 @@ def test_images_of_one_name_in_two_splits(tmp_path):
     assert (tmp_path / "coco" / "images" / "train" / "7.png").exists()
 
 
+def test_names_with_two_endings(tmp_path):
+    doc = _coco.document()
+    doc["images"][0]["file_name"] = "9.png.jpg"
+    root = _coco.write(tmp_path / "coco", doc)
+    (root / "images" / "7.png").rename(root / "images" / "9.png.jpg")
+    run(root, tmp_path / "voc", "voc")
+    assert samples(tmp_path / "voc", "train") == samples(root, "train")
+    assert set(samples(tmp_path / "voc", "train")[1]) == {"9.png", "9.png.jpg"}
+
+
+def test_folders_called_images_in_names(tmp_path):
+    yaml = "train: [images/a, images/b]\nval: images/a\nnames: [ball, cube]"
+    root = _yolo.write(_yolo.write(tmp_path / "source", yaml, images="images/a"), yaml, images="images/b")
+    run(root, tmp_path / "coco", "coco")
+    run(tmp_path / "coco", tmp_path / "yolo", "yolo")
+    classes, found = samples(root, "train")
+    assert samples(tmp_path / "yolo", "train") == (classes, found)
+    assert set(found) == {f"images/{folder}/{number}.png" for folder in "ab" for number in (7, 9)}
+    assert all(boxes for _, _, boxes in found.values())
+
+
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc"])
+def test_two_images_of_one_name_in_a_split(tmp_path, to):
+    root = _yolo.write(tmp_path / "source", _yolo.YAML.replace("train: images/train", "train: list.txt"))
+    (root / "7.png").write_bytes((root / "images" / "train" / "9.png").read_bytes())
+    (root / "images" / "7.png").write_bytes((root / "images" / "train" / "7.png").read_bytes())
+    (root / "list.txt").write_text("images/7.png\n7.png\nimages/train/9.png\n")
+    with pytest.raises(KDError, match=r"image images/7.png and image 7.png would both be 7(.png)? in the new data set"):
+        run(root, tmp_path / "out", to)
+
+
 def test_what_cannot_be_converted(tmp_path, caplog):
     source = _coco.write(tmp_path / "coco")
     with pytest.raises(KDError, match="coco is there already; name a new folder"):
@@ -230,7 +261,9 @@ def test_what_cannot_be_converted(tmp_path, caplog):
     doc["images"][0]["file_name"] = "9.jpg"
     (source / "images" / "9.jpg").write_bytes((source / "images" / "7.png").read_bytes())
     _coco.write(source, doc)
-    with pytest.raises(KDError, match=r"9.jpg and 9.png would share their annotations; rename one"):
+    with pytest.raises(
+        KDError, match=r"\(9.jpg\) and image 9 \(9.png\) would both be 9 in the new data set, and share"
+    ):
         run(source, tmp_path / "out", "voc")
     doc["images"][0]["file_name"] = "9.gif"
     (source / "images" / "9.gif").write_bytes((source / "images" / "7.png").read_bytes())
