@@ -127,6 +127,21 @@ def test_what_is_done_is_not_run_again(finished, monkeypatch):
     assert outcome.failures == {}
 
 
+def test_a_run_folder_that_a_killed_run_left_beside_its_result_is_deleted(finished, tmp_path):
+    root = shutil.copytree(finished.parent, tmp_path / "runs") / finished.name
+    suite = tiny()
+    plan = Plan(suite, Store(root), load_data(suite.data), device="cpu", threads=max(1, cores() // 2))
+    _, stretch = plan.stretch()
+    left = [plan.teacher_task(), plan.cell("PKD", 1), plan.cell(EQUAL_TIME, 0, stretch)]
+    before = dates(root)
+    for task in left:
+        (task.run_folder / "checkpoints").mkdir(parents=True)
+        outcome, text = run(suite, root)
+        assert outcome.failures == {}
+        assert not task.run_folder.exists(), text
+    assert dates(root) == before
+
+
 def test_the_first_lines_say_what_will_be_done_and_how_long_it_takes(tmp_path):
     suite = tiny(("train: {steps: 3,", "train: {steps: 40, precision: auto,"), ("seeds: 2", "seeds: 1"))
     suite = change(suite, student={**suite.student.model_dump(), "train": {"steps": 40, "batch_size": 2}})
@@ -293,21 +308,6 @@ def test_a_run_waits_for_a_teacher_that_another_run_trains_and_does_not_delete_i
     assert "finished  PKD, seed 0" in text
     assert teacher.result.stat().st_mtime_ns == date
     assert not teacher.run_folder.exists()
-
-
-def test_a_run_folder_that_a_killed_run_left_beside_its_result_is_deleted(finished, tmp_path):
-    root = shutil.copytree(finished.parent, tmp_path / "runs") / finished.name
-    suite = tiny()
-    plan = Plan(suite, Store(root), load_data(suite.data), device="cpu", threads=max(1, cores() // 2))
-    _, stretch = plan.stretch()
-    left = [plan.teacher_task(), plan.cell("PKD", 1), plan.cell(EQUAL_TIME, 0, stretch)]
-    before = dates(root)
-    for task in left:
-        (task.run_folder / "checkpoints").mkdir(parents=True)
-        outcome, text = run(suite, root)
-        assert outcome.failures == {}
-        assert not task.run_folder.exists(), text
-    assert dates(root) == before
 
 
 def test_a_disk_that_takes_no_cells_ends_the_run_with_one_error(tmp_path):
