@@ -206,8 +206,7 @@ class LwDetrAdapter(SelectingAdapter):
 class RfDetrAdapter(LwDetrAdapter):
     """Adapter of RfDetrForObjectDetection: as LW-DETR, on DINOv2 and with one level.
 
-    Canvases are square, because the library's windows take the height for the width and mix up the rows of other
-    canvases.
+    Canvases are square: on any other canvas the library's windows confuse height and width, and mix up rows.
     """
 
     processor: ClassVar[type[Any]] = RfDetrImageProcessor
