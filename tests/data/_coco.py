@@ -5,6 +5,8 @@ import json
 import numpy as np
 from PIL import Image
 
+from kdtoolkit.data import open_dataset
+
 
 def document():
     """Two images of 40x30; a ball and a crowd of cubes in the first, a cube in the second."""
@@ -32,3 +34,16 @@ def write(root, doc=None, split="train"):
 
 def pixels(seed):
     return np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+
+
+def expect_samples_of_coco(data, folder):
+    """The data set `data` holds what `write` puts into a folder, image by image; returns that one opened."""
+    same = open_dataset(write(folder), "train")
+    assert data.class_names == same.class_names == ("ball", "cube")
+    for i in range(2):
+        (image, sample), (other, expected) = data[i], same[i]
+        assert np.array_equal(image.numpy(), other.numpy())
+        assert sample["original_size"] == expected["original_size"]
+        assert sample["boxes"].tolist() == expected["boxes"].tolist()
+        assert sample["labels"].tolist() == expected["labels"].tolist()
+    return same
