@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
+from urllib.parse import parse_qsl
 
+import yaml
 from pydantic import Field, ValidationError, model_serializer, model_validator
 
 from kdtoolkit.contract import Method
@@ -34,7 +36,7 @@ class _Extras(Section):
 
 
 class MethodUse(Section):
-    """A method with its arguments. In YAML it is `CrossKD` or, with arguments, `{FGD: {foreground_weight: 0.001}}`.
+    """A method with its arguments: `CrossKD` or, with arguments, `PKD?weight=6` or `{PKD: {weight: 6}}`.
 
     Published settings for certain detectors have their own names, such as `CrossKD.for_fcos`. All methods also take
     `warmup`, `decay` and `stop`, in steps, and `strides`, the levels that the method is applied to.
@@ -46,6 +48,8 @@ class MethodUse(Section):
     @model_validator(mode="before")
     @classmethod
     def _read(cls, value: Any) -> dict[str, Any]:
+        if isinstance(value, str) and "?" in value:
+            value = _from_words(value)
         name, args = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
         if not isinstance(name, str) or not isinstance(args, dict):
             raise ValueError("write a method as `CrossKD` or, with arguments, as `{FGD: {foreground_weight: 0.001}}`")
@@ -77,6 +81,11 @@ class MethodUse(Section):
     def _write(self) -> str | dict[str, Any]:
         return {self.name: self.args} if self.args else self.name
 
+    def __str__(self) -> str:
+        """As the command line takes it: `PKD?weight=6`."""
+        args = [f"{name}={_word(value)}" for name, value in self.args.items()]
+        return f"{self.name}?{'&'.join(args)}" if args else self.name
+
     @property
     def method(self) -> type[Method]:
         """The method's class."""
@@ -99,6 +108,23 @@ def _split(args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split arguments into the method's own and the fields of `_Extras`."""
     extras = {name: args[name] for name in _Extras.model_fields if name in args}
     return {name: value for name, value in args.items() if name not in extras}, extras
+
+
+def _from_words(words: str) -> dict[str, dict[str, Any]]:
+    """`{PKD: {weight: 6}}` from `PKD?weight=6`. Raises ValueError."""
+    name, _, query = words.partition("?")
+    try:
+        return {name: {key: yaml.safe_load(value) for key, value in parse_qsl(query, strict_parsing=True)}}
+    except (ValueError, yaml.YAMLError):
+        raise ValueError(f"method '{words}': write arguments as {name}?name=value&name=value") from None
+
+
+def _word(value: Any) -> str:
+    """A value as YAML, on one line."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n").strip()
 
 
 def _number(value: Any) -> Any:

@@ -25,3 +25,16 @@ def test_methods_take_a_schedule_and_levels():
     for wrong, part in (({"CrossKD": {"strides": [8]}}, "compares whole heads"), ({"PKD": {"decay": 5}}, "needs stop")):
         with pytest.raises(ValidationError, match=part):
             MethodUse.model_validate(wrong)
+
+
+def test_arguments_may_follow_a_question_mark():
+    use = MethodUse.model_validate("PKD?weight=2&strides=[8, 16]")
+    assert use == MethodUse.model_validate({"PKD": {"weight": 2, "strides": [8, 16]}})
+    assert MethodUse.model_validate(str(use)) == use
+    for wrong, part in (
+        ("PKD?weight", "write arguments as PKD?name=value"),
+        ("PKD?wieght=2", "did you mean 'weight'?"),
+        ("PDK?weight=2", "did you mean 'PKD'?"),
+    ):
+        with pytest.raises(ValidationError, match=part.replace("?", r"\?")):
+            MethodUse.model_validate(wrong)
