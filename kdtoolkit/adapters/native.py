@@ -8,6 +8,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdtoolkit.build import construct
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -25,7 +26,6 @@ from kdtoolkit.contract import (
 from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
 from kdtoolkit.detectors.dense import DenseDetector
 from kdtoolkit.errors import KDError
-from kdtoolkit.models import construct
 from kdtoolkit.options import did_you_mean
 
 
@@ -142,3 +142,12 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
         known = ", ".join(f"kdtoolkit/{model}" for model in _MODELS)
         raise KDError(f"unknown model 'kdtoolkit/{name}'{did_you_mean(name, _MODELS)}: write one of {known}")
     return construct(_MODELS[name], f"kdtoolkit/{name}", num_classes, args)
+
+
+def open_published(name: str, args: Mapping[str, object], weights: str | None) -> None:
+    """Raise KDError if `weights` are asked for by name: kdtoolkit publishes none."""
+    if weights is not None:
+        raise KDError(
+            f"kdtoolkit publishes no weights {weights!r} of {name}: name a file, or take ImageNet weights of the "
+            f"backbone with kdtoolkit/{name}?pretrained=true"
+        )
