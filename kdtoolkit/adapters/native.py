@@ -12,6 +12,7 @@ from kdtoolkit.build import construct
 from kdtoolkit.contract import (
     Assignment,
     Batch,
+    ClassRows,
     Detections,
     DetectorAdapter,
     DetectorSpec,
@@ -75,6 +76,11 @@ class DenseAdapter(DetectorAdapter):
     def assigner(self) -> object:
         """The settings of the detector's assigner."""
         return self.model.assigner
+
+    @property
+    def class_layers(self) -> Mapping[str, ClassRows]:
+        """The predictor of classes, for each prior of a cell."""
+        return {"predictors.cls": ClassRows()}
 
     def prepare(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None

@@ -44,6 +44,7 @@ from kdtoolkit.canvas import Layout, lay_out
 from kdtoolkit.contract import (
     Assignment,
     Batch,
+    ClassRows,
     Detections,
     DetectorAdapter,
     DetectorSpec,
@@ -144,6 +145,22 @@ class UltralyticsAdapter(DetectorAdapter):
             stages=stages,
             bins=tuple(map(float, range(bins))),
         )
+
+    @property
+    def backbone(self) -> tuple[str, ...]:
+        """The first layers, as many as the model's configuration calls its backbone."""
+        return tuple(f"model.{i}" for i in range(len(self.model.yaml["backbone"])))
+
+    @property
+    def class_layers(self) -> Mapping[str, ClassRows]:
+        """The predictors of classes on each level."""
+        head = f"model.{len(self.model.model) - 1}"
+        towers = {name: getattr(self._head, name, None) or () for name in ("cv3", "one2one_cv3")}
+        return {
+            f"{head}.{name}.{i}.{len(tower) - 1}": ClassRows()
+            for name, levels in towers.items()
+            for i, tower in enumerate(levels)
+        }
 
     def prepare(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None

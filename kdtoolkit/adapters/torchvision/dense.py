@@ -20,7 +20,7 @@ from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, fla
 from kdtoolkit.adapters.torchvision.models import CoarserLevels
 from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.boxes import centres
-from kdtoolkit.contract import Assignment, Batch, Detections, HeadTrace, Predictions, PriorKind, Priors
+from kdtoolkit.contract import Assignment, Batch, ClassRows, Detections, HeadTrace, Predictions, PriorKind, Priors
 from kdtoolkit.detectors.precision import without_narrow_bfloat16
 
 
@@ -38,6 +38,11 @@ class TwoTowersAdapter(GridAdapter):
     @property
     def _num_classes(self) -> int:
         return int(self.model.head.classification_head.num_classes)
+
+    @property
+    def class_layers(self) -> Mapping[str, ClassRows]:
+        """The predictor of classes, for each anchor of a cell."""
+        return {"head.classification_head.cls_logits": ClassRows()}
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Run backbone and pyramid."""

@@ -24,6 +24,7 @@ from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.contract import (
     Assignment,
     Batch,
+    ClassRows,
     Detections,
     DetectorSpec,
     HeadTrace,
@@ -209,6 +210,17 @@ class FasterRCNNAdapter(TorchvisionAdapter):
     def assigner(self) -> object:
         """What the assignment depends on: the matcher's thresholds."""
         return "torchvision RoI heads", thresholds(self.model.roi_heads.proposal_matcher)
+
+    @property
+    def class_layers(self) -> Mapping[str, ClassRows]:
+        """The predictors of classes, of their boxes and of their masks; background is first."""
+        layers = {
+            "roi_heads.box_predictor.cls_score": ClassRows(before=1),
+            "roi_heads.box_predictor.bbox_pred": ClassRows(before=1, inner=4),
+        }
+        if self.model.roi_heads.has_mask():
+            layers["roi_heads.mask_predictor.mask_fcn_logits"] = ClassRows(before=1)
+        return layers
 
     @property
     def first_stage(self) -> RPNAdapter:

@@ -27,6 +27,7 @@ from kdtoolkit.canvas import Layout, check_images, lay_out
 from kdtoolkit.contract import (
     Assignment,
     Batch,
+    ClassRows,
     Detections,
     DetectorAdapter,
     DetectorSpec,
@@ -41,6 +42,8 @@ from kdtoolkit.contract import (
 from kdtoolkit.errors import KDError
 
 BRANCH = "decoder"
+# The library's names of what predicts classes.
+_CLASS_LAYERS = ("class_labels_classifier", "class_embed", "enc_score_head", "enc_out_class_embed")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -117,6 +120,24 @@ class TransformersAdapter(DetectorAdapter):
     def matches(cls, model: nn.Module) -> bool:
         """Whether `model` is of the class that this adapter is for."""
         return isinstance(model, cls.kind)
+
+    @property
+    def backbone(self) -> tuple[str, ...]:
+        """The backbone; in RF-DETR and LW-DETR without the projector, in DEIMv2 with it."""
+        return ("model.backbone", "model.conv_encoder")
+
+    @property
+    def class_layers(self) -> Mapping[str, ClassRows]:
+        """The predictors of classes, of decoder and encoder, and the embedding of classes for denoising."""
+        background = ClassRows(after=int(self.activation == "softmax"))
+        found = {}
+        for name, module in self.model.named_modules():
+            last = name.removesuffix(f".{name.rpartition('.')[2]}") if name.rpartition(".")[2].isdigit() else name
+            if last.rpartition(".")[2] in _CLASS_LAYERS and not isinstance(module, nn.ModuleList):
+                found[name] = background
+            elif last.rpartition(".")[2] == "denoising_class_embed":
+                found[name] = ClassRows(after=1)  # the last row pads
+        return found
 
     def default_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The mean and std that published models of this kind need."""
