@@ -13,6 +13,9 @@ __all__ = [
     "NonFiniteLossError",
     "adapt",
     "distill",
+    "evaluate",
+    "predict",
+    "pseudo_label",
     "train",
 ]
 
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from kdtoolkit.distiller import Distiller, Losses
     from kdtoolkit.libraries import adapt
     from kdtoolkit.workflow.calls import distill, train
+    from kdtoolkit.workflow.evaluate import evaluate
+    from kdtoolkit.workflow.predict import predict
+    from kdtoolkit.workflow.pseudo_label import pseudo_label
 else:
     # Imported at their first use, because they import torch, which takes seconds and which `kd --help` does not need.
     _LATE = {
@@ -30,6 +36,9 @@ else:
         "adapt": "kdtoolkit.libraries",
         "distill": "kdtoolkit.workflow.calls",
         "train": "kdtoolkit.workflow.calls",
+        "evaluate": "kdtoolkit.workflow.evaluate",
+        "predict": "kdtoolkit.workflow.predict",
+        "pseudo_label": "kdtoolkit.workflow.pseudo_label",
     }
 
     def __getattr__(name: str) -> object:

@@ -75,6 +75,26 @@ def with_arguments(path: str, args: Mapping[str, object]) -> str:
     return "?".join([path, *(["&".join(f"{key}={_written(value)}" for key, value in args.items())] if args else [])])
 
 
+_WEIGHTS = ("pretrained", "weights", "weights_backbone")  # arguments by which libraries load weights
+
+
+def backbone_weights(name: str) -> str:
+    """Where the weights of a detector's backbone come from, as the name's arguments say; empty if they are random."""
+    _, args = split_name(name)
+    source = args.get("pretrained") or args.get("weights_backbone")
+    if library_of_name(name) is None or not source:
+        return ""
+    return f"only those of the backbone: {'ImageNet' if source is True else source}"
+
+
+def architecture(name: str) -> str:
+    """A model's name without the arguments that load weights, which a saved detector has itself."""
+    path, args = split_name(name)
+    if library_of_name(name) is not None:
+        args = {key: value for key, value in args.items() if key not in _WEIGHTS}
+    return with_arguments(path, args)
+
+
 def _written(value: object) -> str:
     """The value as YAML on one line, with the characters escaped that separate arguments."""
     text = value if isinstance(value, str) and yaml.safe_load(value) == value else json.dumps(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -23,7 +23,7 @@ class Detector:
         image_size: the longest side of the images that it was trained on, in pixels; None if nobody knows it.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     name: str
     class_names: tuple[str, ...] | None
     weights: str = ""

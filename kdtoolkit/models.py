@@ -17,7 +17,15 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdtoolkit.build import build_model, is_code, library_module, split_name, with_arguments
+from kdtoolkit.build import (
+    architecture,
+    backbone_weights,
+    build_model,
+    is_code,
+    library_module,
+    split_name,
+    with_arguments,
+)
 from kdtoolkit.detector import Detector, Opened, SavedDetector
 from kdtoolkit.errors import KDError
 from kdtoolkit.files import write_atomic
@@ -72,11 +80,13 @@ def open_detector(
     if opened is not None:
         return _with_classes(opened, names, count)
     if count is None:
+        build_model(str(name), 1, args)  # a wrong name is the first thing to tell
         raise KDError(
             f"model {str(name)!r} has random weights, so its classes are not known: give class_names or num_classes, "
             "or name its weights"
         )
-    return Detector(build_model(str(name), count, args), with_arguments(*split_name(str(name), args)), names)
+    full = with_arguments(*split_name(str(name), args))
+    return Detector(build_model(full, count), full, names, backbone_weights(full))
 
 
 def save_detector(detector: Detector, folder: str | Path, *, card: str | None = None) -> SavedDetector:
@@ -96,7 +106,7 @@ def save_detector(detector: Detector, folder: str | Path, *, card: str | None = 
         folder.mkdir(parents=True, exist_ok=True)
         file, how_to_open = save(detector, folder)
         about = {
-            "detector": detector.name,
+            "detector": architecture(detector.name),
             "file": file,
             "classes": None if detector.class_names is None else list(detector.class_names),
             "weights": detector.weights,

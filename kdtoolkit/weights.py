@@ -157,7 +157,10 @@ def aligned(model: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[
     return _unwrapped(state, source, own.__contains__, kind)
 
 
-def fitted(model: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+_ADVICE = "Build the model with the class count and the sizes that the weights were trained with"
+
+
+def fitted(model: nn.Module, state: Mapping[str, Tensor], source: str, advice: str = _ADVICE) -> dict[str, Tensor]:
     """Check that a state dict with the names of `model` fits it, and return it with the counters of all batch norms.
 
     Raises KDError that names what is missing, unknown or of a different shape.
@@ -187,10 +190,7 @@ def fitted(model: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[s
     }
     counts = {"missing": len(missing), "unknown": len(unknown), "of a different shape": len(misshapen)}
     found = "; ".join(f"{counts[problem]} {problem}: {names}" for problem, names in problems.items() if names)
-    raise KDError(
-        f"the weights of {source} do not fit {kind}: {found}. Build the model with the class count and the sizes that "
-        "the weights were trained with"
-    )
+    raise KDError(f"the weights of {source} do not fit {kind}: {found}. {advice}")
 
 
 def _unwrapped(state: Mapping[str, Tensor], source: str, known: Callable[[str], bool], kind: str) -> dict[str, Tensor]:

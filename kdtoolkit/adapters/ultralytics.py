@@ -13,7 +13,8 @@ one. The copy is trained on features that are cut off from the graph. States and
 towers, because these are dense, and gradient flows through them into the neck. `task_losses` has the losses of both.
 `detections` uses the towers that the library would use: the model's `end2end` says which (in 8.4.190 the first ones,
 with NMS, unless the user asks for the copy). During training the library shifts weight from the first towers to the
-copy, epoch by epoch. An adapter knows no epoch, so the weights stay at the library's first values, 0.8 and 0.2.
+copy, epoch by epoch. In the library's own trainer the model has a `criterion`, which knows the weights of the epoch. An
+adapter knows no epoch. So without that trainer the weights stay at the library's first values, 0.8 and 0.2.
 """
 
 from __future__ import annotations
@@ -257,8 +258,13 @@ class UltralyticsAdapter(DetectorAdapter):
             parameters=model.parameters,
             class_weights=getattr(model, "class_weights", None),
         )
-        criterion: Any = _loss.E2ELoss(settings) if double else _loss.v8DetectionLoss(settings)
-        return criterion, criterion.one2many if double else criterion
+        if not double:
+            criterion: Any = _loss.v8DetectionLoss(settings)
+            return criterion, criterion
+        criterion = _loss.E2ELoss(settings)
+        if (trained := getattr(model, "criterion", None)) is not None:
+            criterion.o2m, criterion.o2o = trained.o2m, trained.o2o
+        return criterion, criterion.one2many
 
     def _criticise(
         self, predictions: Predictions, one_to_one: Predictions | None, batch: Batch

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdtoolkit.cli import benchmark, data, models, runs
+from kdtoolkit.cli import benchmark, data, detect, models, runs
 from kdtoolkit.cli._common import examples, help_alone
 from kdtoolkit.errors import KDError, printable
 
@@ -36,6 +36,21 @@ app.command(
         "kd distill runs/distill-birds/run.yaml --seed 1 --out runs/distill-birds-1",
     ),
 )(runs.distill_command())
+app.command(
+    "eval",
+    epilog=examples(
+        "kd eval runs/distill-birds --data birds",
+        "kd eval torchvision/fcos_resnet50_fpn --weights COCO_V1 --data birds --class-map owl=bird --json",
+    ),
+)(detect.evaluate)
+app.command(
+    "predict",
+    epilog=examples("kd predict runs/distill-birds photos", "kd predict best.pt photo.jpg --out seen --score 0.5"),
+)(detect.predict)
+app.command(
+    "pseudo-label",
+    epilog=examples("kd pseudo-label runs/train-birds more_photos --data birds --out birds_more"),
+)(detect.pseudo_label)
 app.add_typer(benchmark.app, name="benchmark")
 app.add_typer(data.app, name="data")
 app.command("methods", epilog=examples("kd methods", "kd methods CrossKD"))(models.methods)

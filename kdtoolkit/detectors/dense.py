@@ -84,7 +84,8 @@ class DenseDetector(nn.Module, ABC):
         num_classes: without background.
         backbone: name of a timm model with feature levels of strides 8, 16 and 32.
         backbone_args: further arguments of timm.create_model.
-        pretrained: load timm's ImageNet weights (downloads them).
+        pretrained: True loads timm's ImageNet weights of the backbone, and downloads them the first time. A path loads
+            them from a file.
         strides: of the pyramid's levels: 8, 16, 32, and any number of coarser ones, each twice the one before.
         neck_channels: of the pyramid's levels.
         head_channels: of the towers.
@@ -125,7 +126,7 @@ class DenseDetector(nn.Module, ABC):
         *,
         backbone: str = "resnet50",
         backbone_args: Mapping[str, object] | None = None,
-        pretrained: bool = False,
+        pretrained: bool | str = False,
         strides: Sequence[int] = (8, 16, 32, 64, 128),
         neck_channels: int = 256,
         head_channels: int = 256,

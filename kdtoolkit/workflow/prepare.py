@@ -130,7 +130,7 @@ def prepare(
     else:
         steps = defaults.steps_of(schedule.value, about.images, int(batch.value))
     lr = Choice(options.lr, _CHOSEN_BY_USER) if options.lr else defaults.learning_rate(about, int(batch.value))
-    further = _further(options, about, steps)
+    further = _further(options, about, steps, int(batch.value))
     config = TrainConfig(
         steps=steps, batch_size=batch.value, lr=lr.value, **{name: choice.value for name, choice in further.items()}
     )
@@ -377,9 +377,10 @@ def _schedule(options: RunOptions, about: Situation) -> Choice:
     return defaults.epochs(about)
 
 
-def _further(options: RunOptions, about: Situation, steps: int) -> dict[str, Choice]:
+def _further(options: RunOptions, about: Situation, steps: int, batch: int) -> dict[str, Choice]:
     """The further options of training: the user's, and for the rest what suits."""
-    chosen = defaults.training(about, steps)
+    epochs = steps * batch / about.images
+    chosen = defaults.training(about, steps, epochs)
     for name, value in options.train.items():
         if isinstance(value, Mapping) and name in chosen and isinstance(chosen[name].value, Mapping):
             value = {**chosen[name].value, **value}

@@ -92,7 +92,7 @@ def test_a_run_of_different_options_is_refused(distilled, teacher, shapes):
         ) as error:
             distil(teacher, shapes, distilled.folder, **changes)
         assert part in str(error.value)
-    with pytest.raises(KDError, match="holds a run of `kd distill`"):
+    with pytest.raises(KDError, match="is of `kd distill`, not of `kd train`"):
         kdtoolkit.train(TINY, shapes, out=distilled.folder)
 
 

@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from kdtoolkit.adapters.torchvision.base import LIBRARY
-from kdtoolkit.build import construct, split_name, with_arguments
+from kdtoolkit.build import architecture, construct, split_name, with_arguments
 from kdtoolkit.detector import Detector, Opened, named
 from kdtoolkit.detectors.backbone import Pyramid, build_backbone
 from kdtoolkit.detectors.precision import without_autocast
@@ -38,7 +38,8 @@ class TimmPyramid(nn.Module):
         strides: of the levels that the pyramid takes from the backbone, in pixels, finest first.
         out_channels: of the pyramid's levels.
         extra: computes the coarser levels.
-        pretrained: load timm's ImageNet weights (downloads them).
+        pretrained: True loads timm's ImageNet weights of the backbone, and downloads them the first time. A path loads
+            them from a file.
         args: further arguments of timm.create_model.
 
     Raises:
@@ -52,7 +53,7 @@ class TimmPyramid(nn.Module):
         out_channels: int,
         extra: ExtraFPNBlock,
         *,
-        pretrained: bool = False,
+        pretrained: bool | str = False,
         args: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ def on_timm(
     *,
     backbone: str = "resnet50",
     backbone_args: Mapping[str, object] | None = None,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     out_channels: int = 256,
     min_size: int = 800,
     max_size: int = 1333,
@@ -100,7 +101,8 @@ def on_timm(
         num_classes: without background.
         backbone: name of the timm model.
         backbone_args: further arguments of timm.create_model.
-        pretrained: load timm's ImageNet weights (downloads them).
+        pretrained: True loads timm's ImageNet weights of the backbone, and downloads them the first time. A path loads
+            them from a file.
         out_channels: of the feature pyramid's levels.
         min_size: the detector scales images until their shorter side has this length, in pixels.
         max_size: the largest length of the longer side, in pixels. It takes precedence over `min_size`.
@@ -251,11 +253,11 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
     buffer = BytesIO()
     torch.save(state, buffer)
     write_atomic(folder / "model.pth", buffer.getvalue())
-    name, args = split_name(detector.name)
+    name, args = split_name(architecture(detector.name))
     builder = name.partition("/")[2]
     if name != f"torchvision/{builder}" or builder in _ON_TIMM:
         how = "# The backbone's module is part of kdtoolkit.\nfrom kdtoolkit.models import build_model\n"
-        call = f"build_model({detector.name!r}, {len(detector.class_names or ())})"
+        call = f"build_model({architecture(detector.name)!r}, {len(detector.class_names or ())})"
     else:
         how = f"from torchvision.models.detection import {builder}\n"
         outputs = adapt(model).spec.num_classes + _background(builder)
