@@ -35,10 +35,10 @@ else:
         "Losses": "kdtoolkit.distiller",
         "adapt": "kdtoolkit.libraries",
         "distill": "kdtoolkit.workflow.calls",
-        "train": "kdtoolkit.workflow.calls",
         "evaluate": "kdtoolkit.workflow.evaluate",
         "predict": "kdtoolkit.workflow.predict",
         "pseudo_label": "kdtoolkit.workflow.pseudo_label",
+        "train": "kdtoolkit.workflow.calls",
     }
 
     def __getattr__(name: str) -> object:
