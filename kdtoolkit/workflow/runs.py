@@ -277,6 +277,7 @@ def _trained(
         seed=prepared.options.seed,
         device=device,
         folder=RunFolder(report.folder / name, save_seconds=SAVE_SECONDS),
+        unlabelled=images.unlabelled if name == TRAINING else None,
         validation=Validation(images.val, every_steps=every, batch_size=config.batch_size),
         report=display.training("training" if name == TRAINING else "training without teacher", clock, another=another),
     )
