@@ -12,9 +12,11 @@ __all__ = [
     "Losses",
     "NonFiniteLossError",
     "adapt",
+    "distill",
     "evaluate",
     "predict",
     "pseudo_label",
+    "train",
 ]
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from kdtoolkit.distiller import Distiller, Losses
     from kdtoolkit.libraries import adapt
+    from kdtoolkit.workflow.calls import distill, train
     from kdtoolkit.workflow.evaluate import evaluate
     from kdtoolkit.workflow.predict import predict
     from kdtoolkit.workflow.pseudo_label import pseudo_label
@@ -31,9 +34,11 @@ else:
         "Distiller": "kdtoolkit.distiller",
         "Losses": "kdtoolkit.distiller",
         "adapt": "kdtoolkit.libraries",
+        "distill": "kdtoolkit.workflow.calls",
         "evaluate": "kdtoolkit.workflow.evaluate",
         "predict": "kdtoolkit.workflow.predict",
         "pseudo_label": "kdtoolkit.workflow.pseudo_label",
+        "train": "kdtoolkit.workflow.calls",
     }
 
     def __getattr__(name: str) -> object:
