@@ -96,8 +96,8 @@ class Display:
 
         return count
 
-    def training(self, what: str, clock: Clock, after: float = 0.0) -> Callable[[Training], None]:
-        """What shows the progress of a training; `after`: seconds that the run will still take after it."""
+    def training(self, what: str, clock: Clock, *, another: bool = False) -> Callable[[Training], None]:
+        """What shows the progress of a training; `another`: one more follows, which takes no longer than this one."""
         bar = self._bars.add_task(what, total=None, text="")
         self._last_line = time.monotonic()
         estimated = False
@@ -113,8 +113,9 @@ class Display:
                 self.warn(warning)
             if left is not None and not estimated and now.step < now.steps:
                 estimated = True
-                end = datetime.now() + timedelta(seconds=left + after)
-                self.line(f"{what}: about {duration(left)}; the run ends at about {end:%H:%M}")
+                end = datetime.now() + timedelta(seconds=2 * left if another else left)
+                then = "then it trains without teacher; the run ends by" if another else "the run ends at"
+                self.line(f"{what}: about {duration(left)}; {then} about {end:%H:%M}")
             elif not self.console.is_terminal and wall - self._last_line > PLAIN_SECONDS:
                 self._last_line = wall
                 self.line(f"{what}: step {now.step}/{now.steps}  {text}")

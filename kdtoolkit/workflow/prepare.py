@@ -13,7 +13,7 @@ import torch
 from kdtoolkit import processes
 from kdtoolkit.classes import ClassMap
 from kdtoolkit.compatibility import why_refused
-from kdtoolkit.data import DetectionDataset, PhotoDataset, check_same_classes, open_dataset
+from kdtoolkit.data import PhotoDataset, check_same_classes, open_dataset, open_images
 from kdtoolkit.data.opening import name_of
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
@@ -39,7 +39,7 @@ class Images:
 
     train: PhotoDataset
     val: PhotoDataset
-    unlabelled: DetectionDataset | None
+    unlabelled: PhotoDataset | None
     longest: int
 
 
@@ -93,7 +93,12 @@ def prepare(
     else:
         plan["image size"] = Choice(options.image_size, _CHOSEN_BY_USER)
     size = int(plan["image size"].value)
-    images = replace(images, train=images.train.resized(size), val=images.val.resized(size))
+    images = replace(
+        images,
+        train=images.train.resized(size),
+        val=images.val.resized(size),
+        unlabelled=None if images.unlabelled is None else images.unlabelled.resized(size),
+    )
     untouched = replace(student, model=copy.deepcopy(student.model))
     inherited: Inherited | None = None
     if isinstance(options, DistillOptions) and options.init == "teacher":
@@ -128,9 +133,11 @@ def prepare(
     if options.steps is not None:
         steps = options.steps
     else:
-        steps = defaults.steps_of(schedule.value, about.images, int(batch.value))
+        # Labelled images are shown as often as without them; the others come in steps of their own.
+        shown = about.images + (0 if images.unlabelled is None else min(len(images.unlabelled), about.images))
+        steps = defaults.steps_of(schedule.value, shown, int(batch.value))
     lr = Choice(options.lr, _CHOSEN_BY_USER) if options.lr else defaults.learning_rate(about, int(batch.value))
-    further = _further(options, about, steps)
+    further = _further(options, about, steps, int(batch.value))
     config = TrainConfig(
         steps=steps, batch_size=batch.value, lr=lr.value, **{name: choice.value for name, choice in further.items()}
     )
@@ -192,9 +199,13 @@ def _open(options: RunOptions, progress: Callable[[str], Callable[[int, int], No
         for split in ("train", "val")
     )
     check_same_classes(train, val)
-    unlabelled: DetectionDataset | None = None
+    unlabelled = None
     if isinstance(options, DistillOptions) and options.unlabelled is not None:
-        raise KDError("images without labels cannot be used yet: leave unlabelled out")  # TEMPORARY
+        unlabelled = open_images(
+            options.unlabelled,
+            on_bad="skip" if options.skip_bad else "error",
+            progress=progress("checking images without labels"),
+        )
     longest = max(max(image["width"], image["height"]) for image in train.coco()["images"])
     return Images(train, val, unlabelled, longest)
 
@@ -306,12 +317,12 @@ def _methods(
     probe = Distiller(teacher.model, copy.deepcopy(student.model), class_map=class_map)
     specs = probe.seen[0].spec, probe.seen[1].spec
     if options.method == "auto":
-        chosen = choose(*specs)
+        chosen = choose(*specs, _library(student.name))
         return chosen.methods, chosen.why
     for use in options.method:
         if reason := why_refused(use.build(), *specs):
             try:
-                instead = f"`--method auto` would take {_in_words(choose(*specs).methods)}"
+                instead = f"`--method auto` would take {_in_words(choose(*specs, _library(student.name)).methods)}"
             except IncompatibleError:
                 instead = "no other method works for this pair either"
             raise IncompatibleError(
@@ -377,9 +388,10 @@ def _schedule(options: RunOptions, about: Situation) -> Choice:
     return defaults.epochs(about)
 
 
-def _further(options: RunOptions, about: Situation, steps: int) -> dict[str, Choice]:
+def _further(options: RunOptions, about: Situation, steps: int, batch: int) -> dict[str, Choice]:
     """The further options of training: the user's, and for the rest what suits."""
-    chosen = defaults.training(about, steps)
+    epochs = steps * batch / about.images
+    chosen = defaults.training(about, steps, epochs)
     for name, value in options.train.items():
         if isinstance(value, Mapping) and name in chosen and isinstance(chosen[name].value, Mapping):
             value = {**chosen[name].value, **value}

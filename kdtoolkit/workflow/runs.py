@@ -147,13 +147,9 @@ def _enter(held: ExitStack, options: T) -> tuple[T, Report | None, bool]:
     path = folder / RUN_FILE
     if not path.exists():
         return options, None, False
-    text = path.read_text("utf-8", errors="replace")
-    other = TrainOptions if isinstance(options, DistillOptions) else DistillOptions
-    if text.startswith(f"# kd {other.command} "):
-        raise KDError(f"{folder} holds a run of `kd {other.command}`: choose a new folder by --out")
+    settled = read_options(type(options), path)
     if not any((folder / TRAINING / "checkpoints").glob("*")) and not (folder / MODEL).exists():
         return options, None, False  # it was stopped before anything was learnt: nothing is lost
-    settled = read_options(type(options), path)
     given = options.model_dump(mode="json", exclude_unset=True)
     earlier = settled.model_dump(mode="json")
     changed = [name for name, value in given.items() if name not in _FREE and not _agrees(value, earlier.get(name))]
@@ -197,8 +193,7 @@ def _new_report(prepared: Prepared, folder: Path) -> Report:
 
 def _begin(prepared: Prepared, report: Report) -> None:
     """Write the run's settings and the report, as far as it is known."""
-    text = f"# kd {prepared.options.command} run.yaml --out NEW-FOLDER does this again.\n{prepared.options.to_yaml()}"
-    write_file(report.folder / RUN_FILE, text.encode())
+    write_file(report.folder / RUN_FILE, prepared.options.to_yaml().encode())
     report.write()
 
 
@@ -241,8 +236,7 @@ def _check_teacher(prepared: Prepared, report: Report, display: Display) -> None
 def _train(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
     """Train, keep the best weights, and save the detector."""
     if report.student is None:
-        after = 0.0
-        trained = _trained(prepared, prepared.student, prepared.distiller(), TRAINING, report, device, display, after)
+        trained = _trained(prepared, prepared.student, prepared.distiller(), TRAINING, report, device, display)
         report = report.model_copy(update={"student": trained})
     else:
         _load_best(prepared.student, report.folder / TRAINING)
@@ -270,11 +264,11 @@ def _trained(
     report: Report,
     device: torch.device,
     display: Display,
-    after: float = 0.0,
 ) -> Trained:
     """One training; the student then has its best weights."""
     config, images = prepared.config, prepared.images
     every = math.ceil(config.steps / prepared.evaluations)
+    another = name == TRAINING and getattr(prepared.options, "compare_baseline", False) and report.baseline is None
     clock = Clock(config.steps, prepared.evaluations, display.evaluation_seconds)
     result = train(
         distiller,
@@ -283,8 +277,9 @@ def _trained(
         seed=prepared.options.seed,
         device=device,
         folder=RunFolder(report.folder / name, save_seconds=SAVE_SECONDS),
+        unlabelled=images.unlabelled if name == TRAINING else None,
         validation=Validation(images.val, every_steps=every, batch_size=config.batch_size),
-        report=display.training("training" if name == TRAINING else "training without teacher", clock, after),
+        report=display.training("training" if name == TRAINING else "training without teacher", clock, another=another),
     )
     for warning in result.warnings:
         display.warn(warning)
@@ -315,14 +310,13 @@ def _evaluated(
     *,
     of_teacher: bool = False,
 ) -> Evaluation:
-    if of_teacher and prepared.class_map is not None:  # TEMPORARY
-        raise KDError("a teacher of different classes cannot be evaluated yet")
     begun = time.monotonic()
     found = evaluate(
         detector.model,
         prepared.images.val,
         batch_size=prepared.config.batch_size,
         device=device,
+        class_map=prepared.class_map if of_teacher else None,
         together=True,
         progress=display.counting(f"evaluating {what}"),
     )
