@@ -17,6 +17,7 @@ from kdtoolkit.data import PhotoDataset, check_same_classes, open_dataset, open_
 from kdtoolkit.data.opening import name_of
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.inherit import Inherited, inherit
 from kdtoolkit.libraries import adapt, library_of_name
@@ -128,7 +129,10 @@ def prepare(
         precision,
         lambda size: _trial_distiller(student, teacher, methods, class_map, size),
     )
-    methods = _weighted(options, methods, about, int(batch.value), int(options.train.get("accumulation", 1)))
+    chosen = Choice(_in_words(methods), why_methods)
+    if (factor := _factor(options, about, int(batch.value))) != 1:
+        methods = tuple(scaled(use, factor) for use in methods)
+        chosen = Choice(f"{chosen.value}, weights x {factor:g}", f"{why_methods}; the library's loss is x {factor:g}")
     schedule = _schedule(options, about)
     if options.steps is not None:
         steps = options.steps
@@ -152,15 +156,17 @@ def prepare(
         resolved["epochs"] = float(schedule.value)
     if isinstance(options, DistillOptions):
         resolved["method"] = methods
-    plan = _plan(options, images, student, teacher, class_map, inherited, methods, why_methods, notes) | {
+    plan = _plan(options, images, student, teacher, class_map, inherited, chosen) | {
         "image size": Choice(f"{size} px", plan["image size"].why),
         "schedule": Choice(_schedule_in_words(steps, about, config), schedule.why),
         "batch": Choice(counted(config.batch_size, "image"), batch.why),
         "learning rate": Choice(f"{config.lr:g}, {config.optimizer}", lr.why),
-        "precision": Choice(config.precision, further["precision"].why),
+        "precision": Choice(resolve_precision(config.precision, device), further["precision"].why),
         "averaging": Choice(f"decay {config.ema:g}" if config.ema else "off", further["ema"].why),
         "augmentation": Choice(_augmentation_in_words(config), further["augmentation"].why),
-        "evaluation": Choice(f"{evaluations.value} times, on {counted(about.val_images, 'image')}", evaluations.why),
+        "evaluation": Choice(
+            f"{counted(evaluations.value, 'time')}, on {counted(about.val_images, 'image')}", evaluations.why
+        ),
     }
     return Prepared(
         options=options.model_copy(update=resolved),
@@ -331,13 +337,11 @@ def _methods(
     return options.method, _CHOSEN_BY_USER
 
 
-def _weighted(
-    options: RunOptions, methods: tuple[MethodUse, ...], about: Situation, batch: int, accumulation: int
-) -> tuple[MethodUse, ...]:
-    """Methods that `auto` chose, with weights for a student whose library multiplies its own loss by the batch."""
+def _factor(options: RunOptions, about: Situation, batch: int) -> float:
+    """What the weights of methods that `auto` chose are multiplied by, because the student's library does so too."""
     if about.library != "ultralytics" or not isinstance(options, DistillOptions) or options.method != "auto":
-        return methods
-    return tuple(scaled(use, batch / about.processes / accumulation) for use in methods)
+        return 1.0
+    return batch / about.processes / float(options.train.get("accumulation", 1))
 
 
 def _distiller(
@@ -406,9 +410,7 @@ def _plan(
     teacher: Detector | None,
     class_map: ClassMap | None,
     inherited: Inherited | None,
-    methods: tuple[MethodUse, ...],
-    why_methods: str,
-    notes: list[str],
+    chosen: Choice,
 ) -> dict[str, Choice]:
     names = images.train.class_names
     counts = f"{len(images.train)} images to train on, {len(images.val)} to evaluate on"
@@ -425,7 +427,7 @@ def _plan(
     if inherited is not None:
         plan["inherits"] = Choice(_listed(inherited.taken), "from the teacher, wherever weights fit")
     if teacher is not None:
-        plan["method"] = Choice(_in_words(methods), why_methods)
+        plan["method"] = chosen
     return plan
 
 
