@@ -88,18 +88,16 @@ class Display:
 
     def counting(self, what: str) -> Callable[[int, int], None]:
         """A bar for something that is counted; give it how much is done, and of how much."""
-        bar = self._bars.add_task(what, total=None, text="")
+        bar = self._bars.add_task(what, total=1, text="", visible=False)
 
         def count(done: int, total: int) -> None:
-            self._bars.update(bar, completed=done, total=total)
-            if done >= total:
-                self._bars.update(bar, visible=False)
+            self._bars.update(bar, completed=done, total=total, visible=done < total)
 
         return count
 
     def training(self, what: str, clock: Clock, *, another: bool = False) -> Callable[[Training], None]:
         """What shows the progress of a training; `another`: one more follows, which takes no longer than this one."""
-        bar = self._bars.add_task(what, total=None, text="")
+        bar = self._bars.add_task(what, total=1, text="", visible=False)
         self._last_line = time.monotonic()
         estimated = False
 

@@ -64,7 +64,7 @@ def run(options: RunOptions) -> Report:
     console = Console(quiet=not first or options.quiet)
     # Warnings and results are also printed if `quiet` is set.
     loud = Console(quiet=not first)
-    with ExitStack() as held, Display(console, loud) as display, _interruptible(folder), _with_memory(folder):
+    with _interruptible(folder), _with_memory(folder), ExitStack() as held, Display(console, loud) as display:
         options, report, began = group.from_first(partial(_enter, held, options))
         if report is not None and report.finished and _is_complete(report, options):
             loud.print(f"{folder} holds this run, finished. Its results:", markup=False, highlight=False)
@@ -395,7 +395,7 @@ def _interruptible(folder: Path) -> Iterator[None]:
         if group.rank() == 0:
             kept = any((folder / TRAINING / "checkpoints").glob("*"))
             what = "goes on from the last checkpoint" if kept else "starts again, because there was no checkpoint yet"
-            sys.stderr.write(f"\ninterrupted: the same command {what} ({folder})\n")
+            sys.stderr.write(f"interrupted: the same command {what} ({folder})\n")
         raise
 
 

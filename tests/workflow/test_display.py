@@ -1,4 +1,5 @@
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -49,3 +50,16 @@ def test_lines_say_when_it_ends_and_warnings_come_once(monkeypatch):
 def test_a_long_training_says_how_to_shorten_it():
     assert "Fewer --epochs" in shown([progress(1, 1.0), progress(20, 1.0 + 19 * 1000)])
     assert "Fewer --epochs" not in shown([progress(1, 1.0), progress(20, 20.0)])
+
+
+def test_a_terminal_shows_bars():
+    text = shown([progress(1, 1.0), progress(20, 20.0)], terminal=True)
+    assert "20/100" in text
+    assert "80 s left" in text
+    out = io.StringIO()
+    with Display(Console(file=out, force_terminal=True), Console(file=out)) as shows:
+        count = shows.counting("checking images")
+        count(1, 2)
+        time.sleep(0.3)  # the terminal is drawn ten times a second
+        count(2, 2)
+    assert "checking images" in out.getvalue()
