@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from kdtoolkit.adapters.transformers import processing
@@ -44,6 +46,7 @@ ADAPTERS: tuple[type[TransformersAdapter], ...] = (
 )
 
 _auto_model: Any = AutoModelForObjectDetection  # without types in the library
+_logging: Any = logging
 
 # Arguments that configs take besides their fields, to describe a backbone.
 _BACKBONE = {"backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs"}
@@ -91,9 +94,10 @@ def _loaded(name: str, args: Mapping[str, object]) -> nn.Module:
         if unused:
             raise KDError(f"model 'hf/{name}': its config has no {', '.join(unused)}")
         # In float32, which every adapter needs, in whatever precision they were saved.
-        model: nn.Module = _auto_model.from_pretrained(
-            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **source
-        )
+        with _without_bars():
+            model: nn.Module = _auto_model.from_pretrained(
+                name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **source
+            )
         # Loads it into the hub's cache, where the adapter looks for it. Without one, the class's defaults hold.
         cached_file(
             name,
@@ -148,7 +152,8 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
     if detector.class_names is not None:
         model.config.id2label = dict(enumerate(detector.class_names))
         model.config.label2id = {name: label for label, name in enumerate(detector.class_names)}
-    model.save_pretrained(folder)
+    with _without_bars():
+        model.save_pretrained(folder)
     adapter = adapt(model)
     assert isinstance(adapter, TransformersAdapter)
     adapter.image_processor(detector.image_size).save_pretrained(folder)
@@ -157,6 +162,18 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
         'processor = AutoImageProcessor.from_pretrained(".")\n'
         'model = AutoModelForObjectDetection.from_pretrained(".")\n'
     )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the library from drawing bars while it reads and writes weights, which takes a second."""
+    shown = _logging.is_progress_bar_enabled()
+    _logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            _logging.enable_progress_bar()
 
 
 def _failure(name: str, reason: str) -> KDError:
