@@ -9,7 +9,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from kdtoolkit.contract import Detections, Target
-from kdtoolkit.distiller import Distiller
+from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.errors import KDError
 
 Batch = tuple[Sequence[Tensor], Sequence[Target]]
@@ -60,14 +60,14 @@ class DistillationModule(LightningModule):
         """The sum of all losses."""
         self.distiller.set_extra_state({"step": self.global_step})
         images, targets = batch
-        losses = self.distiller(images, targets)
+        losses: Losses = self.distiller(images, targets)
         self.log_dict({**losses, "loss": losses.total}, batch_size=len(images))
         return losses.total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the student's own losses."""
         images, targets = batch
-        losses = Distiller(None, self.distiller.student_adapter)(images, targets)
+        losses: Losses = Distiller(None, self.distiller.student_adapter)(images, targets)
         named = {f"val/{name.removeprefix('task/')}": loss for name, loss in losses.items()}
         self.log_dict({**named, "val/loss": losses.total}, batch_size=len(images), sync_dist=True)
 

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+from torch import Tensor
 
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.opening import name_of
@@ -296,9 +297,14 @@ def _trained(
 
 
 def _load_best(student: Detector, folder: Path) -> None:
-    """Give the student the weights of the best evaluation; of the last step if no evaluation found anything."""
+    """Give the student the weights of the best evaluation, in all processes."""
+    student.model.load_state_dict(group.from_first(partial(_best, folder)))
+
+
+def _best(folder: Path) -> dict[str, Tensor]:
+    """The weights of the best evaluation; of the last step if no evaluation found anything."""
     path = folder / "best.safetensors"
-    student.model.load_state_dict(load_file(path if path.exists() else folder / "student.safetensors"))
+    return load_file(path if path.exists() else folder / "student.safetensors")
 
 
 def _evaluated(
