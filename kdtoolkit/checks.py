@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,14 @@ from kdtoolkit.errors import KDError
 
 LOWEST, HIGHEST = -0.5, 1.5  # allowed in images: resizing and changes of colour may leave [0, 1] by a little
 SMALLEST = 16  # px; if images are larger and all boxes lie within 0..1, the boxes are not in pixels
+
+
+def checked_images(images: Sequence[Tensor] | Tensor, model: nn.Module) -> list[Tensor]:
+    """Check images without ground truth, as `checked_batch` does. Returns them as `model` needs them."""
+    images = _images(images, next(model.parameters()))
+    lows, highs = zip(*(torch.aminmax(image) for image in images), strict=True)
+    _check_ranges(torch.stack([torch.stack(lows), torch.stack(highs)], 1).float().tolist())
+    return images
 
 
 def checked_batch(
@@ -68,7 +76,10 @@ def _images(images: Sequence[Tensor] | Tensor, weight: Tensor) -> list[Tensor]:
 def _targets(targets: Sequence[Mapping[str, Any]], count: int) -> list[Target]:
     """Ground truth as (G, 4) float32 and (G,) int64, on the device where it was handed in."""
     if not isinstance(targets, Sequence) or isinstance(targets, str):
-        raise KDError(f"targets must be a list with one dict of boxes and labels for each image, not {_kind(targets)}")
+        raise KDError(
+            f"targets must be a list with one dict of boxes and labels for each image, not {_kind(targets)}; or None, "
+            "if the images have no labels"
+        )
     if len(targets) != count:
         raise KDError(f"there are {count} images and {len(targets)} targets: hand in one target for each image")
     return [_target(i, target) for i, target in enumerate(targets)]
@@ -113,7 +124,7 @@ def _checks(boxes: Tensor, labels: Tensor, spec: DetectorSpec) -> tuple[Tensor, 
     return solid, known, ((boxes >= 0) & (boxes <= 1)).all(1)
 
 
-def _check_ranges(ranges: Sequence[tuple[float, float]]) -> None:
+def _check_ranges(ranges: Iterable[Sequence[float]]) -> None:
     """Raise KDError if an image is not in [0, 1]. NaN passes: the training loop reports where it arises."""
     for i, (low, high) in enumerate(ranges):
         if low < LOWEST or high > HIGHEST:

@@ -26,8 +26,8 @@ def why_refused(method: type[Method] | Method, student_spec: DetectorSpec, teach
     if method.needs & _OF_HEADS and built.compares_classes and student_spec.num_classes != teacher_spec.num_classes:
         return (
             f"it compares class scores, and the student has {student_spec.num_classes} classes, the teacher "
-            f"{teacher_spec.num_classes}. Give the teacher the student's classes: train it on them, or keep only "
-            f"their rows of its class layer. Or use a method that compares no classes, such as {_OF_FEATURES}"
+            f"{teacher_spec.num_classes}. Say which classes they share: Distiller(..., class_map=ClassMap.by_name("
+            f"STUDENT'S NAMES, TEACHER'S NAMES)). Or use a method that compares no classes, such as {_OF_FEATURES}"
         )
     for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
         if absent := sorted(set(built.strides) - set(spec.strides)):

@@ -12,14 +12,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import register_pytree_node
 
 from kdtoolkit import processes
-from kdtoolkit.checks import checked_batch
+from kdtoolkit.checks import checked_batch, checked_images
+from kdtoolkit.classes import ClassMap, SharedClasses, with_objects
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import (
+    Assignment,
     Batch,
     Capability,
+    Detections,
     DetectorAdapter,
     DetectorSpec,
     Exchange,
+    HeadTrace,
     Method,
     Target,
     View,
@@ -30,6 +34,7 @@ from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import all_methods
 
 TEACHER_SCALES = (1.0, 0.5, 0.25)  # others would turn no stride into one of the student's
+SMALLEST_OBJECT = 1.0  # px; smaller detections do not stand for objects
 
 
 class Losses(dict[str, Tensor]):
@@ -69,11 +74,14 @@ class Distiller(nn.Module):
         accumulation: number of calls in training mode that make one optimiser step. Schedules of methods count steps.
         teacher_scale: size of the teacher's images relative to the student's: 1, 0.5 or 0.25. A smaller teacher input
             costs less. The teacher's level of stride 8 then stands beside the student's of stride 16 or 32.
+        class_map: which classes the two share, if their class lists differ. Methods then compare these classes only.
+        score: in batches without labels, the teacher's detections with at least this score stand for objects.
 
     Raises:
         IncompatibleError: a method cannot work between the two. The message says why, and which methods can.
         KDError: no adapter knows a model's class; teacher and student share parameters or are on different devices; no
-            parameter of the student is trainable; `accumulation` is below 1; `teacher_scale` is a different number.
+            parameter of the student is trainable; `accumulation` is below 1; `teacher_scale` is a different number;
+            `class_map` names a class that a detector does not have; `score` is not between 0 and 1.
     """
 
     def __init__(
@@ -84,6 +92,8 @@ class Distiller(nn.Module):
         *,
         accumulation: int = 1,
         teacher_scale: float = 1.0,
+        class_map: ClassMap | None = None,
+        score: float = 0.5,
     ) -> None:
         super().__init__()
         if accumulation < 1:
@@ -92,6 +102,8 @@ class Distiller(nn.Module):
             )
         if teacher_scale not in TEACHER_SCALES:
             raise KDError(f"teacher_scale is {teacher_scale}: it must be 1, 0.5 or 0.25")
+        if not 0 < score <= 1:
+            raise KDError(f"score is {score}: it must be above 0 and at most 1")
         methods = _checked(methods)
         self.student_adapter = adapt(student)
         self.student = self.student_adapter.model
@@ -105,6 +117,8 @@ class Distiller(nn.Module):
         self.methods = nn.ModuleList(methods)
         self.accumulation = accumulation
         self.teacher_scale = teacher_scale
+        self.class_map = class_map
+        self.score = score
         self.calls = 0
         self._names = _unique_names(methods)
         if self.teacher_adapter is None:
@@ -112,7 +126,8 @@ class Distiller(nn.Module):
                 raise KDError("methods need a teacher: Distiller(teacher, student, methods=[...])")
             return
         _check_models(self.teacher_adapter.model, self.student)
-        specs = self.student_adapter.spec, self.teacher_adapter.spec.on_images_scaled_by(teacher_scale)
+        self._shared = _shared(self.student_adapter, self.teacher_adapter, class_map)
+        specs = self.seen[0].spec, self.seen[1].spec.on_images_scaled_by(teacher_scale)
         for name, method in zip(self._names, methods, strict=True):
             if reason := why_refused(method, *specs):
                 working = ", ".join(working_methods(*specs)) or "none"
@@ -126,70 +141,130 @@ class Distiller(nn.Module):
         for method in methods:
             method.in_use = True
 
-    def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Losses:
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None) -> Losses:
         """The losses of one step.
 
         Images are float tensors (3, H, W) in [0, 1]. Ground truth is in torchvision's convention. It may be on the
-        host: then it is checked there and copied to the images' device.
+        host: then it is checked there and copied to the images' device. None means that the images have no labels: the
+        student then learns from the teacher alone, and has no losses of its own.
 
-        Raises KDError if images or ground truth are clearly wrong (shape, range, labels).
+        Raises KDError if images or ground truth are clearly wrong (shape, range, labels), or if there are no labels and
+        no method that works without them.
         """
         for adapter in (self.student_adapter, self.teacher_adapter):  # the user may have called half()
             if adapter is not None:
                 check_precision(adapter.model)
-        images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
-        active = self.active(self.step)
+        if targets is None:
+            images = checked_images(images, self.student)
+        else:
+            images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
+        active = self.active(self.step, labelled=targets is not None)
+        if targets is None and not active:
+            raise KDError(f"step {self.step + 1} has no labels, and {self.why_not_unlabelled()}")
         self.calls += self.training
         adapter, methods = self.student_adapter, [method for _, method, _ in active]
         batch = adapter.prepare(images, targets)
+        teacher_view = None
+        if targets is None:
+            teacher_view = self._observe_teacher(images, None, batch, _stages(methods, 1))
+            if any(method.unlabelled == "detections" for method in methods):
+                teacher_view, batch = self._with_detections(teacher_view, batch)
         features = adapter.features(batch)
         trace = adapter.head(features, batch, stages=_stages(methods, 0))
-        own, assignment = adapter.task_losses(trace, batch)
-        losses = Losses({f"task/{name}": loss for name, loss in own.items()})
+        losses, assignment = Losses(), None
+        if targets is not None:
+            own, assignment = adapter.task_losses(trace, batch)
+            losses.update({f"task/{name}": loss for name, loss in own.items()})
+        if active:
+            student_view = self._student_view(batch, features, trace, assignment)
+            if teacher_view is None:
+                teacher_view = self._observe_teacher(images, targets, batch, _stages(methods, 1))
+            exchange = Exchange(student_view, teacher_view)
+            for name, method, factor in active:
+                terms = _checked_terms(method, method(exchange.at_strides(method.strides)))
+                losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
         if processes.count() > 1:
             name = next(iter(losses))
             losses[name] = processes.reach(losses[name], [p for p in self.parameters() if p.requires_grad])
-        if not active:
-            return losses
-        student_view = View(adapter, batch, features, trace, assignment)
-        teacher_view = self._observe_teacher(images, targets, batch, _stages(methods, 1))
-        exchange = Exchange(student_view, teacher_view)
-        for name, method, factor in active:
-            terms = _checked_terms(method, method(exchange.at_strides(method.strides)))
-            losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
         return losses
+
+    def _student_view(
+        self, batch: Batch, features: tuple[Tensor, ...], trace: HeadTrace, assignment: Assignment | None
+    ) -> View:
+        """What methods see of the student's pass."""
+        if self._shared is None:
+            return View(self.student_adapter, batch, features, trace, assignment)
+        seen = self._shared[0]
+        shown = None if assignment is None else seen.seen_assignment(assignment)
+        return View(seen, seen.seen(batch), features, seen.seen_trace(trace), shown)
 
     @torch.no_grad()
     def _observe_teacher(
-        self, images: Sequence[Tensor], targets: Sequence[Target], like: Batch, stages: frozenset[int] | None
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None, like: Batch, stages: frozenset[int] | None
     ) -> View:
         """The teacher's view of the images that the student saw. Its head runs when a method asks for it."""
-        adapter = self.teacher_adapter
-        assert adapter is not None  # methods without a teacher are refused at construction
+        adapter = self.seen[1]
         adapter.model.eval()  # the user may have called train() on a module that holds the teacher
-        batch = self.teacher_batch(adapter, images, targets, like)
+        batch = self.teacher_batch(images, targets, like)
         return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True, scale=self.teacher_scale)
 
-    def teacher_batch(
-        self, adapter: DetectorAdapter, images: Sequence[Tensor], targets: Sequence[Target], like: Batch
-    ) -> Batch:
-        """What the teacher sees: the images on the student's canvas (`like`), scaled by `teacher_scale`."""
-        if adapter.spec.num_classes != self.student_adapter.spec.num_classes:
+    def teacher_batch(self, images: Sequence[Tensor], targets: Sequence[Target] | None, like: Batch) -> Batch:
+        """What the teacher sees: the images on the student's canvas (`like`), scaled by `teacher_scale`.
+
+        Of the objects it sees those whose class it knows.
+        """
+        student, teacher = self.seen
+        if targets is not None and self._shared is not None:
+            targets = self._shared[0].seen_objects(targets)
+        elif targets is not None and teacher.spec.num_classes != student.spec.num_classes:
             # Then no method uses the labels (`why_refused`), and they may be too large for the teacher.
             targets = [Target(boxes=t["boxes"], labels=torch.zeros_like(t["labels"])) for t in targets]
         like = like.geometry_scaled_by(self.teacher_scale)
-        batch = adapter.prepare(images, targets, like=like)
+        batch = teacher.prepare(images, targets, like=like)
         if self.teacher_scale != 1 and batch.sizes != like.sizes:
             raise KDError(
-                f"{adapter.spec.name} is built for images of one size, so it cannot be shown smaller ones: leave "
+                f"{teacher.spec.name} is built for images of one size, so it cannot be shown smaller ones: leave "
                 "teacher_scale out"
             )
         return batch
 
-    def active(self, step: int) -> list[tuple[str, Method, float]]:
-        """The methods that work in a step: their names and the factors of their losses."""
+    @torch.no_grad()
+    def _with_detections(self, teacher_view: View, batch: Batch) -> tuple[View, Batch]:
+        """The teacher's view and the student's batch, with the teacher's detections in the place of objects."""
+        student, teacher = self.seen
+        trace, seen = teacher_view.head, teacher_view.batch
+        found = zip(teacher.detections(trace, seen), seen.original_sizes, strict=True)
+        objects = [_as_objects(each, size, self.score) for each, size in found]
+        if teacher.spec.num_classes != student.spec.num_classes:  # as in `teacher_batch`
+            objects = [Target(boxes=each["boxes"], labels=torch.zeros_like(each["labels"])) for each in objects]
+        seen = with_objects(teacher, seen, objects)
+        if self._shared is not None:
+            objects = self._shared[0].own_objects(objects)
+        view = View(teacher, seen, teacher_view.maps, trace, frozen=True, scale=self.teacher_scale)
+        return view, with_objects(self.student_adapter, batch, objects)
+
+    @property
+    def seen(self) -> tuple[DetectorAdapter, DetectorAdapter]:
+        """Student and teacher as methods see them: with the classes that they share."""
+        assert self.teacher_adapter is not None  # methods without a teacher are refused at construction
+        return self._shared or (self.student_adapter, self.teacher_adapter)
+
+    def active(self, step: int, *, labelled: bool = True) -> list[tuple[str, Method, float]]:
+        """The methods that work in a step, on images with or without labels: names, and the factors of their losses."""
         factors = [method.schedule.factor(step) for method in self._methods]
-        return [each for each in zip(self._names, self._methods, factors, strict=True) if each[2]]
+        found = zip(self._names, self._methods, factors, strict=True)
+        return [each for each in found if each[2] and (labelled or each[1].unlabelled != "skips")]
+
+    def why_not_unlabelled(self) -> str:
+        """Why the methods cannot teach by images without labels, as the end of a sentence."""
+        if not self._methods:
+            return "without a method nothing can be learnt from such images: name a teacher and a method"
+        if all(method.unlabelled == "skips" for method in self._methods):
+            return (
+                f"{', '.join(type(method).__name__ for method in self._methods)} cannot work without labels: add a "
+                "method that can (`kd methods` tells)"
+            )
+        return "no method that can work without labels is at work in this step: hand in images with labels"
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules except the student's frozen batch norms, which keep their statistics.
@@ -246,6 +321,25 @@ def _stages(methods: Sequence[Method], role: int) -> frozenset[int] | None:
     if None in stages:
         return None
     return frozenset(each[role] for each in stages if each)
+
+
+def _shared(
+    student: DetectorAdapter, teacher: DetectorAdapter, class_map: ClassMap | None
+) -> tuple[SharedClasses, SharedClasses] | None:
+    """Student and teacher with the classes that they share; None if these are all classes of both."""
+    if class_map is None or class_map.is_identity(student.spec.num_classes, teacher.spec.num_classes):
+        return None
+    return SharedClasses(student, class_map.student), SharedClasses(teacher, class_map.teacher)
+
+
+def _as_objects(found: Detections, size: tuple[int, int], score: float) -> Target:
+    """The detections of an image of `size` (height, width) with at least this score, cut at its edge, as objects."""
+    height, width = size
+    limit = found["boxes"].new_tensor([width, height, width, height])
+    boxes = torch.minimum(found["boxes"].clamp(min=0), limit)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    keep = (found["scores"] >= score) & (sides >= SMALLEST_OBJECT).all(1)
+    return Target(boxes=boxes[keep].float(), labels=found["labels"][keep])
 
 
 def _checked(methods: Sequence[Method]) -> list[Method]:

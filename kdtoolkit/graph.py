@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +39,9 @@ def _(images: Tensor, multiple: int, square: bool, value: float) -> Tensor:
 
 def padded_size(height: int, width: int, multiple: int, square: bool) -> tuple[int, int]:
     """The size to which `pad` brings images."""
-    if square:
-        height = width = torch.sym_max(height, width)
-    return ((height + multiple - 1) // multiple) * multiple, ((width + multiple - 1) // multiple) * multiple
+    size: Any = (torch.sym_max(height, width),) * 2 if square else (height, width)
+    high, wide = ((side + multiple - 1) // multiple * multiple for side in size)
+    return high, wide
 
 
 @torch.library.custom_op("kdtoolkit::suppress", mutates_args=())
@@ -107,9 +108,7 @@ def pool(
 
 
 @pool.register_fake
-def _(
-    maps: list[Tensor], boxes: Tensor, levels: Tensor, scales: list[float], size: list[int], sampling: int
-) -> Tensor:
+def _(maps: list[Tensor], boxes: Tensor, levels: Tensor, scales: list[float], size: list[int], sampling: int) -> Tensor:
     return maps[0].new_empty((boxes.shape[0] * boxes.shape[1], maps[0].shape[1], *size))
 
 

@@ -1,8 +1,9 @@
 """The detector libraries that kdtoolkit knows, and the adapter of each detector.
 
 A library in this package is one row of `LIBRARIES` and one module in `kdtoolkit/adapters`. That module defines
-`ADAPTERS`, its adapter classes, and `build_model`, which builds its detectors by name. Another package announces its
-adapter classes as entry points of the group `kdtoolkit.adapters`, and needs no row.
+`ADAPTERS`, its adapter classes; `build_model`, which builds its detectors by name; `open_published`, which opens them
+with the library's own weights; and, if the library has a format of its own, `save_model`, which writes it. Another
+package announces its adapter classes as entry points of the group `kdtoolkit.adapters`, and needs no row.
 """
 
 from __future__ import annotations
@@ -145,6 +146,11 @@ def _own_classes(libraries: Iterable[Library]) -> list[type[DetectorAdapter]]:
                 f"pip install -U {requirement}"
             ) from error
     return found
+
+
+def library_of_model(model: nn.Module) -> Library | None:
+    """The library that the class of a model is from; None for a class of the user or of another package."""
+    return next(iter(_libraries_of(model)), None)
 
 
 def _libraries_of(model: nn.Module) -> Sequence[Library]:

@@ -1,83 +1,314 @@
-"""Detectors by name, and their weights from files, for suites and the command line."""
+"""Opens detectors with their weights, and saves them as their library opens them."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
-import sys
-from collections.abc import Callable, Mapping
-from functools import cache
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from urllib.parse import parse_qsl
+from types import ModuleType
+from typing import Any
 
 import yaml
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from kdtoolkit.build import (
+    architecture,
+    backbone_weights,
+    build_model,
+    is_code,
+    library_module,
+    split_name,
+    with_arguments,
+)
+from kdtoolkit.detector import Detector, Opened, SavedDetector
 from kdtoolkit.errors import KDError
-from kdtoolkit.libraries import LIBRARIES, library_of_name
-from kdtoolkit.options import did_you_mean
-from kdtoolkit.weights import load_weights
+from kdtoolkit.files import write_atomic
+from kdtoolkit.libraries import library_of_model, library_of_name
+from kdtoolkit.weights import Checkpoint, aligned, holds_yolo, load_state, load_weights, read_checkpoint
 
-__all__ = ["build_model", "construct", "content_of", "is_code", "load_weights"]
+__all__ = [
+    "Detector",
+    "SavedDetector",
+    "build_model",
+    "content_of",
+    "is_code",
+    "load_weights",
+    "open_detector",
+    "save_detector",
+]
+
+DESCRIPTION = "detector.yaml"  # the file by which `open_detector` knows a folder of `save_detector`
+_WEIGHTS = (".safetensors", ".pth", ".pt")
+_GUESS = 80  # classes that a model is first built for, where the weights do not say how many they have
 
 
-def build_model(name: str, num_classes: int, args: Mapping[str, object] | None = None) -> nn.Module:
-    """Build a detector.
+def open_detector(
+    name: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    num_classes: int | None = None,
+    weights: str | Path | None = None,
+    args: Mapping[str, object] | None = None,
+) -> Detector:
+    """Build a detector and load its weights.
 
     Args:
-        name: "library/model", or "package.module:callable" for a class or function that returns a detector. Modules in
-            the working directory are found too. Arguments may follow a question mark:
-            "kdtoolkit/gfl?backbone=resnet18&strides=[8, 16, 32]".
-        num_classes: number of classes, without background. It is passed on as a keyword argument of this name.
-        args: further keyword arguments. They override those in the name.
+        name: what `build_model` takes; a folder that `save_detector` or `save_pretrained` wrote, or a run's folder that
+            holds one; `best.pt` of Ultralytics; or a published checkpoint of GFL, ATSS, RetinaNet or FCOS.
+        class_names: the classes that the detector must have, in the order of their labels. If the weights are for
+            different classes, the class layers are new. None keeps the classes of the weights.
+        num_classes: their number, if their names are not known.
+        weights: a file (.safetensors, or .pth or .pt with a state dict), "pretrained" for the weights that the library
+            publishes, a name of torchvision's weights such as "COCO_V1", or "none" for random weights. None: the
+            weights that `name` stands for, or random ones.
+        args: further arguments of the model. They override those in the name.
 
     Raises:
-        KDError: there is no such detector, it does not take these arguments, or its library is not installed.
+        KDError: there is no such detector or file, the weights do not fit it, or the number of classes is not known.
     """
-    path, _, query = name.partition("?")
-    args = {**_arguments(name, query), **(args or {})}
-    library, (_, slash, model) = library_of_name(path), path.partition("/")
-    if library is not None and slash:
-        try:
-            builder = importlib.import_module(library.adapters)
-        except ImportError as error:
-            if not library.optional:
-                raise
-            raise KDError(
-                f"model {name!r} needs {library.package}: pip install 'kdtoolkit[{library.package}]' (importing it "
-                f"failed: {error})"
-            ) from error
-        built: nn.Module = builder.build_model(model, num_classes, args)
-        return built
-    return construct(_imported(path), name, num_classes, args)
+    if class_names is not None and num_classes not in (None, len(class_names)):
+        raise KDError(f"num_classes is {num_classes}, and class_names has {len(class_names)} names: leave out one")
+    count = num_classes if class_names is None else len(class_names)
+    names = None if class_names is None else tuple(class_names)
+    opened = _opened(str(name), weights, args or {}, count)
+    if opened is not None:
+        return _with_classes(opened, names, count)
+    if count is None:
+        raise KDError(
+            f"model {str(name)!r} has random weights, so its classes are not known: give class_names or num_classes, "
+            "or name its weights"
+        )
+    full = with_arguments(*split_name(str(name), args))
+    return Detector(build_model(full, count), full, names, backbone_weights(full))
 
 
-def is_code(name: str) -> bool:
-    """Whether a model's name is "package.module:callable", so that building it imports a module of that name."""
-    return library_of_name(name) is None and ":" in name.partition("?")[0]
+def save_detector(detector: Detector, folder: str | Path, *, card: str | None = None) -> SavedDetector:
+    """Write a detector into `folder` in the format of its own library.
 
+    torchvision: a state dict `model.pth`. transformers: the folder of `save_pretrained`, with the image processor.
+    Ultralytics: `best.pt`. All others: `model.safetensors`. Beside it lie `detector.yaml`, by which `open_detector`
+    opens the folder, and `README.md` with the text of `card`.
 
-def construct(factory: Callable[..., object], name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
-    """Call `factory` with `num_classes` and `args`. Raises KDError if it does not take such arguments, or values."""
-    signature = inspect.signature(factory)
+    Raises KDError if the folder cannot be written.
+    """
+    folder = Path(folder)
+    library = library_of_model(detector.model)
+    module = None if library is None else library_module(f"{library.prefix}/")
+    save: Callable[[Detector, Path], tuple[str, str]] = getattr(module, "save_model", _save_tensors)
     try:
-        signature.bind(num_classes=num_classes, **args)
-    except TypeError as error:
-        known = list(signature.parameters)
-        unknown = next((each for each in args if each not in known), "")
-        hint = did_you_mean(unknown, known)
-        raise KDError(f"model {name!r}: {error}{hint}. Its arguments are {', '.join(known) or 'none'}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        file, how_to_open = save(detector, folder)
+        about = {
+            "detector": architecture(detector.name),
+            "file": file,
+            "classes": None if detector.class_names is None else list(detector.class_names),
+            "weights": detector.weights,
+            "trained": detector.trained,
+            "image_size": detector.image_size,
+        }
+        if card is not None:
+            write_atomic(folder / "README.md", card.encode())
+        text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=120)
+        write_atomic(
+            folder / DESCRIPTION, f"# A detector that kdtoolkit saved: `kd inspect .` shows it.\n{text}".encode()
+        )
+    except OSError as error:
+        raise KDError(f"cannot write the detector into {folder}: {error.strerror or error}") from error
+    return SavedDetector(folder, folder / file, how_to_open)
+
+
+def _save_tensors(detector: Detector, folder: Path) -> tuple[str, str]:
+    """Save a state dict as safetensors: the format of detectors whose library has none of its own."""
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in detector.model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    how_to_open = (
+        "# Its module is part of kdtoolkit.\n"
+        "from kdtoolkit.models import open_detector\n"
+        'model = open_detector(".").model.eval()\n'
+    )
+    return "model.safetensors", how_to_open
+
+
+def _opened(name: str, weights: str | Path | None, args: Mapping[str, object], count: int | None) -> Opened | None:
+    """The detector with the classes of its weights; None if its weights are random."""
+    place = Path(name)
+    if library_of_name(name) is None and not is_code(name):
+        if place.exists() or (place.suffix in _WEIGHTS and not _is_published_yolo(name)):
+            if args or weights not in (None, "none"):
+                raise KDError(f"{name} has its own weights and arguments: leave out the others")
+            return _open_place(place)
+        if _is_published_yolo(name):
+            name = f"ultralytics/{name}"
+    path, args = split_name(name, args)
+    module, model = library_module(path), path.partition("/")[2]
+    if weights == "none":
+        return None
+    if weights is None or not _is_place(weights):
+        if module is not None:
+            opened: Opened | None = module.open_published(model, args, weights)
+            return opened
+        if weights is not None:
+            raise KDError(f"model {name!r}: there is no weights file {weights}")
+        return None
+    checkpoint = _checkpoint_in(Path(weights))
+    return _open_state(with_arguments(path, args), checkpoint, str(weights), count)
+
+
+def _is_place(weights: str | Path) -> bool:
+    """Whether `weights` is a path, and no name of weights."""
+    place = Path(weights)
+    return place.exists() or place.suffix in _WEIGHTS or len(place.parts) > 1
+
+
+def _is_published_yolo(name: str) -> bool:
+    """Whether a name such as `yolo11n.pt` stands for Ultralytics' published weights: no such file lies here."""
+    return re.fullmatch(r"yolov?\d+[a-z]\.pt", name) is not None and not Path(name).exists()
+
+
+def _open_place(place: Path) -> Opened:
+    """Open a file or a folder."""
+    if place.is_dir():
+        return _open_folder(place)
+    if place.name == DESCRIPTION or _description(place.parent).get("file") == place.name:
+        return _open_saved(place.parent)
+    if holds_yolo(place):
+        return _library("ultralytics").open_file(place)  # type: ignore[no-any-return]
+    checkpoint = read_checkpoint(place)
+    from kdtoolkit.detectors.published import published_name
+
+    if (name := published_name(checkpoint.state)) is not None:
+        return _open_state(name, checkpoint, str(place), None)
+    raise KDError(
+        f"{place} holds weights, but does not say of which detector: name the detector, such as "
+        "kdtoolkit/gfl?backbone=resnet18, and give the file as its weights"
+    )
+
+
+def _open_folder(folder: Path) -> Opened:
+    """Open a folder of `save_detector`, one that holds such a folder, or one of `save_pretrained`."""
+    if (folder / DESCRIPTION).is_file():
+        return _open_saved(folder)
+    inside = sorted(path.parent for path in folder.glob(f"*/{DESCRIPTION}"))
+    if len(inside) == 1:
+        return _open_saved(inside[0])
+    if inside:
+        raise KDError(f"{folder} holds several detectors: name one of {', '.join(map(str, inside))}")
+    if (folder / "config.json").is_file():
+        opened: Opened = _library("hf").open_published(str(folder), {}, None)
+        return opened
+    raise KDError(
+        f"{folder} holds no detector: one of save_detector has {DESCRIPTION}, one of save_pretrained config.json"
+    )
+
+
+def _open_saved(folder: Path) -> Opened:
+    """Open a folder of `save_detector`."""
+    about = _description(folder)
+    source = folder / DESCRIPTION
     try:
-        model = factory(num_classes=num_classes, **args)
+        name, file, size = about["detector"], about["file"], about["image_size"]
+        names = None if about["classes"] is None else tuple(map(str, about["classes"]))
+        words, trained = str(about["weights"]), bool(about["trained"])
+        path = folder / file
+    except (KeyError, TypeError) as error:
+        raise KDError(f"{source} is damaged ({error}): save the detector again") from error
+    if not path.is_file():
+        raise KDError(f"{path} is missing, which {source} names: save the detector again")
+    if path.suffix == ".pt":
+        opened: Opened = _library("ultralytics").open_file(path)
+    elif (folder / "config.json").is_file():
+        opened = _library("hf").open_published(str(folder), {}, None)
+    else:
+        opened = _open_state(name, replace(read_checkpoint(path), class_names=names), str(path), None)
+    return replace(opened, class_names=names, weights=words, trained=trained, image_size=size)
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `detector.yaml`; empty if there is none."""
+    try:
+        content = yaml.safe_load((folder / DESCRIPTION).read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise KDError(f"{folder / DESCRIPTION} cannot be read ({error}): save the detector again") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _library(prefix: str) -> ModuleType:
+    module = library_module(f"{prefix}/")
+    assert module is not None  # the prefix is one of the table's
+    return module
+
+
+def _checkpoint_in(place: Path) -> Checkpoint:
+    """The state dict of a file, or of a folder's detector."""
+    if place.is_dir() or (place.is_file() and holds_yolo(place)):
+        opened = _open_place(place)
+        return Checkpoint(dict(opened.model.state_dict()), opened.class_names)
+    return read_checkpoint(place)
+
+
+def _open_state(name: str, checkpoint: Checkpoint, source: str, count: int | None) -> Opened:
+    """Build a detector with the classes of a state dict, and load it.
+
+    `count` is the number of classes that the user expects, which is tried first where the file names no classes.
+    """
+    build = partial(build_model, name)
+    guess = count or _GUESS if checkpoint.class_names is None else len(checkpoint.class_names)
+    model = build(guess)
+    try:
+        load_state(model, checkpoint.state, source)
     except KDError:
+        for other in _possible_counts(build, guess, checkpoint.state, source):
+            model = build(other)
+            with suppress(KDError):
+                load_state(model, checkpoint.state, source)
+                return Opened(model, build, other, name, None, source)
         raise
-    except (Exception, SystemExit) as error:  # a library, or the user's code, may raise anything
-        given = ", ".join(f"{key}={value!r}" for key, value in args.items())
-        raise KDError(f"model {name!r} cannot be built from {given or 'its defaults'}: {_said(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise KDError(f"model {name!r} must return a torch.nn.Module; it returned {type(model).__name__}")
-    return model
+    return Opened(model, build, guess, name, checkpoint.class_names, source)
+
+
+def _possible_counts(
+    build: Callable[[int], nn.Module], count: int, state: Mapping[str, Tensor], source: str
+) -> list[int]:
+    """The numbers of classes that a state dict may be for, the likeliest first.
+
+    The rows of a class layer grow by the same number with each class. So two models show how many a layer has for any.
+    """
+    model, larger = build(count), build(count + 1).state_dict()
+    found: Counter[int] = Counter()
+    state = aligned(model, state, source)
+    for key, value in model.state_dict().items():
+        if key in state and value.ndim and value.shape != larger[key].shape and state[key].ndim == value.ndim:
+            more, rest = divmod(len(state[key]) - len(value), len(larger[key]) - len(value) or 1)
+            if more and not rest and count + more > 0:
+                found[count + more] += 1
+    return [number for number, _ in found.most_common()]
+
+
+def _with_classes(opened: Opened, class_names: tuple[str, ...] | None, count: int | None) -> Detector:
+    """The detector with the classes that are asked for: with new class layers, if its own are different."""
+    names = class_names if opened.class_names is None else opened.class_names
+    known = class_names is not None and opened.class_names is not None
+    if count is None or (class_names == opened.class_names if known else count == opened.num_classes):
+        return Detector(
+            opened.model, opened.name, names, opened.weights, opened.trained, opened.notes, opened.image_size
+        )
+    model = opened.build(count)
+    state = opened.model.state_dict()
+    other = state if count != opened.num_classes else opened.build(count + 1).state_dict()
+    new = {key for key, value in model.state_dict().items() if value.shape != other[key].shape}
+    model.load_state_dict({key: value for key, value in state.items() if key not in new}, strict=False)
+    theirs = f"{opened.num_classes} classes" if count != opened.num_classes else "different classes"
+    source = opened.weights or opened.name
+    note = f"the class layers are new, because {source} is for {theirs}; all other weights are taken from there"
+    return Detector(model, opened.name, class_names, opened.weights, False, (*opened.notes, note), opened.image_size)
 
 
 def content_of(name: str) -> str:
@@ -116,34 +347,3 @@ def _commit_of(repository: str) -> str:
 def _digest_of(path: Path, size: int, modified: int) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _arguments(name: str, query: str) -> dict[str, object]:
-    if not query:
-        return {}
-    try:
-        return {key: yaml.safe_load(value) for key, value in parse_qsl(query, strict_parsing=True)}
-    except (ValueError, yaml.YAMLError) as error:
-        raise KDError(f"model {name!r}: write arguments as ?name=value&name=value ({error})") from error
-
-
-def _imported(name: str) -> Callable[..., object]:
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        hint = did_you_mean(name.partition("/")[0], [library.prefix for library in LIBRARIES])
-        examples = ", ".join([*(library.example for library in LIBRARIES), "package.module:callable"])
-        raise KDError(f"unknown model {name!r}{hint}: write a name such as {examples}")
-    if (here := str(Path.cwd())) not in sys.path:  # `python -m` puts it there, console scripts do not
-        sys.path.append(here)
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (Exception, SystemExit) as error:  # the user's module may raise anything when it is imported
-        raise KDError(f"model {name!r} cannot be imported: {_said(error)}") from error
-    if not callable(factory):
-        raise KDError(f"model {name!r} is not callable: name a class or a function that returns a detector")
-    found: Callable[..., object] = factory
-    return found

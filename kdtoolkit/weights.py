@@ -6,7 +6,9 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -16,8 +18,21 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 
 
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A state dict, and the names of the classes that it is for; None if the file does not say them."""
+
+    state: dict[str, Tensor]
+    class_names: tuple[str, ...] | None
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a .safetensors, .pth or .pt file. Nothing but tensors is loaded.
+    """Read the state dict of a file, as `read_checkpoint` does."""
+    return read_checkpoint(path).state
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a state dict from a .safetensors, .pth or .pt file. Nothing but tensors is loaded, and class names.
 
     The file may be a training script's checkpoint. If that holds several state dicts, the moving average of the weights
     (`ema`) is taken, because that is what was evaluated. If there is none, the state dict named `state_dict`,
@@ -49,7 +64,32 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} holds several state dicts ({', '.join(dict(_state_dicts(content)))}): save only the one to load"
         )
     (state,) = found.values()
-    return state
+    return Checkpoint(state, _class_names(content))
+
+
+def _class_names(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The class names of a checkpoint, under the names that OpenMMLab's and other training scripts give them."""
+    places = [content, *(content[key] for key in ("meta", "dataset_meta") if isinstance(content.get(key), dict))]
+    places += [place["dataset_meta"] for place in places if isinstance(place.get("dataset_meta"), dict)]
+    for place in places:
+        for key in ("class_names", "classes", "CLASSES", "names"):
+            names = place.get(key)
+            if isinstance(names, dict) and list(names) == list(range(len(names))):
+                names = list(names.values())
+            if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+                return tuple(names)
+    return None
+
+
+def holds_yolo(path: Path) -> bool:
+    """Whether a file is a checkpoint of Ultralytics: a pickle with objects of its classes. Nothing of it is run."""
+    if not path.is_file() or path.suffix == ".safetensors":
+        return False
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # no archive of torch, or a damaged one: reading it says so
+        return False
+    return any(name.startswith("ultralytics.") for name in found)
 
 
 # The names that training scripts give to a moving average of weights (`model_ema`), and to the weights themselves. The
@@ -89,34 +129,43 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load all weights of a file into `model`.
 
     Prefixes that all names share are removed (`module.`, `_orig_mod.`, a Distiller's `student.`). Batch norms'
-    `num_batches_tracked` may be missing. Raises KDError that names what else is missing or does not fit.
+    `num_batches_tracked` may be missing. Weights of GFL, ATSS, RetinaNet and FCOS may have the names of their authors'
+    projects. Raises KDError that names what else is missing or does not fit.
     """
-    own = model.state_dict()
-    state = fitted(model, read_weights(path), str(path), lambda name: name in own)
-    model.load_state_dict(state)
+    load_state(model, read_weights(path), str(path))
 
 
-def fitted(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    source: str,
-    known: Callable[[str], bool],
-    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
-) -> dict[str, Tensor]:
-    """Turn a state dict from a file into one that fits `model` exactly.
+def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict as `load_weights` does. `source` is what errors call it."""
+    model.load_state_dict(fitted(model, aligned(model, state, source), source))
 
-    Args:
-        model: the model to load it into.
-        state: the state dict that `read_weights` returned.
-        source: what errors call the file.
-        known: whether a name in the file belongs to the detector.
-        rename: turns the file's names, after their prefix has been removed, into the model's.
 
-    Raises:
-        KDError: names are missing or unknown, or shapes do not fit.
+def aligned(model: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Give the tensors of a state dict the names that `model` has: prefixes are removed, published names replaced.
+
+    Raises KDError if the detector's names occur behind several prefixes.
+    """
+    own, kind = model.state_dict(), type(model).__name__
+    if any("bbox_head." in key for key in state):
+        from kdtoolkit.detectors.dense import DenseDetector
+        from kdtoolkit.detectors.published import rename, rename_published
+
+        if isinstance(model, DenseDetector):
+            dense = model
+            state = _unwrapped(state, source, lambda name: rename(dense, name) in own, kind)
+            return rename_published(model, state)
+    return _unwrapped(state, source, own.__contains__, kind)
+
+
+_ADVICE = "Build the model with the class count and the sizes that the weights were trained with"
+
+
+def fitted(model: nn.Module, state: Mapping[str, Tensor], source: str, advice: str = _ADVICE) -> dict[str, Tensor]:
+    """Check that a state dict with the names of `model` fits it, and return it with the counters of all batch norms.
+
+    Raises KDError that names what is missing, unknown or of a different shape.
     """
     kind, own = type(model).__name__, model.state_dict()
-    state = rename(_unwrapped(state, source, known, kind))
     # As in torch: files from before torch 0.4.1 have no counters, and frozen batch norms have none either.
     counters = {key: value for key, value in own.items() if _is_counter(key)}
     state = {**counters, **{key: value for key, value in state.items() if key in own or not _is_counter(key)}}
@@ -141,10 +190,7 @@ def fitted(
     }
     counts = {"missing": len(missing), "unknown": len(unknown), "of a different shape": len(misshapen)}
     found = "; ".join(f"{counts[problem]} {problem}: {names}" for problem, names in problems.items() if names)
-    raise KDError(
-        f"the weights of {source} do not fit {kind}: {found}. Build the model with the class count and the sizes that "
-        "the weights were trained with"
-    )
+    raise KDError(f"the weights of {source} do not fit {kind}: {found}. {advice}")
 
 
 def _unwrapped(state: Mapping[str, Tensor], source: str, known: Callable[[str], bool], kind: str) -> dict[str, Tensor]:

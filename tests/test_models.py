@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +7,9 @@ from safetensors.torch import save_file
 
 from kdtoolkit.detectors import ATSS, GFL
 from kdtoolkit.errors import KDError
-from kdtoolkit.models import build_model, content_of
+from kdtoolkit.models import build_model, content_of, open_detector, save_detector
+from tests._opened import GFL as TINY_GFL
+from tests._opened import NAMES, assert_same, detect, stirred
 from tests.conftest import TINY
 
 ARGS = {**TINY, "backbone_args": {"channels": (8, 8, 16, 16), "stem_width": 4}, "head_channels": 16}
@@ -103,3 +106,68 @@ def test_a_folders_content_is_known_by_its_files(tmp_path):
     after = content_of(name)
     (tmp_path / "preprocessor_config.json").write_text("{}")
     assert len({before, after, content_of(name)}) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_saved_opens_again(name, tmp_path):
+    detector = open_detector(name, class_names=["ant", "bee", "cow"], args=NAMES[name])
+    assert (detector.trained, detector.weights, detector.class_names) == (False, "", ("ant", "bee", "cow"))
+    trained = replace(detector, model=stirred(detector.model), trained=True, weights="trained here", image_size=128)
+    expected = detect(trained.model)
+    saved = save_detector(trained, tmp_path / "run" / "model", card="# A card\n")
+    assert (saved.folder / "README.md").read_text() == "# A card\n"
+    for place in (saved.folder, saved.folder.parent, saved.file):
+        again = open_detector(place)
+        assert (again.trained, again.weights, again.image_size) == (True, "trained here", 128)
+        assert again.class_names == ("ant", "bee", "cow")
+        assert_same(detect(again.model), expected)
+
+
+@pytest.fixture(scope="module")
+def saved_gfl(tmp_path_factory):
+    """The folder of a GFL for three classes."""
+    detector = open_detector(TINY_GFL, class_names=["ant", "bee", "cow"])
+    detector = replace(detector, model=stirred(detector.model), trained=True)
+    return save_detector(detector, tmp_path_factory.mktemp("gfl")).folder
+
+
+@pytest.mark.parametrize("names", [("ant", "bee"), ("ant", "bee", "dog"), ("a", "b", "c", "d", "e")])
+def test_other_classes_get_new_class_layers(saved_gfl, names):
+    original, detector = open_detector(saved_gfl).model.state_dict(), open_detector(saved_gfl, class_names=names)
+    assert (detector.trained, detector.class_names) == (False, names)
+    assert any("class layers are new" in note for note in detector.notes)
+    state = detector.model.state_dict()
+    assert len(state["predictors.cls.bias"]) == len(names)
+    changed = {
+        key for key, value in state.items() if value.shape != original[key].shape or (value != original[key]).any()
+    }
+    assert changed == {"predictors.cls.weight", "predictors.cls.bias"}
+
+
+def test_a_file_says_how_many_classes_it_is_for(saved_gfl):
+    file = saved_gfl / "model.safetensors"
+    for name, count in ((TINY_GFL, None), (TINY_GFL, 3)):
+        detector = open_detector(name, weights=file, num_classes=count)
+        assert (detector.model.num_classes, detector.trained, detector.class_names) == (3, True, None)
+    named = open_detector(TINY_GFL, weights=file, class_names=["x", "y", "z"])
+    assert (named.trained, named.class_names) == (True, ("x", "y", "z"))
+    assert not open_detector(TINY_GFL, weights=file, num_classes=2).trained
+    assert open_detector(TINY_GFL, weights="none", num_classes=2).weights == ""
+
+
+def test_what_cannot_be_opened_is_explained(saved_gfl, tmp_path):
+    for place, more, message in (
+        (TINY_GFL, {}, "random weights, so its classes are not known: give class_names or num_classes"),
+        (tmp_path, {}, "holds no detector: one of save_detector has detector.yaml"),
+        (tmp_path / "absent.pth", {}, "there is no weights file"),
+        (saved_gfl, {"weights": "other.pth"}, "has its own weights and arguments"),
+        (TINY_GFL, {"weights": "pretrained", "num_classes": 2}, "publishes no weights"),
+        (TINY_GFL, {"class_names": ["a"], "num_classes": 2}, "class_names has 1 names"),
+        (TINY_GFL, {"weights": tmp_path / "absent.pth", "num_classes": 2}, "there is no weights file"),
+    ):
+        with pytest.raises(KDError, match=message):
+            open_detector(place, **more)
+    (tmp_path / "model.pth").write_bytes(b"")
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.pth")
+    with pytest.raises(KDError, match="does not say of which detector: name the detector"):
+        open_detector(tmp_path / "x.pth")

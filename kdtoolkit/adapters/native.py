@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdtoolkit.build import construct
 from kdtoolkit.contract import (
     Assignment,
     Batch,
+    ClassRows,
     Detections,
     DetectorAdapter,
     DetectorSpec,
@@ -27,7 +29,6 @@ from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
 from kdtoolkit.detectors.dense import MAX_CANDIDATES, PADDING, DenseDetector
 from kdtoolkit.errors import KDError
 from kdtoolkit.graph import Detected, at_least_the_best, best, clip_to, pad, suppress
-from kdtoolkit.models import construct
 from kdtoolkit.options import did_you_mean
 
 
@@ -77,6 +78,11 @@ class DenseAdapter(DetectorAdapter):
     def assigner(self) -> object:
         """The settings of the detector's assigner."""
         return self.model.assigner
+
+    @property
+    def class_layers(self) -> Mapping[str, ClassRows]:
+        """The predictor of classes, for each prior of a cell."""
+        return {"predictors.cls": ClassRows()}
 
     def prepare(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
@@ -138,7 +144,7 @@ class _Graph(nn.Module):
         boxes = clip_to(predictions.boxes, height, width)
         scores = predictions.probabilities
         scores = scores * (scores > model.score_threshold)
-        levels = scores.split(list(predictions.priors.per_level), 1)
+        levels = torch.split(scores, list(predictions.priors.per_level), 1)
         scores = torch.cat([at_least_the_best(x.flatten(1), MAX_CANDIDATES).view_as(x) for x in levels], 1)
         if predictions.quality is not None:
             scores = scores * predictions.quality.sigmoid()[..., None]
@@ -173,3 +179,12 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
         known = ", ".join(f"kdtoolkit/{model}" for model in _MODELS)
         raise KDError(f"unknown model 'kdtoolkit/{name}'{did_you_mean(name, _MODELS)}: write one of {known}")
     return construct(_MODELS[name], f"kdtoolkit/{name}", num_classes, args)
+
+
+def open_published(name: str, args: Mapping[str, object], weights: str | None) -> None:
+    """Raise KDError if `weights` are asked for by name: kdtoolkit publishes none."""
+    if weights is not None:
+        raise KDError(
+            f"kdtoolkit publishes no weights {weights!r} of {name}: name a file, or take ImageNet weights of the "
+            f"backbone with kdtoolkit/{name}?pretrained=true"
+        )

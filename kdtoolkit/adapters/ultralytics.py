@@ -13,29 +13,38 @@ one. The copy is trained on features that are cut off from the graph. States and
 towers, because these are dense, and gradient flows through them into the neck. `task_losses` has the losses of both.
 `detections` uses the towers that the library would use: the model's `end2end` says which (in 8.4.190 the first ones,
 with NMS, unless the user asks for the copy). During training the library shifts weight from the first towers to the
-copy, epoch by epoch. An adapter knows no epoch, so the weights stay at the library's first values, 0.8 and 0.2.
+copy, epoch by epoch. In the library's own trainer the model has a `criterion`, which knows the weights of the epoch. An
+adapter knows no epoch. So without that trainer the weights stay at the library's first values, 0.8 and 0.2.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property, partial
+from io import BytesIO
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from ultralytics import __version__
 from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
 from ultralytics.nn.modules import Detect, v10Detect
-from ultralytics.utils import DEFAULT_CFG_DICT, loss, ops, tal
+from ultralytics.utils import DEFAULT_CFG_DICT, SETTINGS, loss, ops, tal
+from ultralytics.utils.downloads import attempt_download_asset
 from ultralytics.utils.nms import non_max_suppression
 
 from kdtoolkit import processes
+from kdtoolkit.build import construct
 from kdtoolkit.canvas import Layout, lay_out
 from kdtoolkit.contract import (
     Assignment,
     Batch,
+    ClassRows,
     Detections,
     DetectorAdapter,
     DetectorSpec,
@@ -48,11 +57,12 @@ from kdtoolkit.contract import (
     Target,
     keep_states,
 )
+from kdtoolkit.detector import Detector, Opened
 from kdtoolkit.detectors.assign import pad_targets
 from kdtoolkit.detectors.towers import flatten, walk_towers
 from kdtoolkit.errors import KDError
+from kdtoolkit.files import write_atomic
 from kdtoolkit.graph import Detected, best, clip_to, pad, suppress
-from kdtoolkit.models import construct
 from kdtoolkit.options import did_you_mean
 
 # The library is untyped.
@@ -114,7 +124,7 @@ class UltralyticsAdapter(DetectorAdapter):
     @property
     def padding(self) -> int:
         """Canvases are padded to multiples of it, in pixels."""
-        return max(32, *self._strides)
+        return int(max(32, *self._strides))
 
     @property
     def is_end_to_end(self) -> bool:
@@ -146,6 +156,22 @@ class UltralyticsAdapter(DetectorAdapter):
             stages=stages,
             bins=tuple(map(float, range(bins))),
         )
+
+    @property
+    def backbone(self) -> tuple[str, ...]:
+        """The first layers, as many as the model's configuration calls its backbone."""
+        return tuple(f"model.{i}" for i in range(len(self.model.yaml["backbone"])))
+
+    @property
+    def class_layers(self) -> Mapping[str, ClassRows]:
+        """The predictors of classes on each level."""
+        head = f"model.{len(self.model.model) - 1}"
+        towers = {name: getattr(self._head, name, None) or () for name in ("cv3", "one2one_cv3")}
+        return {
+            f"{head}.{name}.{i}.{len(tower) - 1}": ClassRows()
+            for name, levels in towers.items()
+            for i, tower in enumerate(levels)
+        }
 
     def prepare(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
@@ -246,8 +272,13 @@ class UltralyticsAdapter(DetectorAdapter):
             parameters=model.parameters,
             class_weights=getattr(model, "class_weights", None),
         )
-        criterion: Any = _loss.E2ELoss(settings) if double else _loss.v8DetectionLoss(settings)
-        return criterion, criterion.one2many if double else criterion
+        if not double:
+            criterion: Any = _loss.v8DetectionLoss(settings)
+            return criterion, criterion
+        criterion = _loss.E2ELoss(settings)
+        if (trained := getattr(model, "criterion", None)) is not None:
+            criterion.o2m, criterion.o2o = trained.o2m, trained.o2o
+        return criterion, criterion.one2many
 
     def _criticise(
         self, predictions: Predictions, one_to_one: Predictions | None, batch: Batch
@@ -441,15 +472,8 @@ _MODELS = tuple(family + size for family, sizes in _FAMILIES.items() for size in
 def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
     """Build yolov8n, yolo11s, yolo26m and the like with random weights, from the library's YAML of that name.
 
-    Raises KDError for an unknown name, for any arguments, and for .pt files, which are not loaded.
+    Raises KDError for an unknown name, and for any arguments.
     """
-    if name.endswith(".pt"):
-        stem = name.removesuffix(".pt")
-        raise KDError(
-            f"'ultralytics/{name}' is a pickle, which may run code when it is loaded. Where you trust it, save its "
-            f"tensors once: safetensors.torch.save_model(ultralytics.YOLO('{name}').model, '{stem}.safetensors'), then "
-            f"name the model 'ultralytics/{stem}' and give the file as its weights"
-        )
     if name not in _MODELS:
         every = ", ".join(f"{family}[{'|'.join(sizes)}]" for family, sizes in _FAMILIES.items())
         raise KDError(f"unknown model 'ultralytics/{name}'{did_you_mean(name, _MODELS)}. There are {every}")
@@ -484,3 +508,104 @@ def _built(config: Mapping[str, object], num_classes: int) -> nn.Module:
     # The class count goes into the configuration. As an argument, the library would print a line about the difference.
     model: nn.Module = DetectionModel({**config, "nc": num_classes}, verbose=False)
     return model
+
+
+def open_published(name: str, args: Mapping[str, object], weights: str | None) -> Opened | None:
+    """Open a detector with the weights that Ultralytics publishes: yolo11n with "pretrained", or yolo11n.pt.
+
+    Returns None if no weights are asked for. Raises KDError if there are no such weights, or if they are not on this
+    machine and no network is there.
+    """
+    stem = name.removesuffix(".pt")
+    if weights is None and stem == name:
+        return None
+    build_model(stem, 1, args)  # checks the name and the arguments
+    if weights not in (None, "pretrained"):
+        raise KDError(f"Ultralytics has no weights {weights!r} of {name}: write pretrained, or name a file")
+    file = Path(f"{stem}.pt")
+    if not file.exists():
+        file = Path(SETTINGS["weights_dir"]) / file
+    try:
+        found = Path(attempt_download_asset(file))
+    except Exception as error:  # the library's own, and those of its HTTP client
+        raise _no_weights(file, " ".join(str(error).split())) from error
+    if not found.is_file():
+        raise _no_weights(file, "no network, or no such file")
+    return open_file(found)
+
+
+def _no_weights(file: Path, reason: str) -> KDError:
+    return KDError(f"the weights {file.name} cannot be downloaded ({reason}): put the file at {file}, or train without")
+
+
+def open_file(path: Path) -> Opened:
+    """Open a checkpoint of Ultralytics by its own loader, which rebuilds only objects of classes that it knows.
+
+    Raises KDError if the file is damaged, holds objects of other classes, or is of no detector with boxes and classes.
+    """
+    try:
+        checkpoint, _ = _tasks.torch_safe_load(str(path), safe_only=True)
+        found = checkpoint.get("ema") or checkpoint.get("model")
+        if not isinstance(found, nn.Module):
+            raise TypeError("it holds no model")
+    except Exception as error:  # the library raises errors of all kinds
+        raise KDError(
+            f"{path} cannot be opened ({' '.join(str(error).split())}). kdtoolkit loads only objects of Ultralytics' "
+            "own classes from it. If you trust the file, open it with YOLO and save it again: "
+            f"YOLO({path.name!r}).save({path.name!r})"
+        ) from error
+    if not UltralyticsAdapter.matches(found):
+        raise KDError(f"{path} holds a {type(found).__name__}, which is no detector of boxes: name one that is")
+    model: Any = found.float().requires_grad_(True)  # half precision and frozen, as the library's trainer saves it
+    model.args = {**DEFAULT_CFG_DICT, **checkpoint.get("train_args", {})}
+    if isinstance(getattr(model.model[-1], "dfl", None), nn.Module):
+        model.model[-1].dfl.requires_grad_(False)  # its weights are constants
+    config, stem = dict(model.yaml), _name(model)
+
+    def build(num_classes: int) -> nn.Module:
+        built: Any = _built(config, num_classes)
+        built.args = model.args
+        return built  # type: ignore[no-any-return]
+
+    names = [str(model.names[i]) for i in range(len(model.names))]
+    note = f"{path.name} is a pickle: it was opened by Ultralytics' restricted loader, which runs no code of the file"
+    size = checkpoint.get("train_args", {}).get("imgsz")
+    return Opened(
+        model=model.train(),
+        build=build,
+        num_classes=model.model[-1].nc,
+        name=f"ultralytics/{stem}",
+        class_names=None if names == [str(i) for i in range(len(names))] else tuple(names),
+        weights=str(path),
+        notes=(note,),
+        image_size=size if isinstance(size, int) else None,
+    )
+
+
+def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
+    """Save best.pt, as the library's trainer does after training, but in float32."""
+    model: Any = copy.deepcopy(detector.model).cpu().eval().requires_grad_(False)
+    model.names = dict(enumerate(detector.class_names or map(str, range(model.model[-1].nc))))
+    model.task = "detect"
+    model.criterion = None
+    size = detector.image_size or DEFAULT_CFG_DICT["imgsz"]
+    args = {**DEFAULT_CFG_DICT, "task": "detect", "model": f"{_name(model)}.yaml", "imgsz": size}
+    model.args = args
+    buffer = BytesIO()
+    torch.save(
+        {
+            "epoch": -1,
+            "best_fitness": None,
+            "model": model,
+            "ema": None,
+            "updates": None,
+            "optimizer": None,
+            "train_args": args,
+            "date": datetime.now().astimezone().isoformat(),
+            "version": __version__,
+            "license": "AGPL-3.0 (https://ultralytics.com/license)",
+        },
+        buffer,
+    )
+    write_atomic(folder / "best.pt", buffer.getvalue())
+    return "best.pt", 'from ultralytics import YOLO\n\nmodel = YOLO("best.pt")\n'

@@ -11,8 +11,8 @@ from kdtoolkit.benchmark.stats import Difference, Spread, Verdict, gap_recovered
 from kdtoolkit.benchmark.store import CellResult, Store, read_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, Suite
 from kdtoolkit.benchmark.suite_file import load_suite
-from kdtoolkit.benchmark.words import counted
 from kdtoolkit.errors import KDError
+from kdtoolkit.words import counted
 
 METRICS = {
     "ap": "AP",

@@ -14,16 +14,17 @@ import torch
 from torch import nn
 
 from kdtoolkit.benchmark.datasets import load_data
-from kdtoolkit.benchmark.hardware import device_name, machine
 from kdtoolkit.benchmark.keys import key_of, package_of
 from kdtoolkit.benchmark.store import CellResult, discard_runs, holding, usable_result, write_result, write_weights
-from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection, MethodUse
+from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.evaluate import METRICS, evaluate
 from kdtoolkit.engine.folder import RunFolder
+from kdtoolkit.engine.hardware import device_name, machine
 from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.train import Progress, train
 from kdtoolkit.errors import NonFiniteLossError
+from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import build_model
 
 SAVE_SECONDS = 60.0  # between two checkpoints of a training

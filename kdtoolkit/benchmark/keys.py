@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 import kdtoolkit
-from kdtoolkit.benchmark.suite import DetectorSection, MethodUse
+from kdtoolkit.benchmark.suite import DetectorSection
 from kdtoolkit.libraries import library_of_name
+from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import content_of
 
 # The source files of all cells. Those of the detector's adapter and of the cell's methods are added to them.

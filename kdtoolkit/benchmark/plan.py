@@ -9,15 +9,16 @@ from pathlib import Path
 
 from kdtoolkit.benchmark.cell import Task, build_detector, stretched
 from kdtoolkit.benchmark.datasets import DataSets
-from kdtoolkit.benchmark.hardware import device_name
 from kdtoolkit.benchmark.keys import cell_parts, difference, key_of
 from kdtoolkit.benchmark.stats import slowest
 from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside, usable_result
-from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, MethodUse, Suite
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, Suite
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.hardware import device_name
 from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
+from kdtoolkit.method_use import MethodUse
 
 STRETCH_SLACK = 1.05  # the stored row of equal time is kept until it would have to be longer by more than this factor
 

@@ -18,7 +18,7 @@ from kdtoolkit.benchmark.board import METRICS, Board, Row
 from kdtoolkit.benchmark.html import to_html
 from kdtoolkit.benchmark.stats import Difference, Spread
 from kdtoolkit.benchmark.store import write_atomic
-from kdtoolkit.benchmark.words import duration
+from kdtoolkit.words import duration
 
 FOOTNOTE = (
     "AP in percent: mean ± standard deviation over seeds. In brackets: the 95 % t-interval of a difference, taken seed "

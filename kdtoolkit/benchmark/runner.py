@@ -19,7 +19,6 @@ from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.datasets import DataSets, load_data
 from kdtoolkit.benchmark.display import Display
 from kdtoolkit.benchmark.estimate import Costs
-from kdtoolkit.benchmark.hardware import cores, device_name, machine
 from kdtoolkit.benchmark.plan import Plan, check_methods
 from kdtoolkit.benchmark.report import write_board
 from kdtoolkit.benchmark.store import (
@@ -34,10 +33,11 @@ from kdtoolkit.benchmark.store import (
     write_atomic,
 )
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite
-from kdtoolkit.benchmark.words import counted, duration
 from kdtoolkit.benchmark.workers import Ended, Workers
+from kdtoolkit.engine.hardware import cores, device_name, machine
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
+from kdtoolkit.words import counted, duration
 
 
 @dataclass

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from kdtoolkit import files
-from kdtoolkit.benchmark.words import counted
 from kdtoolkit.errors import KDError
 from kdtoolkit.lock import hold
+from kdtoolkit.words import counted
 
 
 class StoreError(KDError):

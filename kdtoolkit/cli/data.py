@@ -89,7 +89,7 @@ def show(
     split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the images.")] = 0,
-    image_size: Annotated[int, typer.Option(min=32, help="Longest side, in pixels; no image is enlarged.")] = 1024,
+    image_size: Annotated[int, typer.Option(min=32, help="Longest side of images in training, in pixels.")] = 1024,
     skip_bad: SkipBad = False,
 ) -> None:
     """Write pictures with the boxes that training gets."""

@@ -27,15 +27,16 @@ from kdtoolkit.contract.data import (
     Target,
 )
 from kdtoolkit.contract.exchange import Exchange, Matched, Whose
-from kdtoolkit.contract.method import Method
+from kdtoolkit.contract.method import Method, Unlabelled
 from kdtoolkit.contract.schedule import Schedule
-from kdtoolkit.contract.spec import Capability, DetectorSpec, PriorKind, Stage
+from kdtoolkit.contract.spec import Capability, ClassRows, DetectorSpec, PriorKind, Stage
 from kdtoolkit.contract.view import View
 
 __all__ = [
     "Assignment",
     "Batch",
     "Capability",
+    "ClassRows",
     "Detections",
     "DetectorAdapter",
     "DetectorSpec",
@@ -50,6 +51,7 @@ __all__ = [
     "Stage",
     "State",
     "Target",
+    "Unlabelled",
     "View",
     "Whose",
     "check_precision",

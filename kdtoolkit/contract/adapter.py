@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from kdtoolkit.contract.data import Assignment, Batch, Detections, HeadTrace, Predictions, Priors, State, Target
-from kdtoolkit.contract.spec import DetectorSpec
+from kdtoolkit.contract.spec import ClassRows, DetectorSpec
 from kdtoolkit.errors import KDError
 
 
@@ -51,6 +51,19 @@ class DetectorAdapter(ABC):
     @property
     def first_stage(self) -> DetectorAdapter | None:
         """The region proposal network, as a detector of one class with the same batch and features; None if none."""
+        return None
+
+    @property
+    def backbone(self) -> tuple[str, ...]:
+        """The names of the modules that are the backbone, as in "backbone.body". All other parts are neck and head."""
+        return ("backbone",)
+
+    @property
+    def class_layers(self) -> Mapping[str, ClassRows] | None:
+        """The names of the modules whose weights have rows for classes, and how their rows count them.
+
+        None if the adapter does not say. Then no other detector's class rows can be taken over (`kdtoolkit.inherit`).
+        """
         return None
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -14,6 +14,8 @@ from kdtoolkit.contract.schedule import Schedule
 from kdtoolkit.contract.spec import Capability, DetectorSpec
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import bound_options, check_options
+
+Unlabelled = Literal["images", "detections", "skips"]
 
 
 class Method(nn.Module, ABC):
@@ -29,6 +31,8 @@ class Method(nn.Module, ABC):
         paper: where the method comes from.
         compares_classes: False if the two detectors may have different classes although the method needs more than
             features.
+        unlabelled: what the method does with images that have no labels. "images": it needs no objects. "detections":
+            the teacher's detections stand for the objects. "skips": it is not run on such images.
         schedule: the factor of the weights over training; see `scheduled`.
         strides: the levels that the method works on; empty means all. See `at_strides`.
         stages: the stage of the student and the stage of the teacher whose states the method takes. `setup` assigns it.
@@ -41,6 +45,7 @@ class Method(nn.Module, ABC):
     vanishing: tuple[str, ...] = ()
     paper: ClassVar[str]
     compares_classes: bool = True
+    unlabelled: Unlabelled = "detections"
     schedule: Schedule = Schedule()
     strides: tuple[int, ...] = ()
     stages: tuple[int, int] | None = None

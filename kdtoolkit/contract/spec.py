@@ -57,6 +57,20 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class ClassRows:
+    """How the first dimension of a layer's weights counts classes.
+
+    For each class there are `inner` rows, one after the other (Faster R-CNN's boxes have 4). `before` and `after` are
+    what stands for background: numbers of further classes before the first one and after the last one. The whole may
+    be repeated, as for the anchors of a cell.
+    """
+
+    before: int = 0
+    after: int = 0
+    inner: int = 1
+
+
+@dataclass(frozen=True)
 class DetectorSpec:
     """The facts about a detector against which methods are checked before the first step.
 

@@ -135,6 +135,12 @@ class PhotoDataset(DetectionDataset):
             )
         return part
 
+    def resized(self, max_size: int) -> PhotoDataset:
+        """The same photos, where those with a longer side than `max_size` pixels are scaled down to it."""
+        part = self._part(range(len(self)))
+        part._kept, part._max_size = None, max_size
+        return part
+
     def in_memory(self) -> DetectionDataset:
         """The data set with its images decoded and kept: in the cache's folder if there is one, else in memory.
 

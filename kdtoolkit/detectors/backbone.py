@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
+from kdtoolkit.weights import aligned, fitted, read_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_timms_log = logging.getLogger("timm.models._builder")
 _TRIAL = 64, 96  # height and width in pixels: two sizes that no model is built for
 
 
@@ -45,24 +51,29 @@ class Levels:
 
 
 def build_backbone(
-    name: str, strides: Sequence[int], *, pretrained: bool = False, args: Mapping[str, object] | None = None
+    name: str,
+    strides: Sequence[int],
+    *,
+    pretrained: bool | str | os.PathLike[str] = False,
+    args: Mapping[str, object] | None = None,
 ) -> tuple[nn.Module, Levels]:
     """Build a timm model, and find its maps of `strides` (pixels).
 
     Args:
         name: of the timm model.
         strides: of the maps that the pyramid needs, finest first.
-        pretrained: load timm's weights (downloads them).
+        pretrained: True loads timm's weights, and downloads them the first time. A path loads the state dict of the
+            whole timm model from a .safetensors, .pth or .pt file; its classifier may be missing.
         args: further arguments of timm.create_model.
 
     Raises:
-        KDError: timm has no such model or cannot build it, it has no such maps, or it runs only on images of its own
-            size.
+        KDError: timm has no such model or cannot build it, it has no such maps, it runs only on images of its own
+            size, or its weights cannot be downloaded or do not fit.
     """
     if not timm.is_model(name):
         raise KDError(f"backbone: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
-    options = dict(args or {})
-    model = _created(name, pretrained, options)
+    options = {**(args or {}), **_source_of_weights(name, pretrained, args or {})}
+    model = _created(name, options)
     reductions = model.feature_info.reduction()
     if missing := [stride for stride in strides if stride not in reductions]:
         raise KDError(
@@ -72,7 +83,7 @@ def build_backbone(
     if any(getattr(module, "strict_img_size", False) for module in model.modules()):
         # Swin Transformers take images of one size unless told otherwise. A detector's images have any size.
         with suppress(KDError):
-            model = _created(name, pretrained, {"strict_img_size": False, **options})
+            model = _created(name, {"strict_img_size": False, **options})
     indices = tuple(reductions.index(stride) for stride in strides)
     channels = tuple(model.feature_info.channels()[index] for index in indices)
     shapes = _trial_shapes(name, model)
@@ -85,6 +96,7 @@ def build_backbone(
             f"fit strides {tuple(strides)} and {channels} channels. Take another backbone."
         )
     config = getattr(model, "pretrained_cfg", None) or {}
+    config.pop("state_dict", None)  # it is in the model
     mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
     return model, Levels(indices, channels, channels_last, tuple(mean), tuple(std))
 
@@ -108,15 +120,68 @@ class Pyramid(FeaturePyramidNetwork):
         return levels
 
 
-def _created(name: str, pretrained: bool, args: dict[str, Any]) -> Any:
-    try:
-        return timm.create_model(name, features_only=True, pretrained=pretrained, **args)
-    except Exception as error:  # models and the hub raise errors of all kinds
-        given = ", ".join(f"{key}={value!r}" for key, value in args.items()) or "its defaults"
+def _source_of_weights(
+    name: str, pretrained: bool | str | os.PathLike[str], args: Mapping[str, object]
+) -> dict[str, Any]:
+    """The arguments of timm.create_model that load the weights."""
+    if not pretrained:
+        return {}
+    if pretrained is not True:
+        return {
+            "pretrained": True,
+            "pretrained_cfg_overlay": {"state_dict": _whole_state(name, Path(pretrained), args)},
+        }
+    repository = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+    cached = repository and isinstance(try_to_load_from_cache(repository, "model.safetensors"), str)
+    if repository and not cached and not _reaches_hub():  # the library would try for most of a minute
         raise KDError(
-            f"backbone {name!r} cannot be built from {given}: {_said(error)}. Correct backbone_args, or take another "
-            "backbone: one that timm can build with features_only=True"
-        ) from error
+            f"backbone {name!r}: its weights cannot be downloaded from the hub, because there is no network. Give a "
+            "file, as in pretrained=FILE, or leave out `pretrained`"
+        )
+    return {"pretrained": True}
+
+
+def _whole_state(name: str, file: Path, args: Mapping[str, object]) -> dict[str, Tensor]:
+    """The state dict of the whole timm model from a file.
+
+    The classifier is not needed: it comes from a new model, so that all weights can be checked against the model.
+    """
+    try:
+        model = timm.create_model(name, **{key: value for key, value in args.items() if key != "out_indices"})
+    except Exception as error:  # models raise errors of all kinds
+        raise _not_built(name, args, error) from error
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    parts = tuple(f"{part}." for part in ((classifier,) if isinstance(classifier, str) else classifier))
+    found = aligned(model, read_weights(file), str(file))
+    kept = {key: value for key, value in found.items() if not parts or not key.startswith(parts)}
+    own = {key: value for key, value in model.state_dict().items() if parts and key.startswith(parts)}
+    return fitted(model, {**own, **kept}, str(file), "Name the backbone that the weights are of")
+
+
+def _reaches_hub() -> bool:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # the HTTP client's own, or that of offline mode
+        return False
+    return True
+
+
+def _created(name: str, args: Mapping[str, Any]) -> Any:
+    _timms_log.setLevel(logging.ERROR)  # it warns of weights that a pyramid does not need
+    try:
+        return timm.create_model(name, features_only=True, **args)
+    except Exception as error:  # models and the hub raise errors of all kinds
+        raise _not_built(name, {key: args[key] for key in args if not key.startswith("pretrained")}, error) from error
+    finally:
+        _timms_log.setLevel(logging.NOTSET)
+
+
+def _not_built(name: str, args: Mapping[str, object], error: Exception) -> KDError:
+    given = ", ".join(f"{key}={value!r}" for key, value in args.items()) or "its defaults"
+    return KDError(
+        f"backbone {name!r} cannot be built from {given}: {_said(error)}. Correct backbone_args, or take another "
+        "backbone: one that timm can build with features_only=True"
+    )
 
 
 def _trial_shapes(name: str, model: nn.Module) -> list[tuple[int, ...]]:

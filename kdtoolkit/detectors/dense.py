@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar, Literal, ParamSpec, cast
+from typing import Any, ClassVar, Literal, ParamSpec, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,8 @@ class DenseDetector(nn.Module, ABC):
         num_classes: without background.
         backbone: name of a timm model with feature levels of strides 8, 16 and 32.
         backbone_args: further arguments of timm.create_model.
-        pretrained: load timm's ImageNet weights (downloads them).
+        pretrained: True loads timm's ImageNet weights of the backbone, and downloads them the first time. A path loads
+            them from a file.
         strides: of the pyramid's levels: 8, 16, 32, and any number of coarser ones, each twice the one before.
         neck_channels: of the pyramid's levels.
         head_channels: of the towers.
@@ -126,7 +127,7 @@ class DenseDetector(nn.Module, ABC):
         *,
         backbone: str = "resnet50",
         backbone_args: Mapping[str, object] | None = None,
-        pretrained: bool = False,
+        pretrained: bool | str = False,
         strides: Sequence[int] = (8, 16, 32, 64, 128),
         neck_channels: int = 256,
         head_channels: int = 256,
@@ -373,10 +374,10 @@ def cell_priors(
 def cached_by_grid(build: Callable[P, Priors]) -> Callable[P, Priors]:
     """Keep the last 64 priors that `build` has made, but not while an exporter or compiler follows it."""
     # A tensor made in inference mode could not be trained with later.
-    cached: Callable[P, Priors] = lru_cache(maxsize=64)(torch.inference_mode(False)(build))
+    cached: Any = lru_cache(maxsize=64)(torch.inference_mode(False)(build))
 
     def built(*args: P.args, **kwargs: P.kwargs) -> Priors:
-        return build(*args, **kwargs) if torch.compiler.is_compiling() else cached(*args, **kwargs)
+        return build(*args, **kwargs) if torch.compiler.is_compiling() else cast(Priors, cached(*args, **kwargs))
 
     return built
 

@@ -50,7 +50,7 @@ class GFL(DenseDetector):
         *,
         backbone: str = "resnet50",
         backbone_args: Mapping[str, object] | None = None,
-        pretrained: bool = False,
+        pretrained: bool | str = False,
         strides: Sequence[int] = (8, 16, 32, 64, 128),
         neck_channels: int = 256,
         head_channels: int = 256,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kdtoolkit.build import with_arguments
 from kdtoolkit.detectors.dense import BACKBONE_STRIDES, DenseDetector
-from kdtoolkit.weights import fitted, read_weights
+from kdtoolkit.weights import load_state, read_weights
 
 # (published name, our name); the first that fits counts.
 _RENAMINGS = (
@@ -51,12 +51,52 @@ def load_published(model: DenseDetector, source: str | os.PathLike[str] | Mappin
         published, name = read_weights(Path(source)), str(source)
     else:
         published, name = dict(source), "the state dict"
-    own = model.state_dict()
+    load_state(model, published, name)
 
-    def known(key: str) -> bool:
-        return rename(model, key) in own
 
-    model.load_state_dict(fitted(model, published, name, known, partial(rename_published, model)))
+# The predictor of the classes in each detector's published weights, and the detector.
+_DETECTORS = {"gfl_cls": "gfl", "atss_cls": "atss", "retina_cls": "retinanet", "conv_cls": "fcos"}
+# ResNets by the number of blocks in each stage, and whether these have three convolutions.
+_RESNETS: Mapping[tuple[tuple[int, ...], bool], str] = {
+    ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101",
+    ((3, 8, 36, 3), True): "resnet152",
+}
+
+
+def published_name(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the detector that published weights are for, with its arguments; None for all other weights.
+
+    Weights show kind, backbone and sizes. They do not show how a detector was trained.
+    """
+    heads = [key for key in state if "bbox_head." in key]
+    prefix = heads[0].partition("bbox_head.")[0] if heads else ""
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    kinds = [kind for name, kind in _DETECTORS.items() if f"bbox_head.{name}.weight" in own]
+    blocks = [_count(own, rf"backbone\.layer{i}\.(\d+)\..*") for i in range(1, 5)]
+    backbone = _RESNETS.get((tuple(blocks), "backbone.layer1.0.conv3.weight" in own))
+    levels, depth = _count(own, r"neck\.fpn_convs\.(\d+)\..*"), _count(own, r"bbox_head\.cls_convs\.(\d+)\..*")
+    if len(kinds) != 1 or backbone is None or levels < len(BACKBONE_STRIDES) or not depth:
+        return None
+    kind, tower = kinds[0], own["bbox_head.cls_convs.0.conv.weight"]
+    found = {
+        "strides": [8 * 2**i for i in range(levels)],
+        "neck_channels": tower.shape[1],
+        "head_channels": tower.shape[0],
+        "head_blocks": depth,
+    }
+    usual = {"strides": [8, 16, 32, 64, 128], "neck_channels": 256, "head_channels": 256, "head_blocks": 4}
+    args: dict[str, object] = {key: value for key, value in found.items() if value != usual[key]}
+    if kind == "gfl":
+        args["bins"] = len(own["bbox_head.gfl_reg.weight"]) // 4
+    return with_arguments(f"kdtoolkit/{kind}", {"backbone": backbone, **args})
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """How many different numbers the names of weights have at the group of `pattern`."""
+    return len({match[1] for key in state if (match := re.fullmatch(pattern, key))})
 
 
 def rename_published(model: DenseDetector, published: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,27 +7,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdtoolkit.checks import checked_batch
+from kdtoolkit.checks import checked_batch, checked_images
 from kdtoolkit.contract import Batch, DetectorAdapter, Target
 from kdtoolkit.distiller import Distiller
 
 
 @torch.no_grad()
-def locate_non_finite(distiller: Distiller, images: Sequence[Tensor], targets: Sequence[Target]) -> str:
+def locate_non_finite(distiller: Distiller, images: Sequence[Tensor], targets: Sequence[Target] | None) -> str:
     """Say in words where the first non-finite value arises in each detector, for the batch of the last step.
 
     The teacher is left out if it did not run in that step. Levels are named by their strides. If all values are finite,
     it names the largest one: then a loss overflowed.
     """
-    student, teacher = distiller.student_adapter, distiller.teacher_adapter
-    images, targets = checked_batch(images, targets, distiller.student, student.spec)
+    student = distiller.student_adapter
+    if targets is None:
+        images = checked_images(images, distiller.student)
+    else:
+        images, targets = checked_batch(images, targets, distiller.student, student.spec)
     batch = student.prepare(images, targets)
     found = f"student: {_first_non_finite(student, batch)}"
     last_step = (distiller.calls - 1) // distiller.accumulation  # the call is counted already
-    if teacher is None or not distiller.active(last_step):
+    if not distiller.active(last_step, labelled=targets is not None):
         return found
-    seen = distiller.teacher_batch(teacher, images, targets, batch)
-    return f"{found}; teacher: {_first_non_finite(teacher, seen)}"
+    seen = distiller.teacher_batch(images, targets, batch)
+    return f"{found}; teacher: {_first_non_finite(distiller.seen[1], seen)}"
 
 
 def _first_non_finite(adapter: DetectorAdapter, batch: Batch) -> str:

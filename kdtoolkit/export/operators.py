@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from onnxscript import opset18 as op
+from onnxscript import opset18
 
-import kdtoolkit.graph
+from kdtoolkit import graph
 
+op: Any = opset18
 OPSET = 18  # the lowest that has all operators used here
 
 
@@ -72,17 +73,21 @@ def _suppress(boxes: Any, scores: Any, iou: float, limit: int) -> Any:
     return op.ScatterND(nothing, chosen, op.GatherND(scores, chosen))
 
 
-_INT64, _DOUBLE = 7, 11  # onnx.TensorProto.INT64 and DOUBLE
+def _is_all_true(x: Any) -> Any:
+    return op.Cast(op.ReduceMin(op.Cast(x, to=_INT64), keepdims=0), to=_BOOL)
+
+
+_INT64, _BOOL, _DOUBLE = 7, 9, 11  # of onnx.TensorProto
 
 
 def _double(value: float) -> Any:
     return op.Cast(op.Constant(value_float=value), to=_DOUBLE)
 
 
-_OWN = torch.ops.kdtoolkit
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    _OWN.pad.default: _pad,
-    _OWN.resize.default: _resize,
-    _OWN.pool.default: _pool,
-    _OWN.suppress.default: _suppress,
+    graph.pad._opoverload: _pad,
+    graph.resize._opoverload: _resize,
+    graph.pool._opoverload: _pool,
+    graph.suppress._opoverload: _suppress,
+    torch.ops.aten._is_all_true.default: _is_all_true,  # of transformers' own checks
 }

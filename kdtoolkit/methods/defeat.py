@@ -86,6 +86,7 @@ class DeFeat(FeatureMethod):
 
     terms = ("object", "background")
     vanishing = ("object", "background")
+    unlabelled = "detections"
     mean_over_levels = True
     paper = "arXiv 2103.14475 (CVPR 2021)"
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit.compatibility import shared_levels, why_no_shared_level
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Unlabelled
 from kdtoolkit.methods.common import resize_like
 
 
@@ -55,6 +55,7 @@ class FeatureMethod(Method):
     """
 
     needs = frozenset({Capability.FEATURES})
+    unlabelled: Unlabelled = "images"
     terms: ClassVar[tuple[str, ...]] = ("feature",)
     resize_student: ClassVar[bool] = True
     mean_over_levels: ClassVar[bool] = False

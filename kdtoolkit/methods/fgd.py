@@ -283,6 +283,7 @@ class FGD(FeatureMethod):
 
     terms = ("foreground", "background", "attention", "global")
     vanishing = ("foreground", "background", "attention")
+    unlabelled = "detections"
     paper = "arXiv 2111.11837 (CVPR 2022)"
     student_context: nn.ModuleList
     teacher_context: nn.ModuleList

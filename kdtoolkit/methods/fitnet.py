@@ -85,6 +85,8 @@ class FitNet(FeatureMethod):
     def __init__(self, *, weight: float = 2.0, region: Region = "whole") -> None:
         super().__init__(weight=weight)
         self.region = region
+        if region != "whole":
+            self.unlabelled = "detections"
 
     def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse pairs without a common stride, and regions that the student's priors cannot mark."""

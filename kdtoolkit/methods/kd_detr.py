@@ -69,6 +69,7 @@ class KDDETR(Method):
     """
 
     needs = frozenset({Capability.PREDICTIONS})
+    unlabelled = "images"
     terms = ("cls", "box", "giou")
     vanishing: tuple[str, ...] = ("cls", "box", "giou")
     paper = "arXiv 2211.08071 (CVPR 2024)"

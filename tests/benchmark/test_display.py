@@ -9,7 +9,7 @@ from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.store import Store
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME
-from kdtoolkit.benchmark.words import duration
+from kdtoolkit.words import duration
 from tests.benchmark._suite import tiny
 
 

@@ -21,13 +21,13 @@ from kdtoolkit.benchmark import cell
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import build_detector
 from kdtoolkit.benchmark.datasets import load_data
-from kdtoolkit.benchmark.hardware import cores
 from kdtoolkit.benchmark.keys import difference
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
 from kdtoolkit.benchmark.store import Store, read_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, change
 from kdtoolkit.engine.evaluate import evaluate
+from kdtoolkit.engine.hardware import cores
 from kdtoolkit.errors import KDError
 from tests.benchmark._suite import made_up, store_result, tiny
 

@@ -1,6 +1,9 @@
 import pytest
+import timm
 import torch
+import torchvision
 
+from kdtoolkit.adapters.torchvision import on_timm
 from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
 from kdtoolkit.errors import KDError
 
@@ -69,3 +72,56 @@ def test_the_trial_leaves_the_model_as_it_was_built():
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms
     assert not any(norm.running_mean.any() or norm.num_batches_tracked for norm in norms)
+
+
+@pytest.fixture(scope="module")
+def trained_backbone():
+    """The state dict of a whole timm model with weights of its own."""
+    generator = torch.Generator().manual_seed(0)
+    state = timm.create_model("test_resnet").state_dict()
+    return {k: torch.rand(v.shape, generator=generator) if v.is_floating_point() else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda w: w,
+        lambda w: {k: v for k, v in w.items() if not k.startswith("fc.")},
+        lambda w: {**w, "fc.weight": torch.ones(3, w["fc.weight"].shape[1]), "fc.bias": torch.ones(3)},
+        lambda w: {"state_dict": {f"module.{k}": v for k, v in w.items()}, "epoch": 3},
+    ],
+    ids=["whole", "without classifier", "another classifier", "wrapped"],
+)
+def test_a_backbone_takes_its_weights_from_a_file(form, trained_backbone, tmp_path):
+    path = tmp_path / "backbone.pth"
+    torch.save(form(trained_backbone), path)
+    native = GFL(3, backbone="test_resnet", pretrained=str(path), **HEAD)
+    theirs = on_timm(torchvision.models.detection.FCOS, 3, backbone="test_resnet", pretrained=path, out_channels=32)
+    for state in (native.backbone.state_dict(), theirs.backbone.body.state_dict()):
+        assert state
+        assert all(torch.equal(value, trained_backbone[key]) for key, value in state.items())
+    assert native.image_mean.flatten().tolist() == theirs.transform.image_mean == [0.5] * 3
+    assert "state_dict" not in native.backbone.pretrained_cfg
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (
+            lambda w: {k: v for k, v in w.items() if k != "conv1.0.weight"},
+            r"1 missing: conv1\.0\.weight\. Name the backbone",
+        ),
+        (lambda w: {**w, "more": torch.ones(2)}, "do not fit ResNet: 1 unknown: more. Name the backbone"),
+        (lambda w: {"encoder.weight": torch.ones(2)}, "75 missing: .*; 1 unknown: encoder.weight. Name the backbone"),
+    ],
+)
+def test_weights_that_do_not_fit_a_backbone_are_explained(form, message, trained_backbone, tmp_path):
+    torch.save(form(trained_backbone), tmp_path / "x.pth")
+    with pytest.raises(KDError, match=message):
+        GFL(3, backbone="test_resnet", pretrained=str(tmp_path / "x.pth"), **HEAD)
+
+
+def test_weights_that_cannot_be_downloaded_are_said_at_once(monkeypatch):
+    monkeypatch.setattr("kdtoolkit.detectors.backbone.get_session", lambda: None)  # no network
+    with pytest.raises(KDError, match="'resnet18': its weights cannot be downloaded .* Give a file, as in pretrained="):
+        GFL(3, backbone="resnet18", pretrained=True, **HEAD)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from kdtoolkit.adapters.torchvision.base import TorchvisionAdapter
 from kdtoolkit.adapters.torchvision.dense import FCOSAdapter, RetinaNetAdapter
-from kdtoolkit.adapters.torchvision.models import TimmPyramid, build_model, on_timm
+from kdtoolkit.adapters.torchvision.models import TimmPyramid, build_model, on_timm, open_published, save_model
 from kdtoolkit.adapters.torchvision.rcnn import FasterRCNNAdapter, RPNAdapter
 from kdtoolkit.adapters.torchvision.ssd import SSDAdapter
 
@@ -31,6 +31,8 @@ __all__ = [
     "TimmPyramid",
     "build_model",
     "on_timm",
+    "open_published",
+    "save_model",
 ]
 
 ADAPTERS: tuple[type[TorchvisionAdapter], ...] = (RetinaNetAdapter, FCOSAdapter, SSDAdapter, FasterRCNNAdapter)

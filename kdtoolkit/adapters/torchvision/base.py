@@ -58,6 +58,11 @@ class TorchvisionAdapter(DetectorAdapter):
         """Number of classes, without background."""
         raise NotImplementedError
 
+    @property
+    def backbone(self) -> tuple[str, ...]:
+        """The backbone without its pyramid."""
+        return ("backbone.body",) if hasattr(self.model.backbone, "body") else ("backbone",)
+
     @cached_property
     def _levels(self) -> Levels:
         model = self.model

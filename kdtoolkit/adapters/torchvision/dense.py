@@ -20,7 +20,7 @@ from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, fla
 from kdtoolkit.adapters.torchvision.models import CoarserLevels
 from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.boxes import centres
-from kdtoolkit.contract import Assignment, Batch, Detections, HeadTrace, Predictions, PriorKind, Priors
+from kdtoolkit.contract import Assignment, Batch, ClassRows, Detections, HeadTrace, Predictions, PriorKind, Priors
 from kdtoolkit.detectors.precision import without_narrow_bfloat16
 from kdtoolkit.graph import at_least_the_best
 
@@ -39,6 +39,11 @@ class TwoTowersAdapter(GridAdapter):
     @property
     def _num_classes(self) -> int:
         return int(self.model.head.classification_head.num_classes)
+
+    @property
+    def class_layers(self) -> Mapping[str, ClassRows]:
+        """The predictor of classes, for each anchor of a cell."""
+        return {"head.classification_head.cls_logits": ClassRows()}
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Run backbone and pyramid."""
@@ -88,7 +93,7 @@ class _Graph(DenseGraph):
         if predictions.quality is not None:
             probabilities = (probabilities * predictions.quality.sigmoid()[..., None]).sqrt()
         scores = probabilities * (probabilities > model.score_thresh)
-        levels = scores.split(list(predictions.priors.per_level), 1)
+        levels = torch.split(scores, list(predictions.priors.per_level), 1)
         return torch.cat([at_least_the_best(x.flatten(1), model.topk_candidates).view_as(x) for x in levels], 1)
 
 

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from io import BytesIO
+from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from kdtoolkit.adapters.torchvision.base import LIBRARY
+from kdtoolkit.build import architecture, construct, split_name, with_arguments
+from kdtoolkit.detector import Detector, Opened, named
 from kdtoolkit.detectors.backbone import Pyramid, build_backbone
 from kdtoolkit.detectors.precision import without_autocast
 from kdtoolkit.errors import KDError
-from kdtoolkit.models import construct
+from kdtoolkit.files import write_atomic
+from kdtoolkit.libraries import adapt
 from kdtoolkit.options import did_you_mean
+
+_EPS = 1e-5  # of torch's and torchvision's batch norms
 
 
 class TimmPyramid(nn.Module):
@@ -28,7 +38,8 @@ class TimmPyramid(nn.Module):
         strides: of the levels that the pyramid takes from the backbone, in pixels, finest first.
         out_channels: of the pyramid's levels.
         extra: computes the coarser levels.
-        pretrained: load timm's ImageNet weights (downloads them).
+        pretrained: True loads timm's ImageNet weights of the backbone, and downloads them the first time. A path loads
+            them from a file.
         args: further arguments of timm.create_model.
 
     Raises:
@@ -42,7 +53,7 @@ class TimmPyramid(nn.Module):
         out_channels: int,
         extra: ExtraFPNBlock,
         *,
-        pretrained: bool = False,
+        pretrained: bool | str = False,
         args: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
@@ -78,7 +89,7 @@ def on_timm(
     *,
     backbone: str = "resnet50",
     backbone_args: Mapping[str, object] | None = None,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     out_channels: int = 256,
     min_size: int = 800,
     max_size: int = 1333,
@@ -90,7 +101,8 @@ def on_timm(
         num_classes: without background.
         backbone: name of the timm model.
         backbone_args: further arguments of timm.create_model.
-        pretrained: load timm's ImageNet weights (downloads them).
+        pretrained: True loads timm's ImageNet weights of the backbone, and downloads them the first time. A path loads
+            them from a file.
         out_channels: of the feature pyramid's levels.
         min_size: the detector scales images until their shorter side has this length, in pixels.
         max_size: the largest length of the longer side, in pixels. It takes precedence over `min_size`.
@@ -125,27 +137,39 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
     Raises:
         KDError: there is no such builder, or it does not take such arguments.
     """
-    full = f"torchvision/{name}"
     if name in _ON_TIMM:
-        return construct(_ON_TIMM[name], full, num_classes, args)
+        return construct(_ON_TIMM[name], f"torchvision/{name}", num_classes, args)
+    outputs = num_classes + _background(name)
+    return _built(name, {"weights": None, "weights_backbone": None, **args, "num_classes": outputs})
+
+
+def _background(name: str) -> int:
+    """How many outputs a detector has for background: 1 or 0."""
+    return 0 if issubclass(_detector(name), RetinaNet | FCOS) else 1
+
+
+def _detector(name: str) -> type[nn.Module]:
+    """The class of detectors that a builder of torchvision returns. Raises KDError if there is no such builder."""
+    full = f"torchvision/{name}"
     names = [*_ON_TIMM, *LIBRARY.list_models(module=detection)]
     if name not in names:
         raise KDError(f"unknown model {full!r}{did_you_mean(name, names)}. There are {', '.join(names)}")
-    builder = LIBRARY.get_model_builder(name)
-    signature = inspect.signature(builder)
-    detector = signature.return_annotation
+    return cast(type[nn.Module], inspect.signature(LIBRARY.get_model_builder(name)).return_annotation)
+
+
+def _built(name: str, args: Mapping[str, Any]) -> nn.Module:
+    """Call one of torchvision's builders. Raises KDError if it does not take such arguments."""
+    full, builder = f"torchvision/{name}", LIBRARY.get_model_builder(name)
     # The transform ignores arguments that it does not know, so names are checked here.
-    taken = {**signature.parameters, **inspect.signature(detector.__init__).parameters}
+    taken = {**inspect.signature(builder).parameters, **inspect.signature(_detector(name).__init__).parameters}
     allowed = sorted(taken.keys() - {"self", "kwargs", "backbone", "num_classes", "size"})
-    if unknown := sorted(args.keys() - set(allowed)):
+    if unknown := sorted(args.keys() - {*allowed, "num_classes"}):
         raise KDError(
             f"model {full!r} takes no argument {unknown[0]!r}{did_you_mean(unknown[0], allowed)}. Its arguments are "
             f"{', '.join(allowed)}"
         )
-    outputs = num_classes + (0 if issubclass(detector, RetinaNet | FCOS) else 1)
-    options: dict[str, Any] = {"weights": None, "weights_backbone": None, **args}
     try:
-        return cast(nn.Module, builder(num_classes=outputs, **options))
+        return cast(nn.Module, builder(**args))
     except (
         TypeError,
         ValueError,
@@ -153,3 +177,95 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
         OSError,
     ) as error:  # weights that are unknown or for other classes, or no network
         raise KDError(f"model {full!r}: {error}") from error
+
+
+def open_published(name: str, args: Mapping[str, object], weights: str | None) -> Opened | None:
+    """Open a detector with weights that torchvision publishes; None if `weights` is None.
+
+    Args:
+        name: of one of torchvision's builders.
+        args: its further arguments.
+        weights: the name of its weights, such as "COCO_V1"; "pretrained" and "DEFAULT" are the best ones.
+
+    Raises:
+        KDError: torchvision has no such weights, or they are not on this machine and no network is there.
+    """
+    if weights is None:
+        return None
+    if name in _ON_TIMM:
+        raise KDError(
+            f"torchvision publishes no weights of {name!r} on timm backbones: name a file, or take ImageNet weights of "
+            f"the backbone with torchvision/{name}?pretrained=true"
+        )
+    background, full = _background(name), f"torchvision/{name}"
+    entries = LIBRARY.get_model_weights(name)
+    known = [*entries.__members__]
+    entry = entries.__members__.get("DEFAULT" if weights == "pretrained" else weights.rpartition(".")[2])
+    if entry is None:
+        raise KDError(f"{full} has no weights {weights!r}{did_you_mean(weights, known)}: there are {', '.join(known)}")
+    try:
+        model: Any = _built(name, {**args, "weights": entry})
+    except KDError as error:
+        raise KDError(
+            f"the weights {entry} cannot be loaded ({error.__cause__ or error}). torchvision downloads them once, into "
+            f"{torch.hub.get_dir()}/checkpoints; without a network, put {entry.url.rpartition('/')[2]} there"
+        ) from error
+    _settle(model.backbone)
+    names = entry.meta["categories"]
+    backbone = model.backbone
+
+    def build(num_classes: int) -> nn.Module:
+        # The library freezes norms and the first stages of a trained backbone, which is why it is handed on.
+        plain: Any = build_model(name, num_classes, args)
+        plain.backbone = backbone
+        return plain  # type: ignore[no-any-return]
+
+    return Opened(
+        model=model,
+        build=build,
+        num_classes=len(names) - background,
+        name=with_arguments(full, args),
+        class_names=named(names[background:]),
+        weights=f"torchvision's {entry}",
+        image_size=max(model.transform.max_size, max(model.transform.fixed_size or (0,))),
+    )
+
+
+def _settle(backbone: nn.Module) -> None:
+    """Give frozen batch norms the `eps` of others, and keep what they compute.
+
+    The library sets it to 0 for some published weights. A model that is built without these has the usual one, and
+    would compute something slightly different with the same state dict.
+    """
+    for module in backbone.modules():
+        if isinstance(module, FrozenBatchNorm2d) and module.eps != _EPS:
+            cast(Tensor, module.running_var).add_(module.eps - _EPS)
+            module.eps = _EPS
+
+
+def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
+    """Save the state dict, as torchvision's users do. Returns the file's name, and how to open it with torchvision."""
+    model: Any = detector.model
+    state = OrderedDict((key, value.detach().cpu().clone()) for key, value in model.state_dict().items())
+    for path, module in model.named_modules():
+        if isinstance(module, FrozenBatchNorm2d):  # a model that is built without weights has plain ones, which count
+            state[f"{path}.num_batches_tracked"] = torch.tensor(0)
+    buffer = BytesIO()
+    torch.save(state, buffer)
+    write_atomic(folder / "model.pth", buffer.getvalue())
+    name, args = split_name(architecture(detector.name))
+    builder = name.partition("/")[2]
+    if name != f"torchvision/{builder}" or builder in _ON_TIMM:
+        how = "# The backbone's module is part of kdtoolkit.\nfrom kdtoolkit.models import build_model\n"
+        call = f"build_model({architecture(detector.name)!r}, {len(detector.class_names or ())})"
+    else:
+        how = f"from torchvision.models.detection import {builder}\n"
+        outputs = adapt(model).spec.num_classes + _background(builder)
+        options = {"weights": None, "weights_backbone": None, "num_classes": outputs, **args}
+        call = f"{builder}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
+    first = "label 1 is" if builder not in _ON_TIMM and _background(builder) else "label 0 is"
+    return "model.pth", (
+        f"import torch\n{how}\nmodel = {call}\n"
+        f'model.load_state_dict(torch.load("model.pth", weights_only=True))\n'
+        f"model.eval()  # {first} the first class\n"
+    )

@@ -25,6 +25,7 @@ from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.contract import (
     Assignment,
     Batch,
+    ClassRows,
     Detections,
     DetectorSpec,
     HeadTrace,
@@ -38,7 +39,6 @@ from kdtoolkit.contract import (
 from kdtoolkit.detectors.towers import walk_towers
 from kdtoolkit.errors import KDError
 from kdtoolkit.graph import Detected, at_least_the_best, best, clip_to, pool, suppress
-
 
 MIN_SIDE = 1e-2  # of detected boxes, in pixels; the library has no name for it
 LEVEL_EPS = 1e-6  # of the library's rule that chooses a proposal's level
@@ -217,6 +217,17 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         return "torchvision RoI heads", thresholds(self.model.roi_heads.proposal_matcher)
 
     @property
+    def class_layers(self) -> Mapping[str, ClassRows]:
+        """The predictors of classes, of their boxes and of their masks; background is first."""
+        layers = {
+            "roi_heads.box_predictor.cls_score": ClassRows(before=1),
+            "roi_heads.box_predictor.bbox_pred": ClassRows(before=1, inner=4),
+        }
+        if self.model.roi_heads.has_mask():
+            layers["roi_heads.mask_predictor.mask_fcn_logits"] = ClassRows(before=1)
+        return layers
+
+    @property
     def first_stage(self) -> RPNAdapter:
         """The region proposal network."""
         return self._rpn
@@ -359,15 +370,15 @@ class _Graph(Graph):
     def __init__(self, adapter: FasterRCNNAdapter, rpn: RPNAdapter) -> None:
         super().__init__(adapter)
         self._rpn = rpn
-        shape = adapter.spec.strides, self.model.roi_heads.box_roi_pool.featmap_names
-        names = adapter.level_names
-        self._strides = [stride for stride, name in zip(shape[0], names, strict=True) if name in shape[1]]
+        pooled = self.model.roi_heads.box_roi_pool.featmap_names
+        levels = zip(adapter.level_names, adapter.spec.strides, strict=True)
+        self._strides = [stride for name, stride in levels if name in pooled]
 
     def detect(self, features: tuple[Tensor, ...], batch: Batch) -> Detected:
         model = self.model.roi_heads
         (height, width), classes = batch.sizes[0], self.adapter.spec.num_classes
         proposals, real = self._proposals(features, batch)
-        images, count = proposals.shape[:2]
+        count = proposals.shape[1]
         logits, offsets = model.box_predictor(model.box_head(self._pooled(features, proposals)))
         boxes = model.box_coder.decode_single(offsets, proposals.flatten(0, 1)).view(-1, count, classes + 1, 4)
         boxes = clip_to(boxes[:, :, 1:], height, width)
@@ -388,13 +399,13 @@ class _Graph(Graph):
         sizes = list(predictions.priors.per_level)
         before, after = rpn.pre_nms_top_n(), rpn.post_nms_top_n()
         scores = predictions.logits.flatten(1).sigmoid()
-        scores = torch.cat([at_least_the_best(level, before) for level in scores.split(sizes, 1)], 1)
+        scores = torch.cat([at_least_the_best(level, before) for level in torch.split(scores, sizes, 1)], 1)
         solid = ((boxes[..., 2:] - boxes[..., :2]) >= rpn.min_size).all(-1)
         scores = scores * ((scores >= rpn.score_thresh) & solid)
         kept = torch.cat(
             [
                 suppress(own, each[:, None], rpn.nms_thresh, after)[:, 0]
-                for own, each in zip(boxes.split(sizes, 1), scores.split(sizes, 1), strict=True)
+                for own, each in zip(torch.split(boxes, sizes, 1), torch.split(scores, sizes, 1), strict=True)
             ],
             1,
         )
@@ -410,7 +421,8 @@ class _Graph(Graph):
         areas = (proposals[..., 2] - proposals[..., 0]) * (proposals[..., 3] - proposals[..., 1])
         sides = areas.sqrt() / pooler.canonical_scale
         levels = (pooler.canonical_level + sides.log2() + LEVEL_EPS).floor().clamp(finest, coarsest) - finest
-        return pool(maps, proposals, levels.long(), scales, list(pooler.output_size), pooler.sampling_ratio)
+        pooled: Tensor = pool(maps, proposals, levels.long(), scales, list(pooler.output_size), pooler.sampling_ratio)
+        return pooled
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from kdtoolkit.adapters.torchvision.examples import tiny_ssd
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
 from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.canvas import Layout
-from kdtoolkit.contract import Assignment, Batch, Detections, HeadTrace, Predictions, Priors
+from kdtoolkit.contract import Assignment, Batch, ClassRows, Detections, HeadTrace, Predictions, Priors
 from kdtoolkit.graph import at_least_the_best
 
 
@@ -53,6 +53,17 @@ class SSDAdapter(GridAdapter):
         generator = self.model.anchor_generator
         boxes = (repr(generator.aspect_ratios), tuple(generator.scales), generator.clip, self._strides)
         return "torchvision SSD", thresholds(self.model.proposal_matcher), boxes
+
+    @property
+    def class_layers(self) -> Mapping[str, ClassRows]:
+        """The predictor of classes on each level, for each default box of a cell; background is first."""
+        name = "head.classification_head.module_list"
+        predictors = self.model.head.classification_head.module_list
+        names = [
+            f"{name}.{i}" + (f".{len(each) - 1}" if isinstance(each, nn.Sequential) else "")
+            for i, each in enumerate(predictors)
+        ]
+        return dict.fromkeys(names, ClassRows(before=1))
 
     def _layout(self, like: Batch) -> Layout:
         """On the one canvas that the detector is built for, because its default boxes are shares of the canvas."""

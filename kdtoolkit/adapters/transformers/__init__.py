@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,10 @@ from kdtoolkit.adapters.transformers.detr import DetrAdapter
 from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.adapters.transformers.rfdetr import LwDetrAdapter, RfDetrAdapter
 from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter
+from kdtoolkit.build import with_arguments
+from kdtoolkit.detector import Detector, Opened, named
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 
 ADAPTERS: tuple[type[TransformersAdapter], ...] = (
     DetrAdapter,
@@ -60,22 +64,34 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
     """
     if "num_labels" in args:
         raise KDError(f"model 'hf/{name}': num_labels follows from the data's classes; leave it out")
-    types = {model_type.replace("-", "_"): model_type for model_type in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES}
-    model_type = types.get(name.replace("-", "_"))
+    model_type = _model_type(name)
     try:
         if model_type is not None:
             _check_fields(name, model_type, args)
             config = AutoConfig.for_model(model_type, num_labels=num_classes, **args)
             model: nn.Module = _auto_model.from_config(config)
             return model
+    except KDError:
+        raise
+    except Exception as error:  # configs raise errors of all kinds
+        raise _failure(name, " ".join(str(error).split()).rstrip(".")) from error
+    return _loaded(name, {**args, "num_labels": num_classes})
+
+
+def _model_type(name: str) -> str | None:
+    types = {model_type.replace("-", "_"): model_type for model_type in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES}
+    return types.get(name.replace("-", "_"))
+
+
+def _loaded(name: str, args: Mapping[str, object]) -> nn.Module:
+    """Load a detector from a folder or the hub. `args` are fields of the config that replace those there."""
+    try:
         source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": _is_local(name)}
-        config, unused = AutoConfig.from_pretrained(
-            name, num_labels=num_classes, return_unused_kwargs=True, **source, **args
-        )
+        config, unused = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **source, **args)
         if unused:
             raise KDError(f"model 'hf/{name}': its config has no {', '.join(unused)}")
         # In float32, which every adapter needs, in whatever precision they were saved.
-        model = _auto_model.from_pretrained(
+        model: nn.Module = _auto_model.from_pretrained(
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **source
         )
         # Loads it into the hub's cache, where the adapter looks for it. Without one, the class's defaults hold.
@@ -92,6 +108,55 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
     except Exception as error:  # errors of configs, the hub and its HTTP client have no closer base class in common
         raise _failure(name, " ".join(str(error).split()).rstrip(".")) from error
     return model
+
+
+def open_published(name: str, args: Mapping[str, object], weights: str | None) -> Opened | None:
+    """Open a detector from a folder of `save_pretrained` or from the hub; None if `name` is a model type.
+
+    Raises KDError if it cannot be loaded, or if `weights` asks for others.
+    """
+    if _model_type(name) is not None:
+        if weights is None:
+            return None
+        raise KDError(f"hf/{name} has no weights {weights!r}: name a detector on the hub, as hf/OWNER/NAME, or a file")
+    if weights not in (None, "pretrained"):
+        raise KDError(f"hf/{name} has no weights {weights!r}: leave them out to take its own")
+    model: Any = _loaded(name, args)
+    config = model.config
+    count = config.num_labels
+    names = named([str(config.id2label[i]) for i in range(count)])
+
+    def build(num_classes: int) -> nn.Module:
+        other = copy.deepcopy(config)
+        other.num_labels = num_classes
+        built: nn.Module = _auto_model.from_config(other, dtype=torch.float32)
+        return built
+
+    return Opened(
+        model=model.train(),
+        build=build,
+        num_classes=count,
+        name=with_arguments(f"hf/{name}", args),
+        class_names=None if names == tuple(f"LABEL_{i}" for i in range(count)) else names,
+        weights=f"hf/{name}",
+    )
+
+
+def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
+    """Save the folder of `save_pretrained`: config, weights, and the image processor that prepares images likewise."""
+    model: Any = detector.model
+    if detector.class_names is not None:
+        model.config.id2label = dict(enumerate(detector.class_names))
+        model.config.label2id = {name: label for label, name in enumerate(detector.class_names)}
+    model.save_pretrained(folder)
+    adapter = adapt(model)
+    assert isinstance(adapter, TransformersAdapter)
+    adapter.image_processor(detector.image_size).save_pretrained(folder)
+    return "model.safetensors", (
+        "from transformers import AutoImageProcessor, AutoModelForObjectDetection\n\n"
+        'processor = AutoImageProcessor.from_pretrained(".")\n'
+        'model = AutoModelForObjectDetection.from_pretrained(".")\n'
+    )
 
 
 def _failure(name: str, reason: str) -> KDError:

@@ -28,6 +28,7 @@ from kdtoolkit.canvas import Layout, check_images, lay_out
 from kdtoolkit.contract import (
     Assignment,
     Batch,
+    ClassRows,
     Detections,
     DetectorAdapter,
     DetectorSpec,
@@ -43,6 +44,8 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.graph import Detected, best, best_first, normalised, pad
 
 BRANCH = "decoder"
+# The library's names of what predicts classes.
+_CLASS_LAYERS = ("class_labels_classifier", "class_embed", "enc_score_head", "enc_out_class_embed")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -121,6 +124,24 @@ class TransformersAdapter(DetectorAdapter):
         """Whether `model` is of the class that this adapter is for."""
         return isinstance(model, cls.kind)
 
+    @property
+    def backbone(self) -> tuple[str, ...]:
+        """The backbone; in RF-DETR and LW-DETR without the projector, in DEIMv2 with it."""
+        return ("model.backbone", "model.conv_encoder")
+
+    @property
+    def class_layers(self) -> Mapping[str, ClassRows]:
+        """The predictors of classes, of decoder and encoder, and the embedding of classes for denoising."""
+        background = ClassRows(after=int(self.activation == "softmax"))
+        found = {}
+        for name, module in self.model.named_modules():
+            last = name.removesuffix(f".{name.rpartition('.')[2]}") if name.rpartition(".")[2].isdigit() else name
+            if last.rpartition(".")[2] in _CLASS_LAYERS and not isinstance(module, nn.ModuleList):
+                found[name] = background
+            elif last.rpartition(".")[2] == "denoising_class_embed":
+                found[name] = ClassRows(after=1)  # the last row pads
+        return found
+
     def default_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The mean and std that published models of this kind need."""
         return self.default_mean, self.default_std
@@ -128,6 +149,19 @@ class TransformersAdapter(DetectorAdapter):
     def refuses(self) -> str | None:
         """Why this model cannot be adapted; None if it can. Asked once."""
         return None
+
+    def image_processor(self, image_size: int | None) -> Any:
+        """The library's image processor that prepares images as the adapter does.
+
+        It is the one that the model was loaded with. Without one it normalises only, and scales images to a longest
+        side of `image_size` pixels if that is known.
+        """
+        if self.processing is not None:
+            return self.processing.processor
+        sides = {} if image_size is None else {"size": {"shortest_edge": image_size, "longest_edge": image_size}}
+        return self.processor(
+            do_resize=image_size is not None, image_mean=list(self.image_mean), image_std=list(self.image_std), **sides
+        )
 
     def decoder_spec(
         self, *, strides: Sequence[int], width: int, layers: int, prior_form: str, channels: Sequence[int] = ()

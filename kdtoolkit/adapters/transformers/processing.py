@@ -20,7 +20,7 @@ class Processing:
     """What one of the library's image processors does: mean and std per channel, for images in [0, 1], and resizing."""
 
     def __init__(self, processor: Any) -> None:
-        self._processor = processor
+        self.processor = processor
         # The library's images are in [0, 255] until it rescales them.
         factor = 255 * processor.rescale_factor if processor.do_rescale else 255
         normalised = bool(processor.do_normalize)
@@ -31,7 +31,7 @@ class Processing:
         self, images: Sequence[Tensor], targets: Sequence[Target] | None
     ) -> tuple[Sequence[Tensor], Sequence[Target] | None]:
         """Resize images (3, H, W) as the processor does, with their ground truth."""
-        processor = self._processor
+        processor = self.processor
         if not processor.do_resize:
             return images, targets
         made = [processor.resize(image, size=processor.size, resample=processor.resample) for image in images]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -43,8 +43,7 @@ def convert(
     Raises KDError if the data are bad (unless `on_bad` is `skip`), cannot be told apart in the new format, or cannot be
     written.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise KDError(f"{target} is there already; name a new folder")
+    check_new(target)
     form, place = locate(source)
     readings = {split: form.read(place, split, progress) for split in form.splits(place)}
     for reading in readings.values():
@@ -53,12 +52,37 @@ def convert(
     if len(classes) > 1:
         listed = "; ".join(", ".join(names) for names in sorted(classes))
         raise KDError(f"the splits of {source} have different classes: {listed}. Give all splits the same ones")
+    write(readings, target, to)
+    photos = [photo for reading in readings.values() for photo in reading.photos]
+    kept = [box for photo in photos for box in photo.boxes if not (to == "yolo" and box.crowd)]
+    return Outcome(len(photos), len(kept), tuple(_losses(readings, form.name, to)))
+
+
+def check_new(target: Path) -> None:
+    """Raise KDError if a folder to write into is there already, and not empty."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise KDError(f"{target} is there already; name a new folder")
+
+
+def write(
+    readings: dict[str, Reading],
+    target: Path,
+    to: Literal["coco", "yolo", "voc"],
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Write splits, with copies of their images, into the new folder `target`, which appears only when it is complete.
+
+    `more`: the text of further files by their names. Raises KDError if two images would have one name, if readers of
+    the format would not find an image, or if the folder cannot be written.
+    """
     names = _names(readings, to)
     beside = target.absolute().with_name(f".{target.absolute().name}.partial")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         _WRITERS[to](beside, readings, names)
+        for name, text in (more or {}).items():
+            _write_text(beside / name, text)
         if target.exists():
             target.rmdir()
         beside.replace(target)
@@ -66,9 +90,6 @@ def convert(
         raise KDError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    photos = [photo for reading in readings.values() for photo in reading.photos]
-    kept = [box for photo in photos for box in photo.boxes if not (to == "yolo" and box.crowd)]
-    return Outcome(len(photos), len(kept), tuple(_losses(readings, form.name, to)))
 
 
 def _losses(readings: dict[str, Reading], form: str, to: str) -> Iterator[str]:

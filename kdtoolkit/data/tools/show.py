@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import colorsys
 import random
 import re
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from kdtoolkit.data.dataset import DetectionDataset, Sample
+from kdtoolkit.data.drawing import draw_boxes
 from kdtoolkit.errors import KDError
 
 LONGEST_NAME = 60  # characters
@@ -18,6 +18,8 @@ LONGEST_NAME = 60  # characters
 
 def show(dataset: DetectionDataset, folder: Path, *, count: int, seed: int) -> list[Path]:
     """Draw the boxes of `count` images, chosen by `seed`, and write them into `folder` as JPEG files.
+
+    Small pictures are enlarged, so that the names of classes do not hide them.
 
     Raises KDError if an image cannot be decoded, or the folder cannot be written.
     """
@@ -40,22 +42,6 @@ def show(dataset: DetectionDataset, folder: Path, *, count: int, seed: int) -> l
 
 def drawn(pixels: torch.Tensor, sample: Sample, class_names: tuple[str, ...]) -> Image.Image:
     """An image (3, H, W) uint8 with its boxes and the names of their classes."""
+    labels = sample["labels"].tolist()
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    draw = ImageDraw.Draw(picture)
-    longest = max(picture.size)
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont = ImageFont.load_default(max(10, longest // 50))
-    for (x1, y1, x2, y2), label in zip(sample["boxes"].tolist(), sample["labels"].tolist(), strict=True):
-        colour = _colour(label)
-        draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=colour, width=max(1, longest // 400))
-        name = class_names[label]
-        left, top, right, bottom = draw.textbbox((x1, y1), name, font)
-        shift = min(top, bottom - top)  # above the box, if there is room
-        draw.rectangle((left, top - shift, right, bottom - shift), fill=colour)
-        draw.text((x1, y1 - shift), name, "black", font)
-    return picture
-
-
-def _colour(label: int) -> tuple[int, int, int]:
-    """A bright colour, different for neighbouring labels."""
-    r, g, b = colorsys.hsv_to_rgb(label * 0.618 % 1, 0.6, 1)
-    return round(255 * r), round(255 * g), round(255 * b)
+    return draw_boxes(picture, sample["boxes"].tolist(), labels, [class_names[label] for label in labels])

@@ -17,9 +17,9 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
     written = show(data, tmp_path / "shown", count=16, seed=0)
     assert [path.name for path in written] == ["000000__b_7.jpg", "000001_9.jpg"]
     pixels = np.asarray(Image.open(written[0]).convert("L")).astype(int)
-    assert pixels.shape == (30, 40)
-    assert pixels[23, 4:12].min() > 80  # the lower side of the ball's box
-    assert pixels[16:, 16:].max() < 40
+    assert pixels.shape == (480, 640)  # 16 times the image
+    assert pixels[387, 64:192].min() > 80  # the lower side of the ball's box
+    assert pixels[:, 360:].max() < 40
     assert len(show(data, tmp_path / "one", count=1, seed=3)) == 1
 
 

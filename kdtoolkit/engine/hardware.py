@@ -1,4 +1,4 @@
-"""What a cell runs on."""
+"""What a training runs on, in words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def machine() -> str:
 
 
 def device_name(device: str) -> str:
-    """What a cell runs on: `cpu`, or the name of the GPU."""
+    """The name of a device: `cpu`, or the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 

@@ -1,0 +1,87 @@
+"""Draws boxes with their names on pictures, so that one can read them."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+LEAST_SIDE = 640  # pixels; the names would hide the objects of a smaller picture
+
+Area = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def draw_boxes(
+    picture: Image.Image,
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    captions: Sequence[str],
+) -> Image.Image:
+    """A copy of an RGB picture with boxes, each with its caption on a bright ground.
+
+    Pictures whose longest side is below 640 px are enlarged. Where captions would cover each other, they move to
+    a different edge of their box.
+
+    Args:
+        picture: the picture. It stays as it is.
+        boxes: xyxy in pixels of `picture`. Later ones cover earlier ones.
+        labels: boxes of equal labels have the same colour.
+        captions: the text of each box.
+    """
+    factor = max(1, round(LEAST_SIDE / max(picture.size)))
+    drawn = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(drawn)
+    longest = max(drawn.size)
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont = ImageFont.load_default(max(12, longest // 60))
+    width = max(2, longest // 400)
+    places = [[factor * side for side in box] for box in boxes]
+    for (x1, y1, x2, y2), label in zip(places, labels, strict=True):
+        draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=colour(label), width=width)
+    taken: list[Area] = []
+    # The last box is the topmost, so its caption chooses first.
+    chosen = [_place(draw, font, box, caption, drawn.size, taken) for box, caption in _reversed(places, captions)]
+    for area, label, caption in zip(reversed(chosen), labels, captions, strict=True):
+        draw.rectangle(area, fill=colour(label))
+        draw.text((area[0] + 2, area[1] + 1), caption, "black", font, anchor="lt")
+    return drawn
+
+
+def colour(label: int) -> tuple[int, int, int]:
+    """A bright colour, different for neighbouring labels."""
+    r, g, b = colorsys.hsv_to_rgb(label * 0.618 % 1, 0.6, 1)
+    return round(255 * r), round(255 * g), round(255 * b)
+
+
+def _reversed(boxes: Sequence[Sequence[float]], captions: Sequence[str]) -> list[tuple[Sequence[float], str]]:
+    return list(zip(boxes, captions, strict=True))[::-1]
+
+
+def _place(
+    draw: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    box: Sequence[float],
+    caption: str,
+    size: tuple[int, int],
+    taken: list[Area],
+) -> Area:
+    """Where a caption goes: above, below or inside its box. `taken` has the areas of captions, and gets this one."""
+    left, top, right, bottom = draw.textbbox((0, 0), caption, font, anchor="lt")
+    width, height = right - left + 4, bottom - top + 4
+    x1, y1, x2, y2 = box
+    corners = [(x1, y1 - height), (x1, y2), (x2 - width, y1 - height), (x2 - width, y2), (x1, y1), (x1, y2 - height)]
+    areas = [_inside(x, y, width, height, size) for x, y in corners]
+    best = min(areas, key=lambda area: sum(_common(area, other) for other in taken))
+    taken.append(best)
+    return best
+
+
+def _inside(x: float, y: float, width: float, height: float, size: tuple[int, int]) -> Area:
+    """The area of a caption, shifted into the picture of `size` (width, height)."""
+    x, y = max(0.0, min(x, size[0] - width)), max(0.0, min(y, size[1] - height))
+    return x, y, x + width, y + height
+
+
+def _common(a: Area, b: Area) -> float:
+    """How many pixels two areas share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

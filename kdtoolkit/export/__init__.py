@@ -1,0 +1,1 @@
+"""Writes detectors for deployment."""

@@ -1,0 +1,1 @@
+"""What users do in one call: train, distil, evaluate, predict, label."""

@@ -1,0 +1,214 @@
+"""Class lists that differ: methods compare what two detectors of the shared classes alone would show."""
+
+import copy
+
+import pytest
+import torch
+
+from kdtoolkit import Distiller, KDError, adapt
+from kdtoolkit.classes import ClassMap, SharedClasses
+from kdtoolkit.compatibility import why_refused
+from kdtoolkit.inherit import inherit
+from kdtoolkit.methods import CWD, FGD, LD, PKD, CrossKD, FitNet, LogitKD, Mimic, all_methods
+from kdtoolkit.testing import check_adapter
+from tests.conftest import first_of_each_kind, tiny_atss, tiny_gfl, tiny_of
+
+SHARED = ClassMap(student=(0, 2), teacher=(3, 1))  # of 3 and 5 classes
+KINDS = first_of_each_kind()
+FURTHER = {  # settings that compare or need what the defaults do not
+    "LD, all terms": lambda: LD(valuable_weight=0.25, cls_weight=1.0),
+    "DKD": lambda: LogitKD(kind="dkd"),
+    "DIST": lambda: LogitKD(kind="dist"),
+    "CWD.for_logits": CWD.for_logits,
+    "FitNet in boxes": lambda: FitNet(region="boxes"),
+    "CrossKD, teacher's priors": lambda: CrossKD(priors="teacher"),
+}
+METHODS = {**all_methods(), **FURTHER}
+
+
+def only_shared(family, whole, labels):
+    """The detector with the rows of these classes alone.
+
+    The classes that it lacks get no score in `whole` where their scores decide more than their own rows: in a softmax,
+    and in the choice of queries.
+    """
+    adapter = adapt(whole)
+    if adapter.spec.activation == "softmax" or not adapter.spec.priors.on_grid:
+        modules = dict(whole.named_modules())
+        for name, rows in adapter.class_layers.items():
+            bias = getattr(modules[name], "bias", None)
+            if bias is not None and rows.inner == 1:
+                columns = bias.detach().view(-1, rows.before + adapter.spec.num_classes + rows.after)
+                for label in set(range(adapter.spec.num_classes)) - set(labels):
+                    columns[:, rows.before + label] = -1e4
+    part = tiny_of(family, seed=0, num_classes=len(labels))
+    assert not inherit(part, whole, ClassMap(tuple(range(len(labels))), labels)).left
+    return part
+
+
+def terms(teacher, student, methods, images, targets, class_map=None):
+    torch.manual_seed(3)  # what the methods learn
+    distiller = Distiller(teacher, student, methods, class_map=class_map).train()
+    torch.manual_seed(4)  # what is drawn in the step
+    return {name: loss for name, loss in distiller(images, targets).items() if not name.startswith("task/")}
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_methods_see_what_detectors_of_the_shared_classes_alone_would_show(family, batch):
+    images, targets = batch
+    objects = [{"boxes": t["boxes"][t["labels"] != 1], "labels": t["labels"][t["labels"] != 1]} for t in targets]
+    renamed = [{"boxes": t["boxes"], "labels": t["labels"] // 2} for t in objects]
+    teacher, student = tiny_of(family, seed=1, num_classes=5), tiny_of(family, seed=2, num_classes=3)
+    parts = only_shared(family, teacher, SHARED.teacher), only_shared(family, student, SHARED.student)
+    specs = adapt(parts[1]).spec, adapt(parts[0]).spec
+    compared = []
+    for name, make in METHODS.items():
+        if why_refused(make(), *specs):
+            continue
+        found = terms(copy.deepcopy(teacher), copy.deepcopy(student), [make()], images, objects, SHARED)
+        expected = terms(*map(copy.deepcopy, parts), [make()], images, renamed)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        compared.append(name)
+    assert {"CrossKD", "PKD", "FGD"} <= set(compared)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_the_order_of_the_teachers_classes_does_not_matter(family, batch):
+    teacher, student = tiny_of(family, seed=1), tiny_of(family, seed=2)
+    turned = tiny_of(family, seed=0)
+    inherit(turned, teacher, ClassMap((2, 0, 1), (0, 1, 2)))  # class 0 of the teacher is class 2 here
+    methods = [Mimic, CrossKD] if why_refused(Mimic, adapt(student).spec, adapt(teacher).spec) is None else [CrossKD]
+    found = terms(turned, copy.deepcopy(student), [make() for make in methods], *batch, ClassMap((0, 1, 2), (2, 0, 1)))
+    expected = terms(teacher, student, [make() for make in methods], *batch)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in KINDS if adapt(tiny_of(family, seed=0)).spec.activation == "sigmoid"]
+)
+def test_no_method_pulls_at_a_class_that_the_teacher_lacks(family, batch):
+    teacher, student = tiny_of(family, seed=1, num_classes=5), tiny_of(family, seed=2, num_classes=3)
+    adapter = adapt(student)
+    modules = dict(student.named_modules())
+    specs = [adapt(tiny_of(family, seed=0, num_classes=2)).spec] * 2
+    pulled = set()
+    for name, make in METHODS.items():
+        if why_refused(make(), *specs) or "predictions" not in make().needs:
+            continue
+        student.zero_grad()
+        torch.stack([*terms(teacher, student, [make()], *batch, SHARED).values()]).sum().backward()
+        for layer, rows in adapter.class_layers.items():
+            if (gradient := modules[layer].weight.grad) is not None:
+                found = gradient.view(-1, 3 + rows.after, *gradient.shape[1:])
+                assert not found[:, 1].any(), f"{name}: {layer}"
+                pulled |= {name} if found[:, 0].any() else set()
+    assert {"LogitKD", "Mimic"} <= pulled
+
+
+@pytest.mark.parametrize("family", ["DETR", "torchvision SSD", "torchvision Faster R-CNN"])
+def test_no_method_cares_for_shares_of_background_and_absent_classes(family, batch):
+    teacher, student = tiny_of(family, seed=1, num_classes=5), tiny_of(family, seed=2, num_classes=3)
+    moved = adapt(copy.deepcopy(student))
+    head = moved.head
+
+    def with_mass_moved(*args, **kwargs):
+        trace = head(*args, **kwargs)
+        logits = trace.predictions.logits.clone()
+        background = torch.logaddexp(logits[..., 3], logits[..., 1] - torch.tensor(4.0 / 3).log())
+        logits[..., 1], logits[..., 3] = logits[..., 1] - torch.tensor(4.0).log(), background
+        return type(trace)(
+            trace.states,
+            type(trace.predictions)(**{**vars(trace.predictions), "logits": logits}),
+            trace.context,
+            trace.first,
+        )
+
+    moved.head = with_mass_moved
+    specs = [adapt(tiny_of(family, seed=0, num_classes=2)).spec] * 2
+    for name, make in METHODS.items():
+        if why_refused(make(), *specs) or "predictions" not in make().needs:
+            continue
+        found = terms(teacher, moved, [make()], *batch, SHARED)
+        torch.testing.assert_close(
+            found, terms(teacher, student, [make()], *batch, SHARED), msg=lambda t, name=name: f"{name}: {t}"
+        )
+
+
+def test_objects_of_the_students_own_class_are_no_objects_to_methods_and_nothing_is_compared_there(batch):
+    images, targets = batch
+    student = adapt(tiny_gfl(seed=2))
+    view = SharedClasses(student, SHARED.student)
+    whole = student.prepare(images, targets)
+    trace = student.head(student.features(whole), whole)
+    seen = view.seen(whole)
+    assert [labels.tolist() for labels in seen.labels] == [[0, 1], []]
+    own, shown = student.assign(trace, whole), view.assign(view.seen_trace(trace), seen)
+    hidden = own.labels == 1
+    assert hidden.any()
+    assert not shown.weights[hidden].any()
+    assert torch.equal(shown.weights[~hidden], own.weights[~hidden])
+    assert torch.equal(shown.positive, own.positive & ~hidden)
+    assert shown.labels[own.labels == 2].unique().tolist() == [1]
+    assert shown.labels[~shown.positive].unique().tolist() == [2]
+
+
+def test_the_teacher_sees_the_objects_that_it_knows(batch):
+    distiller = Distiller(tiny_gfl(seed=1, num_classes=5), tiny_gfl(seed=2), [FGD()], class_map=SHARED)
+    like = distiller.student_adapter.prepare(*batch)
+    seen = distiller.teacher_batch(*batch, like)
+    assert [labels.tolist() for labels in seen.whole.labels] == [[3, 1], []]
+    assert [labels.tolist() for labels in seen.labels] == [[0, 1], []]
+
+
+def test_the_student_learns_all_its_classes_from_the_ground_truth(batch):
+    plain = Distiller(None, tiny_gfl(seed=2))(*batch)
+    found = Distiller(tiny_atss(seed=1, num_classes=5), tiny_gfl(seed=2), [CrossKD()], class_map=SHARED)(*batch)
+    assert {name: loss for name, loss in found.items() if name.startswith("task/")} == dict(plain)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_detector_that_shows_some_classes_keeps_the_promises_of_an_adapter(family):
+    whole = adapt(tiny_of(family, seed=1, num_classes=4))
+    check_adapter(
+        SharedClasses(whole, (3, 1)),
+        own="the library has all classes",
+        own_losses="the library has all classes",
+        known={"matches": "it wraps an adapter, and is never found by the class of a model"},
+    )
+
+
+def test_classes_are_paired_by_name_and_by_hand():
+    student, teacher = ["Traffic Light", "parrot", "dog"], ["person", "dog", "bird", "traffic_light"]
+    found = ClassMap.by_name(student, teacher)
+    assert found == ClassMap(student=(0, 2), teacher=(3, 1))
+    assert ClassMap.by_name(student, teacher, {"parrot": "bird"}) == ClassMap((0, 1, 2), (3, 2, 1))
+    said = found.describe(student, teacher)
+    assert "Traffic Light (the teacher's traffic_light), dog" in said
+    assert "the teacher says nothing about parrot" in said
+    assert "2 of the teacher's classes are left out (person, bird)" in said
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "given", "says"),
+    [
+        (["kat", "fox"], ["cat", "dog"], {}, r"has kat, fox; the teacher has cat, dog.*'kat' \(did you mean 'cat'\?\)"),
+        (["cat"], ["cat"], {"kat": "cat"}, r"the student has no class 'kat' \(did you mean 'cat'\?\): it has cat"),
+        (["fox"], ["cat", "dog"], {"fox": "dgo"}, r"the teacher has no class 'dgo' \(did you mean 'dog'\?\)"),
+        (["cat", "lion"], ["cat"], {"lion": "cat"}, "'cat' and 'lion' would both be the teacher's 'cat'"),
+        (["cat", "Cat"], ["cat"], {}, "'cat' and 'Cat' cannot be told apart"),
+    ],
+)
+def test_class_lists_that_cannot_be_paired_are_errors(student, teacher, given, says):
+    with pytest.raises(KDError, match=says):
+        ClassMap.by_name(student, teacher, given)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [((), ()), ((0,), (1, 2)), ((0, 0), (1, 2)), ((-1,), (0,))])
+def test_labels_that_are_no_pairs_are_errors(ours, theirs):
+    with pytest.raises(KDError, match="ClassMap"):
+        ClassMap(ours, theirs)
+
+
+def test_a_map_of_classes_that_a_detector_lacks_is_an_error():
+    with pytest.raises(KDError, match="names the class 3 of GFL, which has 3 classes"):
+        Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [PKD()], class_map=ClassMap((0,), (3,)))
