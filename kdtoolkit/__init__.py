@@ -5,16 +5,41 @@ from typing import TYPE_CHECKING
 
 from kdtoolkit.errors import IncompatibleError, KDError, NonFiniteLossError
 
-__all__ = ["Distiller", "IncompatibleError", "KDError", "Losses", "NonFiniteLossError", "adapt"]
+__all__ = [
+    "Distiller",
+    "IncompatibleError",
+    "KDError",
+    "Losses",
+    "NonFiniteLossError",
+    "adapt",
+    "distill",
+    "evaluate",
+    "predict",
+    "pseudo_label",
+    "train",
+]
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from kdtoolkit.distiller import Distiller, Losses
     from kdtoolkit.libraries import adapt
+    from kdtoolkit.workflow.calls import distill, train
+    from kdtoolkit.workflow.evaluate import evaluate
+    from kdtoolkit.workflow.predict import predict
+    from kdtoolkit.workflow.pseudo_label import pseudo_label
 else:
     # Imported at their first use, because they import torch, which takes seconds and which `kd --help` does not need.
-    _LATE = {"Distiller": "kdtoolkit.distiller", "Losses": "kdtoolkit.distiller", "adapt": "kdtoolkit.libraries"}
+    _LATE = {
+        "Distiller": "kdtoolkit.distiller",
+        "Losses": "kdtoolkit.distiller",
+        "adapt": "kdtoolkit.libraries",
+        "distill": "kdtoolkit.workflow.calls",
+        "evaluate": "kdtoolkit.workflow.evaluate",
+        "predict": "kdtoolkit.workflow.predict",
+        "pseudo_label": "kdtoolkit.workflow.pseudo_label",
+        "train": "kdtoolkit.workflow.calls",
+    }
 
     def __getattr__(name: str) -> object:
         if name not in _LATE:

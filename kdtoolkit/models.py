@@ -80,6 +80,7 @@ def open_detector(
     if opened is not None:
         return _with_classes(opened, names, count)
     if count is None:
+        build_model(str(name), 1, args)  # a wrong name is the first thing to tell
         raise KDError(
             f"model {str(name)!r} has random weights, so its classes are not known: give class_names or num_classes, "
             "or name its weights"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdtoolkit.cli import benchmark, data, models
+from kdtoolkit.cli import benchmark, data, detect, models, runs
 from kdtoolkit.cli._common import examples, help_alone
 from kdtoolkit.errors import KDError, printable
 
@@ -21,8 +21,38 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command(
+    "train",
+    epilog=examples(
+        "kd train --model ultralytics/yolo11m --data birds/data.yaml",
+        "kd train --model torchvision/fcos?backbone=resnet18 --data birds --image-size 320",
+    ),
+)(runs.train_command())
+app.command(
+    "distill",
+    epilog=examples(
+        "kd distill --teacher runs/train-birds --student ultralytics/yolo11n --data birds",
+        "kd distill --teacher best.pt --student kdtoolkit/gfl --data birds --method CrossKD",
+        "kd distill runs/distill-birds/run.yaml --seed 1 --out runs/distill-birds-1",
+    ),
+)(runs.distill_command())
 app.add_typer(benchmark.app, name="benchmark")
 app.add_typer(data.app, name="data")
+app.command(
+    "eval",
+    epilog=examples(
+        "kd eval runs/distill-birds --data birds",
+        "kd eval torchvision/fcos_resnet50_fpn --weights COCO_V1 --data birds --class-map owl=bird --json",
+    ),
+)(detect.evaluate)
+app.command(
+    "predict",
+    epilog=examples("kd predict runs/distill-birds photos", "kd predict best.pt photo.jpg --out seen --score 0.5"),
+)(detect.predict)
+app.command(
+    "pseudo-label",
+    epilog=examples("kd pseudo-label runs/train-birds more_photos --data birds --out birds_more"),
+)(detect.pseudo_label)
 app.command("methods", epilog=examples("kd methods", "kd methods CrossKD"))(models.methods)
 app.command("adapters", epilog=examples("kd adapters", "kd adapters --matrix --method CrossKD"))(models.adapters)
 app.command(

@@ -44,6 +44,14 @@ def name_of(path: Path) -> str:
     return place.name if place.is_dir() else place.parent.name
 
 
+def class_names_of(path: Path) -> tuple[str, ...]:
+    """The classes of a data set in the order of their labels. Raises KDError if it cannot be read."""
+    form, place = locate(path)
+    splits = form.splits(place)
+    reading = form.read(place, "val" if "val" in splits else splits[0], _no_progress)
+    return tuple(category.name for category in reading.categories)
+
+
 def open_dataset(
     path: str | Path,
     split: str,

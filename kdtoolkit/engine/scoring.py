@@ -39,6 +39,10 @@ class Found:
     boxes: Floats
     scores: Floats
 
+    def where(self, kept: NDArray[np.bool_]) -> Found:
+        """The detections for which `kept` (D,) is true."""
+        return Found(*(getattr(self, field.name)[kept] for field in fields(Found)))
+
     @staticmethod
     def concatenated(parts: Sequence[Found]) -> Found:
         """The detections of several parts, one after the other."""

@@ -1,0 +1,108 @@
+"""`kd train` and `kd distill`. Their options are the fields of the classes in `workflow/options.py`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdtoolkit.errors import KDError
+from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions
+
+_ONLY_IN_FILES = ("train",)
+_REPEATED = {"method": "NAME", "class_map": "OWN=TEACHER"}
+_PATHS = ("data", "out", "unlabelled")
+
+
+def train_command() -> Callable[..., None]:
+    """The function of `kd train`, with a parameter for each option."""
+    return _command(
+        TrainOptions,
+        "Train a detector on your images, with settings that suit them.\n\n"
+        "Before it starts it prints what it will do and why. The result is a folder with the detector in its own "
+        "library's format, a report, and the run file that does it again. A run that was stopped goes on when the same "
+        "command is given again.",
+    )
+
+
+def distill_command() -> Callable[..., None]:
+    """The function of `kd distill`, with a parameter for each option."""
+    return _command(
+        DistillOptions,
+        "Train a small detector with the help of a large one.\n\n"
+        "Before it starts it prints what it will do and why, and measures the teacher on your validation images. The "
+        "result is a folder with the student in its own library's format, a report, and the run file that does it "
+        "again. A run that was stopped goes on when the same command is given again.",
+    )
+
+
+def _command(kind: type[RunOptions], doc: str) -> Callable[..., None]:
+    def call(run_file: Path | None, **words: Any) -> None:
+        from kdtoolkit.workflow.options import check_options
+
+        given = {name: value for name, value in words.items() if value not in (None, False, [])}
+        if "class_map" in given:
+            given["class_map"] = _pairs(given["class_map"])
+        options = check_options(kind, given, file=run_file, dashes=True)
+
+        from kdtoolkit.workflow.runs import run  # imports torch
+
+        run(options)
+
+    file = Annotated[
+        Path | None, typer.Argument(help="A run file (YAML); options beside it come first.", metavar="[RUN.YAML]")
+    ]
+    parameters = [inspect.Parameter("run_file", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=file, default=None)]
+    parameters += [_parameter(kind, name) for name in _ordered(kind) if name not in _ONLY_IN_FILES]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {each.name: each.annotation for each in parameters}
+    call.__doc__ = doc
+    return call
+
+
+def _ordered(kind: type[RunOptions]) -> list[str]:
+    """The options: first those that are needed, and the command's own before those of both commands."""
+    return sorted(
+        kind.model_fields, key=lambda name: (not kind.model_fields[name].is_required(), name in RunOptions.model_fields)
+    )
+
+
+def _parameter(kind: type[RunOptions], name: str) -> inspect.Parameter:
+    """The parameter of the command for an option. Its value is checked later, with all others."""
+    field = kind.model_fields[name]
+    description = field.description or ""
+    help_text = f"{description[:1].upper()}{description[1:]}."
+    hint: Any
+    default: Any = None
+    if field.annotation is bool:
+        hint, default = bool, False
+        option = typer.Option(f"--{name.replace('_', '-')}", help=help_text)
+    elif name in _REPEATED:
+        hint = list[str] | None
+        option = typer.Option(metavar=_REPEATED[name], help=f"{help_text} Repeat it for more.")
+    else:
+        if field.annotation in (int, int | None):
+            hint = int | None
+        elif field.annotation == float | None:
+            hint = float | None
+        else:
+            hint = Path | None if name in _PATHS else str | None
+        option = typer.Option(help=help_text, show_default=False, metavar=None)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[hint, option], default=default)
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        own, equals, its = text.partition("=")
+        if not (own.strip() and equals and its.strip()):
+            raise KDError(
+                f"--class-map {text!r}: write the data's class and the teacher's, as in --class-map parrot=bird"
+            )
+        if own.strip() in pairs:
+            raise KDError(f"--class-map names the class {own.strip()!r} twice: leave one out")
+        pairs[own.strip()] = its.strip()
+    return pairs

@@ -1,0 +1,64 @@
+"""Method `auto`: which methods distil a pair of detectors, chosen by what the pair allows."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+from kdtoolkit.contract import DetectorSpec, PriorKind
+from kdtoolkit.errors import IncompatibleError
+from kdtoolkit.method_use import MethodUse
+from kdtoolkit.methods import all_methods
+from kdtoolkit.verdicts import judge_pair
+
+_FALLBACK = ("PKD", "FitNet", "CWD")  # methods of features, which need least
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The methods, and why these."""
+
+    methods: tuple[MethodUse, ...]
+    why: str
+
+
+def choose(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> Chosen:
+    """The methods for a pair. Raises IncompatibleError if none works, with what hinders each of them."""
+    verdicts = judge_pair(student_spec, teacher_spec)
+    works = [name for name, verdict in verdicts.items() if verdict.reason is None]
+    wanted, why = _wanted(student_spec, works)
+    if not wanted:
+        reasons = "; ".join(f"{name}: {verdicts[name].reason}" for name in _FALLBACK)
+        raise IncompatibleError(
+            f"no method can distil {teacher_spec.name} into {student_spec.name} ({reasons}). Choose another student: "
+            "`kd adapters --matrix` and docs/matrix.md show what works"
+        )
+    return Chosen(tuple(MethodUse.model_validate(verdicts[name].settings or name) for name in wanted), why)
+
+
+def _wanted(student_spec: DetectorSpec, works: list[str]) -> tuple[tuple[str, ...], str]:
+    if student_spec.priors is PriorKind.QUERIES and "KDDETR" in works:
+        return ("KDDETR",), "best for queries on our boards"
+    if student_spec.priors is PriorKind.PROPOSALS and "CrossKD" in works:
+        return ("CrossKD",), "best for proposals on our boards"
+    if "CrossKD" in works and "PKD" in works:
+        return ("CrossKD", "PKD"), "together the best of our boards"
+    for name in _FALLBACK:
+        if name in works:
+            return (name,), "the heads cannot be compared, so features are"
+    return (), ""
+
+
+def scaled(use: MethodUse, factor: float) -> MethodUse:
+    """A method with all its weights multiplied, for a student whose library multiplies its own loss."""
+    given = (
+        {
+            name: parameter.default
+            for name, parameter in inspect.signature(all_methods()[use.name]).parameters.items()
+            if name.endswith("weight") and isinstance(parameter.default, float)
+        }
+        if use.name in all_methods()
+        else {}
+    )
+    weights = {name: factor * use.args.get(name, default) for name, default in given.items() if default}
+    return MethodUse.model_validate({use.name: {**use.args, **weights}}) if weights else use

@@ -1,0 +1,57 @@
+"""How many images fit into the memory of a GPU: found by a trial step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from kdtoolkit.contract import Target
+from kdtoolkit.data import DetectionDataset
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.precision import autocast_type, resolve_precision
+from kdtoolkit.errors import KDError
+
+
+def fitting(trial: Callable[[int], None], largest: int) -> int:
+    """The largest of `largest`, its half, its quarter ... whose `trial` does not run out of memory.
+
+    Raises KDError if not even one image fits.
+    """
+    size = largest
+    while True:
+        try:
+            trial(size)
+            return size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise KDError(
+                    "the GPU has too little memory for a single image: use a smaller --image-size, a smaller teacher, "
+                    "or --device cpu"
+                ) from None
+        size //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def trial_step(
+    distiller: Distiller, dataset: DetectionDataset, size: int, device: torch.device, precision: str
+) -> None:
+    """One step with the images that have the most boxes, and room for AdamW's state. The distiller is spoilt by it."""
+    counts = [0] * len(dataset)
+    truth = dataset.coco()
+    places = {image["id"]: place for place, image in enumerate(truth["images"])}
+    for annotation in truth["annotations"]:
+        counts[places[annotation["image_id"]]] += 1
+    fullest = sorted(range(len(dataset)), key=lambda place: -counts[place])[:size]
+    items = [dataset[place] for place in fullest]
+    images = [image.to(device).float().div_(255) for image, _ in items]
+    targets = [Target(boxes=sample["boxes"], labels=sample["labels"]) for _, sample in items]
+    resolved = resolve_precision(precision, device)  # type: ignore[arg-type]
+    distiller.train()
+    with torch.autocast(device.type, autocast_type(resolved), enabled=resolved != "float32"):
+        losses = distiller(images, targets)
+    losses.total.backward()
+    parameters = [p for p in distiller.parameters() if p.requires_grad]
+    kept = [torch.empty_like(p) for p in parameters for _ in range(3)]  # AdamW's two moments, and the averaged weights
+    del kept

@@ -1,0 +1,204 @@
+"""The options of `kd train` and `kd distill`: one class each, for the command line, for run files and in Python.
+
+Nothing here imports torch before options are checked, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from kdtoolkit.errors import KDError
+from kdtoolkit.sections import Section, explain, parse, reason
+
+BESIDE_TRAIN = {"steps", "batch_size", "lr"}  # options of TrainConfig that are options of the run
+
+
+class RunOptions(Section):
+    """What both commands take. None means that the command chooses, and says why."""
+
+    command: ClassVar[str]
+
+    data: Path = Field(description="the images: a folder in COCO, YOLO or Pascal VOC format, or a YOLO YAML file")
+    out: Path | None = Field(None, description="the run's folder; default: runs/COMMAND-DATA")
+    image_size: int | None = Field(None, ge=32, description="longest side of the images in pixels")
+    epochs: float | None = Field(None, gt=0, description="how often each image is shown")
+    steps: int | None = Field(None, gt=0, description="optimiser steps, instead of epochs")
+    batch_size: int | None = Field(
+        None, gt=0, description="images a step; default: as many as the memory takes, up to 16"
+    )
+    lr: float | None = Field(None, gt=0, description="peak learning rate")
+    seed: int = Field(0, ge=0, description="decides all that is random")
+    device: str = Field("auto", description="where to train: auto (a GPU if there is one), cpu, cuda or cuda:1")
+    skip_bad: bool = Field(False, description="leave bad images and annotations out, instead of stopping")
+    allow_code: bool = Field(False, description="import the Python module of a model named package.module:callable")
+    quiet: bool = Field(False, description="print warnings, errors and the result alone")
+    train: dict[str, Any] = Field(
+        default={},
+        description="further options of training (docs/training.md), as in {ema: 0, augmentation: {flip: 0}}",
+    )
+
+    @field_validator("train")
+    @classmethod
+    def _check_train(cls, train: dict[str, Any]) -> dict[str, Any]:
+        if repeated := sorted(train.keys() & BESIDE_TRAIN):
+            raise ValueError(
+                f"train: {repeated[0]} is an option of its own: write {repeated[0]} beside `train`, not in it"
+            )
+        from kdtoolkit.engine.config import TrainConfig  # imports torch
+
+        try:
+            TrainConfig.model_validate({**train, "steps": 1, "batch_size": train.get("accumulation", 1)})
+        except ValidationError as error:
+            raise ValueError("; ".join(f"train: {explain(TrainConfig, each)}" for each in error.errors())) from None
+        return train
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps are two ways to say how long to train: leave one of them out")
+        return self
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The names of the detectors, by role."""
+        raise NotImplementedError
+
+    def to_yaml(self) -> str:
+        """The options as YAML, which `read_options` can read."""
+        fields = self.model_dump(mode="json", exclude_unset=True, exclude={"quiet"})
+        return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
+
+
+class TrainOptions(RunOptions):
+    """The options of `kd train`."""
+
+    command = "train"
+
+    model: str = Field(
+        description="the detector: ultralytics/yolo11n, torchvision/fcos?backbone=resnet18, a folder, a file"
+    )
+    weights: str | None = Field(
+        None, description="what it begins with: a file, pretrained, or none; default: pretrained if they can be had"
+    )
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The name of the detector."""
+        return {"model": self.model}
+
+
+class DistillOptions(RunOptions):
+    """The options of `kd distill`."""
+
+    command = "distill"
+
+    teacher: str = Field(description="the trained detector: the folder of a run, a file of weights, or a name")
+    student: str = Field(description="the detector to train: ultralytics/yolo11n or torchvision/fcos?backbone=resnet18")
+    teacher_weights: str | None = Field(
+        None, description="the teacher's weights, if `teacher` is a name: a file, or pretrained"
+    )
+    student_weights: str | None = Field(
+        None,
+        description="what the student begins with: a file, pretrained, or none; default: pretrained if they can be had",
+    )
+    method: Literal["auto"] | tuple[Any, ...] = Field(
+        default="auto",
+        description='how to distil: CrossKD, "PKD?weight=6" ...; default: auto, which chooses by what the pair allows',
+    )
+    class_map: dict[str, str] = Field(
+        default={}, description="a class of the data and the teacher's name for it; equal names need none"
+    )
+    init: Literal["teacher"] | None = Field(
+        None, description="`teacher`: the student begins with the teacher's weights wherever they fit"
+    )
+    unlabelled: Path | None = Field(None, description="a folder of images without labels, which the teacher explains")
+    compare_baseline: bool = Field(False, description="also train the same student without the teacher, to compare")
+    allow_weak_teacher: bool = Field(False, description="go on with a teacher that is bad on this data")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _read_methods(cls, value: Any) -> Any:
+        from kdtoolkit.method_use import MethodUse  # imports torch
+
+        if value == "auto" or (isinstance(value, list | tuple) and list(value) == ["auto"]):
+            return "auto"
+        uses = value if isinstance(value, list | tuple) else [value]
+        if not uses:
+            raise ValueError("method: name at least one method, or auto")
+        if "auto" in uses:
+            raise ValueError("method: auto chooses all methods itself: leave the others out, or leave auto out")
+        found = []
+        for use in uses:
+            try:
+                found.append(use if isinstance(use, MethodUse) else MethodUse.model_validate(use))
+            except ValidationError as error:
+                raise ValueError("; ".join(explain(MethodUse, each) for each in error.errors())) from None
+        return tuple(found)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The names of the detectors."""
+        return {"teacher": self.teacher, "student": self.student}
+
+
+T = TypeVar("T", bound=RunOptions)
+
+_PATHS = ("data", "out", "unlabelled")
+_NAMES_OR_PATHS = ("model", "teacher", "student", "weights", "teacher_weights", "student_weights")
+
+
+def read_options(kind: type[T], path: Path) -> T:
+    """Read a run file. Paths in it are relative to its folder. Raises KDError that names the line."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KDError(f"cannot read the run file {path}: {getattr(error, 'strerror', None) or error}") from error
+    return _with_absolute_paths(parse(kind, text, str(path), f"a run file of `kd {kind.command}`"), path.parent)
+
+
+def check_options(kind: type[T], words: Mapping[str, Any], *, file: Path | None = None, dashes: bool = False) -> T:
+    """Options from a command line or a call, on top of those of a run file.
+
+    `dashes`: whether messages write an option as `--image-size`. Raises KDError with one line for each wrong option.
+    """
+    base = {} if file is None else read_options(kind, file).model_dump(exclude_unset=True)
+    if "epochs" in words or "steps" in words:  # one of them replaces the file's, whichever that was
+        base = {name: value for name, value in base.items() if name not in ("epochs", "steps")}
+    try:
+        options = kind.model_validate({**base, **words})
+    except ValidationError as error:
+        raise KDError("\n".join(_said(kind, each, dashes) for each in error.errors())) from None
+    return _with_absolute_paths(options, Path())
+
+
+def _said(kind: type[RunOptions], error: ErrorDetails, dashes: bool) -> str:
+    name = str(error["loc"][0]) if error["loc"] else ""
+    option = f"--{name.replace('_', '-')}" if dashes else name
+    if error["type"] == "missing":
+        return f"{option} is missing: kd {kind.command} needs it"
+    if error["type"] == "value_error" or not name:
+        return reason(kind, error)
+    if name not in kind.model_fields:
+        return explain(kind, error)
+    return f"{option} {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+
+
+def _with_absolute_paths(options: T, folder: Path) -> T:
+    """The options with paths that hold from every working directory."""
+    changes: dict[str, Any] = {}
+    for name in options.model_fields_set & {*_PATHS, *_NAMES_OR_PATHS}:
+        value = getattr(options, name)
+        if value is None:
+            continue
+        place = (folder / value).absolute()
+        if name in _PATHS:
+            changes[name] = place
+        elif place.exists():  # all else is the name of a model, or a word
+            changes[name] = str(place)
+    return options.model_copy(update=changes)

@@ -1,0 +1,445 @@
+"""What a run is made of: images, detectors, methods and settings, chosen where the user did not say."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdtoolkit import processes
+from kdtoolkit.classes import ClassMap
+from kdtoolkit.compatibility import why_refused
+from kdtoolkit.data import DetectionDataset, PhotoDataset, check_same_classes, open_dataset
+from kdtoolkit.data.opening import name_of
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.inherit import Inherited, inherit
+from kdtoolkit.libraries import adapt, library_of_name
+from kdtoolkit.method_use import MethodUse
+from kdtoolkit.models import Detector, open_detector
+from kdtoolkit.options import did_you_mean
+from kdtoolkit.words import counted
+from kdtoolkit.workflow import defaults
+from kdtoolkit.workflow.auto import choose, scaled
+from kdtoolkit.workflow.batch import fitting, trial_step
+from kdtoolkit.workflow.defaults import Begin, Choice, Situation
+from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions
+
+_CHOSEN_BY_USER = "you chose it"
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The images of a run. `longest`: the longest side of all, in pixels, before they are scaled down."""
+
+    train: PhotoDataset
+    val: PhotoDataset
+    unlabelled: DetectionDataset | None
+    longest: int
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A run before its first step.
+
+    `options`: with nothing left open. `plan`: what it will do and why, by name. `notes`: what the user should know.
+    `untouched`: the student as it was before it inherited from the teacher, for the training without teacher.
+    """
+
+    options: RunOptions
+    images: Images
+    student: Detector
+    untouched: Detector
+    teacher: Detector | None
+    class_map: ClassMap | None
+    methods: tuple[MethodUse, ...]
+    config: TrainConfig
+    evaluations: int
+    plan: dict[str, Choice]
+    notes: tuple[str, ...]
+
+    def distiller(self) -> Distiller:
+        """Student, teacher and methods together."""
+        return _distiller(self.student, self.teacher, self.methods, self.class_map)
+
+
+def prepare(
+    options: RunOptions, device: torch.device, progress: Callable[[str], Callable[[int, int], None]]
+) -> Prepared:
+    """Open everything that the options name, check that it fits together, and choose what they leave open.
+
+    `progress` makes what shows how many images were looked at. Raises KDError for the first thing that does not fit.
+    """
+    _check_code(options)
+    images = _open(options, progress)
+    names = images.train.class_names
+    plan: dict[str, Choice] = {}
+    notes: list[str] = []
+    teacher, class_map = None, None
+    if isinstance(options, DistillOptions):
+        teacher, class_map = _teacher(options, names, notes)
+    taught_at = None if teacher is None else teacher.image_size
+    guess = defaults.image_size(images.longest, taught_at, None)
+    size = options.image_size or int(guess.value)
+    student, options = _student(options, names, size, notes)
+    if options.image_size is None:
+        own = None if _is_torchvision(student.name) else student.image_size
+        plan["image size"] = defaults.image_size(images.longest, taught_at, own)
+    else:
+        plan["image size"] = Choice(options.image_size, _CHOSEN_BY_USER)
+    size = int(plan["image size"].value)
+    images = replace(images, train=images.train.resized(size), val=images.val.resized(size))
+    untouched = replace(student, model=copy.deepcopy(student.model))
+    inherited: Inherited | None = None
+    if isinstance(options, DistillOptions) and options.init == "teacher":
+        assert teacher is not None
+        inherited = inherit(student.model, teacher.model, class_map)
+    for detector in filter(None, (student, untouched, teacher)):
+        detector.model.to(device)
+    _check_sizes(student, teacher, size, notes)
+    begin: Begin = "trained" if student.trained else "started" if student.weights or inherited else "random"
+    about = Situation(
+        images=len(images.train),
+        val_images=len(images.val),
+        longest=images.longest,
+        library=_library(student.name),
+        parameters=sum(p.numel() for p in student.model.parameters()),
+        begin=begin,
+        device=device.type,
+        processes=processes.count(),
+    )
+    methods, why_methods = _methods(options, student, teacher, class_map)
+    precision = options.train.get("precision", "auto")
+    batch = _batch(
+        options,
+        about,
+        images,
+        device,
+        precision,
+        lambda size: _trial_distiller(student, teacher, methods, class_map, size),
+    )
+    methods = _weighted(options, methods, about, int(batch.value), int(options.train.get("accumulation", 1)))
+    schedule = _schedule(options, about)
+    if options.steps is not None:
+        steps = options.steps
+    else:
+        steps = defaults.steps_of(schedule.value, about.images, int(batch.value))
+    lr = Choice(options.lr, _CHOSEN_BY_USER) if options.lr else defaults.learning_rate(about, int(batch.value))
+    further = _further(options, about, steps)
+    config = TrainConfig(
+        steps=steps, batch_size=batch.value, lr=lr.value, **{name: choice.value for name, choice in further.items()}
+    )
+    evaluations = defaults.evaluations(about, steps * config.batch_size)
+    resolved: dict[str, Any] = {
+        "image_size": size,
+        "batch_size": int(batch.value),
+        "lr": float(lr.value),
+        "train": {name: choice.value for name, choice in further.items()},
+    }
+    if options.steps is None:
+        resolved["epochs"] = float(schedule.value)
+    if isinstance(options, DistillOptions):
+        resolved["method"] = methods
+    plan = _plan(options, images, student, teacher, class_map, inherited, methods, why_methods, notes) | {
+        "image size": Choice(f"{size} px", plan["image size"].why),
+        "schedule": Choice(_schedule_in_words(steps, about, config), schedule.why),
+        "batch": Choice(counted(config.batch_size, "image"), batch.why),
+        "learning rate": Choice(f"{config.lr:g}, {config.optimizer}", lr.why),
+        "precision": Choice(config.precision, further["precision"].why),
+        "averaging": Choice(f"decay {config.ema:g}" if config.ema else "off", further["ema"].why),
+        "augmentation": Choice(_augmentation_in_words(config), further["augmentation"].why),
+        "evaluation": Choice(f"{evaluations.value} times, on {counted(about.val_images, 'image')}", evaluations.why),
+    }
+    return Prepared(
+        options=options.model_copy(update=resolved),
+        images=images,
+        student=student,
+        untouched=untouched,
+        teacher=teacher,
+        class_map=class_map,
+        methods=methods,
+        config=config,
+        evaluations=int(evaluations.value),
+        plan=plan,
+        notes=tuple(dict.fromkeys([*notes, *student.notes, *(teacher.notes if teacher else ())])),
+    )
+
+
+def _check_code(options: RunOptions) -> None:
+    from kdtoolkit.models import is_code
+
+    for role, name in options.models.items():
+        if is_code(name) and not Path(name).exists() and not options.allow_code:
+            raise KDError(
+                f"the {role} is {name!r}, which imports a Python module and so runs its code: read the module, then "
+                "run the same command with --allow-code"
+            )
+
+
+def _open(options: RunOptions, progress: Callable[[str], Callable[[int, int], None]]) -> Images:
+    train, val = (
+        open_dataset(
+            options.data,
+            split,
+            on_bad="skip" if options.skip_bad else "error",
+            progress=progress(f"checking {split} images"),
+        )
+        for split in ("train", "val")
+    )
+    check_same_classes(train, val)
+    unlabelled: DetectionDataset | None = None
+    if isinstance(options, DistillOptions) and options.unlabelled is not None:
+        raise KDError("images without labels cannot be used yet: leave unlabelled out")  # TEMPORARY
+    longest = max(max(image["width"], image["height"]) for image in train.coco()["images"])
+    return Images(train, val, unlabelled, longest)
+
+
+def _teacher(options: DistillOptions, names: tuple[str, ...], notes: list[str]) -> tuple[Detector, ClassMap | None]:
+    """The teacher, and which classes it shares with the data if its own are different."""
+    weights = options.teacher_weights or ("pretrained" if _has_no_weights_of_its_own(options.teacher) else None)
+    file = weights not in (None, "pretrained")
+    try:
+        teacher = open_detector(options.teacher, weights=weights)
+    except KDError as error:
+        if not file and weights == "pretrained" and options.teacher_weights is None:
+            raise KDError(
+                f"the teacher {options.teacher} has no weights ({error}). Name a trained one: the folder of a run "
+                f"(`kd train --model {options.teacher} --data {options.data}` makes one), a file by --teacher-weights, "
+                "or the library's own file such as best.pt"
+            ) from error
+        raise
+    if not teacher.trained:
+        raise KDError(
+            f"the teacher {options.teacher} has random weights in its class layer, so it cannot detect: train it first "
+            f"(`kd train --model {options.teacher} --data {options.data}`)"
+        )
+    count = adapt(teacher.model).spec.num_classes
+    if teacher.class_names is None:
+        if count != len(names):
+            raise KDError(
+                f"nobody knows the names of the teacher's {count} classes, and the data has {len(names)} "
+                f"({', '.join(names)}): open it from a folder or file that has names, such as the folder of a run"
+            )
+        if options.class_map:
+            raise KDError("class_map needs the names of the teacher's classes, which nobody knows: leave class_map out")
+        notes.append(
+            f"the names of the teacher's {count} classes are not known: they are taken for the data's, in its order"
+        )
+        return teacher, None
+    for own in options.class_map:
+        if own not in names:
+            raise KDError(
+                f"class_map: the data has no class {own!r}{did_you_mean(own, names)}: it has {', '.join(names)}"
+            )
+    class_map = ClassMap.by_name(names, teacher.class_names, options.class_map)
+    return teacher, None if class_map.is_identity(len(names), count) else class_map
+
+
+def _student(options: RunOptions, names: tuple[str, ...], size: int, notes: list[str]) -> tuple[Detector, RunOptions]:
+    """The detector to train, with the data's classes, and the options with the weights that it begins with."""
+    assert isinstance(options, TrainOptions | DistillOptions)
+    role = "model" if isinstance(options, TrainOptions) else "student"
+    field = "weights" if isinstance(options, TrainOptions) else "student_weights"
+    name, weights = options.models[role], getattr(options, field)
+    torch.manual_seed(options.seed)
+    if weights is None and _has_no_weights_of_its_own(name):
+        try:
+            detector, weights = _opened(name, names, "pretrained", size), "pretrained"
+        except KDError as error:
+            torch.manual_seed(options.seed)
+            detector, weights = _opened(name, names, "none", size), "none"
+            notes.append(f"the {role} begins with random weights: published ones cannot be had here ({error})")
+    else:
+        detector = _opened(name, names, weights, size)
+    return detector, options.model_copy(update={} if weights is None else {field: weights})
+
+
+def _opened(name: str, names: tuple[str, ...], weights: str | None, size: int) -> Detector:
+    """A detector with these classes, for images of this size."""
+    args: dict[str, object] = {}
+    if not Path(name).exists():
+        library = _library(name)
+        if library == "torchvision" and "ssd" not in name and "min_size" not in name:
+            args = {"min_size": size, "max_size": size}  # it resizes images itself, and would enlarge them
+        if library == "kdtoolkit" and weights == "pretrained":
+            args, weights = {"pretrained": True}, None  # a backbone's: there are no others
+    return open_detector(name, class_names=names, weights=weights, args=args)
+
+
+def _has_no_weights_of_its_own(name: str) -> bool:
+    """Whether a name stands for an architecture alone."""
+    return not Path(name).exists() and _library(name) in ("kdtoolkit", "torchvision", "ultralytics")
+
+
+def _library(name: str) -> str:
+    library = library_of_name(name)
+    return "" if library is None else library.prefix
+
+
+def _is_torchvision(name: str) -> bool:
+    return not Path(name).exists() and _library(name) == "torchvision"
+
+
+def _check_sizes(student: Detector, teacher: Detector | None, size: int, notes: list[str]) -> None:
+    """Tell the user if the student's own preprocessing enlarges images, or if the teacher knows a different size."""
+    device = next(student.model.parameters()).device
+    batch = adapt(student.model).prepare([torch.zeros(3, size, size, device=device)])
+    seen = max(batch.sizes[0])
+    if seen != size:
+        notes.append(f"the detector's own preprocessing scales images of {size} px to {seen} px")
+    if teacher and teacher.image_size and not 2 / 3 <= size / teacher.image_size <= 3 / 2:
+        notes.append(f"the teacher was trained on images of {teacher.image_size} px and is shown images of {size} px")
+
+
+def _methods(
+    options: RunOptions, student: Detector, teacher: Detector | None, class_map: ClassMap | None
+) -> tuple[tuple[MethodUse, ...], str]:
+    """The methods and why. Raises IncompatibleError if one cannot work."""
+    if teacher is None:
+        return (), ""
+    assert isinstance(options, DistillOptions)
+    probe = Distiller(teacher.model, copy.deepcopy(student.model), class_map=class_map)
+    specs = probe.seen[0].spec, probe.seen[1].spec
+    if options.method == "auto":
+        chosen = choose(*specs)
+        return chosen.methods, chosen.why
+    for use in options.method:
+        if reason := why_refused(use.build(), *specs):
+            try:
+                instead = f"`--method auto` would take {_in_words(choose(*specs).methods)}"
+            except IncompatibleError:
+                instead = "no other method works for this pair either"
+            raise IncompatibleError(
+                f"{use.name} cannot distil {specs[1].name} into {specs[0].name}: {reason}. {instead}"
+            )
+    return options.method, _CHOSEN_BY_USER
+
+
+def _weighted(
+    options: RunOptions, methods: tuple[MethodUse, ...], about: Situation, batch: int, accumulation: int
+) -> tuple[MethodUse, ...]:
+    """Methods that `auto` chose, with weights for a student whose library multiplies its own loss by the batch."""
+    if about.library != "ultralytics" or not isinstance(options, DistillOptions) or options.method != "auto":
+        return methods
+    return tuple(scaled(use, batch / about.processes / accumulation) for use in methods)
+
+
+def _distiller(
+    student: Detector, teacher: Detector | None, methods: tuple[MethodUse, ...], class_map: ClassMap | None
+) -> Distiller:
+    return Distiller(
+        None if teacher is None else teacher.model,
+        student.model,
+        [use.build() for use in methods],
+        class_map=class_map,
+    )
+
+
+def _trial_distiller(
+    student: Detector, teacher: Detector | None, methods: tuple[MethodUse, ...], class_map: ClassMap | None, size: int
+) -> Distiller:
+    """Like the run's own, but with a copy of the student, which a trial may spoil."""
+    return _distiller(replace(student, model=copy.deepcopy(student.model)), teacher, methods, class_map)
+
+
+def _batch(
+    options: RunOptions,
+    about: Situation,
+    images: Images,
+    device: torch.device,
+    precision: str,
+    distiller: Callable[[int], Distiller],
+) -> Choice:
+    largest = min(defaults.LARGEST_BATCH, about.images)
+    if options.batch_size is not None:
+        return Choice(options.batch_size, _CHOSEN_BY_USER)
+    parts = int(options.train.get("accumulation", 1))
+    if about.processes > 1:
+        return Choice(8 * parts * about.processes, f"8 for each of {about.processes} processes")
+    if device.type == "cpu":
+        return Choice(max(parts, min(defaults.BATCH_ON_CPU, largest) // parts * parts), "usual on a CPU")
+
+    def trial(size: int) -> None:
+        trial_step(distiller(size), images.train, size, device, precision)
+
+    found = fitting(trial, largest)
+    return Choice(found, "most that is useful" if found == largest else "as many as the GPU's memory takes")
+
+
+def _schedule(options: RunOptions, about: Situation) -> Choice:
+    if options.steps is not None or options.epochs is not None:
+        return Choice(options.epochs, _CHOSEN_BY_USER)
+    return defaults.epochs(about)
+
+
+def _further(options: RunOptions, about: Situation, steps: int) -> dict[str, Choice]:
+    """The further options of training: the user's, and for the rest what suits."""
+    chosen = defaults.training(about, steps)
+    for name, value in options.train.items():
+        if isinstance(value, Mapping) and name in chosen and isinstance(chosen[name].value, Mapping):
+            value = {**chosen[name].value, **value}
+        chosen[name] = Choice(value, _CHOSEN_BY_USER)
+    return chosen
+
+
+def _plan(
+    options: RunOptions,
+    images: Images,
+    student: Detector,
+    teacher: Detector | None,
+    class_map: ClassMap | None,
+    inherited: Inherited | None,
+    methods: tuple[MethodUse, ...],
+    why_methods: str,
+    notes: list[str],
+) -> dict[str, Choice]:
+    names = images.train.class_names
+    counts = f"{len(images.train)} images to train on, {len(images.val)} to evaluate on"
+    plan = {"data": Choice(f"{name_of(options.data)}: {counts}", _listed(names))}
+    if images.unlabelled is not None:
+        plan["unlabelled"] = Choice(counted(len(images.unlabelled), "image"), "the teacher explains them")
+    if teacher is not None:
+        plan["teacher"] = Choice(_shown(teacher), f"weights: {teacher.weights}")
+        if class_map is not None:
+            assert teacher.class_names is not None
+            plan["classes"] = Choice(class_map.describe(names, teacher.class_names), "the class lists differ")
+    role = "model" if teacher is None else "student"
+    plan[role] = Choice(_shown(student), f"weights: {student.weights or 'random'}")
+    if inherited is not None:
+        plan["inherits"] = Choice(_listed(inherited.taken), "from the teacher, wherever weights fit")
+    if teacher is not None:
+        plan["method"] = Choice(_in_words(methods), why_methods)
+    return plan
+
+
+def _shown(detector: Detector) -> str:
+    millions = sum(p.numel() for p in detector.model.parameters()) / 1e6
+    return f"{detector.name}, {millions:.1f} M parameters"
+
+
+def _in_words(methods: tuple[MethodUse, ...]) -> str:
+    return " + ".join(map(str, methods))
+
+
+def _listed(names: tuple[str, ...], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _schedule_in_words(steps: int, about: Situation, config: TrainConfig) -> str:
+    epochs = steps * config.batch_size / about.images
+    return f"{epochs:.3g} epochs, {counted(steps, 'step')}"
+
+
+def _augmentation_in_words(config: TrainConfig) -> str:
+    changed = config.augmentation.model_dump(exclude_defaults=True) | {"flip": config.augmentation.flip}
+    shown = {
+        name: f"{value[0]:g}-{value[1]:g}" if isinstance(value, tuple) else f"{value:g}"
+        for name, value in changed.items()
+    }
+    return ", ".join(f"{name} {value}" for name, value in shown.items())

@@ -1,0 +1,169 @@
+"""What a run found out: kept in report.json while it works, and at the end also in report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from kdtoolkit.engine.evaluate import Evaluation
+from kdtoolkit.errors import KDError, printable
+from kdtoolkit.files import write_atomic
+from kdtoolkit.words import duration
+
+JSON, MARKDOWN = "report.json", "report.md"
+
+
+class Trained(BaseModel):
+    """One training: the AP of the weights that were kept, the step that they are of, and what it cost."""
+
+    model_config = ConfigDict(frozen=True)
+
+    evaluation: Evaluation
+    best_step: int
+    steps: int
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+
+class Report(BaseModel):
+    """The results of a run. What is None was not measured, or not yet.
+
+    `teacher`, `before`: the AP of the teacher, and of the student before training. `student`, `baseline`: the training
+    itself, and the same student's training without teacher. `model`: the folder of the trained detector. `plan`: what
+    was done and why, by name.
+    """
+
+    command: str
+    title: str
+    folder: Path
+    plan: dict[str, str]
+    teacher: Evaluation | None = None
+    before: Evaluation | None = None
+    student: Trained | None = None
+    baseline: Trained | None = None
+    model: Path | None = None
+    how_to_open: str = ""
+    finished: bool = False
+
+    @property
+    def ap(self) -> float | None:
+        """The trained detector's AP on the validation images, in percent."""
+        return self.student.evaluation.ap if self.student else None
+
+    @property
+    def added(self) -> float | None:
+        """What distillation added to the AP, compared with the same training without teacher."""
+        if self.ap is None or self.baseline is None or self.baseline.evaluation.ap is None:
+            return None
+        return self.ap - self.baseline.evaluation.ap
+
+    def write(self) -> None:
+        """Write it into its folder. Raises KDError."""
+        fields = self.model_dump(mode="json", exclude={"folder"})
+        fields["model"] = None if self.model is None else self.model.name
+        fields["added"] = self.added
+        content = TypeAdapter(dict[str, Any]).dump_json(fields, indent=2)
+        write_file(self.folder / JSON, content + b"\n")
+        if self.finished:
+            write_file(self.folder / MARKDOWN, self.to_markdown().encode())
+
+    @staticmethod
+    def read(folder: Path) -> Report | None:
+        """The report that lies in a folder; None if there is none. Raises KDError if it is damaged."""
+        path = folder / JSON
+        if not path.exists():
+            return None
+        try:
+            fields = TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
+            fields.pop("added", None)
+            model = fields.pop("model", None)
+            return Report.model_validate({**fields, "folder": folder, "model": folder / model if model else None})
+        except (OSError, ValidationError) as error:
+            raise KDError(f"{path} cannot be read: delete it; what it says is measured again") from error
+
+    def rows(self) -> Iterator[tuple[str, Evaluation]]:
+        """What was measured, in the order of reading."""
+        for what, found in (
+            ("teacher", self.teacher),
+            ("before training", self.before),
+            ("student" if self.command == "distill" else "trained", self.student and self.student.evaluation),
+            ("the same without teacher", self.baseline and self.baseline.evaluation),
+        ):
+            if found:
+                yield what, found
+
+    def to_markdown(self) -> str:
+        """The report as Markdown."""
+        lines = [f"# {self.title}", ""]
+        lines += ["COCO's average precision in percent, on the validation images.", ""]
+        lines += ["| | AP | AP50 | AP75 |", "|---|---:|---:|---:|"]
+        lines += [f"| {what} | {_shown(e.ap)} | {_shown(e.ap50)} | {_shown(e.ap75)} |" for what, e in self.rows()]
+        lines += ["", *(f"{sentence}" for sentence in self.sentences()), ""]
+        lines += ["## What was done", "", "| | |", "|---|---|"]
+        lines += [f"| {name} | {_cell(value)} |" for name, value in self.plan.items()]
+        if self.how_to_open:
+            lines += ["", "## How to open it", "", "```python", self.how_to_open.strip(), "```"]
+        if self.student and self.student.warnings:
+            lines += ["", "## Warnings", "", *(f"- {warning}" for warning in self.student.warnings)]
+        return "\n".join(lines) + "\n"
+
+    def sentences(self) -> Iterator[str]:
+        """What the numbers mean."""
+        if self.added is not None:
+            yield (
+                f"Distillation added {self.added:+.1f} AP at equal steps. This is one seed: differences below about 1 "
+                "AP may be chance."
+            )
+        for name, trained in (("Training", self.student), ("Without teacher it", self.baseline)):
+            if trained:
+                yield (
+                    f"{name} took {duration(trained.seconds)}; the weights are of step {trained.best_step} of "
+                    f"{trained.steps}, the best evaluation."
+                )
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of a run's folder. Raises KDError."""
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        raise KDError(
+            f"cannot write {path}: {error.strerror or error}. Correct that and give the same command again: it goes on"
+        ) from error
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the results and where they lie."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 1))
+    table.add_column("on the validation images")
+    for name in ("AP", "AP50", "AP75"):
+        table.add_column(name, justify="right")
+    for what, found in report.rows():
+        table.add_row(what, _shown(found.ap), _shown(found.ap50), _shown(found.ap75))
+    console.print()
+    console.print(table)
+    console.print()
+    for sentence in report.sentences():
+        console.print(sentence, markup=False, highlight=False)
+    console.print()
+    places = {
+        f"{report.folder}/model": "the detector: README.md says how to open it",
+        f"{report.folder}/{MARKDOWN}": "this report (also .json)",
+        f"{report.folder}/run.yaml": f"kd {report.command} run.yaml does the same again",
+        f"{report.folder}/training/log.jsonl": "each step's losses",
+    }
+    for place, what in places.items():
+        console.print(printable(f"{place}  {what}"), markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")

@@ -1,0 +1,411 @@
+"""`kd train` and `kd distill`: from a data set to a trained detector, in a folder from which a stopped run goes on."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+from kdtoolkit.data import DetectionDataset
+from kdtoolkit.data.opening import name_of
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine import group
+from kdtoolkit.engine.config import Validation
+from kdtoolkit.engine.evaluate import Evaluation, evaluate
+from kdtoolkit.engine.folder import RunFolder
+from kdtoolkit.engine.train import train
+from kdtoolkit.errors import KDError, printable
+from kdtoolkit.lock import hold
+from kdtoolkit.models import Detector, save_detector
+from kdtoolkit.workflow.card import card
+from kdtoolkit.workflow.defaults import Choice
+from kdtoolkit.workflow.display import Clock, Display
+from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions, read_options
+from kdtoolkit.workflow.prepare import Prepared, prepare
+from kdtoolkit.workflow.report import Report, Trained, print_report, write_file
+
+RUN_FILE = "run.yaml"
+MODEL = "model"
+TRAINING, BASELINE = "training", "baseline"
+SAVE_SECONDS = 60.0  # between two checkpoints
+WEAK_AP = 5.0  # a teacher below it knows next to nothing of this data
+# Options that may change while a run goes on: none of them changes what it computes.
+_FREE = ("device", "allow_code", "quiet", "compare_baseline", "allow_weak_teacher", "out")
+
+T = TypeVar("T", bound=RunOptions)
+
+
+def run(options: RunOptions) -> Report:
+    """Train as the options say, in the folder that they name, and return what was found out.
+
+    The same options go on with a run that was stopped, and show the results of one that is finished. Several processes
+    that torchrun started train as one.
+
+    Raises KDError if something in the options or the data is wrong, if the folder holds a different run, if the teacher
+    is bad on this data, or if the memory is too small.
+    """
+    device = _device(options.device)
+    folder = options.out or Path("runs", f"{options.command}-{name_of(options.data)}").absolute()
+    options = options.model_copy(update={"out": folder})
+    first = group.rank() == 0
+    console = Console(quiet=not first or options.quiet)
+    # Warnings and results are also printed if `quiet` is set.
+    loud = Console(quiet=not first)
+    with ExitStack() as held, Display(console, loud) as display, _interruptible(folder), _with_memory(folder):
+        options, report, began = group.from_first(partial(_enter, held, options))
+        if report is not None and report.finished and _is_complete(report, options):
+            loud.print(f"{folder} holds this run, finished. Its results:", markup=False, highlight=False)
+            print_report(report, loud)
+            return report
+        if report is None:
+            console.print(printable(_title(options)), style="bold", markup=False, highlight=False, soft_wrap=True)
+        prepared = prepare(options, device, display.counting)
+        report = report or _new_report(prepared, folder)
+        if began:
+            display.line(f"{folder} holds this run, and it goes on from its last checkpoint")
+        else:
+            print_plan(prepared.plan, console)
+        for note in prepared.notes:
+            display.line(f"note: {note}")
+        group.from_first(partial(_begin, prepared, report))
+        report = _before(prepared, report, device, display)
+        report = _train(prepared, report, device, display)
+        if isinstance(prepared.options, DistillOptions) and prepared.options.compare_baseline:
+            report = _baseline(prepared, report, device, display)
+        report = report.model_copy(update={"finished": True})
+        group.from_first(partial(_finish, report))
+    print_report(report, loud)
+    return report
+
+
+def print_plan(plan: dict[str, Choice], console: Console) -> None:
+    """Print what a run will do, and why."""
+    table = Table(box=None, show_header=False, padding=(0, 1, 0, 1))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(ratio=3, overflow="fold")
+    table.add_column(ratio=2, style="dim", overflow="fold")
+    for name, choice in plan.items():
+        table.add_row(name, printable(str(choice.value)), printable(choice.why))
+    console.print()
+    console.print(table)
+    console.print()
+
+
+def _device(name: str) -> torch.device:
+    """Join the other processes; the device of this one. Raises KDError if there is no such device."""
+    if name != "auto":
+        try:
+            kind = torch.device(name).type
+        except RuntimeError:
+            kind = ""
+        if kind not in ("cpu", "cuda"):
+            raise KDError(f"device {name!r} is not known: write auto, cpu, cuda or cuda:1")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise KDError("there is no CUDA device: use --device cpu, or install a torch build with CUDA")
+    return group.join(None if name == "auto" else name)
+
+
+def _title(options: RunOptions) -> str:
+    if isinstance(options, DistillOptions):
+        return f"kd distill: {options.student} learns from {options.teacher}"
+    assert isinstance(options, TrainOptions)
+    return f"kd train: {options.model}"
+
+
+def _enter(held: ExitStack, options: T) -> tuple[T, Report | None, bool]:
+    """Hold the run's folder; the options with what the run that lies there has settled, its report, and if it began.
+
+    Raises KDError if the folder cannot be used, or holds a different run.
+    """
+    folder = options.out
+    assert folder is not None
+    try:
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / RUN_FILE).exists():
+            alien = [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".lock")]
+            if alien:
+                raise KDError(
+                    f"{folder} holds files that are no run of kdtoolkit ({', '.join(alien[:3])}): choose a new folder "
+                    "by --out"
+                )
+        held.enter_context(hold(folder))
+    except OSError as error:
+        raise KDError(
+            f"cannot write the run's folder {folder}: {error.strerror or error}. Choose another folder by --out"
+        ) from error
+    path = folder / RUN_FILE
+    if not path.exists():
+        return options, None, False
+    text = path.read_text("utf-8", errors="replace")
+    other = TrainOptions if isinstance(options, DistillOptions) else DistillOptions
+    if text.startswith(f"# kd {other.command} "):
+        raise KDError(f"{folder} holds a run of `kd {other.command}`: choose a new folder by --out")
+    if not any((folder / TRAINING / "checkpoints").glob("*")) and not (folder / MODEL).exists():
+        return options, None, False  # it was stopped before anything was learnt: nothing is lost
+    settled = read_options(type(options), path)
+    given = options.model_dump(mode="json", exclude_unset=True)
+    earlier = settled.model_dump(mode="json")
+    changed = [name for name, value in given.items() if name not in _FREE and not _agrees(value, earlier.get(name))]
+    if changed:
+        differences = ", ".join(_difference(name, earlier.get(name), given[name]) for name in changed)
+        raise KDError(
+            f"{folder} holds a run with different options ({differences}): choose a new folder (--out {folder}-2), or "
+            "delete that one"
+        )
+    free = {name: getattr(options, name) for name in _FREE if name in type(options).model_fields}
+    if getattr(settled, "compare_baseline", False):
+        free["compare_baseline"] = True
+    return settled.model_copy(update=free), Report.read(folder), True
+
+
+def _agrees(given: object, settled: object) -> bool:
+    """Whether an option that is given is what the run settled on; of a mapping, the part that is given."""
+    if isinstance(given, dict) and isinstance(settled, dict):
+        return all(_agrees(value, settled.get(name)) for name, value in given.items())
+    return given == settled or given == "auto"
+
+
+def _difference(name: str, earlier: object, now: object) -> str:
+    return f"{name}: {_short(earlier)} there, {_short(now)} now"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_complete(report: Report, options: RunOptions) -> bool:
+    """Whether a finished run has all that is asked for; the baseline may be asked for later."""
+    return not getattr(options, "compare_baseline", False) or report.baseline is not None
+
+
+def _new_report(prepared: Prepared, folder: Path) -> Report:
+    plan = {name: f"{choice.value} ({choice.why})" for name, choice in prepared.plan.items()}
+    return Report(command=prepared.options.command, title=_title(prepared.options), folder=folder, plan=plan)
+
+
+def _begin(prepared: Prepared, report: Report) -> None:
+    """Write the run's settings and the report, as far as it is known."""
+    text = f"# kd {prepared.options.command} run.yaml --out NEW-FOLDER does this again.\n{prepared.options.to_yaml()}"
+    write_file(report.folder / RUN_FILE, text.encode())
+    report.write()
+
+
+def _before(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
+    """Measure the teacher, and the student if it can detect already. Raises KDError if the teacher is bad."""
+    if prepared.teacher is not None and report.teacher is None:
+        found = _evaluated(prepared, prepared.teacher, device, display, "the teacher", of_teacher=True)
+        report = report.model_copy(update={"teacher": found})
+        display.line(f"the teacher has {_ap(found)} on these {found.images} images")
+    if prepared.student.trained and report.before is None:
+        found = _evaluated(prepared, prepared.student, device, display, "the student before training")
+        report = report.model_copy(update={"before": found})
+        display.line(f"before training the {'student' if prepared.teacher else 'model'} has {_ap(found)}")
+    group.from_first(report.write)
+    if report.teacher is not None and not report.student:
+        _check_teacher(prepared, report, display)
+    return report
+
+
+def _check_teacher(prepared: Prepared, report: Report, display: Display) -> None:
+    options = prepared.options
+    assert isinstance(options, DistillOptions)
+    assert report.teacher is not None
+    ap = report.teacher.ap or 0.0
+    if ap < WEAK_AP and not options.allow_weak_teacher:
+        raise KDError(
+            f"the teacher has {_ap(report.teacher)} on the validation images of {name_of(options.data)}: a student "
+            "cannot learn from it. Usual reasons: its classes have different names or a different order (--class-map), "
+            f"it was trained on images of a different size than {options.image_size} px (--image-size), or on other "
+            "images (`kd train` trains a teacher on yours). To go on all the same, add --allow-weak-teacher"
+        )
+    before = report.before.ap if report.before else None
+    if before is not None and before > ap:
+        display.warn(
+            f"the student is better than its teacher before training ({before:.1f} and {ap:.1f} AP): the "
+            "teacher may hold it back. `kd train` trains it alone, --compare-baseline shows the difference"
+        )
+
+
+def _train(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
+    """Train, keep the best weights, and save the detector."""
+    if report.student is None:
+        after = 0.0
+        trained = _trained(prepared, prepared.student, prepared.distiller(), TRAINING, report, device, display, after)
+        report = report.model_copy(update={"student": trained})
+    else:
+        _load_best(prepared.student, report.folder / TRAINING)
+    if report.model is None:
+        report = group.from_first(partial(_save, prepared, report))
+    return report
+
+
+def _baseline(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
+    """Train the same student without teacher: the same seed, images and steps."""
+    if report.baseline is not None:
+        return report
+    alone = Distiller(None, prepared.untouched.model)
+    trained = _trained(prepared, prepared.untouched, alone, BASELINE, report, device, display)
+    report = report.model_copy(update={"baseline": trained})
+    group.from_first(report.write)
+    return report
+
+
+def _trained(
+    prepared: Prepared,
+    student: Detector,
+    distiller: Distiller,
+    name: str,
+    report: Report,
+    device: torch.device,
+    display: Display,
+    after: float = 0.0,
+) -> Trained:
+    """One training; the student then has its best weights."""
+    config, images = prepared.config, prepared.images
+    every = math.ceil(config.steps / prepared.evaluations)
+    clock = Clock(config.steps, prepared.evaluations, display.evaluation_seconds)
+    result = train(
+        distiller,
+        images.train,
+        config,
+        seed=prepared.options.seed,
+        device=device,
+        folder=RunFolder(report.folder / name, save_seconds=SAVE_SECONDS),
+        validation=Validation(images.val, every_steps=every, batch_size=config.batch_size),
+        report=display.training("training" if name == TRAINING else "training without teacher", clock, after),
+    )
+    for warning in result.warnings:
+        display.warn(warning)
+    _load_best(student, report.folder / name)
+    found = _evaluated(prepared, student, device, display, "the trained detector")
+    best = max(result.evaluations, key=lambda row: row["eval/ap"] or 0.0)
+    return Trained(
+        evaluation=found,
+        best_step=int(best["step"] or 0),
+        steps=result.steps,
+        seconds=result.seconds,
+        warnings=tuple(result.warnings),
+    )
+
+
+def _load_best(student: Detector, folder: Path) -> None:
+    """Give the student the weights of the best evaluation; of the last step if no evaluation found anything."""
+    path = folder / "best.safetensors"
+    student.model.load_state_dict(load_file(path if path.exists() else folder / "student.safetensors"))
+
+
+def _evaluated(
+    prepared: Prepared,
+    detector: Detector,
+    device: torch.device,
+    display: Display,
+    what: str,
+    *,
+    of_teacher: bool = False,
+) -> Evaluation:
+    if of_teacher and prepared.class_map is not None:  # TEMPORARY
+        raise KDError("a teacher of different classes cannot be evaluated yet")
+    begun = time.monotonic()
+    found = evaluate(
+        detector.model,
+        prepared.images.val,
+        batch_size=prepared.config.batch_size,
+        device=device,
+        together=True,
+        progress=display.counting(f"evaluating {what}"),
+    )
+    display.evaluation_seconds = time.monotonic() - begun
+    return found
+
+
+def _save(prepared: Prepared, report: Report) -> Report:
+    """Save the detector with its model card, and write the report."""
+    options, teacher = prepared.options, prepared.teacher
+    assert report.student is not None
+    folder = report.folder / MODEL
+    detector = replace(
+        prepared.student,
+        class_names=prepared.images.train.class_names,
+        weights=f"{options.command} on {name_of(options.data)}, {report.student.evaluation.ap or 0:.1f} AP",
+        trained=True,
+        notes=(),
+        image_size=options.image_size,
+    )
+    saved = save_detector(detector, folder)
+    scores = {"teacher": report.teacher, "student before training": report.before, "student": report.student.evaluation}
+    images: dict[str, DetectionDataset] = {"training": prepared.images.train, "validation": prepared.images.val}
+    if prepared.images.unlabelled is not None:
+        images["training without labels"] = prepared.images.unlabelled
+    text = card(
+        title=report.folder.name,
+        student=detector.name,
+        class_names=prepared.images.train.class_names,
+        data=options.data,
+        datasets=images,
+        scores=scores,
+        student_weights=prepared.student.weights,
+        teacher=None if teacher is None else teacher.name,
+        teacher_weights="" if teacher is None else teacher.weights,
+        methods=[str(use) for use in prepared.methods],
+        schedule={
+            "image size": f"{options.image_size} px",
+            "steps": prepared.config.steps,
+            "batch size": prepared.config.batch_size,
+            "learning rate": prepared.config.lr,
+            "seed": options.seed,
+        },
+        how_to_open=saved.how_to_open,
+        command=f"kd {options.command} {RUN_FILE} --out NEW-FOLDER",
+    )
+    write_file(folder / "README.md", text.encode())
+    report = report.model_copy(update={"model": folder, "how_to_open": saved.how_to_open})
+    report.write()
+    return report
+
+
+def _finish(report: Report) -> None:
+    """Write the report, and delete the checkpoints, which take several times the space of the detector."""
+    report.write()
+    for name in (TRAINING, BASELINE):
+        shutil.rmtree(report.folder / name / "checkpoints", ignore_errors=True)
+
+
+def _ap(found: Evaluation) -> str:
+    return "no AP, because no class is in the images" if found.ap is None else f"{found.ap:.1f} AP"
+
+
+@contextmanager
+def _interruptible(folder: Path) -> Iterator[None]:
+    """Say after Ctrl-C how the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if group.rank() == 0:
+            kept = any((folder / TRAINING / "checkpoints").glob("*"))
+            what = "goes on from the last checkpoint" if kept else "starts again, because there was no checkpoint yet"
+            sys.stderr.write(f"\ninterrupted: the same command {what} ({folder})\n")
+        raise
+
+
+@contextmanager
+def _with_memory(folder: Path) -> Iterator[None]:
+    """Turn a GPU that is out of memory into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise KDError(
+            "the GPU is out of memory: use half the --batch-size or a smaller --image-size, with a new folder by --out "
+            f"(the checkpoints in {folder} are of this batch size)"
+        ) from error

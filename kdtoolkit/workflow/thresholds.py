@@ -1,0 +1,114 @@
+"""Which score a detection needs, chosen so that precision and recall on labelled images are good together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdtoolkit.engine.scoring import Floats, Found
+
+MATCHING_IOU = 0.5
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The lowest score at which detections of a class are kept, and how good they are then, on labelled images.
+
+    `score` is None if no detection is right: then none is kept. `precision`: the share of kept detections that are
+    right; None if none is kept. `recall`: the share of objects that they find. Both lie in [0, 1]. `objects`: how many
+    there are. If the labelled images have no object of the class, `score` is the best for all classes together, and
+    precision and recall are None.
+    """
+
+    score: float | None
+    precision: float | None
+    recall: float | None
+    objects: int
+
+
+def best_thresholds(truth: Mapping[str, Any], found: Found) -> list[Threshold]:
+    """For each class of `truth` the score at which F1, the harmonic mean of precision and recall, is largest.
+
+    `truth` is in COCO's format; `images` and `classes` of `found` are places in its lists. Detections and objects are
+    matched at an IoU of 0.5 or more, best scores first. Detections of crowds and difficult objects do not count.
+    """
+    matched = [_matched(truth, found, label) for label in range(len(truth["categories"]))]
+    scores = np.concatenate([each[0] for each in matched])
+    right = np.concatenate([each[1] for each in matched])
+    overall = _best(scores, right, sum(each[2] for each in matched))
+    return [_best(*each) if each[2] else Threshold(overall.score, None, None, 0) for each in matched]
+
+
+def at_score(truth: Mapping[str, Any], found: Found, score: float) -> list[Threshold]:
+    """For each class the precision and recall at a given score. The arguments are those of `best_thresholds`."""
+    result = []
+    for label in range(len(truth["categories"])):
+        scores, right, objects = _matched(truth, found, label)
+        kept = scores >= score
+        hits = int(right[kept].sum())
+        precision = hits / int(kept.sum()) if kept.any() else None
+        result.append(Threshold(score, precision, hits / objects if objects else None, objects))
+    return result
+
+
+def _best(scores: Floats, right: np.ndarray, objects: int) -> Threshold:
+    """The threshold with the largest F1. The arguments are what `_matched` returns."""
+    order = np.argsort(-scores, kind="stable")
+    scores, right = scores[order], right[order]
+    hits = np.cumsum(right)
+    kept = np.arange(1, len(scores) + 1)
+    last_of_score = np.append(scores[1:] < scores[:-1], True)[: len(scores)]  # equal scores are kept together
+    f1 = np.where(last_of_score, 2 * hits / (kept + objects), -1)
+    if not len(scores) or f1.max() <= 0:
+        return Threshold(None, None, 0.0, objects)
+    best = int(f1.argmax())
+    following = scores[best + 1] if best + 1 < len(scores) else 0.0
+    score = float((scores[best] + following) / 2)  # the middle holds best on images that are only similar
+    return Threshold(score, float(hits[best] / kept[best]), float(hits[best] / objects), objects)
+
+
+def _matched(truth: Mapping[str, Any], found: Found, label: int) -> tuple[Floats, np.ndarray, int]:
+    """The scores (D,) of a class's detections, which of them are right (D,), and the number of its objects.
+
+    Detections that lie on a crowd are left out.
+    """
+    category = truth["categories"][label]["id"]
+    places = {image["id"]: place for place, image in enumerate(truth["images"])}
+    objects: dict[int, list[dict[str, Any]]] = {}
+    for annotation in truth["annotations"]:
+        if annotation["category_id"] == category:
+            objects.setdefault(places[annotation["image_id"]], []).append(annotation)
+    own = found.where(found.classes == label)
+    order = np.argsort(-own.scores, kind="stable")
+    free = {place: [not each["iscrowd"] for each in annotations] for place, annotations in objects.items()}
+    scores, right = [], []
+    for index in order.tolist():
+        place = int(own.images[index])
+        annotations = objects.get(place, [])
+        overlaps = _overlaps(own.boxes[index], annotations)
+        candidates = [i for i, is_free in enumerate(free.get(place, [])) if is_free and overlaps[i] >= MATCHING_IOU]
+        if candidates:
+            free[place][max(candidates, key=lambda i: overlaps[i])] = False
+        elif any(
+            each["iscrowd"] and overlap >= MATCHING_IOU for each, overlap in zip(annotations, overlaps, strict=True)
+        ):
+            continue
+        scores.append(float(own.scores[index]))
+        right.append(bool(candidates))
+    count = sum(not each["iscrowd"] for annotations in objects.values() for each in annotations)
+    return np.array(scores, np.float64), np.array(right, bool), count
+
+
+def _overlaps(box: Floats, annotations: list[dict[str, Any]]) -> list[float]:
+    """IoU of a box with each object; with a crowd the share of the box that lies on it. Boxes are xywh."""
+    x, y, width, height = box.tolist()
+    result = []
+    for annotation in annotations:
+        left, top, w, h = annotation["bbox"]
+        common = max(0.0, min(x + width, left + w) - max(x, left)) * max(0.0, min(y + height, top + h) - max(y, top))
+        whole = width * height if annotation["iscrowd"] else width * height + w * h - common
+        result.append(common / whole if whole > 0 else 0.0)
+    return result

@@ -1,0 +1,44 @@
+from dataclasses import replace
+
+import pytest
+
+from kdtoolkit.errors import IncompatibleError
+from kdtoolkit.libraries import adapt
+from kdtoolkit.method_use import MethodUse
+from kdtoolkit.workflow.auto import choose, scaled
+from tests.conftest import tiny_of
+
+
+def chosen(student, teacher):
+    found = choose(adapt(tiny_of(student, seed=0)).spec, adapt(tiny_of(teacher, seed=1)).spec)
+    assert found.why
+    return [str(use) for use in found.methods]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "methods"),
+    [
+        ("GFL", "GFL", ["CrossKD", "PKD"]),
+        ("FCOS", "GFL", ["CrossKD.for_fcos", "PKD.for_fcos"]),
+        ("YOLO11", "YOLO11", ["CrossKD", "PKD"]),
+        ("torchvision Faster R-CNN", "torchvision Faster R-CNN", ["CrossKD"]),
+        ("Deformable DETR", "Deformable DETR", ["KDDETR"]),
+        ("GFL", "Deformable DETR", ["PKD"]),
+        ("torchvision Faster R-CNN", "GFL", ["PKD"]),
+    ],
+)
+def test_the_pair_decides(student, teacher, methods):
+    assert chosen(student, teacher) == methods
+
+
+def test_a_pair_without_methods_is_refused_with_reasons():
+    spec = adapt(tiny_of("GFL", seed=0)).spec
+    with pytest.raises(IncompatibleError, match=r"no method can distil GFL into GFL \(PKD: .*CWD: "):
+        choose(spec, replace(spec, strides=(7, 14, 28, 56, 112)))
+
+
+def test_all_weights_are_scaled():
+    assert str(scaled(MethodUse.model_validate("PKD"), 8)) == "PKD?weight=48"
+    crosskd = scaled(MethodUse.model_validate("CrossKD"), 8).args
+    assert crosskd == {"cls_weight": 8, "distribution_weight": 32, "box_weight": 8, "quality_weight": 8}
+    assert scaled(MethodUse.model_validate("CrossKD.for_fcos"), 8).args == {}

@@ -1,0 +1,96 @@
+import inspect
+
+import pytest
+import yaml
+
+import kdtoolkit
+from kdtoolkit.errors import KDError
+from kdtoolkit.method_use import MethodUse
+from kdtoolkit.workflow.options import DistillOptions, TrainOptions, check_options, read_options
+
+NEEDED = {"teacher": "runs/t", "student": "kdtoolkit/gfl", "data": "birds"}
+
+
+def error_of(kind, words, **rest):
+    with pytest.raises(KDError) as caught:
+        check_options(kind, words, **rest)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ({"teachr": "a"}, "unknown key 'teachr' (did you mean 'teacher'?)"),
+        ({"image_size": 8}, "image_size 8: input should be greater than or equal to 32"),
+        ({"epochs": 3, "steps": 9}, "epochs and steps are two ways to say how long to train"),
+        ({"lr": -1}, "lr -1: input should be greater than 0"),
+        ({"method": "CrosKD"}, "unknown method 'CrosKD' (did you mean 'CrossKD'?)"),
+        ({"method": "PKD?wieght=6"}, "PKD: unknown key 'wieght' (did you mean 'weight'?)"),
+        ({"method": ["auto", "PKD"]}, "auto chooses all methods itself"),
+        ({"method": []}, "name at least one method"),
+        ({"train": {"emma": 0.9}}, "train: unknown key 'emma' (did you mean 'ema'?)"),
+        ({"train": {"lr": 0.9}}, "write lr beside `train`, not in it"),
+        ({"train": {"augmentation": {"flip": 2}}}, "augmentation.flip"),
+        ({"init": "techer"}, "init 'techer': input should be 'teacher'"),
+    ],
+)
+def test_wrong_words_are_one_sentence(words, part):
+    message = error_of(DistillOptions, NEEDED | words)
+    assert part in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_missing_option_is_named_as_it_is_written():
+    assert error_of(TrainOptions, {"data": "birds"}) == "model is missing: kd train needs it"
+    assert error_of(TrainOptions, {"data": "birds"}, dashes=True) == "--model is missing: kd train needs it"
+    assert "--image-size 'big'" in error_of(TrainOptions, {"data": "b", "model": "m", "image_size": "big"}, dashes=True)
+
+
+def test_methods_are_read_in_all_forms():
+    words = NEEDED | {"method": ["CrossKD", "PKD?weight=2", {"FGD": {"foreground_weight": 0.1}}]}
+    crosskd, pkd, fgd = check_options(DistillOptions, words).method
+    assert (crosskd.name, pkd.args, fgd.args) == ("CrossKD", {"weight": 2.0}, {"foreground_weight": 0.1})
+    assert check_options(DistillOptions, NEEDED | {"method": "PKD"}).method == (MethodUse.model_validate("PKD"),)
+    assert check_options(DistillOptions, NEEDED | {"method": ["auto"]}).method == "auto"
+
+
+def test_a_file_is_read_and_words_come_before_it(tmp_path):
+    (tmp_path / "birds").mkdir()
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(NEEDED | {"epochs": 3.0, "method": ["CrossKD"], "seed": 2}))
+    options = check_options(DistillOptions, {"steps": 7}, file=path)
+    assert (options.steps, options.epochs, options.seed) == (7, None, 2)
+    assert options.data == tmp_path / "birds"  # relative to the file
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(options.to_yaml())
+    assert read_options(DistillOptions, copy) == options
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("data: birds\nmodl: x\n", "run.yaml, line 2: unknown key 'modl' (did you mean 'model'?)"),
+        ("data: birds\nmodel: x\nseed: -1\n", "run.yaml, line 3: seed: seed = -1"),
+        ("data: birds\ndata: cats\nmodel: x\n", "run.yaml, line 2: key 'data' is written twice"),
+        ("- data\n", "run.yaml, line 1: a run file of `kd train` is a mapping with the keys data, out"),
+        ("data: [\n", "not YAML"),
+    ],
+)
+def test_a_wrong_file_names_the_line(tmp_path, text, part):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert part in error_of(TrainOptions, {}, file=path)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    assert "cannot read the run file" in error_of(TrainOptions, {}, file=tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(("function", "kind"), [(kdtoolkit.train, TrainOptions), (kdtoolkit.distill, DistillOptions)])
+def test_functions_take_the_words_of_the_command(function, kind):
+    assert set(inspect.signature(function).parameters) == set(kind.model_fields)
+
+
+def test_every_option_is_described():
+    for kind in (TrainOptions, DistillOptions):
+        assert all(field.description for field in kind.model_fields.values())

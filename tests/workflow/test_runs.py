@@ -1,0 +1,158 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import kdtoolkit
+from kdtoolkit.data import open_dataset
+from kdtoolkit.engine import train as loop
+from kdtoolkit.engine.evaluate import evaluate
+from kdtoolkit.errors import KDError
+from kdtoolkit.models import open_detector
+from kdtoolkit.workflow import runs
+from kdtoolkit.workflow.options import DistillOptions, check_options
+from kdtoolkit.workflow.report import Report
+from tests.workflow._data import TINY
+
+
+def distil(teacher, shapes, out, **changes):
+    words = {"steps": 4, "batch_size": 4, "student_weights": "none", "allow_weak_teacher": True, "quiet": True}
+    return kdtoolkit.distill(teacher, TINY, shapes, out=out, **words | changes)
+
+
+@pytest.fixture(scope="module")
+def distilled(teacher, shapes, tmp_path_factory):
+    return distil(teacher, shapes, tmp_path_factory.mktemp("runs") / "student", compare_baseline=True)
+
+
+def test_a_run_leaves_the_detector_with_its_card_a_report_and_its_settings(distilled, teacher):
+    folder = distilled.folder
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
+        "model",
+        "training",
+        "baseline",
+        "run.yaml",
+        "report.json",
+        "report.md",
+    }
+    assert not (folder / "training" / "checkpoints").exists()
+    text = (folder / "model" / "README.md").read_text()
+    assert all(part in text for part in ("disc", "CrossKD", "kd distill", "open_detector"))
+    stored = json.loads((folder / "report.json").read_text())
+    assert stored["finished"]
+    assert stored["student"]["evaluation"]["ap"] == distilled.ap
+    assert stored["added"] == distilled.added
+    assert Report.read(folder) == distilled
+    assert "| teacher |" in (folder / "report.md").read_text()
+    settings = check_options(DistillOptions, {}, file=folder / "run.yaml")
+    assert settings.teacher == str(teacher)
+    assert [str(use) for use in settings.method] == ["CrossKD", "PKD"]
+    assert (settings.image_size, settings.steps, settings.batch_size) == (64, 4, 4)
+
+
+def test_the_saved_detector_has_the_reported_ap(distilled, shapes):
+    detector = open_detector(distilled.folder)
+    assert detector.trained
+    assert detector.class_names == open_dataset(shapes, "val").class_names
+    found = evaluate(detector.model, open_dataset(shapes, "val"), batch_size=4)
+    assert found == distilled.student.evaluation
+
+
+def test_the_baseline_is_the_same_training_without_teacher(distilled):
+    rows = {
+        name: [json.loads(line) for line in (distilled.folder / name / "log.jsonl").read_text().splitlines()]
+        for name in ("training", "baseline")
+    }
+    first = {name: lines[0] for name, lines in rows.items()}
+    assert {key: value for key, value in first["training"].items() if key.startswith("task/")} == {
+        key: value for key, value in first["baseline"].items() if key.startswith("task/")
+    }
+    assert any(key.startswith("crosskd/") for key in first["training"])
+    assert not any(key.startswith("crosskd/") for key in first["baseline"])
+    assert distilled.added == distilled.ap - distilled.baseline.evaluation.ap
+
+
+def test_a_finished_run_is_shown_again(distilled, teacher, shapes, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "train", None)  # nothing is trained
+    assert distil(teacher, shapes, distilled.folder, compare_baseline=True) == distilled
+    assert "finished" in capsys.readouterr().out
+    assert distil(teacher, shapes, distilled.folder, batch_size=None, method="auto", image_size=64) == distilled
+
+
+def test_a_run_of_different_options_is_refused(distilled, teacher, shapes):
+    for changes, part in (
+        ({"lr": 1e-4}, "lr: 0."),
+        ({"method": "PKD"}, "method: ['CrossKD', 'PKD'] there, ['PKD'] now"),
+        ({"steps": None, "epochs": 3}, "epochs: None there, 3.0 now"),
+        ({"train": {"ema": 0.5}}, "train: "),
+    ):
+        with pytest.raises(
+            KDError, match=r"holds a run with different options .*choose a new folder \(--out "
+        ) as error:
+            distil(teacher, shapes, distilled.folder, **changes)
+        assert part in str(error.value)
+    with pytest.raises(KDError, match="holds a run of `kd distill`"):
+        kdtoolkit.train(TINY, shapes, out=distilled.folder)
+
+
+def test_a_run_that_is_stopped_goes_on_and_ends_alike(distilled, teacher, shapes, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "stopped"
+    seed_step = loop.seed_step
+
+    def interrupted(seed, step, rank):
+        if step == 3:
+            raise KeyboardInterrupt
+        seed_step(seed, step, rank)
+
+    monkeypatch.setattr(runs, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(loop, "seed_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distil(teacher, shapes, out)
+    assert "interrupted: the same command goes on from the last checkpoint" in capsys.readouterr().err
+    with pytest.raises(KDError, match="holds a run with different options"):
+        distil(teacher, shapes, out, lr=1e-4)
+    monkeypatch.setattr(loop, "seed_step", seed_step)
+    report = distil(teacher, shapes, out)
+    assert report.student.evaluation == distilled.student.evaluation
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (out, distilled.folder))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_run_file_does_the_same_again(distilled, tmp_path):
+    options = check_options(
+        DistillOptions, {"out": tmp_path / "again", "quiet": True}, file=distilled.folder / "run.yaml"
+    )
+    options = options.model_copy(update={"compare_baseline": False})
+    assert runs.run(options).student.evaluation == distilled.student.evaluation
+
+
+def test_a_weak_teacher_is_told_before_training(teacher, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "train", None)
+    monkeypatch.setattr(runs, "WEAK_AP", 101.0)
+    with pytest.raises(
+        KDError, match=r"the teacher has .* AP on the validation images of shapes.*--allow-weak-teacher"
+    ):
+        distil(teacher, shapes, tmp_path / "weak", allow_weak_teacher=False)
+
+
+def test_a_student_may_begin_with_the_teachers_weights_and_trained_students_are_measured(
+    teacher, shapes, tmp_path, capsys
+):
+    report = kdtoolkit.distill(
+        teacher, teacher, shapes, out=tmp_path / "on", init="teacher", steps=2, method="PKD", allow_weak_teacher=True
+    )
+    assert report.before == report.teacher
+    out = capsys.readouterr().out
+    assert "inherits" in out
+    assert "you chose it" in out
+    assert max(map(len, out.split("holds")[0].splitlines()[3:-8])) <= 80 or "note" in out
+
+
+def test_the_plan_fits_80_columns(shapes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    kdtoolkit.train(TINY, shapes, out=tmp_path / "out", steps=1, weights="none")
+    plan = capsys.readouterr().out.split("\n\n")[1]
+    for name in ("data", "model", "image size", "schedule", "batch", "learning rate", "augmentation", "evaluation"):
+        assert f" {name} " in plan
+    assert max(map(len, plan.splitlines())) <= 80
