@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from kdtoolkit.contract import Detections, DetectorAdapter
 from kdtoolkit.errors import KDError
-from kdtoolkit.export.operators import OPSET, TRANSLATIONS
 
 GREY = 114 / 255  # fills canvases of a fixed size
 INPUT = "images"
@@ -59,6 +58,8 @@ def write(
     torch.onnx.export follows the graph by torch.export. Where sizes are free, it follows images that are not square,
     so that no two dimensions are taken for one. Raises KDError with the exporter's reason.
     """
+    from kdtoolkit.export.operators import TRANSLATIONS  # needs onnxscript
+
     graph = copy.deepcopy(adapter.graph()).cpu().eval().requires_grad_(False)
     height, width = size
     if freedom.size:
@@ -84,7 +85,7 @@ def write(
                 custom_translation_table=TRANSLATIONS,
                 input_names=[INPUT],
                 output_names=list(OUTPUTS),
-                opset_version=max(opset, OPSET),
+                opset_version=opset,
                 verbose=False,
             )
     except Exception as error:  # torch's exporter has many kinds, and models raise their own
@@ -168,12 +169,9 @@ class OnnxDetector(nn.Module):
     def run(self, images: Tensor) -> list[Detections]:
         """Detect in images (N, 3, H, W); a smaller batch than a fixed one is filled up."""
         count = len(images)
-        if self.size is not None:
-            images = self._on_canvas(images, self.size)
-        if self.batch is not None:
-            images = torch.cat([images, images[:1].expand(self.batch - count, -1, -1, -1)])
+        images = self.batch_of(images)
         try:
-            outputs = self._session.run(OUTPUTS, {INPUT: images.contiguous().numpy()})
+            outputs = self._session.run(OUTPUTS, {INPUT: images.numpy()})
         except Exception as error:  # onnxruntime's errors have no common class
             raise KDError(f"onnxruntime cannot run it on {tuple(images.shape)}: {_reason(error)}") from error
         rows = zip(*(torch.from_numpy(output[:count]) for output in outputs), strict=True)
@@ -182,15 +180,24 @@ class OnnxDetector(nn.Module):
             for boxes, scores, labels in rows
         ]
 
-    @staticmethod
-    def _on_canvas(images: Tensor, size: Size) -> Tensor:
-        down, right = (fixed - own for fixed, own in zip(size, images.shape[-2:], strict=True))
-        if down < 0 or right < 0:
-            raise KDError(
-                f"the exported file takes images of {size[1]} x {size[0]} px; one has "
-                f"{images.shape[-1]} x {images.shape[-2]}: scale it down"
-            )
-        return F.pad(images, (0, right, 0, down), value=GREY)
+    def batch_of(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) as the file takes them: on its canvas and in its batch size, where these are fixed."""
+        if self.size is not None:
+            images = on_canvas(images, self.size)
+        if self.batch is not None:
+            images = torch.cat([images, images[:1].expand(self.batch - len(images), -1, -1, -1)])
+        return images.contiguous()
+
+
+def on_canvas(images: Tensor, size: Size) -> Tensor:
+    """Pad images (N, 3, H, W) with grey at the right and bottom. Raises KDError if they are larger than `size`."""
+    down, right = (fixed - own for fixed, own in zip(size, images.shape[-2:], strict=True))
+    if down < 0 or right < 0:
+        raise KDError(
+            f"the exported file takes images of {size[1]} x {size[0]} px; one has "
+            f"{images.shape[-1]} x {images.shape[-2]}: scale it down"
+        )
+    return F.pad(images, (0, right, 0, down), value=GREY)
 
 
 def metadata(name: str, class_names: Sequence[str] | None, size: Size, version: str) -> dict[str, str]:

@@ -11,7 +11,6 @@ from onnxscript import opset18
 from kdtoolkit import graph
 
 op: Any = opset18
-OPSET = 18  # the lowest that has all operators used here
 
 
 def _pad(images: Any, multiple: int, square: bool, value: float) -> Any:
