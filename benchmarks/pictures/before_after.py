@@ -1,6 +1,6 @@
 """Draws the detections of a student that was trained alone beside those of the same student, distilled.
 
-    python benchmarks/pictures/before_after.py --data PATH/bccd --out docs/results/before_after.png
+    python benchmarks/pictures/before_after.py --data PATH/bccd --out docs/results/before_after.jpg
 
 It trains a teacher, then the student twice (`kd train`, `kd distill --compare-baseline`), in runs/before_after. A seed
 chooses the images. Each detector shows the detections that have at least the score with the best F1 of their class on
