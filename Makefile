@@ -19,7 +19,7 @@ check: .venv/.installed-dev docs  ## format, lint, types, docs, all tests: what 
 	$(PYTEST)
 
 docs: .venv/.installed-dev  ## the docs site, in build/site; links that lead nowhere are errors; no network is needed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Each requirement of pyproject.toml at its lower bound, for Python 3.11, which all of them have wheels for.
 LOWEST := import re, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \

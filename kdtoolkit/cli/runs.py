@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from kdtoolkit.cli.detect import read_class_map
+from kdtoolkit.errors import KDError
 from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions
 
 _ONLY_IN_FILES = ("train",)
@@ -51,7 +53,12 @@ def _command(kind: type[RunOptions], doc: str) -> Callable[..., None]:
 
         from kdtoolkit.workflow.runs import run  # imports torch
 
-        run(options)
+        try:
+            run(options)
+        except KDError:
+            if os.environ.get("RANK", "0") != "0":  # of several processes, the first one tells
+                raise typer.Exit(2) from None
+            raise
 
     file = Annotated[
         Path | None, typer.Argument(help="A run file (YAML); options beside it come first.", metavar="[RUN.YAML]")

@@ -69,6 +69,11 @@ class RunOptions(Section):
         """The names of the detectors, by role."""
         raise NotImplementedError
 
+    @property
+    def with_baseline(self) -> bool:
+        """Whether the same student is also trained without teacher."""
+        return False
+
     @classmethod
     def heading(cls) -> str:
         """The first line of a run file that kdtoolkit writes."""
@@ -150,6 +155,11 @@ class DistillOptions(RunOptions):
     def models(self) -> dict[str, str]:
         """The names of the detectors."""
         return {"teacher": self.teacher, "student": self.student}
+
+    @property
+    def with_baseline(self) -> bool:
+        """Whether the same student is also trained without teacher."""
+        return self.compare_baseline
 
 
 T = TypeVar("T", bound=RunOptions)

@@ -31,9 +31,9 @@ def test_few_images_and_random_weights_are_shown_more_often():
     def epochs(**changes):
         return defaults.epochs(situation(**changes)).value
 
-    assert epochs(images=20) == 200
+    assert epochs(images=20) == 150
     assert epochs(images=150_000) == 36
-    assert epochs(images=300) == 100
+    assert epochs(images=200) == 100
     assert epochs(begin="trained") < epochs(begin="started") < epochs(begin="random")
     assert defaults.steps_of(2.5, 10, 8) == 4
 

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -196,3 +198,29 @@ def test_the_plan_fits_80_columns(shapes, tmp_path, capsys, monkeypatch):
     for name in ("data", "model", "image size", "schedule", "batch", "learning rate", "augmentation", "evaluation"):
         assert f" {name} " in plan
     assert max(map(len, plan.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(teacher, shapes, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "kdtoolkit", "distill", "--teacher", teacher, "--student", TINY, "--student-weights", "none"]
+    command += [
+        "--data",
+        shapes,
+        "--steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--allow-weak-teacher",
+        "--out",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("on the validation images") == 1
+    report = Report.read(tmp_path / "out")
+    assert report.finished
+    found = evaluate(open_detector(tmp_path / "out").model, open_dataset(shapes, "val"), batch_size=4)
+    assert found == report.student.evaluation
+    done = subprocess.run([*map(str, command), "--lr", "1"], capture_output=True, text=True)
+    assert done.stderr.count("holds a run with different options") == 1
