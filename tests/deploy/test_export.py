@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from kdtoolkit.contract import DetectorAdapter
+from kdtoolkit.deploy import export
 from kdtoolkit.errors import KDError
-from kdtoolkit.export import export
 from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.models import Detector, save_detector
@@ -116,7 +116,10 @@ def test_a_detector_that_is_told_to_be_fixed(tmp_path):
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(each, marks=() if each in FAST else pytest.mark.slow) for each in ("YOLO11", "torchvision SSD", "DETR")],
+    [
+        pytest.param(each, marks=() if each in FAST else pytest.mark.slow)
+        for each in ("YOLO11", "torchvision SSD", "DETR")
+    ],
 )
 def test_each_library(family, tmp_path):
     model = tiny_of(family, seed=0)
