@@ -130,7 +130,7 @@ def save_detector(detector: Detector, folder: str | Path, *, card: str | None = 
         folder.mkdir(parents=True, exist_ok=True)
         file, how_to_open = save(detector, folder)
         about = {
-            "detector": architecture(detector.name),
+            "detector": _portable_name(detector),
             "file": file,
             "classes": None if detector.class_names is None else list(detector.class_names),
             "weights": detector.weights,
@@ -146,6 +146,15 @@ def save_detector(detector: Detector, folder: str | Path, *, card: str | None = 
     except OSError as error:
         raise KDError(f"cannot write the detector into {folder}: {error.strerror or error}") from error
     return SavedDetector(folder, folder / file, how_to_open)
+
+
+def _portable_name(detector: Detector) -> str:
+    """The detector's name without what lies on this machine: files of weights, and folders of transformers."""
+    name = architecture(detector.name)
+    if name.startswith("hf/") and Path(split_name(name)[0].removeprefix("hf/")).exists():
+        config: Any = detector.model.config
+        return f"hf/{config.model_type}"
+    return name
 
 
 def _save_tensors(detector: Detector, folder: Path) -> tuple[str, str]:
@@ -173,7 +182,8 @@ def _opened(name: str, weights: str | Path | None, args: Mapping[str, object], c
     if weights == "none":
         return None
     if weights is not None and (is_place(weights) or len(Path(weights).parts) > 1):
-        return _open_state(with_arguments(path, args), _checkpoint_in(Path(weights)), str(weights), count)
+        model_name = architecture(with_arguments(path, args))
+        return _open_state(model_name, _checkpoint_in(Path(weights)), str(weights), count)
     if module is not None:
         opened: Opened | None = module.open_published(model, args, weights)
         return opened

@@ -192,6 +192,9 @@ def test_a_checkpoint_of_ultralytics_opens_as_its_trainer_leaves_it(tmp_path, mo
     assert detector.model.args["box"] == 5.0
     named = open_detector("ultralytics/yolo11n", weights=tmp_path / "best.pt")
     assert (named.class_names, named.trained) == (("ant", "bee"), True)
+    torch.save(model.state_dict(), tmp_path / "state.pth")  # class towers are as wide as there are classes, up to 100
+    plain = open_detector("ultralytics/yolo11n", weights=tmp_path / "state.pth")
+    assert (plain.trained, plain.model.model[-1].nc) == (True, 2)
     torch.save({**content, "ema": Recorder(1)}, tmp_path / "other.pt")
     with pytest.raises(KDError, match=r"(?s)cannot be opened|holds Python objects"):
         open_detector(tmp_path / "other.pt")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, get_session
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
@@ -28,6 +28,7 @@ from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.adapters.transformers.rfdetr import LwDetrAdapter, RfDetrAdapter
 from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter
 from kdtoolkit.build import with_arguments
+from kdtoolkit.contract import DetectorAdapter
 from kdtoolkit.detector import Detector, Opened, named
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
@@ -126,7 +127,7 @@ def open_published(name: str, args: Mapping[str, object], weights: str | None) -
     if weights not in (None, "pretrained"):
         raise KDError(f"hf/{name} has no weights {weights!r}: leave them out to take its own")
     model: Any = _loaded(name, args)
-    config = model.config
+    adapter, config = adapt(model), model.config
     count = config.num_labels
     names = named([str(config.id2label[i]) for i in range(count)])
 
@@ -143,7 +144,17 @@ def open_published(name: str, args: Mapping[str, object], weights: str | None) -
         name=with_arguments(f"hf/{name}", args),
         class_names=None if names == tuple(f"LABEL_{i}" for i in range(count)) else names,
         weights=f"hf/{name}",
+        image_size=_image_size(adapter),
     )
+
+
+def _image_size(adapter: DetectorAdapter) -> int | None:
+    """The longest side that the image processor of a loaded model resizes images to, in pixels."""
+    processing = adapter.processing if isinstance(adapter, TransformersAdapter) else None
+    if processing is None or not processing.processor.do_resize:
+        return None
+    sides = dict(processing.processor.size)
+    return max((sides[key] for key in ("longest_edge", "height", "width") if key in sides), default=None)
 
 
 def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
@@ -154,6 +165,10 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
         model.config.label2id = {name: label for label, name in enumerate(detector.class_names)}
     with _without_bars():
         model.save_pretrained(folder)
+    if getattr(model.config, "share_bbox_head", False):
+        # The library saves the head of the last layer, and loads that of the first: so each layer gets its own.
+        state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     adapter = adapt(model)
     assert isinstance(adapter, TransformersAdapter)
     adapter.image_processor(detector.image_size).save_pretrained(folder)
