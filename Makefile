@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One process a core, of one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: benchmark test check check-lowest format wheel-check clean
+.PHONY: benchmark test check check-lowest docs format wheel-check clean
 
 benchmark: .venv/.installed  ## train, distil and compare on the embedded suite; the board lands in runs/quick
 	$(BIN)/kd benchmark run
@@ -12,11 +12,14 @@ benchmark: .venv/.installed  ## train, distil and compare on the embedded suite;
 test: .venv/.installed-dev  ## run the tests, but for the slow ones
 	$(PYTEST) -m "not slow"
 
-check: .venv/.installed-dev  ## format, lint, types, all tests: what CI runs
+check: .venv/.installed-dev docs  ## format, lint, types, docs, all tests: what CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST)
+
+docs: .venv/.installed-dev  ## the docs site, in build/site; links that lead nowhere are errors; no network is needed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Each requirement of pyproject.toml at its lower bound, for Python 3.11, which all of them have wheels for.
 LOWEST := import re, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \

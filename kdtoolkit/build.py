@@ -141,7 +141,7 @@ def _imported(name: str) -> Callable[..., object]:
     if not attribute:
         hint = did_you_mean(name.partition("/")[0], [library.prefix for library in LIBRARIES])
         examples = ", ".join([*(library.example for library in LIBRARIES), "package.module:callable"])
-        raise KDError(f"unknown model {name!r}{hint}: write a name such as {examples}")
+        raise KDError(f"unknown model {name!r}{hint}: write a name such as {examples}, or the path of a detector")
     if (here := str(Path.cwd())) not in sys.path:  # `python -m` puts it there, console scripts do not
         sys.path.append(here)
     try:

@@ -160,7 +160,10 @@ class Distiller(nn.Module):
             images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
         active = self.active(self.step, labelled=targets is not None)
         if targets is None and not active:
-            raise KDError(f"step {self.step + 1} has no labels, and {self.why_not_unlabelled()}")
+            reason = self.why_not_unlabelled() or (
+                "no method that can work without labels is at work in it: hand in images with labels"
+            )
+            raise KDError(f"the images of step {self.step + 1} have no labels, and {reason}")
         self.calls += self.training
         adapter, methods = self.student_adapter, [method for _, method, _ in active]
         batch = adapter.prepare(images, targets)
@@ -255,16 +258,14 @@ class Distiller(nn.Module):
         found = zip(self._names, self._methods, factors, strict=True)
         return [each for each in found if each[2] and (labelled or each[1].unlabelled != "skips")]
 
-    def why_not_unlabelled(self) -> str:
-        """Why the methods cannot teach by images without labels, as the end of a sentence."""
+    def why_not_unlabelled(self) -> str | None:
+        """Why the methods cannot teach by images without labels, as the end of a sentence; None if they can."""
         if not self._methods:
-            return "without a method nothing can be learnt from such images: name a teacher and a method"
-        if all(method.unlabelled == "skips" for method in self._methods):
-            return (
-                f"{', '.join(type(method).__name__ for method in self._methods)} cannot work without labels: add a "
-                "method that can (`kd methods` tells)"
-            )
-        return "no method that can work without labels is at work in this step: hand in images with labels"
+            return "without a method nothing can be learnt from them: name a teacher and a method"
+        if any(method.unlabelled != "skips" for method in self._methods):
+            return None
+        names = ", ".join(type(method).__name__ for method in self._methods)
+        return f"none of the methods ({names}) can work without labels: add one that can (`kd methods` tells)"
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules except the student's frozen batch norms, which keep their statistics.

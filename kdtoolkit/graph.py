@@ -6,7 +6,7 @@ the end have the score 0, the label -1 and a box of zeros. All shapes follow fro
 stay free.
 
 Exporters cannot follow some steps through torch's own operators if sizes are free. These are operators of our own:
-`pad`, `resize`, `pool` and `suppress`. `kdtoolkit.export.operators` says what they become in ONNX.
+`pad`, `resize`, `pool` and `suppress`. `kdtoolkit.deploy.operators` says what they become in ONNX.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def inherit(
     if layers is None and not class_map.is_identity(*counts):
         raise KDError(
             f"the class lists differ, and the adapter {type(ours).__name__} does not say which weights belong to "
-            "classes: write its `class_layers` (CONTRIBUTING.md)"
+            "classes: write its `class_layers` (docs/own_detector.md)"
         )
     own, others = ours.model.state_dict(), theirs.model.state_dict()
     backbone_fits = _fits(_backbone(ours, own), _backbone(theirs, others))

@@ -126,7 +126,7 @@ def adapt(model: nn.Module | DetectorAdapter) -> DetectorAdapter:
     known = ", ".join([*(library.module for library in LIBRARIES), *(cls.__name__ for cls in announced(ENTRY_POINTS))])
     raise UnknownDetectorError(
         f"no adapter for {type(model).__module__}.{type(model).__qualname__}: there are some for detectors of {known} "
-        "(docs/detectors.md). Write one: CONTRIBUTING.md, 'Add a detector library'."
+        "(docs/detectors.md). Write one: docs/own_detector.md."
     )
 
 

@@ -26,6 +26,11 @@ from kdtoolkit.options import did_you_mean
 if TYPE_CHECKING:
     from kdtoolkit.contract import Method
 
+_WITHOUT_LABELS = {
+    "images": "it works on images without labels, and needs no objects",
+    "detections": "it works on images without labels: the teacher's detections stand for the objects",
+    "skips": "it is not run on images without labels",
+}
 METHODS = Path(__file__).parent / "methods"
 SUITES = Path(__file__).parent / "benchmark" / "suites"
 
@@ -39,6 +44,7 @@ class MethodFacts:
         idea: the file's docstring.
         doc: the class's docstring.
         needs: the capabilities that both detectors must have.
+        unlabelled: what it does with images without labels: "images", "detections" or "skips".
         terms: the names of the loss terms.
         paper: where the method comes from.
         arguments: the default of each argument, as Python writes it.
@@ -49,6 +55,7 @@ class MethodFacts:
     idea: str
     doc: str
     needs: tuple[str, ...]
+    unlabelled: str
     terms: tuple[str, ...]
     paper: str
     arguments: Mapping[str, str]
@@ -81,6 +88,7 @@ def facts_of(method: type[Method]) -> MethodFacts:
         idea=inspect.getdoc(sys.modules[method.__module__]) or "",
         doc=inspect.cleandoc(method.__doc__ or ""),
         needs=tuple(sorted(method.needs)),
+        unlabelled=method.unlabelled,
         terms=method.terms,
         paper=method.paper,
         arguments={p.name: repr(p.default) for p in parameters if p.default is not p.empty},
@@ -138,6 +146,7 @@ def _facts_written(lineage: Sequence[ast.ClassDef], idea: str) -> MethodFacts:
         idea=idea,
         doc=ast.get_docstring(node) or "",
         needs=tuple(sorted(needs[1].replace("Capability.", "").lower().split(", "))),
+        unlabelled=ast.literal_eval(values["unlabelled"]) if "unlabelled" in values else "detections",  # of Method
         terms=ast.literal_eval(values["terms"]),
         paper=ast.literal_eval(values["paper"]),
         arguments={argument.arg: repr(ast.literal_eval(value)) for argument, value in defaults},
@@ -169,6 +178,7 @@ def print_method(facts: MethodFacts, console: Console) -> None:
     for title, fact in (
         ("paper", facts.paper),
         ("needs", ", ".join(facts.needs)),
+        ("without labels", _WITHOUT_LABELS[facts.unlabelled]),
         ("loss terms", ", ".join(facts.terms)),
     ):
         table.add_row(title, Text(fact))

@@ -29,15 +29,18 @@ from kdtoolkit.build import (
 from kdtoolkit.detector import Detector, Opened, SavedDetector
 from kdtoolkit.errors import KDError
 from kdtoolkit.files import write_atomic
-from kdtoolkit.libraries import library_of_model, library_of_name
+from kdtoolkit.libraries import adapt, library_of_model, library_of_name
 from kdtoolkit.weights import Checkpoint, aligned, holds_yolo, load_state, load_weights, read_checkpoint
 
 __all__ = [
     "Detector",
     "SavedDetector",
+    "UnknownClassesError",
     "build_model",
+    "check_classes",
     "content_of",
     "is_code",
+    "is_place",
     "load_weights",
     "open_detector",
     "save_detector",
@@ -46,6 +49,10 @@ __all__ = [
 DESCRIPTION = "detector.yaml"  # the file by which `open_detector` knows a folder of `save_detector`
 _WEIGHTS = (".safetensors", ".pth", ".pt")
 _GUESS = 80  # classes that a model is first built for, where the weights do not say how many they have
+
+
+class UnknownClassesError(KDError):
+    """A detector has random weights, and nobody says for how many classes it is."""
 
 
 def open_detector(
@@ -81,12 +88,29 @@ def open_detector(
         return _with_classes(opened, names, count)
     if count is None:
         build_model(str(name), 1, args)  # a wrong name is the first thing to tell
-        raise KDError(
+        raise UnknownClassesError(
             f"model {str(name)!r} has random weights, so its classes are not known: give class_names or num_classes, "
             "or name its weights"
         )
     full = with_arguments(*split_name(str(name), args))
     return Detector(build_model(full, count), full, names, backbone_weights(full))
+
+
+def check_classes(detector: Detector, class_names: Sequence[str]) -> None:
+    """Check that a trained detector has the classes of a data set, in the same order.
+
+    If nobody knows the names of its classes, their number must agree. Raises KDError otherwise.
+    """
+    count = adapt(detector.model).spec.num_classes
+    names, expected = detector.class_names, tuple(class_names)
+    if count == len(expected) and names in (None, expected):
+        return
+    source = detector.weights or detector.name.partition("?")[0]
+    theirs = f"{count} classes" if names is None else f"the classes {shortened(names)}"
+    raise KDError(
+        f"{source} has {theirs}, and the data has {shortened(expected)}. Choose the classes of the data, or train the "
+        "detector on them"
+    )
 
 
 def save_detector(detector: Detector, folder: str | Path, *, card: str | None = None) -> SavedDetector:
@@ -106,7 +130,7 @@ def save_detector(detector: Detector, folder: str | Path, *, card: str | None = 
         folder.mkdir(parents=True, exist_ok=True)
         file, how_to_open = save(detector, folder)
         about = {
-            "detector": architecture(detector.name),
+            "detector": _portable_name(detector),
             "file": file,
             "classes": None if detector.class_names is None else list(detector.class_names),
             "weights": detector.weights,
@@ -124,6 +148,15 @@ def save_detector(detector: Detector, folder: str | Path, *, card: str | None = 
     return SavedDetector(folder, folder / file, how_to_open)
 
 
+def _portable_name(detector: Detector) -> str:
+    """The detector's name without what lies on this machine: files of weights, and folders of transformers."""
+    name = architecture(detector.name)
+    if name.startswith("hf/") and Path(split_name(name)[0].removeprefix("hf/")).exists():
+        config: Any = detector.model.config
+        return f"hf/{config.model_type}"
+    return name
+
+
 def _save_tensors(detector: Detector, folder: Path) -> tuple[str, str]:
     """Save a state dict as safetensors: the format of detectors whose library has none of its own."""
     state = {key: value.detach().cpu().clone().contiguous() for key, value in detector.model.state_dict().items()}
@@ -138,33 +171,32 @@ def _save_tensors(detector: Detector, folder: Path) -> tuple[str, str]:
 
 def _opened(name: str, weights: str | Path | None, args: Mapping[str, object], count: int | None) -> Opened | None:
     """The detector with the classes of its weights; None if its weights are random."""
-    place = Path(name)
-    if library_of_name(name) is None and not is_code(name):
-        if place.exists() or (place.suffix in _WEIGHTS and not _is_published_yolo(name)):
-            if args or weights not in (None, "none"):
-                raise KDError(f"{name} has its own weights and arguments: leave out the others")
-            return _open_place(place)
-        if _is_published_yolo(name):
-            name = f"ultralytics/{name}"
+    if is_place(name):
+        if args or weights is not None:
+            raise KDError(f"{name} has its own weights and arguments: leave out `weights` and `args`")
+        return _open_place(Path(name))
+    if _is_published_yolo(name):
+        name = f"ultralytics/{name}"
     path, args = split_name(name, args)
     module, model = library_module(path), path.partition("/")[2]
     if weights == "none":
         return None
-    if weights is None or not _is_place(weights):
-        if module is not None:
-            opened: Opened | None = module.open_published(model, args, weights)
-            return opened
-        if weights is not None:
-            raise KDError(f"model {name!r}: there is no weights file {weights}")
-        return None
-    checkpoint = _checkpoint_in(Path(weights))
-    return _open_state(with_arguments(path, args), checkpoint, str(weights), count)
+    if weights is not None and (is_place(weights) or len(Path(weights).parts) > 1):
+        model_name = architecture(with_arguments(path, args))
+        return _open_state(model_name, _checkpoint_in(Path(weights)), str(weights), count)
+    if module is not None:
+        opened: Opened | None = module.open_published(model, args, weights)
+        return opened
+    if weights is not None:
+        raise KDError(f"model {name!r}: there is no weights file {weights}")
+    return None
 
 
-def _is_place(weights: str | Path) -> bool:
-    """Whether `weights` is a path, and no name of weights."""
-    place = Path(weights)
-    return place.exists() or place.suffix in _WEIGHTS or len(place.parts) > 1
+def is_place(name: str | Path, folder: Path = Path()) -> bool:
+    """Whether a detector or its weights are given by a path, and not by a name. Relative paths count from `folder`."""
+    known = library_of_name(str(name)) is not None or is_code(str(name))
+    place = folder / name
+    return not known and (place.exists() or (place.suffix in _WEIGHTS and not _is_published_yolo(str(name))))
 
 
 def _is_published_yolo(name: str) -> bool:
@@ -225,16 +257,21 @@ def _open_saved(folder: Path) -> Opened:
         opened: Opened = _library("ultralytics").open_file(path)
     elif (folder / "config.json").is_file():
         opened = _library("hf").open_published(str(folder), {}, None)
+    elif is_code(name):
+        raise KDError(
+            f"{source} names {name}, which imports a Python module and so runs its code. If you trust it, name it "
+            f"yourself: {name}, with the weights {folder}"
+        )
     else:
         opened = _open_state(name, replace(read_checkpoint(path), class_names=names), str(path), None)
-    return replace(opened, class_names=names, weights=words, trained=trained, image_size=size)
+    return replace(opened, class_names=names, weights=words or str(folder), trained=trained, image_size=size)
 
 
 def _description(folder: Path) -> dict[str, Any]:
     """The content of a folder's `detector.yaml`; empty if there is none."""
     try:
         content = yaml.safe_load((folder / DESCRIPTION).read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise KDError(f"{folder / DESCRIPTION} cannot be read ({error}): save the detector again") from error
@@ -249,7 +286,11 @@ def _library(prefix: str) -> ModuleType:
 
 def _checkpoint_in(place: Path) -> Checkpoint:
     """The state dict of a file, or of a folder's detector."""
-    if place.is_dir() or (place.is_file() and holds_yolo(place)):
+    about = _description(place)
+    if about.get("file") in ("model.safetensors", "model.pth") and not (place / "config.json").is_file():
+        names = about.get("classes")
+        return Checkpoint(read_checkpoint(place / about["file"]).state, names and tuple(map(str, names)))
+    if place.is_dir() or holds_yolo(place):
         opened = _open_place(place)
         return Checkpoint(dict(opened.model.state_dict()), opened.class_names)
     return read_checkpoint(place)
@@ -293,6 +334,11 @@ def _possible_counts(
     return [number for number, _ in found.most_common()]
 
 
+def shortened(names: Sequence[str], most: int = 5) -> str:
+    """Class names for a message: the first ones, and how many there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _with_classes(opened: Opened, class_names: tuple[str, ...] | None, count: int | None) -> Detector:
     """The detector with the classes that are asked for: with new class layers, if its own are different."""
     names = class_names if opened.class_names is None else opened.class_names
@@ -312,23 +358,25 @@ def _with_classes(opened: Opened, class_names: tuple[str, ...] | None, count: in
     return Detector(model, opened.name, class_names, opened.weights, False, (*opened.notes, note), opened.image_size)
 
 
-def content_of(name: str) -> str:
-    """What identifies the files behind `hf/FOLDER` or `hf/OWNER/NAME`, which may change while the name stays.
+def content_of(name: str, args: Mapping[str, object] | None = None, weights: str | None = None) -> str:
+    """What identifies the files that a detector's weights come from, which may change while their names stay.
 
-    For a folder it is a digest of its files. For a name on the Hugging Face hub it is the commit that lies in the hub's
-    cache on this machine. It is empty if the name stands for no files, or if the cache has none.
+    For files and folders it is a digest of their content. For a name on the Hugging Face hub it is the commit that lies
+    in the hub's cache on this machine. It is empty if there are no files, or if the cache has none.
     """
-    library, _, place = name.partition("?")[0].partition("/")
-    if library != "hf":
-        return ""
-    if not Path(place).is_dir():
-        return _commit_of(place)
-    digest = hashlib.sha256()
-    for path in sorted(Path(place).iterdir()):
-        if path.suffix in (".json", ".safetensors"):
-            about = path.stat()
-            digest.update(path.name.encode() + b"\0" + _digest_of(path.resolve(), about.st_size, about.st_mtime_ns))
-    return digest.hexdigest()[:16]
+    path, args = split_name(name, args)
+    library, _, place = path.partition("/")
+    found = [_commit_of(place)] if library == "hf" and not Path(place).exists() else []
+    named = [place if library == "hf" else path, weights, args.get("pretrained")]
+    places = [Path(each) for each in named if isinstance(each, str) and not is_code(each) and Path(each).exists()]
+    files = [path for each in places for path in (sorted(each.rglob("*")) if each.is_dir() else [each])]
+    if chosen := [path for path in files if path.suffix in (".json", ".yaml", *_WEIGHTS)]:
+        digest = hashlib.sha256()
+        for file in chosen:
+            about = file.stat()
+            digest.update(file.name.encode() + b"\0" + _digest_of(file.resolve(), about.st_size, about.st_mtime_ns))
+        found.append(digest.hexdigest()[:16])
+    return " ".join(filter(None, found))
 
 
 def _commit_of(repository: str) -> str:

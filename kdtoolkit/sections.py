@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -79,9 +79,11 @@ def _model_at(kind: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel
     model = kind
     for part in loc:
         field = model.model_fields.get(str(part))
-        if field is None or not (inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)):
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))  # TrainConfig | None
+        sections = [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, BaseModel)]
+        if not sections:
             break
-        model = field.annotation
+        model = sections[0]
     return model
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,13 +85,12 @@ def _class_names(content: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def holds_yolo(path: Path) -> bool:
     """Whether a file is a checkpoint of Ultralytics: a pickle with objects of its classes. Nothing of it is run."""
-    if not path.is_file() or path.suffix == ".safetensors":
+    if not path.is_file() or not zipfile.is_zipfile(path):
         return False
-    try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:  # no archive of torch, or a damaged one: reading it says so
-        return False
-    return any(name.startswith("ultralytics.") for name in found)
+    with suppress(zipfile.BadZipFile, KeyError), zipfile.ZipFile(path) as archive:
+        pickled = next((name for name in archive.namelist() if name.endswith("data.pkl")), "")
+        return b"cultralytics.nn." in archive.read(pickled)  # the opcode that names a class
+    return False
 
 
 # The names that training scripts give to a moving average of weights (`model_ema`), and to the weights themselves. The

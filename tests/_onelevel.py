@@ -1,4 +1,4 @@
-"""A detector library as small as can be. CONTRIBUTING.md writes an adapter for it."""
+"""A detector library as small as can be. docs/own_detector.md writes an adapter for it."""
 
 import torch
 from torch import nn

@@ -31,13 +31,13 @@ NAMES = {GFL: {}, FCOS: {}, YOLO: {}, RT_DETR: _RT_DETR}
 """A name and its arguments for each library."""
 
 
-def stirred(model, seed=0):
+def stirred(model, scale=0.05, seed=0):
     """The model with noise on its weights, so that scores differ from place to place, and on its statistics."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.requires_grad:
-                value.add_(0.05 * torch.randn(value.shape, generator=generator))
+                value.add_(scale * torch.randn(value.shape, generator=generator))
             if name.endswith("bias") and value.min() < -3:  # of class scores, all near 0 in the beginning
                 value.add_(4)
         for name, value in model.named_buffers():
@@ -47,11 +47,12 @@ def stirred(model, seed=0):
 
 
 @torch.no_grad()
-def detect(model, size=(128, 128)):
-    """What the model detects in a random image (height, width) through its adapter."""
+def detect(model, image=None):
+    """What the model detects through its adapter: in an image (3, H, W) of uint8, or in a random one of 128 px."""
     adapter = adapt(model)
     adapter.model.eval()
-    batch = adapter.prepare([torch.rand(3, *size, generator=torch.Generator().manual_seed(1))])
+    pixels = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(1)) if image is None else image / 255
+    batch = adapter.prepare([pixels])
     return adapter.detections(adapter.head(adapter.features(batch), batch), batch)[0]
 
 

@@ -44,7 +44,7 @@ def detectors(family):
 
 def distiller_of(family, methods=None):
     teacher, student = detectors(family)
-    if family == OTHERS:
+    if family == OTHERS and methods is None:
         methods = other_methods()
     if methods is None:
         specs = adapt(student).spec, adapt(teacher).spec
@@ -102,6 +102,18 @@ def together(family, rank, device):
             p.grad /= 2
     found["methods"] = gradients(distiller)
     return found
+
+
+def unlabelled(rank=None):
+    """Gradients of a step without labels, whose objects are the teacher's detections; of a process, or of one alone."""
+    distiller = distiller_of(OTHERS, [CrossKD(), *other_methods()])
+    distiller.score = 0.01
+    distiller.teacher_adapter.model.score_threshold = 0.005
+    model = distiller if rank is None else DistributedDataParallel(distiller)
+    torch.manual_seed(4)
+    images, _ = whole() if rank is None else halves()[rank]
+    model(images, None).total.backward()
+    return gradients(distiller)
 
 
 def methods_alone(losses):
@@ -168,6 +180,7 @@ def _work(rank, folder, families, with_ways, kind):
                     lambda distiller, static=static: DistributedDataParallel(distiller, static_graph=static),
                 )
         found["uneven"] = uneven(rank)
+        found["unlabelled"] = unlabelled(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

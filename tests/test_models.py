@@ -1,15 +1,19 @@
+import copy
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 
+from kdtoolkit.adapters.torchvision.models import settle
 from kdtoolkit.detectors import ATSS, GFL
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import build_model, content_of, open_detector, save_detector
 from tests._opened import GFL as TINY_GFL
 from tests._opened import NAMES, assert_same, detect, stirred
+from tests._published import published_state
 from tests.conftest import TINY
 
 ARGS = {**TINY, "backbone_args": {"channels": (8, 8, 16, 16), "stem_width": 4}, "head_channels": 16}
@@ -153,6 +157,95 @@ def test_a_file_says_how_many_classes_it_is_for(saved_gfl):
     assert (named.trained, named.class_names) == (True, ("x", "y", "z"))
     assert not open_detector(TINY_GFL, weights=file, num_classes=2).trained
     assert open_detector(TINY_GFL, weights="none", num_classes=2).weights == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("gfl", {"bins": 9}), ("atss", {}), ("retinanet", {}), ("fcos", {"strides": (8, 16, 32, 64), "head_blocks": 2})],
+)
+def test_published_checkpoints_are_recognised_by_their_keys(kind, more, tmp_path):
+    args = {"backbone": "resnet18", "neck_channels": 32, "head_channels": 32, "head_blocks": 4, **more}
+    model = stirred(build_model(f"kdtoolkit/{kind}", 4, args))
+    meta = {"meta": {"CLASSES": ("ant", "bee", "cow", "dog"), "epoch": 12}}
+    torch.save({"state_dict": published_state(model), **meta}, tmp_path / "x.pth")
+    detector = open_detector(tmp_path / "x.pth")
+    assert (detector.trained, detector.class_names) == (True, ("ant", "bee", "cow", "dog"))
+    assert detector.name.startswith(f"kdtoolkit/{kind}?backbone=resnet18&")
+    state = detector.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_checkpoint_of_ultralytics_opens_as_its_trainer_leaves_it(tmp_path, monkeypatch):
+    model = stirred(build_model("ultralytics/yolo11n", 2))
+    model.names = {0: "ant", 1: "bee"}
+    half = copy.deepcopy(model).half().requires_grad_(False)
+    content = {"model": None, "ema": half, "epoch": 3, "train_args": {"imgsz": 96, "box": 5.0}}
+    torch.save(content, tmp_path / "best.pt")
+    detector = open_detector(tmp_path / "best.pt")
+    assert (detector.class_names, detector.image_size, detector.trained) == (("ant", "bee"), 96, True)
+    assert detector.name == "ultralytics/yolo11n"
+    assert any("restricted loader" in note for note in detector.notes)
+    frozen = [name for name, value in detector.model.named_parameters() if not value.requires_grad]
+    assert frozen == ["model.23.dfl.conv.weight"]
+    for name, value in detector.model.state_dict().items():
+        assert torch.equal(value, half.state_dict()[name].float().to(value.dtype)), name
+    assert detector.model.args["box"] == 5.0
+    named = open_detector("ultralytics/yolo11n", weights=tmp_path / "best.pt")
+    assert (named.class_names, named.trained) == (("ant", "bee"), True)
+    torch.save(model.state_dict(), tmp_path / "state.pth")  # class towers are as wide as there are classes, up to 100
+    plain = open_detector("ultralytics/yolo11n", weights=tmp_path / "state.pth")
+    assert (plain.trained, plain.model.model[-1].nc) == (True, 2)
+    torch.save({**content, "ema": Recorder(1)}, tmp_path / "other.pt")
+    with pytest.raises(KDError, match=r"(?s)cannot be opened|holds Python objects"):
+        open_detector(tmp_path / "other.pt")
+
+
+@pytest.fixture
+def published_ssdlite(tmp_path, monkeypatch):
+    """torchvision's SSDlite with weights that lie where the library keeps what it downloaded."""
+    entry = torchvision.models.detection.SSDLite320_MobileNet_V3_Large_Weights.COCO_V1
+    model = stirred(torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None))
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(model.state_dict(), tmp_path / "checkpoints" / entry.url.rpartition("/")[2])
+    return model
+
+
+def test_torchvisions_weights_open_by_name(published_ssdlite):
+    name = "torchvision/ssdlite320_mobilenet_v3_large"
+    for weights in ("COCO_V1", "pretrained"):
+        detector = open_detector(name, weights=weights)
+        assert (detector.trained, detector.image_size, len(detector.class_names)) == (True, 320, 90)
+        assert (detector.class_names[0], detector.class_names[11]) == ("person", "unused 11")
+    state = published_ssdlite.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in detector.model.state_dict().items())
+    student = open_detector(name, weights="pretrained", class_names=["ant", "bee"])
+    assert not student.trained
+    new = {key for key, value in student.model.state_dict().items() if value.shape != state[key].shape}
+    assert new
+    assert all("classification_head" in key for key in new)
+    assert all(torch.equal(value, state[key]) for key, value in student.model.state_dict().items() if key not in new)
+    with pytest.raises(KDError, match=r"has no weights 'COCO_V9' \(did you mean 'COCO_V1'"):
+        open_detector(name, weights="COCO_V9")
+
+
+def test_a_trained_backbone_stays_frozen_and_computes_the_same():
+    frozen, plain = torchvision.ops.FrozenBatchNorm2d(3, eps=0.0), torch.nn.BatchNorm2d(3).eval()
+    for value in frozen.buffers():
+        value.copy_(torch.rand(3) + 0.5)
+    x = torch.rand(1, 3, 4, 4)
+    before = frozen(x)
+    settle(torch.nn.Sequential(frozen))
+    plain.load_state_dict({**frozen.state_dict(), "num_batches_tracked": torch.tensor(0)})
+    torch.testing.assert_close(frozen(x), before)
+    torch.testing.assert_close(plain(x), before)
+
+
+def test_code_is_not_imported_because_a_folder_names_it(tmp_path):
+    detector = open_detector("tests.test_models:Recorder", num_classes=3)
+    save_detector(detector, tmp_path)
+    with pytest.raises(KDError, match=r"names tests\.test_models:Recorder, which imports .* name it yourself"):
+        open_detector(tmp_path)
 
 
 def test_what_cannot_be_opened_is_explained(saved_gfl, tmp_path):

@@ -42,6 +42,12 @@ def test_native_detectors_train_as_in_one_process(pair, family):
     same(first, _pair.alone(family)["all"], 1e-5)
 
 
+def test_steps_without_labels_train_as_in_one_process(pair):
+    first, second = (found["unlabelled"] for found in pair)
+    same(first, second, 0)
+    same(first, _pair.unlabelled(), 1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", _pair.TORCHVISION)
 def test_torchvision_detectors_train_as_in_one_process(torchvision_pair, family):

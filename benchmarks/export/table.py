@@ -19,9 +19,9 @@ from torch import nn
 
 from kdtoolkit.build import build_model
 from kdtoolkit.contract import DetectorAdapter
+from kdtoolkit.deploy import export
 from kdtoolkit.detector import Detector
 from kdtoolkit.errors import KDError
-from kdtoolkit.export import export
 from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 

@@ -27,12 +27,12 @@ def main() -> None:
     torch.set_num_threads(1)
     suite = load_suite(args.suite)
     images = load_data(suite.data).student
-    classes = len(images.class_names)
+    classes = images.class_names
     config = suite.student.train
-    teacher = build_detector(suite.teacher, classes, 0)
+    teacher = build_detector(suite.teacher, classes, 0).model
     rows = {}
     for row in (BASELINE, *suite.entries):
-        student = build_detector(suite.student, classes, 0)
+        student = build_detector(suite.student, classes, 0).model
         methods = [use.build() for use in suite.methods(row)]
         distiller = Distiller(teacher if methods else None, student, methods).train()
         parameters = [p for p in distiller.parameters() if p.requires_grad]

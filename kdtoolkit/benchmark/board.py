@@ -182,6 +182,8 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
 
     def training(detector: DetectorSection) -> str:
         train = detector.train
+        if train is None:
+            return f"{detector.model}, used as it is"
         return (
             f"{detector.model}, {train.steps} steps of {train.batch_size} images, {train.optimizer}, lr {train.lr:g}, "
             f"{train.schedule}"

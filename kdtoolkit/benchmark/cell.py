@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -17,15 +17,17 @@ from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.keys import key_of, package_of
 from kdtoolkit.benchmark.store import CellResult, discard_runs, holding, usable_result, write_result, write_weights
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection
+from kdtoolkit.data import DetectionDataset
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.evaluate import METRICS, evaluate
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.hardware import device_name, machine
 from kdtoolkit.engine.memory import peak_memory_mb
+from kdtoolkit.engine.result import TrainResult
 from kdtoolkit.engine.train import Progress, train
-from kdtoolkit.errors import NonFiniteLossError
+from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.method_use import MethodUse
-from kdtoolkit.models import build_model
+from kdtoolkit.models import Detector, UnknownClassesError, check_classes, open_detector
 
 SAVE_SECONDS = 60.0  # between two checkpoints of a training
 
@@ -76,8 +78,8 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Training steps, rounded up if the schedule is stretched."""
-        return stretched(self.detector.train.steps, self.stretch)
+        """Training steps, rounded up if the schedule is stretched; 0 for a teacher that is used as it is."""
+        return 0 if self.detector.train is None else stretched(self.detector.train.steps, self.stretch)
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,23 @@ def stretched(steps: int, stretch: float) -> int:
     return math.ceil(round(steps * stretch, 6))
 
 
-def build_detector(section: DetectorSection, num_classes: int, seed: int) -> nn.Module:
-    """The detector, with weights drawn from `seed`. Raises KDError if its name or its arguments are wrong."""
+def build_detector(section: DetectorSection, class_names: Sequence[str], seed: int) -> Detector:
+    """Open the detector. Weights that it has no others for are drawn from `seed`.
+
+    A teacher that is used as it is keeps its own classes. Raises KDError if it cannot be opened, or cannot detect.
+    """
     torch.manual_seed(seed)
-    return build_model(section.model, num_classes, section.args)
+    classes = None if section.train is None else class_names
+    lacking = f"{section.model!r} has random weights: give it `weights`, or `train` to train it"
+    try:
+        detector = open_detector(section.model, class_names=classes, weights=section.weights, args=section.args)
+    except UnknownClassesError as error:
+        raise KDError(lacking) from error
+    if section.train is None:
+        if not detector.trained:
+            raise KDError(lacking)
+        check_classes(detector, class_names)
+    return detector
 
 
 def run(task: Task, report: Callable[[Report], None]) -> None:
@@ -140,37 +155,24 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
     report(Report("reading data"))
     sets = load_data(task.data, task.pictures)
     images = sets.teacher if task.entry == TEACHER else sets.student
-    num_classes = len(images.class_names)
-    student = build_detector(task.detector, num_classes, task.seed).to(task.device)
+    student = build_detector(task.detector, images.class_names, task.seed).model.to(task.device)
     teacher = None
     if task.methods:
         assert task.teacher_detector is not None  # every task with methods has both
         assert task.teacher_weights is not None
-        teacher = build_detector(task.teacher_detector, num_classes, 0)
+        teacher = build_detector(task.teacher_detector, images.class_names, 0).model
         teacher.load_state_dict(torch.load(task.teacher_weights, weights_only=True))
         teacher.to(task.device)
 
-    def training(progress: Progress) -> None:
-        report(Report("training", progress.step, progress.losses, progress.seconds, progress.warnings))
-
-    config = task.detector.train.model_copy(update={"steps": task.steps})
-    methods = [use.build() for use in task.methods]
-    distiller = Distiller(teacher, student, methods, teacher_scale=task.teacher_scale)
-    folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
-    discard_runs(task.result, but=folder.path)
-    try:
-        trained = train(distiller, images, config, seed=task.seed, device=task.device, folder=folder, report=training)
-    except NonFiniteLossError as error:
-        kept = task.result.with_suffix(".last-good.pt")
-        write_weights(kept, student)
-        raise NonFiniteLossError(f"{error} The student's weights before that step are in {kept}") from error
+    trained = TrainResult(0, 0.0, 0.0) if task.steps == 0 else _train(task, student, teacher, images, report)
     memory = peak_memory_mb(task.device)
 
     def evaluating(done: int, total: int) -> None:
         report(Report(f"evaluating {done}/{total}", trained.steps, warnings=tuple(trained.warnings)))
 
     evaluating(0, len(sets.val))
-    evaluation = evaluate(student, sets.val, device=task.device, input_size=config.input_size, progress=evaluating)
+    size = None if task.detector.train is None else task.detector.train.input_size
+    evaluation = evaluate(student, sets.val, device=task.device, input_size=size, progress=evaluating)
     result = CellResult(
         entry=task.entry,
         seed=task.seed,
@@ -201,3 +203,29 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
     write_weights(task.weights, student)  # before the result, so that no result lacks its weights
     write_result(task.result, result)
     discard_runs(task.result)
+
+
+def _train(
+    task: Task,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    images: DetectionDataset,
+    report: Callable[[Report], None],
+) -> TrainResult:
+    """Train the student. Raises KDError if it cannot be trained."""
+
+    def training(progress: Progress) -> None:
+        report(Report("training", progress.step, progress.losses, progress.seconds, progress.warnings))
+
+    assert task.detector.train is not None  # a task without it has no steps
+    config = task.detector.train.model_copy(update={"steps": task.steps})
+    methods = [use.build() for use in task.methods]
+    distiller = Distiller(teacher, student, methods, teacher_scale=task.teacher_scale)
+    folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
+    discard_runs(task.result, but=folder.path)
+    try:
+        return train(distiller, images, config, seed=task.seed, device=task.device, folder=folder, report=training)
+    except NonFiniteLossError as error:
+        kept = task.result.with_suffix(".last-good.pt")
+        write_weights(kept, student)
+        raise NonFiniteLossError(f"{error} The student's weights before that step are in {kept}") from error

@@ -69,7 +69,7 @@ class Display:
         """A cell has started."""
         self._bars[task] = self._cells.add_task(task.name, total=task.steps, phase="starting")
         if not self.console.is_terminal:
-            self.line(f"started   {task.name}: {task.steps} steps")
+            self.line(f"started   {task.name}: {f'{task.steps} steps' if task.steps else 'evaluation'}")
 
     def progress(self, task: Task, report: Report) -> None:
         """A cell has reported where it is."""

@@ -52,12 +52,12 @@ def cell_parts(
         "steps": str(steps),
         "data": data,
         "teacher": teacher if methods else "none",
-        "precision": detector.train.precision,
+        "precision": "float32" if detector.train is None else detector.train.precision,
         "device": device,
         "threads": str(threads),
         "torch": torch.__version__,
         "library": f"{library} {version(library)}",
-        **({"weights": content} if (content := content_of(detector.model)) else {}),
+        **({"weights": content} if (content := content_of(detector.model, detector.args, detector.weights)) else {}),
         "code": source_digest(detector.model, tuple(Path(inspect.getfile(use.method)) for use in methods)),
     }
 

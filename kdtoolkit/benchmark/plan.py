@@ -51,7 +51,7 @@ class Plan:
         """The teacher's task. Its result and weights are stored under its key, for all runs."""
         section = self._teacher_section
         data = f"{self._data.teacher_data} {self._data.val_data}"
-        parts = self._parts(section, (), 0, section.train.steps, data, "none")
+        parts = self._parts(section, (), 0, 0 if section.train is None else section.train.steps, data, "none")
         result = self.store.teacher_path(key_of(parts))
         pictures = self.store.pictures
         return Task(TEACHER, 0, section, self.suite.data, pictures, result, parts, self.device, self.threads)
@@ -60,6 +60,7 @@ class Plan:
         """The task of a row and seed."""
         section, methods, teacher = self._student_section, self.suite.methods(row), self.teacher_task()
         data = f"{self._data.student_data} {self._data.val_data}"
+        assert section.train is not None  # a student's section has it
         steps = stretched(section.train.steps, stretch)
         scale = self.suite.teacher_scale
         taught_by = teacher.result.stem if scale == 1 else f"{teacher.result.stem}, images scaled by {scale}"
@@ -177,12 +178,19 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
 
     Raises KDError that names the section or entry of the suite.
     """
-    num_classes = len(sets.student.class_names)
+    names = sets.student.class_names
+    num_classes = len(names)
     where = "teacher"
     try:
-        teacher = build_detector(suite.teacher, num_classes, 0)
+        opened = build_detector(suite.teacher, names, 0)
+        if opened.trained and suite.teacher.train is not None:
+            raise KDError(
+                f"{opened.weights} is for the classes of the data already, so the teacher is not trained: delete its "
+                "`train`"
+            )
+        teacher = opened.model
         where = "student"
-        student = build_detector(suite.student, num_classes, 0)
+        student = build_detector(suite.student, names, 0).model
         for where, detector in (("teacher", teacher), ("student", student)):
             if (known := adapt(detector).spec.num_classes) != num_classes:
                 raise KDError(
@@ -196,5 +204,7 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
 
 def _for_device(section: DetectorSection, device: str) -> DetectorSection:
     """The section with the precision that `auto` means on this device."""
+    if section.train is None:
+        return section
     precision = resolve_precision(section.train.precision, device)
     return section.model_copy(update={"train": section.train.model_copy(update={"precision": precision})})

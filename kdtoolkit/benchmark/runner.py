@@ -189,7 +189,9 @@ class _Run:
         """Print what the run will do, before anything takes long."""
         suite, display = self.plan.suite, self.display
         if any(task.entry == TEACHER for task in self.pending):
-            display.line(f"teacher: {suite.teacher.model}, {suite.teacher.train.steps} steps")
+            plan = suite.teacher.train
+            training = "evaluated only" if plan is None else f"{plan.steps} steps"
+            display.line(f"teacher: {suite.teacher.model}, {training}")
         rows, seeds = ", ".join(self.rows), counted(suite.seeds, "seed")
         display.line(f"students: {seeds} each of {rows}; {suite.student.train.steps} steps")
         if len(self.rows) > 1:
@@ -205,9 +207,9 @@ class _Run:
 
     def _precision(self) -> str:
         """The precision of the cells and, if `auto` chose it, why."""
-        sections = self.plan.suite.teacher, self.plan.suite.student
+        sections = (self.plan.suite.teacher.train, self.plan.suite.student.train)
         precision = self.plan.cell(BASELINE, 0).parts["precision"]
-        if any(section.train.precision != "auto" for section in sections):
+        if any(train is not None and train.precision != "auto" for train in sections):
             return precision
         return f"{precision}, because this hardware has {'' if precision == 'bfloat16' else 'no '}bfloat16"
 
@@ -279,7 +281,7 @@ class _Run:
             self.costs.ended(time.monotonic() - self.begun[task] - result.train_seconds)
         ap = result.evaluation["ap"]
         shown = "undefined" if ap is None else f"{ap:.1f}"
-        cost = f"{result.step_ms:.0f} ms/step, {duration(result.train_seconds)}"
+        cost = f"{result.step_ms:.0f} ms/step, {duration(result.train_seconds)}" if result.steps else "not trained"
         self.display.ended(task, f"finished  {task.name}: AP {shown}, {cost}", "green")
         if task.entry == TEACHER:
             self._keep_teacher()

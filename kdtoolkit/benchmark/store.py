@@ -57,8 +57,8 @@ class CellResult(BaseModel):
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean seconds of a training step."""
-        return self.train_seconds / self.steps
+        """Mean seconds of a training step; 0 for a detector that was not trained."""
+        return self.train_seconds / self.steps if self.steps else 0.0
 
     @property
     def hardware(self) -> str:

@@ -51,10 +51,20 @@ class DataSection(Section):
 
 
 class DetectorSection(Section):
-    """A detector, given by the name and arguments that `build_model` takes, and how it is trained."""
+    """A detector, given by what `open_detector` takes, and how it is trained.
+
+    `train` may be missing for a teacher with weights: it is then used as it is.
+    """
 
     model: str
     args: dict[str, Any] = Field({})
+    weights: str | None = None
+    train: TrainConfig | None = None
+
+
+class StudentSection(DetectorSection):
+    """A detector that is trained, perhaps from weights."""
+
     train: TrainConfig
 
 
@@ -70,7 +80,7 @@ class Suite(Section):
     seeds: int = Field(3, ge=1)
     data: DataSection
     teacher: DetectorSection
-    student: DetectorSection
+    student: StudentSection
     teacher_scale: float = 1.0
     entries: dict[Annotated[str, Field(pattern=_FOLDER_NAME)], tuple[MethodUse, ...]]
 
@@ -86,7 +96,7 @@ class Suite(Section):
     def _check_entries(
         cls, entries: dict[str, tuple[MethodUse, ...]], info: ValidationInfo
     ) -> dict[str, tuple[MethodUse, ...]]:
-        student: DetectorSection | None = info.data.get("student")  # None if it has a fault of its own
+        student: StudentSection | None = info.data.get("student")  # None if it has a fault of its own
         names = [BASELINE, EQUAL_TIME, TEACHER]
         for name, methods in entries.items():
             if name.lower() in names:  # some systems take names of folders that differ in case for the same

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from kdtoolkit.benchmark.suite import Suite, change
+from pathlib import Path
+from typing import Any
+
+from kdtoolkit.benchmark.suite import DetectorSection, Suite, change
 from kdtoolkit.errors import KDError
 from kdtoolkit.listing import SUITES, suite_path
+from kdtoolkit.models import is_place
 from kdtoolkit.sections import parse
 
 
@@ -17,7 +21,22 @@ def load_suite(name_or_path: str) -> Suite:
         raise KDError(f"cannot read suite file {path}: {error}") from error
     suite = parse_suite(text, path.name if path.parent == SUITES else str(path))
     root = suite.data.root
-    return suite if root is None else change(suite, data={"root": (path.parent / root).resolve()})
+    data = {} if root is None else {"root": (path.parent / root).resolve()}
+    return change(
+        suite, data=data, teacher=_located(suite.teacher, path.parent), student=_located(suite.student, path.parent)
+    )
+
+
+def _located(section: DetectorSection, folder: Path) -> dict[str, Any]:
+    """A detector's section with absolute paths. Relative ones count from the suite file's folder."""
+    fields = section.model_dump(exclude_unset=True)
+
+    def place(name: object) -> object:
+        return str((folder / name).resolve()) if isinstance(name, str) and is_place(name, folder) else name
+
+    if "args" in fields and "pretrained" in fields["args"]:
+        fields["args"] = {**fields["args"], "pretrained": place(fields["args"]["pretrained"])}
+    return {**fields, **{key: place(fields[key]) for key in ("model", "weights") if key in fields}}
 
 
 def parse_suite(text: str, source: str) -> Suite:

@@ -36,8 +36,6 @@ app.command(
         "kd distill runs/distill-birds/run.yaml --seed 1 --out runs/distill-birds-1",
     ),
 )(runs.distill_command())
-app.add_typer(benchmark.app, name="benchmark")
-app.add_typer(data.app, name="data")
 app.command(
     "eval",
     epilog=examples(
@@ -61,6 +59,8 @@ app.command(
         "kd export runs/distill-birds --data birds --int8",
     ),
 )(export.export)
+app.add_typer(benchmark.app, name="benchmark")
+app.add_typer(data.app, name="data")
 app.command("methods", epilog=examples("kd methods", "kd methods CrossKD"))(models.methods)
 app.command("adapters", epilog=examples("kd adapters", "kd adapters --matrix --method CrossKD"))(models.adapters)
 app.command(

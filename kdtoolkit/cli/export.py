@@ -46,7 +46,7 @@ def export(
         if path is not None:
             check_there(path)
 
-    from kdtoolkit.export import export as run
+    from kdtoolkit.deploy import export as run
 
     done = run(
         model,

@@ -85,8 +85,8 @@ def inspect(
         str,
         typer.Argument(
             help="The detector, or the student of a pair: kdtoolkit/gfl?backbone=resnet18, "
-            "torchvision/fcos_resnet50_fpn, hf/PATH-OR-NAME, ultralytics/yolo11n, or package.module:callable for one "
-            "of your own.",
+            "torchvision/fcos_resnet50_fpn, hf/PATH-OR-NAME, ultralytics/yolo11n; a file or folder that holds one, "
+            "such as best.pt; or package.module:callable for one of your own.",
         ),
     ],
     teacher: Annotated[
@@ -95,17 +95,24 @@ def inspect(
             metavar="MODEL", help="Show the pair: which methods work with this teacher, and why not the rest."
         ),
     ] = None,
-    classes: Annotated[int, typer.Option(min=1, help="Number of classes, without background.")] = 80,
-    weights: Annotated[
-        Path | None,
+    classes: Annotated[
+        int | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="Load this file (.safetensors, or .pth with a state dict) into the detector.",
+            min=1,
+            show_default=False,
+            help="Number of classes, without background. Left out: those of the weights, or 80.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="Weights of the detector: a .safetensors, .pth or .pt file, `pretrained` for those that its library "
+            "publishes, or a name of torchvision's such as COCO_V1.",
         ),
     ] = None,
     teacher_weights: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Load this file into the teacher.")
+        str | None, typer.Option(metavar="FILE|NAME", help="Weights of the teacher, in the same way.")
     ] = None,
     image_size: Annotated[int, typer.Option(min=32, help="Side of the image to measure on, in pixels.")] = 256,
 ) -> None:
@@ -116,19 +123,25 @@ def inspect(
     """
     if teacher is None and teacher_weights is not None:
         raise KDError("--teacher-weights needs --teacher NAME: add it")
+    for file in (weights, teacher_weights):
+        if file is not None and file.endswith((".safetensors", ".pth", ".pt")) and not Path(file).exists():
+            raise KDError(f"there is no weights file {file}")
     from rich.console import Console
 
     from kdtoolkit.inspect import inspect_detector, print_inspection, print_pair
-    from kdtoolkit.models import build_model, load_weights
+    from kdtoolkit.models import UnknownClassesError, open_detector
 
-    found = []
-    for name, file in ((model, weights), (teacher, teacher_weights)):
+    found, console = [], Console()
+    for name, source in ((model, weights), (teacher, teacher_weights)):
         if name is not None:
-            built = build_model(name, classes)
-            if file is not None:
-                load_weights(built, file)
-            found.append(inspect_detector(built, image_size))
+            try:
+                opened = open_detector(name, num_classes=classes, weights=source)
+            except UnknownClassesError:  # random weights, which fit any number of classes
+                opened = open_detector(name, num_classes=80, weights=source)
+            for note in opened.notes:
+                console.print(f"note: {note}", style="yellow", soft_wrap=True)
+            found.append(inspect_detector(opened.model, image_size))
     if teacher is None:
-        print_inspection(found[0], Console())
+        print_inspection(found[0], console)
     else:
-        print_pair(found[0], found[1], Console())
+        print_pair(found[0], found[1], console)

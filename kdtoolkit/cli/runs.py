@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kdtoolkit.cli.detect import read_class_map
 from kdtoolkit.errors import KDError
 from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions
 
 _ONLY_IN_FILES = ("train",)
-_REPEATED = {"method": "NAME", "class_map": "OWN=TEACHER"}
+_REPEATED = {"method": "NAME", "class_map": "OURS=THEIRS"}
 _PATHS = ("data", "out", "unlabelled")
 
 
@@ -43,14 +45,20 @@ def _command(kind: type[RunOptions], doc: str) -> Callable[..., None]:
     def call(run_file: Path | None, **words: Any) -> None:
         from kdtoolkit.workflow.options import check_options
 
-        given = {name: value for name, value in words.items() if value not in (None, False, [])}
+        # An option that is not there is None, False or an empty list; 0 is a value.
+        given = {name: value for name, value in words.items() if value not in (None, []) and value is not False}
         if "class_map" in given:
-            given["class_map"] = _pairs(given["class_map"])
+            given["class_map"] = read_class_map(given["class_map"])
         options = check_options(kind, given, file=run_file, dashes=True)
 
         from kdtoolkit.workflow.runs import run  # imports torch
 
-        run(options)
+        try:
+            run(options)
+        except KDError:
+            if os.environ.get("RANK", "0") != "0":  # of several processes, the first one tells
+                raise typer.Exit(2) from None
+            raise
 
     file = Annotated[
         Path | None, typer.Argument(help="A run file (YAML); options beside it come first.", metavar="[RUN.YAML]")
@@ -92,17 +100,3 @@ def _parameter(kind: type[RunOptions], name: str) -> inspect.Parameter:
             hint = Path | None if name in _PATHS else str | None
         option = typer.Option(help=help_text, show_default=False, metavar=None)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[hint, option], default=default)
-
-
-def _pairs(texts: list[str]) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for text in texts:
-        own, equals, its = text.partition("=")
-        if not (own.strip() and equals and its.strip()):
-            raise KDError(
-                f"--class-map {text!r}: write the data's class and the teacher's, as in --class-map parrot=bird"
-            )
-        if own.strip() in pairs:
-            raise KDError(f"--class-map names the class {own.strip()!r} twice: leave one out")
-        pairs[own.strip()] = its.strip()
-    return pairs

@@ -7,6 +7,7 @@ from kdtoolkit.data.opening import CocoDetection, open_dataset
 from kdtoolkit.data.photos import PhotoDataset
 from kdtoolkit.data.resize import InputSize
 from kdtoolkit.data.shapes import ProceduralShapes
+from kdtoolkit.data.unlabelled import UnlabelledImages, open_images
 
 __all__ = [
     "Augmentation",
@@ -16,7 +17,9 @@ __all__ = [
     "PhotoDataset",
     "ProceduralShapes",
     "Sample",
+    "UnlabelledImages",
     "batches",
     "check_same_classes",
     "open_dataset",
+    "open_images",
 ]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import colorsys
+import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 
 from PIL import Image, ImageDraw, ImageFont
 
 LEAST_SIDE = 640  # pixels; the names would hide the objects of a smaller picture
 
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
+
 Area = tuple[float, float, float, float]  # left, top, right, bottom
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def draw_boxes(
@@ -33,7 +38,7 @@ def draw_boxes(
     drawn = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(drawn)
     longest = max(drawn.size)
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont = ImageFont.load_default(max(12, longest // 60))
+    font, captions = _readable(captions, max(12, longest // 60))
     width = max(2, longest // 400)
     places = [[factor * side for side in box] for box in boxes]
     for (x1, y1, x2, y2), label in zip(places, labels, strict=True):
@@ -53,13 +58,29 @@ def colour(label: int) -> tuple[int, int, int]:
     return round(255 * r), round(255 * g), round(255 * b)
 
 
+def _readable(captions: Sequence[str], size: int) -> tuple[Font, list[str]]:
+    """A font of a size in pixels, and the captions in letters that it has.
+
+    Pillow's own font has ASCII alone. For other letters a font of the system is used. If there is none, letters lose
+    their accents, and those that still are not ASCII become question marks.
+    """
+    if not all(caption.isascii() for caption in captions):
+        for name in FONTS:
+            with suppress(OSError):
+                return ImageFont.truetype(name, size), list(captions)
+    plain = (
+        "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)) for text in captions
+    )
+    return ImageFont.load_default(size), [text.encode("ascii", "replace").decode() for text in plain]
+
+
 def _reversed(boxes: Sequence[Sequence[float]], captions: Sequence[str]) -> list[tuple[Sequence[float], str]]:
     return list(zip(boxes, captions, strict=True))[::-1]
 
 
 def _place(
     draw: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: Font,
     box: Sequence[float],
     caption: str,
     size: tuple[int, int],

@@ -10,10 +10,11 @@ from kdtoolkit.errors import KDError
 
 
 @telling_what_is_unreadable()
-def image_files(path: Path) -> list[Path]:
+def image_files(path: Path, without: Path | None = None) -> list[Path]:
     """The image files in a folder and its subfolders, in the order of their paths; or the one file that `path` is.
 
-    Files and folders whose names begin with a dot are left out. Raises KDError if there is no image.
+    Files and folders whose names begin with a dot are left out, and the subfolder `without`. Raises KDError if there is
+    no image.
     """
     if path.is_file():
         if path.suffix.lower() not in ENDINGS:
@@ -22,8 +23,9 @@ def image_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise KDError(f"there is no file or folder {path}; name an image, or a folder of images")
     found: list[Path] = []
+    left_out = None if without is None else without.absolute()
     for here, below, files in os.walk(path):
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = [name for name in below if not name.startswith(".") and Path(here, name).absolute() != left_out]
         found += [Path(here, name) for name in files if not name.startswith(".")]
     images = sorted(file for file in found if file.suffix.lower() in ENDINGS)
     if not images:

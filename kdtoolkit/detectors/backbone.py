@@ -147,7 +147,8 @@ def _whole_state(name: str, file: Path, args: Mapping[str, object]) -> dict[str,
     The classifier is not needed: it comes from a new model, so that all weights can be checked against the model.
     """
     try:
-        model = timm.create_model(name, **{key: value for key, value in args.items() if key != "out_indices"})
+        options: dict[str, Any] = {key: value for key, value in args.items() if key != "out_indices"}
+        model: Any = timm.create_model(name, **options)
     except Exception as error:  # models raise errors of all kinds
         raise _not_built(name, args, error) from error
     classifier = model.pretrained_cfg.get("classifier") or ()

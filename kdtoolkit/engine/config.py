@@ -57,6 +57,13 @@ class TrainConfig(BaseModel):
         default="float32",
         description="auto: bfloat16 where the hardware has it, else float32; float16 scales the gradients",
     )
+    unlabelled_share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of the steps whose images have no labels, if the run has such images; None: their share of "
+        "all images, at most half",
+    )
     channels_last: bool = Field(
         default=False, description="memory format; faster convolutions if channels are multiples of 8"
     )

@@ -22,7 +22,19 @@ from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.engine.processor import processor_name
 from kdtoolkit.errors import KDError
 
-_SETTINGS = ("seed", "student", "teacher", "teacher_scale", "methods", "method_settings", "data", "validation")
+_SETTINGS = (
+    "seed",
+    "student",
+    "teacher",
+    "teacher_scale",
+    "methods",
+    "method_settings",
+    "data",
+    "validation",
+    "unlabelled",
+    "class_map",
+    "score",
+)
 _CIRCUMSTANCES = ("torch", "device", "processor", "threads", "precision", "processes")
 
 
@@ -30,21 +42,25 @@ def identity(
     distiller: Distiller,
     config: TrainConfig,
     dataset: DetectionDataset,
+    unlabelled: DetectionDataset | None,
     validation: Validation | None,
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
     """A run's settings and circumstances, as values that JSON can hold."""
-    teacher = distiller.teacher_adapter
+    teacher, class_map = distiller.teacher_adapter, distiller.class_map
     methods = [method for method in distiller.methods if isinstance(method, Method)]
     return {
         "config": config.model_dump(mode="json"),
         "seed": seed,
         "data": dataset.fingerprint(),
+        "unlabelled": None if unlabelled is None else unlabelled.fingerprint(),
         "validation": None if validation is None else validation.dataset.fingerprint(),
         "student": digest([(name, tuple(x.shape)) for name, x in distiller.student.state_dict().items()]),
         "teacher": None if teacher is None else sha256(to_bytes(teacher.model.state_dict())).hexdigest(),
         "teacher_scale": float(distiller.teacher_scale),
+        "class_map": None if class_map is None else [list(class_map.student), list(class_map.teacher)],
+        "score": float(distiller.score),
         "methods": [type(method).__name__ for method in methods],
         "method_settings": [_settings(method) for method in methods],
         "torch": torch.__version__,

@@ -58,6 +58,15 @@ def check_dataset(dataset: DetectionDataset, spec: DetectorSpec | None) -> None:
         )
 
 
+def check_unlabelled(distiller: Distiller, unlabelled: DetectionDataset) -> None:
+    """Check a data set without labels. Raises KDError if it is empty, or if no method can teach by its images."""
+    check_is_dataset(unlabelled)
+    if not len(unlabelled):
+        raise KDError(f"{unlabelled} has no images: add some")
+    if reason := distiller.why_not_unlabelled():
+        raise KDError(f"there are images without labels ({unlabelled}), and {reason}")
+
+
 def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
     """The device that a model lies on, which `device` names if it is given.
 

@@ -23,8 +23,16 @@ from kdtoolkit.engine.config import TrainConfig, Validation
 from kdtoolkit.engine.evaluate import METRICS, evaluate
 from kdtoolkit.engine.folder import Keeper, RunFolder, opened
 from kdtoolkit.engine.identity import identity
-from kdtoolkit.engine.inputs import check_arguments, check_dataset, check_on_device, check_trainable, resolve_device
+from kdtoolkit.engine.inputs import (
+    check_arguments,
+    check_dataset,
+    check_on_device,
+    check_trainable,
+    check_unlabelled,
+    resolve_device,
+)
 from kdtoolkit.engine.locate import locate_non_finite
+from kdtoolkit.engine.mixture import alternate, unlabelled_steps
 from kdtoolkit.engine.optim import frozen, lr_factor, set_rates
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.engine.result import Progress, TrainResult
@@ -46,6 +54,7 @@ def train(
     device: str | torch.device | None = None,
     folder: RunFolder | None = None,
     validation: Validation | None = None,
+    unlabelled: DetectionDataset | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
     """Train the distiller's student in place. Same seed, same machine, same result.
@@ -59,14 +68,18 @@ def train(
         folder: where the run is kept. If a stopped run lies there, it goes on from its last checkpoint, and ends with
             the same weights and the same log as if it had not been stopped. None keeps nothing.
         validation: what to evaluate on, and how often; the weights of the best evaluation are kept in the folder.
+        unlabelled: images without labels, such as `open_images(folder)`; labels that they have are not used. Some of
+            the steps show these images, and in such a step the student learns from the teacher alone. The config's
+            `unlabelled_share` says how many.
         report: called in the first process, at the first step, about every second, and at the end.
 
     Several processes, started by torchrun, train as one: call `kdtoolkit.engine.group.join` before.
 
     Raises KDError before the first step if an argument has a wrong type, if all of the student is frozen, if its number
     of classes differs from that of a data set, if the two data sets have different classes, if the models lie on
-    different devices or not on `device`, or if the folder holds a different run, is in use or cannot be written. Raises
-    NonFiniteLossError if a loss term is NaN or infinite; the student then has the weights of the last good step.
+    different devices or not on `device`, if no method can teach by `unlabelled`, or if the folder holds a different
+    run, is in use or cannot be written. Raises NonFiniteLossError if a loss term is NaN or infinite; the student then
+    has the weights of the last good step.
     """
     check_arguments(distiller, config)
     check_dataset(dataset, distiller.student_adapter.spec)
@@ -77,7 +90,11 @@ def train(
             f"batch_size ({config.batch_size}) must be a multiple of {count * config.accumulation}: of processes "
             f"({count}) times accumulation ({config.accumulation})"
         )
+    if unlabelled is not None:
+        check_unlabelled(distiller, unlabelled)
+    without = unlabelled_steps(distiller, config, dataset, unlabelled)
     dataset = dataset.in_memory()  # before the clock starts
+    unlabelled = None if unlabelled is None else unlabelled.in_memory()
     device = resolve_device(distiller.student, device)
     check_on_device(distiller, device)
     precision = resolve_precision(config.precision, device)
@@ -102,7 +119,7 @@ def train(
         def enter() -> Checkpoint | None:
             nonlocal keeper
             assert folder is not None  # entered only then
-            made_of = identity(distiller, config, dataset, validation, seed, device)
+            made_of = identity(distiller, config, dataset, unlabelled, validation, seed, device)
             keeper, found = stack.enter_context(opened(folder, made_of))
             return found
 
@@ -114,18 +131,23 @@ def train(
         window = Window()
         first, earlier = state.step, state.seconds
         set_training(distiller)
-        data = batches(
-            dataset,
-            batch_size=config.batch_size,
-            steps=config.steps,
-            seed=seed,
-            augment=config.augmentation,
-            input_size=config.input_size,
-            workers=config.workers,
-            start=first,
-            share=(rank, count),
-            pin=device.type == "cuda",
-        )
+
+        def read(images: DetectionDataset, chosen: bool) -> Iterator[tuple[list[Tensor], list[Target]]]:
+            return batches(
+                images,
+                batch_size=config.batch_size,
+                steps=without.count(chosen),
+                seed=seed,
+                augment=config.augmentation,
+                input_size=config.input_size,
+                workers=config.workers,
+                start=without[:first].count(chosen),
+                share=(rank, count),
+                pin=device.type == "cuda",
+            )
+
+        data = alternate(without[first:], read(dataset, False), read(unlabelled, True) if unlabelled else iter(()))
+        images_in_all = len(dataset) + (0 if unlabelled is None else len(unlabelled))
         started = reported = ended = time.perf_counter()
         for step, (images, targets) in enumerate(data, first):
             begun = time.perf_counter()
@@ -180,7 +202,7 @@ def train(
                 state.history.append({"step": step + 1, "lr": lr, **state.window.flush()})
             keeper.log(step + 1, {"lr": lr, **values} | ({} if overflow else {"gradient_norm": norm_value}))
             keeper.speed(step + 1, now - begun, waited, config.batch_size, device)
-            if validation is not None and (last or validation.due(step + 1, config.batch_size, len(dataset))):
+            if validation is not None and (last or validation.due(step + 1, config.batch_size, images_in_all)):
                 paused = time.perf_counter()
                 _evaluate(state, validation, config, device, keeper)
                 set_training(distiller)
@@ -225,18 +247,19 @@ def _wrapped(distiller: Distiller, config: TrainConfig, device: torch.device) ->
 
 
 def _parts(
-    images: list[Tensor], targets: list[Target], count: int
-) -> Iterator[tuple[bool, list[Tensor], list[Target]]]:
+    images: list[Tensor], targets: list[Target] | None, count: int
+) -> Iterator[tuple[bool, list[Tensor], list[Target] | None]]:
     """A process's batch in `count` parts of one size, each with whether it is the last."""
     size = len(images) // count
     for start in range(0, len(images), size):
-        yield start + size == len(images), images[start : start + size], targets[start : start + size]
+        own = None if targets is None else targets[start : start + size]
+        yield start + size == len(images), images[start : start + size], own
 
 
-def _values(losses: Losses, targets: Sequence[Target]) -> tuple[dict[str, float], bool]:
+def _values(losses: Losses, targets: Sequence[Target] | None) -> tuple[dict[str, float], bool]:
     """Loss terms and whether there is a box, over all processes: the mean of the terms is that of the whole batch."""
     terms = torch.stack([loss.detach().float() for loss in losses.values()])
-    boxes = any(len(target["boxes"]) for target in targets)
+    boxes = any(len(target["boxes"]) for target in targets or ())
     if processes.count() > 1:
         *terms_, boxes_ = group.means(torch.cat([terms, terms.new_tensor([float(boxes)])])).tolist()
         return dict(zip(losses, terms_, strict=True)), boxes_ > 0

@@ -19,18 +19,22 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
+from ultralytics.engine.model import Model
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
+from kdtoolkit.classes import ClassMap
 from kdtoolkit.contract import DetectorAdapter, Method, Target
+from kdtoolkit.detector import Detector
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import KDError
 from kdtoolkit.integrations.learned import load_learned, save_learned
 from kdtoolkit.libraries import adapt
+from kdtoolkit.models import open_detector
 
-Teacher = nn.Module | DetectorAdapter
+Teacher = nn.Module | DetectorAdapter | Detector | str | Path
 Loss = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -46,13 +50,18 @@ class DistillationTrainer(DetectionTrainer):
     the trainer reads it from there.
 
     Attributes:
-        teacher: a detector of any library, or the adapter of one. It is frozen.
+        teacher: a detector of any library, the adapter of one, or what `open_detector` takes, such as "best.pt". It is
+            frozen.
         methods: what to distil by. Each run works on copies of them.
+        class_map: the teacher's name for a class of the data, where the names differ: {"parrot": "bird"}. Classes of
+            the same name need none. If the names of the teacher's classes are not known, because it is a plain module,
+            they must be the data's, in the same order.
         teacher_scale: size of the teacher's images relative to the student's, as in `Distiller`.
     """
 
     teacher: ClassVar[Teacher | None] = None
     methods: ClassVar[Sequence[Method]] = ()
+    class_map: ClassVar[Mapping[str, str]] = {}
     teacher_scale: ClassVar[float] = 1.0
     model: Any
     args: Any
@@ -60,10 +69,20 @@ class DistillationTrainer(DetectionTrainer):
 
     @classmethod
     def of(
-        cls, teacher: Teacher, methods: Sequence[Method], *, teacher_scale: float = 1.0
+        cls,
+        teacher: Teacher,
+        methods: Sequence[Method],
+        *,
+        class_map: Mapping[str, str] | None = None,
+        teacher_scale: float = 1.0,
     ) -> type[DistillationTrainer]:
         """This class with its attributes set, for `YOLO.train(trainer=...)`."""
-        settings = {"teacher": teacher, "methods": tuple(methods), "teacher_scale": teacher_scale}
+        settings = {
+            "teacher": teacher,
+            "methods": tuple(methods),
+            "class_map": class_map or {},
+            "teacher_scale": teacher_scale,
+        }
         return type(cls.__name__, (cls,), settings)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -83,12 +102,30 @@ class DistillationTrainer(DetectionTrainer):
     def set_model_attributes(self) -> None:
         """Give the model its settings, and its teacher. Raises KDError if the methods cannot work between the two."""
         super().set_model_attributes()
-        teacher = None if self.teacher is None else adapt(self.teacher)
-        if teacher is not None:
-            teacher.model.to(self.device)
-        methods = copy.deepcopy(list(self.methods))
-        self.distiller = Distiller(teacher, self.model, methods, teacher_scale=self.teacher_scale)
+        if self.teacher is None:
+            raise KDError("DistillationTrainer has no teacher: use DistillationTrainer.of(teacher, methods=[...])")
+        teacher = open_detector(self.teacher) if isinstance(self.teacher, str | Path) else self.teacher
+        adapter = adapt(teacher.model if isinstance(teacher, Detector) else teacher)
+        adapter.model.to(self.device)
+        self.distiller = Distiller(
+            adapter,
+            self.model,
+            copy.deepcopy(list(self.methods)),
+            teacher_scale=self.teacher_scale,
+            class_map=self._shared_classes(_class_names(teacher)),
+        )
         self.model.learn_from(self.distiller)
+
+    def _shared_classes(self, names: tuple[str, ...] | None) -> ClassMap | None:
+        """The classes that the data and the teacher share. None if no method needs them, or if they are the same."""
+        own = tuple(self.data["names"].values())
+        if not any(method.compares_classes for method in self.methods):
+            return None
+        if names is None and self.class_map:
+            raise KDError(
+                "the teacher's class names are not known, so class_map cannot be used: name the teacher's file"
+            )
+        return None if names is None or names == own else ClassMap.by_name(own, names, self.class_map)
 
     def label_loss_items(self, loss_items: dict[str, Tensor] | None = None, prefix: str = "train") -> Any:
         """Name the losses for logs. Validation has only the student's own: the teacher takes no part in it."""
@@ -190,6 +227,16 @@ class TaughtModel(DetectionModel):
         memo[id(self)] = plain
         plain.__dict__.update(copy.deepcopy(state, memo))
         return plain
+
+
+def _class_names(teacher: nn.Module | DetectorAdapter | Detector) -> tuple[str, ...] | None:
+    """The names of a teacher's classes; None if nobody has given them names."""
+    if isinstance(teacher, Detector):
+        return teacher.class_names
+    if not isinstance(teacher, Model):
+        return None
+    names = tuple(teacher.names.values())
+    return None if names == tuple(map(str, range(len(names)))) else names  # a model from a YAML has numbers
 
 
 def _targets(batch: dict[str, Any]) -> list[Target]:

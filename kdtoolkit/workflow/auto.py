@@ -22,11 +22,14 @@ class Chosen:
     why: str
 
 
-def choose(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> Chosen:
-    """The methods for a pair. Raises IncompatibleError if none works, with what hinders each of them."""
+def choose(student_spec: DetectorSpec, teacher_spec: DetectorSpec, library: str) -> Chosen:
+    """The methods for a pair, whose student is of this library.
+
+    Raises IncompatibleError if none works, with what hinders each of them.
+    """
     verdicts = judge_pair(student_spec, teacher_spec)
     works = [name for name, verdict in verdicts.items() if verdict.reason is None]
-    wanted, why = _wanted(student_spec, works)
+    wanted, why = _wanted(student_spec, works, library)
     if not wanted:
         reasons = "; ".join(f"{name}: {verdicts[name].reason}" for name in _FALLBACK)
         raise IncompatibleError(
@@ -36,13 +39,15 @@ def choose(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> Chosen:
     return Chosen(tuple(MethodUse.model_validate(verdicts[name].settings or name) for name in wanted), why)
 
 
-def _wanted(student_spec: DetectorSpec, works: list[str]) -> tuple[tuple[str, ...], str]:
+def _wanted(student_spec: DetectorSpec, works: list[str], library: str) -> tuple[tuple[str, ...], str]:
     if student_spec.priors is PriorKind.QUERIES and "KDDETR" in works:
         return ("KDDETR",), "best for queries on our boards"
     if student_spec.priors is PriorKind.PROPOSALS and "CrossKD" in works:
         return ("CrossKD",), "best for proposals on our boards"
-    if "CrossKD" in works and "PKD" in works:
-        return ("CrossKD", "PKD"), "together the best of our boards"
+    if "CrossKD" in works and "PKD" in works and library == "kdtoolkit":
+        return ("CrossKD", "PKD"), "together the best on our boards"
+    if "CrossKD" in works:
+        return ("CrossKD",), "best on our boards; PKD beside it lowered AP"
     for name in _FALLBACK:
         if name in works:
             return (name,), "the heads cannot be compared, so features are"

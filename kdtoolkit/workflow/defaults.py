@@ -15,10 +15,11 @@ Begin = Literal["trained", "started", "random"]
 """The weights that training begins with: a whole detector's, some (a backbone, or all but the class layers), none."""
 
 LARGEST_BATCH = 16
+LONG_EPOCHS = 30  # from here on images repeat so often that colour and size must change
 BATCH_ON_CPU = 8
 FEW_PARAMETERS = 5e6  # a detector with fewer takes twice the learning rate, as on our boards
-_IMAGES_SHOWN: dict[Begin, int] = {"trained": 10_000, "started": 20_000, "random": 30_000}
-_EPOCHS: dict[Begin, tuple[int, int]] = {"trained": (12, 60), "started": (24, 100), "random": (36, 200)}
+_IMAGES_SHOWN: dict[Begin, int] = {"trained": 10_000, "started": 15_000, "random": 20_000}
+_EPOCHS: dict[Begin, tuple[int, int]] = {"trained": (12, 60), "started": (24, 100), "random": (36, 150)}
 _BEGIN_IN_WORDS = {"trained": "trained weights", "started": "weights for a part of it", "random": "random weights"}
 
 
@@ -88,16 +89,18 @@ def learning_rate(about: Situation, batch_size: int) -> Choice:
     return Choice(float(f"{rate * math.sqrt(batch_size / BATCH_ON_CPU):.2g}"), f"{why}, batch {batch_size}")
 
 
-def training(about: Situation, steps: int) -> dict[str, Choice]:
-    """The further options of `TrainConfig`."""
+def training(about: Situation, steps: int, epochs: float) -> dict[str, Choice]:
+    """The further options of `TrainConfig`, for this number of steps, in which each image is shown `epochs` times."""
+    if epochs >= LONG_EPOCHS:
+        augmentation = Choice({"flip": 0.5, "colour": 0.2, "zoom": [0.67, 1.5]}, f"{LONG_EPOCHS} epochs or more")
+    else:
+        augmentation = Choice({"flip": 0.5}, f"fewer than {LONG_EPOCHS} epochs")
     chosen = {
         "warmup_steps": Choice(max(min(500, steps // 10, max(50, steps // 20)), 1), "some heads die without it"),
-        "ema": Choice(round(1 - 1 / max(10, min(steps / 50, 5000)), 5), "averages the last 2 % of the steps"),
+        "ema": Choice(round(1 - 1 / max(10, min(steps / 50, 5000)), 5), "evens out the last steps"),
         "precision": Choice("auto", "bfloat16 where the hardware has it"),
         "workers": Choice(0 if about.device == "cpu" else min(4, cores() - 1), "processes that read images"),
-        "augmentation": Choice(
-            {"flip": 0.5, "colour": 0.2, "zoom": [0.67, 1.5]}, "mirroring; colour; size: see docs/distill.md"
-        ),
+        "augmentation": augmentation,
     }
     if about.library == "hf":
         chosen["clip_norm"] = Choice(0.5, "DETR's relatives need it")

@@ -17,6 +17,7 @@ from kdtoolkit.errors import printable
 from kdtoolkit.words import duration
 
 PLAIN_SECONDS = 30.0  # between two lines in an output that is no terminal
+LONG_SECONDS = 2 * 3600.0  # of a training, from which on the user is told how to shorten it
 FIRST_STEPS = 10  # before the time is estimated
 
 
@@ -87,18 +88,16 @@ class Display:
 
     def counting(self, what: str) -> Callable[[int, int], None]:
         """A bar for something that is counted; give it how much is done, and of how much."""
-        bar = self._bars.add_task(what, total=None, text="")
+        bar = self._bars.add_task(what, total=1, text="", visible=False)
 
         def count(done: int, total: int) -> None:
-            self._bars.update(bar, completed=done, total=total)
-            if done >= total:
-                self._bars.update(bar, visible=False)
+            self._bars.update(bar, completed=done, total=total, visible=done < total)
 
         return count
 
-    def training(self, what: str, clock: Clock, after: float = 0.0) -> Callable[[Training], None]:
-        """What shows the progress of a training; `after`: seconds that the run will still take after it."""
-        bar = self._bars.add_task(what, total=None, text="")
+    def training(self, what: str, clock: Clock, *, another: bool = False) -> Callable[[Training], None]:
+        """What shows the progress of a training; `another`: one more follows, which takes no longer than this one."""
+        bar = self._bars.add_task(what, total=1, text="", visible=False)
         self._last_line = time.monotonic()
         estimated = False
 
@@ -113,8 +112,12 @@ class Display:
                 self.warn(warning)
             if left is not None and not estimated and now.step < now.steps:
                 estimated = True
-                end = datetime.now() + timedelta(seconds=left + after)
-                self.line(f"{what}: about {duration(left)}; the run ends at about {end:%H:%M}")
+                end = datetime.now() + timedelta(seconds=2 * left if another else left)
+                then = "then it trains without teacher; the run ends by" if another else "the run ends at"
+                day = "" if end.date() == datetime.now().date() else f" on {end:%A}"
+                self.line(f"{what}: about {duration(left)}; {then} about {end:%H:%M}{day}")
+                if left > LONG_SECONDS:
+                    self.line("Fewer --epochs or a smaller --image-size make it shorter, with a new --out")
             elif not self.console.is_terminal and wall - self._last_line > PLAIN_SECONDS:
                 self._last_line = wall
                 self.line(f"{what}: step {now.step}/{now.steps}  {text}")

@@ -69,10 +69,20 @@ class RunOptions(Section):
         """The names of the detectors, by role."""
         raise NotImplementedError
 
+    @property
+    def with_baseline(self) -> bool:
+        """Whether the same student is also trained without teacher."""
+        return False
+
+    @classmethod
+    def heading(cls) -> str:
+        """The first line of a run file that kdtoolkit writes."""
+        return f"# kd {cls.command} run.yaml --out NEW-FOLDER does this again.\n"
+
     def to_yaml(self) -> str:
         """The options as YAML, which `read_options` can read."""
         fields = self.model_dump(mode="json", exclude_unset=True, exclude={"quiet"})
-        return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
+        return self.heading() + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
 
 
 class TrainOptions(RunOptions):
@@ -146,6 +156,11 @@ class DistillOptions(RunOptions):
         """The names of the detectors."""
         return {"teacher": self.teacher, "student": self.student}
 
+    @property
+    def with_baseline(self) -> bool:
+        """Whether the same student is also trained without teacher."""
+        return self.compare_baseline
+
 
 T = TypeVar("T", bound=RunOptions)
 
@@ -159,6 +174,9 @@ def read_options(kind: type[T], path: Path) -> T:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise KDError(f"cannot read the run file {path}: {getattr(error, 'strerror', None) or error}") from error
+    for other in (TrainOptions, DistillOptions):
+        if other is not kind and text.startswith(other.heading()):
+            raise KDError(f"{path} is of `kd {other.command}`, not of `kd {kind.command}`")
     return _with_absolute_paths(parse(kind, text, str(path), f"a run file of `kd {kind.command}`"), path.parent)
 
 

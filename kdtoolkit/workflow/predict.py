@@ -89,7 +89,7 @@ def predict(
 
     Args:
         model: what `open_detector` takes, or a detector that it opened.
-        images: an image file, or a folder whose images are taken with those of its subfolders.
+        images: an image file, or a folder whose images are taken with those of its subfolders, but for `out`.
         out: the folder to write into; None writes nothing.
         score: detections with a lower score are left out.
         format: "coco" writes `predictions.json` in the format of COCO's results, with the name of each image file and
@@ -114,7 +114,8 @@ def predict(
         raise KDError(f"format is {format!r}; write 'coco' or 'yolo'")
     if batch_size < 1:
         raise KDError(f"batch_size is {batch_size}; it must be at least 1")
-    files = image_files(Path(images))
+    folder = None if out is None else Path(out)
+    files = image_files(Path(images), without=folder)
     root = Path(images) if Path(images).is_dir() else Path(images).parent
     names = names_without_clash([file.relative_to(root) for file in files])
     ready = make_ready(
@@ -124,7 +125,6 @@ def predict(
         image_size=image_size,
         device=device,
     )
-    folder = None if out is None else Path(out)
     found: list[ImageDetections] = []
     skipped: dict[Path, str] = {}
     try:

@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from kdtoolkit import processes
 from kdtoolkit.classes import ClassMap
 from kdtoolkit.compatibility import why_refused
-from kdtoolkit.data import DetectionDataset, PhotoDataset, check_same_classes, open_dataset
+from kdtoolkit.data import PhotoDataset, check_same_classes, open_dataset, open_images
 from kdtoolkit.data.opening import name_of
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.inherit import Inherited, inherit
 from kdtoolkit.libraries import adapt, library_of_name
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import Detector, open_detector
 from kdtoolkit.options import did_you_mean
+from kdtoolkit.sections import reason
 from kdtoolkit.words import counted
 from kdtoolkit.workflow import defaults
 from kdtoolkit.workflow.auto import choose, scaled
@@ -39,7 +42,7 @@ class Images:
 
     train: PhotoDataset
     val: PhotoDataset
-    unlabelled: DetectionDataset | None
+    unlabelled: PhotoDataset | None
     longest: int
 
 
@@ -48,13 +51,14 @@ class Prepared:
     """A run before its first step.
 
     `options`: with nothing left open. `plan`: what it will do and why, by name. `notes`: what the user should know.
-    `untouched`: the student as it was before it inherited from the teacher, for the training without teacher.
+    `untouched`: a copy of the student, as it was before it inherited from the teacher; None if no training without
+    teacher is asked for.
     """
 
     options: RunOptions
     images: Images
     student: Detector
-    untouched: Detector
+    untouched: Detector | None
     teacher: Detector | None
     class_map: ClassMap | None
     methods: tuple[MethodUse, ...]
@@ -78,28 +82,31 @@ def prepare(
     _check_code(options)
     images = _open(options, progress)
     names = images.train.class_names
-    plan: dict[str, Choice] = {}
     notes: list[str] = []
     teacher, class_map = None, None
     if isinstance(options, DistillOptions):
         teacher, class_map = _teacher(options, names, notes)
     taught_at = None if teacher is None else teacher.image_size
-    guess = defaults.image_size(images.longest, taught_at, None)
-    size = options.image_size or int(guess.value)
-    student, options = _student(options, names, size, notes)
-    if options.image_size is None:
-        own = None if _is_torchvision(student.name) else student.image_size
-        plan["image size"] = defaults.image_size(images.longest, taught_at, own)
+    guess = options.image_size or int(defaults.image_size(images.longest, taught_at, None).value)
+    student, options = _student(options, names, guess, notes)
+    if options.image_size is not None:
+        image_size = Choice(options.image_size, _CHOSEN_BY_USER)
     else:
-        plan["image size"] = Choice(options.image_size, _CHOSEN_BY_USER)
-    size = int(plan["image size"].value)
-    images = replace(images, train=images.train.resized(size), val=images.val.resized(size))
-    untouched = replace(student, model=copy.deepcopy(student.model))
+        own = None if _is_torchvision(student.name) else student.image_size
+        image_size = defaults.image_size(images.longest, taught_at, own)
+    size = int(image_size.value)
+    images = replace(
+        images,
+        train=images.train.resized(size),
+        val=images.val.resized(size),
+        unlabelled=None if images.unlabelled is None else images.unlabelled.resized(size),
+    )
+    untouched = _copy(student) if options.with_baseline else None
     inherited: Inherited | None = None
     if isinstance(options, DistillOptions) and options.init == "teacher":
         assert teacher is not None
         inherited = inherit(student.model, teacher.model, class_map)
-    for detector in filter(None, (student, untouched, teacher)):
+    for detector in filter(None, (student, teacher)):
         detector.model.to(device)
     _check_sizes(student, teacher, size, notes)
     begin: Begin = "trained" if student.trained else "started" if student.weights or inherited else "random"
@@ -123,17 +130,20 @@ def prepare(
         precision,
         lambda size: _trial_distiller(student, teacher, methods, class_map, size),
     )
-    methods = _weighted(options, methods, about, int(batch.value), int(options.train.get("accumulation", 1)))
+    chosen = Choice(_in_words(methods), why_methods)
+    if (factor := _factor(options, about, int(batch.value))) != 1:
+        methods = tuple(scaled(use, factor) for use in methods)
+        chosen = Choice(f"{chosen.value}, weights x {factor:g}", f"{why_methods}; the library's loss is x {factor:g}")
     schedule = _schedule(options, about)
     if options.steps is not None:
         steps = options.steps
     else:
-        steps = defaults.steps_of(schedule.value, about.images, int(batch.value))
+        # Labelled images are shown as often as without them; the others come in steps of their own.
+        shown = about.images + (0 if images.unlabelled is None else min(len(images.unlabelled), about.images))
+        steps = defaults.steps_of(schedule.value, shown, int(batch.value))
     lr = Choice(options.lr, _CHOSEN_BY_USER) if options.lr else defaults.learning_rate(about, int(batch.value))
-    further = _further(options, about, steps)
-    config = TrainConfig(
-        steps=steps, batch_size=batch.value, lr=lr.value, **{name: choice.value for name, choice in further.items()}
-    )
+    further = _further(options, about, steps, int(batch.value))
+    config = _config(steps, int(batch.value), float(lr.value), further)
     evaluations = defaults.evaluations(about, steps * config.batch_size)
     resolved: dict[str, Any] = {
         "image_size": size,
@@ -145,15 +155,17 @@ def prepare(
         resolved["epochs"] = float(schedule.value)
     if isinstance(options, DistillOptions):
         resolved["method"] = methods
-    plan = _plan(options, images, student, teacher, class_map, inherited, methods, why_methods, notes) | {
-        "image size": Choice(f"{size} px", plan["image size"].why),
+    plan = _plan(options, images, student, teacher, class_map, inherited, chosen) | {
+        "image size": replace(image_size, value=f"{size} px"),
         "schedule": Choice(_schedule_in_words(steps, about, config), schedule.why),
         "batch": Choice(counted(config.batch_size, "image"), batch.why),
         "learning rate": Choice(f"{config.lr:g}, {config.optimizer}", lr.why),
-        "precision": Choice(config.precision, further["precision"].why),
+        "precision": Choice(resolve_precision(config.precision, device), further["precision"].why),
         "averaging": Choice(f"decay {config.ema:g}" if config.ema else "off", further["ema"].why),
         "augmentation": Choice(_augmentation_in_words(config), further["augmentation"].why),
-        "evaluation": Choice(f"{evaluations.value} times, on {counted(about.val_images, 'image')}", evaluations.why),
+        "evaluation": Choice(
+            f"{counted(evaluations.value, 'time')}, on {counted(about.val_images, 'image')}", evaluations.why
+        ),
     }
     return Prepared(
         options=options.model_copy(update=resolved),
@@ -192,9 +204,13 @@ def _open(options: RunOptions, progress: Callable[[str], Callable[[int, int], No
         for split in ("train", "val")
     )
     check_same_classes(train, val)
-    unlabelled: DetectionDataset | None = None
+    unlabelled = None
     if isinstance(options, DistillOptions) and options.unlabelled is not None:
-        raise KDError("images without labels cannot be used yet: leave unlabelled out")  # TEMPORARY
+        unlabelled = open_images(
+            options.unlabelled,
+            on_bad="skip" if options.skip_bad else "error",
+            progress=progress("checking images without labels"),
+        )
     longest = max(max(image["width"], image["height"]) for image in train.coco()["images"])
     return Images(train, val, unlabelled, longest)
 
@@ -303,15 +319,15 @@ def _methods(
     if teacher is None:
         return (), ""
     assert isinstance(options, DistillOptions)
-    probe = Distiller(teacher.model, copy.deepcopy(student.model), class_map=class_map)
+    probe = Distiller(teacher.model, _copy(student).model, class_map=class_map)
     specs = probe.seen[0].spec, probe.seen[1].spec
     if options.method == "auto":
-        chosen = choose(*specs)
+        chosen = choose(*specs, _library(student.name))
         return chosen.methods, chosen.why
     for use in options.method:
         if reason := why_refused(use.build(), *specs):
             try:
-                instead = f"`--method auto` would take {_in_words(choose(*specs).methods)}"
+                instead = f"`--method auto` would take {_in_words(choose(*specs, _library(student.name)).methods)}"
             except IncompatibleError:
                 instead = "no other method works for this pair either"
             raise IncompatibleError(
@@ -320,13 +336,11 @@ def _methods(
     return options.method, _CHOSEN_BY_USER
 
 
-def _weighted(
-    options: RunOptions, methods: tuple[MethodUse, ...], about: Situation, batch: int, accumulation: int
-) -> tuple[MethodUse, ...]:
-    """Methods that `auto` chose, with weights for a student whose library multiplies its own loss by the batch."""
+def _factor(options: RunOptions, about: Situation, batch: int) -> float:
+    """What the weights of methods that `auto` chose are multiplied by, because the student's library does so too."""
     if about.library != "ultralytics" or not isinstance(options, DistillOptions) or options.method != "auto":
-        return methods
-    return tuple(scaled(use, batch / about.processes / accumulation) for use in methods)
+        return 1.0
+    return batch / about.processes / float(options.train.get("accumulation", 1))
 
 
 def _distiller(
@@ -344,7 +358,7 @@ def _trial_distiller(
     student: Detector, teacher: Detector | None, methods: tuple[MethodUse, ...], class_map: ClassMap | None, size: int
 ) -> Distiller:
     """Like the run's own, but with a copy of the student, which a trial may spoil."""
-    return _distiller(replace(student, model=copy.deepcopy(student.model)), teacher, methods, class_map)
+    return _distiller(_copy(student), teacher, methods, class_map)
 
 
 def _batch(
@@ -377,14 +391,24 @@ def _schedule(options: RunOptions, about: Situation) -> Choice:
     return defaults.epochs(about)
 
 
-def _further(options: RunOptions, about: Situation, steps: int) -> dict[str, Choice]:
+def _further(options: RunOptions, about: Situation, steps: int, batch: int) -> dict[str, Choice]:
     """The further options of training: the user's, and for the rest what suits."""
-    chosen = defaults.training(about, steps)
+    epochs = steps * batch / about.images
+    chosen = defaults.training(about, steps, epochs)
     for name, value in options.train.items():
         if isinstance(value, Mapping) and name in chosen and isinstance(chosen[name].value, Mapping):
             value = {**chosen[name].value, **value}
         chosen[name] = Choice(value, _CHOSEN_BY_USER)
     return chosen
+
+
+def _config(steps: int, batch: int, lr: float, further: Mapping[str, Choice]) -> TrainConfig:
+    """The options of training together. Raises KDError if they contradict each other."""
+    given = {name: choice.value for name, choice in further.items()}
+    try:
+        return TrainConfig(steps=steps, batch_size=batch, lr=lr, **given)
+    except ValidationError as error:
+        raise KDError("; ".join(reason(TrainConfig, each) for each in error.errors())) from None
 
 
 def _plan(
@@ -394,9 +418,7 @@ def _plan(
     teacher: Detector | None,
     class_map: ClassMap | None,
     inherited: Inherited | None,
-    methods: tuple[MethodUse, ...],
-    why_methods: str,
-    notes: list[str],
+    chosen: Choice,
 ) -> dict[str, Choice]:
     names = images.train.class_names
     counts = f"{len(images.train)} images to train on, {len(images.val)} to evaluate on"
@@ -413,8 +435,12 @@ def _plan(
     if inherited is not None:
         plan["inherits"] = Choice(_listed(inherited.taken), "from the teacher, wherever weights fit")
     if teacher is not None:
-        plan["method"] = Choice(_in_words(methods), why_methods)
+        plan["method"] = chosen
     return plan
+
+
+def _copy(detector: Detector) -> Detector:
+    return replace(detector, model=copy.deepcopy(detector.model))
 
 
 def _shown(detector: Detector) -> str:

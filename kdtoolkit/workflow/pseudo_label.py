@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,9 +61,9 @@ class PseudoLabels:
             "",
             f"{sum(self.boxes.values())} detections became labels. {self.empty} images have none.",
             "",
-            "A detection becomes a label if it has at least the score of its class. Precision and recall at this score",
-            "were measured on labelled images, at an IoU of 0.5 or more. A class without a score gets no labels: no",
-            "detection of it was right.",
+            "A detection becomes a label if it has at least the score of its class. Precision and recall at this",
+            "score were measured on labelled images, at an IoU of 0.5 or more. A class without a score gets no labels,",
+            "because most of its detections were wrong. Its objects in these images will count as background.",
             "",
             "| class | score | precision | recall | objects | labels |",
             "|---|---:|---:|---:|---:|---:|",
@@ -170,12 +170,21 @@ def pseudo_label(
         thresholds={class_names[label]: each for label, each in zip(ours, chosen, strict=True)},
         boxes=dict(zip(class_names, counts, strict=True)),
         skipped=skipped,
-        notes=(*ready.detector.notes, *about_classes),
+        notes=(*ready.detector.notes, *about_classes, *_about_unlabelled(class_names, ours, chosen)),
     )
     categories = [Category(number, name) for number, name in enumerate(class_names, 1)]
     reports = {"report.md": result.to_markdown(), "report.json": json.dumps(result.to_json(), indent=2) + "\n"}
     write({"train": Reading(Path(images), root, categories, photos)}, folder, format, reports)
     return result
+
+
+def _about_unlabelled(class_names: Sequence[str], labels: Sequence[int], chosen: Sequence[Threshold]) -> Iterator[str]:
+    """Which classes get no labels, in a sentence."""
+    if poor := [class_names[label] for label, each in zip(labels, chosen, strict=True) if each.score is None]:
+        yield (
+            f"{', '.join(poor)}: no labels, because most detections were wrong on the labelled images. A student that "
+            "learns from these labels takes such objects for background: use a better teacher, or other images."
+        )
 
 
 def _photo(number: int, image: ImageDetections, labels: Mapping[int, int], root: Path) -> Photo:

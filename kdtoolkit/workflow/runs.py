@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+from torch import Tensor
 
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.opening import name_of
@@ -63,7 +64,7 @@ def run(options: RunOptions) -> Report:
     console = Console(quiet=not first or options.quiet)
     # Warnings and results are also printed if `quiet` is set.
     loud = Console(quiet=not first)
-    with ExitStack() as held, Display(console, loud) as display, _interruptible(folder), _with_memory(folder):
+    with _interruptible(folder), _with_memory(folder), ExitStack() as held, Display(console, loud) as display:
         options, report, began = group.from_first(partial(_enter, held, options))
         if report is not None and report.finished and _is_complete(report, options):
             loud.print(f"{folder} holds this run, finished. Its results:", markup=False, highlight=False)
@@ -82,7 +83,7 @@ def run(options: RunOptions) -> Report:
         group.from_first(partial(_begin, prepared, report))
         report = _before(prepared, report, device, display)
         report = _train(prepared, report, device, display)
-        if isinstance(prepared.options, DistillOptions) and prepared.options.compare_baseline:
+        if prepared.options.with_baseline:
             report = _baseline(prepared, report, device, display)
         report = report.model_copy(update={"finished": True})
         group.from_first(partial(_finish, report))
@@ -147,13 +148,9 @@ def _enter(held: ExitStack, options: T) -> tuple[T, Report | None, bool]:
     path = folder / RUN_FILE
     if not path.exists():
         return options, None, False
-    text = path.read_text("utf-8", errors="replace")
-    other = TrainOptions if isinstance(options, DistillOptions) else DistillOptions
-    if text.startswith(f"# kd {other.command} "):
-        raise KDError(f"{folder} holds a run of `kd {other.command}`: choose a new folder by --out")
+    settled = read_options(type(options), path)
     if not any((folder / TRAINING / "checkpoints").glob("*")) and not (folder / MODEL).exists():
         return options, None, False  # it was stopped before anything was learnt: nothing is lost
-    settled = read_options(type(options), path)
     given = options.model_dump(mode="json", exclude_unset=True)
     earlier = settled.model_dump(mode="json")
     changed = [name for name, value in given.items() if name not in _FREE and not _agrees(value, earlier.get(name))]
@@ -164,7 +161,7 @@ def _enter(held: ExitStack, options: T) -> tuple[T, Report | None, bool]:
             "delete that one"
         )
     free = {name: getattr(options, name) for name in _FREE if name in type(options).model_fields}
-    if getattr(settled, "compare_baseline", False):
+    if settled.with_baseline:
         free["compare_baseline"] = True
     return settled.model_copy(update=free), Report.read(folder), True
 
@@ -187,7 +184,7 @@ def _short(value: object) -> str:
 
 def _is_complete(report: Report, options: RunOptions) -> bool:
     """Whether a finished run has all that is asked for; the baseline may be asked for later."""
-    return not getattr(options, "compare_baseline", False) or report.baseline is not None
+    return report.baseline is not None or not options.with_baseline
 
 
 def _new_report(prepared: Prepared, folder: Path) -> Report:
@@ -197,8 +194,7 @@ def _new_report(prepared: Prepared, folder: Path) -> Report:
 
 def _begin(prepared: Prepared, report: Report) -> None:
     """Write the run's settings and the report, as far as it is known."""
-    text = f"# kd {prepared.options.command} run.yaml --out NEW-FOLDER does this again.\n{prepared.options.to_yaml()}"
-    write_file(report.folder / RUN_FILE, text.encode())
+    write_file(report.folder / RUN_FILE, prepared.options.to_yaml().encode())
     report.write()
 
 
@@ -241,8 +237,7 @@ def _check_teacher(prepared: Prepared, report: Report, display: Display) -> None
 def _train(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
     """Train, keep the best weights, and save the detector."""
     if report.student is None:
-        after = 0.0
-        trained = _trained(prepared, prepared.student, prepared.distiller(), TRAINING, report, device, display, after)
+        trained = _trained(prepared, prepared.student, prepared.distiller(), TRAINING, report, device, display)
         report = report.model_copy(update={"student": trained})
     else:
         _load_best(prepared.student, report.folder / TRAINING)
@@ -255,7 +250,8 @@ def _baseline(prepared: Prepared, report: Report, device: torch.device, display:
     """Train the same student without teacher: the same seed, images and steps."""
     if report.baseline is not None:
         return report
-    alone = Distiller(None, prepared.untouched.model)
+    assert prepared.untouched is not None
+    alone = Distiller(None, prepared.untouched.model.to(device))
     trained = _trained(prepared, prepared.untouched, alone, BASELINE, report, device, display)
     report = report.model_copy(update={"baseline": trained})
     group.from_first(report.write)
@@ -270,11 +266,11 @@ def _trained(
     report: Report,
     device: torch.device,
     display: Display,
-    after: float = 0.0,
 ) -> Trained:
     """One training; the student then has its best weights."""
     config, images = prepared.config, prepared.images
     every = math.ceil(config.steps / prepared.evaluations)
+    another = name == TRAINING and prepared.options.with_baseline and report.baseline is None
     clock = Clock(config.steps, prepared.evaluations, display.evaluation_seconds)
     result = train(
         distiller,
@@ -283,8 +279,9 @@ def _trained(
         seed=prepared.options.seed,
         device=device,
         folder=RunFolder(report.folder / name, save_seconds=SAVE_SECONDS),
+        unlabelled=images.unlabelled if name == TRAINING else None,
         validation=Validation(images.val, every_steps=every, batch_size=config.batch_size),
-        report=display.training("training" if name == TRAINING else "training without teacher", clock, after),
+        report=display.training("training" if name == TRAINING else "training without teacher", clock, another=another),
     )
     for warning in result.warnings:
         display.warn(warning)
@@ -301,9 +298,14 @@ def _trained(
 
 
 def _load_best(student: Detector, folder: Path) -> None:
-    """Give the student the weights of the best evaluation; of the last step if no evaluation found anything."""
+    """Give the student the weights of the best evaluation, in all processes."""
+    student.model.load_state_dict(group.from_first(partial(_best, folder)))
+
+
+def _best(folder: Path) -> dict[str, Tensor]:
+    """The weights of the best evaluation; of the last step if no evaluation found anything."""
     path = folder / "best.safetensors"
-    student.model.load_state_dict(load_file(path if path.exists() else folder / "student.safetensors"))
+    return load_file(path if path.exists() else folder / "student.safetensors")
 
 
 def _evaluated(
@@ -315,14 +317,13 @@ def _evaluated(
     *,
     of_teacher: bool = False,
 ) -> Evaluation:
-    if of_teacher and prepared.class_map is not None:  # TEMPORARY
-        raise KDError("a teacher of different classes cannot be evaluated yet")
     begun = time.monotonic()
     found = evaluate(
         detector.model,
         prepared.images.val,
         batch_size=prepared.config.batch_size,
         device=device,
+        class_map=prepared.class_map if of_teacher else None,
         together=True,
         progress=display.counting(f"evaluating {what}"),
     )
@@ -395,7 +396,7 @@ def _interruptible(folder: Path) -> Iterator[None]:
         if group.rank() == 0:
             kept = any((folder / TRAINING / "checkpoints").glob("*"))
             what = "goes on from the last checkpoint" if kept else "starts again, because there was no checkpoint yet"
-            sys.stderr.write(f"\ninterrupted: the same command {what} ({folder})\n")
+            sys.stderr.write(f"interrupted: the same command {what} ({folder})\n")
         raise
 
 

@@ -11,16 +11,17 @@ import numpy as np
 from kdtoolkit.engine.scoring import Floats, Found
 
 MATCHING_IOU = 0.5
+LEAST_PRECISION = 0.5
 
 
 @dataclass(frozen=True)
 class Threshold:
     """The lowest score at which detections of a class are kept, and how good they are then, on labelled images.
 
-    `score` is None if no detection is right: then none is kept. `precision`: the share of kept detections that are
-    right; None if none is kept. `recall`: the share of objects that they find. Both lie in [0, 1]. `objects`: how many
-    there are. If the labelled images have no object of the class, `score` is the best for all classes together, and
-    precision and recall are None.
+    `precision`: the share of kept detections that are right; None if none is kept. `recall`: the share of objects that
+    they find. Both lie in [0, 1]. `objects`: how many there are. `score` is None if at the best score more detections
+    are wrong than right: then none is worth keeping. If the labelled images have no object of the class, `score` is the
+    best for all classes together, and precision and recall are None.
     """
 
     score: float | None
@@ -67,7 +68,8 @@ def _best(scores: Floats, right: np.ndarray, objects: int) -> Threshold:
     best = int(f1.argmax())
     following = scores[best + 1] if best + 1 < len(scores) else 0.0
     score = float((scores[best] + following) / 2)  # the middle holds best on images that are only similar
-    return Threshold(score, float(hits[best] / kept[best]), float(hits[best] / objects), objects)
+    precision = float(hits[best] / kept[best])
+    return Threshold(score if precision >= LEAST_PRECISION else None, precision, float(hits[best] / objects), objects)
 
 
 def _matched(truth: Mapping[str, Any], found: Found, label: int) -> tuple[Floats, np.ndarray, int]:

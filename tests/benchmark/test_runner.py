@@ -95,7 +95,7 @@ def test_images_without_a_box_are_refused_before_anything_is_trained(tmp_path, d
 def test_stored_weights_are_the_student_that_was_measured(finished):
     suite, path = tiny(), Store(finished).result_path("PKD", 1)
     sets = load_data(suite.data)
-    student = build_detector(suite.student, len(sets.val.class_names), 5)
+    student = build_detector(suite.student, sets.val.class_names, 5).model
     student.load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=True))
     assert evaluate(student, sets.val).ap == pytest.approx(read_result(path).evaluation["ap"], abs=1e-6)
 
@@ -237,7 +237,7 @@ def test_a_student_that_diverges_is_kept_as_it_was_before(tmp_path):
     (reason,) = outcome.failures.values()
     assert "step 1: pkd/feature = inf (student: all finite" in reason
     assert str(kept) in reason
-    student = build_detector(suite.student, len(load_data(suite.data).val.class_names), 5)
+    student = build_detector(suite.student, load_data(suite.data).val.class_names, 5).model
     student.load_state_dict(torch.load(kept, weights_only=True))
 
 

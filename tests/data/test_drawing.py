@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from kdtoolkit.data.drawing import colour, draw_boxes
 
@@ -44,6 +44,23 @@ def test_captions_stay_in_the_picture(box):
 def test_captions_of_boxes_at_one_place_do_not_cover_each_other(label):
     boxes = [[200, 200, 400, 400], [202, 202, 402, 402], [198, 201, 399, 401]]
     assert ground(boxes, label) > 0.8 * WHOLE
+
+
+def test_names_that_are_not_ascii_are_drawn_without_a_font_of_the_system(monkeypatch):
+    open_font = ImageFont.truetype
+
+    def absent(font, *arguments, **options):
+        if isinstance(font, str):  # the name of a file, and not Pillow's own font
+            raise OSError("cannot open resource")
+        return open_font(font, *arguments, **options)
+
+    monkeypatch.setattr(ImageFont, "truetype", absent)
+
+    def drawn(caption):
+        return draw_boxes(Image.new("RGB", (800, 600)), [[300, 300, 500, 500]], [0], [caption]).tobytes()
+
+    assert drawn("Vögel 0.50") == drawn("Vogel 0.50")
+    assert drawn("鸟 0.50") == drawn("? 0.50")
 
 
 def test_small_pictures_are_enlarged():

@@ -10,6 +10,7 @@ def test_images_are_found_in_the_order_of_their_paths(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     assert [str(file.relative_to(tmp_path)) for file in image_files(tmp_path)] == ["a.png", "b.JPG", "sub/c.webp"]
+    assert [file.name for file in image_files(tmp_path, without=tmp_path / "sub")] == ["a.png", "b.JPG"]
     assert image_files(tmp_path / "a.png") == [tmp_path / "a.png"]
 
 

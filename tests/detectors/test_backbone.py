@@ -123,5 +123,5 @@ def test_weights_that_do_not_fit_a_backbone_are_explained(form, message, trained
 
 def test_weights_that_cannot_be_downloaded_are_said_at_once(monkeypatch):
     monkeypatch.setattr("kdtoolkit.detectors.backbone.get_session", lambda: None)  # no network
-    with pytest.raises(KDError, match="'resnet18': its weights cannot be downloaded .* Give a file, as in pretrained="):
+    with pytest.raises(KDError, match=r"'resnet18': its weights cannot be downloaded .* Give a file, as in pret"):
         GFL(3, backbone="resnet18", pretrained=True, **HEAD)

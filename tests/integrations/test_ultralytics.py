@@ -15,6 +15,7 @@ from ultralytics.utils.dist import generate_ddp_file
 
 from kdtoolkit import Distiller, KDError
 from kdtoolkit.adapters.torchvision.dense import FCOSAdapter
+from kdtoolkit.classes import ClassMap
 from kdtoolkit.integrations.ultralytics import DistillationTrainer, TaughtModel
 from kdtoolkit.methods import PKD, CrossKD
 from tests.adapters.test_ultralytics import tiny
@@ -271,6 +272,24 @@ def test_a_teacher_of_a_different_library(student_file, yolo_data, tmp_path):
     model = YOLO(student_file)
     model.train(trainer=DistillationTrainer.of(fcos, [PKD()]), **settings(yolo_data, tmp_path, epochs=1))
     assert float(log(tmp_path)[0]["train/pkd/feature_loss"]) > 0
+
+
+@pytest.mark.parametrize("opened", [str, YOLO])
+def test_classes_are_matched_by_name_with_a_teacher_from_a_file(opened, trained, student_file, yolo_data, tmp_path):
+    swapped = tmp_path / "data.yaml"
+    swapped.write_text(yolo_data.read_text().replace("[red, green]", "[green, pink]"))
+    file = trained / "run" / "weights" / "best.pt"
+    model = YOLO(student_file)
+    model.train(
+        trainer=DistillationTrainer.of(opened(file), [CrossKD()], class_map={"pink": "red"}),
+        **settings(swapped, tmp_path, epochs=1),
+    )
+    assert model.trainer.distiller.class_map == ClassMap(student=(0, 1), teacher=(1, 0))
+    with pytest.raises(KDError, match="class_map cannot be used"):
+        model.train(
+            trainer=DistillationTrainer.of(teacher(), [CrossKD()], class_map={"pink": "red"}),
+            **settings(swapped, tmp_path, epochs=1),
+        )
 
 
 @pytest.mark.parametrize(

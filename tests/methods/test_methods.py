@@ -9,7 +9,7 @@ from kdtoolkit.libraries import adapt, adapter_classes
 from kdtoolkit.methods import all_methods
 from tests.conftest import tiny_gfl
 
-SOURCE = '''"""A new method, as somebody who read CONTRIBUTING writes it."""
+SOURCE = '''"""A new method, as somebody who read docs/own_method.md writes it."""
 
 from kdtoolkit.contract import Capability, Method
 

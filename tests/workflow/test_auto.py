@@ -3,14 +3,15 @@ from dataclasses import replace
 import pytest
 
 from kdtoolkit.errors import IncompatibleError
-from kdtoolkit.libraries import adapt
+from kdtoolkit.libraries import adapt, library_of_model
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.workflow.auto import choose, scaled
 from tests.conftest import tiny_of
 
 
 def chosen(student, teacher):
-    found = choose(adapt(tiny_of(student, seed=0)).spec, adapt(tiny_of(teacher, seed=1)).spec)
+    model = tiny_of(student, seed=0)
+    found = choose(adapt(model).spec, adapt(tiny_of(teacher, seed=1)).spec, library_of_model(model).prefix)
     assert found.why
     return [str(use) for use in found.methods]
 
@@ -20,7 +21,7 @@ def chosen(student, teacher):
     [
         ("GFL", "GFL", ["CrossKD", "PKD"]),
         ("FCOS", "GFL", ["CrossKD.for_fcos", "PKD.for_fcos"]),
-        ("YOLO11", "YOLO11", ["CrossKD", "PKD"]),
+        ("YOLO11", "YOLO11", ["CrossKD"]),
         ("torchvision Faster R-CNN", "torchvision Faster R-CNN", ["CrossKD"]),
         ("Deformable DETR", "Deformable DETR", ["KDDETR"]),
         ("GFL", "Deformable DETR", ["PKD"]),
@@ -34,7 +35,7 @@ def test_the_pair_decides(student, teacher, methods):
 def test_a_pair_without_methods_is_refused_with_reasons():
     spec = adapt(tiny_of("GFL", seed=0)).spec
     with pytest.raises(IncompatibleError, match=r"no method can distil GFL into GFL \(PKD: .*CWD: "):
-        choose(spec, replace(spec, strides=(7, 14, 28, 56, 112)))
+        choose(spec, replace(spec, strides=(7, 14, 28, 56, 112)), "kdtoolkit")
 
 
 def test_all_weights_are_scaled():

@@ -31,9 +31,9 @@ def test_few_images_and_random_weights_are_shown_more_often():
     def epochs(**changes):
         return defaults.epochs(situation(**changes)).value
 
-    assert epochs(images=20) == 200
+    assert epochs(images=20) == 150
     assert epochs(images=150_000) == 36
-    assert epochs(images=300) == 100
+    assert epochs(images=200) == 100
     assert epochs(begin="trained") < epochs(begin="started") < epochs(begin="random")
     assert defaults.steps_of(2.5, 10, 8) == 4
 
@@ -50,7 +50,7 @@ def test_trained_weights_take_a_lower_rate_and_larger_batches_a_higher_one():
 @pytest.mark.parametrize("library", ["ultralytics", "hf"])
 @pytest.mark.parametrize("steps", [1, 30, 400, 100_000])
 def test_every_default_is_an_option_of_training(library, steps):
-    chosen = defaults.training(situation(library=library, begin="started"), steps)
+    chosen = defaults.training(situation(library=library, begin="started"), steps, epochs=10)
     config = TrainConfig(steps=steps, **{name: choice.value for name, choice in chosen.items()})
     assert 0 < config.warmup_steps <= max(1, steps // 2)
     assert 0.9 <= config.ema < 1
@@ -60,3 +60,8 @@ def test_every_default_is_an_option_of_training(library, steps):
 def test_evaluations_cost_little_beside_the_training():
     assert defaults.evaluations(situation(), 30_000).value == 10
     assert defaults.evaluations(situation(val_images=5000), 30_000).value == 1
+
+
+def test_images_change_more_if_they_are_shown_often():
+    short, long = (defaults.training(situation(), 1000, epochs=epochs)["augmentation"] for epochs in (10, 100))
+    assert short.value.keys() < long.value.keys()

@@ -106,6 +106,12 @@ def test_boxes_are_cut_at_the_edge(photos):
     assert boxes.tolist() == [[30, 30, 100, 80]]  # the other one lies outside
 
 
+def test_what_an_earlier_call_wrote_is_no_image(photos):
+    for _ in range(2):
+        found = kdtoolkit.predict(detector(), photos, out=photos / "predicted")
+        assert len(found.images) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [

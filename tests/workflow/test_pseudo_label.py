@@ -73,6 +73,7 @@ def test_a_class_without_a_right_detection_gets_no_label(photos, tmp_path):
     found = kdtoolkit.pseudo_label(detector(), photos, data, out=tmp_path / "out")
     assert found.thresholds["green"].score is None
     assert found.boxes["green"] == 0
+    assert found.notes[0].startswith("green: no labels, because most detections were wrong")
     assert "| green | none | - | 0.00 | 1 | 0 |" in (tmp_path / "out" / "report.md").read_text()
 
 

@@ -1,4 +1,7 @@
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from kdtoolkit.models import open_detector
 from kdtoolkit.workflow import runs
 from kdtoolkit.workflow.options import DistillOptions, check_options
 from kdtoolkit.workflow.report import Report
-from tests.workflow._data import TINY
+from tests.workflow._data import TINY, write_shapes
 
 
 def distil(teacher, shapes, out, **changes):
@@ -92,7 +95,7 @@ def test_a_run_of_different_options_is_refused(distilled, teacher, shapes):
         ) as error:
             distil(teacher, shapes, distilled.folder, **changes)
         assert part in str(error.value)
-    with pytest.raises(KDError, match="holds a run of `kd distill`"):
+    with pytest.raises(KDError, match="is of `kd distill`, not of `kd train`"):
         kdtoolkit.train(TINY, shapes, out=distilled.folder)
 
 
@@ -127,6 +130,45 @@ def test_the_run_file_does_the_same_again(distilled, tmp_path):
     assert runs.run(options).student.evaluation == distilled.student.evaluation
 
 
+def test_a_teacher_of_other_classes_is_compared_in_those_that_are_shared(teacher, tmp_path, capsys):
+    root = write_shapes(tmp_path / "data")
+    for split in ("train", "val"):
+        path = root / "annotations" / f"{split}.json"
+        truth = json.loads(path.read_text())
+        truth["categories"][0]["name"] = "wheel"
+        truth["categories"][1]["name"] = "box"
+        path.write_text(json.dumps(truth))
+    report = kdtoolkit.distill(
+        teacher,
+        TINY,
+        root,
+        student_weights="none",
+        out=tmp_path / "out",
+        class_map={"wheel": "disc"},
+        steps=2,
+        batch_size=4,
+        allow_weak_teacher=True,
+    )
+    assert "wheel (the teacher's disc)" in report.plan["classes"]
+    assert "the teacher says nothing about box" in report.plan["classes"]
+    assert set(report.teacher.per_class) == {"wheel", "triangle", "star", "ring", "gapped ring"}
+    assert set(report.student.evaluation.per_class) == {"wheel", "box", "triangle", "star", "ring", "gapped ring"}
+    assert "crosskd/cls" in (tmp_path / "out" / "training" / "log.jsonl").read_text()
+
+
+def test_images_without_labels_are_shown_in_steps_of_their_own(teacher, shapes, tmp_path):
+    more = tmp_path / "more"
+    shutil.copytree(shapes / "images", more)
+    report = distil(teacher, shapes, tmp_path / "out", unlabelled=more, steps=None, epochs=1, compare_baseline=True)
+    assert report.student.steps == 6  # 12 images with labels and 12 of the 16 without, 4 a step
+    rows = [json.loads(line) for line in (tmp_path / "out" / "training" / "log.jsonl").read_text().splitlines()]
+    losses = [row for row in rows if "lr" in row]
+    assert sum(not any(name.startswith("task/") for name in row) for row in losses) == 3
+    assert "16 images" in report.plan["unlabelled"]
+    alone = (tmp_path / "out" / "baseline" / "log.jsonl").read_text()
+    assert alone.count("task/cls") == 6
+
+
 def test_a_weak_teacher_is_told_before_training(teacher, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "train", None)
     monkeypatch.setattr(runs, "WEAK_AP", 101.0)
@@ -156,3 +198,29 @@ def test_the_plan_fits_80_columns(shapes, tmp_path, capsys, monkeypatch):
     for name in ("data", "model", "image size", "schedule", "batch", "learning rate", "augmentation", "evaluation"):
         assert f" {name} " in plan
     assert max(map(len, plan.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(teacher, shapes, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "kdtoolkit", "distill", "--teacher", teacher, "--student", TINY, "--student-weights", "none"]
+    command += [
+        "--data",
+        shapes,
+        "--steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--allow-weak-teacher",
+        "--out",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("on the validation images") == 1
+    report = Report.read(tmp_path / "out")
+    assert report.finished
+    found = evaluate(open_detector(tmp_path / "out").model, open_dataset(shapes, "val"), batch_size=4)
+    assert found == report.student.evaluation
+    done = subprocess.run([*map(str, command), "--lr", "1"], capture_output=True, text=True)
+    assert done.stderr.count("holds a run with different options") == 1

@@ -52,6 +52,11 @@ def test_nothing_right_gives_no_score(detections):
     assert (best.score, best.precision, best.recall, best.objects) == (None, None, 0.0, 1)
 
 
+def test_a_class_whose_detections_are_mostly_wrong_gets_no_score():
+    (best,) = best_thresholds(truth([A]), found((0.9, B), (0.8, C), (0.7, A)))
+    assert (best.score, best.precision, best.recall) == (None, pytest.approx(1 / 3), 1.0)
+
+
 def test_a_given_score_is_measured():
     (measured,) = at_score(truth([A, B]), found((0.9, A), (0.8, C), (0.3, B)), 0.5)
     assert (measured.score, measured.precision, measured.recall) == (0.5, 0.5, 0.5)

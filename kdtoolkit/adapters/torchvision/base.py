@@ -199,7 +199,7 @@ def require(head: nn.Module, *known: type[nn.Module]) -> None:
     if not isinstance(head, known):
         raise KDError(
             f"{type(head).__name__} is not a head of torchvision ({' or '.join(cls.__name__ for cls in known)}), so "
-            "its stages are unknown: write an adapter for it (CONTRIBUTING.md, 'Add a detector library')"
+            "its stages are unknown: write an adapter for it (docs/own_detector.md)"
         )
 
 

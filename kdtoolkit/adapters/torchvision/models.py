@@ -210,7 +210,7 @@ def open_published(name: str, args: Mapping[str, object], weights: str | None) -
             f"the weights {entry} cannot be loaded ({error.__cause__ or error}). torchvision downloads them once, into "
             f"{torch.hub.get_dir()}/checkpoints; without a network, put {entry.url.rpartition('/')[2]} there"
         ) from error
-    _settle(model.backbone)
+    settle(model.backbone)
     names = entry.meta["categories"]
     backbone = model.backbone
 
@@ -231,7 +231,7 @@ def open_published(name: str, args: Mapping[str, object], weights: str | None) -
     )
 
 
-def _settle(backbone: nn.Module) -> None:
+def settle(backbone: nn.Module) -> None:
     """Give frozen batch norms the `eps` of others, and keep what they compute.
 
     The library sets it to 0 for some published weights. A model that is built without these has the usual one, and

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants, get_session
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from kdtoolkit.adapters.transformers import processing
@@ -26,6 +28,7 @@ from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.adapters.transformers.rfdetr import LwDetrAdapter, RfDetrAdapter
 from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter
 from kdtoolkit.build import with_arguments
+from kdtoolkit.contract import DetectorAdapter
 from kdtoolkit.detector import Detector, Opened, named
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
@@ -44,6 +47,7 @@ ADAPTERS: tuple[type[TransformersAdapter], ...] = (
 )
 
 _auto_model: Any = AutoModelForObjectDetection  # without types in the library
+_logging: Any = logging
 
 # Arguments that configs take besides their fields, to describe a backbone.
 _BACKBONE = {"backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs"}
@@ -91,9 +95,10 @@ def _loaded(name: str, args: Mapping[str, object]) -> nn.Module:
         if unused:
             raise KDError(f"model 'hf/{name}': its config has no {', '.join(unused)}")
         # In float32, which every adapter needs, in whatever precision they were saved.
-        model: nn.Module = _auto_model.from_pretrained(
-            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **source
-        )
+        with _without_bars():
+            model: nn.Module = _auto_model.from_pretrained(
+                name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **source
+            )
         # Loads it into the hub's cache, where the adapter looks for it. Without one, the class's defaults hold.
         cached_file(
             name,
@@ -122,7 +127,7 @@ def open_published(name: str, args: Mapping[str, object], weights: str | None) -
     if weights not in (None, "pretrained"):
         raise KDError(f"hf/{name} has no weights {weights!r}: leave them out to take its own")
     model: Any = _loaded(name, args)
-    config = model.config
+    adapter, config = adapt(model), model.config
     count = config.num_labels
     names = named([str(config.id2label[i]) for i in range(count)])
 
@@ -139,7 +144,17 @@ def open_published(name: str, args: Mapping[str, object], weights: str | None) -
         name=with_arguments(f"hf/{name}", args),
         class_names=None if names == tuple(f"LABEL_{i}" for i in range(count)) else names,
         weights=f"hf/{name}",
+        image_size=_image_size(adapter),
     )
+
+
+def _image_size(adapter: DetectorAdapter) -> int | None:
+    """The longest side that the image processor of a loaded model resizes images to, in pixels."""
+    processing = adapter.processing if isinstance(adapter, TransformersAdapter) else None
+    if processing is None or not processing.processor.do_resize:
+        return None
+    sides = dict(processing.processor.size)
+    return max((sides[key] for key in ("longest_edge", "height", "width") if key in sides), default=None)
 
 
 def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
@@ -148,7 +163,12 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
     if detector.class_names is not None:
         model.config.id2label = dict(enumerate(detector.class_names))
         model.config.label2id = {name: label for label, name in enumerate(detector.class_names)}
-    model.save_pretrained(folder)
+    with _without_bars():
+        model.save_pretrained(folder)
+    if getattr(model.config, "share_bbox_head", False):
+        # The library saves the head of the last layer, and loads that of the first: so each layer gets its own.
+        state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     adapter = adapt(model)
     assert isinstance(adapter, TransformersAdapter)
     adapter.image_processor(detector.image_size).save_pretrained(folder)
@@ -157,6 +177,18 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
         'processor = AutoImageProcessor.from_pretrained(".")\n'
         'model = AutoModelForObjectDetection.from_pretrained(".")\n'
     )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the library from drawing bars while it reads and writes weights, which takes a second."""
+    shown = _logging.is_progress_bar_enabled()
+    _logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            _logging.enable_progress_bar()
 
 
 def _failure(name: str, reason: str) -> KDError:

@@ -63,12 +63,21 @@ class Case:
         self, distiller: Distiller, images: Sequence[Tensor] | None = None, targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor]:
         """The method's terms of one step. The student's buffers and the seed are the same each time."""
+        return self._terms(distiller, images or self.images, self.targets if targets is None else targets)
+
+    def unlabelled_terms(self, distiller: Distiller) -> dict[str, Tensor]:
+        """The method's terms of one step whose images have no labels."""
+        return self._terms(distiller, self.images, None)
+
+    def _terms(
+        self, distiller: Distiller, images: Sequence[Tensor], targets: Sequence[Target] | None
+    ) -> dict[str, Tensor]:
         student, _, buffers = self._copies
         for name, value in student.model.named_buffers():
             if name in buffers:
                 value.copy_(buffers[name])
         torch.manual_seed(SEED)
-        losses = distiller(images or self.images, self.targets if targets is None else targets)
+        losses = distiller(images, targets)
         return {name.split("/", 1)[1]: loss for name, loss in losses.items() if not name.startswith("task/")}
 
     def why_refused(self) -> str | None:

@@ -71,6 +71,16 @@ def _unequal_padding(case: Case) -> None:
     expect_backward(terms, distiller, what)
 
 
+def _no_labels(case: Case) -> None:
+    """On images without labels a method runs as its `unlabelled` says; terms and gradients are finite."""
+    if case.factory().unlabelled == "skips":
+        raise LeftOut("it is not run on images without labels")
+    distiller = case.fresh()
+    terms = case.unlabelled_terms(distiller)
+    expect_losses(terms, "no labels")
+    expect_backward(terms, distiller, "no labels")
+
+
 def _small_images(case: Case) -> None:
     """For the smallest images that the pair takes, whose levels have few cells, terms and gradients are finite."""
     for size in SIZES:
@@ -111,5 +121,12 @@ def _one_image(case: Case) -> None:
 
 
 CHECKS = by_name(
-    _no_objects, _one_image_without, _constant_images, _no_signal, _unequal_padding, _small_images, _one_image
+    _no_objects,
+    _one_image_without,
+    _no_labels,
+    _constant_images,
+    _no_signal,
+    _unequal_padding,
+    _small_images,
+    _one_image,
 )

@@ -17,6 +17,7 @@ from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError
 from kdtoolkit.methods import LD, PKD, CrossKD
+from kdtoolkit.models import Detector, save_detector
 from tests._traced import traced
 from tests.adapters.transformers.test_rtdetr import (
     FAMILIES,
@@ -209,6 +210,9 @@ def test_shared_box_heads_come_back_from_a_folder(tmp_path):
     fewer = build_model(str(tmp_path), 2, {})
     assert torch.equal(fewer.bbox_embed[0].layers[0].weight, model.bbox_embed[0].layers[0].weight)
     assert fewer.class_embed[0].out_features == 2
+    save_detector(Detector(model, "hf/deimv2", ("ant", "bee", "cow")), tmp_path / "saved")
+    plain = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_d_fine_is_not_deimv2():

@@ -1,4 +1,4 @@
-"""The code blocks of CONTRIBUTING.md are whole files, and they run."""
+"""The code blocks of docs/own_method.md and docs/own_detector.md are whole files, and they run."""
 
 import importlib
 import re
@@ -16,7 +16,8 @@ from kdtoolkit.testing import check_method
 from tests import _onelevel
 from tests.conftest import tiny_atss, tiny_gfl
 
-TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text("utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+TEXT = "".join((DOCS / name).read_text("utf-8") for name in ("own_method.md", "own_detector.md"))
 FILES = dict(re.findall(r"^```python\n# (\S+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))
 METHODS = [path for path in FILES if path.startswith("kdtoolkit/methods/")]
 TESTS = [path for path in FILES if Path(path).name.startswith("test_")]

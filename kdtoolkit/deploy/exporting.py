@@ -1,4 +1,4 @@
-"""`kdtoolkit.export.export`: an opened detector becomes a file that is checked before it gets its name."""
+"""`kdtoolkit.export`: an opened detector becomes a file that is checked before it gets its name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ from kdtoolkit.contract import DetectorAdapter
 from kdtoolkit.data import DetectionDataset, ProceduralShapes, open_dataset
 from kdtoolkit.data.image_files import image_files
 from kdtoolkit.data.pictures import PictureError, decode, seen_size
-from kdtoolkit.engine.evaluate import evaluate
-from kdtoolkit.errors import KDError
-from kdtoolkit.export.check import Comparison, compare, total
-from kdtoolkit.export.onnx_file import (
+from kdtoolkit.deploy.check import Comparison, compare, total
+from kdtoolkit.deploy.onnx_file import (
     ALL_FREE,
     BATCH_FREE,
     FIXED,
@@ -33,6 +31,8 @@ from kdtoolkit.export.onnx_file import (
     on_canvas,
     write,
 )
+from kdtoolkit.engine.evaluate import evaluate
+from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.models import Detector, open_detector
 from kdtoolkit.options import did_you_mean
@@ -40,7 +40,7 @@ from kdtoolkit.options import did_you_mean
 FORMATS = ("onnx",)
 CHECKED_IMAGES = 8
 CALIBRATION_IMAGES = 64
-OPSET = 18  # the lowest that has all operators that are written (kdtoolkit/export/operators.py)
+OPSET = 18  # the lowest that has all operators that are written (kdtoolkit/deploy/operators.py)
 IMAGE_SIZE = 640
 Say = Callable[[str], None]
 
@@ -325,7 +325,7 @@ _SHADES = torch.tensor([1.0, 0.9, 0.8])[:, None, None, None]  # makes three imag
 
 def _quantised(source: Path, file: Path, train: DetectionDataset, val: DetectionDataset, say: Say) -> Int8:
     """Quantise `source`, and compare both files."""
-    from kdtoolkit.export.int8 import latencies, quantise
+    from kdtoolkit.deploy.int8 import latencies, quantise
 
     target = file.with_name(f"{file.stem}-int8.onnx")
     partial = target.with_name(f".{target.stem}.{os.getpid()}.partial.onnx")

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from kdtoolkit.contract import DetectorAdapter
+from kdtoolkit.deploy import export
 from kdtoolkit.errors import KDError
-from kdtoolkit.export import export
 from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.models import Detector, save_detector

@@ -58,7 +58,7 @@ def write(
     torch.onnx.export follows the graph by torch.export. Where sizes are free, it follows images that are not square,
     so that no two dimensions are taken for one. Raises KDError with the exporter's reason.
     """
-    from kdtoolkit.export.operators import TRANSLATIONS  # needs onnxscript
+    from kdtoolkit.deploy.operators import TRANSLATIONS  # needs onnxscript
 
     graph = copy.deepcopy(adapter.graph()).cpu().eval().requires_grad_(False)
     height, width = size

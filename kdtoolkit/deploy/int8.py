@@ -13,7 +13,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
-from kdtoolkit.export.onnx_file import INPUT, OnnxDetector, quiet
+from kdtoolkit.deploy.onnx_file import INPUT, OnnxDetector, quiet
 
 LAYERS = ("Conv", "Gemm", "MatMul")  # what is quantised; all else stays float32
 REPEATS = 15  # of each file, for latency

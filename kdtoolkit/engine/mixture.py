@@ -1,0 +1,58 @@
+"""Steps with labels and steps without: which step of a run is which, and the batches of both.
+
+Both depend only on the run's settings and the step, so a run that was stopped goes on with the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from kdtoolkit.contract import Target
+from kdtoolkit.data import DetectionDataset
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.errors import KDError
+
+LARGEST_SHARE = 0.5  # of the steps, if the config names none
+
+
+def unlabelled_steps(
+    distiller: Distiller, config: TrainConfig, labelled: DetectionDataset, unlabelled: DetectionDataset | None
+) -> list[bool]:
+    """For each step of a run, whether its images have no labels. These steps are spread evenly over the run.
+
+    Steps in which no method can teach without labels always have labels.
+
+    Raises KDError if none of the steps would be without labels.
+    """
+    if unlabelled is None:
+        return [False] * config.steps
+    share = config.unlabelled_share
+    if share is None:
+        share = min(len(unlabelled) / (len(labelled) + len(unlabelled)), LARGEST_SHARE)
+    found, due = [], 0.0
+    for step in range(config.steps):
+        due += share
+        if without := due >= 1 and bool(distiller.active(step, labelled=False)):
+            due -= 1
+        due = min(due, 1.0)  # steps that no method could use are not made up for all at once
+        found.append(without)
+    if not any(found):
+        raise KDError(
+            f"none of the {config.steps} steps would have images without labels, with a share of {share:.3g} of the "
+            "steps: train longer, or name a larger unlabelled_share in the config"
+        )
+    return found
+
+
+def alternate(
+    without: Iterable[bool],
+    labelled: Iterator[tuple[list[Tensor], list[Target]]],
+    unlabelled: Iterator[tuple[list[Tensor], list[Target]]],
+) -> Iterator[tuple[list[Tensor], list[Target] | None]]:
+    """Yield a batch for each step: in the steps `without` labels one of `unlabelled`, with None for its targets."""
+    for none in without:
+        images, targets = next(unlabelled if none else labelled)
+        yield images, None if none else targets
