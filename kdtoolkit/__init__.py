@@ -14,6 +14,7 @@ __all__ = [
     "adapt",
     "distill",
     "evaluate",
+    "export",
     "predict",
     "pseudo_label",
     "train",
@@ -22,6 +23,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from kdtoolkit.deploy import export
     from kdtoolkit.distiller import Distiller, Losses
     from kdtoolkit.libraries import adapt
     from kdtoolkit.workflow.calls import distill, train
@@ -36,6 +38,7 @@ else:
         "adapt": "kdtoolkit.libraries",
         "distill": "kdtoolkit.workflow.calls",
         "evaluate": "kdtoolkit.workflow.evaluate",
+        "export": "kdtoolkit.deploy",
         "predict": "kdtoolkit.workflow.predict",
         "pseudo_label": "kdtoolkit.workflow.pseudo_label",
         "train": "kdtoolkit.workflow.calls",

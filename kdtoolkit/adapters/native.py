@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,8 +26,9 @@ from kdtoolkit.contract import (
     keep_states,
 )
 from kdtoolkit.detectors import ATSS, FCOS, GFL, RetinaNet
-from kdtoolkit.detectors.dense import DenseDetector
+from kdtoolkit.detectors.dense import MAX_CANDIDATES, PADDING, DenseDetector
 from kdtoolkit.errors import KDError
+from kdtoolkit.graph import Detected, at_least_the_best, best, clip_to, pad, suppress
 from kdtoolkit.options import did_you_mean
 
 
@@ -120,6 +122,35 @@ class DenseAdapter(DetectorAdapter):
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """Run the detector's own post-processing."""
         return self.model.postprocess(trace.predictions, batch)
+
+    def graph(self) -> nn.Module:
+        """The detector with its own post-processing."""
+        return _Graph(self)
+
+
+class _Graph(nn.Module):
+    """`DenseDetector.forward` on a batch of images of one size, by tensors alone."""
+
+    def __init__(self, adapter: DenseAdapter) -> None:
+        super().__init__()
+        self.model = adapter.model
+        self._adapter = adapter
+
+    def forward(self, images: Tensor) -> Detected:
+        model, (height, width) = self.model, images.shape[-2:]
+        canvas = pad((images - model.image_mean) / model.image_std, PADDING, False, 0.0)
+        batch = Batch(canvas, ((height, width),), (), ())
+        predictions = self._adapter.head(self._adapter.features(batch), batch, stages=()).predictions
+        boxes = clip_to(predictions.boxes, height, width)
+        scores = predictions.probabilities
+        scores = scores * (scores > model.score_threshold)
+        levels = torch.split(scores, list(predictions.priors.per_level), 1)
+        scores = torch.cat([at_least_the_best(x.flatten(1), MAX_CANDIDATES).view_as(x) for x in levels], 1)
+        if predictions.quality is not None:
+            scores = scores * predictions.quality.sigmoid()[..., None]
+        scores = scores * ((boxes[..., 2:] - boxes[..., :2]) > 0).all(-1, keepdim=True)
+        kept = suppress(boxes, scores.transpose(1, 2), model.nms_iou, model.detections_per_image)
+        return best(boxes, kept.transpose(1, 2), model.detections_per_image)
 
 
 def _tiny(kind: Callable[..., DenseDetector], num_classes: int) -> DenseDetector:

@@ -62,6 +62,7 @@ from kdtoolkit.detectors.assign import pad_targets
 from kdtoolkit.detectors.towers import flatten, walk_towers
 from kdtoolkit.errors import KDError
 from kdtoolkit.files import write_atomic
+from kdtoolkit.graph import Detected, best, clip_to, pad, suppress
 from kdtoolkit.options import did_you_mean
 
 # The library is untyped.
@@ -121,6 +122,16 @@ class UltralyticsAdapter(DetectorAdapter):
         return {"cls": self._head.cv3, "reg": self._head.cv2}
 
     @property
+    def padding(self) -> int:
+        """Canvases are padded to multiples of it, in pixels."""
+        return int(max(32, *self._strides))
+
+    @property
+    def is_end_to_end(self) -> bool:
+        """Whether the one-to-one towers detect, without NMS."""
+        return bool(self._head.end2end)
+
+    @property
     def _is_double(self) -> bool:
         return getattr(self._head, "one2one_cv2", None) is not None
 
@@ -171,8 +182,7 @@ class UltralyticsAdapter(DetectorAdapter):
 
         The library puts images in the middle of the canvas; here they lie at its top left.
         """
-        multiple = max(32, *self._strides)
-        layout = Layout.padded(images, multiple) if like is None else Layout.of(like, multiple)
+        layout = Layout.padded(images, self.padding) if like is None else Layout.of(like, self.padding)
         return lay_out(images, targets, layout, fill=GREY)
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -209,6 +219,10 @@ class UltralyticsAdapter(DetectorAdapter):
         points, strides = _tal.make_anchors(_as_maps(grid, logits), self._strides)
         priors = Priors((points * strides).repeat(1, 2), strides[:, 0], grid)
         return Predictions(logits, regression, priors, _decode)
+
+    def detecting(self, trace: HeadTrace) -> Predictions:
+        """The predictions that detections come from: of the one-to-one towers if the model is end-to-end."""
+        return self._one_to_one(trace) if self.is_end_to_end else trace.predictions
 
     def _one_to_one(self, trace: HeadTrace) -> Predictions:
         """The predictions of the one-to-one towers for the trace's features."""
@@ -300,8 +314,7 @@ class UltralyticsAdapter(DetectorAdapter):
 
         Here NMS has no time limit. The library's own NMS gives up on the remaining images after some seconds.
         """
-        end_to_end = self._head.end2end
-        predictions = self._one_to_one(trace) if end_to_end else trace.predictions
+        end_to_end, predictions = self.is_end_to_end, self.detecting(trace)
         corners = _corners(predictions.regression, predictions.priors)
         if end_to_end:
             found = self._head.postprocess(torch.cat([corners, predictions.probabilities], -1))
@@ -320,6 +333,32 @@ class UltralyticsAdapter(DetectorAdapter):
             {"boxes": _ops.clip_boxes(each[:, :4], size), "scores": each[:, 4], "labels": each[:, 5].long()}
             for each, size in zip(kept, batch.original_sizes, strict=True)
         ]
+
+    def graph(self) -> nn.Module:
+        """The detector with the library's post-processing, as `detections` has it."""
+        return _Graph(self)
+
+
+class _Graph(nn.Module):
+    """The detector on a batch of images of one size, by tensors alone."""
+
+    def __init__(self, adapter: UltralyticsAdapter) -> None:
+        super().__init__()
+        self.model = adapter.model
+        self._adapter = adapter
+
+    def forward(self, images: Tensor) -> Detected:
+        adapter, (height, width) = self._adapter, images.shape[-2:]
+        batch = Batch(pad(images, adapter.padding, False, GREY), (), (), ())
+        trace = adapter.head(adapter.features(batch), batch, stages=())
+        predictions = adapter.detecting(trace)
+        boxes = _corners(predictions.regression, predictions.priors)
+        scores = predictions.probabilities
+        scores = scores * (scores > SCORE_THRESHOLD)
+        if not adapter.is_end_to_end:
+            scores = suppress(boxes, scores.transpose(1, 2), NMS_IOU, DETECTIONS_PER_IMAGE).transpose(1, 2)
+        boxes, scores, labels = best(boxes, scores, DETECTIONS_PER_IMAGE)
+        return clip_to(boxes, height, width), scores, labels
 
 
 class _Kept:

@@ -226,6 +226,7 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
                 f"{opened.weights} is for the classes of the data already, so the teacher is not trained: delete its "
                 "`train`"
             )
+        class_map = shared_classes(suite.teacher, opened, names, suite.class_map)
         teacher = opened.model
         where = "student"
         student = build_detector(suite.student, names, 0).model
@@ -236,7 +237,6 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
                 raise KDError(
                     f"model {getattr(suite, where).model!r} has {known} classes, and the data has {num_classes}"
                 )
-        class_map = shared_classes(suite.teacher, opened, names, suite.class_map)
         if suite.init is not None:
             where = "init"
             inherit(student, teacher, class_map)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdtoolkit.cli import benchmark, data, detect, models, runs
+from kdtoolkit.cli import benchmark, data, detect, export, models, runs
 from kdtoolkit.cli._common import examples, help_alone
 from kdtoolkit.errors import KDError, printable
 
@@ -51,6 +51,14 @@ app.command(
     "pseudo-label",
     epilog=examples("kd pseudo-label runs/train-birds more_photos --data birds --out birds_more"),
 )(detect.pseudo_label)
+app.command(
+    "export",
+    epilog=examples(
+        "kd export runs/distill-birds --data birds",
+        "kd export best.pt --images photos --out birds.onnx --fixed --image-size 416",
+        "kd export runs/distill-birds --data birds --int8",
+    ),
+)(export.export)
 app.add_typer(benchmark.app, name="benchmark")
 app.add_typer(data.app, name="data")
 app.command("methods", epilog=examples("kd methods", "kd methods CrossKD"))(models.methods)

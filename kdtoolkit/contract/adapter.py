@@ -137,6 +137,13 @@ class DetectorAdapter(ABC):
         """Assign the batch's ground truth to the priors of `trace`."""
         raise NotImplementedError(f"{type(self).__name__} has no assign")
 
+    def graph(self) -> nn.Module:
+        """The whole detector as one module of tensors, from images to final detections: see `kdtoolkit.graph`.
+
+        `kd export` writes it. Raises KDError if there is none.
+        """
+        raise KDError(f"{type(self).__name__} has no `graph`, so its detectors cannot be exported: write one")
+
     @abstractmethod
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """Final detections by the library's own post-processing, in pixels of the original images."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, ParamSpec, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from kdtoolkit.detectors.precision import without_autocast
 from kdtoolkit.detectors.towers import flatten, walk_towers
 from kdtoolkit.errors import KDError
 
+P = ParamSpec("P")
 BACKBONE_STRIDES = (8, 16, 32)
 PADDING = 32  # images are padded to a multiple of it
 # Of each class at the start of training: otherwise the loss of the first steps is nearly all background.
@@ -366,12 +367,22 @@ def cell_priors(
         # Scaled before they are moved, as in published code: rounding decides which anchors tie for an object.
         moved = torch.stack([x, y, x, y], -1).view(-1, 1, 4) * float(stride) + shapes * stride
         boxes.append(moved.view(-1, 4))
-        cell_strides.append(torch.full((len(boxes[-1]),), float(stride)))
+        cell_strides.append(torch.full(boxes[-1].shape[:1], float(stride)))
     return Priors(torch.cat(boxes).to(device), torch.cat(cell_strides).to(device), grid)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a cached tensor made in that mode could not be trained with later
+def cached_by_grid(build: Callable[P, Priors]) -> Callable[P, Priors]:
+    """Keep the last 64 priors that `build` has made, but not while an exporter or compiler follows it."""
+    # A tensor made in inference mode could not be trained with later.
+    cached: Any = lru_cache(maxsize=64)(torch.inference_mode(False)(build))
+
+    def built(*args: P.args, **kwargs: P.kwargs) -> Priors:
+        return build(*args, **kwargs) if torch.compiler.is_compiling() else cast(Priors, cached(*args, **kwargs))
+
+    return built
+
+
+@cached_by_grid
 def square_anchors(
     grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], scale: float, device: torch.device
 ) -> Priors:

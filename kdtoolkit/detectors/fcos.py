@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -22,13 +21,12 @@ from kdtoolkit.boxes import centres, distances, elementwise_iou, from_distances
 from kdtoolkit.contract import Assignment, Batch, Predictions, PriorKind, Priors
 from kdtoolkit.detectors.assign import pad_targets
 from kdtoolkit.detectors.atss import centerness
-from kdtoolkit.detectors.dense import EPS, DenseDetector, cell_priors, select
+from kdtoolkit.detectors.dense import EPS, DenseDetector, cached_by_grid, cell_priors, select
 
 MIN_IOU = 1e-6  # below it the IoU loss grows no further
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a cached tensor made in that mode could not be trained with later
+@cached_by_grid
 def points(grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device) -> Priors:
     """Build one point per cell, at its middle."""
     return cell_priors(grid, strides, torch.full((1, 4), 0.5), device)

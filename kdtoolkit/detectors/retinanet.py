@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -22,15 +21,14 @@ from kdtoolkit.boxes import pairwise_iou
 from kdtoolkit.contract import Assignment, Batch, Predictions, Priors
 from kdtoolkit.detectors.assign import inside_padded, pad_targets
 from kdtoolkit.detectors.atss import decode_offsets
-from kdtoolkit.detectors.dense import EPS, DenseDetector, cell_priors
+from kdtoolkit.detectors.dense import EPS, DenseDetector, cached_by_grid, cell_priors
 
 ANCHOR_SCALES = tuple(4 * 2 ** (i / 3) for i in range(3))  # square root of the area, in strides
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 STDS = (1.0, 1.0, 1.0, 1.0)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a cached tensor made in that mode could not be trained with later
+@cached_by_grid
 def anchors(grid: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device) -> Priors:
     """Build nine anchors per cell, with their centre on its first pixel: for each aspect ratio the three sizes."""
     root, scales = torch.tensor(ASPECT_RATIOS).sqrt()[:, None], torch.tensor(ANCHOR_SCALES)

@@ -10,14 +10,16 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import box_iou
 
 from kdtoolkit.canvas import Layout, check_images, lay_out, round_up
-from kdtoolkit.contract import Assignment, Batch, Detections, DetectorAdapter, Priors, Target
+from kdtoolkit.contract import Assignment, Batch, Detections, DetectorAdapter, Predictions, Priors, Target
 from kdtoolkit.errors import KDError
+from kdtoolkit.graph import Detected, best, clip_to, normalised, pad, resize, suppress
 
 _PROBE = 512  # pixels: every usual stride divides it
 LIBRARY: Any = torchvision.models  # much of it is untyped
@@ -77,6 +79,11 @@ class TorchvisionAdapter(DetectorAdapter):
         strides = tuple(round(height / x.shape[-2]) for x in maps.values())
         return Levels(tuple(maps), strides, tuple(x.shape[1] for x in maps.values()))
 
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """The library's names of the feature maps."""
+        return self._levels.names
+
     def prepare(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
     ) -> Batch:
@@ -111,6 +118,21 @@ class TorchvisionAdapter(DetectorAdapter):
         """Run backbone and pyramid."""
         return tuple(_named_maps(self.model.backbone(batch.images)).values())
 
+    def canvas(self, images: Tensor) -> Batch:
+        """Prepare images (N, 3, H, W) of one size as `prepare` does, by tensors alone, for a graph.
+
+        The batch has one size, which holds for all images.
+        """
+        transform = self.model.transform
+        images = normalised(images, transform.image_mean, transform.image_std)
+        if transform.fixed_size is not None:
+            width, height = transform.fixed_size
+            images = F.interpolate(images, (height, width), mode="bilinear", align_corners=False)
+        else:
+            images = resize(images, float(transform.min_size[-1]), float(transform.max_size))
+        size = images.shape[-2], images.shape[-1]
+        return Batch(pad(images, transform.size_divisible, False, 0.0), (size,), (), ())
+
     def _targets(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Ground truth as the library counts classes."""
         return [
@@ -128,6 +150,43 @@ class TorchvisionAdapter(DetectorAdapter):
             }
             for image, size, original in zip(found, batch.sizes, batch.original_sizes, strict=True)
         ]
+
+
+class Graph(nn.Module):
+    """Base of the graphs: the detector on a batch of images of one size, by tensors alone."""
+
+    def __init__(self, adapter: TorchvisionAdapter) -> None:
+        super().__init__()
+        self.model = adapter.model
+        self.adapter = adapter
+
+    def forward(self, images: Tensor) -> Detected:
+        """Detect in images (N, 3, H, W): boxes (N, D, 4), scores (N, D) and labels (N, D)."""
+        batch = self.adapter.canvas(images)
+        boxes, scores, labels = self.detect(self.adapter.features(batch), batch)
+        (height, width), (own_height, own_width) = images.shape[-2:], batch.sizes[0]
+        x, y = width / own_width, height / own_height
+        return boxes * torch.stack([torch.scalar_tensor(each) for each in (x, y, x, y)]), scores, labels
+
+    def detect(self, features: tuple[Tensor, ...], batch: Batch) -> Detected:
+        """Run the head and the library's post-processing on the canvas."""
+        raise NotImplementedError
+
+
+class DenseGraph(Graph):
+    """The graph of a head on a grid."""
+
+    def candidates(self, probabilities: Tensor, predictions: Predictions) -> Tensor:
+        """Scores (N, A, K) of the predictions that NMS sees, and 0 elsewhere."""
+        raise NotImplementedError
+
+    def detect(self, features: tuple[Tensor, ...], batch: Batch) -> Detected:
+        """Run the head, and NMS on the candidates."""
+        model, predictions = self.model, self.adapter.head(features, batch, stages=()).predictions
+        scores = self.candidates(predictions.probabilities, predictions)
+        boxes = clip_to(predictions.boxes, *batch.sizes[0])
+        kept = suppress(boxes, scores.transpose(1, 2), model.nms_thresh, model.detections_per_img)
+        return best(boxes, kept.transpose(1, 2), model.detections_per_img)
 
 
 def _named_maps(output: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

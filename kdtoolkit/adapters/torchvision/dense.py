@@ -14,7 +14,7 @@ from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from kdtoolkit.adapters.torchvision.base import require, thresholds
+from kdtoolkit.adapters.torchvision.base import DenseGraph, require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_fcos, tiny_retinanet
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
 from kdtoolkit.adapters.torchvision.models import CoarserLevels
@@ -22,6 +22,7 @@ from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.boxes import centres
 from kdtoolkit.contract import Assignment, Batch, ClassRows, Detections, HeadTrace, Predictions, PriorKind, Priors
 from kdtoolkit.detectors.precision import without_narrow_bfloat16
+from kdtoolkit.graph import at_least_the_best
 
 
 class TwoTowersAdapter(GridAdapter):
@@ -78,6 +79,22 @@ class TwoTowersAdapter(GridAdapter):
         outputs = {name: list(torch.split(x, per_level, 1)) for name, x in self._outputs(trace.predictions).items()}
         anchors = [list(torch.split(self._anchors(priors), per_level))] * len(batch.sizes)
         return self._detections(self.model.postprocess_detections(outputs, anchors, list(batch.sizes)), batch)
+
+    def graph(self) -> nn.Module:
+        """The detector with its own post-processing."""
+        return _Graph(self)
+
+
+class _Graph(DenseGraph):
+    """The best candidates of each level go into NMS. FCOS' scores are the root of class times centerness."""
+
+    def candidates(self, probabilities: Tensor, predictions: Predictions) -> Tensor:
+        model = self.model
+        if predictions.quality is not None:
+            probabilities = (probabilities * predictions.quality.sigmoid()[..., None]).sqrt()
+        scores = probabilities * (probabilities > model.score_thresh)
+        levels = torch.split(scores, list(predictions.priors.per_level), 1)
+        return torch.cat([at_least_the_best(x.flatten(1), model.topk_candidates).view_as(x) for x in levels], 1)
 
 
 class RetinaNetAdapter(TwoTowersAdapter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead
 
 from kdtoolkit import processes
-from kdtoolkit.adapters.torchvision.base import TorchvisionAdapter, each_image, require, thresholds
+from kdtoolkit.adapters.torchvision.base import Graph, TorchvisionAdapter, each_image, require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_fasterrcnn, tiny_fasterrcnn_v2, tiny_maskrcnn
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
 from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
@@ -37,6 +38,10 @@ from kdtoolkit.contract import (
 )
 from kdtoolkit.detectors.towers import walk_towers
 from kdtoolkit.errors import KDError
+from kdtoolkit.graph import Detected, at_least_the_best, best, clip_to, pool, suppress
+
+MIN_SIDE = 1e-2  # of detected boxes, in pixels; the library has no name for it
+LEVEL_EPS = 1e-6  # of the library's rule that chooses a proposal's level
 
 
 class RPNAdapter(GridAdapter):
@@ -353,6 +358,71 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         )
         images = [dict(zip(("boxes", "scores", "labels"), image, strict=True)) for image in zip(*found, strict=True)]
         return self._detections(images, batch)
+
+    def graph(self) -> nn.Module:
+        """The detector of boxes with its own post-processing."""
+        return _Graph(self, self._rpn)
+
+
+class _Graph(Graph):
+    """Both stages. Each image has the largest number of proposals; those that only fill gaps have no score."""
+
+    def __init__(self, adapter: FasterRCNNAdapter, rpn: RPNAdapter) -> None:
+        super().__init__(adapter)
+        self._rpn = rpn
+        pooled = self.model.roi_heads.box_roi_pool.featmap_names
+        levels = zip(adapter.level_names, adapter.spec.strides, strict=True)
+        self._strides = [stride for name, stride in levels if name in pooled]
+
+    def detect(self, features: tuple[Tensor, ...], batch: Batch) -> Detected:
+        model = self.model.roi_heads
+        (height, width), classes = batch.sizes[0], self.adapter.spec.num_classes
+        proposals, real = self._proposals(features, batch)
+        count = proposals.shape[1]
+        logits, offsets = model.box_predictor(model.box_head(self._pooled(features, proposals)))
+        boxes = model.box_coder.decode_single(offsets, proposals.flatten(0, 1)).view(-1, count, classes + 1, 4)
+        boxes = clip_to(boxes[:, :, 1:], height, width)
+        scores = logits.softmax(-1)[:, 1:].view(-1, count, classes)
+        solid = ((boxes[..., 2:] - boxes[..., :2]) >= MIN_SIDE).all(-1)
+        scores = scores * ((scores > model.score_thresh) & solid & real[..., None])
+        limit = model.detections_per_img
+        # Each class has its own boxes, so each is an image of its own to NMS.
+        by_class = boxes.transpose(1, 2).flatten(0, 1), scores.transpose(1, 2).reshape(-1, 1, count)
+        kept = suppress(*by_class, model.nms_thresh, limit).view(-1, classes, count)
+        return best(boxes, kept.transpose(1, 2), limit)
+
+    def _proposals(self, features: tuple[Tensor, ...], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Proposals (N, P, 4), and which of them are real (N, P)."""
+        rpn = self.model.rpn
+        predictions = self._rpn.head(features, batch, stages=()).predictions
+        boxes = clip_to(predictions.boxes, *batch.sizes[0])
+        sizes = list(predictions.priors.per_level)
+        before, after = rpn.pre_nms_top_n(), rpn.post_nms_top_n()
+        scores = predictions.logits.flatten(1).sigmoid()
+        scores = torch.cat([at_least_the_best(level, before) for level in torch.split(scores, sizes, 1)], 1)
+        solid = ((boxes[..., 2:] - boxes[..., :2]) >= rpn.min_size).all(-1)
+        scores = scores * ((scores >= rpn.score_thresh) & solid)
+        kept = torch.cat(
+            [
+                suppress(own, each[:, None], rpn.nms_thresh, after)[:, 0]
+                for own, each in zip(torch.split(boxes, sizes, 1), torch.split(scores, sizes, 1), strict=True)
+            ],
+            1,
+        )
+        chosen, scores, _ = best(boxes, kept[..., None], after)
+        return chosen, scores > 0
+
+    def _pooled(self, features: tuple[Tensor, ...], proposals: Tensor) -> Tensor:
+        """What the box head takes for each proposal (N * P, C, H, W)."""
+        pooler = self.model.roi_heads.box_roi_pool
+        maps = [x for x, name in zip(features, self.adapter.level_names, strict=True) if name in pooler.featmap_names]
+        scales = [1 / stride for stride in self._strides]
+        finest, coarsest = (int(math.log2(stride)) for stride in (self._strides[0], self._strides[-1]))
+        areas = (proposals[..., 2] - proposals[..., 0]) * (proposals[..., 3] - proposals[..., 1])
+        sides = areas.sqrt() / pooler.canonical_scale
+        levels = (pooler.canonical_level + sides.log2() + LEVEL_EPS).floor().clamp(finest, coarsest) - finest
+        pooled: Tensor = pool(maps, proposals, levels.long(), scales, list(pooler.output_size), pooler.sampling_ratio)
+        return pooled
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
-from kdtoolkit.adapters.torchvision.base import each_image, require, thresholds
+from kdtoolkit.adapters.torchvision.base import DenseGraph, each_image, require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_ssd
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
 from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.canvas import Layout
 from kdtoolkit.contract import Assignment, Batch, ClassRows, Detections, HeadTrace, Predictions, Priors
+from kdtoolkit.graph import at_least_the_best
 
 
 class SSDAdapter(GridAdapter):
@@ -110,6 +111,18 @@ class SSDAdapter(GridAdapter):
         anchors = each_image(trace.predictions.priors, batch)
         found = self.model.postprocess_detections(self._outputs(trace), anchors, list(batch.sizes))
         return self._detections(found, batch)
+
+    def graph(self) -> nn.Module:
+        """The detector with its own post-processing."""
+        return _Graph(self)
+
+
+class _Graph(DenseGraph):
+    """The best candidates of each class go into NMS."""
+
+    def candidates(self, probabilities: Tensor, predictions: Predictions) -> Tensor:
+        scores = probabilities * (probabilities > self.model.score_thresh)
+        return at_least_the_best(scores.transpose(1, 2), self.model.topk_candidates).transpose(1, 2)
 
 
 def _last(tower: nn.Module) -> nn.Module:

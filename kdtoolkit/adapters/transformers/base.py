@@ -8,6 +8,7 @@ Private name used: `TimmBackbone._backbone`, for its strides.
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from kdtoolkit.contract import (
     Target,
 )
 from kdtoolkit.errors import KDError
+from kdtoolkit.graph import Detected, best, best_first, normalised, pad
 
 BRANCH = "decoder"
 # The library's names of what predicts classes.
@@ -85,6 +87,7 @@ class TransformersAdapter(DetectorAdapter):
     default_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
     # Whether the model masks padding. Then boxes are relative to each image's content, else to the canvas.
     masked: ClassVar[bool] = True
+    square: ClassVar[bool] = False  # whether canvases are padded to squares
     activation: ClassVar[Literal["sigmoid", "softmax"]] = "sigmoid"
     # The library's image processor, used for its postprocessing only.
     processor: ClassVar[type[Any]]
@@ -342,6 +345,46 @@ class TransformersAdapter(DetectorAdapter):
             Detections(boxes=result["boxes"][order], scores=result["scores"][order], labels=result["labels"][order])
             for result, order in zip(found, orders, strict=True)
         ]
+
+    def graph(self) -> nn.Module:
+        """The library's own forward, with its post-processing."""
+        return _Graph(self)
+
+
+class _Graph(nn.Module):
+    """The library's own forward on a batch of images of one size, by tensors alone."""
+
+    def __init__(self, adapter: TransformersAdapter) -> None:
+        super().__init__()
+        self.model = adapter.model
+        self._adapter = adapter
+        parameters = inspect.signature(adapter.processor.post_process_object_detection).parameters
+        self._top = parameters["top_k"].default if "top_k" in parameters else None
+
+    def forward(self, images: Tensor) -> Detected:
+        adapter, (height, width) = self._adapter, images.shape[-2:]
+        resized = images if adapter.processing is None else adapter.processing.on_batch(images)
+        own_height, own_width = resized.shape[-2:]
+        normal = normalised(resized, adapter.image_mean, adapter.image_std)
+        canvas = pad(normal, adapter.size_divisor, adapter.square, 0.0)
+        mask = pad(torch.ones_like(resized[:, :1]), adapter.size_divisor, adapter.square, 0.0)[:, 0]
+        outputs = self.model(pixel_values=canvas, pixel_mask=mask.long() if adapter.masked else None)
+        across, down = width, height
+        if not adapter.masked:  # then boxes are relative to the canvas, which reaches over more than the images
+            across, down = width * canvas.shape[-1] / own_width, height * canvas.shape[-2] / own_height
+        x1, y1, x2, y2 = box_convert(outputs.pred_boxes, "cxcywh", "xyxy").unbind(-1)
+        boxes = torch.stack([x1 * across, y1 * down, x2 * across, y2 * down], -1)
+        if adapter.activation == "softmax":  # a detection for each query, of its best class
+            scores = outputs.logits.softmax(-1)[..., :-1]
+            scores = scores * (scores == scores.amax(-1, keepdim=True))
+        else:
+            scores = outputs.logits.sigmoid()
+        count = min(self._top or boxes.shape[1], scores.shape[1] * scores.shape[2])
+        boxes, scores, labels = best(boxes, scores, count)
+        if not adapter.masked:  # as `detections`: no boxes whose centre lies in padding
+            inside = (boxes[..., 0] + boxes[..., 2] <= 2 * width) & (boxes[..., 1] + boxes[..., 3] <= 2 * height)
+            boxes, scores, labels = best_first(boxes, scores * inside, labels)
+        return boxes, scores, labels
 
 
 def pixel_mask(batch: Batch) -> Tensor:

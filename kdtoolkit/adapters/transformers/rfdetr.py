@@ -212,6 +212,7 @@ class RfDetrAdapter(LwDetrAdapter):
     processor: ClassVar[type[Any]] = RfDetrImageProcessor
     kind: ClassVar[type[nn.Module]] = RfDetrForObjectDetection
     family: ClassVar[str] = "RF-DETR"
+    square: ClassVar[bool] = True
     modeling: ClassVar[Any] = modeling_rf_detr
 
     @classmethod
