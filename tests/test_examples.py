@@ -110,6 +110,14 @@ def test_pseudo_labels(run, places, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_export(run, places, tmp_path):
+    pytest.importorskip("onnxruntime")
+    command = ["--model", places / "teacher", "--data", places / "data", "--photo", places / "photos" / "a.png"]
+    out = run("export_onnx", *command, "--out", tmp_path / "model.onnx")
+    assert out.splitlines()[0].split()[0] in COLOURS
+
+
+@pytest.mark.slow
 def test_the_trainer_of_ultralytics(run, places, tmp_path, monkeypatch):
     ultralytics = pytest.importorskip("ultralytics")
     from ultralytics.nn.tasks import yaml_model_load
