@@ -3,7 +3,8 @@
     python -m benchmarks.export.table [--real] [NAME...]
 
 Detectors have random weights. Where all class scores are alike, their layers are scaled, so that scores spread over
-(0, 1) and detections differ from each other, as those of a trained detector do. With --real: real sizes, instead of tiny examples.
+(0, 1) and detections differ from each other, as those of a trained detector do. With --real: real sizes, instead of
+tiny examples.
 """
 
 from __future__ import annotations
