@@ -2,8 +2,9 @@
 
     python -m benchmarks.export.table [--real] [NAME...]
 
-Detectors have random weights. The layers of their class scores are scaled, so that scores spread over (0, 1) and
-detections differ from each other as those of a trained detector do. With --real: real sizes, instead of tiny examples.
+Detectors have random weights. Where all class scores are alike, their layers are scaled, so that scores spread over
+(0, 1) and detections differ from each other, as those of a trained detector do. With --real: real sizes, instead of
+tiny examples.
 """
 
 from __future__ import annotations
@@ -57,13 +58,8 @@ def score_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def enliven(model: nn.Module, size: int) -> DetectorAdapter:
-    """Scale the class scores of a detector, and let batch norms see an image."""
-    model.train()
-    adapter = adapt(model)
-    for _ in range(3):
-        batch = adapter.prepare([torch.rand(3, size, size), torch.rand(3, size, size)])
-        adapter.features(batch)
-    model.eval()
+    """Scale the class scores of a detector whose scores are all alike."""
+    adapter = adapt(model.eval())
     spreads: list[tuple[nn.Module, float, float]] = []
 
     def look(module: nn.Module, args: object, output: torch.Tensor) -> None:
@@ -78,6 +74,8 @@ def enliven(model: nn.Module, size: int) -> DetectorAdapter:
         stds = [std for module, std, _ in spreads if module is layer]
         means = [mean for module, _, mean in spreads if module is layer]
         factor = 1.5 / max(1e-6, sum(stds) / len(stds))
+        if factor < 3:
+            continue
         layer.weight.mul_(factor)
         if layer.bias is not None:
             layer.bias.sub_(sum(means) / len(means)).mul_(factor).sub_(1.0)

@@ -150,7 +150,8 @@ def table(args: argparse.Namespace) -> str:
             f"{mean.mean:.1f}",
             "-" if row in (TEACHER, PLAIN) else compared(aps[row], aps[PLAIN]),
             "-" if row not in METHODS else compared(aps[row], aps[OWN]),
-            f"{sum(each['seconds'] for each in runs.values()) / len(runs) / 60:.1f}",
+            # The teacher may have been stopped and continued, and only its last part is timed.
+            "-" if row == TEACHER else f"{sum(each['seconds'] for each in runs.values()) / len(runs) / 60:.1f}",
             "; ".join(falls(runs)),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -92,7 +92,7 @@ class Exported:
 def export(
     model: str | Path | Detector,
     *,
-    format: Literal["onnx"] = "onnx",
+    format: str = "onnx",
     out: str | Path | None = None,
     data: str | Path | None = None,
     split: str = "val",
@@ -249,10 +249,8 @@ def _images(dataset: DetectionDataset | None, place: str | Path | None, size: in
     drawn = [F.interpolate(shapes[i][0][None].float() / 255, (size, size), mode="bilinear")[0] for i in range(half)]
     noise = torch.rand(half, 3, size, size, generator=torch.Generator().manual_seed(0))
     # With noise on them too: places that look alike have equal scores, among which rounding chooses.
-    return [
-        *(0.8 * each + 0.2 * noise[0] for each in drawn),
-        *noise,
-    ], f"{CHECKED_IMAGES} generated images, because none were named: drawn shapes and noise"
+    shown = [*(0.8 * each + 0.2 * noise[0] for each in drawn), *noise]
+    return shown, f"{CHECKED_IMAGES} generated images, because none were named: drawn shapes and noise"
 
 
 T = TypeVar("T")

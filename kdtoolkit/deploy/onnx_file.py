@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -78,6 +78,7 @@ def write(
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
+            _check_free(program, dims)
             written: Any = torch.onnx.export(
                 program,
                 (images,),
@@ -88,6 +89,8 @@ def write(
                 opset_version=opset,
                 verbose=False,
             )
+    except KDError:
+        raise
     except Exception as error:  # torch's exporter has many kinds, and models raise their own
         raise KDError(_reason(error)) from error
     model = written.model
@@ -96,6 +99,18 @@ def write(
     model.producer_name, model.producer_version = "kdtoolkit", about["kdtoolkit"]
     _name_dimensions(model, freedom)
     written.save(file, external_data=False)
+
+
+def _check_free(program: torch.export.ExportedProgram, dims: Mapping[int, Any]) -> None:
+    """Raise KDError if torch.export has fixed a dimension that shall be free."""
+    (images,) = (node for node in program.graph.nodes if node.name == INPUT)
+    shape = images.meta["val"].shape
+    for axis in dims:
+        size = shape[axis]
+        bounds = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
+        if isinstance(size, int) or (bounds is not None and bounds.lower == bounds.upper):
+            what = ("the batch size", "", "the image height", "the image width")[axis]
+            raise KDError(f"its code fixes {what} while torch.export follows it")
 
 
 def _name_dimensions(model: Any, freedom: Freedom) -> None:

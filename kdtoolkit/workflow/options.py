@@ -25,14 +25,20 @@ class RunOptions(Section):
     command: ClassVar[str]
 
     data: Path = Field(description="the images: a folder in COCO, YOLO or Pascal VOC format, or a YOLO YAML file")
-    out: Path | None = Field(None, description="the run's folder; default: runs/COMMAND-DATA")
-    image_size: int | None = Field(None, ge=32, description="longest side of the images in pixels")
-    epochs: float | None = Field(None, gt=0, description="how often each image is shown")
+    out: Path | None = Field(None, description="the run's folder; default: runs/train-DATA or runs/distill-DATA")
+    image_size: int | None = Field(
+        None,
+        ge=32,
+        description="longest side of the images in pixels; default: that of the teacher or of the weights, or 640",
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="how often each image is shown; default: by the number of images and the weights"
+    )
     steps: int | None = Field(None, gt=0, description="optimiser steps, instead of epochs")
     batch_size: int | None = Field(
         None, gt=0, description="images a step; default: as many as the memory takes, up to 16"
     )
-    lr: float | None = Field(None, gt=0, description="peak learning rate")
+    lr: float | None = Field(None, gt=0, description="peak learning rate; default: by the weights and the library")
     seed: int = Field(0, ge=0, description="decides all that is random")
     device: str = Field("auto", description="where to train: auto (a GPU if there is one), cpu, cuda or cuda:1")
     skip_bad: bool = Field(False, description="leave bad images and annotations out, instead of stopping")

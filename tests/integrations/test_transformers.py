@@ -1,6 +1,8 @@
 import copy
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +166,27 @@ def test_the_students_folder_opens_without_kdtoolkit(tmp_path, data, processor):
         [sys.executable, "-c", PLAIN, str(tmp_path / "student")], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == str(sum(p.numel() for p in run.model.student.parameters()))
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_student(tmp_path, data, boxes, pictures):
+    torch.save(boxes, tmp_path / "boxes.pt")
+    torch.save([torch.from_numpy(picture) for picture in pictures], tmp_path / "pictures.pt")
+    script = Path(__file__).with_name("_two_trainers.py")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, *command],
+        check=True,
+        capture_output=True,
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    names = [name for name, value in first.items() if isinstance(value, torch.Tensor) and "running" not in name]
+    assert any(name.startswith("methods.") for name in names)
+    assert all(torch.equal(first[name], second[name]) for name in names)
+    assert (tmp_path / "checkpoint-2" / "methods.safetensors").is_file()
 
 
 def test_evaluation_runs_the_plain_student_and_the_best_is_loaded(tmp_path, data, processor):

@@ -84,6 +84,21 @@ def test_a_finished_run_is_shown_again(distilled, teacher, shapes, monkeypatch, 
     assert distil(teacher, shapes, distilled.folder, batch_size=None, method="auto", image_size=64) == distilled
 
 
+def test_the_comparison_may_be_asked_for_later(distilled, teacher, shapes, tmp_path, monkeypatch):
+    out = tmp_path / "later"
+    report = distil(teacher, shapes, out)
+    assert report.baseline is None
+    trained = []
+    monkeypatch.setattr(
+        runs, "train", lambda *args, **rest: trained.append(rest["folder"].path) or loop.train(*args, **rest)
+    )
+    later = distil(teacher, shapes, out, compare_baseline=True)
+    assert trained == [out / "baseline"]
+    assert later.student == report.student
+    assert later.baseline.evaluation == distilled.baseline.evaluation
+    assert distil(teacher, shapes, out) == later  # it stays
+
+
 def test_a_run_of_different_options_is_refused(distilled, teacher, shapes):
     for changes, part in (
         ({"lr": 1e-4}, "lr: 0."),

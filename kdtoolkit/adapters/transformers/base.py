@@ -347,10 +347,7 @@ class TransformersAdapter(DetectorAdapter):
         ]
 
     def graph(self) -> nn.Module:
-        """The library's own forward, with its post-processing.
-
-        Raises KDError if the model's image processor resizes images.
-        """
+        """The library's own forward, with its post-processing."""
         return _Graph(self)
 
 
@@ -366,11 +363,15 @@ class _Graph(nn.Module):
 
     def forward(self, images: Tensor) -> Detected:
         adapter, (height, width) = self._adapter, images.shape[-2:]
-        normal = normalised(images, adapter.image_mean, adapter.image_std)
+        resized = images if adapter.processing is None else adapter.processing.on_batch(images)
+        own_height, own_width = resized.shape[-2:]
+        normal = normalised(resized, adapter.image_mean, adapter.image_std)
         canvas = pad(normal, adapter.size_divisor, adapter.square, 0.0)
-        mask = pad(torch.ones_like(images[:, :1]), adapter.size_divisor, adapter.square, 0.0)[:, 0]
+        mask = pad(torch.ones_like(resized[:, :1]), adapter.size_divisor, adapter.square, 0.0)[:, 0]
         outputs = self.model(pixel_values=canvas, pixel_mask=mask.long() if adapter.masked else None)
-        across, down = (width, height) if adapter.masked else (canvas.shape[-1], canvas.shape[-2])
+        across, down = width, height
+        if not adapter.masked:  # then boxes are relative to the canvas, which reaches over more than the images
+            across, down = width * canvas.shape[-1] / own_width, height * canvas.shape[-2] / own_height
         x1, y1, x2, y2 = box_convert(outputs.pred_boxes, "cxcywh", "xyxy").unbind(-1)
         boxes = torch.stack([x1 * across, y1 * down, x2 * across, y2 * down], -1)
         if adapter.activation == "softmax":  # a detection for each query, of its best class

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
@@ -13,6 +14,7 @@ from kdtoolkit.canvas import scaled
 from kdtoolkit.contract import Target
 from kdtoolkit.errors import KDError
 
+_BICUBIC = 3  # of Pillow
 FILE = "preprocessor_config.json"
 
 
@@ -26,6 +28,16 @@ class Processing:
         normalised = bool(processor.do_normalize)
         self.mean = tuple(x / factor for x in _three(processor.image_mean if normalised else 0.0))
         self.std = tuple(x / factor for x in _three(processor.image_std if normalised else 1.0))
+
+    def on_batch(self, images: Tensor) -> Tensor:
+        """Resize images (N, 3, H, W) of one size as `resized` does, by a function that exporters can follow."""
+        processor = self.processor
+        if not processor.do_resize:
+            return images
+        one = images.new_empty(3, int(images.shape[-2]), int(images.shape[-1]))
+        size = processor.resize(one, size=processor.size, resample=processor.resample).shape[-2:]
+        mode = "bicubic" if int(processor.resample) == _BICUBIC else "bilinear"
+        return F.interpolate(images, size, mode=mode, align_corners=False, antialias=True)
 
     def resized(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None
