@@ -59,7 +59,11 @@ class ClassMap:
 
     @classmethod
     def by_name(
-        cls, student: Sequence[str], teacher: Sequence[str], given: Mapping[str, str] | None = None
+        cls,
+        student: Sequence[str],
+        teacher: Sequence[str],
+        given: Mapping[str, str] | None = None,
+        roles: tuple[str, str] = ("student", "teacher"),
     ) -> ClassMap:
         """Pair the classes that have the same name, without regard to case, spaces, `-` and `_`.
 
@@ -67,17 +71,18 @@ class ClassMap:
             student: the student's class names, label 0 first.
             teacher: the teacher's class names, label 0 first.
             given: the teacher's name for a class of the student, where the names differ: {"parrot": "bird"}.
+            roles: what errors call the two, if they are not student and teacher.
 
         Raises:
             KDError: a name in `given` is not in its list, a list has a name twice, two classes of the student would be
                 one class of the teacher, or no class is shared.
         """
-        ours, theirs = _by_plain_name(student, "student"), _by_plain_name(teacher, "teacher")
+        ours, theirs = _by_plain_name(student, roles[0]), _by_plain_name(teacher, roles[1])
         given = given or {}
         pairs = {name: name for name in ours if name in theirs}
         for own, its in given.items():
-            for role, name, names in (("student", own, student), ("teacher", its, teacher)):
-                if _plain(name) not in (ours if role == "student" else theirs):
+            for role, name, names, known in zip(roles, (own, its), (student, teacher), (ours, theirs), strict=True):
+                if _plain(name) not in known:
                     raise KDError(
                         f"the class map says {own!r}: {its!r}, and the {role} has no class {name!r}"
                         f"{did_you_mean(name, names)}: it has {_listed(names)}"
@@ -87,14 +92,15 @@ class ClassMap:
         for own, its in pairs.items():
             if its in taken:
                 raise KDError(
-                    f"the student's classes {student[ours[taken[its]]]!r} and {student[ours[own]]!r} would both be the "
-                    f"teacher's {teacher[theirs[its]]!r}: give the student one class for both, or map only one of them"
+                    f"the {roles[0]}'s classes {student[ours[taken[its]]]!r} and {student[ours[own]]!r} would both be "
+                    f"the {roles[1]}'s {teacher[theirs[its]]!r}: give the {roles[0]} one class for both, or map only "
+                    "one of them"
                 )
             taken[its] = own
         if not pairs:
             likely = [f"{name!r}{hint}" for name in student if (hint := did_you_mean(name, teacher))]
             raise KDError(
-                f"student and teacher share no class: the student has {_listed(student)}; the teacher has "
+                f"{roles[0]} and {roles[1]} share no class: the {roles[0]} has {_listed(student)}; the {roles[1]} has "
                 f"{_listed(teacher)}. Write which are the same, as in class_map {{{_example(student)}: "
                 f"{_example(teacher)}}}" + (f". Similar are {', '.join(likely[:3])}" if likely else "")
             )
@@ -106,15 +112,18 @@ class ClassMap:
         every = tuple(range(student_classes))
         return student_classes == teacher_classes and self.student == self.teacher and sorted(self.student) == [*every]
 
-    def describe(self, student_names: Sequence[str], teacher_names: Sequence[str]) -> str:
-        """What is shared, what has a different name in the teacher, and what is left out, in sentences."""
+    def describe(self, student_names: Sequence[str], teacher_names: Sequence[str], teacher: str = "teacher") -> str:
+        """What is shared, what has a different name in the teacher, and what is left out, in sentences.
+
+        `teacher`: what the text calls it, if it is no teacher.
+        """
         pairs = [(student_names[s], teacher_names[t]) for s, t in zip(self.student, self.teacher, strict=True)]
-        shared = [own if own == its else f"{own} (the teacher's {its})" for own, its in pairs]
+        shared = [own if own == its else f"{own} (the {teacher}'s {its})" for own, its in pairs]
         text = f"shared classes: {_listed(shared)}"
         if own := [name for label, name in enumerate(student_names) if label not in self.student]:
-            text += f"; the teacher says nothing about {_listed(own)}"
+            text += f"; the {teacher} says nothing about {_listed(own)}"
         if others := [name for label, name in enumerate(teacher_names) if label not in self.teacher]:
-            text += f"; {len(others)} of the teacher's classes are left out ({_listed(others)})"
+            text += f"; {len(others)} of the {teacher}'s classes are left out ({_listed(others)})"
         return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Self, cast
@@ -235,15 +236,14 @@ class Distiller(nn.Module):
     def _with_detections(self, teacher_view: View, batch: Batch) -> tuple[View, Batch]:
         """The teacher's view and the student's batch, with the teacher's detections in the place of objects."""
         student, teacher = self.seen
-        trace, seen = teacher_view.head, teacher_view.batch
-        found = zip(teacher.detections(trace, seen), seen.original_sizes, strict=True)
+        view = copy.copy(teacher_view)
+        found = zip(teacher.detections(view.head, view.batch), view.batch.original_sizes, strict=True)
         objects = [_as_objects(each, size, self.score) for each, size in found]
         if teacher.spec.num_classes != student.spec.num_classes:  # as in `teacher_batch`
             objects = [Target(boxes=each["boxes"], labels=torch.zeros_like(each["labels"])) for each in objects]
-        seen = with_objects(teacher, seen, objects)
+        view.batch = with_objects(teacher, view.batch, objects)
         if self._shared is not None:
             objects = self._shared[0].own_objects(objects)
-        view = View(teacher, seen, teacher_view.maps, trace, frozen=True, scale=self.teacher_scale)
         return view, with_objects(self.student_adapter, batch, objects)
 
     @property

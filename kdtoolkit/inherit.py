@@ -8,7 +8,7 @@ teacher's features only, so the backbone is taken with them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,14 +35,23 @@ class Inherited:
 
     def describe(self) -> str:
         """What was taken and what stayed, by parts of the model, in one sentence."""
-        taken = _parts(self.taken)
-        whole = taken.keys() - _parts(tuple(self.left)).keys()
-        told = [f"{part} ({count}{' tensors, all' if part in whole else ' tensors'})" for part, count in taken.items()]
         reasons = Counter(self.left.values())
         stayed = "; ".join(f"{count} because {reason}" for reason, count in reasons.most_common())
-        return f"the student starts from the teacher's weights in {', '.join(told)}" + (
+        return f"the student starts from the teacher's weights in {', '.join(self._parts())}" + (
             f"; of its other tensors {stayed}" if stayed else ""
         )
+
+    def _parts(self) -> list[str]:
+        """The modules that took values. A module whose tensors all did is named by its first name alone."""
+        told = []
+        for top, names in _grouped((*self.taken, *self.left), 1).items():
+            if not set(names) & self.left.keys():
+                told.append(top)
+                continue
+            for part, own in _grouped(names, 2).items():
+                if taken := len(set(own) - self.left.keys()):
+                    told.append(part if taken == len(own) else f"{part} ({taken} of {len(own)} tensors)")
+        return told
 
 
 @torch.no_grad()
@@ -139,6 +148,10 @@ def _take_rows(own: Tensor, other: Tensor, rows: ClassRows, class_map: ClassMap)
         own[:, -rows.after :] = other[:, -rows.after :]
 
 
-def _parts(names: Sequence[str]) -> dict[str, int]:
-    """How many of the names are in each part of a model: its modules two levels down."""
-    return dict(Counter(".".join(name.split(".")[:-1][:2]) or name for name in names))
+def _grouped(names: Iterable[str], levels: int) -> dict[str, list[str]]:
+    """Names of tensors by the first `levels` names of their modules."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        *modules, last = name.split(".")
+        groups.setdefault(".".join(modules[:levels]) or last, []).append(name)
+    return groups

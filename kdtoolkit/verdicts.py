@@ -90,7 +90,7 @@ def _equal_bins(ours: DetectorSpec, theirs: DetectorSpec) -> Pair:
 # For each thing that two detectors can agree in: their specs, changed so that they do. Levels come first, because later
 # changes count things on each level.
 _AGREEMENTS: Mapping[str, Callable[[DetectorSpec, DetectorSpec], Pair]] = {
-    "equal class counts": lambda ours, theirs: (replace(ours, num_classes=theirs.num_classes), theirs),
+    "equal class counts, or a class map": lambda ours, theirs: (replace(ours, num_classes=theirs.num_classes), theirs),
     "equal pyramid levels": _equal_levels,
     "equal numbers of priors a cell": lambda ours, theirs: (
         replace(ours, priors_per_cell=theirs.priors_per_cell),

@@ -1,6 +1,8 @@
 """Class lists that differ: methods compare what two detectors of the shared classes alone would show."""
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +11,21 @@ from kdtoolkit import Distiller, KDError, adapt
 from kdtoolkit.classes import ClassMap, SharedClasses
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.inherit import inherit
-from kdtoolkit.methods import CWD, FGD, LD, PKD, CrossKD, FitNet, LogitKD, Mimic, all_methods
+from kdtoolkit.methods import CWD, FGD, LD, PKD, CrossKD, FitNet, LogitKD, all_methods
 from kdtoolkit.testing import check_adapter
 from tests.conftest import first_of_each_kind, tiny_atss, tiny_gfl, tiny_of
 
 SHARED = ClassMap(student=(0, 2), teacher=(3, 1))  # of 3 and 5 classes
 KINDS = first_of_each_kind()
+QUICK = ("GFL", "ATSS", "FCOS", "torchvision SSD", "DETR", "Conditional DETR")
+SOFTMAX = ("DETR", "torchvision SSD", "torchvision Faster R-CNN")
+
+
+def marked(kinds):
+    """The families, of which the others are slow."""
+    return [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in kinds]
+
+
 FURTHER = {  # settings that compare or need what the defaults do not
     "LD, all terms": lambda: LD(valuable_weight=0.25, cls_weight=1.0),
     "DKD": lambda: LogitKD(kind="dkd"),
@@ -46,66 +57,66 @@ def only_shared(family, whole, labels):
     return part
 
 
+def methods_for(specs, needs="features"):
+    """Every method that can distil such a pair of detectors, by itself and with further settings."""
+    built = [make() for make in METHODS.values()]
+    return [
+        method for method in built if needs in method.needs or needs == "features" if not why_refused(method, *specs)
+    ]
+
+
+def two_classes(family):
+    """The specs of a pair of detectors of this family with two classes."""
+    return [adapt(tiny_of(family, seed=0, num_classes=2)).spec] * 2
+
+
 def terms(teacher, student, methods, images, targets, class_map=None):
+    """The terms of all methods in one step."""
     torch.manual_seed(3)  # what the methods learn
     distiller = Distiller(teacher, student, methods, class_map=class_map).train()
     torch.manual_seed(4)  # what is drawn in the step
     return {name: loss for name, loss in distiller(images, targets).items() if not name.startswith("task/")}
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", marked(KINDS))
 def test_methods_see_what_detectors_of_the_shared_classes_alone_would_show(family, batch):
     images, targets = batch
     objects = [{"boxes": t["boxes"][t["labels"] != 1], "labels": t["labels"][t["labels"] != 1]} for t in targets]
     renamed = [{"boxes": t["boxes"], "labels": t["labels"] // 2} for t in objects]
     teacher, student = tiny_of(family, seed=1, num_classes=5), tiny_of(family, seed=2, num_classes=3)
     parts = only_shared(family, teacher, SHARED.teacher), only_shared(family, student, SHARED.student)
-    specs = adapt(parts[1]).spec, adapt(parts[0]).spec
-    compared = []
-    for name, make in METHODS.items():
-        if why_refused(make(), *specs):
-            continue
-        found = terms(copy.deepcopy(teacher), copy.deepcopy(student), [make()], images, objects, SHARED)
-        expected = terms(*map(copy.deepcopy, parts), [make()], images, renamed)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
-        compared.append(name)
-    assert {"CrossKD", "PKD", "FGD"} <= set(compared)
+    found = terms(teacher, student, methods_for(two_classes(family)), images, objects, SHARED)
+    expected = terms(*parts, methods_for(two_classes(family)), images, renamed)
+    assert {"crosskd/cls", "pkd/feature", "fgd/foreground"} <= set(found)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", marked(KINDS))
 def test_the_order_of_the_teachers_classes_does_not_matter(family, batch):
     teacher, student = tiny_of(family, seed=1), tiny_of(family, seed=2)
     turned = tiny_of(family, seed=0)
     inherit(turned, teacher, ClassMap((2, 0, 1), (0, 1, 2)))  # class 0 of the teacher is class 2 here
-    methods = [Mimic, CrossKD] if why_refused(Mimic, adapt(student).spec, adapt(teacher).spec) is None else [CrossKD]
-    found = terms(turned, copy.deepcopy(student), [make() for make in methods], *batch, ClassMap((0, 1, 2), (2, 0, 1)))
-    expected = terms(teacher, student, [make() for make in methods], *batch)
-    torch.testing.assert_close(found, expected)
+    specs = adapt(student).spec, adapt(teacher).spec
+    same = copy.deepcopy(student)
+    found = terms(turned, same, methods_for(specs), *batch, ClassMap((0, 1, 2), (2, 0, 1)))
+    torch.testing.assert_close(found, terms(teacher, student, methods_for(specs), *batch))
 
 
-@pytest.mark.parametrize(
-    "family", [family for family in KINDS if adapt(tiny_of(family, seed=0)).spec.activation == "sigmoid"]
-)
+@pytest.mark.parametrize("family", marked(each for each in KINDS if each not in SOFTMAX))
 def test_no_method_pulls_at_a_class_that_the_teacher_lacks(family, batch):
     teacher, student = tiny_of(family, seed=1, num_classes=5), tiny_of(family, seed=2, num_classes=3)
-    adapter = adapt(student)
-    modules = dict(student.named_modules())
-    specs = [adapt(tiny_of(family, seed=0, num_classes=2)).spec] * 2
-    pulled = set()
-    for name, make in METHODS.items():
-        if why_refused(make(), *specs) or "predictions" not in make().needs:
-            continue
-        student.zero_grad()
-        torch.stack([*terms(teacher, student, [make()], *batch, SHARED).values()]).sum().backward()
-        for layer, rows in adapter.class_layers.items():
-            if (gradient := modules[layer].weight.grad) is not None:
-                found = gradient.view(-1, 3 + rows.after, *gradient.shape[1:])
-                assert not found[:, 1].any(), f"{name}: {layer}"
-                pulled |= {name} if found[:, 0].any() else set()
-    assert {"LogitKD", "Mimic"} <= pulled
+    modules, pulled = dict(student.named_modules()), False
+    methods = methods_for(two_classes(family), "predictions")
+    torch.stack([*terms(teacher, student, methods, *batch, SHARED).values()]).sum().backward()
+    for layer, rows in adapt(student).class_layers.items():
+        if (gradient := modules[layer].weight.grad) is not None:
+            found = gradient.view(-1, 3 + rows.after, *gradient.shape[1:])
+            assert not found[:, 1].any(), layer
+            pulled |= bool(found[:, 0].any())
+    assert pulled
 
 
-@pytest.mark.parametrize("family", ["DETR", "torchvision SSD", "torchvision Faster R-CNN"])
+@pytest.mark.parametrize("family", SOFTMAX)
 def test_no_method_cares_for_shares_of_background_and_absent_classes(family, batch):
     teacher, student = tiny_of(family, seed=1, num_classes=5), tiny_of(family, seed=2, num_classes=3)
     moved = adapt(copy.deepcopy(student))
@@ -114,24 +125,17 @@ def test_no_method_cares_for_shares_of_background_and_absent_classes(family, bat
     def with_mass_moved(*args, **kwargs):
         trace = head(*args, **kwargs)
         logits = trace.predictions.logits.clone()
-        background = torch.logaddexp(logits[..., 3], logits[..., 1] - torch.tensor(4.0 / 3).log())
-        logits[..., 1], logits[..., 3] = logits[..., 1] - torch.tensor(4.0).log(), background
-        return type(trace)(
-            trace.states,
-            type(trace.predictions)(**{**vars(trace.predictions), "logits": logits}),
-            trace.context,
-            trace.first,
-        )
+        # A quarter of the probability of the absent class stays; the rest is background's.
+        logits[..., 3] = torch.logaddexp(logits[..., 3], logits[..., 1] + math.log(0.75))
+        logits[..., 1] += math.log(0.25)
+        return replace(trace, predictions=replace(trace.predictions, logits=logits))
 
     moved.head = with_mass_moved
-    specs = [adapt(tiny_of(family, seed=0, num_classes=2)).spec] * 2
-    for name, make in METHODS.items():
-        if why_refused(make(), *specs) or "predictions" not in make().needs:
-            continue
-        found = terms(teacher, moved, [make()], *batch, SHARED)
-        torch.testing.assert_close(
-            found, terms(teacher, student, [make()], *batch, SHARED), msg=lambda t, name=name: f"{name}: {t}"
-        )
+    found, expected = (
+        terms(teacher, each, methods_for(two_classes(family), "predictions"), *batch, SHARED)
+        for each in (moved, student)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_objects_of_the_students_own_class_are_no_objects_to_methods_and_nothing_is_compared_there(batch):
@@ -166,6 +170,7 @@ def test_the_student_learns_all_its_classes_from_the_ground_truth(batch):
     assert {name: loss for name, loss in found.items() if name.startswith("task/")} == dict(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", KINDS)
 def test_a_detector_that_shows_some_classes_keeps_the_promises_of_an_adapter(family):
     whole = adapt(tiny_of(family, seed=1, num_classes=4))

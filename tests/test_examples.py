@@ -12,7 +12,6 @@ import torch
 import yaml
 
 from kdtoolkit.data.tools.convert import convert
-from kdtoolkit.detectors import FCOS
 from kdtoolkit.libraries import ENTRY_POINTS, adapt
 from kdtoolkit.models import Detector, build_model, save_detector
 from kdtoolkit.testing import check_adapter
@@ -96,15 +95,6 @@ def run(places, tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_the_plain_loop(run, places, tmp_path):
-    out = run("plain_loop", "--data", places / "data", "--steps", 2, "--image-size", 64, "--width", 16)
-    assert "step 2 task/cls" in out
-    assert "crosskd/cls" in out
-    assert "student: AP50 " in out
-    student = FCOS(3, backbone="resnet10t", neck_channels=16, head_channels=16, head_groups=8)
-    student.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True))
-
-
 def test_a_method_of_ones_own(run, places):
     out = run("own_method", "--data", places / "data", "--teacher", places / "teacher", "--steps", 2)
     assert "cosinefeatures/feature" in out
@@ -117,6 +107,14 @@ def test_pseudo_labels(run, places, tmp_path, monkeypatch):
     out = run("pseudo_labels", *command, "--out", tmp_path / "out", "--steps", 1, "--image-size", 64)
     assert "| class | score | precision" in out
     assert "student: AP50 " in out
+
+
+@pytest.mark.slow
+def test_export(run, places, tmp_path):
+    pytest.importorskip("onnxruntime")
+    command = ["--model", places / "teacher", "--data", places / "data", "--photo", places / "photos" / "a.png"]
+    out = run("export_onnx", *command, "--out", tmp_path / "model.onnx")
+    assert out.splitlines()[0].split()[0] in COLOURS
 
 
 @pytest.mark.slow

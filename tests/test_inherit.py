@@ -55,7 +55,7 @@ def test_the_backbone_is_taken_only_if_all_of_it_fits():
     assert found.left
     assert all(name.startswith("backbone.") for name in found.left)
     assert not any(name.startswith("backbone.") for name in found.taken)
-    assert "neck.inner_blocks" in found.describe()
+    assert "weights in scales, neck, towers, predictors; of its other tensors" in found.describe()
     assert "belong to the backbone" in found.describe()
 
 
@@ -64,6 +64,7 @@ def test_parts_of_different_shape_stay_and_are_told():
     found = inherit(student, teacher)
     assert "neck.inner_blocks.0.0.weight" in found.taken
     assert found.left["predictors.cls.weight"] == "the teacher's have different shapes"
+    assert "neck, predictors.cls (1 of 2 tensors)" in found.describe()
 
 
 def test_rows_of_classes_that_are_not_shared_stay_for_each_anchor():

@@ -28,6 +28,8 @@ METRICS = {
 class Row:
     """One row of the board: means over its seeds.
 
+    `init` is "teacher" if the row's students started from the teacher's weights, else empty.
+
     Differences and the share of the gap compare it with the baselines on the same seeds. Times and memory are None if
     the row's cells were measured on different hardware.
     """
@@ -44,6 +46,7 @@ class Row:
     train_seconds: float | None
     peak_memory_mb: float | None
     parameters: int
+    init: str = ""
 
     @property
     def ap(self) -> float:
@@ -144,6 +147,7 @@ def _row(
         train_seconds=cost("train_seconds"),
         peak_memory_mb=cost("peak_memory_mb"),
         parameters=results[0].parameters,
+        init="teacher" if any(result.inherited for result in results) else "",
     )
 
 
@@ -202,6 +206,8 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
         facts[EQUAL_TIME] = (
             f"{steps} steps: the schedule times {stretch}, so that it takes as long as the slowest method"
         )
+    if inherited := distinct(result.inherited for result in done if result.inherited) if suite.init else "":
+        facts["init"] = inherited
     threads = distinct(f"{counted(result.threads, 'thread')} a cell" for result in done)
     facts["machine"] = f"{distinct(result.machine for result in done)}; {threads}"
     facts["device"] = distinct(result.device for result in done)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.keys import key_of, package_of
 from kdtoolkit.benchmark.store import CellResult, discard_runs, holding, usable_result, write_result, write_weights
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection
+from kdtoolkit.classes import ClassMap
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.evaluate import METRICS, evaluate
@@ -26,6 +26,7 @@ from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.result import TrainResult
 from kdtoolkit.engine.train import Progress, train
 from kdtoolkit.errors import KDError, NonFiniteLossError
+from kdtoolkit.inherit import inherit
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import Detector, UnknownClassesError, check_classes, open_detector
 
@@ -38,7 +39,8 @@ class Task:
 
     `detector`: what it trains, the student or the teacher. `parts`: everything that its key is computed from.
     `result`: the path of its result. `teacher_weights`: the path of the teacher's weights. `pictures`: the folder of
-    drawn pictures and decoded photos.
+    drawn pictures and decoded photos. `inherits`: whether the student starts from the teacher's weights. `class_map`:
+    the teacher's name for a class of the data, where the names differ.
     """
 
     entry: str
@@ -55,6 +57,8 @@ class Task:
     teacher_weights: Path | None = None
     stretch: float = 1.0
     teacher_scale: float = 1.0
+    inherits: bool = False
+    class_map: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -117,7 +121,8 @@ def stretched(steps: int, stretch: float) -> int:
 def build_detector(section: DetectorSection, class_names: Sequence[str], seed: int) -> Detector:
     """Open the detector. Weights that it has no others for are drawn from `seed`.
 
-    A teacher that is used as it is keeps its own classes. Raises KDError if it cannot be opened, or cannot detect.
+    A teacher that is used as it is keeps its own classes (`shared_classes`). Raises KDError if it cannot be opened, or
+    cannot detect.
     """
     torch.manual_seed(seed)
     classes = None if section.train is None else class_names
@@ -126,11 +131,25 @@ def build_detector(section: DetectorSection, class_names: Sequence[str], seed: i
         detector = open_detector(section.model, class_names=classes, weights=section.weights, args=section.args)
     except UnknownClassesError as error:
         raise KDError(lacking) from error
-    if section.train is None:
-        if not detector.trained:
-            raise KDError(lacking)
-        check_classes(detector, class_names)
+    if section.train is None and not detector.trained:
+        raise KDError(lacking)
     return detector
+
+
+def shared_classes(
+    section: DetectorSection, detector: Detector, class_names: Sequence[str], given: Mapping[str, str]
+) -> ClassMap | None:
+    """The classes that the data shares with a teacher; None if the teacher has the classes of the data, in its order.
+
+    `given`: the teacher's name for a class of the data, where the names differ. Raises KDError if no class is shared.
+    """
+    if section.train is not None:
+        return None
+    if detector.class_names is None:
+        check_classes(detector, class_names)
+        return None
+    found = ClassMap.by_name(class_names, detector.class_names, given)
+    return None if found.is_identity(len(class_names), len(detector.class_names)) else found
 
 
 def run(task: Task, report: Callable[[Report], None]) -> None:
@@ -155,16 +174,31 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
     report(Report("reading data"))
     sets = load_data(task.data, task.pictures)
     images = sets.teacher if task.entry == TEACHER else sets.student
-    student = build_detector(task.detector, images.class_names, task.seed).model.to(task.device)
-    teacher = None
-    if task.methods:
-        assert task.teacher_detector is not None  # every task with methods has both
-        assert task.teacher_weights is not None
-        teacher = build_detector(task.teacher_detector, images.class_names, 0).model
+    names = images.class_names
+    detector = build_detector(task.detector, names, task.seed)
+    student, teacher, inherited = detector.model.to(task.device), None, ""
+    class_map = shared_classes(task.detector, detector, names, task.class_map)
+    if task.teacher_detector is not None:
+        assert task.teacher_weights is not None  # every task with a teacher has both
+        opened = build_detector(task.teacher_detector, names, 0)
+        teacher = opened.model
         teacher.load_state_dict(torch.load(task.teacher_weights, weights_only=True))
         teacher.to(task.device)
+        class_map = shared_classes(task.teacher_detector, opened, names, task.class_map)
+        if task.inherits:
+            inherited = inherit(student, teacher, class_map).describe()
 
-    trained = TrainResult(0, 0.0, 0.0) if task.steps == 0 else _train(task, student, teacher, images, report)
+    if task.steps == 0:
+        trained = TrainResult(0, 0.0, 0.0)
+    else:
+        distiller = Distiller(
+            teacher if task.methods else None,
+            student,
+            [use.build() for use in task.methods],
+            teacher_scale=task.teacher_scale,
+            class_map=class_map,
+        )
+        trained = _train(task, distiller, images, sets.unlabelled if task.methods else None, report)
     memory = peak_memory_mb(task.device)
 
     def evaluating(done: int, total: int) -> None:
@@ -172,7 +206,14 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
 
     evaluating(0, len(sets.val))
     size = None if task.detector.train is None else task.detector.train.input_size
-    evaluation = evaluate(student, sets.val, device=task.device, input_size=size, progress=evaluating)
+    evaluation = evaluate(
+        student,
+        sets.val,
+        device=task.device,
+        input_size=size,
+        class_map=class_map if task.entry == TEACHER else None,
+        progress=evaluating,
+    )
     result = CellResult(
         entry=task.entry,
         seed=task.seed,
@@ -188,6 +229,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         peak_memory_mb=memory,
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         history=trained.history,
+        inherited=inherited,
         warnings=trained.warnings,
         versions={
             name: version(name)
@@ -207,9 +249,9 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
 
 def _train(
     task: Task,
-    student: nn.Module,
-    teacher: nn.Module | None,
+    distiller: Distiller,
     images: DetectionDataset,
+    unlabelled: DetectionDataset | None,
     report: Callable[[Report], None],
 ) -> TrainResult:
     """Train the student. Raises KDError if it cannot be trained."""
@@ -219,13 +261,20 @@ def _train(
 
     assert task.detector.train is not None  # a task without it has no steps
     config = task.detector.train.model_copy(update={"steps": task.steps})
-    methods = [use.build() for use in task.methods]
-    distiller = Distiller(teacher, student, methods, teacher_scale=task.teacher_scale)
     folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
     discard_runs(task.result, but=folder.path)
     try:
-        return train(distiller, images, config, seed=task.seed, device=task.device, folder=folder, report=training)
+        return train(
+            distiller,
+            images,
+            config,
+            seed=task.seed,
+            device=task.device,
+            folder=folder,
+            unlabelled=unlabelled,
+            report=training,
+        )
     except NonFiniteLossError as error:
         kept = task.result.with_suffix(".last-good.pt")
-        write_weights(kept, student)
+        write_weights(kept, distiller.student)
         raise NonFiniteLossError(f"{error} The student's weights before that step are in {kept}") from error

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdtoolkit.benchmark.suite import DataSection
-from kdtoolkit.data import DetectionDataset, ProceduralShapes, check_same_classes, open_dataset
+from kdtoolkit.data import DetectionDataset, ProceduralShapes, check_same_classes, open_dataset, open_images
 from kdtoolkit.data.opening import name_of
 from kdtoolkit.errors import KDError
 
 
 @dataclass(frozen=True)
 class DataSets:
-    """Images for the teacher, for the student and for evaluation.
+    """Images for the teacher, for the student and for evaluation; images without labels for the student, or None.
 
     `description` says in words what they are. `notices`: what the user should know about them, one sentence each.
     """
@@ -21,6 +21,7 @@ class DataSets:
     teacher: DetectionDataset
     student: DetectionDataset
     val: DetectionDataset
+    unlabelled: DetectionDataset | None
     description: str
     notices: tuple[str, ...]
 
@@ -70,4 +71,9 @@ def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
     student = take(train, data.student_images, "the student")
     val = take(val, data.val_images, "evaluation")
     counts = f"{len(teacher)} images for the teacher, {len(student)} for the student, {len(val)} for evaluation"
-    return DataSets(teacher, student, val, f"{source}: {counts}", tuple(notices))
+    unlabelled = None
+    if data.unlabelled is not None:
+        cache = None if pictures is None else pictures / "photos"
+        unlabelled = open_images(data.unlabelled, max_size=data.image_size, on_bad=data.on_bad, cache=cache)
+        counts += f", {len(unlabelled)} without labels"
+    return DataSets(teacher, student, val, unlabelled, f"{source}: {counts}", tuple(notices))

@@ -35,13 +35,14 @@ def cell_parts(
     seed: int,
     steps: int,
     data: str,
-    teacher: str,
+    teacher: str | None,
     device: str,
     threads: int,
 ) -> dict[str, str]:
     """All that the result and the cost of a cell depend on, by name.
 
-    `detector`: the detector's section; a precision replaces `auto`. `data`, `teacher`: their digests. `device`: the
+    `detector`: the detector's section; a precision replaces `auto`. `data`, `teacher`: their digests; None for a cell
+    without teacher. `device`: the
     device's name. Versions of libraries and the source code are added.
     """
     library = package_of(detector.model)
@@ -51,7 +52,7 @@ def cell_parts(
         "seed": str(seed),
         "steps": str(steps),
         "data": data,
-        "teacher": teacher if methods else "none",
+        "teacher": teacher or "none",
         "precision": "float32" if detector.train is None else detector.train.precision,
         "device": device,
         "threads": str(threads),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdtoolkit.benchmark.cell import Task, build_detector, stretched
+from kdtoolkit.benchmark.cell import Task, build_detector, shared_classes, stretched
 from kdtoolkit.benchmark.datasets import DataSets
 from kdtoolkit.benchmark.keys import cell_parts, difference, key_of
 from kdtoolkit.benchmark.stats import slowest
@@ -15,8 +16,11 @@ from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result,
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, Suite
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.hardware import device_name
+from kdtoolkit.engine.inputs import check_unlabelled
+from kdtoolkit.engine.mixture import unlabelled_steps
 from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.errors import KDError
+from kdtoolkit.inherit import inherit
 from kdtoolkit.libraries import adapt
 from kdtoolkit.method_use import MethodUse
 
@@ -25,11 +29,12 @@ STRETCH_SLACK = 1.05  # the stored row of equal time is kept until it would have
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Digests of the three data sets."""
+    """Digests of the data sets; empty if there are no images without labels."""
 
     teacher_data: str
     student_data: str
     val_data: str
+    unlabelled: str
 
 
 class Plan:
@@ -45,16 +50,36 @@ class Plan:
         self.threads = threads
         self._teacher_section = _for_device(suite.teacher, device)
         self._student_section = _for_device(suite.student, device)
-        self._data = Fingerprints(sets.teacher.fingerprint(), sets.student.fingerprint(), sets.val.fingerprint())
+        self._data = Fingerprints(
+            sets.teacher.fingerprint(),
+            sets.student.fingerprint(),
+            sets.val.fingerprint(),
+            "" if sets.unlabelled is None else sets.unlabelled.fingerprint(),
+        )
 
     def teacher_task(self) -> Task:
         """The teacher's task. Its result and weights are stored under its key, for all runs."""
         section = self._teacher_section
         data = f"{self._data.teacher_data} {self._data.val_data}"
-        parts = self._parts(section, (), 0, 0 if section.train is None else section.train.steps, data, "none")
-        result = self.store.teacher_path(key_of(parts))
-        pictures = self.store.pictures
-        return Task(TEACHER, 0, section, self.suite.data, pictures, result, parts, self.device, self.threads)
+        steps = 0 if section.train is None else section.train.steps
+        parts = self._parts(section, (), 0, steps, data, None) | self._class_map
+        return Task(
+            entry=TEACHER,
+            seed=0,
+            detector=section,
+            data=self.suite.data,
+            pictures=self.store.pictures,
+            result=self.store.teacher_path(key_of(parts)),
+            parts=parts,
+            device=self.device,
+            threads=self.threads,
+            class_map=self.suite.class_map,
+        )
+
+    @property
+    def _class_map(self) -> dict[str, str]:
+        """What the class map adds to the parts of a key."""
+        return {"class_map": json.dumps(self.suite.class_map, sort_keys=True)} if self.suite.class_map else {}
 
     def cell(self, row: str, seed: int, stretch: float = 1.0) -> Task:
         """The task of a row and seed."""
@@ -62,7 +87,9 @@ class Plan:
         data = f"{self._data.student_data} {self._data.val_data}"
         assert section.train is not None  # a student's section has it
         steps = stretched(section.train.steps, stretch)
-        scale = self.suite.teacher_scale
+        scale, init = self.suite.teacher_scale, self.suite.init
+        has_teacher = bool(methods) or init is not None
+        unlabelled = self._data.unlabelled if methods else ""
         taught_by = teacher.result.stem if scale == 1 else f"{teacher.result.stem}, images scaled by {scale}"
         return Task(
             entry=row,
@@ -71,18 +98,29 @@ class Plan:
             data=self.suite.data,
             pictures=self.store.pictures,
             result=self.store.result_path(row, seed),
-            parts=self._parts(section, methods, seed, steps, data, taught_by),
+            parts=self._parts(section, methods, seed, steps, data, taught_by if has_teacher else None)
+            | (self._class_map if has_teacher else {})
+            | ({"init": init} if init is not None else {})
+            | ({"unlabelled": unlabelled} if unlabelled else {}),
             device=self.device,
             threads=self.threads,
             methods=methods,
-            teacher_detector=self._teacher_section if methods else None,
-            teacher_weights=teacher.weights if methods else None,
+            teacher_detector=self._teacher_section if has_teacher else None,
+            teacher_weights=teacher.weights if has_teacher else None,
+            inherits=init is not None,
+            class_map=self.suite.class_map,
             stretch=stretch,
             teacher_scale=scale,
         )
 
     def _parts(
-        self, section: DetectorSection, methods: tuple[MethodUse, ...], seed: int, steps: int, data: str, teacher: str
+        self,
+        section: DetectorSection,
+        methods: tuple[MethodUse, ...],
+        seed: int,
+        steps: int,
+        data: str,
+        teacher: str | None,
     ) -> dict[str, str]:
         return cell_parts(
             section,
@@ -188,16 +226,26 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
                 f"{opened.weights} is for the classes of the data already, so the teacher is not trained: delete its "
                 "`train`"
             )
+        class_map = shared_classes(suite.teacher, opened, names, suite.class_map)
         teacher = opened.model
         where = "student"
         student = build_detector(suite.student, names, 0).model
         for where, detector in (("teacher", teacher), ("student", student)):
+            if where == "teacher" and suite.teacher.train is None:
+                continue  # it has the classes of its weights
             if (known := adapt(detector).spec.num_classes) != num_classes:
                 raise KDError(
                     f"model {getattr(suite, where).model!r} has {known} classes, and the data has {num_classes}"
                 )
+        if suite.init is not None:
+            where = "init"
+            inherit(student, teacher, class_map)
         for where, uses in suite.entries.items():  # noqa: B007 - named in the error
-            Distiller(teacher, student, [use.build() for use in uses], teacher_scale=suite.teacher_scale)
+            methods = [use.build() for use in uses]
+            distiller = Distiller(teacher, student, methods, teacher_scale=suite.teacher_scale, class_map=class_map)
+            if sets.unlabelled is not None:
+                check_unlabelled(distiller, sets.unlabelled)
+                unlabelled_steps(distiller, suite.student.train, sets.student, sets.unlabelled)
     except KDError as error:
         raise KDError(f"suite {suite.name}, {where}: {error}") from error
 

@@ -70,6 +70,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "memory": lambda row: "-" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f} MB",
     "parameters": lambda row: f"{row.parameters:,}",
 }
+INIT = "init"  # a column of boards whose students start from the teacher's weights
 WIDE = 170  # characters that all columns need
 NARROW = ("entry", "AP", "vs baseline", "gap", "AP50", "ms/step")  # columns for 80 characters; the claims say the rest
 
@@ -79,26 +80,44 @@ def table_rows(board: Board) -> list[Row]:
     return [*([board.teacher] if board.teacher else []), *board.rows]
 
 
+def columns_of(board: Board) -> dict[str, Callable[[Row], str]]:
+    """The columns of a board: their names, and what makes a row's text."""
+    if not any(row.init for row in board.rows):
+        return COLUMNS
+    return {**COLUMNS, INIT: lambda row: row.init or "-"}
+
+
 def write_board(board: Board, folder: Path) -> None:
     """Write leaderboard.md, .csv, .json and .html. Raises StoreError if the folder cannot be written."""
-    rows = [(row, [text(row) for text in list(COLUMNS.values())[1:]]) for row in table_rows(board)]
+    columns = columns_of(board)
+    rows = [(row, [text(row) for text in list(columns.values())[1:]]) for row in table_rows(board)]
     contents = {
         "md": to_markdown(board),
         "csv": to_csv(board),
-        "json": json.dumps(asdict(board), indent=1, ensure_ascii=False),
-        "html": to_html(board, list(COLUMNS), rows, FOOTNOTE),
+        "json": to_json(board),
+        "html": to_html(board, list(columns), rows, FOOTNOTE),
     }
     for ending, content in contents.items():
         write_atomic(folder / f"leaderboard.{ending}", content.encode())
+
+
+def to_json(board: Board) -> str:
+    """The whole board as JSON. Rows have `init` only where students start from the teacher's weights."""
+    fields = asdict(board)
+    if INIT not in columns_of(board):
+        for row in filter(None, (fields["teacher"], *fields["rows"])):
+            del row["init"]
+    return json.dumps(fields, indent=1, ensure_ascii=False)
 
 
 def to_markdown(board: Board) -> str:
     """The board as Markdown."""
     lines = [f"# {board.title}", "", board.description, ""]
     lines += [f"> **Warning:** {warning}\n" for warning in board.warnings]
-    lines += [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
+    columns = columns_of(board)
+    lines += [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     for row in table_rows(board):
-        lines.append("| " + " | ".join(text(row).replace("|", "\\|") for text in COLUMNS.values()) + " |")
+        lines.append("| " + " | ".join(text(row).replace("|", "\\|") for text in columns.values()) + " |")
     lines += ["", FOOTNOTE, "", "## Claims", ""]
     lines += [f"- {claim.text}" for claim in board.claims] or ["None yet."]
     lines += ["", "## Settings", "", *(f"- {name}: {value}" for name, value in board.facts.items())]
@@ -113,8 +132,9 @@ def to_csv(board: Board) -> str:
     differences = ("versus_baseline", "versus_equal_time")
     scalars = ("gap_recovered", "steps", "step_ms", "train_seconds", "peak_memory_mb", "parameters")
     header = ["entry", "methods", "seeds", *(f"{name}_{part}" for name in METRICS for part in ("mean", "std"))]
+    inits = [INIT] if INIT in columns_of(board) else []
     header += [f"{name}_{part}" for name in differences for part in ("mean", "low", "high")]
-    writer.writerow([*header, *scalars])
+    writer.writerow([*header, *scalars, *inits])
     for row in table_rows(board):
         spreads = [row.metrics[name] for name in METRICS]
         values = [value for spread in spreads for value in ((spread.mean, spread.std) if spread else (None, None))]
@@ -122,13 +142,14 @@ def to_csv(board: Board) -> str:
             values += (difference.mean, difference.low, difference.high) if difference else (None, None, None)
         values += [getattr(row, name) for name in scalars]
         cells = ("" if value is None else f"{value:.6g}" for value in values)
-        writer.writerow([row.entry, row.methods, len(row.seeds), *cells])
+        writer.writerow([row.entry, row.methods, len(row.seeds), *cells, *(row.init for _ in inits)])
     return buffer.getvalue()
 
 
 def print_board(board: Board, console: Console) -> None:
     """Print table, claims and warnings. A narrow terminal gets few columns; the files have all of them."""
-    names = tuple(COLUMNS) if console.width >= WIDE else NARROW
+    columns = columns_of(board)
+    names = tuple(columns) if console.width >= WIDE else (*NARROW, *([INIT] if INIT in columns else []))
     title = Text(f"{board.title}: {board.description}", style="table.title")
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("entry", overflow="fold")
@@ -136,7 +157,7 @@ def print_board(board: Board, console: Console) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for row in table_rows(board):
         style = "bold" if row.methods else "dim" if row is board.teacher else ""
-        table.add_row(*(Text(COLUMNS[name](row)) for name in names), style=style)
+        table.add_row(*(Text(columns[name](row)) for name in names), style=style)
     console.print(table)
     colours = {"holds": "green", "not shown": "yellow", "hurts": "red"}
     for claim in board.claims:

@@ -194,6 +194,8 @@ class _Run:
             display.line(f"teacher: {suite.teacher.model}, {training}")
         rows, seeds = ", ".join(self.rows), counted(suite.seeds, "seed")
         display.line(f"students: {seeds} each of {rows}; {suite.student.train.steps} steps")
+        if suite.init is not None:
+            display.line("all students start from the teacher's weights, where these fit")
         if len(self.rows) > 1:
             display.line("then the baseline again, with a schedule that takes as long as the slowest method")
         threads = f"{counted(self.plan.threads, 'thread')} each"
@@ -255,7 +257,7 @@ class _Run:
 
     def _next(self) -> Task | None:
         waiting = any(task.entry == TEACHER for task in self.running)
-        return next((task for task in self.pending if not (waiting and task.methods)), None)
+        return next((task for task in self.pending if not (waiting and task.teacher_weights)), None)
 
     def _progress(self, task: Task, report: Report) -> None:
         self.running[task] = report
@@ -294,7 +296,7 @@ class _Run:
         self.outcome.failures[task.name] = failure.message
         write_atomic(self._error_path(task), f"{failure.message}\n{failure.details}".encode())
         if task.entry == TEACHER:
-            for dependent in [other for other in self.pending if other.methods]:
+            for dependent in [other for other in self.pending if other.teacher_weights]:
                 self.pending.remove(dependent)
                 self.outcome.failures[dependent.name] = "not run, because the teacher failed"
             self.display.line("the methods are not run, because the teacher failed", "bold red")

@@ -28,10 +28,12 @@ class DataSection(Section):
     `root`: a data set in COCO's, YOLO's or VOC's format; None draws procedural images. `teacher_images`,
     `student_images`, `val_images`: how many images; None means all of them. `image_size`: in pixels, the side of a
     procedural image, or the longest side of a photo (larger photos are scaled down). `on_bad`: whether bad images and
-    annotations are an error ("error") or are left out ("skip").
+    annotations are an error ("error") or are left out ("skip"). `unlabelled`: a folder of images without labels, from
+    which rows with methods learn too.
     """
 
     root: Path | None = None
+    unlabelled: Path | None = None
     image_size: int = Field(96, ge=32)
     teacher_images: int | None = Field(None, gt=0)
     student_images: int | None = Field(None, gt=0)
@@ -71,7 +73,9 @@ class StudentSection(DetectorSection):
 class Suite(Section):
     """What is compared: one student, trained alone (the row `baseline`) and with the methods of each entry.
 
-    `teacher_scale`: size of the images that the teacher sees while it teaches, relative to the student's.
+    `teacher_scale`: size of the images that the teacher sees while it teaches, relative to the student's. `init`:
+    whether all students start from the teacher's weights, where these fit. `class_map`: the teacher's name for a class
+    of the data, where the names differ; for a teacher that is not trained here.
     """
 
     name: str = Field(pattern=_FOLDER_NAME)
@@ -82,6 +86,8 @@ class Suite(Section):
     teacher: DetectorSection
     student: StudentSection
     teacher_scale: float = 1.0
+    init: Literal["teacher"] | None = None
+    class_map: dict[str, str] = Field({})
     entries: dict[Annotated[str, Field(pattern=_FOLDER_NAME)], tuple[MethodUse, ...]]
 
     @field_validator("teacher_scale")
@@ -108,6 +114,19 @@ class Suite(Section):
                 if student and (reason := use.build().schedule.why_too_long(student.train.steps)):
                     raise ValueError(f"entry '{name}': {use.name}: {reason}")
         return entries
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Suite:
+        if self.class_map and self.teacher.train is not None:
+            raise ValueError(
+                "class_map is for a teacher that keeps the classes of its weights, and this one is trained on the "
+                "data's: delete class_map, or the teacher's `train`"
+            )
+        if self.teacher.train is not None and self.teacher.train.unlabelled_share is not None:
+            raise ValueError("the teacher is trained on labels alone: delete its unlabelled_share")
+        if self.student.train.unlabelled_share is not None and self.data.unlabelled is None:
+            raise ValueError("unlabelled_share needs images without labels: name their folder, `unlabelled`, in `data`")
+        return self
 
     def methods(self, row: str) -> tuple[MethodUse, ...]:
         """The methods of a row. The two baselines and the teacher have none."""

@@ -20,8 +20,8 @@ def load_suite(name_or_path: str) -> Suite:
     except (OSError, UnicodeDecodeError) as error:
         raise KDError(f"cannot read suite file {path}: {error}") from error
     suite = parse_suite(text, path.name if path.parent == SUITES else str(path))
-    root = suite.data.root
-    data = {} if root is None else {"root": (path.parent / root).resolve()}
+    places = {"root": suite.data.root, "unlabelled": suite.data.unlabelled}
+    data = {name: (path.parent / place).resolve() for name, place in places.items() if place is not None}
     return change(
         suite, data=data, teacher=_located(suite.teacher, path.parent), student=_located(suite.student, path.parent)
     )

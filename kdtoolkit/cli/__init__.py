@@ -16,7 +16,8 @@ from kdtoolkit.errors import KDError, printable
 
 app = typer.Typer(
     help="Knowledge distillation for object detectors: train with it, and compare methods head-to-head.",
-    epilog="Start with `kd benchmark run`. `kd COMMAND --help` explains a command and shows examples.",
+    epilog="Start with `kd data check`, `kd train` and `kd distill` on your images. `kd COMMAND --help` explains a "
+    "command and shows examples.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

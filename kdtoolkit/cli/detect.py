@@ -65,8 +65,9 @@ def evaluate(
     skip_bad: SkipBad = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Evaluate a detector: COCO's AP, also of each class, and its speed.
+    """Measure a detector's AP and speed on a data set.
 
+    COCO's AP of all classes and of each, and the time for one image.
     If the detector has different classes than the data, equal names are compared. What is left out is said.
     """
     check_there(data)
@@ -114,8 +115,9 @@ def predict(
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Detect on images: files of detections, and pictures with drawn boxes, class names and scores.
+    """Detect on images: files, and pictures with boxes.
 
+    The pictures have drawn boxes, names of classes and scores.
     Images that cannot be read are named and left out; then the exit code is 1.
     """
     check_there(images)
@@ -164,8 +166,9 @@ def pseudo_label(
     skip_bad: SkipBad = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a data set of unlabelled images, with a teacher's detections as labels.
+    """Label images by a teacher's detections.
 
+    The result is a data set in COCO's or YOLO's format.
     The score that a detection needs is chosen for each class on labelled images: the one at which F1, the harmonic mean
     of precision and recall, is largest. OUT/report.md says the scores, and how good they are.
     """

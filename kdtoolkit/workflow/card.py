@@ -57,7 +57,7 @@ def card(
         data: where the data set lies. If its files state a licence, the card repeats it.
         datasets: the images by their use, such as "training", "validation" and "training without labels".
         scores: AP on the validation images, by what was measured: "teacher", "student before training", "student".
-            None where it was not measured.
+            A detector that was trained alone is no student. None where it was not measured.
         student_weights: where the student's first weights came from, in words; empty if they were random.
         teacher: the teacher's name; None for a detector that was trained alone.
         teacher_weights: where the teacher's weights came from, in words.
@@ -79,7 +79,8 @@ def card(
     if how_to_open:
         lines += ["## How to open it", "", "```python", how_to_open.strip(), "```", ""]
     lines += ["## How good it is", "", *_table_of_scores(scores, class_names), ""]
-    lines += ["## How it was made", "", f"- Student: `{student}`. Its first weights: {student_weights or 'random'}."]
+    role = "Student" if teacher else "Detector"
+    lines += ["## How it was made", "", f"- {role}: `{student}`. Its first weights: {student_weights or 'random'}."]
     if teacher:
         lines += [f"- Teacher: `{teacher}`. Its weights: {teacher_weights or 'unknown'}."]
         lines += [f"- Methods: {', '.join(f'`{each}`' for each in methods) or 'none'}."]
@@ -124,7 +125,7 @@ def _licences(student: str, student_weights: str, teacher: str | None, data: Pat
             "with them too. If you give this model to others, or offer it over a network, read their terms first."
         )
     if student_weights and _library_of(student) is not LIBRARIES["ultralytics"]:
-        yield f"- The student's first weights ({_plain(student_weights)}): licence unknown. Ask who published them."
+        yield f"- The detector's first weights ({_plain(student_weights)}): licence unknown. Ask who published them."
     stated = licence_of(data)
     yield f"- Data: {_plain(stated)}." if stated else "- Data: licence unknown. The data set's files state none."
 

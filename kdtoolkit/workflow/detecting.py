@@ -53,11 +53,8 @@ class Ready:
             return None, (
                 f"Nobody knows the names of the detector's classes: they are taken for those of the data ({order}).",
             )
-        try:
-            found = ClassMap.by_name(class_names, self.class_names, given)
-        except KDError as error:
-            raise KDError(f"{data} (as student) and {self.detector.name} (as teacher): {error}") from error
-        text = found.describe(class_names, self.class_names).replace("the teacher", "the detector")
+        found = ClassMap.by_name(class_names, self.class_names, given, ("data set", "detector"))
+        text = found.describe(class_names, self.class_names, "detector")
         return found, (f"{text[:1].upper()}{text[1:]}.",)
 
 

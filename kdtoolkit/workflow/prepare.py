@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from kdtoolkit import processes
+from kdtoolkit.build import backbone_weights
 from kdtoolkit.classes import ClassMap
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.data import PhotoDataset, check_same_classes, open_dataset, open_images
@@ -263,7 +264,7 @@ def _student(options: RunOptions, names: tuple[str, ...], size: int, notes: list
     field = "weights" if isinstance(options, TrainOptions) else "student_weights"
     name, weights = options.models[role], getattr(options, field)
     torch.manual_seed(options.seed)
-    if weights is None and _has_no_weights_of_its_own(name):
+    if weights is None and _has_no_weights_of_its_own(name) and not backbone_weights(name):
         try:
             detector, weights = _opened(name, names, "pretrained", size), "pretrained"
         except KDError as error:

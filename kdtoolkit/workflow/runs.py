@@ -345,7 +345,8 @@ def _save(prepared: Prepared, report: Report) -> Report:
         image_size=options.image_size,
     )
     saved = save_detector(detector, folder)
-    scores = {"teacher": report.teacher, "student before training": report.before, "student": report.student.evaluation}
+    role = "detector" if teacher is None else "student"
+    scores = {"teacher": report.teacher, f"{role} before training": report.before, role: report.student.evaluation}
     images: dict[str, DetectionDataset] = {"training": prepared.images.train, "validation": prepared.images.val}
     if prepared.images.unlabelled is not None:
         images["training without labels"] = prepared.images.unlabelled

@@ -20,6 +20,7 @@ class Images:
 
 class Sets:
     teacher = student = val = Images()
+    unlabelled = None
 
 
 @pytest.fixture

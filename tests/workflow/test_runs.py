@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -239,3 +240,11 @@ def test_two_processes_train_as_one(teacher, shapes, tmp_path):
     assert found == report.student.evaluation
     done = subprocess.run([*map(str, command), "--lr", "1"], capture_output=True, text=True)
     assert done.stderr.count("holds a run with different options") == 1
+
+
+def test_a_file_of_backbone_weights_in_the_name_is_what_training_begins_with(shapes, tmp_path, capsys):
+    backbone = timm.create_model("resnet10t", channels=(8, 8, 16, 16), stem_width=4)
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+    report = kdtoolkit.train(f"{TINY}&pretrained={tmp_path}/backbone.pth", shapes, out=tmp_path / "run", steps=1)
+    assert "backbone.pth" in report.plan["model"]
+    assert "cannot be had here" not in capsys.readouterr().out
