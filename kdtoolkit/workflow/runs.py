@@ -287,7 +287,7 @@ def _trained(
         display.warn(warning)
     _load_best(student, report.folder / name)
     found = _evaluated(prepared, student, device, display, "the trained detector")
-    best = max(result.evaluations, key=lambda row: row["eval/ap"] or 0.0)
+    best = max(reversed(result.evaluations), key=lambda row: row["eval/ap"] or 0.0)  # of equal ones the last
     return Trained(
         evaluation=found,
         best_step=int(best["step"] or 0),
@@ -303,7 +303,7 @@ def _load_best(student: Detector, folder: Path) -> None:
 
 
 def _best(folder: Path) -> dict[str, Tensor]:
-    """The weights of the best evaluation; of the last step if no evaluation found anything."""
+    """The weights of the best evaluation, of equal ones the last; of the last step if there was no AP at all."""
     path = folder / "best.safetensors"
     return load_file(path if path.exists() else folder / "student.safetensors")
 
