@@ -72,9 +72,18 @@ def epochs(about: Situation) -> Choice:
     return Choice(chosen, f"{about.images} images, {_BEGIN_IN_WORDS[about.begin]}")
 
 
-def steps_of(epochs: float, images: int, batch_size: int) -> int:
-    """The optimiser steps of a number of epochs."""
-    return max(1, math.ceil(epochs * images / batch_size))
+def steps_of(epochs: float, images: int, batch_size: int, without_labels: float = 0.0) -> int:
+    """The optimiser steps of a number of epochs of the labelled images.
+
+    `without_labels`: the share of the steps that show images without labels instead.
+    """
+    labelled = math.ceil(epochs * images / batch_size)
+    return max(1, math.ceil(round(labelled / (1 - without_labels), 6)))  # rounded: 60 / (1 - 0.4) is just above 100
+
+
+def epochs_of(steps: int, images: int, batch_size: int, without_labels: float = 0.0) -> float:
+    """How often each labelled image is shown in a number of steps."""
+    return steps * (1 - without_labels) * batch_size / images
 
 
 def learning_rate(about: Situation, batch_size: int) -> Choice:
@@ -90,7 +99,7 @@ def learning_rate(about: Situation, batch_size: int) -> Choice:
 
 
 def training(about: Situation, steps: int, epochs: float) -> dict[str, Choice]:
-    """The further options of `TrainConfig`, for this number of steps, in which each image is shown `epochs` times."""
+    """The further options of `TrainConfig`, for so many steps, which show each labelled image `epochs` times."""
     if epochs >= LONG_EPOCHS:
         augmentation = Choice({"flip": 0.5, "colour": 0.2, "zoom": [0.67, 1.5]}, f"{LONG_EPOCHS} epochs or more")
     else:

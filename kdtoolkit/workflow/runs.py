@@ -194,7 +194,7 @@ def _new_report(prepared: Prepared, folder: Path) -> Report:
 
 def _begin(prepared: Prepared, report: Report) -> None:
     """Write the run's settings and the report, as far as it is known."""
-    write_file(report.folder / RUN_FILE, prepared.options.to_yaml().encode())
+    write_file(report.folder / RUN_FILE, prepared.run_file.to_yaml().encode())
     report.write()
 
 

@@ -141,7 +141,7 @@ def test_a_teacher_of_quite_different_classes_is_told(run, teacher, tmp_path):
 def test_options_that_contradict_each_other_are_told(run, shapes, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(f"model: {json.dumps(TINY)}\ndata: {shapes}\nweights: none\ntrain: {{accumulation: 2}}\n")
-    check(run("train", path, "--batch-size", 3), "batch_size (3) must be a multiple of accumulation (2)")
+    check(run("train", path, "--batch-size", 3), "batch_size (3) must be a multiple of train.accumulation (2)")
 
 
 def test_a_nan_loss_is_told(run, shapes, monkeypatch):
