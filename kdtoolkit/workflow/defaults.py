@@ -14,6 +14,7 @@ from kdtoolkit.engine.hardware import cores
 Begin = Literal["trained", "started", "random"]
 """The weights that training begins with: a whole detector's, some (a backbone, or all but the class layers), none."""
 
+SMALLEST_SIZE = 32  # pixels: no detector has fewer in a cell of its coarsest level
 LARGEST_BATCH = 16
 LONG_EPOCHS = 30  # from here on images repeat so often that colour and size must change
 BATCH_ON_CPU = 8
@@ -60,6 +61,8 @@ def image_size(longest: int, teacher: int | None, student: int | None) -> Choice
         ),
         (640, "usual size"),
     )
+    if longest < SMALLEST_SIZE:
+        return Choice(SMALLEST_SIZE, f"the smallest size; no image has more than {longest} px, and none is enlarged")
     if longest < size:
         return Choice(longest, f"the largest image; {size} ({why}) would add nothing")
     return Choice(size, why)

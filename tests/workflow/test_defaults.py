@@ -25,6 +25,7 @@ def test_image_size_follows_the_teacher_then_the_weights_and_never_enlarges():
     choice = defaults.image_size(400, 640, None)
     assert choice.value == 400
     assert "largest image" in choice.why
+    assert defaults.image_size(28, None, None).value == 32  # the least that --image-size takes
 
 
 def test_few_images_and_random_weights_are_shown_more_often():
