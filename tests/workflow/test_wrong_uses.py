@@ -40,7 +40,14 @@ def check(outcome, *parts):
         (["train", "--model", TINY, "--data", "{shapes}", "--lr", 0], "--lr 0.0: input should be greater than 0"),
         (["train", "--model", TINY, "--data", "{shapes}", "--image-size", 16], "--image-size 16: input should be"),
         (["train", "--model", TINY, "--data", "{shapes}", "--batch-size", "many"], "--batch-size"),
-        (["train", "--model", TINY, "--data", "{shapes}", "--device", "gpu"], "write auto, cpu, cuda or cuda:1"),
+        (
+            ["train", "--model", TINY, "--data", "{shapes}", "--device", "gpu"],
+            "write 'auto', 'cpu', 'cuda' or 'cuda:1'",
+        ),
+        (
+            ["train", "--model", TINY, "--data", "{shapes}", "--device", "mps"],
+            "'mps' is no device that kdtoolkit knows",
+        ),
         (["train", "--model", "kdtoolkit/glf", "--data", "{shapes}"], "did you mean 'gfl'?"),
         (["train", "--model", "gfl", "--data", "{shapes}"], "gfl"),
         (["train", "--model", "os:getcwd", "--data", "{shapes}"], "--allow-code"),
