@@ -33,6 +33,7 @@ from kdtoolkit.lock import hold
 from kdtoolkit.models import Detector, save_detector
 from kdtoolkit.workflow.card import card
 from kdtoolkit.workflow.defaults import Choice
+from kdtoolkit.workflow.detecting import found_device
 from kdtoolkit.workflow.display import Clock, Display
 from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions, read_options
 from kdtoolkit.workflow.prepare import Prepared, prepare
@@ -107,16 +108,7 @@ def print_plan(plan: dict[str, Choice], console: Console) -> None:
 
 def _device(name: str) -> torch.device:
     """Join the other processes; the device of this one. Raises KDError if there is no such device."""
-    if name != "auto":
-        try:
-            kind = torch.device(name).type
-        except RuntimeError:
-            kind = ""
-        if kind not in ("cpu", "cuda"):
-            raise KDError(f"device {name!r} is not known: write auto, cpu, cuda or cuda:1")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise KDError("there is no CUDA device: use --device cpu, or install a torch build with CUDA")
-    return group.join(None if name == "auto" else name)
+    return group.join(None if name == "auto" else str(found_device(name)))
 
 
 def _title(options: RunOptions) -> str:
@@ -195,7 +187,7 @@ def _new_report(prepared: Prepared, folder: Path) -> Report:
 
 def _begin(prepared: Prepared, report: Report) -> None:
     """Write the run's settings and the report, as far as it is known."""
-    write_file(report.folder / RUN_FILE, prepared.options.to_yaml().encode())
+    write_file(report.folder / RUN_FILE, prepared.run_file.to_yaml().encode())
     report.write()
 
 
