@@ -277,7 +277,7 @@ def _gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
 def _evaluate(
     state: RunState, validation: Validation, config: TrainConfig, device: torch.device, keeper: Keeper
 ) -> None:
-    """Evaluate the student as it would be kept if the run ended here; store its weights if it is the best so far."""
+    """Evaluate the student as it would be kept if the run ended here; store its weights if none was better so far."""
     student = state.distiller.student
     with state.averaged():
         group.alike(student)
@@ -289,8 +289,9 @@ def _evaluate(
             input_size=config.input_size,
             together=True,
         )
-        better = found.ap is not None and (keeper.best is None or found.ap > keeper.best)
-        if better and keeper.weights("best.safetensors", student):
+        # Of equal ones the last counts: it has learnt the most. At first all may have an AP of 0.
+        best = found.ap is not None and (keeper.best is None or found.ap >= keeper.best)
+        if best and keeper.weights("best.safetensors", student):
             keeper.best = found.ap
     row = {f"eval/{name}": getattr(found, name) for name in METRICS}
     state.evaluations.append({"step": state.step, **row})

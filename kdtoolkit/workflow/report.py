@@ -33,9 +33,9 @@ class Trained(BaseModel):
 class Report(BaseModel):
     """The results of a run. What is None was not measured, or not yet.
 
-    `teacher`, `before`: the AP of the teacher, and of the student before training. `student`, `baseline`: the training
-    itself, and the same student's training without teacher. `model`: the folder of the trained detector. `plan`: what
-    was done and why, by name.
+    `teacher`, `before`: the AP of the teacher at the size that the student sees, and of the student before training.
+    `student`, `baseline`: the training itself, and the same student's training without teacher. `model`: the folder of
+    the trained detector. `plan`: what was done and why, by name.
     """
 
     command: str
@@ -114,6 +114,8 @@ class Report(BaseModel):
 
     def sentences(self) -> Iterator[str]:
         """What the numbers mean."""
+        if self.teacher:
+            yield "The teacher was measured as it teaches: at the size at which the student sees the images."
         if self.added is not None:
             yield (
                 f"Distillation added {self.added:+.1f} AP at equal steps. This is one seed: differences below about 1 "

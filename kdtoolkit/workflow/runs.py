@@ -28,10 +28,12 @@ from kdtoolkit.engine.evaluate import Evaluation, evaluate
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError, printable
+from kdtoolkit.libraries import adapt
 from kdtoolkit.lock import hold
 from kdtoolkit.models import Detector, save_detector
 from kdtoolkit.workflow.card import card
 from kdtoolkit.workflow.defaults import Choice
+from kdtoolkit.workflow.detecting import found_device
 from kdtoolkit.workflow.display import Clock, Display
 from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions, read_options
 from kdtoolkit.workflow.prepare import Prepared, prepare
@@ -106,16 +108,7 @@ def print_plan(plan: dict[str, Choice], console: Console) -> None:
 
 def _device(name: str) -> torch.device:
     """Join the other processes; the device of this one. Raises KDError if there is no such device."""
-    if name != "auto":
-        try:
-            kind = torch.device(name).type
-        except RuntimeError:
-            kind = ""
-        if kind not in ("cpu", "cuda"):
-            raise KDError(f"device {name!r} is not known: write auto, cpu, cuda or cuda:1")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise KDError("there is no CUDA device: use --device cpu, or install a torch build with CUDA")
-    return group.join(None if name == "auto" else name)
+    return group.join(None if name == "auto" else str(found_device(name)))
 
 
 def _title(options: RunOptions) -> str:
@@ -194,40 +187,55 @@ def _new_report(prepared: Prepared, folder: Path) -> Report:
 
 def _begin(prepared: Prepared, report: Report) -> None:
     """Write the run's settings and the report, as far as it is known."""
-    write_file(report.folder / RUN_FILE, prepared.options.to_yaml().encode())
+    write_file(report.folder / RUN_FILE, prepared.run_file.to_yaml().encode())
     report.write()
 
 
 def _before(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
     """Measure the teacher, and the student if it can detect already. Raises KDError if the teacher is bad."""
     if prepared.teacher is not None and report.teacher is None:
-        found = _evaluated(prepared, prepared.teacher, device, display, "the teacher", of_teacher=True)
+        found = _evaluated(prepared, prepared.teacher, device, display, "the teacher", teaching=True)
         report = report.model_copy(update={"teacher": found})
-        display.line(f"the teacher has {_ap(found)} on these {found.images} images")
+        display.line(f"the teacher has {_ap(found)} on these {found.images} images, at the size that the student sees")
     if prepared.student.trained and report.before is None:
         found = _evaluated(prepared, prepared.student, device, display, "the student before training")
         report = report.model_copy(update={"before": found})
         display.line(f"before training the {'student' if prepared.teacher else 'model'} has {_ap(found)}")
     group.from_first(report.write)
     if report.teacher is not None and not report.student:
-        _check_teacher(prepared, report, display)
+        _check_teacher(prepared, report, device, display)
     return report
 
 
-def _check_teacher(prepared: Prepared, report: Report, display: Display) -> None:
-    options = prepared.options
+def _check_teacher(prepared: Prepared, report: Report, device: torch.device, display: Display) -> None:
+    options, teacher = prepared.options, prepared.teacher
     assert isinstance(options, DistillOptions)
+    assert teacher is not None
     assert report.teacher is not None
-    ap = report.teacher.ap or 0.0
-    if ap < WEAK_AP and not options.allow_weak_teacher:
+    ap, name = report.teacher.ap, name_of(options.data)
+    if (ap is None or ap < WEAK_AP) and not options.allow_weak_teacher:
+        anyway = "To go on all the same, add --allow-weak-teacher"
+        if ap is None:
+            raise KDError(
+                f"the teacher cannot be measured: the validation images of {name} have no object of a class that it "
+                f"knows. Add such images, or pair classes of different names by --class-map. {anyway}"
+            )
+        alone = _evaluated(prepared, teacher, device, display, "the teacher alone")
+        if alone.ap is not None and alone.ap >= WEAK_AP:
+            raise KDError(
+                f"the teacher has {_ap(report.teacher)} on the validation images of {name} at the size that the "
+                f"student sees, and {_ap(alone)} alone, where it resizes them itself: let the student see larger "
+                f"images than {options.image_size} px (--image-size). {anyway}"
+            )
+        same = "" if alone.ap == ap else f" (alone, where it resizes them itself, it has {_ap(alone)})"
         raise KDError(
-            f"the teacher has {_ap(report.teacher)} on the validation images of {name_of(options.data)}: a student "
-            "cannot learn from it. Usual reasons: its classes have different names or a different order (--class-map), "
-            f"it was trained on images of a different size than {options.image_size} px (--image-size), or on other "
-            "images (`kd train` trains a teacher on yours). To go on all the same, add --allow-weak-teacher"
+            f"the teacher has {_ap(report.teacher)} on the validation images of {name}: a student cannot learn from "
+            f"it{same}. Usual reasons: its classes have different names or a different order (--class-map), it was "
+            f"trained on images of a different size than {options.image_size} px (--image-size), or on other images "
+            f"(`kd train` trains a teacher on yours). {anyway}"
         )
     before = report.before.ap if report.before else None
-    if before is not None and before > ap:
+    if before is not None and ap is not None and before > ap:
         display.warn(
             f"the student is better than its teacher before training ({before:.1f} and {ap:.1f} AP): the "
             "teacher may hold it back. `kd train` trains it alone, --compare-baseline shows the difference"
@@ -287,7 +295,7 @@ def _trained(
         display.warn(warning)
     _load_best(student, report.folder / name)
     found = _evaluated(prepared, student, device, display, "the trained detector")
-    best = max(result.evaluations, key=lambda row: row["eval/ap"] or 0.0)
+    best = max(reversed(result.evaluations), key=lambda row: row["eval/ap"] or 0.0)  # of equal ones the last
     return Trained(
         evaluation=found,
         best_step=int(best["step"] or 0),
@@ -303,7 +311,7 @@ def _load_best(student: Detector, folder: Path) -> None:
 
 
 def _best(folder: Path) -> dict[str, Tensor]:
-    """The weights of the best evaluation; of the last step if no evaluation found anything."""
+    """The weights of the best evaluation, of equal ones the last; of the last step if there was no AP at all."""
     path = folder / "best.safetensors"
     return load_file(path if path.exists() else folder / "student.safetensors")
 
@@ -315,15 +323,17 @@ def _evaluated(
     display: Display,
     what: str,
     *,
-    of_teacher: bool = False,
+    teaching: bool = False,
 ) -> Evaluation:
+    """Measure a detector on the validation images; `teaching`: at the size at which the student sees them."""
     begun = time.monotonic()
     found = evaluate(
         detector.model,
         prepared.images.val,
         batch_size=prepared.config.batch_size,
         device=device,
-        class_map=prepared.class_map if of_teacher else None,
+        class_map=prepared.class_map if detector is prepared.teacher else None,
+        like=adapt(prepared.student.model) if teaching else None,
         together=True,
         progress=display.counting(f"evaluating {what}"),
     )
@@ -385,7 +395,7 @@ def _finish(report: Report) -> None:
 
 
 def _ap(found: Evaluation) -> str:
-    return "no AP, because no class is in the images" if found.ap is None else f"{found.ap:.1f} AP"
+    return "no AP" if found.ap is None else f"{found.ap:.1f} AP"
 
 
 @contextmanager

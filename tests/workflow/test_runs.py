@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import kdtoolkit
 from kdtoolkit.data import open_dataset
 from kdtoolkit.engine import train as loop
-from kdtoolkit.engine.evaluate import evaluate
+from kdtoolkit.engine.evaluate import Evaluation, evaluate
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import open_detector
 from kdtoolkit.workflow import runs
@@ -48,11 +48,13 @@ def test_a_run_leaves_the_detector_with_its_card_a_report_and_its_settings(disti
     assert stored["student"]["evaluation"]["ap"] == distilled.ap
     assert stored["added"] == distilled.added
     assert Report.read(folder) == distilled
-    assert "| teacher |" in (folder / "report.md").read_text()
+    text = (folder / "report.md").read_text()
+    assert "| teacher |" in text
+    assert "The teacher was measured as it teaches" in text
     settings = check_options(DistillOptions, {}, file=folder / "run.yaml")
     assert settings.teacher == str(teacher)
-    assert [str(use) for use in settings.method] == ["CrossKD", "PKD"]
-    assert (settings.image_size, settings.steps, settings.batch_size) == (64, 4, 4)
+    assert (settings.steps, settings.batch_size, settings.student_weights) == (4, 4, "none")
+    assert (settings.method, settings.image_size, settings.lr, settings.train) == ("auto", None, None, {})
 
 
 def test_the_saved_detector_has_the_reported_ap(distilled, shapes):
@@ -81,7 +83,7 @@ def test_a_finished_run_is_shown_again(distilled, teacher, shapes, monkeypatch, 
     monkeypatch.setattr(runs, "train", None)  # nothing is trained
     assert distil(teacher, shapes, distilled.folder, compare_baseline=True) == distilled
     assert "finished" in capsys.readouterr().out
-    assert distil(teacher, shapes, distilled.folder, batch_size=None, method="auto", image_size=64) == distilled
+    assert distil(teacher, shapes, distilled.folder, batch_size=None, method="auto") == distilled
 
 
 def test_the_comparison_may_be_asked_for_later(distilled, teacher, shapes, tmp_path, monkeypatch):
@@ -101,8 +103,8 @@ def test_the_comparison_may_be_asked_for_later(distilled, teacher, shapes, tmp_p
 
 def test_a_run_of_different_options_is_refused(distilled, teacher, shapes):
     for changes, part in (
-        ({"lr": 1e-4}, "lr: 0."),
-        ({"method": "PKD"}, "method: ['CrossKD', 'PKD'] there, ['PKD'] now"),
+        ({"lr": 1e-4}, "lr: None there, 0.0001 now"),
+        ({"method": "PKD"}, "method: auto there, ['PKD'] now"),
         ({"steps": None, "epochs": 3}, "epochs: None there, 3.0 now"),
         ({"train": {"ema": 0.5}}, "train: "),
     ):
@@ -191,6 +193,30 @@ def test_a_weak_teacher_is_told_before_training(teacher, shapes, tmp_path, monke
     with pytest.raises(
         KDError, match=r"the teacher has .* AP on the validation images of shapes.*--allow-weak-teacher"
     ):
+        distil(teacher, shapes, tmp_path / "weak", allow_weak_teacher=False)
+
+
+@pytest.mark.parametrize(
+    ("teaching", "alone", "message"),
+    [
+        (
+            0.5,
+            40.0,
+            r"has 0.5 AP .* shapes at the size that the student sees, and 40.0 AP alone.* than 64 px \(--image",
+        ),
+        (0.5, 1.5, r"has 0.5 AP .* shapes: a student cannot learn from it \(alone, .* 1.5 AP\). Usual reasons"),
+        (0.5, 0.5, r"has 0.5 AP .* shapes: a student cannot learn from it. Usual reasons"),
+        (None, None, r"the validation images of shapes have no object of a class that it knows"),
+    ],
+)
+def test_the_teacher_is_judged_at_the_size_at_which_it_teaches(
+    teacher, shapes, tmp_path, monkeypatch, teaching, alone, message
+):
+    def scored(model, dataset, *, like=None, **_):
+        return Evaluation(alone if like is None else teaching, None, None, None, None, None, {}, 4, 0)
+
+    monkeypatch.setattr(runs, "evaluate", scored)
+    with pytest.raises(KDError, match=f"{message}.*--allow-weak-teacher"):
         distil(teacher, shapes, tmp_path / "weak", allow_weak_teacher=False)
 
 
