@@ -1,6 +1,7 @@
 import copy
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,7 +185,7 @@ def test_a_checkpoint_of_ultralytics_opens_as_its_trainer_leaves_it(tmp_path, mo
     detector = open_detector(tmp_path / "best.pt")
     assert (detector.class_names, detector.image_size, detector.trained) == (("ant", "bee"), 96, True)
     assert detector.name == "ultralytics/yolo11n"
-    assert any("restricted loader" in note for note in detector.notes)
+    assert any("no code of it was run" in note for note in detector.notes)
     frozen = [name for name, value in detector.model.named_parameters() if not value.requires_grad]
     assert frozen == ["model.23.dfl.conv.weight"]
     for name, value in detector.model.state_dict().items():
@@ -198,6 +199,50 @@ def test_a_checkpoint_of_ultralytics_opens_as_its_trainer_leaves_it(tmp_path, mo
     torch.save({**content, "ema": Recorder(1)}, tmp_path / "other.pt")
     with pytest.raises(KDError, match=r"(?s)cannot be opened|holds Python objects"):
         open_detector(tmp_path / "other.pt")
+
+
+@pytest.fixture(scope="module")
+def yolo():
+    return build_model("ultralytics/yolo11n", 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda yaml: yaml.update(activation="open('ran', 'w') and torch.nn.SiLU()"), "its activation .* is not one"),
+        (lambda yaml: yaml["backbone"][0].__setitem__(2, "torch_safe_load"), "'torch_safe_load' is in none of"),
+        (lambda yaml: yaml["backbone"][0].__setitem__(2, "nn.Module.__init__"), "'nn.Module.__init__' is in none of"),
+        (lambda yaml: yaml["backbone"][0][3].append("open('ran', 'w')"), "Conv has the value .* which is no number"),
+        (lambda yaml: yaml["scales"].update(n=["open('ran', 'w')", 1, 1]), "scales has the value"),
+        (lambda yaml: yaml.update(nc="open('ran', 'w')"), "nc has the value"),
+        (lambda yaml: yaml["head"].pop(), "it is no detector of boxes alone"),
+        (lambda yaml: yaml["backbone"][0][3].__setitem__(0, 256), r"best\.pt do not fit DetectionModel"),
+    ],
+)
+def test_a_checkpoint_of_ultralytics_runs_no_code(yolo, change, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evil = copy.deepcopy(yolo)
+    change(evil.yaml)
+    torch.save({"model": evil}, "best.pt")
+    for classes in (None, ["ant"]):  # new classes build the model again
+        with pytest.raises(KDError, match=message):
+            open_detector("best.pt", class_names=classes)
+    assert not Path("ran").exists()
+
+
+def test_a_checkpoint_of_ultralytics_gives_tensors_and_no_objects(yolo, tmp_path):
+    odd = copy.deepcopy(yolo)
+    odd.yaml["activation"] = "torch.nn.ReLU()"
+    odd.end2end = False
+    odd.surprise = torch.nn.ReLU(inplace=True)
+    odd.model[0].forward = odd.model[1].forward
+    torch.save({"model": odd}, tmp_path / "best.pt")
+    model = open_detector(tmp_path / "best.pt").model
+    assert not hasattr(model, "surprise")
+    assert "forward" not in vars(model.model[0])
+    assert isinstance(model.model[0].act, torch.nn.ReLU)
+    state = odd.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ def image_files(path: Path, without: Path | None = None) -> list[Path]:
     if not path.is_dir():
         raise KDError(f"there is no file or folder {path}; name an image, or a folder of images")
     found: list[Path] = []
-    left_out = None if without is None else without.absolute()
+    left_out = None if without is None else without.resolve()
     for here, below, files in os.walk(path):
-        below[:] = [name for name in below if not name.startswith(".") and Path(here, name).absolute() != left_out]
+        below[:] = [name for name in below if not name.startswith(".") and Path(here, name).resolve() != left_out]
         found += [Path(here, name) for name in files if not name.startswith(".")]
     images = sorted(file for file in found if file.suffix.lower() in ENDINGS)
     if not images:

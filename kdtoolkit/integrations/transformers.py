@@ -73,7 +73,7 @@ class DistillationTrainer(Trainer):
         self._mean = torch.tensor(adapter.image_mean if processing is None else processing.mean).view(3, 1, 1)
         self._std = torch.tensor(adapter.image_std if processing is None else processing.std).view(3, 1, 1)
         self._masked = adapter.masked
-        self._terms: dict[str, list[Tensor]] = {}
+        self._terms: dict[str, tuple[Tensor, int]] = {}  # each term's sum since the last log, and of how many
 
     def compute_loss(
         self,
@@ -88,7 +88,8 @@ class DistillationTrainer(Trainer):
         self.model.set_extra_state({"step": self.state.global_step})
         losses: Losses = model(*self._unprocessed(inputs))
         for name, loss in losses.items():
-            self._terms.setdefault(name, []).append(loss.detach())
+            known, count = self._terms.get(name, (torch.zeros_like(loss), 0))
+            self._terms[name] = known + loss.detach(), count + 1
         total = sum(losses.values(), start=torch.zeros((), device=self.args.device))
         return (total, losses) if return_outputs else total
 
@@ -99,7 +100,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, and with the loss the mean of each of its terms since the last time."""
         if "loss" in logs:
-            logs |= {name: float(torch.stack(values).mean()) for name, values in self._terms.items()}
+            logs |= {name: float(known) / count for name, (known, count) in self._terms.items()}
             self._terms = {}
         super().log(logs, *args, **kwargs)
 

@@ -13,16 +13,19 @@ from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.errors import KDError
 
 
-def fitting(trial: Callable[[int], None], largest: int) -> int:
-    """The largest of `largest`, its half, its quarter ... whose `trial` does not run out of memory.
+def fitting(trial: Callable[[int], None], largest: int, parts: int = 1) -> int:
+    """The largest batch up to `largest`, its half, its quarter ... whose `trial` does not run out of memory.
+
+    `parts`: the number of equal parts that a step splits its batch into. The trial is of one part, so the result is a
+    multiple of it.
 
     Raises KDError if not even one image fits.
     """
-    size = largest
+    size = max(1, largest // parts)
     while True:
         try:
             trial(size)
-            return size
+            return size * parts
         except torch.OutOfMemoryError:
             if size == 1:
                 raise KDError(

@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kdtoolkit.data.dataset import digest
 from kdtoolkit.engine.checkpoint import to_bytes
 from kdtoolkit.errors import KDError
 from kdtoolkit.lock import hold
@@ -67,11 +68,12 @@ def given(options: RunOptions) -> dict[str, Any]:
 
 
 def made_of(prepared: Prepared) -> dict[str, str]:
-    """What decides a run's result beside its options: digests of images and weights, by what they are."""
+    """What decides a run's result beside the options that are given: digests by what they are of."""
     images = prepared.images
     found = {
         "the training images": images.train.fingerprint(),
         "the validation images": images.val.fingerprint(),
+        "the settings that kdtoolkit chooses": digest(prepared.config.model_dump(mode="json", exclude={"workers"})),
         FIRST_WEIGHTS: _digest(prepared.student),
     }
     if images.unlabelled is not None:
@@ -99,31 +101,18 @@ def _hold(held: ExitStack, folder: Path) -> None:
 
 
 def _differences(options: RunOptions, before: dict[str, Any], settled: RunOptions) -> list[str]:
-    """What a command says differently than the run's own, which gave `before` and came to the `settled` options."""
+    """What a command says differently than the run's own, which gave `before`; its run file holds more than that."""
     now, found = given(options), settled.model_dump(mode="json")
-    defaults = {name: field.default for name, field in type(options).model_fields.items()}
-    differences = [
-        f"{name}: {_short(found.get(name))} there, {_short(value)} now"
+    left_out = {name: value for name, value in before.items() if name not in now}
+    return [
+        f"{name}: {_short(found[name])} there, {_short(value)} now"
         for name, value in now.items()
-        if not _agrees(value, before.get(name, defaults[name]), found.get(name))
-    ]
-    return differences + [
+        if value != found[name]
+    ] + [
         f"{name}: {_short(value)} there, left out now"
-        for name, value in before.items()
-        if name not in now and value != defaults[name]
+        for name, value in left_out.items()
+        if value != type(options).model_fields[name].default
     ]
-
-
-def _agrees(now: object, before: object, settled: object) -> bool:
-    """Whether an option is what was given before, or what the run has settled; a mapping may have a part of that."""
-    if now == before:
-        return True
-    if isinstance(now, dict) and isinstance(settled, dict):
-        earlier = before if isinstance(before, dict) else {}
-        return earlier.keys() <= now.keys() and all(
-            _agrees(value, earlier.get(name), settled.get(name)) for name, value in now.items()
-        )
-    return now == settled
 
 
 def _short(value: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -90,7 +89,7 @@ def predict(
     Args:
         model: what `open_detector` takes, or a detector that it opened.
         images: an image file, or a folder whose images are taken with those of its subfolders, but for `out`.
-        out: the folder to write into; None writes nothing.
+        out: the folder to write into, a new one or one without detections; None writes nothing.
         score: detections with a lower score are left out.
         format: "coco" writes `predictions.json` in the format of COCO's results, with the name of each image file and
             class beside it. "yolo" writes a text file for each image into `labels`, with lines `class cx cy w h score`,
@@ -106,7 +105,7 @@ def predict(
         progress: called with the number of images done, and the number of all images.
 
     Files that cannot be read are left out and listed in `skipped`. Raises KDError if no image can be read, if the
-    detector cannot be used, or if the folder cannot be written.
+    detector cannot be used, or if the folder cannot be written or has detections already.
     """
     if not 0 <= score <= 1:
         raise KDError(f"score is {score}; scores lie between 0 and 1, so it must too")
@@ -115,6 +114,8 @@ def predict(
     if batch_size < 1:
         raise KDError(f"batch_size is {batch_size}; it must be at least 1")
     folder = None if out is None else Path(out)
+    if folder is not None:
+        _check_new(folder)
     files = image_files(Path(images), without=folder)
     root = Path(images) if Path(images).is_dir() else Path(images).parent
     names = names_without_clash([file.relative_to(root) for file in files])
@@ -144,6 +145,15 @@ def predict(
     except OSError as error:
         raise KDError(f"cannot write to {folder}: {error.strerror or error}") from error
     return Predicted(tuple(found), ready.class_names, skipped, ready.detector.notes, tuple(written))
+
+
+def _check_new(folder: Path) -> None:
+    """Raise KDError if the folder has what would be written already: of an earlier call, or of a data set."""
+    if there := [name for name in ("pictures", "labels", "predictions.json") if (folder / name).exists()]:
+        raise KDError(
+            f"{folder} has {' and '.join(there)} already, perhaps of an earlier call: choose a new folder by --out, or "
+            "delete them"
+        )
 
 
 def detect_on(
@@ -194,10 +204,10 @@ def _of_image(found: Found, path: Path, size: tuple[int, int], score: float | Fl
 
 
 def names_without_clash(paths: Sequence[PurePath]) -> dict[PurePath, str]:
-    """For each file a name without its ending; with it where two files would have one name."""
+    """For each file a name without its ending; if two files would have one name, all names keep their endings."""
     short = [path.with_suffix("").as_posix() for path in paths]
-    counts = Counter(short)
-    return {path: name if counts[name] == 1 else path.as_posix() for path, name in zip(paths, short, strict=True)}
+    whole = [path.as_posix() for path in paths]
+    return dict(zip(paths, short if len({*short}) == len(short) else whole, strict=True))
 
 
 def write_picture(image: ImageDetections, class_names: Sequence[str], path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from kdtoolkit import processes
 from kdtoolkit.build import backbone_weights
@@ -19,6 +18,7 @@ from kdtoolkit.data import PhotoDataset, check_same_classes, open_dataset, open_
 from kdtoolkit.data.opening import name_of
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.engine.mixture import share_without_labels
 from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.inherit import Inherited, inherit
@@ -26,7 +26,6 @@ from kdtoolkit.libraries import adapt, library_of_name
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import Detector, open_detector
 from kdtoolkit.options import did_you_mean
-from kdtoolkit.sections import reason
 from kdtoolkit.words import counted
 from kdtoolkit.workflow import defaults
 from kdtoolkit.workflow.auto import choose, scaled
@@ -51,12 +50,16 @@ class Images:
 class Prepared:
     """A run before its first step.
 
-    `options`: with nothing left open. `plan`: what it will do and why, by name. `notes`: what the user should know.
+    `options`: with nothing left open. `run_file`: what the user gave, and the two choices that depend on the machine:
+    the batch size (memory) and the weights that the student begins with (network). All else that the user left open
+    stays open, so a run file of which one option is changed chooses anew what depends on it.
+    `plan`: what it will do and why, by name. `notes`: what the user should know.
     `untouched`: a copy of the student, as it was before it inherited from the teacher; None if no training without
     teacher is asked for.
     """
 
     options: RunOptions
+    run_file: RunOptions
     images: Images
     student: Detector
     untouched: Detector | None
@@ -136,21 +139,20 @@ def prepare(
         methods = tuple(scaled(use, factor) for use in methods)
         chosen = Choice(f"{chosen.value}, weights x {factor:g}", f"{why_methods}; the library's loss is x {factor:g}")
     schedule = _schedule(options, about)
-    if options.steps is not None:
-        steps = options.steps
-    else:
-        # Labelled images are shown as often as without them; the others come in steps of their own.
-        shown = about.images + (0 if images.unlabelled is None else min(len(images.unlabelled), about.images))
-        steps = defaults.steps_of(schedule.value, shown, int(batch.value))
+    # Labelled images are shown as often as without the others, which come in steps of their own.
+    without = _share_without_labels(options, images)
+    steps = options.steps or defaults.steps_of(schedule.value, about.images, int(batch.value), without)
+    epochs = defaults.epochs_of(steps, about.images, int(batch.value), without)
     lr = Choice(options.lr, _CHOSEN_BY_USER) if options.lr else defaults.learning_rate(about, int(batch.value))
-    further = _further(options, about, steps, int(batch.value))
-    config = _config(steps, int(batch.value), float(lr.value), further)
+    further = _further(options, about, steps, epochs)
+    given = {name: choice.value for name, choice in further.items()}
+    config = TrainConfig(steps=steps, batch_size=int(batch.value), lr=float(lr.value), **given)
     evaluations = defaults.evaluations(about, steps * config.batch_size)
     resolved: dict[str, Any] = {
         "image_size": size,
         "batch_size": int(batch.value),
         "lr": float(lr.value),
-        "train": {name: choice.value for name, choice in further.items()},
+        "train": given,
     }
     if options.steps is None:
         resolved["epochs"] = float(schedule.value)
@@ -158,7 +160,7 @@ def prepare(
         resolved["method"] = methods
     plan = _plan(options, images, student, teacher, class_map, inherited, chosen) | {
         "image size": replace(image_size, value=f"{size} px"),
-        "schedule": Choice(_schedule_in_words(steps, about, config), schedule.why),
+        "schedule": Choice(_schedule_in_words(steps, epochs, without), schedule.why),
         "batch": Choice(counted(config.batch_size, "image"), batch.why),
         "learning rate": Choice(f"{config.lr:g}, {config.optimizer}", lr.why),
         "precision": Choice(resolve_precision(config.precision, device), further["precision"].why),
@@ -170,6 +172,7 @@ def prepare(
     }
     return Prepared(
         options=options.model_copy(update=resolved),
+        run_file=options.model_copy(update={"batch_size": config.batch_size}),
         images=images,
         student=student,
         untouched=untouched,
@@ -371,9 +374,14 @@ def _batch(
     distiller: Callable[[int], Distiller],
 ) -> Choice:
     largest = min(defaults.LARGEST_BATCH, about.images)
-    if options.batch_size is not None:
-        return Choice(options.batch_size, _CHOSEN_BY_USER)
     parts = int(options.train.get("accumulation", 1))
+    if options.batch_size is not None:
+        if options.batch_size % (parts * about.processes):
+            raise KDError(
+                f"batch_size ({options.batch_size}) must be a multiple of {parts * about.processes}: the number of "
+                f"processes ({about.processes}) times that of parts, train.accumulation ({parts})"
+            )
+        return Choice(options.batch_size, _CHOSEN_BY_USER)
     if about.processes > 1:
         return Choice(8 * parts * about.processes, f"8 for each of {about.processes} processes")
     if device.type == "cpu":
@@ -382,8 +390,8 @@ def _batch(
     def trial(size: int) -> None:
         trial_step(distiller(size), images.train, size, device, precision)
 
-    found = fitting(trial, largest)
-    return Choice(found, "most that is useful" if found == largest else "as many as the GPU's memory takes")
+    found = fitting(trial, largest, parts)
+    return Choice(found, "most that is useful" if found > largest - parts else "as many as the GPU's memory takes")
 
 
 def _schedule(options: RunOptions, about: Situation) -> Choice:
@@ -392,24 +400,21 @@ def _schedule(options: RunOptions, about: Situation) -> Choice:
     return defaults.epochs(about)
 
 
-def _further(options: RunOptions, about: Situation, steps: int, batch: int) -> dict[str, Choice]:
+def _share_without_labels(options: RunOptions, images: Images) -> float:
+    """Which share of the steps shows images without labels."""
+    if images.unlabelled is None:
+        return 0.0
+    return share_without_labels(options.train.get("unlabelled_share"), len(images.train), len(images.unlabelled))
+
+
+def _further(options: RunOptions, about: Situation, steps: int, epochs: float) -> dict[str, Choice]:
     """The further options of training: the user's, and for the rest what suits."""
-    epochs = steps * batch / about.images
     chosen = defaults.training(about, steps, epochs)
     for name, value in options.train.items():
         if isinstance(value, Mapping) and name in chosen and isinstance(chosen[name].value, Mapping):
             value = {**chosen[name].value, **value}
         chosen[name] = Choice(value, _CHOSEN_BY_USER)
     return chosen
-
-
-def _config(steps: int, batch: int, lr: float, further: Mapping[str, Choice]) -> TrainConfig:
-    """The options of training together. Raises KDError if they contradict each other."""
-    given = {name: choice.value for name, choice in further.items()}
-    try:
-        return TrainConfig(steps=steps, batch_size=batch, lr=lr, **given)
-    except ValidationError as error:
-        raise KDError("; ".join(reason(TrainConfig, each) for each in error.errors())) from None
 
 
 def _plan(
@@ -458,9 +463,9 @@ def _listed(names: tuple[str, ...], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _schedule_in_words(steps: int, about: Situation, config: TrainConfig) -> str:
-    epochs = steps * config.batch_size / about.images
-    return f"{epochs:.3g} epochs, {counted(steps, 'step')}"
+def _schedule_in_words(steps: int, epochs: float, without_labels: float) -> str:
+    apart = f", {100 * without_labels:.3g} % of them without labels" if without_labels else ""
+    return f"{epochs:.3g} epochs, {counted(steps, 'step')}{apart}"
 
 
 def _augmentation_in_words(config: TrainConfig) -> str:

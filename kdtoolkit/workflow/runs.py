@@ -33,6 +33,7 @@ from kdtoolkit.libraries import adapt
 from kdtoolkit.models import Detector, save_detector
 from kdtoolkit.workflow.card import card
 from kdtoolkit.workflow.defaults import Choice
+from kdtoolkit.workflow.detecting import found_device
 from kdtoolkit.workflow.display import Clock, Display
 from kdtoolkit.workflow.folder import (
     BASELINE,
@@ -112,16 +113,7 @@ def print_plan(plan: dict[str, Choice], console: Console) -> None:
 
 def _device(name: str) -> torch.device:
     """Join the other processes; the device of this one. Raises KDError if there is no such device."""
-    if name != "auto":
-        try:
-            kind = torch.device(name).type
-        except RuntimeError:
-            kind = ""
-        if kind not in ("cpu", "cuda"):
-            raise KDError(f"device {name!r} is not known: write auto, cpu, cuda or cuda:1")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise KDError("there is no CUDA device: use --device cpu, or install a torch build with CUDA")
-    return group.join(None if name == "auto" else name)
+    return group.join(None if name == "auto" else str(found_device(name)))
 
 
 def _title(options: RunOptions) -> str:
@@ -153,7 +145,7 @@ def _begin(prepared: Prepared, report: Report | None, words: dict[str, Any]) -> 
             f"{' and '.join(changed)} changed since the run in {folder} began: put back what was there, or choose a "
             f"new folder (--out {folder}-2)"
         )
-    write_file(folder / RUN_FILE, options.to_yaml().encode())
+    write_file(folder / RUN_FILE, prepared.run_file.to_yaml().encode())
     report.write()
     return report
 

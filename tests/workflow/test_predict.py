@@ -92,9 +92,11 @@ def test_broken_images_are_left_out_and_named(photos):
 
 def test_files_that_differ_in_their_ending_alone_keep_apart(photos, tmp_path):
     picture(photos / "a.bmp", ("blue", 0.9, FAR))
+    picture(photos / "a.bmp.png", ("blue", 0.9, FAR))
     kdtoolkit.predict(detector(), photos, out=tmp_path / "out", format="yolo")
     labels = tmp_path / "out" / "labels"
     assert (labels / "a.bmp.txt").read_text().startswith("2 ")
+    assert (labels / "a.bmp.png.txt").read_text().startswith("2 ")
     assert (labels / "a.png.txt").read_text().startswith("0 ")
     assert not (labels / "a.txt").exists()
 
@@ -106,10 +108,16 @@ def test_boxes_are_cut_at_the_edge(photos):
     assert boxes.tolist() == [[30, 30, 100, 80]]  # the other one lies outside
 
 
-def test_what_an_earlier_call_wrote_is_no_image(photos):
-    for _ in range(2):
-        found = kdtoolkit.predict(detector(), photos, out=photos / "predicted")
-        assert len(found.images) == 3
+def test_the_output_is_no_image(photos):
+    out = photos / "sub" / ".." / "predicted"
+    picture(photos / "predicted" / "earlier.png")
+    assert len(kdtoolkit.predict(detector(), photos, out=out).images) == 3
+
+
+def test_detections_of_an_earlier_call_are_not_mixed_with_new_ones(photos, tmp_path):
+    kdtoolkit.predict(detector(), photos, out=tmp_path / "out")
+    with pytest.raises(KDError, match=r"has pictures and predictions.json already, .*: choose a new folder by --out"):
+        kdtoolkit.predict(detector(), photos, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ def test_a_run_leaves_the_detector_with_its_card_a_report_and_its_settings(disti
     assert "The teacher was measured as it teaches" in text
     settings = check_options(DistillOptions, {}, file=folder / "run.yaml")
     assert settings.teacher == str(teacher)
-    assert [str(use) for use in settings.method] == ["CrossKD", "PKD"]
-    assert (settings.image_size, settings.steps, settings.batch_size) == (64, 4, 4)
+    assert (settings.steps, settings.batch_size, settings.student_weights) == (4, 4, "none")
+    assert (settings.method, settings.image_size, settings.lr, settings.train) == ("auto", None, None, {})
 
 
 def test_the_saved_detector_has_the_reported_ap(distilled, shapes):
@@ -85,7 +85,7 @@ def test_a_finished_run_is_shown_again(distilled, teacher, shapes, monkeypatch, 
     out = capsys.readouterr().out
     assert "finished" in out
     assert "warning" not in out
-    assert distil(teacher, shapes, distilled.folder, method="auto", image_size=64) == distilled
+    assert distil(teacher, shapes, distilled.folder, method="auto") == distilled
     options = check_options(DistillOptions, {"quiet": True}, file=distilled.folder / "run.yaml")
     assert runs.run(options) == distilled
 
@@ -172,8 +172,8 @@ def test_images_and_weights_that_changed_since_a_run_are_told(distilled, copied,
 
 def test_a_run_of_different_options_is_refused(distilled, teacher, shapes):
     for changes, part in (
-        ({"lr": 1e-4}, "lr: 0."),
-        ({"method": "PKD"}, "method: ['CrossKD', 'PKD'] there, ['PKD'] now"),
+        ({"lr": 1e-4}, "lr: None there, 0.0001 now"),
+        ({"method": "PKD"}, "method: auto there, ['PKD'] now"),
         ({"steps": None, "epochs": 3}, "epochs: None there, 3.0 now"),
         ({"train": {"ema": 0.5}}, "train: "),
         ({"batch_size": None}, "batch_size: 4 there, left out now"),
