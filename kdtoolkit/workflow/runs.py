@@ -245,7 +245,7 @@ def _check_teacher(prepared: Prepared, report: Report, device: torch.device, dis
 def _train(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
     """Train, keep the best weights, and save the detector."""
     if report.student is None:
-        trained = _trained(prepared, prepared.student, prepared.distiller(), TRAINING, report, device, display)
+        trained = _trained(prepared, prepared.student, prepared.distiller, TRAINING, report, device, display)
         report = report.model_copy(update={"student": trained})
     else:
         _load_best(prepared.student, report.folder / TRAINING)
