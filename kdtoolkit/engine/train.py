@@ -30,6 +30,7 @@ from kdtoolkit.engine.inputs import (
     check_trainable,
     check_unlabelled,
     resolve_device,
+    single_values_told,
 )
 from kdtoolkit.engine.locate import locate_non_finite
 from kdtoolkit.engine.mixture import alternate, unlabelled_steps
@@ -161,7 +162,7 @@ def train(
                 shown = [image.to(device, non_blocking=True) for image in some]
                 autocast = torch.autocast(device.type, autocast_type(precision), enabled=precision != "float32")
                 with nullcontext() if last_part or count == 1 else model.no_sync():
-                    with autocast:
+                    with autocast, single_values_told():
                         losses = model(shown, their_targets)
                     values, has_boxes = _values(losses, their_targets)
                     if bad := _non_finite(values):

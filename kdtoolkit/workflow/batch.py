@@ -9,6 +9,7 @@ import torch
 from kdtoolkit.contract import Target
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.inputs import single_values_told
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.errors import KDError
 
@@ -52,7 +53,7 @@ def trial_step(
     targets = [Target(boxes=sample["boxes"], labels=sample["labels"]) for _, sample in items]
     resolved = resolve_precision(precision, device)  # type: ignore[arg-type]
     distiller.train()
-    with torch.autocast(device.type, autocast_type(resolved), enabled=resolved != "float32"):
+    with torch.autocast(device.type, autocast_type(resolved), enabled=resolved != "float32"), single_values_told():
         losses = distiller(images, targets)
     losses.total.backward()
     parameters = [p for p in distiller.parameters() if p.requires_grad]

@@ -143,7 +143,9 @@ class DistillOptions(RunOptions):
     init: Literal["teacher"] | None = Field(
         None, description="`teacher`: the student begins with the teacher's weights wherever they fit"
     )
-    unlabelled: Path | None = Field(None, description="a folder of images without labels, which the teacher explains")
+    unlabelled: Path | None = Field(
+        None, description="a folder of images without labels, from which the student learns by the methods alone"
+    )
     compare_baseline: bool = Field(False, description="also train the same student without the teacher, to compare")
     allow_weak_teacher: bool = Field(False, description="go on with a teacher that is bad on this data")
 

@@ -220,7 +220,7 @@ def _train(prepared: Prepared, report: Report, device: torch.device, display: Di
     if report.model is not None:
         return report
     if report.student is None:
-        trained = _trained(prepared, prepared.student, prepared.distiller(), TRAINING, report, device, display)
+        trained = _trained(prepared, prepared.student, prepared.distiller, TRAINING, report, device, display)
         report = report.model_copy(update={"student": trained})
     else:
         _load_best(prepared.student, report.folder / TRAINING)
