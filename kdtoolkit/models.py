@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -193,10 +194,22 @@ def _opened(name: str, weights: str | Path | None, args: Mapping[str, object], c
 
 
 def is_place(name: str | Path, folder: Path = Path()) -> bool:
-    """Whether a detector or its weights are given by a path, and not by a name. Relative paths count from `folder`."""
-    known = library_of_name(str(name)) is not None or is_code(str(name))
+    """Whether a detector or its weights are given by a path, and not by a name. Relative paths count from `folder`.
+
+    A path may begin like a name, as "ultralytics/runs/best.pt" does. Then it is a place if a detector lies there.
+    """
     place = folder / name
-    return not known and (place.exists() or (place.suffix in _WEIGHTS and not _is_published_yolo(str(name))))
+    if library_of_name(str(name)) is not None:
+        return _holds_detector(place)
+    named = is_code(str(name)) or _is_published_yolo(str(name))
+    return os.path.exists(place) or (place.suffix in _WEIGHTS and not named)
+
+
+def _holds_detector(place: Path) -> bool:
+    """Whether this is a file of weights, or a folder that can be opened. It may be no path at all, and very long."""
+    if not os.path.isdir(place):
+        return place.suffix in _WEIGHTS and os.path.isfile(place)
+    return any((place / file).is_file() for file in (DESCRIPTION, "config.json")) or any(place.glob(f"*/{DESCRIPTION}"))
 
 
 def _is_published_yolo(name: str) -> bool:
@@ -248,6 +261,8 @@ def _open_saved(folder: Path) -> Opened:
         name, file, size = about["detector"], about["file"], about["image_size"]
         names = None if about["classes"] is None else tuple(map(str, about["classes"]))
         words, trained = str(about["weights"]), bool(about["trained"])
+        if not isinstance(name, str):
+            raise TypeError(f"detector: {name!r}")
         path = folder / file
     except (KeyError, TypeError) as error:
         raise KDError(f"{source} is damaged ({error}): save the detector again") from error

@@ -1,4 +1,5 @@
 import copy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from kdtoolkit.adapters.torchvision.models import settle
 from kdtoolkit.detectors import ATSS, GFL
 from kdtoolkit.errors import KDError
-from kdtoolkit.models import build_model, content_of, open_detector, save_detector
+from kdtoolkit.models import build_model, content_of, is_code, is_place, open_detector, save_detector
 from tests._opened import GFL as TINY_GFL
 from tests._opened import NAMES, assert_same, detect, stirred
 from tests._published import published_state
@@ -291,6 +292,34 @@ def test_code_is_not_imported_because_a_folder_names_it(tmp_path):
     save_detector(detector, tmp_path)
     with pytest.raises(KDError, match=r"names tests\.test_models:Recorder, which imports .* name it yourself"):
         open_detector(tmp_path)
+
+
+def test_a_path_is_no_code_whatever_it_is_called(saved_gfl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("ran.py").write_text("open('ran', 'w')")
+    for name in ("runs/x:1", "ran:1"):
+        assert is_code(name) == (name == "ran:1")
+        shutil.copytree(saved_gfl, name)
+        assert (is_place(name), is_code(name)) == (True, False)
+        assert open_detector(name).class_names == open_detector(saved_gfl).class_names
+        with pytest.raises(KDError, match="unknown model"):
+            build_model(name, 3)
+    with pytest.raises(KDError, match="unknown model 'runs/x:2'"):
+        open_detector("runs/x:2", num_classes=3)
+    assert not Path("ran").exists()
+
+
+def test_a_path_may_begin_with_the_name_of_a_library(saved_gfl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved_gfl, "kdtoolkit/runs/birds/model")
+    shutil.copytree(saved_gfl, "hf/birds")
+    for name in ("kdtoolkit/runs/birds", "kdtoolkit/runs/birds/model", "hf/birds"):
+        assert open_detector(name).class_names == open_detector(saved_gfl).class_names
+    assert is_place("kdtoolkit/runs/birds/model/model.safetensors")
+    Path("kdtoolkit/gfl").mkdir()  # of a clone: no detector lies there
+    for name in ("kdtoolkit/gfl", "kdtoolkit/absent.pt", TINY_GFL, f"hf/detr?x={'y' * 300}"):
+        assert not is_place(name)
 
 
 def test_what_cannot_be_opened_is_explained(saved_gfl, tmp_path):
