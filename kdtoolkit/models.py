@@ -279,6 +279,7 @@ def _open_saved(folder: Path) -> Opened:
         )
     else:
         opened = _open_state(name, replace(read_checkpoint(path), class_names=names), str(path), None)
+    trained = trained and opened.trained
     return replace(opened, class_names=names, weights=words or str(folder), trained=trained, image_size=size)
 
 
@@ -304,10 +305,11 @@ def _checkpoint_in(place: Path) -> Checkpoint:
     about = _description(place)
     if about.get("file") in ("model.safetensors", "model.pth") and not (place / "config.json").is_file():
         names = about.get("classes")
-        return Checkpoint(read_checkpoint(place / about["file"]).state, names and tuple(map(str, names)))
+        state = read_checkpoint(place / about["file"]).state
+        return Checkpoint(state, names and tuple(map(str, names)), bool(about.get("trained", True)))
     if place.is_dir() or holds_yolo(place):
         opened = _open_place(place)
-        return Checkpoint(dict(opened.model.state_dict()), opened.class_names)
+        return Checkpoint(dict(opened.model.state_dict()), opened.class_names, opened.trained)
     return read_checkpoint(place)
 
 
@@ -326,9 +328,9 @@ def _open_state(name: str, checkpoint: Checkpoint, source: str, count: int | Non
             model = build(other)
             with suppress(KDError):
                 load_state(model, checkpoint.state, source)
-                return Opened(model, build, other, name, None, source)
+                return Opened(model, build, other, name, None, source, checkpoint.trained)
         raise
-    return Opened(model, build, guess, name, checkpoint.class_names, source)
+    return Opened(model, build, guess, name, checkpoint.class_names, source, checkpoint.trained)
 
 
 def _possible_counts(
