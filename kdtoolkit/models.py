@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from kdtoolkit.build import (
 )
 from kdtoolkit.detector import Detector, Opened, SavedDetector
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import write_atomic
+from kdtoolkit.files import written_together
 from kdtoolkit.libraries import adapt, library_of_model, library_of_name
 from kdtoolkit.weights import Checkpoint, aligned, holds_yolo, load_state, load_weights, read_checkpoint
 
@@ -121,31 +122,34 @@ def save_detector(detector: Detector, folder: str | Path, *, card: str | None = 
     Ultralytics: `best.pt`. All others: `model.safetensors`. Beside it lie `detector.yaml`, by which `open_detector`
     opens the folder, and `README.md` with the text of `card`.
 
-    Raises KDError if the folder cannot be written.
+    Raises KDError if the folder cannot be written. Then it is as it was before.
     """
     folder = Path(folder)
     library = library_of_model(detector.model)
     module = None if library is None else library_module(f"{library.prefix}/")
     save: Callable[[Detector, Path], tuple[str, str]] = getattr(module, "save_model", _save_tensors)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file, how_to_open = save(detector, folder)
-        about = {
-            "detector": _portable_name(detector),
-            "file": file,
-            "classes": None if detector.class_names is None else list(detector.class_names),
-            "weights": detector.weights,
-            "trained": detector.trained,
-            "image_size": detector.image_size,
-        }
-        if card is not None:
-            write_atomic(folder / "README.md", card.encode())
-        text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=120)
-        write_atomic(
-            folder / DESCRIPTION, f"# A detector that kdtoolkit saved: `kd inspect .` shows it.\n{text}".encode()
-        )
-    except OSError as error:
-        raise KDError(f"cannot write the detector into {folder}: {error.strerror or error}") from error
+        with written_together(folder) as partial:
+            file, how_to_open = save(detector, partial)
+            about = {
+                "detector": _portable_name(detector),
+                "file": file,
+                "classes": None if detector.class_names is None else list(detector.class_names),
+                "weights": detector.weights,
+                "trained": detector.trained,
+                "image_size": detector.image_size,
+            }
+            if card is not None:
+                (partial / "README.md").write_bytes(card.encode())
+            text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=120)
+            text = f"# A detector that kdtoolkit saved: `kd inspect .` shows it.\n{text}"
+            (partial / DESCRIPTION).write_bytes(text.encode())
+    except (OSError, RuntimeError, SafetensorError) as error:  # the writers of torch and safetensors raise their own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise KDError(
+            f"cannot write the detector into {folder} ({reason}), which is as it was before: make room there, or "
+            "choose another folder"
+        ) from error
     return SavedDetector(folder, folder / file, how_to_open)
 
 

@@ -1,5 +1,6 @@
 import copy
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,29 @@ def test_what_is_saved_opens_again(name, tmp_path):
         assert (again.trained, again.weights, again.image_size) == (True, "trained here", 128)
         assert again.class_names == ("ant", "bee", "cow")
         assert_same(detect(again.model), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_disk_is_one_sentence_and_damages_nothing(name, tmp_path):
+    resource = pytest.importorskip("resource")
+    detector = open_detector(name, class_names=["ant", "bee", "cow"], args=NAMES[name])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    names = ("model.pth", "best.pt", "model.safetensors", "config.json", "detector.yaml", "README.md")
+    before = {folder / name: f"the old {name}" for name in names}
+    for file, text in before.items():
+        file.write_text(text)
+    # Files may have this many bytes: more cannot be written, as on a full disk.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(KDError, match=r"cannot write the detector into .*model \(.+\), which is as it was before"):
+            save_detector(detector, folder, card="# A card")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {file: file.read_text() for file in folder.iterdir()} == before
 
 
 @pytest.fixture(scope="module")

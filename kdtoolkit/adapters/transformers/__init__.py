@@ -193,7 +193,7 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     adapter = adapt(model)
     assert isinstance(adapter, TransformersAdapter)
-    adapter.image_processor(detector.image_size).save_pretrained(folder)
+    adapter.image_processor().save_pretrained(folder)
     return "model.safetensors", (
         "from transformers import AutoImageProcessor, AutoModelForObjectDetection\n\n"
         'processor = AutoImageProcessor.from_pretrained(".")\n'
