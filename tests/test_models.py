@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from kdtoolkit.adapters.torchvision.models import settle
 from kdtoolkit.detectors import ATSS, GFL
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 from kdtoolkit.models import build_model, content_of, is_code, is_place, open_detector, save_detector
 from tests._opened import GFL as TINY_GFL
-from tests._opened import NAMES, assert_same, detect, stirred
+from tests._opened import NAMES, RT_DETR, assert_same, detect, stirred
 from tests._published import published_state
 from tests.conftest import TINY
 
@@ -128,6 +129,17 @@ def test_what_is_saved_opens_again(name, tmp_path):
         assert (again.trained, again.weights, again.image_size) == (True, "trained here", 128)
         assert again.class_names == ("ant", "bee", "cow")
         assert_same(detect(again.model), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_opened_again_sees_images_of_the_same_sizes(name, tmp_path):
+    detector = open_detector(name, class_names=["ant"], args=NAMES[name])
+    saved = save_detector(replace(detector, trained=True, image_size=96), tmp_path)
+    again = open_detector(saved.folder)
+    for height, width in ((40, 30), (96, 64), (50, 96), (120, 160)):
+        images = [torch.rand(3, height, width)]
+        assert adapt(again.model).prepare(images).sizes == adapt(detector.model).prepare(images).sizes
+    assert ("at most 96 px" in saved.how_to_open) == (name == RT_DETR)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -193,9 +193,15 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     adapter = adapt(model)
     assert isinstance(adapter, TransformersAdapter)
-    adapter.image_processor().save_pretrained(folder)
+    processor = adapter.image_processor()
+    processor.save_pretrained(folder)
+    size = (
+        ""
+        if processor.do_resize or detector.image_size is None
+        else (f"# Images were at most {detector.image_size} px long in training: scale larger ones down first.\n")
+    )
     return "model.safetensors", (
-        "from transformers import AutoImageProcessor, AutoModelForObjectDetection\n\n"
+        f"from transformers import AutoImageProcessor, AutoModelForObjectDetection\n\n{size}"
         'processor = AutoImageProcessor.from_pretrained(".")\n'
         'model = AutoModelForObjectDetection.from_pretrained(".")\n'
     )
