@@ -1,4 +1,6 @@
 import copy
+import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,10 @@ from safetensors.torch import save_file
 from kdtoolkit.adapters.torchvision.models import settle
 from kdtoolkit.detectors import ATSS, GFL
 from kdtoolkit.errors import KDError
-from kdtoolkit.models import build_model, content_of, open_detector, save_detector
+from kdtoolkit.libraries import adapt
+from kdtoolkit.models import build_model, content_of, is_code, is_place, open_detector, save_detector
 from tests._opened import GFL as TINY_GFL
-from tests._opened import NAMES, assert_same, detect, stirred
+from tests._opened import NAMES, RT_DETR, assert_same, detect, stirred
 from tests._published import published_state
 from tests.conftest import TINY
 
@@ -126,6 +129,40 @@ def test_what_is_saved_opens_again(name, tmp_path):
         assert (again.trained, again.weights, again.image_size) == (True, "trained here", 128)
         assert again.class_names == ("ant", "bee", "cow")
         assert_same(detect(again.model), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_opened_again_sees_images_of_the_same_sizes(name, tmp_path):
+    detector = open_detector(name, class_names=["ant"], args=NAMES[name])
+    saved = save_detector(replace(detector, trained=True, image_size=96), tmp_path)
+    again = open_detector(saved.folder)
+    for height, width in ((40, 30), (96, 64), (50, 96), (120, 160)):
+        images = [torch.rand(3, height, width)]
+        assert adapt(again.model).prepare(images).sizes == adapt(detector.model).prepare(images).sizes
+    assert ("at most 96 px" in saved.how_to_open) == (name == RT_DETR)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_disk_is_one_sentence_and_damages_nothing(name, tmp_path):
+    resource = pytest.importorskip("resource")
+    detector = open_detector(name, class_names=["ant", "bee", "cow"], args=NAMES[name])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    names = ("model.pth", "best.pt", "model.safetensors", "config.json", "detector.yaml", "README.md")
+    before = {folder / name: f"the old {name}" for name in names}
+    for file, text in before.items():
+        file.write_text(text)
+    # Files may have this many bytes: more cannot be written, as on a full disk.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(KDError, match=r"cannot write the detector into .*model \(.+\), which is as it was before"):
+            save_detector(detector, folder, card="# A card")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {file: file.read_text() for file in folder.iterdir()} == before
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +328,34 @@ def test_code_is_not_imported_because_a_folder_names_it(tmp_path):
     save_detector(detector, tmp_path)
     with pytest.raises(KDError, match=r"names tests\.test_models:Recorder, which imports .* name it yourself"):
         open_detector(tmp_path)
+
+
+def test_a_path_is_no_code_whatever_it_is_called(saved_gfl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("ran.py").write_text("open('ran', 'w')")
+    for name in ("runs/x:1", "ran:1"):
+        assert is_code(name) == (name == "ran:1")
+        shutil.copytree(saved_gfl, name)
+        assert (is_place(name), is_code(name)) == (True, False)
+        assert open_detector(name).class_names == open_detector(saved_gfl).class_names
+        with pytest.raises(KDError, match="unknown model"):
+            build_model(name, 3)
+    with pytest.raises(KDError, match="unknown model 'runs/x:2'"):
+        open_detector("runs/x:2", num_classes=3)
+    assert not Path("ran").exists()
+
+
+def test_a_path_may_begin_with_the_name_of_a_library(saved_gfl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved_gfl, "kdtoolkit/runs/birds/model")
+    shutil.copytree(saved_gfl, "hf/birds")
+    for name in ("kdtoolkit/runs/birds", "kdtoolkit/runs/birds/model", "hf/birds"):
+        assert open_detector(name).class_names == open_detector(saved_gfl).class_names
+    assert is_place("kdtoolkit/runs/birds/model/model.safetensors")
+    Path("kdtoolkit/gfl").mkdir()  # of a clone: no detector lies there
+    for name in ("kdtoolkit/gfl", "kdtoolkit/absent.pt", TINY_GFL, f"hf/detr?x={'y' * 300}"):
+        assert not is_place(name)
 
 
 def test_what_cannot_be_opened_is_explained(saved_gfl, tmp_path):

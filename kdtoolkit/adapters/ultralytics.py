@@ -23,7 +23,6 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -62,7 +61,6 @@ from kdtoolkit.detector import Detector, Opened
 from kdtoolkit.detectors.assign import pad_targets
 from kdtoolkit.detectors.towers import flatten, walk_towers
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import write_atomic
 from kdtoolkit.graph import Detected, best, clip_to, pad, suppress
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.weights import fitted
@@ -617,7 +615,6 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
     size = detector.image_size or DEFAULT_CFG_DICT["imgsz"]
     args = {**DEFAULT_CFG_DICT, "task": "detect", "model": f"{_name(model)}.yaml", "imgsz": size}
     model.args = args
-    buffer = BytesIO()
     torch.save(
         {
             "epoch": -1,
@@ -631,7 +628,6 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
             "version": __version__,
             "license": "AGPL-3.0 (https://ultralytics.com/license)",
         },
-        buffer,
+        folder / "best.pt",
     )
-    write_atomic(folder / "best.pt", buffer.getvalue())
     return "best.pt", 'from ultralytics import YOLO\n\nmodel = YOLO("best.pt")\n'

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.inherit import Inherited, inherit
 from kdtoolkit.libraries import adapt, library_of_name
 from kdtoolkit.method_use import MethodUse
-from kdtoolkit.models import Detector, open_detector
+from kdtoolkit.models import Detector, is_code, is_place, open_detector
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.words import counted
 from kdtoolkit.workflow import defaults
@@ -151,10 +150,8 @@ def prepare(
 
 
 def _check_code(options: RunOptions) -> None:
-    from kdtoolkit.models import is_code
-
     for role, name in options.models.items():
-        if is_code(name) and not Path(name).exists() and not options.allow_code:
+        if is_code(name) and not options.allow_code:
             raise KDError(
                 f"the {role} is {name!r}, which imports a Python module and so runs its code: read the module, then "
                 "run the same command with --allow-code"
@@ -281,7 +278,7 @@ def _situation(images: Images, student: Detector, inherited: Inherited | None, d
 def _opened(name: str, names: tuple[str, ...], weights: str | None, size: int) -> Detector:
     """A detector with these classes, for images of this size."""
     args: dict[str, object] = {}
-    if not Path(name).exists():
+    if not is_place(name):
         library = _library(name)
         if library == "torchvision" and "ssd" not in name and "min_size" not in name:
             args = {"min_size": size, "max_size": size}  # it resizes images itself, and would enlarge them
@@ -292,7 +289,7 @@ def _opened(name: str, names: tuple[str, ...], weights: str | None, size: int) -
 
 def _has_no_weights_of_its_own(name: str) -> bool:
     """Whether a name stands for an architecture alone."""
-    return not Path(name).exists() and _library(name) in ("kdtoolkit", "torchvision", "ultralytics")
+    return not is_place(name) and _library(name) in ("kdtoolkit", "torchvision", "ultralytics")
 
 
 def _library(name: str) -> str:
@@ -301,7 +298,7 @@ def _library(name: str) -> str:
 
 
 def _is_torchvision(name: str) -> bool:
-    return not Path(name).exists() and _library(name) == "torchvision"
+    return not is_place(name) and _library(name) == "torchvision"
 
 
 def _check_sizes(student: Detector, teacher: Detector | None, size: int, notes: list[str]) -> None:

@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,25 +30,28 @@ from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError, printable
 from kdtoolkit.libraries import adapt
-from kdtoolkit.lock import hold
 from kdtoolkit.models import Detector, save_detector
 from kdtoolkit.workflow.card import card
 from kdtoolkit.workflow.defaults import Choice
 from kdtoolkit.workflow.detecting import found_device
 from kdtoolkit.workflow.display import Clock, Display
-from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions, read_options
+from kdtoolkit.workflow.folder import (
+    BASELINE,
+    FIRST_WEIGHTS,
+    MODEL,
+    RUN_FILE,
+    TRAINING,
+    enter,
+    given,
+    has_checkpoints,
+    made_of,
+)
+from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions
 from kdtoolkit.workflow.prepare import Prepared, prepare
 from kdtoolkit.workflow.report import Report, Trained, print_report, write_file
 
-RUN_FILE = "run.yaml"
-MODEL = "model"
-TRAINING, BASELINE = "training", "baseline"
 SAVE_SECONDS = 60.0  # between two checkpoints
 WEAK_AP = 5.0  # a teacher below it knows next to nothing of this data
-# Options that may change while a run goes on: none of them changes what it computes.
-_FREE = ("device", "allow_code", "quiet", "compare_baseline", "allow_weak_teacher", "out")
-
-T = TypeVar("T", bound=RunOptions)
 
 
 def run(options: RunOptions) -> Report:
@@ -67,22 +71,23 @@ def run(options: RunOptions) -> Report:
     # Warnings and results are also printed if `quiet` is set.
     loud = Console(quiet=not first)
     with _interruptible(folder), _with_memory(folder), ExitStack() as held, Display(console, loud) as display:
-        options, report, began = group.from_first(partial(_enter, held, options))
-        if report is not None and report.finished and _is_complete(report, options):
+        words = given(options)
+        options, report, began = group.from_first(partial(enter, held, options))
+        if report is not None and report.finished and (report.baseline is not None or not options.with_baseline):
+            group.from_first(partial(_warn_of_changes, report, options, display))
             loud.print(f"{folder} holds this run, finished. Its results:", markup=False, highlight=False)
             print_report(report, loud)
             return report
         if report is None:
             console.print(printable(_title(options)), style="bold", markup=False, highlight=False, soft_wrap=True)
         prepared = prepare(options, device, display.counting)
-        report = report or _new_report(prepared, folder)
         if began:
             display.line(f"{folder} holds this run, and it goes on from its last checkpoint")
         else:
             print_plan(prepared.plan, console)
         for note in prepared.notes:
             display.line(f"note: {note}")
-        group.from_first(partial(_begin, prepared, report))
+        report = group.from_first(partial(_begin, prepared, report, words))
         report = _before(prepared, report, device, display)
         report = _train(prepared, report, device, display)
         if prepared.options.with_baseline:
@@ -118,77 +123,45 @@ def _title(options: RunOptions) -> str:
     return f"kd train: {options.model}"
 
 
-def _enter(held: ExitStack, options: T) -> tuple[T, Report | None, bool]:
-    """Hold the run's folder; the options with what the run that lies there has settled, its report, and if it began.
+def _begin(prepared: Prepared, report: Report | None, words: dict[str, Any]) -> Report:
+    """Write the run's settings and the report, as far as it is known. Raises KDError if the run was of different data.
 
-    Raises KDError if the folder cannot be used, or holds a different run.
+    `report`: the one of the run that goes on; None if it begins. `words`: the options that the user gave.
     """
+    options, now = prepared.options, made_of(prepared)
     folder = options.out
     assert folder is not None
-    try:
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / RUN_FILE).exists():
-            alien = [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".lock")]
-            if alien:
-                raise KDError(
-                    f"{folder} holds files that are no run of kdtoolkit ({', '.join(alien[:3])}): choose a new folder "
-                    "by --out"
-                )
-        held.enter_context(hold(folder))
-    except OSError as error:
+    if report is None:
+        plan = {name: f"{choice.value} ({choice.why})" for name, choice in prepared.plan.items()}
+        title = _title(options)
+        report = Report(command=options.command, title=title, folder=folder, plan=plan, given=words, made_of=now)
+    elif changed := [
+        what
+        for what in report.changed(now)
+        # Only the training without teacher begins with them once more.
+        if what != FIRST_WEIGHTS or (options.with_baseline and report.baseline is None)
+    ]:
         raise KDError(
-            f"cannot write the run's folder {folder}: {error.strerror or error}. Choose another folder by --out"
-        ) from error
-    path = folder / RUN_FILE
-    if not path.exists():
-        return options, None, False
-    settled = read_options(type(options), path)
-    if not any((folder / TRAINING / "checkpoints").glob("*")) and not (folder / MODEL).exists():
-        return options, None, False  # it was stopped before anything was learnt: nothing is lost
-    given = options.model_dump(mode="json", exclude_unset=True)
-    earlier = settled.model_dump(mode="json")
-    changed = [name for name, value in given.items() if name not in _FREE and not _agrees(value, earlier.get(name))]
-    if changed:
-        differences = ", ".join(_difference(name, earlier.get(name), given[name]) for name in changed)
-        raise KDError(
-            f"{folder} holds a run with different options ({differences}): choose a new folder (--out {folder}-2), or "
-            "delete that one"
+            f"{' and '.join(changed)} changed since the run in {folder} began: put back what was there, or choose a "
+            f"new folder (--out {folder}-2)"
         )
-    free = {name: getattr(options, name) for name in _FREE if name in type(options).model_fields}
-    if settled.with_baseline:
-        free["compare_baseline"] = True
-    return settled.model_copy(update=free), Report.read(folder), True
-
-
-def _agrees(given: object, settled: object) -> bool:
-    """Whether an option that is given is what the run settled on; of a mapping, the part that is given."""
-    if isinstance(given, dict) and isinstance(settled, dict):
-        return all(_agrees(value, settled.get(name)) for name, value in given.items())
-    return given == settled or given == "auto"
-
-
-def _difference(name: str, earlier: object, now: object) -> str:
-    return f"{name}: {_short(earlier)} there, {_short(now)} now"
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _is_complete(report: Report, options: RunOptions) -> bool:
-    """Whether a finished run has all that is asked for; the baseline may be asked for later."""
-    return report.baseline is not None or not options.with_baseline
-
-
-def _new_report(prepared: Prepared, folder: Path) -> Report:
-    plan = {name: f"{choice.value} ({choice.why})" for name, choice in prepared.plan.items()}
-    return Report(command=prepared.options.command, title=_title(prepared.options), folder=folder, plan=plan)
-
-
-def _begin(prepared: Prepared, report: Report) -> None:
-    """Write the run's settings and the report, as far as it is known."""
-    write_file(report.folder / RUN_FILE, prepared.run_file.to_yaml().encode())
+    write_file(folder / RUN_FILE, prepared.run_file.to_yaml().encode())
     report.write()
+    return report
+
+
+def _warn_of_changes(report: Report, options: RunOptions, display: Display) -> None:
+    """Warn if a finished run was of different images or weights than those that its options name now."""
+    try:
+        changed = report.changed(made_of(prepare(options, torch.device("cpu"), display.counting)))
+    except KDError as error:
+        display.warn(f"whether images and weights are still those of this run cannot be checked: {error}")
+        return
+    if changed:
+        display.warn(
+            f"{' and '.join(changed)} changed since this run: the results are of what was there before. A new --out "
+            "trains on what is there now"
+        )
 
 
 def _before(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
@@ -244,14 +217,14 @@ def _check_teacher(prepared: Prepared, report: Report, device: torch.device, dis
 
 def _train(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
     """Train, keep the best weights, and save the detector."""
+    if report.model is not None:
+        return report
     if report.student is None:
         trained = _trained(prepared, prepared.student, prepared.distiller, TRAINING, report, device, display)
         report = report.model_copy(update={"student": trained})
     else:
         _load_best(prepared.student, report.folder / TRAINING)
-    if report.model is None:
-        report = group.from_first(partial(_save, prepared, report))
-    return report
+    return group.from_first(partial(_save, prepared, report))
 
 
 def _baseline(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
@@ -313,7 +286,12 @@ def _load_best(student: Detector, folder: Path) -> None:
 def _best(folder: Path) -> dict[str, Tensor]:
     """The weights of the best evaluation, of equal ones the last; of the last step if there was no AP at all."""
     path = folder / "best.safetensors"
-    return load_file(path if path.exists() else folder / "student.safetensors")
+    try:
+        return load_file(path if path.exists() else folder / "student.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise KDError(
+            f"the trained weights in {folder} cannot be read ({error}): put them back, or choose a new folder by --out"
+        ) from error
 
 
 def _evaluated(
@@ -405,8 +383,11 @@ def _interruptible(folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if group.rank() == 0:
-            kept = any((folder / TRAINING / "checkpoints").glob("*"))
-            what = "goes on from the last checkpoint" if kept else "starts again, because there was no checkpoint yet"
+            what = (
+                "goes on from the last checkpoint"
+                if has_checkpoints(folder)
+                else "starts again, because there was no checkpoint yet"
+            )
             sys.stderr.write(f"interrupted: the same command {what} ({folder})\n")
         raise
 

@@ -181,7 +181,10 @@ def test_a_folder_in_use_or_broken_is_told(run, shapes, teacher, tmp_path):
     shutil.copytree(teacher, out)
     command = ["train", "--model", TINY, "--weights", "none", "--data", shapes, "--out", out, *FAST]
     (out / "report.json").write_text("{")
-    check(run(*command[:-4], "--steps", 4, "--batch-size", 4), "report.json cannot be read: delete it")
+    check(run(*command[:-4], "--steps", 4, "--batch-size", 4), "report.json cannot be read: put a copy of it back")
+    (out / "report.json").unlink()
+    check(run(*command), "holds a trained detector, and no report.json that says how it was trained")
+    assert (out / "training" / "student.safetensors").exists()
     (out / "run.yaml").write_text("model: [\n")
     check(run(*command), "run.yaml, line 2: not YAML")
 
