@@ -90,7 +90,7 @@ def backbone_weights(name: str) -> str:
     source = args.get("pretrained") or args.get("weights_backbone")
     if library_of_name(name) is None or not source:
         return ""
-    return f"only those of the backbone: {'ImageNet' if source is True else source}"
+    return f"{'ImageNet' if source is True else source} in the backbone, the rest random"
 
 
 def architecture(name: str) -> str:

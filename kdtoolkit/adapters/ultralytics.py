@@ -528,14 +528,16 @@ def open_published(name: str, args: Mapping[str, object], weights: str | None) -
     try:
         found = Path(attempt_download_asset(file))
     except Exception as error:  # the library's own, and those of its HTTP client
-        raise _no_weights(file, " ".join(str(error).split())) from error
+        raise _no_weights(file) from error
     if not found.is_file():
-        raise _no_weights(file, "no network, or no such file")
+        raise _no_weights(file)
     return open_file(found)
 
 
-def _no_weights(file: Path, reason: str) -> KDError:
-    return KDError(f"the weights {file.name} cannot be downloaded ({reason}): put the file at {file}, or train without")
+def _no_weights(file: Path) -> KDError:
+    return KDError(
+        f"the weights {file.name} cannot be downloaded: is there no network? Put the file at {file}, or train without"
+    )
 
 
 def open_file(path: Path) -> Opened:

@@ -79,26 +79,40 @@ def write(
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
             _check_free(program, dims)
-            written: Any = torch.onnx.export(
-                program,
-                (images,),
-                dynamo=True,
-                custom_translation_table=TRANSLATIONS,
-                input_names=[INPUT],
-                output_names=list(OUTPUTS),
-                opset_version=opset,
-                verbose=False,
-            )
+            for optimise in (True, False):
+                written: Any = torch.onnx.export(
+                    program,
+                    (images,),
+                    dynamo=True,
+                    custom_translation_table=TRANSLATIONS,
+                    input_names=[INPUT],
+                    output_names=list(OUTPUTS),
+                    opset_version=opset,
+                    optimize=optimise,
+                    verbose=False,
+                )
+                model = written.model
+                model.metadata_props.clear()
+                model.metadata_props.update(about)
+                model.producer_name, model.producer_version = "kdtoolkit", about["kdtoolkit"]
+                _name_dimensions(model, freedom)
+                written.save(file, external_data=False)
+                # The exporter's optimiser leaves nodes without their inputs in Deformable DETR (torch 2.14).
+                if optimise and _opens(file):
+                    break
     except KDError:
         raise
     except Exception as error:  # torch's exporter has many kinds, and models raise their own
         raise KDError(_reason(error)) from error
-    model = written.model
-    model.metadata_props.clear()
-    model.metadata_props.update(about)
-    model.producer_name, model.producer_version = "kdtoolkit", about["kdtoolkit"]
-    _name_dimensions(model, freedom)
-    written.save(file, external_data=False)
+
+
+def _opens(file: Path) -> bool:
+    """Whether onnxruntime can open a file."""
+    try:
+        OnnxDetector(file)
+    except KDError:
+        return False
+    return True
 
 
 def _check_free(program: torch.export.ExportedProgram, dims: Mapping[int, Any]) -> None:

@@ -398,8 +398,10 @@ class _Graph(Graph):
         boxes = clip_to(predictions.boxes, *batch.sizes[0])
         sizes = list(predictions.priors.per_level)
         before, after = rpn.pre_nms_top_n(), rpn.post_nms_top_n()
-        scores = predictions.logits.flatten(1).sigmoid()
-        scores = torch.cat([at_least_the_best(level, before) for level in torch.split(scores, sizes, 1)], 1)
+        # The best by logits, as in the library: near 1, scores differ less than float32 can tell.
+        levels = torch.split(predictions.logits.flatten(1), sizes, 1)
+        scores = torch.cat([at_least_the_best(x - x.amin(1, keepdim=True) + 1, before) for x in levels], 1)
+        scores = predictions.logits.flatten(1).sigmoid() * (scores > 0)
         solid = ((boxes[..., 2:] - boxes[..., :2]) >= rpn.min_size).all(-1)
         scores = scores * ((scores >= rpn.score_thresh) & solid)
         kept = torch.cat(
