@@ -131,13 +131,10 @@ class TransformersAdapter(DetectorAdapter):
 
     @property
     def class_layers(self) -> Mapping[str, ClassRows]:
-        """The predictors of classes, of decoder and encoder, and the embedding of classes for denoising.
-
-        A module that several layers share has all its names here, as in the state dict.
-        """
+        """The predictors of classes, of decoder and encoder, and the embedding of classes for denoising."""
         background = ClassRows(after=int(self.activation == "softmax"))
         found = {}
-        for name, module in self.model.named_modules(remove_duplicate=False):
+        for name, module in self.model.named_modules():
             last = name.removesuffix(f".{name.rpartition('.')[2]}") if name.rpartition(".")[2].isdigit() else name
             if last.rpartition(".")[2] in _CLASS_LAYERS and not isinstance(module, nn.ModuleList):
                 found[name] = background
