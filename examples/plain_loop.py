@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
             optimizer.step()
             warmup.step()
             step += 1
-            print(step, *(f"{name} {float(loss):.3f}" for name, loss in losses.items()))
+            print(step, *(f"{name} {loss.item():.3f}" for name, loss in losses.items()))
             if step == args.steps:
                 break
     save_model(student, str(args.out))

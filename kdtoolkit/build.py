@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -60,8 +62,12 @@ def library_module(name: str) -> ModuleType | None:
 
 
 def is_code(name: str) -> bool:
-    """Whether a model's name is "package.module:callable", so that building it imports a module of that name."""
-    return library_of_name(name) is None and ":" in name.partition("?")[0]
+    """Whether a model's name is "package.module:callable", so that building it imports a module of that name.
+
+    The path of a file or folder is none, whatever it is called.
+    """
+    path = name.partition("?")[0]
+    return re.fullmatch(r"[\w.]+:\w+", path) is not None and not os.path.exists(path)
 
 
 def split_name(name: str, args: Mapping[str, object] | None = None) -> tuple[str, dict[str, object]]:
@@ -84,7 +90,7 @@ def backbone_weights(name: str) -> str:
     source = args.get("pretrained") or args.get("weights_backbone")
     if library_of_name(name) is None or not source:
         return ""
-    return f"only those of the backbone: {'ImageNet' if source is True else source}"
+    return f"{'ImageNet' if source is True else source} in the backbone, the rest random"
 
 
 def architecture(name: str) -> str:
@@ -137,11 +143,11 @@ def _arguments(name: str, query: str) -> dict[str, object]:
 
 
 def _imported(name: str) -> Callable[..., object]:
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
+    if not is_code(name):
         hint = did_you_mean(name.partition("/")[0], [library.prefix for library in LIBRARIES])
         examples = ", ".join([*(library.example for library in LIBRARIES), "package.module:callable"])
         raise KDError(f"unknown model {name!r}{hint}: write a name such as {examples}, or the path of a detector")
+    module_name, _, attribute = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # `python -m` puts it there, console scripts do not
         sys.path.append(here)
     try:

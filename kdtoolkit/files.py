@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -28,6 +31,29 @@ def write_atomic(path: Path, content: bytes) -> None:
     _flush_names(path.parent)
 
 
+@contextmanager
+def written_together(folder: Path) -> Iterator[Path]:
+    """Write files of a library that only writes them itself: a new folder for them, until the block ends.
+
+    Then each file is flushed to the disk and moved into `folder`, in place of the file that had its name. If the block
+    fails, `folder` stays as it was. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{os.getpid()}.partial"
+    try:
+        partial.mkdir(exist_ok=True)
+        yield partial
+        files = sorted(partial.iterdir())
+        for file in files:
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+        for file in files:
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _flush_names(folder)
+
+
 def remove_partial(folder: Path) -> None:
     """Delete half-written files of killed processes in a folder and its subfolders. The caller must hold it.
 
@@ -35,6 +61,9 @@ def remove_partial(folder: Path) -> None:
     """
     for here, below, files in os.walk(folder):
         below[:] = [name for name in below if not Path(here, name, LOCK).exists()]
+        for name in below:
+            if fnmatch(name, _PARTIAL):
+                shutil.rmtree(Path(here, name), ignore_errors=True)
         for name in files:
             if fnmatch(name, _PARTIAL):
                 Path(here, name).unlink(missing_ok=True)

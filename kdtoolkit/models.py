@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ from kdtoolkit.build import (
 )
 from kdtoolkit.detector import Detector, Opened, SavedDetector
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import write_atomic
+from kdtoolkit.files import written_together
 from kdtoolkit.libraries import adapt, library_of_model, library_of_name
 from kdtoolkit.weights import Checkpoint, aligned, holds_yolo, load_state, load_weights, read_checkpoint
 
@@ -120,31 +122,34 @@ def save_detector(detector: Detector, folder: str | Path, *, card: str | None = 
     Ultralytics: `best.pt`. All others: `model.safetensors`. Beside it lie `detector.yaml`, by which `open_detector`
     opens the folder, and `README.md` with the text of `card`.
 
-    Raises KDError if the folder cannot be written.
+    Raises KDError if the folder cannot be written. Then it is as it was before.
     """
     folder = Path(folder)
     library = library_of_model(detector.model)
     module = None if library is None else library_module(f"{library.prefix}/")
     save: Callable[[Detector, Path], tuple[str, str]] = getattr(module, "save_model", _save_tensors)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file, how_to_open = save(detector, folder)
-        about = {
-            "detector": _portable_name(detector),
-            "file": file,
-            "classes": None if detector.class_names is None else list(detector.class_names),
-            "weights": detector.weights,
-            "trained": detector.trained,
-            "image_size": detector.image_size,
-        }
-        if card is not None:
-            write_atomic(folder / "README.md", card.encode())
-        text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=120)
-        write_atomic(
-            folder / DESCRIPTION, f"# A detector that kdtoolkit saved: `kd inspect .` shows it.\n{text}".encode()
-        )
-    except OSError as error:
-        raise KDError(f"cannot write the detector into {folder}: {error.strerror or error}") from error
+        with written_together(folder) as partial:
+            file, how_to_open = save(detector, partial)
+            about = {
+                "detector": _portable_name(detector),
+                "file": file,
+                "classes": None if detector.class_names is None else list(detector.class_names),
+                "weights": detector.weights,
+                "trained": detector.trained,
+                "image_size": detector.image_size,
+            }
+            if card is not None:
+                (partial / "README.md").write_bytes(card.encode())
+            text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=120)
+            text = f"# A detector that kdtoolkit saved: `kd inspect .` shows it.\n{text}"
+            (partial / DESCRIPTION).write_bytes(text.encode())
+    except (OSError, RuntimeError, SafetensorError) as error:  # the writers of torch and safetensors raise their own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise KDError(
+            f"cannot write the detector into {folder} ({reason}), which is as it was before: make room there, or "
+            "choose another folder"
+        ) from error
     return SavedDetector(folder, folder / file, how_to_open)
 
 
@@ -193,10 +198,22 @@ def _opened(name: str, weights: str | Path | None, args: Mapping[str, object], c
 
 
 def is_place(name: str | Path, folder: Path = Path()) -> bool:
-    """Whether a detector or its weights are given by a path, and not by a name. Relative paths count from `folder`."""
-    known = library_of_name(str(name)) is not None or is_code(str(name))
+    """Whether a detector or its weights are given by a path, and not by a name. Relative paths count from `folder`.
+
+    A path may begin like a name, as "ultralytics/runs/best.pt" does. Then it is a place if a detector lies there.
+    """
     place = folder / name
-    return not known and (place.exists() or (place.suffix in _WEIGHTS and not _is_published_yolo(str(name))))
+    if library_of_name(str(name)) is not None:
+        return _holds_detector(place)
+    named = is_code(str(name)) or _is_published_yolo(str(name))
+    return os.path.exists(place) or (place.suffix in _WEIGHTS and not named)
+
+
+def _holds_detector(place: Path) -> bool:
+    """Whether this is a file of weights, or a folder that can be opened. It may be no path at all, and very long."""
+    if not os.path.isdir(place):
+        return place.suffix in _WEIGHTS and os.path.isfile(place)
+    return any((place / file).is_file() for file in (DESCRIPTION, "config.json")) or any(place.glob(f"*/{DESCRIPTION}"))
 
 
 def _is_published_yolo(name: str) -> bool:
@@ -248,6 +265,8 @@ def _open_saved(folder: Path) -> Opened:
         name, file, size = about["detector"], about["file"], about["image_size"]
         names = None if about["classes"] is None else tuple(map(str, about["classes"]))
         words, trained = str(about["weights"]), bool(about["trained"])
+        if not isinstance(name, str):
+            raise TypeError(f"detector: {name!r}")
         path = folder / file
     except (KeyError, TypeError) as error:
         raise KDError(f"{source} is damaged ({error}): save the detector again") from error
@@ -264,6 +283,7 @@ def _open_saved(folder: Path) -> Opened:
         )
     else:
         opened = _open_state(name, replace(read_checkpoint(path), class_names=names), str(path), None)
+    trained = trained and opened.trained
     return replace(opened, class_names=names, weights=words or str(folder), trained=trained, image_size=size)
 
 
@@ -289,10 +309,11 @@ def _checkpoint_in(place: Path) -> Checkpoint:
     about = _description(place)
     if about.get("file") in ("model.safetensors", "model.pth") and not (place / "config.json").is_file():
         names = about.get("classes")
-        return Checkpoint(read_checkpoint(place / about["file"]).state, names and tuple(map(str, names)))
+        state = read_checkpoint(place / about["file"]).state
+        return Checkpoint(state, names and tuple(map(str, names)), bool(about.get("trained", True)))
     if place.is_dir() or holds_yolo(place):
         opened = _open_place(place)
-        return Checkpoint(dict(opened.model.state_dict()), opened.class_names)
+        return Checkpoint(dict(opened.model.state_dict()), opened.class_names, opened.trained)
     return read_checkpoint(place)
 
 
@@ -311,9 +332,9 @@ def _open_state(name: str, checkpoint: Checkpoint, source: str, count: int | Non
             model = build(other)
             with suppress(KDError):
                 load_state(model, checkpoint.state, source)
-                return Opened(model, build, other, name, None, source)
+                return Opened(model, build, other, name, None, source, checkpoint.trained)
         raise
-    return Opened(model, build, guess, name, checkpoint.class_names, source)
+    return Opened(model, build, guess, name, checkpoint.class_names, source, checkpoint.trained)
 
 
 def _possible_counts(

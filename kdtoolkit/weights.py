@@ -22,10 +22,14 @@ from kdtoolkit.libraries import adapt
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A state dict, and the names of the classes that it is for; None if the file does not say them."""
+    """A state dict, and the names of the classes that it is for; None if the file does not say them.
+
+    `trained` is False if it is known that some of the tensors are random.
+    """
 
     state: dict[str, Tensor]
     class_names: tuple[str, ...] | None
+    trained: bool = True
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,9 @@
 import copy
+import shutil
+import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +13,10 @@ from safetensors.torch import save_file
 from kdtoolkit.adapters.torchvision.models import settle
 from kdtoolkit.detectors import ATSS, GFL
 from kdtoolkit.errors import KDError
-from kdtoolkit.models import build_model, content_of, open_detector, save_detector
+from kdtoolkit.libraries import adapt
+from kdtoolkit.models import build_model, content_of, is_code, is_place, open_detector, save_detector
 from tests._opened import GFL as TINY_GFL
-from tests._opened import NAMES, assert_same, detect, stirred
+from tests._opened import NAMES, RT_DETR, assert_same, detect, stirred
 from tests._published import published_state
 from tests.conftest import TINY
 
@@ -127,6 +131,40 @@ def test_what_is_saved_opens_again(name, tmp_path):
         assert_same(detect(again.model), expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_opened_again_sees_images_of_the_same_sizes(name, tmp_path):
+    detector = open_detector(name, class_names=["ant"], args=NAMES[name])
+    saved = save_detector(replace(detector, trained=True, image_size=96), tmp_path)
+    again = open_detector(saved.folder)
+    for height, width in ((40, 30), (96, 64), (50, 96), (120, 160)):
+        images = [torch.rand(3, height, width)]
+        assert adapt(again.model).prepare(images).sizes == adapt(detector.model).prepare(images).sizes
+    assert ("at most 96 px" in saved.how_to_open) == (name == RT_DETR)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_disk_is_one_sentence_and_damages_nothing(name, tmp_path):
+    resource = pytest.importorskip("resource")
+    detector = open_detector(name, class_names=["ant", "bee", "cow"], args=NAMES[name])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    names = ("model.pth", "best.pt", "model.safetensors", "config.json", "detector.yaml", "README.md")
+    before = {folder / name: f"the old {name}" for name in names}
+    for file, text in before.items():
+        file.write_text(text)
+    # Files may have this many bytes: more cannot be written, as on a full disk.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(KDError, match=r"cannot write the detector into .*model \(.+\), which is as it was before"):
+            save_detector(detector, folder, card="# A card")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {file: file.read_text() for file in folder.iterdir()} == before
+
+
 @pytest.fixture(scope="module")
 def saved_gfl(tmp_path_factory):
     """The folder of a GFL for three classes."""
@@ -184,7 +222,7 @@ def test_a_checkpoint_of_ultralytics_opens_as_its_trainer_leaves_it(tmp_path, mo
     detector = open_detector(tmp_path / "best.pt")
     assert (detector.class_names, detector.image_size, detector.trained) == (("ant", "bee"), 96, True)
     assert detector.name == "ultralytics/yolo11n"
-    assert any("restricted loader" in note for note in detector.notes)
+    assert any("no code of it was run" in note for note in detector.notes)
     frozen = [name for name, value in detector.model.named_parameters() if not value.requires_grad]
     assert frozen == ["model.23.dfl.conv.weight"]
     for name, value in detector.model.state_dict().items():
@@ -198,6 +236,50 @@ def test_a_checkpoint_of_ultralytics_opens_as_its_trainer_leaves_it(tmp_path, mo
     torch.save({**content, "ema": Recorder(1)}, tmp_path / "other.pt")
     with pytest.raises(KDError, match=r"(?s)cannot be opened|holds Python objects"):
         open_detector(tmp_path / "other.pt")
+
+
+@pytest.fixture(scope="module")
+def yolo():
+    return build_model("ultralytics/yolo11n", 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda yaml: yaml.update(activation="open('ran', 'w') and torch.nn.SiLU()"), "its activation .* is not one"),
+        (lambda yaml: yaml["backbone"][0].__setitem__(2, "torch_safe_load"), "'torch_safe_load' is in none of"),
+        (lambda yaml: yaml["backbone"][0].__setitem__(2, "nn.Module.__init__"), "'nn.Module.__init__' is in none of"),
+        (lambda yaml: yaml["backbone"][0][3].append("open('ran', 'w')"), "Conv has the value .* which is no number"),
+        (lambda yaml: yaml["scales"].update(n=["open('ran', 'w')", 1, 1]), "scales has the value"),
+        (lambda yaml: yaml.update(nc="open('ran', 'w')"), "nc has the value"),
+        (lambda yaml: yaml["head"].pop(), "it is no detector of boxes alone"),
+        (lambda yaml: yaml["backbone"][0][3].__setitem__(0, 256), r"best\.pt do not fit DetectionModel"),
+    ],
+)
+def test_a_checkpoint_of_ultralytics_runs_no_code(yolo, change, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evil = copy.deepcopy(yolo)
+    change(evil.yaml)
+    torch.save({"model": evil}, "best.pt")
+    for classes in (None, ["ant"]):  # new classes build the model again
+        with pytest.raises(KDError, match=message):
+            open_detector("best.pt", class_names=classes)
+    assert not Path("ran").exists()
+
+
+def test_a_checkpoint_of_ultralytics_gives_tensors_and_no_objects(yolo, tmp_path):
+    odd = copy.deepcopy(yolo)
+    odd.yaml["activation"] = "torch.nn.ReLU()"
+    odd.end2end = False
+    odd.surprise = torch.nn.ReLU(inplace=True)
+    odd.model[0].forward = odd.model[1].forward
+    torch.save({"model": odd}, tmp_path / "best.pt")
+    model = open_detector(tmp_path / "best.pt").model
+    assert not hasattr(model, "surprise")
+    assert "forward" not in vars(model.model[0])
+    assert isinstance(model.model[0].act, torch.nn.ReLU)
+    state = odd.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 @pytest.fixture
@@ -246,6 +328,34 @@ def test_code_is_not_imported_because_a_folder_names_it(tmp_path):
     save_detector(detector, tmp_path)
     with pytest.raises(KDError, match=r"names tests\.test_models:Recorder, which imports .* name it yourself"):
         open_detector(tmp_path)
+
+
+def test_a_path_is_no_code_whatever_it_is_called(saved_gfl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("ran.py").write_text("open('ran', 'w')")
+    for name in ("runs/x:1", "ran:1"):
+        assert is_code(name) == (name == "ran:1")
+        shutil.copytree(saved_gfl, name)
+        assert (is_place(name), is_code(name)) == (True, False)
+        assert open_detector(name).class_names == open_detector(saved_gfl).class_names
+        with pytest.raises(KDError, match="unknown model"):
+            build_model(name, 3)
+    with pytest.raises(KDError, match="unknown model 'runs/x:2'"):
+        open_detector("runs/x:2", num_classes=3)
+    assert not Path("ran").exists()
+
+
+def test_a_path_may_begin_with_the_name_of_a_library(saved_gfl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved_gfl, "kdtoolkit/runs/birds/model")
+    shutil.copytree(saved_gfl, "hf/birds")
+    for name in ("kdtoolkit/runs/birds", "kdtoolkit/runs/birds/model", "hf/birds"):
+        assert open_detector(name).class_names == open_detector(saved_gfl).class_names
+    assert is_place("kdtoolkit/runs/birds/model/model.safetensors")
+    Path("kdtoolkit/gfl").mkdir()  # of a clone: no detector lies there
+    for name in ("kdtoolkit/gfl", "kdtoolkit/absent.pt", TINY_GFL, f"hf/detr?x={'y' * 300}"):
+        assert not is_place(name)
 
 
 def test_what_cannot_be_opened_is_explained(saved_gfl, tmp_path):

@@ -23,7 +23,6 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -39,6 +38,7 @@ from ultralytics.utils.downloads import attempt_download_asset
 from ultralytics.utils.nms import non_max_suppression
 
 from kdtoolkit import processes
+from kdtoolkit.adapters.yolo_file import checked_config, tensors_of
 from kdtoolkit.build import construct
 from kdtoolkit.canvas import Layout, lay_out
 from kdtoolkit.contract import (
@@ -61,9 +61,9 @@ from kdtoolkit.detector import Detector, Opened
 from kdtoolkit.detectors.assign import pad_targets
 from kdtoolkit.detectors.towers import flatten, walk_towers
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import write_atomic
 from kdtoolkit.graph import Detected, best, clip_to, pad, suppress
 from kdtoolkit.options import did_you_mean
+from kdtoolkit.weights import fitted
 
 # The library is untyped.
 _tasks: Any = tasks
@@ -528,20 +528,26 @@ def open_published(name: str, args: Mapping[str, object], weights: str | None) -
     try:
         found = Path(attempt_download_asset(file))
     except Exception as error:  # the library's own, and those of its HTTP client
-        raise _no_weights(file, " ".join(str(error).split())) from error
+        raise _no_weights(file) from error
     if not found.is_file():
-        raise _no_weights(file, "no network, or no such file")
+        raise _no_weights(file)
     return open_file(found)
 
 
-def _no_weights(file: Path, reason: str) -> KDError:
-    return KDError(f"the weights {file.name} cannot be downloaded ({reason}): put the file at {file}, or train without")
+def _no_weights(file: Path) -> KDError:
+    return KDError(
+        f"the weights {file.name} cannot be downloaded: is there no network? Put the file at {file}, or train without"
+    )
 
 
 def open_file(path: Path) -> Opened:
-    """Open a checkpoint of Ultralytics by its own loader, which rebuilds only objects of classes that it knows.
+    """Open a checkpoint of Ultralytics without running code of the file.
 
-    Raises KDError if the file is damaged, holds objects of other classes, or is of no detector with boxes and classes.
+    The library's restricted loader reads it. The model is built anew from the description of its layers, which is
+    checked first. Only tensors, class names and settings are taken from the file.
+
+    Raises KDError if the file is damaged, holds objects of different classes, describes layers that are not the
+    library's own, or is of no detector with boxes and classes.
     """
     try:
         checkpoint, _ = _tasks.torch_safe_load(str(path), safe_only=True)
@@ -554,27 +560,45 @@ def open_file(path: Path) -> Opened:
             "own classes from it. If you trust the file, open it with YOLO and save it again: "
             f"YOLO({path.name!r}).save({path.name!r})"
         ) from error
-    if not UltralyticsAdapter.matches(found):
+    if type(found) is not DetectionModel:
         raise KDError(f"{path} holds a {type(found).__name__}, which is no detector of boxes: name one that is")
-    model: Any = found.float().requires_grad_(True)  # half precision and frozen, as the library's trainer saves it
-    model.args = {**DEFAULT_CFG_DICT, **checkpoint.get("train_args", {})}
-    if isinstance(getattr(model.model[-1], "dfl", None), nn.Module):
-        model.model[-1].dfl.requires_grad_(False)  # its weights are constants
-    config, stem = dict(model.yaml), _name(model)
+    about = vars(found)
+    try:
+        config, state = checked_config(about.get("yaml")), dict(tensors_of(found))
+        names = [str(about["names"][i]) for i in range(len(about["names"]))]
+        end_to_end = bool(list(vars(about["_modules"]["model"])["_modules"].values())[-1].end2end)
+    except KDError as error:
+        raise KDError(
+            f"{path} cannot be opened: {error}. kdtoolkit builds only layers of the library's own detectors from a "
+            f"file. If you trust the file, build the model yourself and hand it in: "
+            f"Detector(YOLO({path.name!r}).model, {path.stem!r}, CLASS_NAMES, trained=True)"
+        ) from error
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
+        raise KDError(f"{path} is damaged ({type(error).__name__}: {error}): save the model again") from error
+    given = checkpoint.get("train_args")
+    settings = {
+        key: value
+        for key, value in (given if isinstance(given, dict) else {}).items()
+        if isinstance(value, str | int | float | None)
+    }
 
     def build(num_classes: int) -> nn.Module:
-        built: Any = _built(config, num_classes)
-        built.args = model.args
+        built: Any = construct(partial(_built, config), str(path), num_classes, {})
+        built.args = {**DEFAULT_CFG_DICT, **settings}
+        built.end2end = end_to_end
         return built  # type: ignore[no-any-return]
 
-    names = [str(model.names[i]) for i in range(len(model.names))]
-    note = f"{path.name} is a pickle: it was opened by Ultralytics' restricted loader, which runs no code of the file"
-    size = checkpoint.get("train_args", {}).get("imgsz")
+    model: Any = build(config["nc"])
+    # In float32: the library's trainer saves half precision.
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    model.load_state_dict(fitted(model, state, str(path), "Save the model again, before it is fused or changed"))
+    note = f"{path.name} is a pickle: no code of it was run, only tensors, names and the kinds of layers were read"
+    size = settings.get("imgsz")
     return Opened(
         model=model.train(),
         build=build,
-        num_classes=model.model[-1].nc,
-        name=f"ultralytics/{stem}",
+        num_classes=config["nc"],
+        name=f"ultralytics/{_name(model)}",
         class_names=None if names == [str(i) for i in range(len(names))] else tuple(names),
         weights=str(path),
         notes=(note,),
@@ -591,7 +615,6 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
     size = detector.image_size or DEFAULT_CFG_DICT["imgsz"]
     args = {**DEFAULT_CFG_DICT, "task": "detect", "model": f"{_name(model)}.yaml", "imgsz": size}
     model.args = args
-    buffer = BytesIO()
     torch.save(
         {
             "epoch": -1,
@@ -605,7 +628,6 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
             "version": __version__,
             "license": "AGPL-3.0 (https://ultralytics.com/license)",
         },
-        buffer,
+        folder / "best.pt",
     )
-    write_atomic(folder / "best.pt", buffer.getvalue())
     return "best.pt", 'from ultralytics import YOLO\n\nmodel = YOLO("best.pt")\n'

@@ -45,24 +45,20 @@ class Runner:
         labels_from: Literal[0, 1] | None = None,
         device: str | torch.device | None = None,
         precision: Precision = "float32",
+        like: DetectorAdapter | None = None,
     ) -> Runner:
         """Prepare a detector, or an adapter of one; the arguments are those of `evaluate`. Raises KDError."""
         if not isinstance(model, nn.Module | DetectorAdapter):
             raise KDError(f"the model must be a detector, an nn.Module, or an adapter of one; it is {model!r}")
-        module, detect, spec = _detector(model, labels_from)
+        module, detect, spec = _detector(model, labels_from, like)
         found = resolve_device(module, device)
         return Runner(module, spec, found, resolve_precision(precision, found), labels_from or 0, detect)
 
     @contextmanager
     def in_eval_mode(self) -> Iterator[None]:
         """Put the detector into eval mode; afterwards each of its modules has the mode that it had."""
-        modes = [(part, part.training) for part in self.module.modules()]
-        self.module.eval()
-        try:
+        with _in_eval_mode(self.module):
             yield
-        finally:
-            for part, training in modes:
-                part.training = training
 
     def __call__(
         self, images: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]], names: Sequence[object]
@@ -101,8 +97,19 @@ class Runner:
         return Found(where, labels, xywh, scores.numpy().astype(np.float64))
 
 
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 def _detector(
-    model: nn.Module | DetectorAdapter, labels_from: int | None
+    model: nn.Module | DetectorAdapter, labels_from: int | None, like: DetectorAdapter | None
 ) -> tuple[nn.Module, Callable[[Sequence[Tensor]], Sequence[Detections]], DetectorSpec | None]:
     """The module that detects, how it is called, and the detector's facts where an adapter tells them."""
     if labels_from is not None:
@@ -122,7 +129,11 @@ def _detector(
         ) from error
 
     def detect(images: Sequence[Tensor]) -> list[Detections]:
-        batch = adapter.prepare(images)
+        if like is None:
+            batch = adapter.prepare(images)
+        else:
+            with _in_eval_mode(like.model):  # in train mode some detectors draw a size
+                batch = adapter.prepare(images, like=like.prepare(images))
         return adapter.detections(adapter.head(adapter.features(batch), batch), batch)
 
     return adapter.model, detect, adapter.spec

@@ -54,6 +54,7 @@ def evaluate(
     class_map: ClassMap | None = None,
     labels_from: Literal[0, 1] | None = None,
     input_size: InputSize | None = None,
+    like: DetectorAdapter | None = None,
     together: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -72,6 +73,8 @@ def evaluate(
             background. None runs the detector through the adapter that knows it. If no adapter does, labels count
             from 0.
         input_size: images are first resized to the largest size of its range.
+        like: a student's adapter. The detector is then shown the images as it is when it teaches this student: at the
+            student's sizes, instead of those that its own preprocessing gives them.
         together: in a run of several processes, each process evaluates a part of the images, and all get the whole
             result. Then every process must call `evaluate`.
         progress: called with the number of images done and the number of all images.
@@ -82,7 +85,7 @@ def evaluate(
     """
     if batch_size < 1:
         raise KDError(f"batch_size must be at least 1, not {batch_size}")
-    runner = Runner.of(model, labels_from=labels_from, device=device, precision=precision)
+    runner = Runner.of(model, labels_from=labels_from, device=device, precision=precision, like=like)
     check_dataset(dataset, runner.spec if class_map is None else None)
     dataset = dataset.in_memory()
     truth = dataset.coco()

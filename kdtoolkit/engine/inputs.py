@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -31,6 +33,21 @@ def check_arguments(distiller: object, config: object) -> None:
     for method in distiller.methods:
         if isinstance(method, Method) and (reason := method.schedule.why_too_long(config.steps)):
             raise KDError(f"{type(method).__name__}: {reason}")
+
+
+@contextmanager
+def single_values_told() -> Iterator[None]:
+    """Turn the error of a normalisation layer that sees one number per channel into a KDError."""
+    try:
+        yield
+    except ValueError as error:
+        if "Expected more than 1" not in str(error):
+            raise
+        raise KDError(
+            "batch norm sees a single number per channel, because one image is shown at a time and a level of the "
+            "detector has one cell. Use a larger batch_size, at least 2 images for each process and each part of "
+            "accumulation, or larger images"
+        ) from error
 
 
 def check_trainable(student: nn.Module) -> None:

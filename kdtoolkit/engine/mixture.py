@@ -18,6 +18,14 @@ from kdtoolkit.errors import KDError
 LARGEST_SHARE = 0.5  # of the steps, if the config names none
 
 
+def share_without_labels(given: float | None, labelled: int, unlabelled: int) -> float:
+    """The share of a run's steps that show images without labels.
+
+    `given`: the config's `unlabelled_share`; if it is None, the number of images with and without labels decides.
+    """
+    return min(unlabelled / (labelled + unlabelled), LARGEST_SHARE) if given is None else given
+
+
 def unlabelled_steps(
     distiller: Distiller, config: TrainConfig, labelled: DetectionDataset, unlabelled: DetectionDataset | None
 ) -> list[bool]:
@@ -29,9 +37,7 @@ def unlabelled_steps(
     """
     if unlabelled is None:
         return [False] * config.steps
-    share = config.unlabelled_share
-    if share is None:
-        share = min(len(unlabelled) / (len(labelled) + len(unlabelled)), LARGEST_SHARE)
+    share = share_without_labels(config.unlabelled_share, len(labelled), len(unlabelled))
     found, due = [], 0.0
     for step in range(config.steps):
         due += share

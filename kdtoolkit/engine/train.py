@@ -30,6 +30,7 @@ from kdtoolkit.engine.inputs import (
     check_trainable,
     check_unlabelled,
     resolve_device,
+    single_values_told,
 )
 from kdtoolkit.engine.locate import locate_non_finite
 from kdtoolkit.engine.mixture import alternate, unlabelled_steps
@@ -161,7 +162,7 @@ def train(
                 shown = [image.to(device, non_blocking=True) for image in some]
                 autocast = torch.autocast(device.type, autocast_type(precision), enabled=precision != "float32")
                 with nullcontext() if last_part or count == 1 else model.no_sync():
-                    with autocast:
+                    with autocast, single_values_told():
                         losses = model(shown, their_targets)
                     values, has_boxes = _values(losses, their_targets)
                     if bad := _non_finite(values):
@@ -277,7 +278,7 @@ def _gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
 def _evaluate(
     state: RunState, validation: Validation, config: TrainConfig, device: torch.device, keeper: Keeper
 ) -> None:
-    """Evaluate the student as it would be kept if the run ended here; store its weights if it is the best so far."""
+    """Evaluate the student as it would be kept if the run ended here; store its weights if none was better so far."""
     student = state.distiller.student
     with state.averaged():
         group.alike(student)
@@ -289,8 +290,9 @@ def _evaluate(
             input_size=config.input_size,
             together=True,
         )
-        better = found.ap is not None and (keeper.best is None or found.ap > keeper.best)
-        if better and keeper.weights("best.safetensors", student):
+        # Of equal ones the last counts: it has learnt the most. At first all may have an AP of 0.
+        best = found.ap is not None and (keeper.best is None or found.ap >= keeper.best)
+        if best and keeper.weights("best.safetensors", student):
             keeper.best = found.ap
     row = {f"eval/{name}": getattr(found, name) for name in METRICS}
     state.evaluations.append({"step": state.step, **row})

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 
 from kdtoolkit.contract import DetectorSpec, PriorKind
-from kdtoolkit.errors import IncompatibleError
+from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.methods import all_methods
 from kdtoolkit.verdicts import judge_pair
@@ -55,15 +55,19 @@ def _wanted(student_spec: DetectorSpec, works: list[str], library: str) -> tuple
 
 
 def scaled(use: MethodUse, factor: float) -> MethodUse:
-    """A method with all its weights multiplied, for a student whose library multiplies its own loss."""
-    given = (
-        {
-            name: parameter.default
-            for name, parameter in inspect.signature(all_methods()[use.name]).parameters.items()
-            if name.endswith("weight") and isinstance(parameter.default, float)
-        }
-        if use.name in all_methods()
-        else {}
-    )
-    weights = {name: factor * use.args.get(name, default) for name, default in given.items() if default}
-    return MethodUse.model_validate({use.name: {**use.args, **weights}}) if weights else use
+    """A method with all its weights multiplied, for a student whose library multiplies its own loss.
+
+    Raises KDError for published settings such as `CrossKD.for_fcos`, whose weights cannot be given.
+    """
+    if use.name not in all_methods():
+        raise KDError(
+            f"the weights of {use.name} are fixed, and the student's library needs them x {factor:g}: name the method "
+            f"and its arguments, as in --method {use.method.__name__}"
+        )
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(use.method).parameters.items()
+        if name.endswith("weight") and isinstance(parameter.default, float)
+    }
+    weights = {name: factor * use.args.get(name, default) for name, default in defaults.items()}
+    return MethodUse.model_validate({use.name: use.args | {name: weight for name, weight in weights.items() if weight}})

@@ -9,20 +9,24 @@ import torch
 from kdtoolkit.contract import Target
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.inputs import single_values_told
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.errors import KDError
 
 
-def fitting(trial: Callable[[int], None], largest: int) -> int:
-    """The largest of `largest`, its half, its quarter ... whose `trial` does not run out of memory.
+def fitting(trial: Callable[[int], None], largest: int, parts: int = 1) -> int:
+    """The largest batch up to `largest`, its half, its quarter ... whose `trial` does not run out of memory.
+
+    `parts`: the number of equal parts that a step splits its batch into. The trial is of one part, so the result is a
+    multiple of it.
 
     Raises KDError if not even one image fits.
     """
-    size = largest
+    size = max(1, largest // parts)
     while True:
         try:
             trial(size)
-            return size
+            return size * parts
         except torch.OutOfMemoryError:
             if size == 1:
                 raise KDError(
@@ -49,7 +53,7 @@ def trial_step(
     targets = [Target(boxes=sample["boxes"], labels=sample["labels"]) for _, sample in items]
     resolved = resolve_precision(precision, device)  # type: ignore[arg-type]
     distiller.train()
-    with torch.autocast(device.type, autocast_type(resolved), enabled=resolved != "float32"):
+    with torch.autocast(device.type, autocast_type(resolved), enabled=resolved != "float32"), single_values_told():
         losses = distiller(images, targets)
     losses.total.backward()
     parameters = [p for p in distiller.parameters() if p.requires_grad]

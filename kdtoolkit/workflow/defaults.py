@@ -14,6 +14,7 @@ from kdtoolkit.engine.hardware import cores
 Begin = Literal["trained", "started", "random"]
 """The weights that training begins with: a whole detector's, some (a backbone, or all but the class layers), none."""
 
+SMALLEST_SIZE = 32  # pixels: no detector has fewer in a cell of its coarsest level
 LARGEST_BATCH = 16
 LONG_EPOCHS = 30  # from here on images repeat so often that colour and size must change
 BATCH_ON_CPU = 8
@@ -60,6 +61,8 @@ def image_size(longest: int, teacher: int | None, student: int | None) -> Choice
         ),
         (640, "usual size"),
     )
+    if longest < SMALLEST_SIZE:
+        return Choice(SMALLEST_SIZE, f"the smallest size; no image has more than {longest} px, and none is enlarged")
     if longest < size:
         return Choice(longest, f"the largest image; {size} ({why}) would add nothing")
     return Choice(size, why)
@@ -72,9 +75,18 @@ def epochs(about: Situation) -> Choice:
     return Choice(chosen, f"{about.images} images, {_BEGIN_IN_WORDS[about.begin]}")
 
 
-def steps_of(epochs: float, images: int, batch_size: int) -> int:
-    """The optimiser steps of a number of epochs."""
-    return max(1, math.ceil(epochs * images / batch_size))
+def steps_of(epochs: float, images: int, batch_size: int, without_labels: float = 0.0) -> int:
+    """The optimiser steps of a number of epochs of the labelled images.
+
+    `without_labels`: the share of the steps that show images without labels instead.
+    """
+    labelled = math.ceil(epochs * images / batch_size)
+    return max(1, math.ceil(round(labelled / (1 - without_labels), 6)))  # rounded: 60 / (1 - 0.4) is just above 100
+
+
+def epochs_of(steps: int, images: int, batch_size: int, without_labels: float = 0.0) -> float:
+    """How often each labelled image is shown in a number of steps."""
+    return steps * (1 - without_labels) * batch_size / images
 
 
 def learning_rate(about: Situation, batch_size: int) -> Choice:
@@ -90,7 +102,7 @@ def learning_rate(about: Situation, batch_size: int) -> Choice:
 
 
 def training(about: Situation, steps: int, epochs: float) -> dict[str, Choice]:
-    """The further options of `TrainConfig`, for this number of steps, in which each image is shown `epochs` times."""
+    """The further options of `TrainConfig`, for so many steps, which show each labelled image `epochs` times."""
     if epochs >= LONG_EPOCHS:
         augmentation = Choice({"flip": 0.5, "colour": 0.2, "zoom": [0.67, 1.5]}, f"{LONG_EPOCHS} epochs or more")
     else:

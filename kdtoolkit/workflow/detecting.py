@@ -119,7 +119,14 @@ def found_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise KDError(f"device={device!r} is no device: write 'auto', 'cpu', 'cuda' or 'cuda:1'") from None
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise KDError(
+            f"device={str(device)!r} is no device that kdtoolkit knows: write 'auto', 'cpu', 'cuda' or 'cuda:1'"
+        )
     if found.type == "cuda" and not torch.cuda.is_available():
         raise KDError("there is no CUDA device: use --device cpu, or install a torch build with CUDA")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        names = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+        raise KDError(f"there is no device {found}: this machine has {names}")
     return found

@@ -84,7 +84,7 @@ class Display:
         """Print a warning, once."""
         if text not in self._told:
             self._told.add(text)
-            self._loud.print(Text(f"warning: {text}", style="bold yellow"), soft_wrap=True)
+            self._loud.print(Text(printable(f"warning: {text}"), style="bold yellow"), soft_wrap=True)
 
     def counting(self, what: str) -> Callable[[int, int], None]:
         """A bar for something that is counted; give it how much is done, and of how much."""

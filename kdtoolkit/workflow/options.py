@@ -70,6 +70,16 @@ class RunOptions(Section):
             raise ValueError("epochs and steps are two ways to say how long to train: leave one of them out")
         return self
 
+    @model_validator(mode="after")
+    def _batch_has_parts(self) -> Self:
+        parts = self.train.get("accumulation", 1)
+        if self.batch_size is not None and self.batch_size % parts:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of train.accumulation ({parts}): each step splits "
+                "its batch into that number of parts"
+            )
+        return self
+
     @property
     def models(self) -> dict[str, str]:
         """The names of the detectors, by role."""
@@ -88,7 +98,7 @@ class RunOptions(Section):
     def to_yaml(self) -> str:
         """The options as YAML, which `read_options` can read."""
         fields = self.model_dump(mode="json", exclude_unset=True, exclude={"quiet"})
-        return self.heading() + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
+        return self.heading() + _ABOUT_THE_REST + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
 
 
 class TrainOptions(RunOptions):
@@ -133,7 +143,9 @@ class DistillOptions(RunOptions):
     init: Literal["teacher"] | None = Field(
         None, description="`teacher`: the student begins with the teacher's weights wherever they fit"
     )
-    unlabelled: Path | None = Field(None, description="a folder of images without labels, which the teacher explains")
+    unlabelled: Path | None = Field(
+        None, description="a folder of images without labels, from which the student learns by the methods alone"
+    )
     compare_baseline: bool = Field(False, description="also train the same student without the teacher, to compare")
     allow_weak_teacher: bool = Field(False, description="go on with a teacher that is bad on this data")
 
@@ -169,6 +181,10 @@ class DistillOptions(RunOptions):
 
 
 T = TypeVar("T", bound=RunOptions)
+
+_ABOUT_THE_REST = (
+    "# What is not written here is chosen as docs/distill.md says; report.md has what was chosen, and why.\n"
+)
 
 _PATHS = ("data", "out", "unlabelled")
 _NAMES_OR_PATHS = ("model", "teacher", "student", "weights", "teacher_weights", "student_weights")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from kdtoolkit import processes
 from kdtoolkit.build import backbone_weights
@@ -18,15 +16,17 @@ from kdtoolkit.compatibility import why_refused
 from kdtoolkit.data import PhotoDataset, check_same_classes, open_dataset, open_images
 from kdtoolkit.data.opening import name_of
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine import group
 from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.engine.inputs import check_arguments, check_unlabelled
+from kdtoolkit.engine.mixture import share_without_labels, unlabelled_steps
 from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.inherit import Inherited, inherit
 from kdtoolkit.libraries import adapt, library_of_name
 from kdtoolkit.method_use import MethodUse
-from kdtoolkit.models import Detector, open_detector
+from kdtoolkit.models import Detector, is_code, is_place, open_detector
 from kdtoolkit.options import did_you_mean
-from kdtoolkit.sections import reason
 from kdtoolkit.words import counted
 from kdtoolkit.workflow import defaults
 from kdtoolkit.workflow.auto import choose, scaled
@@ -46,31 +46,41 @@ class Images:
     unlabelled: PhotoDataset | None
     longest: int
 
+    def resized(self, size: int) -> Images:
+        """The same images; those with a longer side than `size` pixels are scaled down to it."""
+        return Images(
+            self.train.resized(size),
+            self.val.resized(size),
+            None if self.unlabelled is None else self.unlabelled.resized(size),
+            self.longest,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A run before its first step.
 
-    `options`: with nothing left open. `plan`: what it will do and why, by name. `notes`: what the user should know.
-    `untouched`: a copy of the student, as it was before it inherited from the teacher; None if no training without
-    teacher is asked for.
+    `options`: with nothing left open. `run_file`: what the user gave, and the two choices that depend on the machine:
+    the batch size (memory) and the weights that the student begins with (network). All else that the user left open
+    stays open, so a run file of which one option is changed chooses anew what depends on it.
+    `distiller`: student, teacher and methods together. `untouched`: a copy of the student, as it was before it
+    inherited from the teacher; None if no training without teacher is asked for.
+    `plan`: what it will do and why, by name. `notes`: what the user should know.
     """
 
     options: RunOptions
+    run_file: RunOptions
     images: Images
     student: Detector
     untouched: Detector | None
     teacher: Detector | None
     class_map: ClassMap | None
     methods: tuple[MethodUse, ...]
+    distiller: Distiller
     config: TrainConfig
     evaluations: int
     plan: dict[str, Choice]
     notes: tuple[str, ...]
-
-    def distiller(self) -> Distiller:
-        """Student, teacher and methods together."""
-        return _distiller(self.student, self.teacher, self.methods, self.class_map)
 
 
 def prepare(
@@ -82,26 +92,15 @@ def prepare(
     """
     _check_code(options)
     images = _open(options, progress)
-    names = images.train.class_names
     notes: list[str] = []
     teacher, class_map = None, None
     if isinstance(options, DistillOptions):
-        teacher, class_map = _teacher(options, names, notes)
-    taught_at = None if teacher is None else teacher.image_size
-    guess = options.image_size or int(defaults.image_size(images.longest, taught_at, None).value)
-    student, options = _student(options, names, guess, notes)
-    if options.image_size is not None:
-        image_size = Choice(options.image_size, _CHOSEN_BY_USER)
-    else:
-        own = None if _is_torchvision(student.name) else student.image_size
-        image_size = defaults.image_size(images.longest, taught_at, own)
+        teacher, class_map = _teacher(options, images.train.class_names, notes)
+    student, options = _student(options, images, teacher, notes)
+    image_size = _image_size(options, images, teacher, student)
     size = int(image_size.value)
-    images = replace(
-        images,
-        train=images.train.resized(size),
-        val=images.val.resized(size),
-        unlabelled=None if images.unlabelled is None else images.unlabelled.resized(size),
-    )
+    images = images.resized(size)
+
     untouched = _copy(student) if options.with_baseline else None
     inherited: Inherited | None = None
     if isinstance(options, DistillOptions) and options.init == "teacher":
@@ -110,84 +109,69 @@ def prepare(
     for detector in filter(None, (student, teacher)):
         detector.model.to(device)
     _check_sizes(student, teacher, size, notes)
-    begin: Begin = "trained" if student.trained else "started" if student.weights or inherited else "random"
-    about = Situation(
-        images=len(images.train),
-        val_images=len(images.val),
-        longest=images.longest,
-        library=_library(student.name),
-        parameters=sum(p.numel() for p in student.model.parameters()),
-        begin=begin,
-        device=device.type,
-        processes=processes.count(),
-    )
+
+    about = _situation(images, student, inherited, device)
     methods, why_methods = _methods(options, student, teacher, class_map)
-    precision = options.train.get("precision", "auto")
-    batch = _batch(
-        options,
-        about,
-        images,
-        device,
-        precision,
-        lambda size: _trial_distiller(student, teacher, methods, class_map, size),
-    )
-    chosen = Choice(_in_words(methods), why_methods)
-    if (factor := _factor(options, about, int(batch.value))) != 1:
+
+    def trial(size: int) -> None:
+        spoilt = _distiller(_copy(student), teacher, methods, class_map)
+        trial_step(spoilt, images.train, size, device, options.train.get("precision", "auto"))
+
+    batch = _batch(options, about, trial)
+    method = Choice(_in_words(methods), why_methods)
+    if (factor := _factor(options, about, batch.value)) != 1:
         methods = tuple(scaled(use, factor) for use in methods)
-        chosen = Choice(f"{chosen.value}, weights x {factor:g}", f"{why_methods}; the library's loss is x {factor:g}")
+        method = Choice(f"{method.value}, weights x {factor:g}", f"{why_methods}; the library's loss is x {factor:g}")
     schedule = _schedule(options, about)
-    if options.steps is not None:
-        steps = options.steps
-    else:
-        # Labelled images are shown as often as without them; the others come in steps of their own.
-        shown = about.images + (0 if images.unlabelled is None else min(len(images.unlabelled), about.images))
-        steps = defaults.steps_of(schedule.value, shown, int(batch.value))
-    lr = Choice(options.lr, _CHOSEN_BY_USER) if options.lr else defaults.learning_rate(about, int(batch.value))
-    further = _further(options, about, steps, int(batch.value))
-    config = _config(steps, int(batch.value), float(lr.value), further)
+    # Labelled images are shown as often as without the others, which come in steps of their own.
+    without = _share_without_labels(options, images)
+    steps = options.steps or defaults.steps_of(schedule.value, about.images, batch.value, without)
+    epochs = defaults.epochs_of(steps, about.images, batch.value, without)
+    lr = Choice(options.lr, _CHOSEN_BY_USER) if options.lr else defaults.learning_rate(about, batch.value)
+    further = _further(options, about, steps, epochs)
+    train = {name: choice.value for name, choice in further.items()}
+    config = TrainConfig(steps=steps, batch_size=batch.value, lr=lr.value, **train)
     evaluations = defaults.evaluations(about, steps * config.batch_size)
-    resolved: dict[str, Any] = {
-        "image_size": size,
-        "batch_size": int(batch.value),
-        "lr": float(lr.value),
-        "train": {name: choice.value for name, choice in further.items()},
-    }
+
+    if config.batch_size == about.processes * config.accumulation:
+        trial(1)  # not all detectors can be trained by single images
+    distiller = _checked(_seeded(options, student, teacher, methods, class_map), config, images)
+
+    resolved: dict[str, Any] = {"image_size": size, "batch_size": batch.value, "lr": lr.value, "train": train}
     if options.steps is None:
         resolved["epochs"] = float(schedule.value)
     if isinstance(options, DistillOptions):
         resolved["method"] = methods
-    plan = _plan(options, images, student, teacher, class_map, inherited, chosen) | {
+    plan = _what(options, images, student, teacher, class_map, inherited, method) | {
         "image size": replace(image_size, value=f"{size} px"),
-        "schedule": Choice(_schedule_in_words(steps, about, config), schedule.why),
+        "schedule": Choice(_schedule_in_words(steps, epochs, without), schedule.why),
         "batch": Choice(counted(config.batch_size, "image"), batch.why),
         "learning rate": Choice(f"{config.lr:g}, {config.optimizer}", lr.why),
         "precision": Choice(resolve_precision(config.precision, device), further["precision"].why),
         "averaging": Choice(f"decay {config.ema:g}" if config.ema else "off", further["ema"].why),
         "augmentation": Choice(_augmentation_in_words(config), further["augmentation"].why),
-        "evaluation": Choice(
-            f"{counted(evaluations.value, 'time')}, on {counted(about.val_images, 'image')}", evaluations.why
-        ),
+        "evaluation": Choice(_evaluations_in_words(evaluations.value, about), evaluations.why),
     }
     return Prepared(
         options=options.model_copy(update=resolved),
+        run_file=options.model_copy(update={"batch_size": config.batch_size}),
         images=images,
         student=student,
         untouched=untouched,
         teacher=teacher,
         class_map=class_map,
         methods=methods,
+        distiller=distiller,
         config=config,
-        evaluations=int(evaluations.value),
+        evaluations=evaluations.value,
         plan=plan,
         notes=tuple(dict.fromkeys([*notes, *student.notes, *(teacher.notes if teacher else ())])),
     )
 
 
 def _check_code(options: RunOptions) -> None:
-    from kdtoolkit.models import is_code
-
     for role, name in options.models.items():
-        if is_code(name) and not Path(name).exists() and not options.allow_code:
+        if is_code(name) and not options.allow_code:
             raise KDError(
                 f"the {role} is {name!r}, which imports a Python module and so runs its code: read the module, then "
                 "run the same command with --allow-code"
@@ -221,7 +205,7 @@ def _teacher(options: DistillOptions, names: tuple[str, ...], notes: list[str]) 
     weights = options.teacher_weights or ("pretrained" if _has_no_weights_of_its_own(options.teacher) else None)
     file = weights not in (None, "pretrained")
     try:
-        teacher = open_detector(options.teacher, weights=weights)
+        teacher = _opened_in_all(lambda: open_detector(options.teacher, weights=weights))
     except KDError as error:
         if not file and weights == "pretrained" and options.teacher_weights is None:
             raise KDError(
@@ -257,29 +241,64 @@ def _teacher(options: DistillOptions, names: tuple[str, ...], notes: list[str]) 
     return teacher, None if class_map.is_identity(len(names), count) else class_map
 
 
-def _student(options: RunOptions, names: tuple[str, ...], size: int, notes: list[str]) -> tuple[Detector, RunOptions]:
+def _student(
+    options: RunOptions, images: Images, teacher: Detector | None, notes: list[str]
+) -> tuple[Detector, RunOptions]:
     """The detector to train, with the data's classes, and the options with the weights that it begins with."""
     assert isinstance(options, TrainOptions | DistillOptions)
     role = "model" if isinstance(options, TrainOptions) else "student"
     field = "weights" if isinstance(options, TrainOptions) else "student_weights"
     name, weights = options.models[role], getattr(options, field)
-    torch.manual_seed(options.seed)
+    size = int(_image_size(options, images, teacher, None).value)
+
+    def opened(weights: str | None) -> Detector:
+        torch.manual_seed(options.seed)
+        return _opened(name, images.train.class_names, weights, size)
+
     if weights is None and _has_no_weights_of_its_own(name) and not backbone_weights(name):
-        try:
-            detector, weights = _opened(name, names, "pretrained", size), "pretrained"
+        try:  # the first process decides for all
+            group.from_first(lambda: bool(opened("pretrained")))
+            weights = "pretrained"
         except KDError as error:
-            torch.manual_seed(options.seed)
-            detector, weights = _opened(name, names, "none", size), "none"
+            weights = "none"
             notes.append(f"the {role} begins with random weights: published ones cannot be had here ({error})")
-    else:
-        detector = _opened(name, names, weights, size)
+    detector = _opened_in_all(lambda: opened(weights))
     return detector, options.model_copy(update={} if weights is None else {field: weights})
+
+
+def _opened_in_all(open_here: Callable[[], Detector]) -> Detector:
+    """Open a detector in all processes: in the first one before the others, so that weights are downloaded once."""
+    if processes.count() > 1:
+        group.from_first(lambda: bool(open_here()))
+    return open_here()
+
+
+def _image_size(options: RunOptions, images: Images, teacher: Detector | None, student: Detector | None) -> Choice:
+    """The longest side of images; without a student a guess, by which the student is built."""
+    if options.image_size is not None:
+        return Choice(options.image_size, _CHOSEN_BY_USER)
+    own = None if student is None or _is_torchvision(student.name) else student.image_size
+    return defaults.image_size(images.longest, None if teacher is None else teacher.image_size, own)
+
+
+def _situation(images: Images, student: Detector, inherited: Inherited | None, device: torch.device) -> Situation:
+    begin: Begin = "trained" if student.trained else "started" if student.weights or inherited else "random"
+    return Situation(
+        images=len(images.train),
+        val_images=len(images.val),
+        longest=images.longest,
+        library=_library(student.name),
+        parameters=sum(p.numel() for p in student.model.parameters()),
+        begin=begin,
+        device=device.type,
+        processes=processes.count(),
+    )
 
 
 def _opened(name: str, names: tuple[str, ...], weights: str | None, size: int) -> Detector:
     """A detector with these classes, for images of this size."""
     args: dict[str, object] = {}
-    if not Path(name).exists():
+    if not is_place(name):
         library = _library(name)
         if library == "torchvision" and "ssd" not in name and "min_size" not in name:
             args = {"min_size": size, "max_size": size}  # it resizes images itself, and would enlarge them
@@ -290,7 +309,7 @@ def _opened(name: str, names: tuple[str, ...], weights: str | None, size: int) -
 
 def _has_no_weights_of_its_own(name: str) -> bool:
     """Whether a name stands for an architecture alone."""
-    return not Path(name).exists() and _library(name) in ("kdtoolkit", "torchvision", "ultralytics")
+    return not is_place(name) and _library(name) in ("kdtoolkit", "torchvision", "ultralytics")
 
 
 def _library(name: str) -> str:
@@ -299,7 +318,7 @@ def _library(name: str) -> str:
 
 
 def _is_torchvision(name: str) -> bool:
-    return not Path(name).exists() and _library(name) == "torchvision"
+    return not is_place(name) and _library(name) == "torchvision"
 
 
 def _check_sizes(student: Detector, teacher: Detector | None, size: int, notes: list[str]) -> None:
@@ -320,8 +339,8 @@ def _methods(
     if teacher is None:
         return (), ""
     assert isinstance(options, DistillOptions)
-    probe = Distiller(teacher.model, _copy(student).model, class_map=class_map)
-    specs = probe.seen[0].spec, probe.seen[1].spec
+    ours, theirs = Distiller(teacher.model, student.model, class_map=class_map).seen
+    specs = ours.spec, theirs.spec
     if options.method == "auto":
         chosen = choose(*specs, _library(student.name))
         return chosen.methods, chosen.why
@@ -355,35 +374,44 @@ def _distiller(
     )
 
 
-def _trial_distiller(
-    student: Detector, teacher: Detector | None, methods: tuple[MethodUse, ...], class_map: ClassMap | None, size: int
-) -> Distiller:
-    """Like the run's own, but with a copy of the student, which a trial may spoil."""
-    return _distiller(_copy(student), teacher, methods, class_map)
-
-
-def _batch(
+def _seeded(
     options: RunOptions,
-    about: Situation,
-    images: Images,
-    device: torch.device,
-    precision: str,
-    distiller: Callable[[int], Distiller],
-) -> Choice:
-    largest = min(defaults.LARGEST_BATCH, about.images)
-    if options.batch_size is not None:
-        return Choice(options.batch_size, _CHOSEN_BY_USER)
+    student: Detector,
+    teacher: Detector | None,
+    methods: tuple[MethodUse, ...],
+    class_map: ClassMap | None,
+) -> Distiller:
+    """The run's distiller. What its methods must learn begins with the same values, whatever was tried before."""
+    torch.manual_seed(options.seed)
+    return _distiller(student, teacher, methods, class_map)
+
+
+def _checked(distiller: Distiller, config: TrainConfig, images: Images) -> Distiller:
+    """The same distiller. Raises KDError for what training would refuse, before the teacher is measured."""
+    check_arguments(distiller, config)
+    if images.unlabelled is not None:
+        check_unlabelled(distiller, images.unlabelled)
+    unlabelled_steps(distiller, config, images.train, images.unlabelled)
+    return distiller
+
+
+def _batch(options: RunOptions, about: Situation, trial: Callable[[int], None]) -> Choice:
+    """Images a step. `trial` tries a step with a number of images."""
+    largest = min(defaults.LARGEST_BATCH, max(about.images, 2))  # batch norms need two
     parts = int(options.train.get("accumulation", 1))
+    if options.batch_size is not None:
+        if options.batch_size % (parts * about.processes):
+            raise KDError(
+                f"batch_size ({options.batch_size}) must be a multiple of {parts * about.processes}: the number of "
+                f"processes ({about.processes}) times that of parts, train.accumulation ({parts})"
+            )
+        return Choice(options.batch_size, _CHOSEN_BY_USER)
     if about.processes > 1:
         return Choice(8 * parts * about.processes, f"8 for each of {about.processes} processes")
-    if device.type == "cpu":
+    if about.device == "cpu":
         return Choice(max(parts, min(defaults.BATCH_ON_CPU, largest) // parts * parts), "usual on a CPU")
-
-    def trial(size: int) -> None:
-        trial_step(distiller(size), images.train, size, device, precision)
-
-    found = fitting(trial, largest)
-    return Choice(found, "most that is useful" if found == largest else "as many as the GPU's memory takes")
+    found = fitting(trial, largest, parts)
+    return Choice(found, "most that is useful" if found > largest - parts else "as many as the GPU's memory takes")
 
 
 def _schedule(options: RunOptions, about: Situation) -> Choice:
@@ -392,9 +420,15 @@ def _schedule(options: RunOptions, about: Situation) -> Choice:
     return defaults.epochs(about)
 
 
-def _further(options: RunOptions, about: Situation, steps: int, batch: int) -> dict[str, Choice]:
+def _share_without_labels(options: RunOptions, images: Images) -> float:
+    """Which share of the steps shows images without labels."""
+    if images.unlabelled is None:
+        return 0.0
+    return share_without_labels(options.train.get("unlabelled_share"), len(images.train), len(images.unlabelled))
+
+
+def _further(options: RunOptions, about: Situation, steps: int, epochs: float) -> dict[str, Choice]:
     """The further options of training: the user's, and for the rest what suits."""
-    epochs = steps * batch / about.images
     chosen = defaults.training(about, steps, epochs)
     for name, value in options.train.items():
         if isinstance(value, Mapping) and name in chosen and isinstance(chosen[name].value, Mapping):
@@ -403,29 +437,21 @@ def _further(options: RunOptions, about: Situation, steps: int, batch: int) -> d
     return chosen
 
 
-def _config(steps: int, batch: int, lr: float, further: Mapping[str, Choice]) -> TrainConfig:
-    """The options of training together. Raises KDError if they contradict each other."""
-    given = {name: choice.value for name, choice in further.items()}
-    try:
-        return TrainConfig(steps=steps, batch_size=batch, lr=lr, **given)
-    except ValidationError as error:
-        raise KDError("; ".join(reason(TrainConfig, each) for each in error.errors())) from None
-
-
-def _plan(
+def _what(
     options: RunOptions,
     images: Images,
     student: Detector,
     teacher: Detector | None,
     class_map: ClassMap | None,
     inherited: Inherited | None,
-    chosen: Choice,
+    method: Choice,
 ) -> dict[str, Choice]:
+    """The part of the plan that says what is trained on what."""
     names = images.train.class_names
-    counts = f"{len(images.train)} images to train on, {len(images.val)} to evaluate on"
+    counts = f"{counted(len(images.train), 'image')} to train on, {len(images.val)} to evaluate on"
     plan = {"data": Choice(f"{name_of(options.data)}: {counts}", _listed(names))}
     if images.unlabelled is not None:
-        plan["unlabelled"] = Choice(counted(len(images.unlabelled), "image"), "the teacher explains them")
+        plan["unlabelled"] = Choice(counted(len(images.unlabelled), "image"), "only the methods' losses, no labels")
     if teacher is not None:
         plan["teacher"] = Choice(_shown(teacher), f"weights: {teacher.weights}")
         if class_map is not None:
@@ -434,9 +460,9 @@ def _plan(
     role = "model" if teacher is None else "student"
     plan[role] = Choice(_shown(student), f"weights: {student.weights or 'random'}")
     if inherited is not None:
-        plan["inherits"] = Choice(_listed(inherited.taken), "from the teacher, wherever weights fit")
+        plan["inherits"] = Choice(inherited.describe(), _CHOSEN_BY_USER)
     if teacher is not None:
-        plan["method"] = chosen
+        plan["method"] = method
     return plan
 
 
@@ -458,9 +484,14 @@ def _listed(names: tuple[str, ...], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _schedule_in_words(steps: int, about: Situation, config: TrainConfig) -> str:
-    epochs = steps * config.batch_size / about.images
-    return f"{epochs:.3g} epochs, {counted(steps, 'step')}"
+def _schedule_in_words(steps: int, epochs: float, without_labels: float) -> str:
+    apart = f", {100 * without_labels:.3g} % of them without labels" if without_labels else ""
+    return f"{epochs:.3g} epochs, {counted(steps, 'step')}{apart}"
+
+
+def _evaluations_in_words(count: int, about: Situation) -> str:
+    times = "once, at the end" if count == 1 else f"{count} times"
+    return f"{times}, on {counted(about.val_images, 'image')}"
 
 
 def _augmentation_in_words(config: TrainConfig) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,18 @@ class Trained(BaseModel):
 class Report(BaseModel):
     """The results of a run. What is None was not measured, or not yet.
 
-    `teacher`, `before`: the AP of the teacher, and of the student before training. `student`, `baseline`: the training
-    itself, and the same student's training without teacher. `model`: the folder of the trained detector. `plan`: what
-    was done and why, by name.
+    `teacher`, `before`: the AP of the teacher at the size that the student sees, and of the student before training.
+    `student`, `baseline`: the training itself, and the same student's training without teacher. `model`: the folder of
+    the trained detector. `plan`: what was done and why, by name. `given`: the options that the user gave. `made_of`:
+    digests of the images and of the weights that it began with.
     """
 
     command: str
     title: str
     folder: Path
     plan: dict[str, str]
+    given: dict[str, Any]
+    made_of: dict[str, str]
     teacher: Evaluation | None = None
     before: Evaluation | None = None
     student: Trained | None = None
@@ -61,6 +64,10 @@ class Report(BaseModel):
         if self.ap is None or self.baseline is None or self.baseline.evaluation.ap is None:
             return None
         return self.ap - self.baseline.evaluation.ap
+
+    def changed(self, made_of: Mapping[str, str]) -> list[str]:
+        """Which images or weights are different from those that the run began with."""
+        return [what for what, digest in self.made_of.items() if made_of.get(what) != digest]
 
     def write(self) -> None:
         """Write it into its folder. Raises KDError."""
@@ -84,7 +91,9 @@ class Report(BaseModel):
             model = fields.pop("model", None)
             return Report.model_validate({**fields, "folder": folder, "model": folder / model if model else None})
         except (OSError, ValidationError) as error:
-            raise KDError(f"{path} cannot be read: delete it; what it says is measured again") from error
+            raise KDError(
+                f"{path} cannot be read: put a copy of it back, or choose a new folder (--out {folder}-2)"
+            ) from error
 
     def rows(self) -> Iterator[tuple[str, Evaluation]]:
         """What was measured, in the order of reading."""
@@ -114,6 +123,8 @@ class Report(BaseModel):
 
     def sentences(self) -> Iterator[str]:
         """What the numbers mean."""
+        if self.teacher:
+            yield "The teacher was measured as it teaches: at the size at which the student sees the images."
         if self.added is not None:
             yield (
                 f"Distillation added {self.added:+.1f} AP at equal steps. This is one seed: differences below about 1 "
@@ -152,13 +163,15 @@ def print_report(report: Report, console: Console) -> None:
         console.print(sentence, markup=False, highlight=False)
     console.print()
     places = {
-        f"{report.folder}/model": "the detector: README.md says how to open it",
-        f"{report.folder}/{MARKDOWN}": "this report (also .json)",
-        f"{report.folder}/run.yaml": f"kd {report.command} run.yaml does the same again",
-        f"{report.folder}/training/log.jsonl": "each step's losses",
+        "model": "the detector: README.md says how to open it",
+        MARKDOWN: "this report (also .json)",
+        "run.yaml": f"kd {report.command} run.yaml does the same again",
+        "training/log.jsonl": "each step's losses",
     }
-    for place, what in places.items():
-        console.print(printable(f"{place}  {what}"), markup=False, highlight=False, soft_wrap=True)
+    for name, what in places.items():
+        place = report.folder / name
+        if place.exists():  # users may move or delete them
+            console.print(printable(f"{place}  {what}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _shown(value: float | None) -> str:

@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,24 +29,29 @@ from kdtoolkit.engine.evaluate import Evaluation, evaluate
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError, printable
-from kdtoolkit.lock import hold
+from kdtoolkit.libraries import adapt
 from kdtoolkit.models import Detector, save_detector
 from kdtoolkit.workflow.card import card
 from kdtoolkit.workflow.defaults import Choice
+from kdtoolkit.workflow.detecting import found_device
 from kdtoolkit.workflow.display import Clock, Display
-from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions, read_options
+from kdtoolkit.workflow.folder import (
+    BASELINE,
+    FIRST_WEIGHTS,
+    MODEL,
+    RUN_FILE,
+    TRAINING,
+    enter,
+    given,
+    has_checkpoints,
+    made_of,
+)
+from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions
 from kdtoolkit.workflow.prepare import Prepared, prepare
 from kdtoolkit.workflow.report import Report, Trained, print_report, write_file
 
-RUN_FILE = "run.yaml"
-MODEL = "model"
-TRAINING, BASELINE = "training", "baseline"
 SAVE_SECONDS = 60.0  # between two checkpoints
 WEAK_AP = 5.0  # a teacher below it knows next to nothing of this data
-# Options that may change while a run goes on: none of them changes what it computes.
-_FREE = ("device", "allow_code", "quiet", "compare_baseline", "allow_weak_teacher", "out")
-
-T = TypeVar("T", bound=RunOptions)
 
 
 def run(options: RunOptions) -> Report:
@@ -65,22 +71,23 @@ def run(options: RunOptions) -> Report:
     # Warnings and results are also printed if `quiet` is set.
     loud = Console(quiet=not first)
     with _interruptible(folder), _with_memory(folder), ExitStack() as held, Display(console, loud) as display:
-        options, report, began = group.from_first(partial(_enter, held, options))
-        if report is not None and report.finished and _is_complete(report, options):
+        words = given(options)
+        options, report, began = group.from_first(partial(enter, held, options))
+        if report is not None and report.finished and (report.baseline is not None or not options.with_baseline):
+            group.from_first(partial(_warn_of_changes, report, options, display))
             loud.print(f"{folder} holds this run, finished. Its results:", markup=False, highlight=False)
             print_report(report, loud)
             return report
         if report is None:
             console.print(printable(_title(options)), style="bold", markup=False, highlight=False, soft_wrap=True)
         prepared = prepare(options, device, display.counting)
-        report = report or _new_report(prepared, folder)
         if began:
             display.line(f"{folder} holds this run, and it goes on from its last checkpoint")
         else:
             print_plan(prepared.plan, console)
         for note in prepared.notes:
             display.line(f"note: {note}")
-        group.from_first(partial(_begin, prepared, report))
+        report = group.from_first(partial(_begin, prepared, report, words))
         report = _before(prepared, report, device, display)
         report = _train(prepared, report, device, display)
         if prepared.options.with_baseline:
@@ -106,16 +113,7 @@ def print_plan(plan: dict[str, Choice], console: Console) -> None:
 
 def _device(name: str) -> torch.device:
     """Join the other processes; the device of this one. Raises KDError if there is no such device."""
-    if name != "auto":
-        try:
-            kind = torch.device(name).type
-        except RuntimeError:
-            kind = ""
-        if kind not in ("cpu", "cuda"):
-            raise KDError(f"device {name!r} is not known: write auto, cpu, cuda or cuda:1")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise KDError("there is no CUDA device: use --device cpu, or install a torch build with CUDA")
-    return group.join(None if name == "auto" else name)
+    return group.join(None if name == "auto" else str(found_device(name)))
 
 
 def _title(options: RunOptions) -> str:
@@ -125,109 +123,92 @@ def _title(options: RunOptions) -> str:
     return f"kd train: {options.model}"
 
 
-def _enter(held: ExitStack, options: T) -> tuple[T, Report | None, bool]:
-    """Hold the run's folder; the options with what the run that lies there has settled, its report, and if it began.
+def _begin(prepared: Prepared, report: Report | None, words: dict[str, Any]) -> Report:
+    """Write the run's settings and the report, as far as it is known. Raises KDError if the run was of different data.
 
-    Raises KDError if the folder cannot be used, or holds a different run.
+    `report`: the one of the run that goes on; None if it begins. `words`: the options that the user gave.
     """
+    options, now = prepared.options, made_of(prepared)
     folder = options.out
     assert folder is not None
-    try:
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / RUN_FILE).exists():
-            alien = [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".lock")]
-            if alien:
-                raise KDError(
-                    f"{folder} holds files that are no run of kdtoolkit ({', '.join(alien[:3])}): choose a new folder "
-                    "by --out"
-                )
-        held.enter_context(hold(folder))
-    except OSError as error:
+    if report is None:
+        plan = {name: f"{choice.value} ({choice.why})" for name, choice in prepared.plan.items()}
+        title = _title(options)
+        report = Report(command=options.command, title=title, folder=folder, plan=plan, given=words, made_of=now)
+    elif changed := [
+        what
+        for what in report.changed(now)
+        # Only the training without teacher begins with them once more.
+        if what != FIRST_WEIGHTS or (options.with_baseline and report.baseline is None)
+    ]:
         raise KDError(
-            f"cannot write the run's folder {folder}: {error.strerror or error}. Choose another folder by --out"
-        ) from error
-    path = folder / RUN_FILE
-    if not path.exists():
-        return options, None, False
-    settled = read_options(type(options), path)
-    if not any((folder / TRAINING / "checkpoints").glob("*")) and not (folder / MODEL).exists():
-        return options, None, False  # it was stopped before anything was learnt: nothing is lost
-    given = options.model_dump(mode="json", exclude_unset=True)
-    earlier = settled.model_dump(mode="json")
-    changed = [name for name, value in given.items() if name not in _FREE and not _agrees(value, earlier.get(name))]
-    if changed:
-        differences = ", ".join(_difference(name, earlier.get(name), given[name]) for name in changed)
-        raise KDError(
-            f"{folder} holds a run with different options ({differences}): choose a new folder (--out {folder}-2), or "
-            "delete that one"
+            f"{' and '.join(changed)} changed since the run in {folder} began: put back what was there, or choose a "
+            f"new folder (--out {folder}-2)"
         )
-    free = {name: getattr(options, name) for name in _FREE if name in type(options).model_fields}
-    if settled.with_baseline:
-        free["compare_baseline"] = True
-    return settled.model_copy(update=free), Report.read(folder), True
-
-
-def _agrees(given: object, settled: object) -> bool:
-    """Whether an option that is given is what the run settled on; of a mapping, the part that is given."""
-    if isinstance(given, dict) and isinstance(settled, dict):
-        return all(_agrees(value, settled.get(name)) for name, value in given.items())
-    return given == settled or given == "auto"
-
-
-def _difference(name: str, earlier: object, now: object) -> str:
-    return f"{name}: {_short(earlier)} there, {_short(now)} now"
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _is_complete(report: Report, options: RunOptions) -> bool:
-    """Whether a finished run has all that is asked for; the baseline may be asked for later."""
-    return report.baseline is not None or not options.with_baseline
-
-
-def _new_report(prepared: Prepared, folder: Path) -> Report:
-    plan = {name: f"{choice.value} ({choice.why})" for name, choice in prepared.plan.items()}
-    return Report(command=prepared.options.command, title=_title(prepared.options), folder=folder, plan=plan)
-
-
-def _begin(prepared: Prepared, report: Report) -> None:
-    """Write the run's settings and the report, as far as it is known."""
-    write_file(report.folder / RUN_FILE, prepared.options.to_yaml().encode())
+    write_file(folder / RUN_FILE, prepared.run_file.to_yaml().encode())
     report.write()
+    return report
+
+
+def _warn_of_changes(report: Report, options: RunOptions, display: Display) -> None:
+    """Warn if a finished run was of different images or weights than those that its options name now."""
+    try:
+        changed = report.changed(made_of(prepare(options, torch.device("cpu"), display.counting)))
+    except KDError as error:
+        display.warn(f"whether images and weights are still those of this run cannot be checked: {error}")
+        return
+    if changed:
+        display.warn(
+            f"{' and '.join(changed)} changed since this run: the results are of what was there before. A new --out "
+            "trains on what is there now"
+        )
 
 
 def _before(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
     """Measure the teacher, and the student if it can detect already. Raises KDError if the teacher is bad."""
     if prepared.teacher is not None and report.teacher is None:
-        found = _evaluated(prepared, prepared.teacher, device, display, "the teacher", of_teacher=True)
+        found = _evaluated(prepared, prepared.teacher, device, display, "the teacher", teaching=True)
         report = report.model_copy(update={"teacher": found})
-        display.line(f"the teacher has {_ap(found)} on these {found.images} images")
+        display.line(f"the teacher has {_ap(found)} on these {found.images} images, at the size that the student sees")
     if prepared.student.trained and report.before is None:
         found = _evaluated(prepared, prepared.student, device, display, "the student before training")
         report = report.model_copy(update={"before": found})
         display.line(f"before training the {'student' if prepared.teacher else 'model'} has {_ap(found)}")
     group.from_first(report.write)
     if report.teacher is not None and not report.student:
-        _check_teacher(prepared, report, display)
+        _check_teacher(prepared, report, device, display)
     return report
 
 
-def _check_teacher(prepared: Prepared, report: Report, display: Display) -> None:
-    options = prepared.options
+def _check_teacher(prepared: Prepared, report: Report, device: torch.device, display: Display) -> None:
+    options, teacher = prepared.options, prepared.teacher
     assert isinstance(options, DistillOptions)
+    assert teacher is not None
     assert report.teacher is not None
-    ap = report.teacher.ap or 0.0
-    if ap < WEAK_AP and not options.allow_weak_teacher:
+    ap, name = report.teacher.ap, name_of(options.data)
+    if (ap is None or ap < WEAK_AP) and not options.allow_weak_teacher:
+        anyway = "To go on all the same, add --allow-weak-teacher"
+        if ap is None:
+            raise KDError(
+                f"the teacher cannot be measured: the validation images of {name} have no object of a class that it "
+                f"knows. Add such images, or pair classes of different names by --class-map. {anyway}"
+            )
+        alone = _evaluated(prepared, teacher, device, display, "the teacher alone")
+        if alone.ap is not None and alone.ap >= WEAK_AP:
+            raise KDError(
+                f"the teacher has {_ap(report.teacher)} on the validation images of {name} at the size that the "
+                f"student sees, and {_ap(alone)} alone, where it resizes them itself: let the student see larger "
+                f"images than {options.image_size} px (--image-size). {anyway}"
+            )
+        same = "" if alone.ap == ap else f" (alone, where it resizes them itself, it has {_ap(alone)})"
         raise KDError(
-            f"the teacher has {_ap(report.teacher)} on the validation images of {name_of(options.data)}: a student "
-            "cannot learn from it. Usual reasons: its classes have different names or a different order (--class-map), "
-            f"it was trained on images of a different size than {options.image_size} px (--image-size), or on other "
-            "images (`kd train` trains a teacher on yours). To go on all the same, add --allow-weak-teacher"
+            f"the teacher has {_ap(report.teacher)} on the validation images of {name}: a student cannot learn from "
+            f"it{same}. Usual reasons: its classes have different names or a different order (--class-map), it was "
+            f"trained on images of a different size than {options.image_size} px (--image-size), or on other images "
+            f"(`kd train` trains a teacher on yours). {anyway}"
         )
     before = report.before.ap if report.before else None
-    if before is not None and before > ap:
+    if before is not None and ap is not None and before > ap:
         display.warn(
             f"the student is better than its teacher before training ({before:.1f} and {ap:.1f} AP): the "
             "teacher may hold it back. `kd train` trains it alone, --compare-baseline shows the difference"
@@ -236,14 +217,14 @@ def _check_teacher(prepared: Prepared, report: Report, display: Display) -> None
 
 def _train(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
     """Train, keep the best weights, and save the detector."""
+    if report.model is not None:
+        return report
     if report.student is None:
-        trained = _trained(prepared, prepared.student, prepared.distiller(), TRAINING, report, device, display)
+        trained = _trained(prepared, prepared.student, prepared.distiller, TRAINING, report, device, display)
         report = report.model_copy(update={"student": trained})
     else:
         _load_best(prepared.student, report.folder / TRAINING)
-    if report.model is None:
-        report = group.from_first(partial(_save, prepared, report))
-    return report
+    return group.from_first(partial(_save, prepared, report))
 
 
 def _baseline(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
@@ -287,7 +268,7 @@ def _trained(
         display.warn(warning)
     _load_best(student, report.folder / name)
     found = _evaluated(prepared, student, device, display, "the trained detector")
-    best = max(result.evaluations, key=lambda row: row["eval/ap"] or 0.0)
+    best = max(reversed(result.evaluations), key=lambda row: row["eval/ap"] or 0.0)  # of equal ones the last
     return Trained(
         evaluation=found,
         best_step=int(best["step"] or 0),
@@ -303,9 +284,14 @@ def _load_best(student: Detector, folder: Path) -> None:
 
 
 def _best(folder: Path) -> dict[str, Tensor]:
-    """The weights of the best evaluation; of the last step if no evaluation found anything."""
+    """The weights of the best evaluation, of equal ones the last; of the last step if there was no AP at all."""
     path = folder / "best.safetensors"
-    return load_file(path if path.exists() else folder / "student.safetensors")
+    try:
+        return load_file(path if path.exists() else folder / "student.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise KDError(
+            f"the trained weights in {folder} cannot be read ({error}): put them back, or choose a new folder by --out"
+        ) from error
 
 
 def _evaluated(
@@ -315,15 +301,17 @@ def _evaluated(
     display: Display,
     what: str,
     *,
-    of_teacher: bool = False,
+    teaching: bool = False,
 ) -> Evaluation:
+    """Measure a detector on the validation images; `teaching`: at the size at which the student sees them."""
     begun = time.monotonic()
     found = evaluate(
         detector.model,
         prepared.images.val,
         batch_size=prepared.config.batch_size,
         device=device,
-        class_map=prepared.class_map if of_teacher else None,
+        class_map=prepared.class_map if detector is prepared.teacher else None,
+        like=adapt(prepared.student.model) if teaching else None,
         together=True,
         progress=display.counting(f"evaluating {what}"),
     )
@@ -385,7 +373,7 @@ def _finish(report: Report) -> None:
 
 
 def _ap(found: Evaluation) -> str:
-    return "no AP, because no class is in the images" if found.ap is None else f"{found.ap:.1f} AP"
+    return "no AP" if found.ap is None else f"{found.ap:.1f} AP"
 
 
 @contextmanager
@@ -395,8 +383,11 @@ def _interruptible(folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if group.rank() == 0:
-            kept = any((folder / TRAINING / "checkpoints").glob("*"))
-            what = "goes on from the last checkpoint" if kept else "starts again, because there was no checkpoint yet"
+            what = (
+                "goes on from the last checkpoint"
+                if has_checkpoints(folder)
+                else "starts again, because there was no checkpoint yet"
+            )
             sys.stderr.write(f"interrupted: the same command {what} ({folder})\n")
         raise
 

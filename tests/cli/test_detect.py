@@ -71,19 +71,11 @@ def test_predict_writes_and_tells_where(run, places, tmp_path):
     count = len(json.loads((out / "predictions.json").read_text()))
     assert f"{count} detections with a score of 0 or more on 2 images" in printed
     assert count > 0
-    code, printed, err = run(
-        "predict",
-        places / "model",
-        places / "photos" / "a.png",
-        "--out",
-        out,
-        "--format",
-        "yolo",
-        "--no-pictures",
-        "--quiet",
-    )
-    assert (code, printed, err) == (0, "", "")
-    assert (out / "labels" / "a.txt").is_file()
+    command = ["predict", places / "model", places / "photos" / "a.png", "--format", "yolo", "--no-pictures", "--quiet"]
+    assert run(*command, "--out", tmp_path / "labels") == (0, "", "")
+    assert (tmp_path / "labels" / "labels" / "a.txt").is_file()
+    code, _, err = run(*command, "--out", tmp_path / "labels")
+    assert (code, "labels already, perhaps of an earlier call" in err) == (2, True)
 
 
 def test_images_that_cannot_be_read_are_named_and_counted(run, places, tmp_path):
@@ -141,7 +133,7 @@ WRONG = [
     ([*PREDICT, "--batch-size", "0"], "batch_size is 0; it must be at least 1"),
     ([*PREDICT, "--image-size", "8"], "image_size is 8 px; it must be at least 32"),
     ([*PREDICT, "--device", "gpu"], "device='gpu' is no device"),
-    ([*PREDICT, "--weights", "weights.pth"], "leave out the others"),
+    ([*PREDICT, "--weights", "weights.pth"], "has its own weights and arguments: leave out"),
     (["predict", "model", "photos", "--out", "weights.pth"], "weights.pth"),
     (["predict", "model", "photos", "--out", "weights.pth/x"], "cannot write to"),
     (["predict", "model"], "Missing argument"),

@@ -268,6 +268,20 @@ def test_labels_of_a_plain_module_count_from_0_or_from_where_it_is_said(data):
         evaluate(Replay(data), data, labels_from=1)
 
 
+def test_a_teacher_is_measured_at_the_size_at_which_it_teaches(data):
+    teacher, student = tiny_of("torchvision FCOS", seed=0, num_classes=6), tiny_gfl(seed=0, num_classes=6)
+    teacher.transform.min_size, teacher.transform.max_size = (160,), 160
+    seen = []
+    teacher.backbone.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
+    few = data.subset(2, seed=0)
+    evaluate(teacher, few)
+    alone = seen[-1]
+    assert student.training
+    evaluate(teacher, few, like=adapt(student))
+    assert student.training
+    assert (alone, seen[-1]) == ((256, 256), (128, 128))  # both are padded to a multiple of 128
+
+
 class OwnHead(nn.Module):
     """Another box head, which reads the same pooled features as torchvision's own."""
 

@@ -7,13 +7,17 @@ import multiprocessing
 import os
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kdtoolkit import Distiller, KDError
 from kdtoolkit.data import Augmentation, InputSize, ProceduralShapes
+from kdtoolkit.engine import train as loop
+from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.train import RunFolder, TrainConfig, Validation, train
 from kdtoolkit.lock import hold
 from kdtoolkit.methods import FBKD, MGD, PKD, CrossKD
@@ -115,6 +119,20 @@ def test_the_log_has_a_line_a_step(data, tmp_path):
     assert [row["step"] for row in steps] == list(range(1, 8))
     assert {"task/cls", "crosskd/box", "pkd/feature", "gradient_norm"} < steps[0].keys()
     assert [row["step"] for row in rows if "eval/ap" in row] == [3, 5, 7]  # 10 images, 4 a step
+
+
+@pytest.mark.parametrize(("aps", "kept"), [((0.0, 0.0, 0.0), 7), ((2.0, 3.0, 1.0), 6), ((2.0, 2.0, 0.0), 6)])
+def test_of_equally_good_weights_the_last_are_kept(data, tmp_path, monkeypatch, aps, kept):
+    found, students = iter(aps), {}
+
+    def scored(adapter, *_, **__):
+        students[3 * len(students) + 3 if len(students) < 2 else 7] = digest(adapter.model)
+        return replace(evaluate(adapter, data), ap=next(found))
+
+    monkeypatch.setattr(loop, "evaluate", scored)
+    student, _ = run(data, tmp_path, evaluated=Validation(data, every_steps=3))
+    student.load_state_dict(load_file(tmp_path / "best.safetensors"))
+    assert digest(student) == students[kept]
 
 
 def checkpoints(folder):

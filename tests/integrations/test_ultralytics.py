@@ -253,6 +253,7 @@ def test_resuming_with_different_methods_is_refused(stopped):
         model.train(resume=True, trainer=DistillationTrainer.of(wider_teacher(), [PKD()]))
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_are_recovered_from_the_last_checkpoint(student_file, yolo_data, tmp_path):
     model = YOLO(student_file)
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from kdtoolkit.errors import IncompatibleError
+from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.libraries import adapt, library_of_model
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.workflow.auto import choose, scaled
@@ -42,4 +42,15 @@ def test_all_weights_are_scaled():
     assert str(scaled(MethodUse.model_validate("PKD"), 8)) == "PKD?weight=48"
     crosskd = scaled(MethodUse.model_validate("CrossKD"), 8).args
     assert crosskd == {"cls_weight": 8, "distribution_weight": 32, "box_weight": 8, "quality_weight": 8}
-    assert scaled(MethodUse.model_validate("CrossKD.for_fcos"), 8).args == {}
+    assert scaled(MethodUse.model_validate("CrossKD?quality_weight=0"), 2).args == {
+        "cls_weight": 2,
+        "distribution_weight": 8,
+        "box_weight": 2,
+        "quality_weight": 0,
+    }
+    assert scaled(MethodUse.model_validate("LD?cls_weight=1"), 8).args == {"weight": 2, "cls_weight": 8}
+
+
+def test_published_settings_are_not_left_unscaled():
+    with pytest.raises(KDError, match=r"the weights of CrossKD.for_fcos are fixed, .* x 8: name the method"):
+        scaled(MethodUse.model_validate("CrossKD.for_fcos"), 8)

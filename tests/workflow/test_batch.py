@@ -26,6 +26,13 @@ def test_the_batch_is_halved_until_it_fits():
     assert tried == [16, 8, 4]
 
 
+@pytest.mark.parametrize(("parts", "batch", "sizes"), [(3, 15, [5]), (2, 8, [8, 4]), (20, 20, [1])])
+def test_a_batch_is_a_multiple_of_its_parts_and_a_part_is_tried(parts, batch, sizes):
+    trial, tried = memory_for(5)
+    assert fitting(trial, 16, parts) == batch
+    assert tried == sizes
+
+
 def test_too_little_memory_for_one_image_is_told():
     with pytest.raises(KDError, match="too little memory for a single image: use a smaller --image-size"):
         fitting(memory_for(0)[0], 8)

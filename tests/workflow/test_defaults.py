@@ -25,6 +25,7 @@ def test_image_size_follows_the_teacher_then_the_weights_and_never_enlarges():
     choice = defaults.image_size(400, 640, None)
     assert choice.value == 400
     assert "largest image" in choice.why
+    assert defaults.image_size(28, None, None).value == 32  # the least that --image-size takes
 
 
 def test_few_images_and_random_weights_are_shown_more_often():
@@ -36,6 +37,9 @@ def test_few_images_and_random_weights_are_shown_more_often():
     assert epochs(images=200) == 100
     assert epochs(begin="trained") < epochs(begin="started") < epochs(begin="random")
     assert defaults.steps_of(2.5, 10, 8) == 4
+    assert defaults.steps_of(2.5, 10, 8, without_labels=0.2) == 5
+    assert defaults.steps_of(48, 10, 8, without_labels=0.4) == 100
+    assert defaults.epochs_of(100, 80, 8, without_labels=0.2) == 8
 
 
 def test_trained_weights_take_a_lower_rate_and_larger_batches_a_higher_one():

@@ -37,6 +37,15 @@ def shown(reports, *, another=False, terminal=False):
     return out.getvalue()
 
 
+def test_warnings_hold_no_control_characters():
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    Display(console, console).warn("class \x1b]0;title\x07 [red]")
+    assert out.getvalue().startswith("warning: class ")
+    assert "[red]" in out.getvalue()
+    assert not {"\x1b", "\x07"} & set(out.getvalue())
+
+
 def test_lines_say_when_it_ends_and_warnings_come_once(monkeypatch):
     monkeypatch.setattr(display, "PLAIN_SECONDS", -1.0)
     warned = [progress(step, float(step), warnings=("a term does nothing",)) for step in (1, 20, 40)]

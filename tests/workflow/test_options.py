@@ -29,6 +29,10 @@ def error_of(kind, words, **rest):
         ({"method": ["auto", "PKD"]}, "auto chooses all methods itself"),
         ({"method": []}, "name at least one method"),
         ({"train": {"emma": 0.9}}, "train: unknown key 'emma' (did you mean 'ema'?)"),
+        (
+            {"batch_size": 8, "train": {"accumulation": 3}},
+            "batch_size (8) must be a multiple of train.accumulation (3)",
+        ),
         ({"train": {"lr": 0.9}}, "write lr beside `train`, not in it"),
         ({"train": {"augmentation": {"flip": 2}}}, "augmentation.flip"),
         ({"init": "techer"}, "init 'techer': input should be 'teacher'"),

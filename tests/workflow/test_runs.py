@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import kdtoolkit
 from kdtoolkit.data import open_dataset
 from kdtoolkit.engine import train as loop
-from kdtoolkit.engine.evaluate import evaluate
+from kdtoolkit.engine.evaluate import Evaluation, evaluate
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import open_detector
 from kdtoolkit.workflow import runs
@@ -48,11 +48,13 @@ def test_a_run_leaves_the_detector_with_its_card_a_report_and_its_settings(disti
     assert stored["student"]["evaluation"]["ap"] == distilled.ap
     assert stored["added"] == distilled.added
     assert Report.read(folder) == distilled
-    assert "| teacher |" in (folder / "report.md").read_text()
+    text = (folder / "report.md").read_text()
+    assert "| teacher |" in text
+    assert "The teacher was measured as it teaches" in text
     settings = check_options(DistillOptions, {}, file=folder / "run.yaml")
     assert settings.teacher == str(teacher)
-    assert [str(use) for use in settings.method] == ["CrossKD", "PKD"]
-    assert (settings.image_size, settings.steps, settings.batch_size) == (64, 4, 4)
+    assert (settings.steps, settings.batch_size, settings.student_weights) == (4, 4, "none")
+    assert (settings.method, settings.image_size, settings.lr, settings.train) == ("auto", None, None, {})
 
 
 def test_the_saved_detector_has_the_reported_ap(distilled, shapes):
@@ -80,14 +82,19 @@ def test_the_baseline_is_the_same_training_without_teacher(distilled):
 def test_a_finished_run_is_shown_again(distilled, teacher, shapes, monkeypatch, capsys):
     monkeypatch.setattr(runs, "train", None)  # nothing is trained
     assert distil(teacher, shapes, distilled.folder, compare_baseline=True) == distilled
-    assert "finished" in capsys.readouterr().out
-    assert distil(teacher, shapes, distilled.folder, batch_size=None, method="auto", image_size=64) == distilled
+    out = capsys.readouterr().out
+    assert "finished" in out
+    assert "warning" not in out
+    assert distil(teacher, shapes, distilled.folder, method="auto") == distilled
+    options = check_options(DistillOptions, {"quiet": True}, file=distilled.folder / "run.yaml")
+    assert runs.run(options) == distilled
 
 
 def test_the_comparison_may_be_asked_for_later(distilled, teacher, shapes, tmp_path, monkeypatch):
     out = tmp_path / "later"
     report = distil(teacher, shapes, out)
     assert report.baseline is None
+    shutil.rmtree(out / "training")  # the detector itself is in model/
     trained = []
     monkeypatch.setattr(
         runs, "train", lambda *args, **rest: trained.append(rest["folder"].path) or loop.train(*args, **rest)
@@ -97,14 +104,79 @@ def test_the_comparison_may_be_asked_for_later(distilled, teacher, shapes, tmp_p
     assert later.student == report.student
     assert later.baseline.evaluation == distilled.baseline.evaluation
     assert distil(teacher, shapes, out) == later  # it stays
+    shutil.move(out / "model", tmp_path / "shipped")
+    assert distil(teacher, shapes, out) == later
+    assert trained == [out / "baseline"]
+    assert not (out / "model").exists()
+
+
+@pytest.fixture
+def copied(distilled, tmp_path):
+    """A copy of the finished run, with changes of its report."""
+
+    def copy_(**changes):
+        out = shutil.copytree(distilled.folder, tmp_path / "copy")
+        path = out / "report.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return out
+
+    return copy_
+
+
+def test_ctrl_c_in_a_comparison_that_was_asked_for_later(copied, teacher, shapes, monkeypatch, capsys):
+    def interrupted(*_, folder, **__):
+        (folder.path / "checkpoints").mkdir()
+        (folder.path / "checkpoints" / "step-00000001.json").touch()
+        raise KeyboardInterrupt
+
+    out = copied(baseline=None)
+    monkeypatch.setattr(runs, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distil(teacher, shapes, out, compare_baseline=True)
+    assert "interrupted: the same command goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_trained_weights_that_are_gone_are_told(copied, teacher, shapes):
+    out = copied(model=None, finished=False)
+    shutil.rmtree(out / "training")
+    with pytest.raises(KDError, match=r"the trained weights in .* cannot be read .*put them back"):
+        distil(teacher, shapes, out, compare_baseline=True)
+
+
+def test_images_and_weights_that_changed_since_a_run_are_told(distilled, copied, teacher, shapes, tmp_path, capsys):
+    data = shutil.copytree(shapes, tmp_path / "shapes")
+    path = data / "annotations" / "val.json"
+    truth = json.loads(path.read_text())
+    path.write_text(json.dumps(truth | {"annotations": truth["annotations"][:-1]}))
+    stored = json.loads((distilled.folder / "report.json").read_text())
+    out = copied(given=stored["given"] | {"data": str(data)})
+    (out / "run.yaml").write_text((out / "run.yaml").read_text().replace(str(shapes), str(data)))
+    assert distil(teacher, data, out).ap == distilled.ap
+    assert "the validation images changed since this run: the results are of" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    path.write_text(json.dumps(truth))
+    distil(teacher, data, out)
+    assert "changed" not in capsys.readouterr().out
+    made_of = stored["made_of"] | {"the teacher's weights": "different", "the student's first weights": "different"}
+    (out / "report.json").write_text(json.dumps(stored | {"baseline": None, "made_of": made_of, "given": {}}))
+    with pytest.raises(
+        KDError, match=r"first weights and the teacher's weights changed since the run in .* began: put"
+    ):
+        distil(teacher, data, out)
+    (out / "report.json").write_text(json.dumps(stored | {"given": {}}))
+    shutil.rmtree(data)
+    assert distil(teacher, data, out).ap == distilled.ap
+    assert "still those of this run cannot be checked: " in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_of_different_options_is_refused(distilled, teacher, shapes):
     for changes, part in (
-        ({"lr": 1e-4}, "lr: 0."),
-        ({"method": "PKD"}, "method: ['CrossKD', 'PKD'] there, ['PKD'] now"),
+        ({"lr": 1e-4}, "lr: None there, 0.0001 now"),
+        ({"method": "PKD"}, "method: auto there, ['PKD'] now"),
         ({"steps": None, "epochs": 3}, "epochs: None there, 3.0 now"),
         ({"train": {"ema": 0.5}}, "train: "),
+        ({"batch_size": None}, "batch_size: 4 there, left out now"),
     ):
         with pytest.raises(
             KDError, match=r"holds a run with different options .*choose a new folder \(--out "
@@ -191,6 +263,30 @@ def test_a_weak_teacher_is_told_before_training(teacher, shapes, tmp_path, monke
     with pytest.raises(
         KDError, match=r"the teacher has .* AP on the validation images of shapes.*--allow-weak-teacher"
     ):
+        distil(teacher, shapes, tmp_path / "weak", allow_weak_teacher=False)
+
+
+@pytest.mark.parametrize(
+    ("teaching", "alone", "message"),
+    [
+        (
+            0.5,
+            40.0,
+            r"has 0.5 AP .* shapes at the size that the student sees, and 40.0 AP alone.* than 64 px \(--image",
+        ),
+        (0.5, 1.5, r"has 0.5 AP .* shapes: a student cannot learn from it \(alone, .* 1.5 AP\). Usual reasons"),
+        (0.5, 0.5, r"has 0.5 AP .* shapes: a student cannot learn from it. Usual reasons"),
+        (None, None, r"the validation images of shapes have no object of a class that it knows"),
+    ],
+)
+def test_the_teacher_is_judged_at_the_size_at_which_it_teaches(
+    teacher, shapes, tmp_path, monkeypatch, teaching, alone, message
+):
+    def scored(model, dataset, *, like=None, **_):
+        return Evaluation(alone if like is None else teaching, None, None, None, None, None, {}, 4, 0)
+
+    monkeypatch.setattr(runs, "evaluate", scored)
+    with pytest.raises(KDError, match=f"{message}.*--allow-weak-teacher"):
         distil(teacher, shapes, tmp_path / "weak", allow_weak_teacher=False)
 
 

@@ -40,7 +40,14 @@ def check(outcome, *parts):
         (["train", "--model", TINY, "--data", "{shapes}", "--lr", 0], "--lr 0.0: input should be greater than 0"),
         (["train", "--model", TINY, "--data", "{shapes}", "--image-size", 16], "--image-size 16: input should be"),
         (["train", "--model", TINY, "--data", "{shapes}", "--batch-size", "many"], "--batch-size"),
-        (["train", "--model", TINY, "--data", "{shapes}", "--device", "gpu"], "write auto, cpu, cuda or cuda:1"),
+        (
+            ["train", "--model", TINY, "--data", "{shapes}", "--device", "gpu"],
+            "write 'auto', 'cpu', 'cuda' or 'cuda:1'",
+        ),
+        (
+            ["train", "--model", TINY, "--data", "{shapes}", "--device", "mps"],
+            "'mps' is no device that kdtoolkit knows",
+        ),
         (["train", "--model", "kdtoolkit/glf", "--data", "{shapes}"], "did you mean 'gfl'?"),
         (["train", "--model", "gfl", "--data", "{shapes}"], "gfl"),
         (["train", "--model", "os:getcwd", "--data", "{shapes}"], "--allow-code"),
@@ -141,7 +148,7 @@ def test_a_teacher_of_quite_different_classes_is_told(run, teacher, tmp_path):
 def test_options_that_contradict_each_other_are_told(run, shapes, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(f"model: {json.dumps(TINY)}\ndata: {shapes}\nweights: none\ntrain: {{accumulation: 2}}\n")
-    check(run("train", path, "--batch-size", 3), "batch_size (3) must be a multiple of accumulation (2)")
+    check(run("train", path, "--batch-size", 3), "batch_size (3) must be a multiple of train.accumulation (2)")
 
 
 def test_a_nan_loss_is_told(run, shapes, monkeypatch):
@@ -174,7 +181,10 @@ def test_a_folder_in_use_or_broken_is_told(run, shapes, teacher, tmp_path):
     shutil.copytree(teacher, out)
     command = ["train", "--model", TINY, "--weights", "none", "--data", shapes, "--out", out, *FAST]
     (out / "report.json").write_text("{")
-    check(run(*command[:-4], "--steps", 4, "--batch-size", 4), "report.json cannot be read: delete it")
+    check(run(*command[:-4], "--steps", 4, "--batch-size", 4), "report.json cannot be read: put a copy of it back")
+    (out / "report.json").unlink()
+    check(run(*command), "holds a trained detector, and no report.json that says how it was trained")
+    assert (out / "training" / "student.safetensors").exists()
     (out / "run.yaml").write_text("model: [\n")
     check(run(*command), "run.yaml, line 2: not YAML")
 

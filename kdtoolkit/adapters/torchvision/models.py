@@ -6,7 +6,6 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,6 @@ from kdtoolkit.detector import Detector, Opened, named
 from kdtoolkit.detectors.backbone import Pyramid, build_backbone
 from kdtoolkit.detectors.precision import without_autocast
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import write_atomic
 from kdtoolkit.libraries import adapt
 from kdtoolkit.options import did_you_mean
 
@@ -250,9 +248,7 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
     for path, module in model.named_modules():
         if isinstance(module, FrozenBatchNorm2d):  # a model that is built without weights has plain ones, which count
             state[f"{path}.num_batches_tracked"] = torch.tensor(0)
-    buffer = BytesIO()
-    torch.save(state, buffer)
-    write_atomic(folder / "model.pth", buffer.getvalue())
+    torch.save(state, folder / "model.pth")
     name, args = split_name(architecture(detector.name))
     builder = name.partition("/")[2]
     if name != f"torchvision/{builder}" or builder in _ON_TIMM:

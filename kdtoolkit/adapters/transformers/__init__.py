@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def build_model(name: str, num_classes: int, args: Mapping[str, object]) -> nn.M
         raise
     except Exception as error:  # configs raise errors of all kinds
         raise _failure(name, " ".join(str(error).split()).rstrip(".")) from error
-    return _loaded(name, {**args, "num_labels": num_classes})
+    return _loaded(name, {**args, "num_labels": num_classes})[0]
 
 
 def _model_type(name: str) -> str | None:
@@ -87,8 +87,11 @@ def _model_type(name: str) -> str | None:
     return types.get(name.replace("-", "_"))
 
 
-def _loaded(name: str, args: Mapping[str, object]) -> nn.Module:
-    """Load a detector from a folder or the hub. `args` are fields of the config that replace those there."""
+def _loaded(name: str, args: Mapping[str, object]) -> tuple[nn.Module, list[str]]:
+    """Load a detector from a folder or the hub. `args` are fields of the config that replace those there.
+
+    Returns it with the names of the tensors that the file lacks or has in different shapes: these are random.
+    """
     try:
         source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": _is_local(name)}
         config, unused = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **source, **args)
@@ -96,9 +99,16 @@ def _loaded(name: str, args: Mapping[str, object]) -> nn.Module:
             raise KDError(f"model 'hf/{name}': its config has no {', '.join(unused)}")
         # In float32, which every adapter needs, in whatever precision they were saved.
         with _without_bars():
-            model: nn.Module = _auto_model.from_pretrained(
-                name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **source
+            model, found = _auto_model.from_pretrained(
+                name,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **source,
             )
+        random = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         # Loads it into the hub's cache, where the adapter looks for it. Without one, the class's defaults hold.
         cached_file(
             name,
@@ -107,12 +117,12 @@ def _loaded(name: str, args: Mapping[str, object]) -> nn.Module:
             _raise_exceptions_for_missing_entries=False,
         )
         if getattr(config, "share_bbox_head", False):
-            _load_shared_heads(model, name)
+            random -= _load_shared_heads(model, name)
     except KDError:
         raise
     except Exception as error:  # errors of configs, the hub and its HTTP client have no closer base class in common
         raise _failure(name, " ".join(str(error).split()).rstrip(".")) from error
-    return model
+    return model, sorted(key for key in random if not key.endswith("num_batches_tracked"))
 
 
 def open_published(name: str, args: Mapping[str, object], weights: str | None) -> Opened | None:
@@ -126,7 +136,8 @@ def open_published(name: str, args: Mapping[str, object], weights: str | None) -
         raise KDError(f"hf/{name} has no weights {weights!r}: name a detector on the hub, as hf/OWNER/NAME, or a file")
     if weights not in (None, "pretrained"):
         raise KDError(f"hf/{name} has no weights {weights!r}: leave them out to take its own")
-    model: Any = _loaded(name, args)
+    loaded, random = _loaded(name, args)
+    model: Any = loaded
     adapter, config = adapt(model), model.config
     count = config.num_labels
     names = named([str(config.id2label[i]) for i in range(count)])
@@ -144,7 +155,18 @@ def open_published(name: str, args: Mapping[str, object], weights: str | None) -
         name=with_arguments(f"hf/{name}", args),
         class_names=None if names == tuple(f"LABEL_{i}" for i in range(count)) else names,
         weights=f"hf/{name}",
+        trained=not random,
+        notes=(_note(name, random),) if random else (),
         image_size=_image_size(adapter),
+    )
+
+
+def _note(name: str, random: Sequence[str]) -> str:
+    """What to say of a detector with tensors that its files do not have."""
+    more = f" and {len(random) - 3} more" if len(random) > 3 else ""
+    return (
+        f"hf/{name} lacks weights that its config asks for, or has them in different shapes, so these are random: "
+        f"{', '.join(random[:3])}{more}. Train the detector, or correct its config.json"
     )
 
 
@@ -171,9 +193,15 @@ def save_model(detector: Detector, folder: Path) -> tuple[str, str]:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     adapter = adapt(model)
     assert isinstance(adapter, TransformersAdapter)
-    adapter.image_processor(detector.image_size).save_pretrained(folder)
+    processor = adapter.image_processor()
+    processor.save_pretrained(folder)
+    size = (
+        ""
+        if processor.do_resize or detector.image_size is None
+        else (f"# Images were at most {detector.image_size} px long in training: scale larger ones down first.\n")
+    )
     return "model.safetensors", (
-        "from transformers import AutoImageProcessor, AutoModelForObjectDetection\n\n"
+        f"from transformers import AutoImageProcessor, AutoModelForObjectDetection\n\n{size}"
         'processor = AutoImageProcessor.from_pretrained(".")\n'
         'model = AutoModelForObjectDetection.from_pretrained(".")\n'
     )
@@ -218,8 +246,8 @@ def _is_local(name: str) -> bool:
     return False
 
 
-def _load_shared_heads(model: nn.Module, name: str) -> None:
-    """Load weights as they stand in the file.
+def _load_shared_heads(model: nn.Module, name: str) -> set[str]:
+    """Load weights as they stand in the file. Returns the names of all that fit.
 
     If layers share their box head, the library (5.24) saves that of the last layer and loads that of the first: the
     head would stay random.
@@ -228,6 +256,7 @@ def _load_shared_heads(model: nn.Module, name: str) -> None:
     state = load_file(str(cached_file(name, "model.safetensors", local_files_only=True)))
     fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     model.load_state_dict(fitting, strict=False)
+    return set(fitting)
 
 
 def _check_fields(name: str, model_type: str, args: Mapping[str, object]) -> None:

@@ -150,18 +150,15 @@ class TransformersAdapter(DetectorAdapter):
         """Why this model cannot be adapted; None if it can. Asked once."""
         return None
 
-    def image_processor(self, image_size: int | None) -> Any:
+    def image_processor(self) -> Any:
         """The library's image processor that prepares images as the adapter does.
 
-        It is the one that the model was loaded with. Without one it normalises only, and scales images to a longest
-        side of `image_size` pixels if that is known.
+        It is the one that the model was loaded with. Without one it normalises only. The library's processors cannot
+        say "at most so large": each size that they are given enlarges smaller images, which the adapter never does.
         """
         if self.processing is not None:
             return self.processing.processor
-        sides = {} if image_size is None else {"size": {"shortest_edge": image_size, "longest_edge": image_size}}
-        return self.processor(
-            do_resize=image_size is not None, image_mean=list(self.image_mean), image_std=list(self.image_std), **sides
-        )
+        return self.processor(do_resize=False, image_mean=list(self.image_mean), image_std=list(self.image_std))
 
     def decoder_spec(
         self, *, strides: Sequence[int], width: int, layers: int, prior_form: str, channels: Sequence[int] = ()

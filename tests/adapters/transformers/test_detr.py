@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import PKD, CrossKD
+from kdtoolkit.models import open_detector
 from tests._narrow import check_gradients_of_narrow_images
 from tests._traced import traced
 from tests.conftest import tiny_gfl
@@ -590,6 +592,24 @@ def test_build_from_a_folder(tmp_path):
     assert torch.equal(other.bbox_predictor.layers[0].weight, model.bbox_predictor.layers[0].weight)
     with pytest.raises(KDError, match="no colour"):
         build_model(str(tmp_path), 4, {"colour": 1})
+
+
+def test_a_folder_without_weights_of_a_layer_is_not_trained(tmp_path):
+    model = build_model("detr", 3, TINY_ARGS)
+    model.save_pretrained(tmp_path / "whole")
+    whole = open_detector(tmp_path / "whole")
+    assert (whole.trained, whole.notes) == (True, ())
+    model.model.save_pretrained(tmp_path / "headless")
+    opened = open_detector(tmp_path / "headless")
+    assert not opened.trained
+    assert "random: bbox_predictor.layers.0.bias" in opened.notes[0]
+    assert not open_detector("hf/detr", args=TINY_ARGS, weights=tmp_path / "headless", num_classes=3).trained
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    config.update(id2label={"0": "ant", "1": "bee"}, label2id={"ant": 0, "bee": 1})
+    (tmp_path / "whole/config.json").write_text(json.dumps(config))
+    opened = open_detector(tmp_path / "whole")
+    assert (opened.trained, opened.class_names) == (False, ("ant", "bee"))
+    assert "class_labels_classifier.bias, class_labels_classifier.weight. Train the detector" in opened.notes[0]
 
 
 def test_a_folder_brings_its_image_processor(tmp_path):
