@@ -74,7 +74,7 @@ def run(options: RunOptions) -> Report:
         words = given(options)
         options, report, began = group.from_first(partial(enter, held, options))
         if report is not None and report.finished and (report.baseline is not None or not options.with_baseline):
-            group.from_first(partial(_warn_of_changes, report, options, display))
+            _warn_of_changes(report, options, display)  # in all processes, because they prepare together
             loud.print(f"{folder} holds this run, finished. Its results:", markup=False, highlight=False)
             print_report(report, loud)
             return report

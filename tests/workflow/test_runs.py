@@ -334,6 +334,9 @@ def test_two_processes_train_as_one(teacher, shapes, tmp_path):
     assert report.finished
     found = evaluate(open_detector(tmp_path / "out").model, open_dataset(shapes, "val"), batch_size=4)
     assert found == report.student.evaluation
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished. Its results:") == 1
     done = subprocess.run([*map(str, command), "--lr", "1"], capture_output=True, text=True)
     assert done.stderr.count("holds a run with different options") == 1
 
