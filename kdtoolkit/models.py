@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -369,14 +369,38 @@ def _with_classes(opened: Opened, class_names: tuple[str, ...] | None, count: in
             opened.model, opened.name, names, opened.weights, opened.trained, opened.notes, opened.image_size
         )
     model = opened.build(count)
-    state = opened.model.state_dict()
-    other = state if count != opened.num_classes else opened.build(count + 1).state_dict()
-    new = {key for key, value in model.state_dict().items() if value.shape != other[key].shape}
-    model.load_state_dict({key: value for key, value in state.items() if key not in new}, strict=False)
+    own, state = model.state_dict(), opened.model.state_dict()
+    layers = _class_tensors(opened, own)
+    taken = {key: value for key, value in state.items() if key in own and key not in layers}
+    wider = {key for key, value in taken.items() if value.shape != own[key].shape}
+    model.load_state_dict({key: taken[key] for key in taken.keys() - wider}, strict=False)
     theirs = f"{opened.num_classes} classes" if count != opened.num_classes else "different classes"
     source = opened.weights or opened.name
-    note = f"the class layers are new, because {source} is for {theirs}; all other weights are taken from there"
+    note = f"the class layers are new, because {source} is for {theirs}"
+    if wider:
+        note += (
+            f"; {len(wider)} more of {len(own)} tensors are new, because their width follows from the number of "
+            f"classes: {', '.join(_modules_of(wider))}"
+        )
+    note += "; all other weights are taken from there"
     return Detector(model, opened.name, class_names, opened.weights, False, (*opened.notes, note), opened.image_size)
+
+
+def _class_tensors(opened: Opened, own: Mapping[str, Tensor]) -> set[str]:
+    """The names of the tensors whose rows belong to classes.
+
+    If the adapter does not say them, they are all whose shapes depend on the number of classes.
+    """
+    with suppress(KDError):
+        if (layers := adapt(opened.model).class_layers) is not None:
+            return {key for key in own if key.rpartition(".")[0] in layers}
+    larger = opened.build(opened.num_classes + 1).state_dict()
+    return {key for key, value in opened.model.state_dict().items() if value.shape != larger[key].shape}
+
+
+def _modules_of(tensors: Iterable[str]) -> list[str]:
+    """The modules that tensors are of, by the first parts of their names: "model.23.cv3"."""
+    return sorted({".".join(key.split(".")[:3]) for key in tensors})
 
 
 def content_of(name: str, args: Mapping[str, object] | None = None, weights: str | None = None) -> str:

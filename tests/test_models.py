@@ -1,4 +1,5 @@
 import copy
+import re
 import shutil
 import signal
 import sys
@@ -14,6 +15,7 @@ from kdtoolkit.adapters.torchvision.models import settle
 from kdtoolkit.detectors import ATSS, GFL
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
+from kdtoolkit.matrix import families
 from kdtoolkit.models import build_model, content_of, is_code, is_place, open_detector, save_detector
 from tests._opened import GFL as TINY_GFL
 from tests._opened import NAMES, RT_DETR, assert_same, detect, stirred
@@ -280,6 +282,38 @@ def test_a_checkpoint_of_ultralytics_gives_tensors_and_no_objects(yolo, tmp_path
     assert isinstance(model.model[0].act, torch.nn.ReLU)
     state = odd.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_new_classes_of_yolo_leave_the_towers_before_them(tmp_path):
+    old = ["class"] * 72  # towers of more than 64 channels are as wide as there are classes
+    detector = open_detector("ultralytics/yolo11n", class_names=old)
+    folder = save_detector(replace(detector, model=stirred(detector.model), trained=True), tmp_path).folder
+    state = open_detector(folder).model.state_dict()
+    for names in (["other"] * 72, ["ant", "bee"]):
+        found = open_detector(folder, class_names=names)
+        new = {key for key, value in found.model.state_dict().items() if not torch.equal(value, state[key])}
+        predictors = {key for key in state if re.match(r"model\.23\.cv3\.\d\.2\.", key)}
+        assert len(predictors) == 6
+        if len(names) == len(old):
+            assert new == predictors
+            assert found.notes[-1].endswith("is for different classes; all other weights are taken from there")
+        else:
+            wider = {key for key in state if key.startswith("model.23.cv3.")} - predictors
+            assert predictors < new
+            assert new < predictors | wider
+            shapes = {key for key in wider if found.model.state_dict()[key].shape != state[key].shape}
+            told = f"; {len(shapes)} more of {len(state)} tensors are new, because .* classes: model.23.cv3; all other"
+            assert re.search(told, found.notes[-1])
+
+
+@pytest.mark.parametrize("family", families())
+def test_adapters_name_all_layers_that_depend_on_classes(family):
+    build = families()[family]
+    model, larger = build(3), build(4).state_dict()
+    layers = adapt(model).class_layers
+    found = {key.rpartition(".")[0] for key, value in model.state_dict().items() if value.shape != larger[key].shape}
+    assert found
+    assert found == set(layers)
 
 
 @pytest.fixture
