@@ -13,8 +13,9 @@ from kdtoolkit.contract import Detections
 SCORE_TOLERANCE = 1e-3
 BOX_TOLERANCE = 0.5  # pixels
 CUT = 1e-4  # detections whose score is so near the lowest one may be cut off
-TIE = 1e-6  # scores so near each other change places by rounding
-STRAY = 1 / 500  # of all detections may be missing without explanation: IoUs that lie on NMS's threshold
+TIE = 1e-6  # scores so near each other change places by rounding; or nearer than twice what partners differ by
+LARGEST_TIE = 1e-4
+STRAY = 1 / 100  # of all detections may be missing without explanation: IoUs that lie on NMS's threshold
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,17 @@ def _compare(expected: Detections, found: Detections) -> Comparison:
         score, box = max(score, float(scores[j])), max(box, float(boxes[j]))
     extra = free.nonzero()[:, 0].tolist()
     every = torch.cat([expected["scores"], found["scores"]])
-    unsure = sum(_may_change(own["scores"][i], every) for own, rows in ((expected, lost), (found, extra)) for i in rows)
+    tie = min(max(TIE, 2 * score), LARGEST_TIE)
+    unsure = sum(
+        _may_change(own["scores"][i], every, tie) for own, rows in ((expected, lost), (found, extra)) for i in rows
+    )
     return Comparison(1, len(expected["scores"]) - len(lost), score, box, len(lost) + len(extra), unsure)
 
 
-def _may_change(score: Tensor, every: Tensor) -> bool:
+def _may_change(score: Tensor, every: Tensor, tie: float) -> bool:
     """Whether rounding decides if a detection of this score is kept.
 
-    It is so at the end of a list, and between equal scores in NMS: then more than the detection and its partner have
-    this score. `every` are the scores of both programs.
+    It is so at the end of a list, and between equal scores in NMS and where queries are selected: then more than the
+    detection and its partner have this score, within `tie`. `every` are the scores of both programs.
     """
-    return bool(score - every.min() <= CUT) or int(((every - score).abs() <= TIE).sum()) > 2
+    return bool(score - every.min() <= CUT) or int(((every - score).abs() <= tie).sum()) > 2

@@ -122,39 +122,19 @@ def prepare(
     if (factor := _factor(options, about, batch.value)) != 1:
         methods = tuple(scaled(use, factor) for use in methods)
         method = Choice(f"{method.value}, weights x {factor:g}", f"{why_methods}; the library's loss is x {factor:g}")
-    schedule = _schedule(options, about)
-    # Labelled images are shown as often as without the others, which come in steps of their own.
-    without = _share_without_labels(options, images)
-    steps = options.steps or defaults.steps_of(schedule.value, about.images, batch.value, without)
-    epochs = defaults.epochs_of(steps, about.images, batch.value, without)
-    lr = Choice(options.lr, _CHOSEN_BY_USER) if options.lr else defaults.learning_rate(about, batch.value)
-    further = _further(options, about, steps, epochs)
-    train = {name: choice.value for name, choice in further.items()}
-    config = TrainConfig(steps=steps, batch_size=batch.value, lr=lr.value, **train)
-    evaluations = defaults.evaluations(about, steps * config.batch_size)
-
-    if config.batch_size == about.processes * config.accumulation:
+    training = _training(options, about, images, batch, device)
+    if batch.value == about.processes * training.config.accumulation:
         trial(1)  # not all detectors can be trained by single images
-    distiller = _checked(_seeded(options, student, teacher, methods, class_map), config, images)
+    distiller = _checked(_seeded(options, student, teacher, methods, class_map), training.config, images)
 
-    resolved: dict[str, Any] = {"image_size": size, "batch_size": batch.value, "lr": lr.value, "train": train}
-    if options.steps is None:
-        resolved["epochs"] = float(schedule.value)
+    resolved: dict[str, Any] = {"image_size": size, **training.resolved}
     if isinstance(options, DistillOptions):
         resolved["method"] = methods
-    plan = _what(options, images, student, teacher, class_map, inherited, method) | {
-        "image size": replace(image_size, value=f"{size} px"),
-        "schedule": Choice(_schedule_in_words(steps, epochs, without), schedule.why),
-        "batch": Choice(counted(config.batch_size, "image"), batch.why),
-        "learning rate": Choice(f"{config.lr:g}, {config.optimizer}", lr.why),
-        "precision": Choice(resolve_precision(config.precision, device), further["precision"].why),
-        "averaging": Choice(f"decay {config.ema:g}" if config.ema else "off", further["ema"].why),
-        "augmentation": Choice(_augmentation_in_words(config), further["augmentation"].why),
-        "evaluation": Choice(_evaluations_in_words(evaluations.value, about), evaluations.why),
-    }
+    plan = _what(options, images, student, teacher, class_map, inherited, method)
+    plan["image size"] = replace(image_size, value=f"{size} px")
     return Prepared(
         options=options.model_copy(update=resolved),
-        run_file=options.model_copy(update={"batch_size": config.batch_size}),
+        run_file=options.model_copy(update={"batch_size": batch.value}),
         images=images,
         student=student,
         untouched=untouched,
@@ -162,9 +142,9 @@ def prepare(
         class_map=class_map,
         methods=methods,
         distiller=distiller,
-        config=config,
-        evaluations=evaluations.value,
-        plan=plan,
+        config=training.config,
+        evaluations=training.evaluations,
+        plan=plan | training.plan,
         notes=tuple(dict.fromkeys([*notes, *student.notes, *(teacher.notes if teacher else ())])),
     )
 
@@ -413,6 +393,43 @@ def _batch(options: RunOptions, about: Situation, trial: Callable[[int], None]) 
         return Choice(max(parts, min(defaults.BATCH_ON_CPU, largest) // parts * parts), "usual on a CPU")
     found = fitting(trial, largest, parts)
     return Choice(found, "most that is useful" if found > largest - parts else "as many as the GPU's memory takes")
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How to train. `resolved`: the options of the run that say so; `plan`: the part of the plan that explains it."""
+
+    config: TrainConfig
+    evaluations: int
+    resolved: dict[str, Any]
+    plan: dict[str, Choice]
+
+
+def _training(options: RunOptions, about: Situation, images: Images, batch: Choice, device: torch.device) -> _Training:
+    """What the user says about training, and the rest by what suits."""
+    schedule = _schedule(options, about)
+    # Labelled images are shown as often as without the others, which come in steps of their own.
+    without = _share_without_labels(options, images)
+    steps = options.steps or defaults.steps_of(schedule.value, about.images, batch.value, without)
+    epochs = defaults.epochs_of(steps, about.images, batch.value, without)
+    lr = Choice(options.lr, _CHOSEN_BY_USER) if options.lr else defaults.learning_rate(about, batch.value)
+    further = _further(options, about, steps, epochs)
+    train = {name: choice.value for name, choice in further.items()}
+    config = TrainConfig(steps=steps, batch_size=batch.value, lr=lr.value, **train)
+    evaluations = defaults.evaluations(about, steps * config.batch_size)
+    resolved: dict[str, Any] = {"batch_size": batch.value, "lr": lr.value, "train": train}
+    if options.steps is None:
+        resolved["epochs"] = float(schedule.value)
+    plan = {
+        "schedule": Choice(_schedule_in_words(steps, epochs, without), schedule.why),
+        "batch": Choice(counted(config.batch_size, "image"), batch.why),
+        "learning rate": Choice(f"{config.lr:g}, {config.optimizer}", lr.why),
+        "precision": Choice(resolve_precision(config.precision, device), further["precision"].why),
+        "averaging": Choice(f"decay {config.ema:g}" if config.ema else "off", further["ema"].why),
+        "augmentation": Choice(_augmentation_in_words(config), further["augmentation"].why),
+        "evaluation": Choice(_evaluations_in_words(evaluations.value, about), evaluations.why),
+    }
+    return _Training(config, evaluations.value, resolved, plan)
 
 
 def _schedule(options: RunOptions, about: Situation) -> Choice:
