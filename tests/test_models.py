@@ -74,8 +74,8 @@ def test_what_code_of_ones_own_raises_is_one_error(tmp_path, monkeypatch):
         build_model("tests.test_models:raises", 3)
     (tmp_path / "leaves_at_import.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("leaves_at_import:x", ":x"):
-        with pytest.raises(KDError, match="cannot be imported"):
+    for name, message in (("leaves_at_import:x", "cannot be imported"), (":x", "unknown model ':x'")):
+        with pytest.raises(KDError, match=message):
             build_model(name, 3)
 
 

@@ -22,22 +22,21 @@ def licence_of(path: Path) -> str | None:
     """
     try:
         form, place = locate(path)
-    except KDError:
+        root = place if place.is_dir() else place.parent
+        stated = _of_coco(root) if form.name == "COCO" else _of_yaml(place) if form.name == "YOLO" else ()
+        found = list(dict.fromkeys(text for text in (*stated, *_of_files(root)) if text))
+    except (OSError, KDError):  # the data may be gone, or not be readable: no reason to stop after hours of training
         return None
-    root = place if place.is_dir() else place.parent
-    stated = _of_coco(root) if form.name == "COCO" else _of_yaml(place) if form.name == "YOLO" else ()
-    found = list(dict.fromkeys(text for text in (*stated, *_of_files(root)) if text))
     return "; ".join(found) or None
 
 
 def _of_coco(root: Path) -> Iterator[str]:
     files = sorted((root / "annotations").glob("*.json"), key=lambda file: file.stat().st_size)
     try:
-        document = json.loads(files[0].read_bytes())
-        licences = document.get("licenses")
+        licences = [json.loads(file.read_bytes()).get("licenses") for file in files[:1]]
     except (OSError, ValueError, RecursionError, AttributeError):  # the reader of the data set tells of such files
         return
-    for licence in licences if isinstance(licences, list) else ():
+    for licence in (each for listed in licences if isinstance(listed, list) for each in listed):
         if isinstance(licence, dict):
             yield " ".join(str(licence[key]).strip() for key in ("name", "url") if licence.get(key))
 
@@ -45,7 +44,7 @@ def _of_coco(root: Path) -> Iterator[str]:
 def _of_yaml(place: Path) -> Iterator[str]:
     try:
         document = yaml.safe_load(place.read_text("utf-8-sig"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return
     for part in (document, document.get("roboflow") if isinstance(document, dict) else None):
         if isinstance(part, dict) and isinstance(part.get("license"), str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from kdtoolkit.classes import ClassMap
 from kdtoolkit.data.opening import class_names_of
 from kdtoolkit.engine.detect import Runner
 from kdtoolkit.errors import KDError
-from kdtoolkit.models import Detector, open_detector
+from kdtoolkit.libraries import adapt
+from kdtoolkit.models import Detector, UnknownClassesError, open_detector, shortened
 
 LARGEST_SIZE = 1333  # pixels, as in the preprocessing of torchvision and of DETR
 
@@ -48,6 +50,11 @@ class Ready:
                 raise KDError(
                     f"{self.detector.name} has {len(self.class_names)} classes whose names nobody knows, and {data} "
                     f"has {len(class_names)}: name a data set that has the detector's classes, --classes-as-in PATH"
+                )
+            if given:
+                raise KDError(
+                    "class_map needs the names of the detector's classes, which nobody knows: leave class_map out, or "
+                    "name a data set that has the detector's classes, --classes-as-in PATH"
                 )
             order = f"{class_names[0]} to {class_names[-1]}" if len(class_names) > 1 else class_names[0]
             return None, (
@@ -87,8 +94,10 @@ def make_ready(
             )
         detector = model
     elif isinstance(model, str | Path):
-        names = None if classes_as_in is None else class_names_of(classes_as_in)
-        detector = open_detector(model, weights=weights, class_names=names)
+        if classes_as_in is None:
+            detector = open_detector(model, weights=weights)
+        else:
+            detector = _opened_with(model, weights, classes_as_in)
     else:
         raise KDError(
             f"the model is a {type(model).__name__}; it must be a name, a file or a folder that open_detector takes, "
@@ -97,7 +106,8 @@ def make_ready(
     if not detector.trained:
         raise KDError(
             f"{detector.name} has no weights for detection, so that its detections would be random. Name a file or the "
-            "library's own weights: --weights FILE, or --weights pretrained"
+            f"library's own weights: --weights FILE, or --weights pretrained"
+            + "".join(f". {note[:1].upper()}{note[1:]}" for note in detector.notes)
         )
     detector.model.to(found_device(device))
     runner = Runner.of(detector.model)
@@ -110,6 +120,24 @@ def make_ready(
         names = tuple(f"class {label}" for label in range(runner.spec.num_classes))
     size = image_size or detector.image_size or LARGEST_SIZE
     return Ready(detector, runner, size, tuple(names), named=detector.class_names is not None)
+
+
+def _opened_with(model: str | Path, weights: str | Path | None, data: Path) -> Detector:
+    """The detector with the class names of a data set. Raises KDError if it knows names of its own, and they differ."""
+    names = class_names_of(data)
+    detector = open_detector(model, weights=weights, class_names=names)
+    if detector.trained:
+        return detector
+    with suppress(UnknownClassesError):
+        own = open_detector(model, weights=weights)
+        if own.trained:
+            count = adapt(own.model).spec.num_classes
+            theirs = f"{count} classes" if own.class_names is None else f"the classes {shortened(own.class_names)}"
+            raise KDError(
+                f"{model} has {theirs}, and {data} has {shortened(names)}: leave out --classes-as-in, or name the data "
+                "set that the detector was trained on"
+            )
+    return detector
 
 
 def found_device(device: str | torch.device) -> torch.device:

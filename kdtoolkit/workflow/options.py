@@ -5,6 +5,7 @@ Nothing here imports torch before options are checked, so that help comes at onc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -97,7 +98,7 @@ class RunOptions(Section):
 
     def to_yaml(self) -> str:
         """The options as YAML, which `read_options` can read."""
-        fields = self.model_dump(mode="json", exclude_unset=True, exclude={"quiet"})
+        fields = self.model_dump(mode="json", exclude_unset=True, exclude={"quiet", "allow_code"})
         return self.heading() + _ABOUT_THE_REST + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -207,7 +208,8 @@ def check_options(kind: type[T], words: Mapping[str, Any], *, file: Path | None 
 
     `dashes`: whether messages write an option as `--image-size`. Raises KDError with one line for each wrong option.
     """
-    base = {} if file is None else read_options(kind, file).model_dump(exclude_unset=True)
+    # A file must not allow its own code.
+    base = {} if file is None else read_options(kind, file).model_dump(exclude_unset=True, exclude={"allow_code"})
     if "epochs" in words or "steps" in words:  # one of them replaces the file's, whichever that was
         base = {name: value for name, value in base.items() if name not in ("epochs", "steps")}
     try:
@@ -239,6 +241,6 @@ def _with_absolute_paths(options: T, folder: Path) -> T:
         place = (folder / value).absolute()
         if name in _PATHS:
             changes[name] = place
-        elif place.exists():  # all else is the name of a model, or a word
+        elif os.path.exists(place):  # all else is the name of a model, or a word
             changes[name] = str(place)
     return options.model_copy(update=changes)

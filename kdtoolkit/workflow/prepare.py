@@ -198,6 +198,7 @@ def _teacher(options: DistillOptions, names: tuple[str, ...], notes: list[str]) 
         raise KDError(
             f"the teacher {options.teacher} has random weights in its class layer, so it cannot detect: train it first "
             f"(`kd train --model {options.teacher} --data {options.data}`)"
+            + "".join(f". {note[:1].upper()}{note[1:]}" for note in teacher.notes)
         )
     count = adapt(teacher.model).spec.num_classes
     if teacher.class_names is None:

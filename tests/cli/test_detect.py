@@ -3,6 +3,8 @@ import json
 import pytest
 import torch
 
+import kdtoolkit
+from kdtoolkit import KDError
 from kdtoolkit.models import Detector, build_model, save_detector
 from tests.data._yolo import write
 from tests.test_cli import kd
@@ -61,6 +63,18 @@ def test_classes_without_names_are_taken_for_those_of_the_data(run, places):
     assert "note: Nobody knows the names of the detector's classes: they are taken for those of the data (red to" in out
     code, _, err = run("eval", places / "nameless", "--data", places / "others", "--split", "train")
     assert (code, "--classes-as-in PATH" in err) == (2, True), err
+
+
+def test_a_class_map_needs_names(places):
+    with pytest.raises(KDError, match="class_map needs the names of the detector's classes, which nobody knows"):
+        kdtoolkit.evaluate(places / "nameless", places / "data", class_map={"red": "crimson"})
+
+
+def test_classes_as_in_a_data_set_that_the_detector_does_not_have(run, places):
+    for model, theirs in (("model", "the classes red, green, blue"), ("nameless", "3 classes")):
+        code, _, err = run("eval", places / model, "--classes-as-in", places / "others", "--data", places / "data")
+        assert (code, f"{model} has {theirs}, and {places / 'others'} has " in err) == (2, True), err
+        assert "leave out --classes-as-in" in err
 
 
 def test_predict_writes_and_tells_where(run, places, tmp_path):

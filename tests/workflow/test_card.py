@@ -1,3 +1,4 @@
+import shutil
 from importlib.metadata import version
 
 import pytest
@@ -91,3 +92,20 @@ def test_the_licence_of_the_data_is_repeated(facts, tmp_path):
     for yaml in ("license: CC0\n", "roboflow:\n  license: CC0\n"):
         root = _yolo.write(tmp_path / "yolo", _yolo.YAML + yaml)
         assert "- Data: CC0." in card(**{**facts, "data": root})
+
+
+def test_a_licence_that_cannot_be_read_stops_nothing(facts, tmp_path):
+    for file in (tmp_path / "toys" / "annotations").glob("*.json"):
+        file.unlink()
+    assert "licence unknown" in card(**facts)
+    shutil.rmtree(tmp_path / "toys")
+    assert "licence unknown" in card(**facts)
+    (tmp_path / "list.yaml").mkdir()
+    assert "licence unknown" in card(**{**facts, "data": tmp_path / "list.yaml"})
+    root = _yolo.write(tmp_path / "yolo", _yolo.YAML + f"license: {'[' * 3000}\n")
+    assert "licence unknown" in card(**{**facts, "data": root})
+
+
+def test_a_file_of_a_licence_that_is_a_broken_link_is_left_out(facts, tmp_path):
+    (tmp_path / "toys" / "LICENSE").symlink_to(tmp_path / "absent")
+    assert "licence unknown" in card(**facts)

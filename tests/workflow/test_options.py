@@ -98,3 +98,17 @@ def test_functions_take_the_words_of_the_command(function, kind):
 def test_every_option_is_described():
     for kind in (TrainOptions, DistillOptions):
         assert all(field.description for field in kind.model_fields.values())
+
+
+def test_a_run_file_does_not_allow_its_own_code(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: os:getcwd\ndata: shapes\nallow_code: true\n")
+    assert not check_options(TrainOptions, {}, file=file).allow_code
+    allowed = check_options(TrainOptions, {"allow_code": True}, file=file)
+    assert allowed.allow_code
+    assert "allow_code" not in allowed.to_yaml()
+
+
+def test_a_long_name_is_no_path():
+    name = f"kdtoolkit/gfl?backbone={'x' * 300}"
+    assert check_options(TrainOptions, {"model": name, "data": "shapes"}).model == name
