@@ -146,7 +146,10 @@ def _imported(name: str) -> Callable[..., object]:
     if not is_code(name):
         hint = did_you_mean(name.partition("/")[0], [library.prefix for library in LIBRARIES])
         examples = ", ".join([*(library.example for library in LIBRARIES), "package.module:callable"])
-        raise KDError(f"unknown model {name!r}{hint}: write a name such as {examples}, or the path of a detector")
+        raise KDError(
+            f"unknown model {name!r}{hint}: there is no such file or folder, and no such model. Write the path of a "
+            f"detector, or a name such as {examples}"
+        )
     module_name, _, attribute = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # `python -m` puts it there, console scripts do not
         sys.path.append(here)

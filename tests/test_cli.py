@@ -252,7 +252,7 @@ def test_inspect_shows_a_pair(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("gfl", "unknown model 'gfl': write a name such as kdtoolkit/gfl"),
+        ("gfl", "unknown model 'gfl': there is no such file or folder"),
         ("kdtoolkit/gfl?depth=3", "keyword argument 'depth'"),
         ("kdtoolkit/gfl?backbon=resnet18", "(did you mean 'backbone'?)"),
         ("kdtoolkit/glf", "(did you mean 'gfl'?)"),

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from kdtoolkit.errors import KDError, printable
+from kdtoolkit.words import counted
 
 SHOWN_FILES = 20  # of those that could not be read
 
@@ -142,7 +143,11 @@ def predict(
         )
     if not quiet:
         say_all(f"note: {note}" for note in found.notes)
-        say_all([f"{found.detections} detections with a score of {score:g} or more on {len(found.images)} images"])
+        say_all(
+            [
+                f"{found.detections} detections with a score of {score:g} or more on {counted(len(found.images), 'image')}"
+            ]
+        )
         say_all(f"written: {path}" for path in found.written)
     tell_skipped([f"{path}: {reason}" for path, reason in found.skipped.items()])
 

@@ -113,7 +113,8 @@ def export(
     Args:
         model: what `open_detector` takes, or an opened detector.
         format: "onnx".
-        out: the file; None for the model's name with the format's ending, in the working directory.
+        out: the file; None for the name of the model's folder or file with the format's ending, in the working
+            directory.
         data: a data set. The check and `int8` use its images.
         split: which part of `data` the check and the AP are computed on.
         images: a folder of images for the check, instead of `data`.
@@ -144,7 +145,7 @@ def export(
     detector = model if isinstance(model, Detector) else _opened(model, weights)
     adapter = adapt(detector.model)
     size = image_size or detector.image_size or IMAGE_SIZE
-    file = Path(out) if out is not None else Path(f"{_stem(detector.name)}.{format}")
+    file = Path(out) if out is not None else Path(f"{_stem(model)}.{format}")
     _check_writable(file)
     on_bad: Literal["skip", "error"] = "skip" if skip_bad else "error"
     dataset = None if data is None else open_dataset(data, split, max_size=size, on_bad=on_bad)
@@ -206,8 +207,12 @@ def _opened(model: str | Path, weights: str | Path | None) -> Detector:
     return detector
 
 
-def _stem(name: str) -> str:
-    """A file name from a model's name."""
+def _stem(model: str | Path | Detector) -> str:
+    """A file name for a model: that of its folder or file, or the end of its name."""
+    if not isinstance(model, Detector) and Path(model).exists():
+        place = Path(model).absolute()
+        return place.name if place.is_dir() else place.stem
+    name = model.name if isinstance(model, Detector) else str(model)
     return name.partition("?")[0].rstrip("/").rpartition("/")[2].rpartition(":")[2] or "model"
 
 
@@ -239,7 +244,7 @@ def _images(dataset: DetectionDataset | None, place: str | Path | None, size: in
     """The images of the check, float (3, H, W), and what they are."""
     if dataset is not None:
         chosen = _spread(range(len(dataset)), CHECKED_IMAGES)
-        return [dataset[i][0].float() / 255 for i in chosen], f"{len(chosen)} of {dataset}"
+        return [dataset[i][0].float() / 255 for i in chosen], f"{len(chosen)} images of {dataset}"
     if place is not None:
         files = image_files(Path(place))
         photos = [_photo(file, size) for file in _spread(files, CHECKED_IMAGES)]

@@ -95,14 +95,14 @@ class DeadParts:
 
     The best known case is a box head whose sides are all zero: no small change of a weight gives such boxes an area. A
     part is called dead if it once had a gradient and had none in the last `patience` steps with boxes. In a list of
-    parts, one part is not called dead while other parts of the list learn: if each level has its own head, some heads
-    may see no object for a long time.
+    parts, nothing of one part is called dead while the same place in another part of the list learns: if each level has
+    its own head, some heads may see no object for a long time.
     """
 
     def __init__(self, student: nn.Module, names: Sequence[str], patience: int, device: torch.device) -> None:
         """`names`: the names of a Distiller's parameters. Warnings are only about the student's parameters."""
         self._names = names
-        self._lists = {name for name, module in student.named_modules() if isinstance(module, nn.ModuleList)}
+        self._lists = {name: len(part) for name, part in student.named_modules() if isinstance(part, nn.ModuleList)}
         self._patience = patience
         self._steps = 0
         self._with_boxes = 0  # steps with boxes
@@ -133,13 +133,24 @@ class DeadParts:
         largest = [
             module
             for module in dead
-            if module in whole and (not module or module.rpartition(".")[0] not in whole | self._lists)
+            if module in whole
+            and (not module or module.rpartition(".")[0] not in whole | self._lists.keys())
+            and not self._learns_in_another_part(module, alive)
         ]
         return [
             f"the gradient of the student's {module or 'every parameter'} has been exactly 0 since step "
             f"{dead[module] + 1}: it has died and learns no more. Lower lr or lengthen warmup_steps"
             for module in largest
         ]
+
+    def _learns_in_another_part(self, module: str, alive: set[str]) -> bool:
+        """Whether the same place in another part of a list is alive: `heads.1.conv` for `heads.0.conv`."""
+        path = module.split(".")
+        return any(
+            ".".join([*path[:depth], str(index), *path[depth + 1 :]]) in alive
+            for depth in range(1, len(path))
+            for index in range(self._lists.get(".".join(path[:depth]), 0))
+        )
 
     def state(self) -> tuple[dict[str, int], Tensor]:
         """What it has seen: counts for JSON, and a tensor."""

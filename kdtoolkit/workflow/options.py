@@ -238,7 +238,7 @@ def _with_absolute_paths(options: T, folder: Path) -> T:
         value = getattr(options, name)
         if value is None:
             continue
-        place = (folder / value).absolute()
+        place = Path(os.path.normpath((folder / value).absolute()))
         if name in _PATHS:
             changes[name] = place
         elif os.path.exists(place):  # all else is the name of a model, or a word

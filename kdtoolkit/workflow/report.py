@@ -165,7 +165,7 @@ def print_report(report: Report, console: Console) -> None:
     places = {
         "model": "the detector: README.md says how to open it",
         MARKDOWN: "this report (also .json)",
-        "run.yaml": f"kd {report.command} run.yaml does the same again",
+        "run.yaml": f"kd {report.command} run.yaml --out NEW-FOLDER does the same again",
         "training/log.jsonl": "each step's losses",
     }
     for name, what in places.items():

@@ -153,6 +153,17 @@ def test_one_head_of_several_levels_may_get_no_object_for_long():
     assert watched(everything, ("wbn", boxes), ("wbn", boxes)) == ["levels"]
 
 
+def test_a_layer_of_one_head_is_not_dead_while_that_of_another_head_learns():
+    heads = nn.ModuleList(nn.Sequential(nn.PReLU(), nn.PReLU()) for _ in range(2))
+    names = [f"student.{name}" for name, _ in nn.ModuleDict({"heads": heads}).named_parameters()]
+    for second_layers, expected in (([1.0, 0.0], []), ([0.0, 0.0], ["heads.0.1", "heads.1.1"])):
+        dead = DeadParts(nn.ModuleDict({"heads": heads}), names, 2, torch.device("cpu"))
+        dead.observe(torch.ones(4), True)
+        for _ in range(2):
+            dead.observe(torch.tensor([1.0, second_layers[0], 1.0, second_layers[1]]), True)
+        assert [line.partition(" has been")[0].rpartition("student's ")[2] for line in dead.warnings()] == expected
+
+
 def test_parts_are_dead_only_after_some_steps_with_boxes_and_if_they_have_lived():
     everything, boxes = ("wbn01m", True), True
     assert watched(everything, ("01", boxes)) == []
