@@ -143,11 +143,8 @@ def predict(
         )
     if not quiet:
         say_all(f"note: {note}" for note in found.notes)
-        say_all(
-            [
-                f"{found.detections} detections with a score of {score:g} or more on {counted(len(found.images), 'image')}"
-            ]
-        )
+        shown = counted(len(found.images), "image")
+        say_all([f"{found.detections} detections with a score of {score:g} or more on {shown}"])
         say_all(f"written: {path}" for path in found.written)
     tell_skipped([f"{path}: {reason}" for path, reason in found.skipped.items()])
 
