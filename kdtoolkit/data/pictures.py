@@ -26,6 +26,8 @@ TIFF_WIDTH, TIFF_HEIGHT = 256, 257
 TIFF_PIECES = ((273, 279), (324, 325))  # offsets and byte counts of strips, of tiles
 TAIL = 1 << 16  # bytes at a file's end; what follows the pixels is mostly shorter
 
+# Ultralytics replaces Image.open when it is imported. Its own installs a package where a file is broken.
+_open_image = Image.open
 _pillows_limit = threading.Lock()
 
 
@@ -76,14 +78,14 @@ def decode(path: Path, size: tuple[int, int]) -> Tensor:
 @contextmanager
 def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Open a file. Whatever goes wrong while it is read becomes a PictureError."""
-    if not os.path.isfile(path):  # not left to Image.open: Ultralytics replaces it, and before 8.4.190 hid this error
+    if not os.path.isfile(path):  # Ultralytics' Image.open hid this error before 8.4.190
         raise PictureError(f"there is no file {path}")
     try:
         with _pillows_limit:
             # Pillow takes large images for attacks. Here the annotation file has told the size before.
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
-                opened = Image.open(path)
+                opened = _open_image(path)
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
         with opened:

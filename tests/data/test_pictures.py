@@ -198,3 +198,9 @@ def test_images_that_pillow_takes_for_attacks_are_read_up_to_a_limit(tmp_path, m
     monkeypatch.setattr("kdtoolkit.data.pictures.MAX_PIXELS", 1000)
     with pytest.raises(PictureError, match=r"the file has 40x30 pixels, and at most .* are read; cut it into tiles"):
         seen_size(path)
+
+
+def test_a_library_that_replaces_pillows_open_changes_nothing(tmp_path, monkeypatch):
+    path = save(Image.fromarray(pixels()), tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("replaced"))
+    assert np.array_equal(read(path), pixels())
