@@ -99,7 +99,7 @@ def test_images_that_cannot_be_read_are_named_and_counted(run, places, tmp_path)
         (photos / f"b{number:02}.png").write_text("no image")
     code, out, err = run("predict", places / "model", photos, "--out", tmp_path / "out")
     assert code == 1
-    assert "on 1 images" in out
+    assert "on 1 image\n" in out
     assert f"left out: {photos}/b00.png: the file cannot be decoded" in err
     assert "b19.png" in err
     assert "b20.png" not in err
