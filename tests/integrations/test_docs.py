@@ -29,6 +29,7 @@ def block(title, **replaced):
     return code
 
 
+@pytest.mark.slow
 def test_ultralytics(yolo_data, tmp_path, monkeypatch):
     pytest.importorskip("ultralytics")
     from tests.adapters.test_ultralytics import tiny
@@ -51,6 +52,7 @@ def test_ultralytics(yolo_data, tmp_path, monkeypatch):
     assert open_detector(next(tmp_path.rglob("runs/**/best.pt"))).class_names == ("red", "green")
 
 
+@pytest.mark.slow
 def test_transformers(boxes, pictures, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     from transformers import RTDetrImageProcessor

@@ -267,6 +267,7 @@ def test_losses_that_are_not_finite_are_recovered_from_the_last_checkpoint(stude
     assert model.trainer.taught.steps == 6
 
 
+@pytest.mark.slow
 def test_a_teacher_of_a_different_library(student_file, yolo_data, tmp_path):
     torch.manual_seed(1)
     fcos = FCOSAdapter.examples()["torchvision FCOS"](2)
@@ -275,6 +276,7 @@ def test_a_teacher_of_a_different_library(student_file, yolo_data, tmp_path):
     assert float(log(tmp_path)[0]["train/pkd/feature_loss"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", [str, YOLO])
 def test_classes_are_matched_by_name_with_a_teacher_from_a_file(opened, trained, student_file, yolo_data, tmp_path):
     swapped = tmp_path / "data.yaml"
