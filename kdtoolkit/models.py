@@ -98,15 +98,21 @@ def open_detector(
     return Detector(build_model(full, count), full, names, backbone_weights(full))
 
 
+def has_classes(detector: Detector, class_names: Sequence[str]) -> bool:
+    """Whether a detector has these classes in this order; their number counts if nobody knows their names."""
+    expected = tuple(class_names)
+    return adapt(detector.model).spec.num_classes == len(expected) and detector.class_names in (None, expected)
+
+
 def check_classes(detector: Detector, class_names: Sequence[str]) -> None:
     """Check that a trained detector has the classes of a data set, in the same order.
 
     If nobody knows the names of its classes, their number must agree. Raises KDError otherwise.
     """
+    if has_classes(detector, class_names):
+        return
     count = adapt(detector.model).spec.num_classes
     names, expected = detector.class_names, tuple(class_names)
-    if count == len(expected) and names in (None, expected):
-        return
     source = detector.weights or detector.name.partition("?")[0]
     theirs = f"{count} classes" if names is None else f"the classes {shortened(names)}"
     raise KDError(

@@ -34,7 +34,7 @@ from kdtoolkit.deploy.onnx_file import (
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
-from kdtoolkit.models import Detector, open_detector
+from kdtoolkit.models import Detector, has_classes, open_detector
 from kdtoolkit.options import did_you_mean
 
 FORMATS = ("onnx",)
@@ -231,9 +231,9 @@ def _check_writable(file: Path) -> None:
 
 def _check_classes(detector: Detector, adapter: DetectorAdapter, dataset: DetectionDataset) -> None:
     """Raise KDError if the detector's classes are not those of the data, on which AP is measured."""
-    own, count = detector.class_names, adapter.spec.num_classes
-    if len(dataset.class_names) != count or own not in (None, tuple(dataset.class_names)):
-        named = f"{count} classes" if own is None else ", ".join(own)
+    if not has_classes(detector, dataset.class_names):
+        own = detector.class_names
+        named = f"{adapter.spec.num_classes} classes" if own is None else ", ".join(own)
         raise KDError(
             f"int8 measures AP on {dataset}, whose classes are {', '.join(dataset.class_names)}; {detector.name} has "
             f"{named}: name a data set with the detector's own classes"
