@@ -24,6 +24,7 @@ from kdtoolkit.methods.logitkd import LogitKD
 from kdtoolkit.methods.mgd import MGD
 from kdtoolkit.methods.mimic import Mimic
 from kdtoolkit.methods.pkd import PKD
+from kdtoolkit.methods.sl2 import SL2
 from kdtoolkit.plugins import announced
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "LD",
     "MGD",
     "PKD",
+    "SL2",
     "CanKD",
     "CrossKD",
     "DeFeat",
