@@ -23,6 +23,7 @@ from kdtoolkit.methods.ld import LD
 from kdtoolkit.methods.logitkd import LogitKD
 from kdtoolkit.methods.mgd import MGD
 from kdtoolkit.methods.mimic import Mimic
+from kdtoolkit.methods.object_kd import ObjectKD
 from kdtoolkit.methods.pkd import PKD
 from kdtoolkit.plugins import announced
 
@@ -42,6 +43,7 @@ __all__ = [
     "FitNet",
     "LogitKD",
     "Mimic",
+    "ObjectKD",
     "all_methods",
     "published_settings",
 ]
