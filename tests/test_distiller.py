@@ -191,7 +191,7 @@ def test_a_method_of_features_works_on_chosen_levels(batch):
     parts = [value(PKD().at_strides(8)), value(PKD().at_strides(16, 32))]
     assert sum(parts) == pytest.approx(value(PKD()))
     assert value(PKD().at_strides(8), PKD().at_strides(16, 32)) == pytest.approx(value(PKD()))
-    with pytest.raises(KDError, match="compares whole heads"):
+    with pytest.raises(KDError, match="uses the detectors' heads"):
         CrossKD().at_strides(8)
     with pytest.raises(IncompatibleError, match=r"at the strides \[64\]"):
         value(PKD().at_strides(64))

@@ -69,12 +69,12 @@ class Method(nn.Module, ABC):
     def at_strides(self, *strides: int) -> Self:
         """Apply the method only to the pyramid levels with these strides. Returns the method itself.
 
-        Raises KDError if the method needs more than features, for then it compares whole heads.
+        Raises KDError if the method needs more than features, for then it uses the detectors' heads.
         """
         if self.needs != frozenset({Capability.FEATURES}):
             raise KDError(
-                f"{type(self).__name__} compares whole heads, so it cannot be kept to some levels: leave at_strides "
-                "out. It is for methods that need features alone"
+                f"{type(self).__name__} uses the detectors' heads, so it cannot be kept to some levels: leave "
+                "at_strides out. It is for methods that need features alone"
             )
         if not all(isinstance(stride, int) for stride in strides):
             raise KDError(f"at_strides{strides}: strides must be whole numbers of pixels, as in at_strides(8, 16)")

@@ -25,6 +25,7 @@ from kdtoolkit.methods.mgd import MGD
 from kdtoolkit.methods.mimic import Mimic
 from kdtoolkit.methods.object_kd import ObjectKD
 from kdtoolkit.methods.pkd import PKD
+from kdtoolkit.methods.sl2 import SL2
 from kdtoolkit.plugins import announced
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "LD",
     "MGD",
     "PKD",
+    "SL2",
     "CanKD",
     "CrossKD",
     "DeFeat",
