@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import reduce
+from itertools import islice
 from typing import Self, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._pytree import register_pytree_node
 from kdtoolkit import processes
 from kdtoolkit.checks import checked_batch, checked_images
 from kdtoolkit.classes import ClassMap, SharedClasses, with_objects
-from kdtoolkit.compatibility import why_refused
+from kdtoolkit.compatibility import why_no_student, why_refused
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -80,9 +81,10 @@ class Distiller(nn.Module):
 
     Raises:
         IncompatibleError: a method cannot work between the two. The message says why, and which methods can.
-        KDError: no adapter knows a model's class; teacher and student share parameters or are on different devices; no
-            parameter of the student is trainable; `accumulation` is below 1; `teacher_scale` is a different number;
-            `class_map` names a class that a detector does not have; `score` is not between 0 and 1.
+        KDError: no adapter knows a model's class; the student can only teach; teacher and student share parameters or
+            are on different devices; no parameter of the student is trainable; `accumulation` is below 1;
+            `teacher_scale` is a different number; `class_map` names a class that a detector does not have; `score` is
+            not between 0 and 1.
     """
 
     def __init__(
@@ -108,6 +110,8 @@ class Distiller(nn.Module):
         methods = _checked(methods)
         self.student_adapter = adapt(student)
         self.student = self.student_adapter.model
+        if reason := why_no_student(self.student_adapter.spec):
+            raise KDError(reason)
         if not any(p.requires_grad for p in self.student.parameters()):
             raise KDError(
                 f"no parameter of the student ({type(self.student).__name__}) is trainable, so training would not "
@@ -386,7 +390,8 @@ def _check_models(teacher: nn.Module, student: nn.Module) -> None:
     shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
     if shared:
         raise KDError("teacher and student share parameters: hand in two models (copy.deepcopy makes a second one)")
-    devices = {str(next(model.parameters()).device) for model in (teacher, student)}
+    # A file of detections has no parameters.
+    devices = {str(p.device) for model in (teacher, student) for p in islice(model.parameters(), 1)}
     if len(devices) > 1:
         raise KDError(
             f"teacher and student are on different devices ({', '.join(sorted(devices))}): move one, as in "
