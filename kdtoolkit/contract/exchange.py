@@ -128,6 +128,14 @@ class Exchange:
         """The boxes (N, A, 4) of the teacher's own predictions (`teacher.head`), in pixels of the student's canvas."""
         return self.to_student_canvas(self.teacher.head.predictions.boxes)
 
+    def at_priors(self, student_priors: Priors, teacher_priors: Priors) -> Matched:
+        """Both heads on priors that a method made, each in pixels of its own detector's canvas.
+
+        Each call runs both heads once more, the student's with gradient.
+        """
+        passes = self.student.run_head(student_priors), self.teacher.run_head(teacher_priors)
+        return Matched(self.student, self.teacher, passes)
+
     def at_strides(self, strides: tuple[int, ...]) -> Exchange:
         """The exchange of the levels with these strides; the whole exchange if `strides` is empty."""
         if not strides:

@@ -11,6 +11,7 @@ from functools import cache
 from kdtoolkit.contract import Method
 from kdtoolkit.methods.bckd import BCKD
 from kdtoolkit.methods.cankd import CanKD
+from kdtoolkit.methods.cosine import Cosine
 from kdtoolkit.methods.crosskd import CrossKD
 from kdtoolkit.methods.cwd import CWD
 from kdtoolkit.methods.defeat import DeFeat
@@ -39,6 +40,7 @@ __all__ = [
     "PKD",
     "SL2",
     "CanKD",
+    "Cosine",
     "CrossKD",
     "DeFeat",
     "DetKDS",
