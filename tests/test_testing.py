@@ -1192,7 +1192,7 @@ class WrongName(Squares):
     ("broken", "sentence"),
     [
         (ForgetsInit, r"ForgetsInit.__init__ must call super\(\).__init__\(\)"),
-        (PythonNumber, "PythonNumber.forward returned 1.0 as the term 'feature'"),
+        (PythonNumber, "PythonNumber.forward returned 1.0 as 'feature'"),
         (WrongName, "WrongName.forward returned the term 'featur'"),
     ],
 )

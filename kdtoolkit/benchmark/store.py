@@ -29,8 +29,8 @@ class CellResult(BaseModel):
     `key`, `key_parts`: digests of all that the result depends on. `evaluation`, `per_class`: AP in percent, or None if
     undefined. `train_seconds`: the whole training. `step_ms`: the median step. `peak_memory_mb`: peak memory of the
     process until the end of training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was
-    stretched. `history`: loss terms by step. `inherited`: what the student took from its teacher before training, in
-    words; empty if nothing.
+    stretched. `history`: loss terms and the methods' metrics by step. `inherited`: what the student took from its
+    teacher before training, in words; empty if nothing.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -78,6 +78,14 @@ class View:
             return self.adapter.layers(trace)
 
     @property
+    def own_assignment(self) -> Assignment:
+        """Ground truth assigned to the priors of the head's own pass, by the detector's own rule."""
+        if self.assignment is None:
+            with torch.no_grad():
+                self.assignment = self.adapter.assign(self.head, self.batch)
+        return self.assignment
+
+    @property
     def spec_in_student_pixels(self) -> DetectorSpec:
         """The detector's spec with strides in pixels of the student's images."""
         return self.spec if self.scale == 1 else self.spec.on_images_scaled_by(self.scale)

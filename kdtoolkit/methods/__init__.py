@@ -23,7 +23,9 @@ from kdtoolkit.methods.ld import LD
 from kdtoolkit.methods.logitkd import LogitKD
 from kdtoolkit.methods.mgd import MGD
 from kdtoolkit.methods.mimic import Mimic
+from kdtoolkit.methods.object_kd import ObjectKD
 from kdtoolkit.methods.pkd import PKD
+from kdtoolkit.methods.sl2 import SL2
 from kdtoolkit.plugins import announced
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "LD",
     "MGD",
     "PKD",
+    "SL2",
     "CanKD",
     "CrossKD",
     "DeFeat",
@@ -42,6 +45,7 @@ __all__ = [
     "FitNet",
     "LogitKD",
     "Mimic",
+    "ObjectKD",
     "all_methods",
     "published_settings",
 ]
