@@ -245,6 +245,14 @@ class SharedClasses(DetectorAdapter):
         """Run the head from `state` to its end."""
         return self._seen_predictions(self._inner.resume(state, stage, _own(trace)))
 
+    def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
+        """The pass after each decoder layer."""
+        return tuple(map(self.seen_trace, self._inner.layers(_own(trace))))
+
+    def queries_at(self, content: Tensor, boxes: Tensor, batch: Batch) -> Priors:
+        """Make queries that look at given boxes."""
+        return self._inner.queries_at(content, boxes, _whole(batch))
+
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment | None]:
         """The wrapped detector's own losses, of all its classes."""
         losses, assignment = self._inner.task_losses(_own(trace), _whole(batch))

@@ -9,10 +9,11 @@ use instead. It completes "PKD cannot distil A into B: ..." and has no full stop
 
 from __future__ import annotations
 
-from kdtoolkit.contract import Capability, DetectorSpec, Method, Predictions
+from kdtoolkit.contract import Capability, DetectorSpec, Method, Predictions, PriorKind
 from kdtoolkit.errors import IncompatibleError
 
 _OF_FEATURES = "a method of features (PKD, FGD)"
+_OF_DETECTIONS = "ObjectKD, which learns from detections; or make labels of them, `kd pseudo-label`"
 # Methods that need one of these run the heads, and may compare their classes.
 _OF_HEADS = {Capability.PREDICTIONS, Capability.STAGES, Capability.DISTRIBUTIONS, Capability.ASSIGNMENT}
 
@@ -21,7 +22,7 @@ def why_refused(method: type[Method] | Method, student_spec: DetectorSpec, teach
     """Why a method cannot distil this pair. A class stands for a method with its default settings."""
     for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
         if missing := sorted(method.needs - spec.capabilities):
-            return f"it needs {', '.join(missing)}, which the {role} ({spec.name}) does not show"
+            return f"it needs {', '.join(missing)}, which the {role} ({spec.name}) does not show{_use_instead(spec)}"
     built = method() if isinstance(method, type) else method
     if method.needs & _OF_HEADS and built.compares_classes and student_spec.num_classes != teacher_spec.num_classes:
         return (
@@ -82,7 +83,7 @@ def why_cells_differ(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> 
     if student_spec.priors != teacher_spec.priors:
         return (
             f"the student predicts at {student_spec.priors}, the teacher at {teacher_spec.priors}, and these do not "
-            f"correspond. Use {_OF_FEATURES}"
+            f"correspond{_use_instead(teacher_spec) or f'. Use {_OF_FEATURES}'}"
         )
     if student_spec.prior_form != teacher_spec.prior_form:
         return (
@@ -141,6 +142,21 @@ def check_grids(method: str, student: Predictions, teacher: Predictions) -> None
             f"{method} compares grids of equal size, and for this batch they are {student.priors.grid} (H, W) in the "
             f"student and {teacher.priors.grid} in the teacher: build both detectors with the same image size"
         )
+
+
+def why_no_student(spec: DetectorSpec) -> str | None:
+    """Why a detector cannot be trained as a student: it does not show both features and predictions."""
+    if {Capability.FEATURES, Capability.PREDICTIONS} <= spec.capabilities:
+        return None
+    shown = ", ".join(sorted(spec.capabilities)) or "nothing"
+    return f"{spec.name} can only teach, because it shows {shown} alone: name a detector as the student"
+
+
+def _use_instead(spec: DetectorSpec) -> str:
+    """What works with a teacher that shows features alone, or detections alone, as a sentence; empty for all others."""
+    if spec.priors is PriorKind.NONE:
+        return f". Use {_OF_FEATURES}"
+    return f". Use {_OF_DETECTIONS}" if spec.priors is PriorKind.DETECTIONS else ""
 
 
 def _numbers(spec: DetectorSpec) -> str:

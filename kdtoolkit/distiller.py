@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
+from itertools import islice
 from typing import Self, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._pytree import register_pytree_node
 from kdtoolkit import processes
 from kdtoolkit.checks import checked_batch, checked_images
 from kdtoolkit.classes import ClassMap, SharedClasses, with_objects
-from kdtoolkit.compatibility import why_refused
+from kdtoolkit.compatibility import why_no_student, why_refused
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -39,7 +40,18 @@ SMALLEST_OBJECT = 1.0  # px; smaller detections do not stand for objects
 
 
 class Losses(dict[str, Tensor]):
-    """Loss terms by name. `task/...` are the student's own terms; all others are terms of methods (`crosskd/cls`)."""
+    """Loss terms by name. `task/...` are the student's own terms; all others are terms of methods (`crosskd/cls`).
+
+    `metrics`: what methods report besides losses, by name (`objectkd/covered`). They have no gradient.
+    """
+
+    def __init__(
+        self,
+        terms: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = (),
+        metrics: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = (),
+    ) -> None:
+        super().__init__(terms)
+        self.metrics = dict(metrics)
 
     @property
     def total(self) -> Tensor:
@@ -47,12 +59,16 @@ class Losses(dict[str, Tensor]):
         return reduce(torch.add, self.values())
 
 
+def _losses_of(values: list[Tensor], terms: list[str], metrics: list[str]) -> Losses:
+    return Losses(zip(terms, values, strict=False), zip(metrics, values[len(terms) :], strict=True))
+
+
 # DistributedDataParallel and torch.compile look for tensors in the output of forward. They find them only in types that
 # are registered.
 register_pytree_node(
     Losses,
-    lambda losses: (list(losses.values()), list(losses)),
-    lambda values, names: Losses(zip(names, values, strict=True)),
+    lambda losses: ([*losses.values(), *losses.metrics.values()], ([*losses], [*losses.metrics])),
+    lambda values, names: _losses_of(list(values), *names),
 )
 
 
@@ -80,9 +96,10 @@ class Distiller(nn.Module):
 
     Raises:
         IncompatibleError: a method cannot work between the two. The message says why, and which methods can.
-        KDError: no adapter knows a model's class; teacher and student share parameters or are on different devices; no
-            parameter of the student is trainable; `accumulation` is below 1; `teacher_scale` is a different number;
-            `class_map` names a class that a detector does not have; `score` is not between 0 and 1.
+        KDError: no adapter knows a model's class; the student can only teach; teacher and student share parameters or
+            are on different devices; no parameter of the student is trainable; `accumulation` is below 1;
+            `teacher_scale` is a different number; `class_map` names a class that a detector does not have; `score` is
+            not between 0 and 1.
     """
 
     def __init__(
@@ -108,6 +125,8 @@ class Distiller(nn.Module):
         methods = _checked(methods)
         self.student_adapter = adapt(student)
         self.student = self.student_adapter.model
+        if reason := why_no_student(self.student_adapter.spec):
+            raise KDError(reason)
         if not any(p.requires_grad for p in self.student.parameters()):
             raise KDError(
                 f"no parameter of the student ({type(self.student).__name__}) is trainable, so training would not "
@@ -186,8 +205,9 @@ class Distiller(nn.Module):
                 teacher_view = self._observe_teacher(images, targets, batch, _stages(methods, 1))
             exchange = Exchange(student_view, teacher_view)
             for name, method, factor in active:
-                terms = _checked_terms(method, method(exchange.at_strides(method.strides)))
+                terms, metrics = _checked_terms(method, method(exchange.at_strides(method.strides)))
                 losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
+                losses.metrics.update({f"{name}/{metric}": value for metric, value in metrics.items()})
         if processes.count() > 1:
             name = next(iter(losses))
             losses[name] = processes.reach(losses[name], [p for p in self.parameters() if p.requires_grad])
@@ -305,6 +325,12 @@ class Distiller(nn.Module):
         return frozenset(f"{name}/{term}" for name, method in methods for term in method.vanishing)
 
     @property
+    def metrics(self) -> list[str]:
+        """Names (`objectkd/covered`) of what the methods report besides losses."""
+        methods = zip(self._names, self._methods, strict=True)
+        return [f"{name}/{metric}" for name, method in methods for metric in method.metrics]
+
+    @property
     def _methods(self) -> list[Method]:
         return [cast(Method, method) for method in self.methods]
 
@@ -358,18 +384,27 @@ def _checked(methods: Sequence[Method]) -> list[Method]:
     return list(methods)
 
 
-def _checked_terms(method: Method, terms: object) -> dict[str, Tensor]:
-    """What a method's forward returned. Raises TypeError that says where it breaks the contract."""
+def _checked_terms(method: Method, found: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The terms and metrics that a method's forward returned. Raises TypeError that says how it breaks the contract."""
     name = type(method).__name__
-    if not isinstance(terms, dict):
-        raise TypeError(f"{name}.forward must return a dict of loss terms; it returned a {type(terms).__name__}")
-    for term, loss in terms.items():
-        if term not in method.terms:
-            raise TypeError(f"{name}.forward returned the term {term!r}, and {name}.terms declares {method.terms}")
-        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
-            what = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-            raise TypeError(f"{name}.forward returned {what} as the term {term!r}: it must be a scalar float tensor")
-    return terms
+    if not isinstance(found, dict):
+        raise TypeError(f"{name}.forward must return a dict of loss terms; it returned a {type(found).__name__}")
+    terms: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
+    for term, value in found.items():
+        if term not in method.terms + method.metrics:
+            metrics_too = f", {name}.metrics {method.metrics}" if method.metrics else ""
+            raise TypeError(
+                f"{name}.forward returned the term {term!r}, and {name}.terms declares {method.terms}{metrics_too}"
+            )
+        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+            what = f"a {value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(f"{name}.forward returned {what} as {term!r}: it must be a scalar float tensor")
+        if term in method.terms:
+            terms[term] = value
+        else:
+            metrics[term] = value.detach()
+    return terms, metrics
 
 
 def _unique_names(methods: Sequence[Method]) -> list[str]:
@@ -387,7 +422,8 @@ def _check_models(teacher: nn.Module, student: nn.Module) -> None:
     shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
     if shared:
         raise KDError("teacher and student share parameters: hand in two models (copy.deepcopy makes a second one)")
-    devices = {str(next(model.parameters()).device) for model in (teacher, student)}
+    # A file of detections has no parameters.
+    devices = {str(p.device) for model in (teacher, student) for p in islice(model.parameters(), 1)}
     if len(devices) > 1:
         raise KDError(
             f"teacher and student are on different devices ({', '.join(sorted(devices))}): move one, as in "

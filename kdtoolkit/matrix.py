@@ -205,7 +205,8 @@ def _try(method: type[Method], pair: Exchange | str) -> Cell:
         torch.manual_seed(SEED)
         instance = method()
         instance.setup(*(spec.at_strides(instance.strides) for spec in specs))
-        terms = instance.to(features[0].device)(pair.at_strides(instance.strides))
+        found = instance.to(features[0].device)(pair.at_strides(instance.strides))
+        terms = {name: loss for name, loss in found.items() if name in instance.terms}
         total = torch.stack([*terms.values()]).sum()
         if not torch.isfinite(total):
             values = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())

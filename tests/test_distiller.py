@@ -207,7 +207,7 @@ def test_a_method_of_features_works_on_chosen_levels(batch):
     parts = [value(PKD().at_strides(8)), value(PKD().at_strides(16, 32))]
     assert sum(parts) == pytest.approx(value(PKD()))
     assert value(PKD().at_strides(8), PKD().at_strides(16, 32)) == pytest.approx(value(PKD()))
-    with pytest.raises(KDError, match="compares whole heads"):
+    with pytest.raises(KDError, match="uses the detectors' heads"):
         CrossKD().at_strides(8)
     with pytest.raises(IncompatibleError, match=r"at the strides \[64\]"):
         value(PKD().at_strides(64))
@@ -304,11 +304,33 @@ class Wrong(Method):
         return self.returned
 
 
+class Counting(PKD):
+    metrics = ("objects",)
+
+    def forward(self, exchange):
+        count = sum(len(boxes) for boxes in exchange.student.batch.boxes)
+        return {**super().forward(exchange), "objects": exchange.student.features[0].sum() * 0 + count}
+
+
+def test_metrics_are_no_losses(batch):
+    plain = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [PKD()])(*batch)
+    distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [Counting(), Counting()])
+    assert distiller.metrics == ["counting/objects", "counting2/objects"]
+    losses = distiller(*batch)
+    assert set(losses) == {*plain} - {"pkd/feature"} | {"counting/feature", "counting2/feature"}
+    objects = sum(len(target["boxes"]) for target in batch[1])
+    assert {name: value.item() for name, value in losses.metrics.items()} == dict.fromkeys(distiller.metrics, objects)
+    assert not any(value.requires_grad for value in losses.metrics.values())
+    doubled = tree_map(lambda x: 2 * x, losses)  # as DistributedDataParallel and torch.compile take it apart
+    assert doubled.total.item() == pytest.approx(2 * losses.total.item())
+    assert doubled.metrics["counting/objects"].item() == 2 * objects
+
+
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
-        ({"feature": 1.5}, "returned 1.5 as the term 'feature': it must be a scalar float tensor"),
-        ({"feature": torch.ones(2)}, r"returned a torch.float32 tensor of shape \(2,\) as the term"),
+        ({"feature": 1.5}, "returned 1.5 as 'feature': it must be a scalar float tensor"),
+        ({"feature": torch.ones(2)}, r"returned a torch.float32 tensor of shape \(2,\) as 'feature'"),
         ({"feature": torch.tensor(1)}, "returned a torch.int64 tensor"),
         ({"features": torch.tensor(1.0)}, r"the term 'features', and Wrong.terms declares \('feature',\)"),
         (torch.tensor(1.0), "must return a dict of loss terms; it returned a Tensor"),

@@ -22,7 +22,10 @@ def test_methods_take_a_schedule_and_levels():
     use = MethodUse.model_validate({"PKD": {"weight": 2, "stop": 50, "decay": 5, "strides": [8, 16]}})
     method = use.build()
     assert (method.schedule, method.strides) == (Schedule(decay=5, stop=50), (8, 16))
-    for wrong, part in (({"CrossKD": {"strides": [8]}}, "compares whole heads"), ({"PKD": {"decay": 5}}, "needs stop")):
+    for wrong, part in (
+        ({"CrossKD": {"strides": [8]}}, "uses the detectors' heads"),
+        ({"PKD": {"decay": 5}}, "needs stop"),
+    ):
         with pytest.raises(ValidationError, match=part):
             MethodUse.model_validate(wrong)
 

@@ -27,6 +27,8 @@ class Method(nn.Module, ABC):
     Attributes:
         needs: what both detectors must show. An instance may need different things than the class, by its settings.
         terms: the names of the loss terms.
+        metrics: the names of numbers that are no losses. They are logged, and nothing is trained by them. Like loss
+            terms they are averaged over processes, so a count must be multiplied by `kdtoolkit.processes.count()`.
         vanishing: the terms that are zero if the student shows exactly what the teacher shows.
         paper: where the method comes from.
         compares_classes: False if the two detectors may have different classes although the method needs more than
@@ -42,6 +44,7 @@ class Method(nn.Module, ABC):
 
     needs: frozenset[Capability]
     terms: ClassVar[tuple[str, ...]]
+    metrics: ClassVar[tuple[str, ...]] = ()
     vanishing: tuple[str, ...] = ()
     paper: ClassVar[str]
     compares_classes: bool = True
@@ -75,12 +78,12 @@ class Method(nn.Module, ABC):
     def at_strides(self, *strides: int) -> Self:
         """Apply the method only to the pyramid levels with these strides. Returns the method itself.
 
-        Raises KDError if the method needs more than features, for then it compares whole heads.
+        Raises KDError if the method needs more than features, for then it uses the detectors' heads.
         """
         if self.needs != frozenset({Capability.FEATURES}):
             raise KDError(
-                f"{type(self).__name__} compares whole heads, so it cannot be kept to some levels: leave at_strides "
-                "out. It is for methods that need features alone"
+                f"{type(self).__name__} uses the detectors' heads, so it cannot be kept to some levels: leave "
+                "at_strides out. It is for methods that need features alone"
             )
         if not all(isinstance(stride, int) for stride in strides):
             raise KDError(f"at_strides{strides}: strides must be whole numbers of pixels, as in at_strides(8, 16)")
@@ -99,9 +102,9 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """The loss terms of one step by name: float32 scalars with their weights applied.
+        """The loss terms and metrics of one step by name, as scalars. Terms are float32, with their weights applied.
 
-        The names are from `terms`; a term may be missing.
+        The names are from `terms` and `metrics`; any of them may be missing.
         """
 
 

@@ -18,6 +18,7 @@ class Capability(enum.StrEnum):
     STAGES = "stages"  # hidden states of the head, and the head can be resumed from each of them
     DISTRIBUTIONS = "distributions"  # each box side is a distribution over bins
     ASSIGNMENT = "assignment"  # which prior answers for which ground-truth box
+    PLACED_QUERIES = "placed queries"  # queries can be made at given boxes
 
 
 class PriorKind(enum.StrEnum):
@@ -27,6 +28,8 @@ class PriorKind(enum.StrEnum):
     ANCHORS = "anchors"  # one or more per cell
     PROPOSALS = "proposals"  # boxes found by a first stage; each detector has its own
     QUERIES = "queries"  # learned, or selected from the image; each detector has its own
+    DETECTIONS = "detections"  # the final boxes themselves, as in a file of detections
+    NONE = "none"  # the detector shows no predictions, as a backbone without a head
 
     @property
     def on_grid(self) -> bool:
@@ -77,9 +80,10 @@ class DetectorSpec:
     Attributes:
         name: what to call the detector in messages.
         num_classes: number of classes, without background.
-        strides: stride of each level in pixels, rounded to whole numbers, finest level first.
+        strides: stride of each level in pixels, rounded to whole numbers, finest level first. Empty if the detector
+            shows no features.
         channels: channels of each level.
-        priors: what predictions are relative to.
+        priors: what predictions are relative to. NONE if the detector shows no predictions.
         priors_per_cell: number of priors in a cell of each level; empty if the priors do not lie on a grid.
         stages: joints of the head. The first is the head's input, the last is what its predictors take.
         activation: how class logits become scores. With "softmax" the last logit is background.
@@ -87,6 +91,7 @@ class DetectorSpec:
         prior_form: what a proposal or a query is made of. A detector accepts another detector's proposals or queries
             if their forms are equal. Empty if the priors lie on a grid.
         assigns: whether the adapter has `assign`. `DetectorAdapter.spec` fills it in.
+        places_queries: whether the adapter has `queries_at`. `DetectorAdapter.spec` fills it in.
         first_stage: the spec of the adapter's `first_stage`. `DetectorAdapter.spec` fills it in.
     """
 
@@ -101,17 +106,19 @@ class DetectorSpec:
     bins: tuple[float, ...] = ()
     prior_form: str = ""
     assigns: bool = True
+    places_queries: bool = False
     first_stage: DetectorSpec | None = None
 
     @property
     def capabilities(self) -> frozenset[Capability]:
         """What the detector can show to a method."""
         shown = {
-            Capability.FEATURES: True,
-            Capability.PREDICTIONS: True,
+            Capability.FEATURES: bool(self.strides),
+            Capability.PREDICTIONS: self.priors is not PriorKind.NONE,
             Capability.STAGES: bool(self.stages),
             Capability.DISTRIBUTIONS: bool(self.bins),
             Capability.ASSIGNMENT: self.assigns,
+            Capability.PLACED_QUERIES: self.places_queries,
         }
         return frozenset(capability for capability, is_shown in shown.items() if is_shown)
 

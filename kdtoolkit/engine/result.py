@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class Progress:
 class TrainResult:
     """What a run cost and how it went.
 
-    `history` has about 100 points of step, lr and every loss term (means). `warnings`: the warnings of `Progress`
-    about the training, for the whole run. `notices`: its warnings about the folder. `evaluations` have step and
-    average precisions. `seconds` is training time over all starts of the run, `cpu_seconds` the process's CPU time in
-    it, over all its threads; `step_ms` the median step of this start, 0 if it had none.
+    `history` has about 100 points of step, lr, every loss term and every metric of the methods (means). `metrics` has
+    the mean of each metric over the run, by name. `warnings`: the warnings of `Progress` about the training, for the
+    whole run. `notices`: its warnings about the folder. `evaluations` have step and average precisions. `seconds` is
+    training time over all starts of the run, `cpu_seconds` the process's CPU time in it, over all its threads;
+    `step_ms` the median step of this start, 0 if it had none.
     """
 
     steps: int
@@ -38,3 +41,13 @@ class TrainResult:
     warnings: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     evaluations: list[dict[str, float | None]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def mean_metrics(names: Iterable[str], history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over a run: over the points of its history, which are means of about as many steps each.
+
+    A metric that no point has is left out.
+    """
+    found = {name: [point[name] for point in history if name in point] for name in names}
+    return {name: fmean(values) for name, values in found.items() if values}

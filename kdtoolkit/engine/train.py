@@ -36,7 +36,7 @@ from kdtoolkit.engine.locate import locate_non_finite
 from kdtoolkit.engine.mixture import alternate, unlabelled_steps
 from kdtoolkit.engine.optim import frozen, lr_factor, set_rates
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
-from kdtoolkit.engine.result import Progress, TrainResult
+from kdtoolkit.engine.result import Progress, TrainResult, mean_metrics
 from kdtoolkit.engine.state import RunState, Window, seed_step
 from kdtoolkit.engine.stopwatch import Stopwatch
 from kdtoolkit.errors import KDError, NonFiniteLossError
@@ -196,11 +196,11 @@ def train(
             now = time.perf_counter()
             state.durations.append(now - begun)
             last = step + 1 == config.steps
-            values = parts.flush()
+            values = parts.flush()  # of loss terms and metrics
             state.step = step + 1
             state.seconds, state.cpu_seconds = watch.read()
             state.with_boxes += boxes
-            window.add(values)
+            window.add({name: value for name, value in values.items() if name in losses})
             state.window.add(values)
             if (step + 1) % max(1, config.steps // HISTORY_POINTS) == 0 or last:
                 state.history.append({"step": step + 1, "lr": lr, **state.window.flush()})
@@ -236,6 +236,7 @@ def train(
             warnings=list(warnings),
             notices=list(keeper.notices),
             evaluations=state.evaluations,
+            metrics=mean_metrics(distiller.metrics, state.history),
         )
 
 
@@ -261,13 +262,14 @@ def _parts(
 
 
 def _values(losses: Losses, targets: Sequence[Target] | None) -> tuple[dict[str, float], bool]:
-    """Loss terms and whether there is a box, over all processes: the mean of the terms is that of the whole batch."""
-    terms = torch.stack([loss.detach().float() for loss in losses.values()])
+    """Loss terms, metrics and whether there is a box, over all processes: means, which are those of the whole batch."""
+    names = [*losses, *losses.metrics]
+    terms = torch.stack([value.detach().float() for value in (*losses.values(), *losses.metrics.values())])
     boxes = any(len(target["boxes"]) for target in targets or ())
     if processes.count() > 1:
         *terms_, boxes_ = group.means(torch.cat([terms, terms.new_tensor([float(boxes)])])).tolist()
-        return dict(zip(losses, terms_, strict=True)), boxes_ > 0
-    return dict(zip(losses, terms.tolist(), strict=True)), boxes
+        return dict(zip(names, terms_, strict=True)), boxes_ > 0
+    return dict(zip(names, terms.tolist(), strict=True)), boxes
 
 
 def _gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:

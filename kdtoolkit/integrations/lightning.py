@@ -61,7 +61,7 @@ class DistillationModule(LightningModule):
         self.distiller.set_extra_state({"step": self.global_step})
         images, targets = batch
         losses: Losses = self.distiller(images, targets)
-        self.log_dict({**losses, "loss": losses.total}, batch_size=len(images))
+        self.log_dict({**losses, **losses.metrics, "loss": losses.total}, batch_size=len(images))
         return losses.total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -87,9 +87,9 @@ class DistillationTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.model.set_extra_state({"step": self.state.global_step})
         losses: Losses = model(*self._unprocessed(inputs))
-        for name, loss in losses.items():
-            known, count = self._terms.get(name, (torch.zeros_like(loss), 0))
-            self._terms[name] = known + loss.detach(), count + 1
+        for name, value in {**losses, **losses.metrics}.items():
+            known, count = self._terms.get(name, (torch.zeros_like(value), 0))
+            self._terms[name] = known + value.detach(), count + 1
         total = sum(losses.values(), start=torch.zeros((), device=self.args.device))
         return (total, losses) if return_outputs else total
 

@@ -213,7 +213,8 @@ class TaughtModel(DetectionModel):
         terms = {f"{name.removeprefix('task/')}_loss": value for name, value in losses.items()}
         # The student's own terms are times the batch size already.
         terms = {name: value * count if "/" in name else value for name, value in terms.items()}
-        return torch.stack([*terms.values()]), {name: value.detach() / count for name, value in terms.items()}
+        shown = {name: value.detach() / count for name, value in terms.items()}
+        return torch.stack([*terms.values()]), shown | losses.metrics
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state. If it is a plain student's, what the methods have learned stays as it is."""

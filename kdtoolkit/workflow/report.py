@@ -19,7 +19,10 @@ JSON, MARKDOWN = "report.json", "report.md"
 
 
 class Trained(BaseModel):
-    """One training: the AP of the weights that were kept, the step that they are of, and what it cost."""
+    """One training: the AP of the weights that were kept, the step that they are of, and what it cost.
+
+    `metrics`: what the methods reported besides losses, as means of a step.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,6 +31,7 @@ class Trained(BaseModel):
     steps: int
     seconds: float
     warnings: tuple[str, ...] = ()
+    metrics: dict[str, float] = {}
 
 
 class Report(BaseModel):
@@ -115,6 +119,9 @@ class Report(BaseModel):
         lines += ["", *(f"{sentence}" for sentence in self.sentences()), ""]
         lines += ["## What was done", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {_cell(value)} |" for name, value in self.plan.items()]
+        if self.student and self.student.metrics:
+            lines += ["", "## What the methods counted", "", "| | mean of a step |", "|---|---:|"]
+            lines += [f"| {name} | {value:.4g} |" for name, value in self.student.metrics.items()]
         if self.how_to_open:
             lines += ["", "## How to open it", "", "```python", self.how_to_open.strip(), "```"]
         if self.student and self.student.warnings:

@@ -275,6 +275,7 @@ def _trained(
         steps=result.steps,
         seconds=result.seconds,
         warnings=tuple(result.warnings),
+        metrics=result.metrics,
     )
 
 

@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from kdtoolkit import Distiller, KDError, NonFiniteLossError
 from kdtoolkit.contract import Capability, Method
 from kdtoolkit.data import ProceduralShapes, check_same_classes
-from kdtoolkit.engine.train import TrainConfig, Validation, lr_factor, train
+from kdtoolkit.engine.train import RunFolder, TrainConfig, Validation, lr_factor, train
 from kdtoolkit.methods import FGD, PKD, CrossKD
 from tests.conftest import tiny_gfl
 
@@ -48,6 +49,30 @@ def test_a_torch_device_is_taken_like_its_name(data):
     for student, device in zip(students, ("cpu", torch.device("cpu")), strict=True):
         train(Distiller(None, student), data, config(precision="bfloat16"), seed=0, device=device)
     assert torch.equal(*map(weights, students))
+
+
+class Counting(PKD):
+    """Reports how many objects it has seen."""
+
+    metrics = ("objects",)
+
+    def forward(self, exchange):
+        count = sum(len(boxes) for boxes in exchange.student.batch.boxes)
+        return {**super().forward(exchange), "objects": torch.tensor(float(count))}
+
+
+def test_metrics_of_methods_are_logged_and_told_at_the_end(data, tmp_path):
+    shown = []
+    distiller = Distiller(model(1), model(2), [Counting()])
+    result = train(distiller, data, config(), seed=0, folder=RunFolder(tmp_path), report=shown.append)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    counts = [row["counting/objects"] for row in rows]
+    assert len(counts) == 4
+    assert min(counts) >= 4  # images of shapes have one object at least
+    assert [point["counting/objects"] for point in result.history] == counts
+    assert result.metrics == {"counting/objects": sum(counts) / 4}
+    assert "counting/feature" in shown[-1].losses
+    assert "counting/objects" not in shown[-1].losses
 
 
 def test_the_loss_falls_and_history_tells(data):

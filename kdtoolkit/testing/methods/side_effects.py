@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kdtoolkit.contract import Capability, DetectorAdapter, Exchange, Method
+from kdtoolkit.contract import Capability, DetectorAdapter, Exchange, HeadTrace, Method
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.errors import IncompatibleError
 from kdtoolkit.testing._batch import observe
 from kdtoolkit.testing._doubles import transformed
 from kdtoolkit.testing._expect import expect, expect_same, outputs
@@ -59,12 +60,20 @@ class _Recorder(Method):
         shown += [(role, "boxes", x) for role, view in views.items() for x in view.batch.boxes]
         shown += [(role, "labels", x) for role, view in views.items() for x in view.batch.labels]
         if self.needs != {Capability.FEATURES}:
-            pair = exchange.matched()
-            for role, trace in (("student", pair.student), ("teacher", pair.teacher)):
+            for role, trace in zip(views, _passes_seen(exchange), strict=True):
                 shown += [(role, name, x) for name, x in outputs(trace.predictions).items()]
                 shown += [(role, "states", x) for state in trace.states for each in state.values() for x in each]
         self.seen += [(f"the {role}'s {name}", x, x._version) for role, name, x in shown]
         return {}
+
+
+def _passes_seen(exchange: Exchange) -> tuple[HeadTrace, HeadTrace]:
+    """The passes of student and teacher: on the same priors, or each head's own if their priors do not correspond."""
+    try:
+        pair = exchange.matched()
+    except IncompatibleError:  # then the method compares no priors
+        return exchange.student.head, exchange.teacher.head
+    return pair.student, pair.teacher
 
 
 def _shown_untouched(case: Case) -> None:
