@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
-from itertools import islice
+from itertools import chain, islice
 from typing import Self, cast
 
 import torch
@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import register_pytree_node
 
 from kdtoolkit import processes
-from kdtoolkit.checks import checked_batch, checked_images
-from kdtoolkit.classes import ClassMap, SharedClasses, with_objects
+from kdtoolkit.checks import checked_batch, checked_images, checked_recorded, without_recorded
+from kdtoolkit.classes import ClassMap, SharedClasses, with_objects, with_recorded
 from kdtoolkit.compatibility import why_no_student, why_refused
 from kdtoolkit.contract import (
     Assignment,
@@ -28,6 +28,9 @@ from kdtoolkit.contract import (
     HeadTrace,
     HeldShare,
     Method,
+    PriorKind,
+    Recorded,
+    RecordedAlone,
     Target,
     View,
     check_precision,
@@ -144,6 +147,7 @@ class Distiller(nn.Module):
         self.class_map = class_map
         self.score = score
         self.calls = 0
+        self.run_steps: int | None = None  # needed where schedules are given as shares of it
         self._names = _unique_names(methods)
         if self.teacher_adapter is None:
             if methods:
@@ -165,12 +169,13 @@ class Distiller(nn.Module):
         for method in methods:
             method.in_use = True
 
-    def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None) -> Losses:
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | Sequence[RecordedAlone] | None) -> Losses:
         """The losses of one step.
 
         Images are float tensors (3, H, W) in [0, 1]. Ground truth is in torchvision's convention. It may be on the
         host: then it is checked there and copied to the images' device. None means that the images have no labels: the
-        student then learns from the teacher alone, and has no losses of its own.
+        student then learns from the teacher alone, and has no losses of its own. If the teacher is a file of
+        detections, each target brings what the teacher found on its image, `recorded`; without labels, this alone.
 
         Raises KDError if images or ground truth are clearly wrong (shape, range, labels), or if there are no labels and
         no method that works without them.
@@ -178,6 +183,7 @@ class Distiller(nn.Module):
         for adapter in (self.student_adapter, self.teacher_adapter):  # the user may have called half()
             if adapter is not None:
                 check_precision(adapter.model)
+        targets, recorded = without_recorded(targets)
         if targets is None:
             images = checked_images(images, self.student)
         else:
@@ -194,7 +200,7 @@ class Distiller(nn.Module):
         batch = adapter.prepare(images, targets)
         teacher_view = None
         if targets is None:
-            teacher_view = self._observe_teacher(images, None, batch, _stages(methods, 1))
+            teacher_view = self._observe_teacher(images, None, batch, recorded, _stages(methods, 1))
             if any(method.unlabelled == "detections" for method in methods):
                 teacher_view, batch = self._with_detections(teacher_view, batch)
         features = adapter.features(batch)
@@ -206,7 +212,7 @@ class Distiller(nn.Module):
         if active:
             student_view = self._student_view(batch, features, trace, assignment)
             if teacher_view is None:
-                teacher_view = self._observe_teacher(images, targets, batch, _stages(methods, 1))
+                teacher_view = self._observe_teacher(images, targets, batch, recorded, _stages(methods, 1))
             exchange = Exchange(student_view, teacher_view)
             found = [_checked_terms(method, method(exchange.at_strides(method.strides))) for method in methods]
             if targets is not None and self.training and torch.is_grad_enabled():
@@ -251,18 +257,29 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def _observe_teacher(
-        self, images: Sequence[Tensor], targets: Sequence[Target] | None, like: Batch, stages: frozenset[int] | None
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Target] | None,
+        like: Batch,
+        recorded: Sequence[Recorded] | None,
+        stages: frozenset[int] | None,
     ) -> View:
         """The teacher's view of the images that the student saw. Its head runs when a method asks for it."""
         adapter = self.seen[1]
         adapter.model.eval()  # the user may have called train() on a module that holds the teacher
-        batch = self.teacher_batch(images, targets, like)
+        batch = self.teacher_batch(images, targets, like, recorded)
         return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True, scale=self.teacher_scale)
 
-    def teacher_batch(self, images: Sequence[Tensor], targets: Sequence[Target] | None, like: Batch) -> Batch:
+    def teacher_batch(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Target] | None,
+        like: Batch,
+        recorded: Sequence[Recorded] | None = None,
+    ) -> Batch:
         """What the teacher sees: the images on the student's canvas (`like`), scaled by `teacher_scale`.
 
-        Of the objects it sees those whose class it knows.
+        Of the objects it sees those whose class it knows. `recorded`: its detections, if it is a file of them.
         """
         student, teacher = self.seen
         if targets is not None and self._shared is not None:
@@ -277,7 +294,11 @@ class Distiller(nn.Module):
                 f"{teacher.spec.name} is built for images of one size, so it cannot be shown smaller ones: leave "
                 "teacher_scale out"
             )
-        return batch
+        assert self.teacher_adapter is not None
+        own = self.teacher_adapter.spec
+        if recorded is None or own.priors is not PriorKind.DETECTIONS:
+            return batch
+        return with_recorded(batch, checked_recorded(recorded, images, own))
 
     @torch.no_grad()
     def _with_detections(self, teacher_view: View, batch: Batch) -> tuple[View, Batch]:
@@ -301,7 +322,7 @@ class Distiller(nn.Module):
 
     def active(self, step: int, *, labelled: bool = True) -> list[tuple[str, Method, float]]:
         """The methods that work in a step, on images with or without labels: names, and the factors of their losses."""
-        factors = [method.schedule.factor(step) for method in self._methods]
+        factors = [method.schedule.factor(step, self.run_steps) for method in self._methods]
         found = zip(self._names, self._methods, factors, strict=True)
         return [each for each in found if each[2] and (labelled or each[1].unlabelled != "skips")]
 
@@ -469,8 +490,8 @@ def _check_models(teacher: nn.Module, student: nn.Module) -> None:
     shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
     if shared:
         raise KDError("teacher and student share parameters: hand in two models (copy.deepcopy makes a second one)")
-    # A file of detections has no parameters.
-    devices = {str(p.device) for model in (teacher, student) for p in islice(model.parameters(), 1)}
+    tensors = (islice(chain(model.parameters(), model.buffers()), 1) for model in (teacher, student))
+    devices = {str(tensor.device) for tensor in chain(*tensors)}
     if len(devices) > 1:
         raise KDError(
             f"teacher and student are on different devices ({', '.join(sorted(devices))}): move one, as in "

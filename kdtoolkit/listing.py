@@ -145,7 +145,7 @@ def _facts_written(lineage: Sequence[ast.ClassDef], idea: str) -> MethodFacts:
         name=node.name,
         idea=idea,
         doc=ast.get_docstring(node) or "",
-        needs=tuple(sorted(needs[1].replace("Capability.", "").lower().split(", "))),
+        needs=tuple(sorted(needs[1].replace("Capability.", "").replace("_", " ").lower().split(", "))),
         unlabelled=ast.literal_eval(values["unlabelled"]) if "unlabelled" in values else "detections",  # of Method
         terms=ast.literal_eval(values["terms"]),
         paper=ast.literal_eval(values["paper"]),

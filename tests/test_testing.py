@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from kdtoolkit import processes
 from kdtoolkit.adapters.native import DenseAdapter
-from kdtoolkit.contract import Capability, HeadTrace, Method, PriorKind
+from kdtoolkit.contract import Capability, HeadTrace, Method, PriorKind, Priors
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import LD, PKD, CrossKD
 from kdtoolkit.testing import ADAPTER_CHECKS, METHOD_CHECKS, ConformanceError, check_adapter, check_method
@@ -642,6 +642,20 @@ class HeadOnAGridTakesNoPriors(DenseAdapter):
         return HeadTrace(trace.states, replace(trace.predictions, logits=trace.predictions.logits + 1))
 
 
+class EndsAfterNoLayer(DenseAdapter):
+    """layers"""
+
+    def layers(self, trace):
+        return trace, replace(trace, states=trace.states[:-1])
+
+
+class HeadOnAGridTakesNoQueries(DenseAdapter):
+    """placed_queries"""
+
+    def queries_at(self, content, boxes, batch):
+        return Priors(boxes, boxes.new_zeros(0), context=content)
+
+
 BROKEN_ADAPTERS = [
     cls for cls in list(globals().values()) if isinstance(cls, type) and issubclass(cls, DenseAdapter) and cls.__doc__
 ]
@@ -667,7 +681,7 @@ def test_a_good_adapter_passes_and_stays_as_it_is():
     random = torch.random.get_rng_state()
     report = check_adapter(model, own=own, own_losses=own_losses)
     left_out = {name for name, result in report.results.items() if result.outcome != "passed"}
-    assert left_out == {"given_priors", "first_stage"}
+    assert left_out == {"given_priors", "layers", "placed_queries", "first_stage"}
     assert "resume: passed" in str(report)
     assert "first_stage: left out (the adapter has no first stage)" in str(report)
     assert model.training

@@ -23,6 +23,8 @@ from kdtoolkit.contract.data import (
     HeadTrace,
     Predictions,
     Priors,
+    Recorded,
+    RecordedAlone,
     State,
     Target,
 )
@@ -49,6 +51,8 @@ __all__ = [
     "Predictions",
     "PriorKind",
     "Priors",
+    "Recorded",
+    "RecordedAlone",
     "Schedule",
     "Stage",
     "State",

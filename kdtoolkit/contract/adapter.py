@@ -27,7 +27,7 @@ class DetectorAdapter(ABC):
 
     @abstractmethod
     def describe(self) -> DetectorSpec:
-        """The detector's facts: all fields of the spec except `assigns` and `first_stage`."""
+        """The detector's facts: all fields of the spec except `assigns`, `places_queries` and `first_stage`."""
 
     @cached_property
     def spec(self) -> DetectorSpec:
@@ -36,6 +36,7 @@ class DetectorAdapter(ABC):
         return replace(
             self.describe(),
             assigns=type(self).assign is not DetectorAdapter.assign,
+            places_queries=type(self).queries_at is not DetectorAdapter.queries_at,
             first_stage=None if first is None else first.spec,
         )
 
@@ -124,6 +125,24 @@ class DetectorAdapter(ABC):
         With the state that `trace` itself has at that stage, the result equals the predictions of `trace` bit for bit.
         """
         raise NotImplementedError(f"{type(self).__name__} declares no stages")
+
+    def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
+        """The pass as it would be if the decoder ended after its first layer, its second and so on.
+
+        The predictions of the last one are those of `trace`. The last state of each is that after its layer. A head
+        without decoder layers has one entry.
+        """
+        return (trace,)
+
+    def queries_at(self, content: Tensor, boxes: Tensor, batch: Batch) -> Priors:
+        """Make queries that look at given boxes.
+
+        Args:
+            content: (N, Q, C) what each query asks for; C is the width of the head's first stage.
+            boxes: (N, Q, 4) in pixels of the batch's canvas.
+            batch: what `prepare` returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no queries_at")
 
     @abstractmethod
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment | None]:

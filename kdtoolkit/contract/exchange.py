@@ -36,8 +36,8 @@ class Matched:
     def student_assignment(self) -> Assignment:
         """Ground truth assigned to these priors by the student's own rule."""
         view, trace = self._views[0], self._passes[0]
-        if view.assignment is not None and trace is view.trace:
-            return view.assignment
+        if trace is view.trace:
+            return view.own_assignment
         with torch.no_grad():
             return view.adapter.assign(trace, view.batch)
 
@@ -65,8 +65,7 @@ class Matched:
     def teacher_boxes(self) -> Tensor:
         """The teacher's decoded boxes (N, A, 4), in pixels of the student's canvas."""
         ours, theirs = (view.batch for view in self._views)
-        boxes = self.teacher.predictions.boxes
-        return boxes if ours.sizes == theirs.sizes else boxes * _scale(ours, theirs, boxes)
+        return _carried(self.teacher.predictions.boxes, theirs, ours)
 
     def finish_with_teacher(self, state: State, stage: int) -> Predictions:
         """Cross-head predictions: put a student's `state` into the teacher's head at `stage`, and run it to its end.
@@ -120,6 +119,23 @@ class Exchange:
             self._matched[whose] = Matched(student_view, teacher_view, passes)
         return self._matched[whose]
 
+    def to_student_canvas(self, boxes: Tensor) -> Tensor:
+        """Boxes (N, A, 4) in pixels of the teacher's canvas, in pixels of the student's canvas."""
+        return _carried(boxes, self.teacher.batch, self.student.batch)
+
+    @property
+    def teacher_boxes(self) -> Tensor:
+        """The boxes (N, A, 4) of the teacher's own predictions (`teacher.head`), in pixels of the student's canvas."""
+        return self.to_student_canvas(self.teacher.head.predictions.boxes)
+
+    def at_priors(self, student_priors: Priors, teacher_priors: Priors) -> Matched:
+        """Both heads on priors that a method made, each in pixels of its own detector's canvas.
+
+        Each call runs both heads once more, the student's with gradient.
+        """
+        passes = self.student.run_head(student_priors), self.teacher.run_head(teacher_priors)
+        return Matched(self.student, self.teacher, passes)
+
     def at_strides(self, strides: tuple[int, ...]) -> Exchange:
         """The exchange of the levels with these strides; the whole exchange if `strides` is empty."""
         if not strides:
@@ -147,15 +163,15 @@ def _first_stage(view: View) -> View | None:
 def _priors_for(view: View, source: View) -> Priors:
     """The priors that `source` used in its own pass, in pixels of this view's canvas."""
     priors = source.head.predictions.priors
-    if view.batch.sizes == source.batch.sizes:
-        return priors
-    return replace(priors, boxes=priors.boxes * _scale(view.batch, source.batch, priors.boxes))
+    return replace(priors, boxes=_carried(priors.boxes, source.batch, view.batch))
 
 
-def _scale(to: Batch, source: Batch, like: Tensor) -> Tensor:
-    """Factors (N, 1, 4) that turn boxes on the canvas of `source` into boxes on the canvas of `to`."""
+def _carried(boxes: Tensor, source: Batch, to: Batch) -> Tensor:
+    """Boxes (N, A, 4) on the canvas of `source`, as boxes on the canvas of `to`."""
+    if source.sizes == to.sizes:
+        return boxes
     pairs = zip(to.sizes, source.sizes, strict=True)
-    return like.new_tensor([(w / v, h / u) * 2 for (h, w), (u, v) in pairs])[:, None]
+    return boxes * boxes.new_tensor([(w / v, h / u) * 2 for (h, w), (u, v) in pairs])[:, None]
 
 
 def _laid_over(own: Tensor, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ class Capability(enum.StrEnum):
     STAGES = "stages"  # hidden states of the head, and the head can be resumed from each of them
     DISTRIBUTIONS = "distributions"  # each box side is a distribution over bins
     ASSIGNMENT = "assignment"  # which prior answers for which ground-truth box
+    PLACED_QUERIES = "placed queries"  # queries can be made at given boxes
 
 
 class PriorKind(enum.StrEnum):
@@ -90,6 +91,7 @@ class DetectorSpec:
         prior_form: what a proposal or a query is made of. A detector accepts another detector's proposals or queries
             if their forms are equal. Empty if the priors lie on a grid.
         assigns: whether the adapter has `assign`. `DetectorAdapter.spec` fills it in.
+        places_queries: whether the adapter has `queries_at`. `DetectorAdapter.spec` fills it in.
         first_stage: the spec of the adapter's `first_stage`. `DetectorAdapter.spec` fills it in.
     """
 
@@ -104,6 +106,7 @@ class DetectorSpec:
     bins: tuple[float, ...] = ()
     prior_form: str = ""
     assigns: bool = True
+    places_queries: bool = False
     first_stage: DetectorSpec | None = None
 
     @property
@@ -115,6 +118,7 @@ class DetectorSpec:
             Capability.STAGES: bool(self.stages),
             Capability.DISTRIBUTIONS: bool(self.bins),
             Capability.ASSIGNMENT: self.assigns,
+            Capability.PLACED_QUERIES: self.places_queries,
         }
         return frozenset(capability for capability, is_shown in shown.items() if is_shown)
 

@@ -72,6 +72,19 @@ class View:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.adapter.head(self.maps, self.batch, priors, self._stages)
 
+    def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
+        """What the head would have said after each decoder layer, in this pass of it; the last is the pass itself."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.adapter.layers(trace)
+
+    @property
+    def own_assignment(self) -> Assignment:
+        """Ground truth assigned to the priors of the head's own pass, by the detector's own rule."""
+        if self.assignment is None:
+            with torch.no_grad():
+                self.assignment = self.adapter.assign(self.head, self.batch)
+        return self.assignment
+
     @property
     def spec_in_student_pixels(self) -> DetectorSpec:
         """The detector's spec with strides in pixels of the student's images."""

@@ -12,6 +12,8 @@ from torch import nn
 from kdtoolkit.contract import DetectorSpec, Method
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import check_is_dataset
+from kdtoolkit.data.recorded import attach
+from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
@@ -39,6 +41,17 @@ def check_arguments(distiller: object, config: object) -> None:
                 f"{type(method).__name__}: a share cannot be held with compile, because torch.compile gives no "
                 "gradients of single losses: leave share or compile out"
             )
+
+
+def beside_teacher(distiller: Distiller, dataset: DetectionDataset) -> DetectionDataset:
+    """The data set; with the teacher's detections beside its labels, if the teacher is a file of them.
+
+    Raises KDError if the file is not of these images.
+    """
+    teacher = None if distiller.teacher_adapter is None else distiller.teacher_adapter.model
+    if not isinstance(teacher, RecordedDetector) or not distiller.methods:
+        return dataset
+    return attach(dataset, teacher.file)
 
 
 @contextmanager

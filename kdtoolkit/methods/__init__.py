@@ -11,6 +11,7 @@ from functools import cache
 from kdtoolkit.contract import Method
 from kdtoolkit.methods.bckd import BCKD
 from kdtoolkit.methods.cankd import CanKD
+from kdtoolkit.methods.cosine import Cosine
 from kdtoolkit.methods.crosskd import CrossKD
 from kdtoolkit.methods.cwd import CWD
 from kdtoolkit.methods.defeat import DeFeat
@@ -23,6 +24,7 @@ from kdtoolkit.methods.ld import LD
 from kdtoolkit.methods.logitkd import LogitKD
 from kdtoolkit.methods.mgd import MGD
 from kdtoolkit.methods.mimic import Mimic
+from kdtoolkit.methods.object_kd import ObjectKD
 from kdtoolkit.methods.pkd import PKD
 from kdtoolkit.methods.sl2 import SL2
 from kdtoolkit.plugins import announced
@@ -38,12 +40,14 @@ __all__ = [
     "PKD",
     "SL2",
     "CanKD",
+    "Cosine",
     "CrossKD",
     "DeFeat",
     "DetKDS",
     "FitNet",
     "LogitKD",
     "Mimic",
+    "ObjectKD",
     "all_methods",
     "published_settings",
 ]

@@ -67,6 +67,10 @@ def transformed(
             trace: HeadTrace = super().head(*args, **kwargs)
             return replace(trace, predictions=predictions(trace.predictions))
 
+        def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
+            *inner, last = super().layers(trace)
+            return (*(replace(each, predictions=predictions(each.predictions)) for each in inner), last)
+
         def resume(self, *args: Any, **kwargs: Any) -> Predictions:
             return predictions(super().resume(*args, **kwargs))
 

@@ -125,7 +125,9 @@ class DistillOptions(RunOptions):
 
     command = "distill"
 
-    teacher: str = Field(description="the trained detector: the folder of a run, a file of weights, or a name")
+    teacher: str = Field(
+        description="the trained detector: a run, a file of weights, a name, or a file of detections (.json)"
+    )
     student: str = Field(description="the detector to train: ultralytics/yolo11n or torchvision/fcos?backbone=resnet18")
     teacher_weights: str | None = Field(
         None, description="the teacher's weights, if `teacher` is a name: a file, or pretrained"

@@ -232,6 +232,10 @@ class TransformersAdapter(DetectorAdapter):
             boxes = corners(queries.references.detach().float(), scale)
         return Priors(boxes, boxes.new_zeros(0), context=queries)
 
+    def references_at(self, boxes: Tensor, batch: Batch) -> Tensor:
+        """References (N, Q, 4) in [0, 1] at boxes (N, Q, 4) in pixels of the batch's canvas."""
+        return box_convert(boxes.float(), "xyxy", "cxcywh") / self.scale(batch)[:, None]
+
     def given_queries(self, priors: Priors, batch: Batch) -> Queries:
         """The queries of given priors, with references at the priors' boxes (N, Q, 4) on this batch's canvas.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from transformers.models.conditional_detr import modeling_conditional_detr
@@ -16,6 +17,7 @@ from transformers.models.conditional_detr import modeling_conditional_detr
 from kdtoolkit.adapters.transformers.base import Queries
 from kdtoolkit.adapters.transformers.detr import DetrAdapter
 from kdtoolkit.adapters.transformers.detr_base import Memory, attention_mask_of, offset
+from kdtoolkit.contract import Batch, Priors
 
 # Without types in the library.
 _conditional: Any = modeling_conditional_detr
@@ -47,6 +49,11 @@ class ConditionalDetrAdapter(DetrAdapter):
         """Learned positions, and the points computed from them. The content is zero."""
         queries = super().queries(memory)
         return replace(queries, references=self.model.model.decoder.ref_point_head(queries.positions).sigmoid())
+
+    def queries_at(self, content: Tensor, boxes: Tensor, batch: Batch) -> Priors:
+        """Make queries of any content with points at the centres of given boxes. They have no positions besides."""
+        points = self.references_at(boxes, batch)[..., :2]
+        return self.priors(Queries(content, torch.zeros_like(content), points), batch)
 
     def attention_mask(self, queries: Queries, memory: Memory) -> Tensor | None:
         """The mask as the library's decoder prepares it."""

@@ -16,7 +16,7 @@ from transformers.models.dab_detr import modeling_dab_detr
 from kdtoolkit.adapters.transformers.base import Queries, pixel_mask, to_tokens
 from kdtoolkit.adapters.transformers.detr import DetrAdapter
 from kdtoolkit.adapters.transformers.detr_base import Memory, repeated, to_map
-from kdtoolkit.contract import Batch
+from kdtoolkit.contract import Batch, Priors
 
 # Without types in the library.
 _dab: Any = modeling_dab_detr
@@ -63,6 +63,10 @@ class DabDetrAdapter(DetrAdapter):
             content = patterns.repeat(1, len(anchors), 1).transpose(0, 1)
             anchors = anchors.repeat(1, model.num_patterns, 1)
         return Queries(content, references=anchors.sigmoid())
+
+    def queries_at(self, content: Tensor, boxes: Tensor, batch: Batch) -> Priors:
+        """Make queries of any content with references at given boxes."""
+        return self.priors(Queries(content, references=self.references_at(boxes, batch)), batch)
 
     def layer(
         self, i: int, hidden: Tensor, reference: Tensor | None, queries: Queries, memory: Memory, attend: Tensor | None

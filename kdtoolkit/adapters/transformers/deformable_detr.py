@@ -24,7 +24,7 @@ from kdtoolkit.adapters.transformers.detr_base import (
     tiny_detr,
     to_map,
 )
-from kdtoolkit.contract import Batch, DetectorSpec
+from kdtoolkit.contract import Batch, DetectorSpec, Priors
 from kdtoolkit.detectors.precision import without_narrow_bfloat16
 
 # Without types in the library.
@@ -129,9 +129,26 @@ class DeformableDetrAdapter(DetrBase):
         boxes = model.decoder.bbox_embed[-1](candidates).float() + proposals
         best = scores.topk(count, dim=1).indices
         boxes = boxes.gather(1, best.unsqueeze(-1).expand(-1, -1, 4)).detach()
-        embedded = model.pos_trans_norm(model.pos_trans(model.get_proposal_pos_embed(boxes)))
-        positions, content = torch.split(embedded, width, -1)
+        positions, content = self._embedded(boxes)
         return Queries(content, positions, boxes.sigmoid())
+
+    def _embedded(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions and content (N, Q, C) of the queries at boxes (N, Q, 4), which are logits of the references."""
+        model = self.model.model
+        embedded = model.pos_trans_norm(model.pos_trans(model.get_proposal_pos_embed(boxes)))
+        positions, content = torch.split(embedded, self.model.config.d_model, -1)
+        return positions, content
+
+    def queries_at(self, content: Tensor, boxes: Tensor, batch: Batch) -> Priors:
+        """Make queries of any content with references at given boxes.
+
+        Without `two_stage` the references are the boxes' centres, and the queries have no positions besides.
+        """
+        references = self.references_at(boxes, batch)
+        if not self.model.config.two_stage:
+            return self.priors(Queries(content, torch.zeros_like(content), references[..., :2]), batch)
+        positions, _ = self._embedded(_deformable.inverse_sigmoid(references))
+        return self.priors(Queries(content, positions, references), batch)
 
     def attention_mask(self, queries: Queries, memory: Memory) -> Tensor | None:
         """The mask itself, as deformable attention takes it."""

@@ -84,6 +84,10 @@ class DetrAdapter(DetrBase):
     def _between(self, hidden: Tensor) -> Tensor:
         return self.model.model.decoder.layernorm(hidden) if self.model.config.auxiliary_loss else hidden
 
+    def auxiliary_norm(self, hidden: Tensor) -> Tensor:
+        """The last layer's norm, if the layers do not have it between them already."""
+        return hidden if self.model.config.auxiliary_loss else self.last_norm(hidden)
+
     def judge(self, i: int, hidden: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the one pair of heads that all layers share."""
         return self.model.class_labels_classifier(hidden), self.model.bbox_predictor(hidden).float().sigmoid()

@@ -111,7 +111,7 @@ class DetrBase(TransformersAdapter):
         return normalised
 
     def auxiliary_norm(self, hidden: Tensor) -> Tensor:
-        """Apply the norm between an inner layer and the heads, for auxiliary losses."""
+        """Apply the norm between an inner layer and the heads."""
         return hidden
 
     def head(
@@ -190,6 +190,18 @@ class DetrBase(TransformersAdapter):
             self.judge(i, self.auxiliary_norm(state), past.references[i]) for i, state in enumerate(past.states[1:-1])
         ]
         return [(logits.float(), boxes.float()) for logits, boxes in judged]
+
+    def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
+        """What the heads say after each layer."""
+        inner = [
+            replace(
+                trace,
+                states=trace.states[: i + 2],
+                predictions=replace(trace.predictions, logits=logits, regression=boxes),
+            )
+            for i, (logits, boxes) in enumerate(self._inner_layers(trace))
+        ]
+        return (*inner, trace)
 
     def matcher(self) -> nn.Module:
         """Build the library's matcher with the costs of the config."""

@@ -100,11 +100,11 @@ class DFineAdapter(RTDetrAdapter):
         logits: Tensor = self.model.model.decoder.lqe_layers[i](super().classify(i, progress), progress.corners)
         return logits
 
-    def predict(self, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
-        """Predict by the last layer's heads. `decode` starts from the first guess of this pass."""
+    def predict(self, i: int, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
+        """Predict by the heads of layer `i`. `decode` starts from the first guess of this pass."""
         assert isinstance(progress, Refinement)
         return Predictions(
-            logits=self.classify(self.layers - 1, progress).float(),
+            logits=self.classify(i, progress).float(),
             regression=progress.corners.float().reshape(*progress.corners.shape[:2], 4, -1),
             priors=priors,
             decode=_Decoder(
@@ -115,7 +115,7 @@ class DFineAdapter(RTDetrAdapter):
     def layer_outputs(self, progress: tuple[Progress, ...]) -> dict[str, list[Tensor]]:
         """Each layer's outputs, for the library's loss. In eval mode its decoder gives only the last layer's."""
         after = [at for at in progress[1:] if isinstance(at, Refinement)]
-        wanted = [i for i in range(self.layers) if self.model.training or i == self.layers - 1]
+        wanted = [i for i in range(self.depth) if self.model.training or i == self.depth - 1]
         outputs = {
             "outputs_class": [self.classify(i, after[i]) for i in wanted],
             "outputs_coord": [after[i].boxes for i in wanted],

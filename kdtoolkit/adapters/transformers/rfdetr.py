@@ -81,7 +81,7 @@ class LwDetrAdapter(SelectingAdapter):
         return self.decoder_spec(
             strides=self._strides(),
             width=width,
-            layers=self.layers,
+            layers=self.depth,
             prior_form=f"queries of content {width}, reference boxes",
         )
 
@@ -159,7 +159,7 @@ class LwDetrAdapter(SelectingAdapter):
         boxes = self.modeling.refine_bboxes(references, self.model.bbox_embed(hidden))
         return self.model.class_embed(hidden), boxes
 
-    def predict(self, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
+    def predict(self, i: int, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
         """Predict by the heads, after the decoder's norm."""
         logits, boxes = self._judge(self.model.model.decoder.layernorm(progress.hidden), progress.boxes)
         return self.predictions(logits, boxes, priors, batch)

@@ -59,7 +59,7 @@ class RTDetrAdapter(SelectingAdapter):
         config = self.model.config
         if config.learn_initial_query:
             return "has learn_initial_query=True, which the library cannot run: set learn_initial_query=False"
-        if getattr(config, "eval_idx", -1) not in (-1, self.layers - 1):
+        if getattr(config, "eval_idx", -1) not in (-1, self.depth - 1):
             return f"has eval_idx={config.eval_idx}, which the library cannot run: build it with eval_idx=-1"
         return super().refuses()
 
@@ -74,7 +74,7 @@ class RTDetrAdapter(SelectingAdapter):
         return self.decoder_spec(
             strides=strides,
             width=config.d_model,
-            layers=self.layers,
+            layers=self.depth,
             prior_form=f"queries of content {config.d_model}, reference boxes",
         )
 
@@ -172,9 +172,9 @@ class RTDetrAdapter(SelectingAdapter):
         logits: Tensor = self.model.model.decoder.class_embed[i](progress.hidden)
         return logits
 
-    def predict(self, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
-        """Predict by the last layer's heads."""
-        return self.predictions(self.classify(self.layers - 1, progress), progress.boxes, priors, batch)
+    def predict(self, i: int, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
+        """Predict by the heads of layer `i`, from the progress after it."""
+        return self.predictions(self.classify(i, progress), progress.boxes, priors, batch)
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """Compute the library's weighted terms: for each layer (`aux`), and for denoising (`dn`)."""

@@ -102,7 +102,7 @@ class SelectingAdapter(TransformersAdapter):
     masked: ClassVar[bool] = False
 
     @property
-    def layers(self) -> int:
+    def depth(self) -> int:
         """The number of decoder layers."""
         return int(self.model.config.decoder_layers)
 
@@ -124,8 +124,8 @@ class SelectingAdapter(TransformersAdapter):
         """The progress after layer `i`, from the state after it and the progress that entered it."""
 
     @abstractmethod
-    def predict(self, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
-        """Predict by the last layer's heads."""
+    def predict(self, i: int, progress: Progress, priors: Priors, batch: Batch) -> Predictions:
+        """Predict by the heads of layer `i`, from the progress after it."""
 
     def start(self, queries: Queries) -> Progress:
         """The progress at stage 0."""
@@ -152,9 +152,13 @@ class SelectingAdapter(TransformersAdapter):
         shown = [past.shown(stage) for stage in range(len(progress))]
         if priors is None:
             priors = self.priors(over_queries(selection.queries, lambda x: x[:, selection.shown]), batch)
-        predictions = self.predict(shown[-1], priors, batch)
+        predictions = self.predict(self.depth - 1, shown[-1], priors, batch)
         states, _ = keep_states((to_state(at.hidden) for at in shown), stages)
         return HeadTrace(states, predictions, past)
+
+    def queries_at(self, content: Tensor, boxes: Tensor, batch: Batch) -> Priors:
+        """Make queries of any content with references at given boxes."""
+        return self.priors(Queries(content, references=self.references_at(boxes, batch)), batch)
 
     def _given(self, priors: Priors, batch: Batch) -> Selection:
         queries = self.given_queries(priors, batch)
@@ -171,7 +175,7 @@ class SelectingAdapter(TransformersAdapter):
     def _decode(self, progress: Progress, start: int, memory: Memory, mask: Tensor | None) -> list[Progress]:
         """The progress from stage `start` on."""
         passed = [progress]
-        for i in range(start, self.layers):
+        for i in range(start, self.depth):
             hidden = self.layer(i, passed[-1], memory, mask)
             passed.append(self.refine(i, hidden, passed[-1]))
         return passed
@@ -180,13 +184,21 @@ class SelectingAdapter(TransformersAdapter):
         """Run the layers after `stage` on the memory of `trace`, from the boxes that it has at that stage."""
         past: Any = trace.context
         hidden = from_state(state)
-        if stage == self.layers:
+        if stage == self.depth:
             progress = self.refine(stage - 1, hidden, past.shown(stage - 1))
         else:
             entering = self._as_groups(replace(past.shown(stage), hidden=hidden))
             final = self._decode(entering, stage, past.memory, None)[-1]
             progress = over_queries(final, lambda x: x[:, : hidden.shape[1]])
-        return self.predict(progress, trace.predictions.priors, past.batch)
+        return self.predict(self.depth - 1, progress, trace.predictions.priors, past.batch)
+
+    def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
+        """What the heads say after each layer."""
+        past: Any = trace.context
+        priors, inner = trace.predictions.priors, range(self.depth - 1)
+        predictions = [self.predict(i, past.shown(i + 1), priors, past.batch) for i in inner]
+        passes = [replace(trace, states=trace.states[: i + 2], predictions=each) for i, each in enumerate(predictions)]
+        return (*passes, trace)
 
     def detections(self, trace: HeadTrace, batch: Batch) -> list[Detections]:
         """Run the library's own postprocessing without a score threshold; sorted by falling score.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdtoolkit.contract import Capability, Predictions
-from kdtoolkit.testing._expect import expect, expect_same, outputs
+from kdtoolkit.testing._expect import expect, expect_finite, expect_float32, expect_same, outputs
 from kdtoolkit.testing.adapters._case import Case
 from kdtoolkit.testing.report import LeftOut, by_name
 
@@ -58,6 +58,59 @@ def _given_priors(case: Case) -> None:
     for i, _ in enumerate(case.spec.stages):
         resumed = adapter.resume(again.states[i], i, again)
         expect_same(outputs(resumed), once, f"with given priors, resumed from stage {i}")
+
+
+@torch.no_grad()
+def _layers(case: Case) -> None:
+    """There is a pass for each decoder layer. Its predictions have the head's shapes; the last is the head's own."""
+    adapter = case.fresh()
+    trace = case.show(adapter).head
+    passes = adapter.layers(trace)
+    if len(passes) == 1:
+        raise LeftOut("the head has no decoder layers")
+    depth = len(case.spec.stages) - 1
+    expect(
+        len(passes) == depth, f"`layers` gives {len(passes)} passes, and the spec has {depth} stages after the first"
+    )
+    once = outputs(trace.predictions)
+    expect_same(outputs(passes[-1].predictions), once, "the pass of the last layer")
+    for i, each in enumerate(passes):
+        found = outputs(each.predictions)
+        expect_float32(found, f"layer {i}")
+        expect_finite(found, f"layer {i}")
+        for name, value in once.items():
+            shape = tuple(found[name].shape)
+            expect(shape == tuple(value.shape), f"{name} of layer {i} is {shape}, of the head {tuple(value.shape)}")
+        states = len(each.states)
+        expect(states == i + 2, f"the pass of layer {i} has {states} states: it must end with the one after its layer")
+
+
+def _placed_queries(case: Case) -> None:
+    """Queries can be made at given boxes. The head looks there: other boxes or content change what it says."""
+    if not case.spec.places_queries:
+        raise LeftOut("the adapter has no queries_at")
+    adapter = case.fresh()
+    batch = adapter.prepare(case.images, case.targets)
+    features = adapter.features(batch)
+    width = next(iter(case.spec.stages[0].channels.values()))[0]
+    generator = torch.Generator().manual_seed(0)
+    content = torch.randn(len(case.images), 3, width, generator=generator).to(batch.images.device)
+    sizes = content.new_tensor([(w, h, w, h) for h, w in batch.sizes])[:, None]
+    boxes = content.new_tensor([[0.1, 0.1, 0.4, 0.5], [0.3, 0.2, 0.9, 0.8], [0.0, 0.0, 1.0, 1.0]]) * sizes
+
+    def said(content: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        priors = adapter.queries_at(content, boxes, batch)
+        centres = [(each[..., :2] + each[..., 2:]) / 2 for each in (priors.boxes, boxes)]
+        off = (centres[0] - centres[1]).abs().max().item()
+        expect(off < 0.01, f"the priors of queries at given boxes lie {off:g} px away from them")
+        return outputs(adapter.head(features, batch, priors).predictions)
+
+    found = said(content, boxes)
+    expect_finite(found, "queries at given boxes")
+    expect(found["logits"].shape[1] == 3, f"3 queries at given boxes give {found['logits'].shape[1]} predictions")
+    for what, other in (("boxes", said(content, boxes / 2)), ("content", said(-content, boxes))):
+        expect(not torch.equal(other["logits"], found["logits"]), f"the head ignores the {what} of placed queries")
+    expect(_reached([*found.values()], features), "no gradient flows from placed queries to the pyramid")
 
 
 def _shown(case: Case) -> None:
@@ -110,4 +163,4 @@ def _reached(said: Sequence[Tensor], wrt: Sequence[Tensor]) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-CHECKS = by_name(_resume, _given_priors, _shown)
+CHECKS = by_name(_resume, _given_priors, _layers, _placed_queries, _shown)

@@ -196,6 +196,47 @@ def test_resumed_from_any_stage_the_head_repeats_itself_to_the_bit(case, precisi
             assert not torch.equal(turned.logits, once.logits)
 
 
+@EACH
+def test_each_layer_says_what_the_library_says_of_it(case, batch):
+    """The library tells it if inner layers have losses. Without these losses the heads are the same."""
+    adapter = build(case)
+    model = adapter.model
+    prepared, _, trace = traced(adapter, batch)
+    *inner, last = adapter.layers(trace)
+    assert last is trace
+    assert [len(each.states) for each in inner] == [2, 3]
+    if not model.config.auxiliary_loss:
+        normalised = isinstance(adapter, DetrAdapter)
+        hidden = trace.states[2]["decoder"][0].transpose(1, 2)
+        expected = adapter.judge(1, adapter.last_norm(hidden) if normalised else hidden, trace.context.references[1])
+        assert torch.equal(inner[1].predictions.logits, expected[0])
+        return
+    said = model(prepared.images, pixel_mask=pixel_mask(prepared), labels=library_labels(batch[1], batch[0]))
+    for each, expected in zip(inner, said.auxiliary_outputs, strict=True):
+        assert torch.equal(each.predictions.logits, expected["logits"])
+        assert torch.equal(each.predictions.regression, expected["pred_boxes"])
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("detr")])
+def test_queries_are_placed_at_boxes(name, batch):
+    adapter = build(VARIANTS[name])
+    prepared = adapter.prepare(*batch)
+    content = torch.randn(2, 2, adapter.spec.channels[0])
+    boxes = torch.tensor([[4.0, 6.0, 30.0, 40.0], [0.0, 0.0, 64.0, 96.0]]).expand(2, -1, -1)
+    priors = adapter.queries_at(content, boxes, prepared)
+    assert priors.context.content is content
+    is_box = priors.context.references.shape[-1] == 4
+    expected = boxes if is_box else ((boxes[..., :2] + boxes[..., 2:]) / 2).repeat(1, 1, 2)
+    torch.testing.assert_close(priors.boxes, expected, rtol=0, atol=1e-4)
+    trace = adapter.head(adapter.features(prepared), prepared, priors)
+    assert torch.equal(adapter.layers(trace)[-1].predictions.logits, trace.predictions.logits)
+
+
+def test_queries_of_detr_have_no_place():
+    assert not DetrAdapter(detr()).spec.places_queries
+    assert ConditionalDetrAdapter(conditional()).spec.places_queries
+
+
 @PLAIN
 def test_the_spec_tells_the_truth(case, batch):
     adapter = build(case)

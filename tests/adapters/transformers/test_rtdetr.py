@@ -211,6 +211,49 @@ def test_resumed_while_training(family, batch):
         torch.testing.assert_close(again.boxes, trace.predictions.boxes, rtol=1e-4, atol=1e-3)
 
 
+@FAMILY
+def test_each_layer_says_what_the_library_says_of_it(family, batch):
+    """The library tells it in train mode only. Only D-FINE's kin count their first guess as a layer."""
+    adapter = build(FAMILIES[family], dropout=0.0)
+    model = adapter.model.train()
+    model.config.num_denoising = 0
+    prepared = adapter.prepare(*batch)
+    said = model(prepared.images, labels=library_labels(batch[1], prepared.images.shape[-2:]))
+    features = adapter.features(prepared)
+    model.zero_grad()
+    trace = adapter.head(features, prepared)
+    *inner, last = adapter.layers(trace)
+    assert last is trace
+    assert [len(each.states) for each in inner] == [2, 3]
+    if isinstance(adapter, LwDetrAdapter):
+        expected = [(each["logits"], each["pred_boxes"]) for each in said.auxiliary_outputs]
+    else:
+        first = isinstance(adapter, DFineAdapter)
+        layers = said.intermediate_logits, said.intermediate_reference_points
+        expected = [tuple(each[:, i + first] for each in layers) for i in range(2)]
+    for each, (logits, boxes) in zip(inner, expected, strict=True):
+        count = model.config.num_queries
+        canvas = prepared.images.shape[-2:]
+        torch.testing.assert_close(each.predictions.logits, detecting(adapter, logits, count), rtol=1e-4, atol=1e-4)
+        boxes = to_pixels(detecting(adapter, boxes, count), canvas)
+        torch.testing.assert_close(each.predictions.boxes, boxes, rtol=1e-4, atol=1e-3)
+
+
+@FAMILY
+def test_queries_are_placed_at_boxes(family, batch):
+    adapter = build(FAMILIES[family])
+    prepared = adapter.prepare(*batch)
+    content = torch.randn(2, 2, 32)
+    boxes = torch.tensor([[4.0, 6.0, 30.0, 40.0], [0.0, 0.0, 64.0, 96.0]]).expand(2, -1, -1)
+    priors = adapter.queries_at(content, boxes, prepared)
+    torch.testing.assert_close(priors.boxes, boxes, rtol=0, atol=1e-4)
+    assert queries_of(priors).content is content
+    for train in (False, True):  # in train mode some decode groups of queries
+        adapter.model.train(train)
+        trace = adapter.head(adapter.features(prepared), prepared, priors)
+        assert trace.predictions.logits.shape == (2, 2, 3)
+
+
 @EACH
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_the_spec_tells_the_truth(case, train, batch):
