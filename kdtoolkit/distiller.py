@@ -143,6 +143,7 @@ class Distiller(nn.Module):
         self.class_map = class_map
         self.score = score
         self.calls = 0
+        self.run_steps: int | None = None  # needed where schedules are given as shares of it
         self._names = _unique_names(methods)
         if self.teacher_adapter is None:
             if methods:
@@ -294,7 +295,7 @@ class Distiller(nn.Module):
 
     def active(self, step: int, *, labelled: bool = True) -> list[tuple[str, Method, float]]:
         """The methods that work in a step, on images with or without labels: names, and the factors of their losses."""
-        factors = [method.schedule.factor(step) for method in self._methods]
+        factors = [method.schedule.factor(step, self.run_steps) for method in self._methods]
         found = zip(self._names, self._methods, factors, strict=True)
         return [each for each in found if each[2] and (labelled or each[1].unlabelled != "skips")]
 

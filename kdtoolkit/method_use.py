@@ -21,10 +21,10 @@ from kdtoolkit.sections import Section, reason, unknown_key
 class _Extras(Section):
     """The arguments that all methods have in common: the arguments of `Method.scheduled` and `Method.at_strides`."""
 
-    warmup: int | None = Field(None, ge=0)
-    decay: int | None = Field(None, ge=0)
-    stop: int | None = Field(None, ge=0)
-    start: int | None = Field(None, ge=0)
+    warmup: int | float | None = Field(None, ge=0)
+    decay: int | float | None = Field(None, ge=0)
+    stop: int | float | None = Field(None, ge=0)
+    start: int | float | None = Field(None, ge=0)
     every: int | None = Field(None, ge=1)
     strides: tuple[int, ...] | None = None
 
@@ -39,7 +39,7 @@ class MethodUse(Section):
     """A method with its arguments: `CrossKD` or, with arguments, `PKD?weight=6` or `{PKD: {weight: 6}}`.
 
     Published settings for certain detectors have their own names, such as `CrossKD.for_fcos`. All methods also take
-    `warmup`, `decay` and `stop`, in steps, and `strides`, the levels that the method is applied to.
+    `warmup`, `decay` and `stop`, in steps or shares of the run, and `strides`, the levels that they are applied to.
     """
 
     name: str

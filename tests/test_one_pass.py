@@ -13,7 +13,7 @@ from kdtoolkit import Distiller, adapt
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import Capability, Method
 from kdtoolkit.matrix import families
-from kdtoolkit.methods import KDDETR, LD, PKD, CrossKD, LogitKD, Mimic, all_methods
+from kdtoolkit.methods import KDDETR, LD, PKD, CrossKD, LogitKD, Mimic, ObjectKD, all_methods
 from kdtoolkit.testing.syncs import count_syncs
 from tests.conftest import first_of_each_kind, tiny_of
 
@@ -219,6 +219,8 @@ def expected_passes(student, teacher, methods):
     found = Counter(student=1 + any(isinstance(m, KDDETR) for m in methods), teacher=int(bool(heads)))
     if adapt(student).first_stage is not None:
         found["student first"] = 1
+    if adapt(teacher).first_stage is not None and any(isinstance(m, ObjectKD) for m in methods):
+        found["teacher first"] = 1  # its own detections are wanted, so its own proposals
     return found
 
 
@@ -355,7 +357,7 @@ def test_few_synchronisations_beyond_the_librarys_own_step(family):
     """At most three, however many images there are, beyond the student's own step and the teacher's own pass."""
     student, teacher = tiny_of(family, seed=2), tiny_of(family, seed=1)
     batch = photos((64, 64), (50, 60), (64, 64), (64, 64), (64, 50))
-    for methods in ([CrossKD(), PKD()], [LD()], [LogitKD()]):
+    for methods in ([CrossKD(), PKD()], [LD()], [LogitKD()], [ObjectKD()]):
         if any(why_refused(m, adapt(student).spec, adapt(teacher).spec) for m in methods):
             continue
         distiller = Distiller(teacher, student, methods).train()

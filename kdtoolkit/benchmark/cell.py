@@ -40,8 +40,8 @@ class Task:
 
     `detector`: what it trains, the student or the teacher. `parts`: everything that its key is computed from.
     `result`: the path of its result. `teacher_weights`: the path of the teacher's weights. `pictures`: the folder of
-    drawn pictures and decoded photos. `inherits`: whether the student starts from the teacher's weights. `class_map`:
-    the teacher's name for a class of the data, where the names differ.
+    drawn pictures and decoded photos. `source`: a digest of kdtoolkit's source code. `inherits`: whether the student
+    starts from the teacher's weights. `class_map`: the teacher's name for a class of the data, where the names differ.
     """
 
     entry: str
@@ -53,6 +53,7 @@ class Task:
     parts: dict[str, str]
     device: str
     threads: int
+    source: str
     methods: tuple[MethodUse, ...] = ()
     teacher_detector: DetectorSection | None = None
     teacher_weights: Path | None = None
@@ -170,7 +171,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
         report(Report("waiting", notice=f"teacher: waits for {holder}, which trains the same teacher"))
 
     with holding(task.lock_folder, waiting):
-        if usable_result(task.result, key_of(task.parts)) is None:
+        if usable_result(task.result, lambda found: found.key == key_of(task.parts)) is None:
             _run(task, report)
 
 
@@ -233,6 +234,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         steps=trained.steps,
         stretch=task.stretch,
         train_seconds=trained.seconds,
+        cpu_seconds=trained.cpu_seconds,
         step_ms=trained.step_ms,
         peak_memory_mb=memory,
         parameters=sum(parameter.numel() for parameter in student.parameters()),
@@ -243,7 +245,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             name: version(name)
             for name in dict.fromkeys(("kdtoolkit", "torch", "torchvision", "timm", package_of(task.detector.model)))
         }
-        | {"python": platform.python_version()},
+        | {"python": platform.python_version(), "source": task.source},
         machine=machine(),
         device=device_name(task.device),
         threads=task.threads,

@@ -60,9 +60,18 @@ class Method(nn.Module, ABC):
             cls.__init__ = _checking_options(cls.__init__)  # type: ignore[method-assign]
 
     def scheduled(
-        self, *, warmup: int = 0, decay: int = 0, stop: int | None = None, start: int = 0, every: int = 1
+        self,
+        *,
+        warmup: int | float = 0,
+        decay: int | float = 0,
+        stop: int | float | None = None,
+        start: int | float = 0,
+        every: int = 1,
     ) -> Self:
-        """Let the weights follow a `Schedule`. Returns the method itself: `PKD().scheduled(stop=9000)`."""
+        """Let the weights follow a `Schedule`, in steps or in shares of the run. Returns the method itself.
+
+        `PKD().scheduled(stop=9000)`, `PKD().scheduled(stop=0.9)`.
+        """
         self.schedule = Schedule(warmup, decay, stop, start, every)
         return self
 

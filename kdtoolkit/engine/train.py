@@ -40,6 +40,7 @@ from kdtoolkit.engine.optim import frozen, lr_factor, set_rates
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.engine.result import Progress, TrainResult, mean_metrics
 from kdtoolkit.engine.state import RunState, Window, seed_step
+from kdtoolkit.engine.stopwatch import Stopwatch
 from kdtoolkit.errors import KDError, NonFiniteLossError
 
 __all__ = ["Progress", "RunFolder", "TrainConfig", "TrainResult", "Validation", "lr_factor", "train"]
@@ -97,6 +98,7 @@ def train(
         check_unlabelled(distiller, unlabelled)
         unlabelled = beside_teacher(distiller, unlabelled)
     dataset = beside_teacher(distiller, dataset)
+    distiller.run_steps = config.steps
     without = unlabelled_steps(distiller, config, dataset, unlabelled)
     dataset = dataset.in_memory()  # before the clock starts
     unlabelled = None if unlabelled is None else unlabelled.in_memory()
@@ -134,7 +136,7 @@ def train(
         optimizer, average, scaler = state.optimizer, state.average, state.scaler
         parameters = state.trained
         window = Window()
-        first, earlier = state.step, state.seconds
+        first = state.step
         set_training(distiller)
 
         def read(images: DetectionDataset, chosen: bool) -> Iterator[tuple[list[Tensor], list[Target]]]:
@@ -153,7 +155,8 @@ def train(
 
         data = alternate(without[first:], read(dataset, False), read(unlabelled, True) if unlabelled else iter(()))
         images_in_all = len(dataset) + (0 if unlabelled is None else len(unlabelled))
-        started = reported = ended = time.perf_counter()
+        watch = Stopwatch(state.seconds, state.cpu_seconds)
+        reported = ended = time.perf_counter()
         for step, (images, targets) in enumerate(data, first):
             begun = time.perf_counter()
             waited = begun - ended
@@ -199,7 +202,7 @@ def train(
             last = step + 1 == config.steps
             values = parts.flush()  # of loss terms and metrics
             state.step = step + 1
-            state.seconds = earlier + now - started
+            state.seconds, state.cpu_seconds = watch.read()
             state.with_boxes += boxes
             window.add({name: value for name, value in values.items() if name in losses})
             state.window.add(values)
@@ -208,10 +211,9 @@ def train(
             keeper.log(step + 1, {"lr": lr, **values} | ({} if overflow else {"gradient_norm": norm_value}))
             keeper.speed(step + 1, now - begun, waited, config.batch_size, device)
             if validation is not None and (last or validation.due(step + 1, config.batch_size, images_in_all)):
-                paused = time.perf_counter()
-                _evaluate(state, validation, config, device, keeper)
-                set_training(distiller)
-                earlier -= time.perf_counter() - paused
+                with watch.paused():
+                    _evaluate(state, validation, config, device, keeper)
+                    set_training(distiller)
             keeper.save(state, last=last)
             if report is not None and rank == 0 and (now - reported > 1 or step == first or last):
                 warnings = (*state.silence.warnings(), *state.dead.warnings(), *keeper.notices)
@@ -233,6 +235,7 @@ def train(
             steps=config.steps,
             seconds=state.seconds,
             step_ms=state.step_ms,
+            cpu_seconds=state.cpu_seconds,
             history=state.history,
             warnings=list(warnings),
             notices=list(keeper.notices),

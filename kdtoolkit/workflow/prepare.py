@@ -384,6 +384,7 @@ def _checked(distiller: Distiller, config: TrainConfig, images: Images) -> Disti
     check_arguments(distiller, config)
     if images.unlabelled is not None:
         check_unlabelled(distiller, images.unlabelled)
+    distiller.run_steps = config.steps
     unlabelled_steps(distiller, config, images.train, images.unlabelled)
     return distiller
 
