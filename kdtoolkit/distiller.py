@@ -92,7 +92,8 @@ class Distiller(nn.Module):
     similar calls move it too. For several processes, half precision and more see docs/training.md.
 
     Args:
-        teacher: a detector, or the adapter of one; None if there are no methods.
+        teacher: a detector, or the adapter of one; None if there are no methods. `open_detector` also opens a file of
+            detections as one (docs/detections.md).
         student: a detector, or the adapter of one. Nothing is added to it: its state dict always fits the plain model.
         methods: the methods to distil by. Without methods the losses are exactly the student's own.
         accumulation: number of calls in training mode that make one optimiser step. Schedules of methods count steps.

@@ -12,7 +12,7 @@ import torch
 from kdtoolkit import processes
 from kdtoolkit.build import backbone_weights
 from kdtoolkit.classes import ClassMap
-from kdtoolkit.compatibility import why_refused
+from kdtoolkit.compatibility import why_no_student, why_refused
 from kdtoolkit.data import PhotoDataset, check_same_classes, open_dataset, open_images
 from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.data.detections import is_detection_file
@@ -254,6 +254,8 @@ def _student(
             weights = "none"
             notes.append(f"the {role} begins with random weights: published ones cannot be had here ({error})")
     detector = _opened_in_all(lambda: opened(weights))
+    if reason := why_no_student(adapt(detector.model).spec):
+        raise KDError(reason)
     return detector, options.model_copy(update={} if weights is None else {field: weights})
 
 
