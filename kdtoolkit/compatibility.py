@@ -23,7 +23,7 @@ def why_refused(method: type[Method] | Method, student_spec: DetectorSpec, teach
     """Why a method cannot distil this pair. A class stands for a method with its default settings."""
     for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
         if missing := sorted(method.needs - spec.capabilities):
-            return f"it needs {', '.join(missing)}, which the {role} ({spec.name}) does not show{_use_instead(spec)}"
+            return f"it needs {', '.join(missing)}, which the {role} ({spec.name}) does not show{use_instead(spec)}"
     built = method() if isinstance(method, type) else method
     if method.needs & _OF_HEADS and built.compares_classes and student_spec.num_classes != teacher_spec.num_classes:
         return (
@@ -84,7 +84,7 @@ def why_cells_differ(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> 
     if student_spec.priors != teacher_spec.priors:
         return (
             f"the student predicts at {student_spec.priors}, the teacher at {teacher_spec.priors}, and these do not "
-            f"correspond{_use_instead(teacher_spec) or f'. Use {_OF_ANY_HEADS}'}"
+            f"correspond{use_instead(teacher_spec) or f'. Use {_OF_ANY_HEADS}'}"
         )
     if student_spec.prior_form != teacher_spec.prior_form:
         return (
@@ -153,7 +153,7 @@ def why_no_student(spec: DetectorSpec) -> str | None:
     return f"{spec.name} can only teach, because it shows {shown} alone: name a detector as the student"
 
 
-def _use_instead(spec: DetectorSpec) -> str:
+def use_instead(spec: DetectorSpec) -> str:
     """What works with a teacher that shows features alone, or detections alone, as a sentence; empty for all others."""
     if spec.priors is PriorKind.NONE:
         return f". Use {_OF_FEATURES}"

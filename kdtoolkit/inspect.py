@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from rich.console import Console
@@ -12,7 +13,8 @@ from rich.text import Text
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdtoolkit.contract import DetectorAdapter, DetectorSpec
+from kdtoolkit.compatibility import why_no_student
+from kdtoolkit.contract import DetectorAdapter, DetectorSpec, PriorKind, Recorded
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.listing import columns, definitions
@@ -59,10 +61,13 @@ def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) 
     learned = [p for p in adapter.model.parameters() if p.requires_grad]
     adapter.model.eval().requires_grad_(False)  # with gradients, the counter fails on windowed attention
     try:
-        device = next(adapter.model.parameters()).device
+        device = next(chain(adapter.model.parameters(), adapter.model.buffers())).device
         image = torch.rand(3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
         with FlopCounterMode(display=False) as counter:
             batch = adapter.prepare([image])
+            if adapter.spec.priors is PriorKind.DETECTIONS:  # a file has none of this image
+                none = Recorded(boxes=image.new_zeros(0, 4), probabilities=image.new_zeros(0, adapter.spec.num_classes))
+                batch = replace(batch, recorded=(none,))
             features = adapter.features(batch)
             trace = adapter.head(features, batch)
     except KDError:
@@ -98,20 +103,17 @@ def print_inspection(found: Inspection, console: Console) -> None:
         facts.add_row(title, Text(fact))
     console.print(facts)
 
-    height, width = found.canvas
-    _print_title("levels", console)
-    levels = columns("level", "stride", "channels", f"grid at {width} x {height}", "priors a cell")
-    each = spec.priors_per_cell or ("",) * len(spec.strides)
-    for i, (stride, channels, grid, count) in enumerate(
-        zip(spec.strides, spec.channels, found.grids, each, strict=True)
-    ):
-        levels.add_row(str(i), str(stride), str(channels), f"{grid[1]} x {grid[0]}", str(count))
-    console.print(levels)
+    if spec.strides:
+        _print_title("levels", console)
+        console.print(_levels(found))
     for title, part in (("stages of the head", spec), ("stages of the first stage", spec.first_stage)):
         if part is not None and part.stages:
             _print_title(title, console)
             console.print(_stages(part))
 
+    if reason := why_no_student(spec):
+        console.print(Text(f"\n{reason}. `kd inspect STUDENT --teacher {spec.name}` shows which methods work."))
+        return
     _print_title("methods, with a teacher of the same kind and size", console)
     _print_verdicts(judge_pair(spec, spec), console)
 
@@ -185,7 +187,7 @@ def _facts(found: Inspection) -> dict[str, str]:
         "parameters": f"{found.parameters / 1e6:.2f} M{frozen}",
         "images": _images(found),
         "multiply-adds": f"{found.multiply_adds / 1e9:.2f} G for this image",
-        "strides": ", ".join(map(str, spec.strides)),
+        "strides": ", ".join(map(str, spec.strides)) or "none",
         "priors": _priors(found),
     }
     if spec.bins:
@@ -206,9 +208,22 @@ def _images(found: Inspection) -> str:
 
 def _priors(found: Inspection) -> str:
     spec = found.spec
+    if spec.priors in (PriorKind.DETECTIONS, PriorKind.NONE):
+        return str(spec.priors)
     if spec.priors.on_grid:
         return f"{found.priors} {spec.priors}"
     return f"{found.priors} {spec.priors} (form: {spec.prior_form})"
+
+
+def _levels(found: Inspection) -> Table:
+    spec, (height, width) = found.spec, found.canvas
+    levels = columns("level", "stride", "channels", f"grid at {width} x {height}", "priors a cell")
+    each = spec.priors_per_cell or ("",) * len(spec.strides)
+    for i, (stride, channels, grid, count) in enumerate(
+        zip(spec.strides, spec.channels, found.grids, each, strict=True)
+    ):
+        levels.add_row(str(i), str(stride), str(channels), f"{grid[1]} x {grid[0]}", str(count))
+    return levels
 
 
 def _stages(spec: DetectorSpec) -> Table:

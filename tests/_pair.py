@@ -150,6 +150,18 @@ def trained(family, methods, batch, wrap=lambda distiller: distiller):
     return {name: p.detach().clone() for name, p in distiller.named_parameters()}
 
 
+def held(batch, wrap=lambda distiller: distiller):
+    """Factor and share of each method whose share is held, after three steps."""
+    distiller = distiller_of("GFL", [CrossKD().held_at(share=0.2), PKD().held_at(share=0.1)])
+    model = wrap(distiller)
+    optimizer = torch.optim.SGD(distiller.parameters(), 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(*batch).total.backward()
+        optimizer.step()
+    return {name: held.metrics for name, held in distiller.held.items()}
+
+
 def uneven(rank):
     """Gradients where one process has one small image without objects, the other the usual two."""
     images, targets = halves()[0]
@@ -179,6 +191,7 @@ def _work(rank, folder, families, with_ways, kind):
                     halves()[rank],
                     lambda distiller, static=static: DistributedDataParallel(distiller, static_graph=static),
                 )
+        found["held"] = held(halves()[rank], DistributedDataParallel)
         found["uneven"] = uneven(rank)
         found["unlabelled"] = unlabelled(rank)
     torch.save(found, f"{folder}/{rank}.pt")

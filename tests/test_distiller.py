@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 from kdtoolkit import Distiller, IncompatibleError, KDError, adapt
 from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.compatibility import why_refused
-from kdtoolkit.contract import Capability, Method
+from kdtoolkit.contract import Capability, Method, Schedule
 from kdtoolkit.distiller import Losses
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD, FitNet, Mimic, all_methods
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
@@ -105,6 +105,22 @@ def test_in_steps_without_a_method_the_teacher_rests(batch):
         seen.append(sorted({name.partition("/")[0] for name in distiller(*batch)} - {"task"}))
     assert seen == [[], [], ["pkd"], [], [], ["crosskd", "pkd"], ["crosskd"]]
     assert calls == [2, 5, 6]
+
+
+def test_schedules_in_shares_of_the_run_are_those_in_steps():
+    shares, steps = Schedule(start=0.1, warmup=0.2, decay=3, stop=0.9), Schedule(start=2, warmup=4, decay=3, stop=18)
+    assert shares.in_run(20) == steps
+    assert [shares.factor(step, 20) for step in range(20)] == [steps.factor(step) for step in range(20)]
+    assert shares.why_too_long(20) is None
+    assert "comes before start" in shares.why_too_long(3)
+
+
+def test_a_share_of_the_run_needs_its_length(batch):
+    distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [PKD().scheduled(stop=0.5)])
+    with pytest.raises(KDError, match="number of steps is not known"):
+        distiller(*batch)
+    distiller.run_steps = 2
+    assert [("pkd/feature" in distiller(*batch)) for _ in range(2)] == [True, False]
 
 
 def test_schedules_count_optimiser_steps_not_calls(batch):

@@ -123,7 +123,8 @@ def _row(
     def cost(name: str) -> float | None:
         if len({result.hardware for result in results}) > 1:
             return None
-        return statistics.fmean(getattr(result, name) for result in results)
+        found = spread(getattr(result, name) for result in results)
+        return None if found is None else found.mean
 
     def versus(reference: str) -> Difference | None:
         return None if entry == reference else paired_difference(aps.get(entry, {}), aps.get(reference, {}))
@@ -143,7 +144,7 @@ def _row(
         versus_equal_time=None if entry == BASELINE else versus(EQUAL_TIME),
         gap_recovered=gap,
         steps=statistics.fmean(result.steps for result in results),
-        step_ms=cost("step_ms"),
+        step_ms=cost("cost_ms"),
         train_seconds=cost("train_seconds"),
         peak_memory_mb=cost("peak_memory_mb"),
         parameters=results[0].parameters,
@@ -228,7 +229,9 @@ def _warnings(
     for (row, warning), seeds in silent.items():
         yield f"{row} (seed {', '.join(seeds)}): {warning}"
     baseline = spread(result.evaluation["ap"] for result in cells[BASELINE])
-    if teacher is not None and baseline is not None and (teacher.evaluation["ap"] or 0.0) <= baseline.mean:
+    if teacher is not None and teacher.evaluation["ap"] is None:
+        yield from (f"teacher: {warning}" for warning in teacher.warnings)
+    elif teacher is not None and baseline is not None and (teacher.evaluation["ap"] or 0.0) <= baseline.mean:
         yield (
             f"the teacher (AP {teacher.evaluation['ap'] or 0.0:.1f}) is no better than the student's baseline "
             f"({baseline.mean:.1f}), so the student has nothing to learn from it. Train the teacher longer or on more "

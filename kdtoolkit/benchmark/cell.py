@@ -18,8 +18,9 @@ from kdtoolkit.benchmark.store import CellResult, discard_runs, holding, usable_
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection
 from kdtoolkit.classes import ClassMap
 from kdtoolkit.data import DetectionDataset
+from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.distiller import Distiller
-from kdtoolkit.engine.evaluate import METRICS, evaluate
+from kdtoolkit.engine.evaluate import METRICS, Evaluation, evaluate, why_not_measured
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.hardware import device_name, machine
 from kdtoolkit.engine.memory import peak_memory_mb
@@ -39,8 +40,8 @@ class Task:
 
     `detector`: what it trains, the student or the teacher. `parts`: everything that its key is computed from.
     `result`: the path of its result. `teacher_weights`: the path of the teacher's weights. `pictures`: the folder of
-    drawn pictures and decoded photos. `inherits`: whether the student starts from the teacher's weights. `class_map`:
-    the teacher's name for a class of the data, where the names differ.
+    drawn pictures and decoded photos. `source`: a digest of kdtoolkit's source code. `inherits`: whether the student
+    starts from the teacher's weights. `class_map`: the teacher's name for a class of the data, where the names differ.
     """
 
     entry: str
@@ -52,6 +53,7 @@ class Task:
     parts: dict[str, str]
     device: str
     threads: int
+    source: str
     methods: tuple[MethodUse, ...] = ()
     teacher_detector: DetectorSection | None = None
     teacher_weights: Path | None = None
@@ -118,17 +120,21 @@ def stretched(steps: int, stretch: float) -> int:
     return math.ceil(round(steps * stretch, 6))
 
 
-def build_detector(section: DetectorSection, class_names: Sequence[str], seed: int) -> Detector:
+def build_detector(
+    section: DetectorSection, class_names: Sequence[str], seed: int, categories: Mapping[int, str] | None = None
+) -> Detector:
     """Open the detector. Weights that it has no others for are drawn from `seed`.
 
-    A teacher that is used as it is keeps its own classes (`shared_classes`). Raises KDError if it cannot be opened, or
-    cannot detect.
+    A teacher that is used as it is keeps its own classes (`shared_classes`). `categories`: the data's classes by their
+    ids, for a teacher that is a file of detections. Raises KDError if it cannot be opened, or cannot detect.
     """
     torch.manual_seed(seed)
     classes = None if section.train is None else class_names
     lacking = f"{section.model!r} has random weights: give it `weights`, or `train` to train it"
     try:
-        detector = open_detector(section.model, class_names=classes, weights=section.weights, args=section.args)
+        detector = open_detector(
+            section.model, class_names=classes, weights=section.weights, args=section.args, categories=categories
+        )
     except UnknownClassesError as error:
         raise KDError(lacking) from error
     if section.train is None and not detector.trained:
@@ -165,7 +171,7 @@ def run(task: Task, report: Callable[[Report], None]) -> None:
         report(Report("waiting", notice=f"teacher: waits for {holder}, which trains the same teacher"))
 
     with holding(task.lock_folder, waiting):
-        if usable_result(task.result, key_of(task.parts)) is None:
+        if usable_result(task.result, lambda found: found.key == key_of(task.parts)) is None:
             _run(task, report)
 
 
@@ -175,12 +181,13 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
     sets = load_data(task.data, task.pictures)
     images = sets.teacher if task.entry == TEACHER else sets.student
     names = images.class_names
-    detector = build_detector(task.detector, names, task.seed)
+    ids = own_ids(images)
+    detector = build_detector(task.detector, names, task.seed, ids)
     student, teacher, inherited = detector.model.to(task.device), None, ""
     class_map = shared_classes(task.detector, detector, names, task.class_map)
     if task.teacher_detector is not None:
         assert task.teacher_weights is not None  # every task with a teacher has both
-        opened = build_detector(task.teacher_detector, names, 0)
+        opened = build_detector(task.teacher_detector, names, 0, ids)
         teacher = opened.model
         teacher.load_state_dict(torch.load(task.teacher_weights, weights_only=True))
         teacher.to(task.device)
@@ -205,37 +212,40 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         report(Report(f"evaluating {done}/{total}", trained.steps, warnings=tuple(trained.warnings)))
 
     evaluating(0, len(sets.val))
-    size = None if task.detector.train is None else task.detector.train.input_size
-    evaluation = evaluate(
-        student,
-        sets.val,
-        device=task.device,
-        input_size=size,
-        class_map=class_map if task.entry == TEACHER else None,
-        progress=evaluating,
-    )
+    evaluation: Evaluation | None = None
+    notices = [] if (reason := why_not_measured(student, sets.val)) is None else [f"the AP is unknown: {reason}"]
+    if not notices:
+        evaluation = evaluate(
+            student,
+            sets.val,
+            device=task.device,
+            input_size=None if task.detector.train is None else task.detector.train.input_size,
+            class_map=class_map if task.entry == TEACHER else None,
+            progress=evaluating,
+        )
     result = CellResult(
         entry=task.entry,
         seed=task.seed,
         key=key_of(task.parts),
         key_parts=task.parts,
         data=sets.description,
-        evaluation={name: getattr(evaluation, name) for name in METRICS},
-        per_class=evaluation.per_class,
+        evaluation={name: getattr(evaluation, name, None) for name in METRICS},
+        per_class={} if evaluation is None else evaluation.per_class,
         steps=trained.steps,
         stretch=task.stretch,
         train_seconds=trained.seconds,
+        cpu_seconds=trained.cpu_seconds,
         step_ms=trained.step_ms,
         peak_memory_mb=memory,
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         history=trained.history,
         inherited=inherited,
-        warnings=trained.warnings,
+        warnings=[*trained.warnings, *notices],
         versions={
             name: version(name)
             for name in dict.fromkeys(("kdtoolkit", "torch", "torchvision", "timm", package_of(task.detector.model)))
         }
-        | {"python": platform.python_version()},
+        | {"python": platform.python_version(), "source": task.source},
         machine=machine(),
         device=device_name(task.device),
         threads=task.threads,

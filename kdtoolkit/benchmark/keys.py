@@ -1,4 +1,4 @@
-"""Keys: digests of all that a cell's result depends on. A cell is run again if its key has changed, and only then."""
+"""Keys: digests of all that a cell's result depends on. Settings: the part of it that a user has chosen."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 import kdtoolkit
 from kdtoolkit.benchmark.suite import DetectorSection
@@ -26,6 +27,9 @@ _SHARED_BY_METHODS = tuple(f"methods/{name}.py" for name in ("common", "features
 _OF_CELLS = ("benchmark/cell.py", "benchmark/datasets.py")
 _SOURCES = ("*.py", "contract/*.py", "data/*.py", "engine/*.py", *_SHARED_BY_METHODS, *_OF_CELLS)
 _NOT_OF_CELLS = {"__main__.py", "inspect.py", "listing.py", "matrix.py", "matrix_tables.py", "verdicts.py"}
+
+# What a cell depends on and no suite says: with `--any-version` results may differ in it.
+_CIRCUMSTANCES = {"code", "torch", "library", "device", "threads"}
 
 
 def cell_parts(
@@ -47,7 +51,7 @@ def cell_parts(
     """
     library = package_of(detector.model)
     return {
-        "detector": digest(detector.model_dump(mode="json")),
+        "detector": json.dumps(_without_folders(detector).model_dump(mode="json"), sort_keys=True),
         "methods": json.dumps([[use.name, use.args] for use in methods]),
         "seed": str(seed),
         "steps": str(steps),
@@ -68,6 +72,21 @@ def key_of(parts: Mapping[str, str]) -> str:
     return digest(dict(parts))
 
 
+def same_settings(old: Mapping[str, str], new: Mapping[str, str]) -> bool:
+    """Whether two cells differ at most in the source code, in the versions of libraries, and in the hardware.
+
+    Options that the old cell does not have, because they are newer, must have their defaults in the new one.
+    """
+    settings = (old.keys() | new.keys()) - _CIRCUMSTANCES - {"detector"}
+    if any(old.get(name) != new.get(name) for name in settings):
+        return False
+    try:
+        then, now = (DetectorSection.model_validate_json(parts.get("detector", "")) for parts in (old, new))
+    except ValidationError:  # an option has been removed since, or the result is older than the settings in it
+        return False
+    return then == now
+
+
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     """What changed between two cells, in words."""
     changed = [name for name in new if old.get(name) != new[name]]
@@ -85,6 +104,24 @@ def package_of(model: str) -> str:
     """The package that the model of this name comes from; torchvision for a user's own model."""
     library = library_of_name(model)
     return "torchvision" if library is None else library.package
+
+
+def _without_folders(section: DetectorSection) -> DetectorSection:
+    """The section with the names of its files alone: what is in them is a part of its own, and they may be moved."""
+
+    def name(value: Any) -> Any:
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    args = {key: name(value) if key == "pretrained" else value for key, value in section.args.items()}
+    return section.model_copy(update={"model": name(section.model), "weights": name(section.weights), "args": args})
+
+
+@cache
+def package_digest() -> str:
+    """8 hexadecimal digits that stand for the whole source code of kdtoolkit."""
+    package = Path(kdtoolkit.__file__).parent
+    files = sorted(package.rglob("*.py"))
+    return digest({str(path.relative_to(package)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files})[:8]
 
 
 @cache  # computed once: workers have imported the files as they were when the run began

@@ -8,12 +8,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from kdtoolkit.benchmark.cell import Task, build_detector, shared_classes, stretched
 from kdtoolkit.benchmark.datasets import DataSets
-from kdtoolkit.benchmark.keys import cell_parts, difference, key_of
+from kdtoolkit.benchmark.keys import cell_parts, difference, key_of, package_digest, same_settings
 from kdtoolkit.benchmark.stats import slowest
 from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside, usable_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, Suite
+from kdtoolkit.data import DetectionDataset, open_dataset
+from kdtoolkit.data.dataset import own_ids
+from kdtoolkit.data.opening import splits_of
+from kdtoolkit.data.recorded import attach, check_images
+from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.hardware import device_name
 from kdtoolkit.engine.inputs import check_unlabelled
@@ -41,13 +48,17 @@ class Plan:
     """The tasks of one run of a suite.
 
     `store`: the folder of the run. `device`: `cpu` or `cuda`. `threads`: how many threads each cell uses.
+    `any_version`: whether results of different source code, libraries and hardware are kept.
     """
 
-    def __init__(self, suite: Suite, store: Store, sets: DataSets, *, device: str, threads: int) -> None:
+    def __init__(
+        self, suite: Suite, store: Store, sets: DataSets, *, device: str, threads: int, any_version: bool = False
+    ) -> None:
         self.suite = suite
         self.store = store
         self.device = device
         self.threads = threads
+        self.any_version = any_version
         self._teacher_section = _for_device(suite.teacher, device)
         self._student_section = _for_device(suite.student, device)
         self._data = Fingerprints(
@@ -56,25 +67,44 @@ class Plan:
             sets.val.fingerprint(),
             "" if sets.unlabelled is None else sets.unlabelled.fingerprint(),
         )
+        self._teacher = self._plan_teacher()
 
     def teacher_task(self) -> Task:
         """The teacher's task. Its result and weights are stored under its key, for all runs."""
+        return self._teacher
+
+    def _plan_teacher(self) -> Task:
         section = self._teacher_section
         data = f"{self._data.teacher_data} {self._data.val_data}"
         steps = 0 if section.train is None else section.train.steps
         parts = self._parts(section, (), 0, steps, data, None) | self._class_map
+        stored = self._earlier_teacher(parts) if self.any_version else None
         return Task(
             entry=TEACHER,
             seed=0,
             detector=section,
             data=self.suite.data,
             pictures=self.store.pictures,
-            result=self.store.teacher_path(key_of(parts)),
+            result=self.store.teacher_path(key_of(parts) if stored is None else stored.key),
             parts=parts,
             device=self.device,
             threads=self.threads,
+            source=package_digest(),
             class_map=self.suite.class_map,
         )
+
+    def _earlier_teacher(self, parts: dict[str, str]) -> CellResult | None:
+        """The stored teacher with the same settings: the one that has taught this run so far, or else the latest."""
+        paths = [self.store.teacher_copy, *self.store.teachers.glob("*.json")]
+        found = [
+            result
+            for result in map(_readable, paths)
+            if result is not None
+            and same_settings(result.key_parts, parts)
+            and are_whole(self.store.teacher_path(result.key).with_suffix(".pt"))
+        ]
+        own = _readable(self.store.teacher_copy)
+        return max(found, key=lambda result: (result == own, result.date), default=None)
 
     @property
     def _class_map(self) -> dict[str, str]:
@@ -104,6 +134,7 @@ class Plan:
             | ({"unlabelled": unlabelled} if unlabelled else {}),
             device=self.device,
             threads=self.threads,
+            source=package_digest(),
             methods=methods,
             teacher_detector=self._teacher_section if has_teacher else None,
             teacher_weights=teacher.weights if has_teacher else None,
@@ -153,8 +184,13 @@ class Plan:
         return [self.cell(row, seed, stretch) for seed in range(self.suite.seeds) for row in names]
 
     def result(self, task: Task) -> CellResult | None:
-        """The stored result of a task; None unless it has the task's key, and its weights are complete."""
-        return usable_result(task.result, key_of(task.parts))
+        """The stored result of a task; None unless it is up to date, and its weights are complete."""
+        return usable_result(task.result, lambda found: self._is_current(found, task))
+
+    def _is_current(self, found: CellResult, task: Task) -> bool:
+        if self.any_version:
+            return same_settings(found.key_parts, task.parts)
+        return found.key == key_of(task.parts)
 
     def measured(self, row: str) -> list[CellResult]:
         """The stored results of a row, also results of an earlier version of the suite."""
@@ -178,7 +214,7 @@ class Plan:
         old = _readable(task.result)
         if old is None:
             return f"is trained again, since {task.result} is damaged" if task.result.exists() else None
-        if old.key != key_of(task.parts):
+        if not self._is_current(old, task):
             return f"is out of date ({difference(old.key_parts, task.parts)})"
         return None if are_whole(task.weights) else f"is trained again, since {task.weights} is missing or damaged"
 
@@ -192,7 +228,7 @@ class Plan:
         found: tuple[str, float] | None = None
         for hardware in {result.hardware for result in cells[BASELINE]}:
             costs = {
-                row: [result.seconds_per_step for result in results if result.hardware == hardware]
+                row: [cost for result in results if result.hardware == hardware and (cost := result.cost_per_step)]
                 for row, results in cells.items()
             }
             here = slowest(costs.pop(BASELINE), costs)
@@ -220,7 +256,8 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
     num_classes = len(names)
     where = "teacher"
     try:
-        opened = build_detector(suite.teacher, names, 0)
+        opened = build_detector(suite.teacher, names, 0, own_ids(sets.student))
+        _check_recorded(opened.model, suite, sets)
         if opened.trained and suite.teacher.train is not None:
             raise KDError(
                 f"{opened.weights} is for the classes of the data already, so the teacher is not trained: delete its "
@@ -245,9 +282,25 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
             distiller = Distiller(teacher, student, methods, teacher_scale=suite.teacher_scale, class_map=class_map)
             if sets.unlabelled is not None:
                 check_unlabelled(distiller, sets.unlabelled)
+                distiller.run_steps = suite.student.train.steps
                 unlabelled_steps(distiller, suite.student.train, sets.student, sets.unlabelled)
     except KDError as error:
         raise KDError(f"suite {suite.name}, {where}: {error}") from error
+
+
+def _check_recorded(teacher: nn.Module, suite: Suite, sets: DataSets) -> None:
+    """Check the images of a teacher that is a file of detections. Raises KDError."""
+    if not isinstance(teacher, RecordedDetector):
+        return
+    if (root := suite.data.root) is not None:
+        parts: dict[str, DetectionDataset] = {
+            split: open_dataset(root, split, on_bad="skip") for split in splits_of(root)
+        }
+        if sets.unlabelled is not None:
+            parts["the images without labels"] = sets.unlabelled
+        check_images(teacher.file, parts, dict)
+    for images in filter(None, (sets.student, sets.unlabelled)):
+        attach(images, teacher.file)
 
 
 def _for_device(section: DetectorSection, device: str) -> DetectorSection:

@@ -57,6 +57,7 @@ def run_suite(
     device: str | torch.device = "cpu",
     only: Sequence[str] = (),
     fresh: bool = False,
+    any_version: bool = False,
 ) -> Outcome:
     """Run those cells of a suite that are not done yet.
 
@@ -68,8 +69,11 @@ def run_suite(
         device: `cpu` or `cuda`.
         only: the entries to run besides the baseline. Empty: all entries.
         fresh: run finished cells again: those of `only`, or all rows and the teacher if `only` is empty.
+        any_version: keep finished cells with the same settings, also if the source code of kdtoolkit, the versions of
+            libraries or the hardware have changed since. The board lists all of them.
 
-    Raises KDError if the suite does not fit the data, if the folder cannot be written, or if another run works in it.
+    Raises KDError if `fresh` leaves nothing for `any_version` to keep, if the suite does not fit the data, if the
+    folder cannot be written, or if another run works in it.
     """
     unknown = [name for name in only if name not in (BASELINE, *suite.entries)]
     if unknown:
@@ -77,13 +81,18 @@ def run_suite(
         raise KDError(
             f"suite {suite.name} has no entry '{unknown[0]}'{did_you_mean(unknown[0], suite.entries)}; it has {known}"
         )
+    if fresh and any_version and not only:
+        raise KDError(
+            "--fresh runs everything again, so --any-version has nothing to keep: leave one of them out, or name the "
+            "entries that are to be run again (--only)"
+        )
     store = Store(root)
     device = str(device)
     jobs = jobs or (cores() if device == "cpu" else 1)
     if suite.data.root is not None:
         console.print(Text(f"reading {suite.data.root}"), soft_wrap=True)  # many large files take a while
     sets = load_data(suite.data, store.pictures)
-    plan = Plan(suite, store, sets, device=device, threads=max(1, cores() // jobs))
+    plan = Plan(suite, store, sets, device=device, threads=max(1, cores() // jobs), any_version=any_version)
     if not fresh and plan.complete([BASELINE, *(only or suite.entries)]):
         console.print(Text(f"{root}: all cells are done, so nothing is run (--fresh runs them again)"), soft_wrap=True)
         return Outcome()
@@ -283,7 +292,7 @@ class _Run:
             self.costs.ended(time.monotonic() - self.begun[task] - result.train_seconds)
         ap = result.evaluation["ap"]
         shown = "undefined" if ap is None else f"{ap:.1f}"
-        cost = f"{result.step_ms:.0f} ms/step, {duration(result.train_seconds)}" if result.steps else "not trained"
+        cost = f"{result.cost_ms or 0:.0f} ms/step, {duration(result.train_seconds)}" if result.steps else "not trained"
         self.display.ended(task, f"finished  {task.name}: AP {shown}, {cost}", "green")
         if task.entry == TEACHER:
             self._keep_teacher()

@@ -27,8 +27,9 @@ class CellResult(BaseModel):
     """What one cell measured: one training of a row with one seed.
 
     `key`, `key_parts`: digests of all that the result depends on. `evaluation`, `per_class`: AP in percent, or None if
-    undefined. `train_seconds`: the whole training. `step_ms`: the median step. `peak_memory_mb`: peak memory of the
-    process until the end of training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was
+    undefined. `train_seconds`: the whole training by the clock. `cpu_seconds`: CPU time of the training, over all
+    threads; None in results of earlier versions. `step_ms`: the median step by the clock. `peak_memory_mb`: peak memory
+    of the process until the end of training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was
     stretched. `history`: loss terms and the methods' metrics by step. `inherited`: what the student took from its
     teacher before training, in words; empty if nothing.
     """
@@ -45,6 +46,7 @@ class CellResult(BaseModel):
     steps: int
     stretch: float = 1.0
     train_seconds: float
+    cpu_seconds: float | None = None
     step_ms: float
     peak_memory_mb: float
     parameters: int
@@ -59,8 +61,27 @@ class CellResult(BaseModel):
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean seconds of a training step; 0 for a detector that was not trained."""
+        """Mean seconds of a training step by the clock; 0 for a detector that was not trained."""
         return self.train_seconds / self.steps if self.steps else 0.0
+
+    @property
+    def cost_per_step(self) -> float | None:
+        """Mean seconds that a training step costs; None if they were not measured.
+
+        On a CPU this is CPU time, divided by the number of threads: different work on the machine hardly changes it.
+        """
+        if not self.steps:
+            return None
+        if self.device != "cpu":
+            return self.seconds_per_step
+        return None if self.cpu_seconds is None else self.cpu_seconds / self.threads / self.steps
+
+    @property
+    def cost_ms(self) -> float | None:
+        """What a training step costs, in milliseconds: on a CPU `cost_per_step`, on a GPU the median step."""
+        if self.device != "cpu":
+            return self.step_ms
+        return None if self.cost_per_step is None else 1000 * self.cost_per_step
 
     @property
     def hardware(self) -> str:
@@ -113,11 +134,11 @@ def read_result(path: Path) -> CellResult | None:
         raise KDError(f"{path} is damaged. `kd benchmark run` sets it aside and runs the cell again") from error
 
 
-def usable_result(path: Path, key: str) -> CellResult | None:
-    """A stored result; None unless it has this key, and its weights are complete."""
+def usable_result(path: Path, fits: Callable[[CellResult], bool]) -> CellResult | None:
+    """A stored result; None unless it `fits`, and its weights are complete."""
     with suppress(KDError):
         found = read_result(path)
-        if found is not None and found.key == key and are_whole(path.with_suffix(".pt")):
+        if found is not None and fits(found) and are_whole(path.with_suffix(".pt")):
             return found
     return None
 

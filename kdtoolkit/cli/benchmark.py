@@ -55,6 +55,14 @@ def run(
         bool, typer.Option("--skip-bad", help="Leave bad images and annotations of --data out, instead of stopping.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is done already.")] = False,
+    any_version: Annotated[
+        bool,
+        typer.Option(
+            "--any-version",
+            help="Keep finished cells with the same settings, also if kdtoolkit, its libraries or the hardware have "
+            "changed since.",
+        ),
+    ] = False,
     allow_code: Annotated[
         bool,
         typer.Option(
@@ -95,7 +103,14 @@ def run(
     root = out / (f"{chosen.name}-{name_of(data)}" if data else chosen.name)
     console = Console()
     outcome = run_suite(
-        chosen, root, console=Console(quiet=quiet), jobs=jobs, device=device_name(device), only=only or (), fresh=fresh
+        chosen,
+        root,
+        console=Console(quiet=quiet),
+        jobs=jobs,
+        device=device_name(device),
+        only=only or (),
+        fresh=fresh,
+        any_version=any_version,
     )
     print_board(build_board(root), console)
     place = f"board: {root}/leaderboard.html (also .md, .csv, .json)"

@@ -53,8 +53,8 @@ class Window:
 class RunState:
     """A run's modules and counters.
 
-    `step`: steps done; `seconds`: time spent in training, over all starts; `durations`: seconds of each step since this
-    start.
+    `step`: steps done; `seconds`, `cpu_seconds`: time spent in training, over all starts, by the clock and of the CPU;
+    `durations`: seconds of each step since this start.
     """
 
     distiller: Distiller
@@ -66,6 +66,7 @@ class RunState:
     dead: DeadParts
     step: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     with_boxes: int = 0
     window: Window = field(default_factory=Window)
     history: list[dict[str, float]] = field(default_factory=list)
@@ -131,6 +132,7 @@ class RunState:
             tensors | {"alive": alive},
             {
                 "seconds": self.seconds,
+                "cpu_seconds": self.cpu_seconds,
                 "with_boxes": self.with_boxes,
                 "step_ms": self.step_ms,
                 "window": self.window.values,
@@ -162,6 +164,7 @@ class RunState:
         self.silence.load(facts["silence"])
         self.step = checkpoint.step
         self.seconds = facts["seconds"]
+        self.cpu_seconds = facts.get("cpu_seconds", 0.0)  # checkpoints of earlier versions lack it
         self.with_boxes = facts["with_boxes"]
         self.earlier_step_ms = facts["step_ms"]
         self.window = Window(facts["window"])

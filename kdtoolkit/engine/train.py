@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdtoolkit import processes
-from kdtoolkit.contract import Target
+from kdtoolkit.checks import without_recorded
+from kdtoolkit.contract import RecordedAlone, Target
 from kdtoolkit.data import DetectionDataset, batches, check_same_classes
 from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.engine import group
@@ -24,6 +25,7 @@ from kdtoolkit.engine.evaluate import METRICS, evaluate
 from kdtoolkit.engine.folder import Keeper, RunFolder, opened
 from kdtoolkit.engine.identity import identity
 from kdtoolkit.engine.inputs import (
+    beside_teacher,
     check_arguments,
     check_dataset,
     check_on_device,
@@ -38,6 +40,7 @@ from kdtoolkit.engine.optim import frozen, lr_factor, set_rates
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.engine.result import Progress, TrainResult, mean_metrics
 from kdtoolkit.engine.state import RunState, Window, seed_step
+from kdtoolkit.engine.stopwatch import Stopwatch
 from kdtoolkit.errors import KDError, NonFiniteLossError
 
 __all__ = ["Progress", "RunFolder", "TrainConfig", "TrainResult", "Validation", "lr_factor", "train"]
@@ -93,6 +96,9 @@ def train(
         )
     if unlabelled is not None:
         check_unlabelled(distiller, unlabelled)
+        unlabelled = beside_teacher(distiller, unlabelled)
+    dataset = beside_teacher(distiller, dataset)
+    distiller.run_steps = config.steps
     without = unlabelled_steps(distiller, config, dataset, unlabelled)
     dataset = dataset.in_memory()  # before the clock starts
     unlabelled = None if unlabelled is None else unlabelled.in_memory()
@@ -102,7 +108,7 @@ def train(
     seed_step(seed, 0, rank)
     student = distiller.student
     distiller.accumulation = config.accumulation
-    distiller.calls = 0  # schedules of methods begin with this run
+    distiller.restart()  # schedules and shares of methods begin with this run
     if config.channels_last:
         distiller.to(memory_format=torch.channels_last)
 
@@ -130,7 +136,7 @@ def train(
         optimizer, average, scaler = state.optimizer, state.average, state.scaler
         parameters = state.trained
         window = Window()
-        first, earlier = state.step, state.seconds
+        first = state.step
         set_training(distiller)
 
         def read(images: DetectionDataset, chosen: bool) -> Iterator[tuple[list[Tensor], list[Target]]]:
@@ -149,7 +155,8 @@ def train(
 
         data = alternate(without[first:], read(dataset, False), read(unlabelled, True) if unlabelled else iter(()))
         images_in_all = len(dataset) + (0 if unlabelled is None else len(unlabelled))
-        started = reported = ended = time.perf_counter()
+        watch = Stopwatch(state.seconds, state.cpu_seconds)
+        reported = ended = time.perf_counter()
         for step, (images, targets) in enumerate(data, first):
             begun = time.perf_counter()
             waited = begun - ended
@@ -195,7 +202,7 @@ def train(
             last = step + 1 == config.steps
             values = parts.flush()  # of loss terms and metrics
             state.step = step + 1
-            state.seconds = earlier + now - started
+            state.seconds, state.cpu_seconds = watch.read()
             state.with_boxes += boxes
             window.add({name: value for name, value in values.items() if name in losses})
             state.window.add(values)
@@ -204,10 +211,9 @@ def train(
             keeper.log(step + 1, {"lr": lr, **values} | ({} if overflow else {"gradient_norm": norm_value}))
             keeper.speed(step + 1, now - begun, waited, config.batch_size, device)
             if validation is not None and (last or validation.due(step + 1, config.batch_size, images_in_all)):
-                paused = time.perf_counter()
-                _evaluate(state, validation, config, device, keeper)
-                set_training(distiller)
-                earlier -= time.perf_counter() - paused
+                with watch.paused():
+                    _evaluate(state, validation, config, device, keeper)
+                    set_training(distiller)
             keeper.save(state, last=last)
             if report is not None and rank == 0 and (now - reported > 1 or step == first or last):
                 warnings = (*state.silence.warnings(), *state.dead.warnings(), *keeper.notices)
@@ -229,6 +235,7 @@ def train(
             steps=config.steps,
             seconds=state.seconds,
             step_ms=state.step_ms,
+            cpu_seconds=state.cpu_seconds,
             history=state.history,
             warnings=list(warnings),
             notices=list(keeper.notices),
@@ -249,8 +256,8 @@ def _wrapped(distiller: Distiller, config: TrainConfig, device: torch.device) ->
 
 
 def _parts(
-    images: list[Tensor], targets: list[Target] | None, count: int
-) -> Iterator[tuple[bool, list[Tensor], list[Target] | None]]:
+    images: list[Tensor], targets: list[Target] | list[RecordedAlone] | None, count: int
+) -> Iterator[tuple[bool, list[Tensor], list[Target] | list[RecordedAlone] | None]]:
     """A process's batch in `count` parts of one size, each with whether it is the last."""
     size = len(images) // count
     for start in range(0, len(images), size):
@@ -258,11 +265,13 @@ def _parts(
         yield start + size == len(images), images[start : start + size], own
 
 
-def _values(losses: Losses, targets: Sequence[Target] | None) -> tuple[dict[str, float], bool]:
+def _values(
+    losses: Losses, targets: Sequence[Target] | Sequence[RecordedAlone] | None
+) -> tuple[dict[str, float], bool]:
     """Loss terms, metrics and whether there is a box, over all processes: means, which are those of the whole batch."""
     names = [*losses, *losses.metrics]
     terms = torch.stack([value.detach().float() for value in (*losses.values(), *losses.metrics.values())])
-    boxes = any(len(target["boxes"]) for target in targets or ())
+    boxes = any(len(target["boxes"]) for target in without_recorded(targets)[0] or ())
     if processes.count() > 1:
         *terms_, boxes_ = group.means(torch.cat([terms, terms.new_tensor([float(boxes)])])).tolist()
         return dict(zip(names, terms_, strict=True)), boxes_ > 0

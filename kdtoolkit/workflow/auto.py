@@ -51,6 +51,8 @@ def _wanted(student_spec: DetectorSpec, works: list[str], library: str) -> tuple
     for name in _FALLBACK:
         if name in works:
             return (name,), "the heads cannot be compared, so features are"
+    if "ObjectKD" in works:
+        return ("ObjectKD",), "the teacher shows detections alone"
     return (), ""
 
 

@@ -12,9 +12,12 @@ import torch
 from kdtoolkit import processes
 from kdtoolkit.build import backbone_weights
 from kdtoolkit.classes import ClassMap
-from kdtoolkit.compatibility import why_refused
+from kdtoolkit.compatibility import why_no_student, why_refused
 from kdtoolkit.data import PhotoDataset, check_same_classes, open_dataset, open_images
+from kdtoolkit.data.dataset import own_ids
+from kdtoolkit.data.detections import is_detection_file
 from kdtoolkit.data.opening import name_of
+from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine import group
 from kdtoolkit.engine.config import TrainConfig
@@ -32,6 +35,7 @@ from kdtoolkit.workflow import defaults
 from kdtoolkit.workflow.auto import choose, scaled
 from kdtoolkit.workflow.batch import fitting, trial_step
 from kdtoolkit.workflow.defaults import Begin, Choice, Situation
+from kdtoolkit.workflow.detecting import check_recorded
 from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions
 
 _CHOSEN_BY_USER = "you chose it"
@@ -95,7 +99,7 @@ def prepare(
     notes: list[str] = []
     teacher, class_map = None, None
     if isinstance(options, DistillOptions):
-        teacher, class_map = _teacher(options, images.train.class_names, notes)
+        teacher, class_map = _teacher(options, images, notes)
     student, options = _student(options, images, teacher, notes)
     image_size = _image_size(options, images, teacher, student)
     size = int(image_size.value)
@@ -180,12 +184,14 @@ def _open(options: RunOptions, progress: Callable[[str], Callable[[int, int], No
     return Images(train, val, unlabelled, longest)
 
 
-def _teacher(options: DistillOptions, names: tuple[str, ...], notes: list[str]) -> tuple[Detector, ClassMap | None]:
+def _teacher(options: DistillOptions, images: Images, notes: list[str]) -> tuple[Detector, ClassMap | None]:
     """The teacher, and which classes it shares with the data if its own are different."""
+    names = images.train.class_names
+    ids = own_ids(images.train) if is_detection_file(options.teacher) else None
     weights = options.teacher_weights or ("pretrained" if _has_no_weights_of_its_own(options.teacher) else None)
     file = weights not in (None, "pretrained")
     try:
-        teacher = _opened_in_all(lambda: open_detector(options.teacher, weights=weights))
+        teacher = _opened_in_all(lambda: open_detector(options.teacher, weights=weights, categories=ids))
     except KDError as error:
         if not file and weights == "pretrained" and options.teacher_weights is None:
             raise KDError(
@@ -200,6 +206,10 @@ def _teacher(options: DistillOptions, names: tuple[str, ...], notes: list[str]) 
             f"(`kd train --model {options.teacher} --data {options.data}`)"
             + "".join(f". {note[:1].upper()}{note[1:]}" for note in teacher.notes)
         )
+    parts = {"train": images.train, "val": images.val}
+    if images.unlabelled is not None:
+        parts["the images without labels"] = images.unlabelled
+    check_recorded(teacher.model, parts, options.data)
     count = adapt(teacher.model).spec.num_classes
     if teacher.class_names is None:
         if count != len(names):
@@ -244,6 +254,8 @@ def _student(
             weights = "none"
             notes.append(f"the {role} begins with random weights: published ones cannot be had here ({error})")
     detector = _opened_in_all(lambda: opened(weights))
+    if reason := why_no_student(adapt(detector.model).spec):
+        raise KDError(reason)
     return detector, options.model_copy(update={} if weights is None else {field: weights})
 
 
@@ -372,6 +384,7 @@ def _checked(distiller: Distiller, config: TrainConfig, images: Images) -> Disti
     check_arguments(distiller, config)
     if images.unlabelled is not None:
         check_unlabelled(distiller, images.unlabelled)
+    distiller.run_steps = config.steps
     unlabelled_steps(distiller, config, images.train, images.unlabelled)
     return distiller
 
@@ -471,7 +484,8 @@ def _what(
     if images.unlabelled is not None:
         plan["unlabelled"] = Choice(counted(len(images.unlabelled), "image"), "only the methods' losses, no labels")
     if teacher is not None:
-        plan["teacher"] = Choice(_shown(teacher), f"weights: {teacher.weights}")
+        is_file = isinstance(teacher.model, RecordedDetector)
+        plan["teacher"] = Choice(_shown(teacher), teacher.weights if is_file else f"weights: {teacher.weights}")
         if class_map is not None:
             assert teacher.class_names is not None
             plan["classes"] = Choice(class_map.describe(names, teacher.class_names), "the class lists differ")
@@ -489,6 +503,8 @@ def _copy(detector: Detector) -> Detector:
 
 
 def _shown(detector: Detector) -> str:
+    if isinstance(detector.model, RecordedDetector):
+        return f"{detector.name}, a file of detections"
     millions = sum(p.numel() for p in detector.model.parameters()) / 1e6
     return f"{detector.name}, {millions:.1f} M parameters"
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from kdtoolkit.data.detections import is_detection_file
 from kdtoolkit.engine.evaluate import Evaluation
 from kdtoolkit.errors import KDError, printable
 from kdtoolkit.files import write_atomic
@@ -130,7 +131,7 @@ class Report(BaseModel):
 
     def sentences(self) -> Iterator[str]:
         """What the numbers mean."""
-        if self.teacher:
+        if self.teacher and not is_detection_file(self.given.get("teacher")):
             yield "The teacher was measured as it teaches: at the size at which the student sees the images."
         if self.added is not None:
             yield (

@@ -56,6 +56,7 @@ def made_up(entry, seed, ap, **changes):
         "per_class": {"cat": ap, "dog": ap},
         "steps": 100,
         "train_seconds": 20.0,
+        "cpu_seconds": 0.2 * changes.get("steps", 100),
         "step_ms": 200.0,
         "peak_memory_mb": 512.0,
         "parameters": 12345,

@@ -1,4 +1,6 @@
-from kdtoolkit.benchmark.keys import cell_parts, difference
+import json
+
+from kdtoolkit.benchmark.keys import cell_parts, difference, same_settings
 from kdtoolkit.benchmark.suite import DetectorSection
 
 
@@ -10,3 +12,31 @@ def test_a_folder_of_weights_is_known_by_its_content(tmp_path):
     assert cell_parts(section, (), **settings) == before
     (tmp_path / "config.json").write_text('{"d_model": 8}')
     assert difference(before, cell_parts(section, (), **settings)) == "changed: weights"
+
+
+def test_a_file_of_weights_may_be_moved(tmp_path):
+    found = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "weights.safetensors"
+        file.write_text("the same")
+        section = DetectorSection(model="kdtoolkit/gfl", args={"pretrained": str(file)}, weights=str(file))
+        found.append(cell_parts(section, (), seed=0, steps=1, data="d", teacher="t", device="cpu", threads=1))
+    assert found[0] == found[1]
+
+
+def test_settings_are_the_same_whatever_code_and_hardware_made_the_result():
+    section = DetectorSection(model="kdtoolkit/gfl", train={"steps": 1})
+    new = cell_parts(section, (), seed=0, steps=1, data="d", teacher="t", device="cpu", threads=1)
+    elsewhere = {**new, "code": "c", "torch": "1.0", "library": "kdtoolkit 0.0", "device": "a GPU", "threads": "2"}
+    assert same_settings(elsewhere, new)
+    for name in ("methods", "seed", "steps", "data", "teacher", "precision"):
+        assert not same_settings({**new, name: "different"}, new)
+    assert not same_settings(new, {**new, "unlabelled": "u"})
+
+    fields = json.loads(new["detector"])
+    del fields["train"]["momentum"]  # an option that the earlier version did not have, with its default in the new one
+    assert same_settings({**new, "detector": json.dumps(fields)}, new)
+    fields["train"]["lr"] = 1.0
+    assert not same_settings({**new, "detector": json.dumps(fields)}, new)
+    assert not same_settings({**new, "detector": "0123456789abcdef"}, new)

@@ -212,13 +212,33 @@ def test_equal_time_goes_by_costs_on_the_same_hardware(tmp_path):
     store = Store(tmp_path / "tiny")
     plan = Plan(suite, store, load_data(suite.data), device="cpu", threads=1)
     for row, seconds, machine in ((BASELINE, 10.0, "slow"), ("PKD", 30.0, "slow"), ("CrossKD+PKD", 4.0, "fast")):
-        store_result(store.result_path(row, 0), made_up(row, 0, 20.0, train_seconds=seconds, machine=machine))
+        store_result(store.result_path(row, 0), made_up(row, 0, 20.0, cpu_seconds=seconds, machine=machine))
     assert plan.stretch() == ("PKD", pytest.approx(3.0))
-    store_result(store.result_path(BASELINE, 1), made_up(BASELINE, 1, 20.0, train_seconds=1.0, machine="fast"))
+    store_result(store.result_path(BASELINE, 1), made_up(BASELINE, 1, 20.0, cpu_seconds=1.0, machine="fast"))
     assert plan.stretch() == ("CrossKD+PKD", pytest.approx(4.0))
     for seed in (0, 1):
         store_result(store.result_path(BASELINE, seed), made_up(BASELINE, seed, 20.0, machine="a third"))
     assert plan.stretch() is None
+
+
+def test_any_version_keeps_results_of_different_source_code_and_their_teacher(finished, tmp_path, monkeypatch):
+    root = shutil.copytree(finished.parent, tmp_path / "runs") / finished.name
+    monkeypatch.setattr("kdtoolkit.benchmark.keys.source_digest", lambda *_: "of a later version")
+    before = dates(root)
+    _, text = run(tiny(), root, any_version=True)
+    assert "all cells are done" in text
+    more = tiny(("entries:", "entries:\n  LD: [LD]"), ("weight: 3.0", "weight: 4.0"))
+    outcome, text = run(more, root, any_version=True)
+    assert outcome.failures == {}
+    changed = {path.parts[1] for path, date in dates(root).items() if before.get(path) != date}
+    assert changed >= {"LD", "CrossKD+PKD"}
+    assert changed <= {"LD", "CrossKD+PKD", EQUAL_TIME}
+    assert "CrossKD+PKD, seed 0 is out of date (changed: methods, code)" in text
+    store = Store(root)
+    taught_by = {read_result(store.result_path(row, 0)).key_parts["teacher"] for row in ("PKD", "LD")}
+    assert taught_by == {read_result(store.teacher_copy).key}
+    with pytest.raises(KDError, match="nothing to keep"):
+        run(tiny(), root, any_version=True, fresh=True)
 
 
 def test_a_changed_entry_is_run_again_and_no_other(finished):
@@ -336,8 +356,8 @@ def test_the_stretch_stands_until_it_is_five_percent_short(tmp_path):
     plan = Plan(suite, store, load_data(suite.data), device="cpu", threads=1)
     assert plan.stretch() is None
     for seed in range(2):
-        store_result(store.result_path(BASELINE, seed), made_up(BASELINE, seed, 1.0, train_seconds=20.0))
-        store_result(store.result_path("PKD", seed), made_up("PKD", seed, 1.0, train_seconds=30.0 + 20 * seed))
+        store_result(store.result_path(BASELINE, seed), made_up(BASELINE, seed, 1.0, cpu_seconds=20.0))
+        store_result(store.result_path("PKD", seed), made_up("PKD", seed, 1.0, cpu_seconds=30.0 + 20 * seed))
     assert plan.stretch() == ("PKD", 2.0)
     assert plan.cell(EQUAL_TIME, 0, 2.0).steps == 4
     assert plan.cell(EQUAL_TIME, 0, 1.01).steps == 3  # rounded up
