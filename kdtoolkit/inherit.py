@@ -93,9 +93,9 @@ def inherit(
     taken, left = [], {}
     for name, value in own.items():
         rows = (layers or {}).get(name.rpartition(".")[0])
-        if _within(name, ours.backbone) and not backbone_fits:
+        if within(name, ours.backbone) and not backbone_fits:
             left[name] = "they belong to the backbone, and the teacher's is a different one"
-        elif name not in others or (_within(name, theirs.backbone) and not backbone_fits):
+        elif name not in others or (within(name, theirs.backbone) and not backbone_fits):
             left[name] = "the teacher has no tensors of these names"
         elif rows is not None:
             if (pair := _class_rows(value, others[name], rows, counts)) is None:
@@ -117,13 +117,13 @@ def inherit(
     return Inherited(tuple(taken), left)
 
 
-def _within(name: str, modules: Sequence[str]) -> bool:
+def within(name: str, modules: Sequence[str]) -> bool:
     """Whether a tensor belongs to one of the modules."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _backbone(adapter: DetectorAdapter, state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items() if _within(name, adapter.backbone)}
+    return {name: value.shape for name, value in state.items() if within(name, adapter.backbone)}
 
 
 def _fits(ours: Mapping[str, torch.Size], theirs: Mapping[str, torch.Size]) -> bool:

@@ -94,7 +94,12 @@ def open_detector(
     if is_detection_file(name):
         if weights is not None or args:
             raise KDError(f"{name} is a file of detections, which has no weights and no arguments: leave them out")
-        return _open_recorded(Path(name), class_names, count, categories)
+        if class_names is not None:
+            raise KDError(
+                f"{name} is a file of detections, which can only teach, as it is: name a detector to train. A suite's "
+                "teacher that is such a file has no `train`"
+            )
+        return _open_recorded(Path(name), num_classes, categories)
     names = None if class_names is None else tuple(class_names)
     opened = _opened(str(name), weights, args or {}, count)
     if opened is not None:
@@ -109,16 +114,13 @@ def open_detector(
     return Detector(build_model(full, count), full, names, backbone_weights(full))
 
 
-def _open_recorded(
-    path: Path, class_names: Sequence[str] | None, count: int | None, categories: Mapping[int, str] | None
-) -> Detector:
-    """Open a file of detections. Raises KDError if different classes are asked for: it cannot learn them."""
+def _open_recorded(path: Path, count: int | None, categories: Mapping[int, str] | None) -> Detector:
+    """Open a file of detections. Raises KDError if a different number of classes is asked for."""
     file = read_detections(path, categories)
     names = file.class_names
-    if (class_names is not None and tuple(class_names) != names) or count not in (None, len(names)):
+    if count not in (None, len(names)):
         raise KDError(
-            f"{path} is a file of detections of {len(names)} classes ({shortened(names)}), and cannot be trained on "
-            "different ones: it can only teach, as it is. Leave the classes out, and `train` of a suite's teacher"
+            f"{path} has detections of {len(names)} classes ({shortened(names)}), not of {count}: leave the number out"
         )
     about = f"{len(file.scores)} detections on {len(file.keys)} images"
     return Detector(RecordedDetector(file), str(path), names, about, trained=True)

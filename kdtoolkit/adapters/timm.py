@@ -72,11 +72,6 @@ class FoundationAdapter(DetectorAdapter):
             priors=PriorKind.NONE,
         )
 
-    @property
-    def backbone(self) -> tuple[str, ...]:
-        """All of its modules."""
-        return tuple(name for name, _ in self.model.named_children())
-
     def prepare(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, like: Batch | None = None
     ) -> Batch:

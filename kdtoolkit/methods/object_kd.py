@@ -7,8 +7,8 @@ class and IoU is that with the object's box. So dense detectors, detectors of tw
 other in any mix. For each of the student's predictions of an object:
 
     cls           BCE(s, p), where s is the student's score for the object's class
-    box           L1 + 2 (1 - GIoU), with L1 of (centre, size) relative to the image, summed over the four
-    distribution  KL(teacher's || student's box distributions), mean over the four sides, times T^2
+    box           L1 + 2 (1 - GIoU); L1 is that of (centre, size) in shares of the image
+    distribution  KL(teacher's || student's box sides) * T^2, the mean of four sides
 
 An object's predictions are averaged, so objects with many predictions count as much as objects with one. Then objects
 are averaged, each with the weight w = p * IoU of the teacher's prediction: what the teacher hardly finds hardly counts.

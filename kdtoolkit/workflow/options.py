@@ -1,4 +1,4 @@
-"""The options of `kd train` and `kd distill`: one class each, for the command line, for run files and in Python.
+"""The options of `kd train`, `kd distill` and `kd probe`, for the command line, for run files and in Python.
 
 Nothing here imports torch before options are checked, so that help comes at once.
 """
@@ -195,6 +195,23 @@ class DistillOptions(RunOptions):
         return self.compare_baseline
 
 
+class ProbeOptions(DistillOptions):
+    """The options of `kd probe`: those of `kd distill`, so that its commands and run files can be probed, and more."""
+
+    command = "probe"
+
+    share: float = Field(0.1, gt=0, lt=1, description="the share of the gradient that weights are proposed for")
+    batches: int = Field(4, gt=0, description="batches that are measured; more are slower and more exact")
+    after: int | None = Field(
+        None,
+        ge=0,
+        description="steps that the student is trained alone before; default: 50, or 0 if its weights can detect",
+    )
+    out: Path | None = Field(None, description="not used: a probe writes nothing")
+    compare_baseline: bool = Field(False, description="not used: a probe trains nothing to the end")
+    allow_weak_teacher: bool = Field(False, description="not used: a probe does not measure AP")
+
+
 T = TypeVar("T", bound=RunOptions)
 
 _ABOUT_THE_REST = (
@@ -212,7 +229,7 @@ def read_options(kind: type[T], path: Path) -> T:
     except (OSError, UnicodeDecodeError) as error:
         raise KDError(f"cannot read the run file {path}: {getattr(error, 'strerror', None) or error}") from error
     for other in (TrainOptions, DistillOptions):
-        if other is not kind and text.startswith(other.heading()):
+        if not issubclass(kind, other) and text.startswith(other.heading()):
             raise KDError(f"{path} is of `kd {other.command}`, not of `kd {kind.command}`")
     return _with_absolute_paths(parse(kind, text, str(path), f"a run file of `kd {kind.command}`"), path.parent)
 

@@ -263,7 +263,7 @@ def _student(
             notes.append(f"the {role} begins with random weights: published ones cannot be had here ({error})")
     detector = _opened_in_all(lambda: opened(weights))
     if reason := why_no_student(adapt(detector.model).spec):
-        raise KDError(f"the {role} {name}: {reason}")
+        raise KDError(reason)
     return detector, options.model_copy(update={} if weights is None else {field: weights})
 
 
