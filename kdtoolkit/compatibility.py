@@ -55,7 +55,8 @@ def why_no_shared_level(student_spec: DetectorSpec, teacher_spec: DetectorSpec) 
         return None
     return (
         f"the two have no stride in common: the student's levels have the strides {student_spec.strides}, the "
-        f"teacher's {teacher_spec.strides}. Use a teacher with a level at one of the student's strides"
+        f"teacher's {teacher_spec.strides}. Use Cosine, which needs none, or a teacher with a level at one of the "
+        "student's strides"
     )
 
 
@@ -156,7 +157,7 @@ def why_no_student(spec: DetectorSpec) -> str | None:
 def use_instead(spec: DetectorSpec) -> str:
     """What works with a teacher that shows features alone, or detections alone, as a sentence; empty for all others."""
     if spec.priors is PriorKind.NONE:
-        return f". Use {_OF_FEATURES}"
+        return f". Use Cosine, or {_OF_FEATURES} where strides are equal"
     return f". Use {_OF_DETECTIONS}" if spec.priors is PriorKind.DETECTIONS else ""
 
 
