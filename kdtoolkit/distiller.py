@@ -92,7 +92,8 @@ class Distiller(nn.Module):
     similar calls move it too. For several processes, half precision and more see docs/training.md.
 
     Args:
-        teacher: a detector, or the adapter of one; None if there are no methods.
+        teacher: a detector, or the adapter of one; None if there are no methods. `open_detector` also opens a file of
+            detections as one (docs/detections.md).
         student: a detector, or the adapter of one. Nothing is added to it: its state dict always fits the plain model.
         methods: the methods to distil by. Without methods the losses are exactly the student's own.
         accumulation: number of calls in training mode that make one optimiser step. Schedules of methods count steps.
@@ -324,15 +325,26 @@ class Distiller(nn.Module):
         """The methods that work in a step, on images with or without labels: names, and the factors of their losses."""
         factors = [method.schedule.factor(step, self.run_steps) for method in self._methods]
         found = zip(self._names, self._methods, factors, strict=True)
-        return [each for each in found if each[2] and (labelled or each[1].unlabelled != "skips")]
+        return [each for each in found if each[2] and (labelled or self._takes_unlabelled(each[1]))]
+
+    def _takes_unlabelled(self, method: Method) -> bool:
+        """Whether a method can work on images without labels. If it needs objects, the teacher must find them."""
+        if method.unlabelled == "detections":
+            return Capability.PREDICTIONS in self.seen[1].spec.capabilities
+        return method.unlabelled == "images"
 
     def why_not_unlabelled(self) -> str | None:
         """Why the methods cannot teach by images without labels, as the end of a sentence; None if they can."""
         if not self._methods:
             return "without a method nothing can be learnt from them: name a teacher and a method"
-        if any(method.unlabelled != "skips" for method in self._methods):
+        if any(map(self._takes_unlabelled, self._methods)):
             return None
         names = ", ".join(type(method).__name__ for method in self._methods)
+        if any(method.unlabelled == "detections" for method in self._methods):
+            return (
+                f"the methods ({names}) need objects, and a teacher that shows features alone finds none: add one that "
+                "needs no objects (`kd methods` tells)"
+            )
         return f"none of the methods ({names}) can work without labels: add one that can (`kd methods` tells)"
 
     def train(self, mode: bool = True) -> Self:

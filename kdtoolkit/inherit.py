@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit.classes import ClassMap
-from kdtoolkit.contract import ClassRows, DetectorAdapter
+from kdtoolkit.contract import Capability, ClassRows, DetectorAdapter
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 
@@ -66,10 +66,14 @@ def inherit(
         class_map: which classes the two share, if their class lists differ. Rows of all other classes stay as they are.
 
     Raises:
-        KDError: nothing fits, the class counts differ and there is no `class_map`, or the adapter of such a detector
-            does not say which weights belong to classes.
+        KDError: the teacher is no whole detector, nothing fits, the class counts differ and there is no `class_map`, or
+            the adapter of such a detector does not say which weights belong to classes.
     """
     ours, theirs = adapt(student), adapt(teacher)
+    if not {Capability.FEATURES, Capability.PREDICTIONS} <= theirs.spec.capabilities:
+        raise KDError(
+            f"{theirs.spec.name} is no whole detector, so it has no neck and head to start from: leave init out"
+        )
     counts = ours.spec.num_classes, theirs.spec.num_classes
     if class_map is None:
         if counts[0] != counts[1]:

@@ -13,7 +13,7 @@ from kdtoolkit import Distiller
 from kdtoolkit.adapters import torchvision
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.libraries import adapt
-from kdtoolkit.methods import BCKD, CWD, FGD, LD, PKD, CrossKD, DeFeat, FitNet, LogitKD, Mimic
+from kdtoolkit.methods import BCKD, CWD, FGD, LD, PKD, CrossKD, DeFeat, FitNet, LogitKD, Mimic, ObjectKD
 from tests.conftest import tiny_atss, tiny_fcos, tiny_gfl, tiny_retinanet
 
 NATIVE = {"GFL": tiny_gfl, "ATSS": tiny_atss, "FCOS": tiny_fcos, "RetinaNet": tiny_retinanet}
@@ -26,7 +26,7 @@ OTHERS = "GFL, other methods"
 
 def other_methods():
     ld = LD(valuable_weight=0.25, cls_weight=1.0)
-    return [ld, Mimic(), BCKD(), LogitKD(), FitNet(region="boxes"), DeFeat(), CWD()]
+    return [ld, Mimic(), BCKD(), LogitKD(), ObjectKD(), FitNet(region="boxes"), DeFeat(), CWD()]
 
 
 def detectors(family):

@@ -140,6 +140,11 @@ class DistillOptions(RunOptions):
         default="auto",
         description='how to distil: CrossKD, "PKD?weight=6" ...; default: auto, which chooses by what the pair allows',
     )
+    teacher_scale: float | None = Field(
+        None,
+        description="size of the teacher's images beside the student's: 1, 0.5 or 0.25; default: 1, or what fits the "
+        "strides of a teacher that shows features alone",
+    )
     class_map: dict[str, str] = Field(
         default={}, description="a class of the data and the teacher's name for it; equal names need none"
     )
@@ -151,6 +156,13 @@ class DistillOptions(RunOptions):
     )
     compare_baseline: bool = Field(False, description="also train the same student without the teacher, to compare")
     allow_weak_teacher: bool = Field(False, description="go on with a teacher that is bad on this data")
+
+    @field_validator("teacher_scale")
+    @classmethod
+    def _check_scale(cls, scale: float | None) -> float | None:
+        if scale not in (None, 1.0, 0.5, 0.25):
+            raise ValueError(f"teacher_scale is {scale:g}: it must be 1, 0.5 or 0.25")
+        return scale
 
     @field_validator("method", mode="before")
     @classmethod
