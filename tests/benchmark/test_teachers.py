@@ -146,4 +146,4 @@ def test_what_cannot_work_is_said_before_anything_runs(folder, changes, says):
     if suite.teacher.train is None:
         suite = suite.model_copy(update={"teacher": suite.teacher.model_copy(update={"args": {}})})
     with pytest.raises(KDError, match=says):
-        check_methods(suite, load_data(suite.data))
+        check_methods(suite, load_data(suite.data), suite.entries)
