@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kdtoolkit.canvas import check_images
-from kdtoolkit.contract import DetectorSpec, Target
+from kdtoolkit.contract import DetectorSpec, Recorded, RecordedAlone, Target
 from kdtoolkit.errors import KDError
 
 LOWEST, HIGHEST = -0.5, 1.5  # allowed in images: resizing and changes of colour may leave [0, 1] by a little
@@ -57,6 +57,46 @@ def checked_batch(
             "labels": target["labels"].to(device, non_blocking=True),
         }
         for target in ground_truth
+    ]
+
+
+def without_recorded(
+    targets: Sequence[Target] | Sequence[RecordedAlone] | None,
+) -> tuple[Sequence[Target] | None, list[Recorded] | None]:
+    """Ground truth and recorded detections of a batch, each None if there are none."""
+    labelled = cast("Sequence[Target] | None", targets)
+    if not isinstance(targets, Sequence) or not targets:
+        return labelled, None
+    if not all(isinstance(target, Mapping) and "recorded" in target for target in targets):
+        return labelled, None
+    has_labels = any(target.keys() & {"boxes", "labels"} for target in targets)
+    return labelled if has_labels else None, [target["recorded"] for target in targets]
+
+
+def checked_recorded(recorded: Sequence[Recorded], images: Sequence[Tensor], spec: DetectorSpec) -> list[Recorded]:
+    """Recorded detections on the images' device. `spec` is that of the teacher that they are of.
+
+    Raises KDError that names the image whose detections have a wrong shape.
+    """
+    if len(recorded) != len(images):
+        raise KDError(
+            f"there are {len(images)} images, and recorded detections of {len(recorded)}: hand in one for each"
+        )
+    for i, each in enumerate(recorded):
+        shapes = tuple(each["boxes"].shape), tuple(each["probabilities"].shape)
+        count = shapes[0][0]
+        if shapes != ((count, 4), (count, spec.num_classes)):
+            raise KDError(
+                f"target {i}: recorded boxes must be (D, 4) and probabilities (D, {spec.num_classes}), one for each "
+                f"class of {spec.name}, but they are {shapes[0]} and {shapes[1]}"
+            )
+    device = images[0].device
+    return [
+        Recorded(
+            boxes=each["boxes"].to(device, torch.float32, non_blocking=True),
+            probabilities=each["probabilities"].to(device, torch.float32, non_blocking=True),
+        )
+        for each in recorded
     ]
 
 

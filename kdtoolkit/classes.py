@@ -23,6 +23,7 @@ from kdtoolkit.contract import (
     HeadTrace,
     Predictions,
     Priors,
+    Recorded,
     State,
     Target,
 )
@@ -308,6 +309,17 @@ def with_objects(adapter: DetectorAdapter, batch: Batch, objects: Sequence[Targe
     places = zip(objects, batch.sizes, batch.original_sizes, strict=True)
     boxes = tuple(scaled(each["boxes"], size, original) for each, size, original in places)
     return replace(batch, boxes=boxes, labels=tuple(each["labels"] for each in objects))
+
+
+def with_recorded(batch: Batch, recorded: Sequence[Recorded]) -> Batch:
+    """The batch of a teacher that is a file, with its detections, whose boxes are in pixels of the original images."""
+    if isinstance(batch, SharedBatch):
+        return replace(batch, whole=with_recorded(_whole(batch), recorded))
+    places = zip(recorded, batch.sizes, batch.original_sizes, strict=True)
+    moved = (
+        Recorded(boxes=scaled(each["boxes"], *sizes), probabilities=each["probabilities"]) for each, *sizes in places
+    )
+    return replace(batch, recorded=tuple(moved))
 
 
 def _as_seen(whole: Batch, boxes: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> SharedBatch:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from rich.console import Console
@@ -12,7 +13,8 @@ from rich.text import Text
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdtoolkit.contract import DetectorAdapter, DetectorSpec
+from kdtoolkit.compatibility import why_no_student
+from kdtoolkit.contract import Capability, DetectorAdapter, DetectorSpec, PriorKind, Recorded
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.listing import columns, definitions
@@ -32,7 +34,7 @@ class Inspection:
         resized: (height, width) of the image after the detector's own resizing.
         canvas: (height, width) of the image after padding, which is what the backbone gets.
         grids: (H, W) of each level.
-        priors: number of priors.
+        priors: number of priors; 0 if the detector shows features alone.
         multiply_adds: multiply-adds of the pass, up to the predictions.
     """
 
@@ -59,12 +61,16 @@ def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) 
     learned = [p for p in adapter.model.parameters() if p.requires_grad]
     adapter.model.eval().requires_grad_(False)  # with gradients, the counter fails on windowed attention
     try:
-        device = next(adapter.model.parameters()).device
+        device = next(chain(adapter.model.parameters(), adapter.model.buffers())).device
         image = torch.rand(3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
         with FlopCounterMode(display=False) as counter:
             batch = adapter.prepare([image])
+            if adapter.spec.priors is PriorKind.DETECTIONS:  # a file has none of this image
+                none = Recorded(boxes=image.new_zeros(0, 4), probabilities=image.new_zeros(0, adapter.spec.num_classes))
+                batch = replace(batch, recorded=(none,))
             features = adapter.features(batch)
-            trace = adapter.head(features, batch)
+            shows_head = Capability.PREDICTIONS in adapter.spec.capabilities
+            priors = adapter.head(features, batch).predictions.priors.boxes.shape[-2] if shows_head else 0
     except KDError:
         raise
     except Exception as error:  # a library may raise anything for arguments that it has not checked
@@ -85,7 +91,7 @@ def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) 
         resized=batch.sizes[0],
         canvas=(batch.images.shape[-2], batch.images.shape[-1]),
         grids=tuple((level.shape[-2], level.shape[-1]) for level in features),
-        priors=trace.predictions.priors.boxes.shape[-2],
+        priors=priors,
         multiply_adds=counter.get_total_flops() // 2,  # torch counts multiplications and additions
     )
 
@@ -98,27 +104,32 @@ def print_inspection(found: Inspection, console: Console) -> None:
         facts.add_row(title, Text(fact))
     console.print(facts)
 
-    height, width = found.canvas
-    _print_title("levels", console)
-    levels = columns("level", "stride", "channels", f"grid at {width} x {height}", "priors a cell")
-    each = spec.priors_per_cell or ("",) * len(spec.strides)
-    for i, (stride, channels, grid, count) in enumerate(
-        zip(spec.strides, spec.channels, found.grids, each, strict=True)
-    ):
-        levels.add_row(str(i), str(stride), str(channels), f"{grid[1]} x {grid[0]}", str(count))
-    console.print(levels)
+    if spec.strides:
+        _print_title("levels", console)
+        console.print(_levels(found))
     for title, part in (("stages of the head", spec), ("stages of the first stage", spec.first_stage)):
         if part is not None and part.stages:
             _print_title(title, console)
             console.print(_stages(part))
 
+    if reason := why_no_student(spec):
+        console.print(Text(f"\n{reason}. `kd inspect STUDENT --teacher {spec.name}` shows which methods work."))
+        return
     _print_title("methods, with a teacher of the same kind and size", console)
     _print_verdicts(judge_pair(spec, spec), console)
 
 
-def print_pair(student_found: Inspection, teacher_found: Inspection, console: Console) -> None:
-    """Print both detectors side by side, what they share, which methods work, and why the others do not."""
-    student_spec, teacher_spec = student_found.spec, teacher_found.spec
+def print_pair(
+    student_found: Inspection, teacher_found: Inspection, console: Console, *, teacher_scale: float = 1.0
+) -> None:
+    """Print both detectors side by side, what they share, which methods work, and why the others do not.
+
+    `teacher_scale`: the size of the teacher's images beside the student's. Raises KDError if the student can only
+    teach.
+    """
+    student_spec, teacher_spec = student_found.spec, teacher_found.spec.on_images_scaled_by(teacher_scale)
+    if reason := why_no_student(student_spec):
+        raise KDError(reason)
     ours, theirs = _facts(student_found), _facts(teacher_found)
     table = Table(box=None)
     table.add_column(style="bold", no_wrap=True)
@@ -129,8 +140,11 @@ def print_pair(student_found: Inspection, teacher_found: Inspection, console: Co
     console.print(table)
     common = [stride for stride in student_spec.strides if stride in teacher_spec.strides]
     shared = definitions()
+    if teacher_scale != 1:
+        strides = ", ".join(map(str, teacher_spec.strides))
+        shared.add_row("teacher's images", f"{teacher_scale:g} times the student's size: its strides count {strides}")
     shared.add_row("common strides", ", ".join(map(str, common)) or "none")
-    if student_spec.num_classes != teacher_spec.num_classes:
+    if teacher_spec.num_classes and student_spec.num_classes != teacher_spec.num_classes:
         shared.add_row("class counts", f"{student_spec.num_classes} and {teacher_spec.num_classes}, which differ")
     console.print()
     console.print(shared)
@@ -178,14 +192,15 @@ def _print_verdicts(verdicts: Mapping[str, Verdict], console: Console) -> None:
 
 def _facts(found: Inspection) -> dict[str, str]:
     spec = found.spec
+    shows_head = Capability.PREDICTIONS in spec.capabilities
     frozen = "" if found.trainable == found.parameters else f"; {found.trainable / 1e6:.2f} M of them are trained"
     facts = {
         "detector": f"{spec.name} ({found.adapter})",
-        "classes": f"{spec.num_classes}, {spec.activation} scores",
+        "classes": f"{spec.num_classes}, {spec.activation} scores" if shows_head else "none",
         "parameters": f"{found.parameters / 1e6:.2f} M{frozen}",
         "images": _images(found),
         "multiply-adds": f"{found.multiply_adds / 1e9:.2f} G for this image",
-        "strides": ", ".join(map(str, spec.strides)),
+        "strides": ", ".join(map(str, spec.strides)) or "none",
         "priors": _priors(found),
     }
     if spec.bins:
@@ -206,9 +221,22 @@ def _images(found: Inspection) -> str:
 
 def _priors(found: Inspection) -> str:
     spec = found.spec
+    if spec.priors in (PriorKind.DETECTIONS, PriorKind.NONE):
+        return str(spec.priors)
     if spec.priors.on_grid:
         return f"{found.priors} {spec.priors}"
     return f"{found.priors} {spec.priors} (form: {spec.prior_form})"
+
+
+def _levels(found: Inspection) -> Table:
+    spec, (height, width) = found.spec, found.canvas
+    levels = columns("level", "stride", "channels", f"grid at {width} x {height}", "priors a cell")
+    each = spec.priors_per_cell or ("",) * len(spec.strides)
+    for i, (stride, channels, grid, count) in enumerate(
+        zip(spec.strides, spec.channels, found.grids, each, strict=True)
+    ):
+        levels.add_row(str(i), str(stride), str(channels), f"{grid[1]} x {grid[0]}", str(count))
+    return levels
 
 
 def _stages(spec: DetectorSpec) -> Table:

@@ -28,7 +28,10 @@ from kdtoolkit.build import (
     split_name,
     with_arguments,
 )
+from kdtoolkit.contract import Capability
+from kdtoolkit.data.detections import is_detection_file, read_detections
 from kdtoolkit.detector import Detector, Opened, SavedDetector
+from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.errors import KDError
 from kdtoolkit.files import written_together
 from kdtoolkit.libraries import adapt, library_of_model, library_of_name
@@ -39,6 +42,7 @@ __all__ = [
     "SavedDetector",
     "UnknownClassesError",
     "build_model",
+    "can_detect",
     "check_classes",
     "content_of",
     "is_code",
@@ -64,12 +68,14 @@ def open_detector(
     num_classes: int | None = None,
     weights: str | Path | None = None,
     args: Mapping[str, object] | None = None,
+    categories: Mapping[int, str] | None = None,
 ) -> Detector:
     """Build a detector and load its weights.
 
     Args:
         name: what `build_model` takes; a folder that `save_detector` or `save_pretrained` wrote, or a run's folder that
-            holds one; `best.pt` of Ultralytics; or a published checkpoint of GFL, ATSS, RetinaNet or FCOS.
+            holds one; `best.pt` of Ultralytics; a published checkpoint of GFL, ATSS, RetinaNet or FCOS; or a file of
+            detections (.json), which can only teach.
         class_names: the classes that the detector must have, in the order of their labels. If the weights are for
             different classes, the class layers are new. None keeps the classes of the weights.
         num_classes: their number, if their names are not known.
@@ -77,6 +83,7 @@ def open_detector(
             publishes, a name of torchvision's weights such as "COCO_V1", or "none" for random weights. None: the
             weights that `name` stands for, or random ones.
         args: further arguments of the model. They override those in the name.
+        categories: the classes by their ids, for a file of detections that does not name them.
 
     Raises:
         KDError: there is no such detector or file, the weights do not fit it, or the number of classes is not known.
@@ -84,6 +91,15 @@ def open_detector(
     if class_names is not None and num_classes not in (None, len(class_names)):
         raise KDError(f"num_classes is {num_classes}, and class_names has {len(class_names)} names: leave out one")
     count = num_classes if class_names is None else len(class_names)
+    if is_detection_file(name):
+        if weights is not None or args:
+            raise KDError(f"{name} is a file of detections, which has no weights and no arguments: leave them out")
+        if class_names is not None:
+            raise KDError(
+                f"{name} is a file of detections, which can only teach, as it is: name a detector to train. A suite's "
+                "teacher that is such a file has no `train`"
+            )
+        return _open_recorded(Path(name), num_classes, categories)
     names = None if class_names is None else tuple(class_names)
     opened = _opened(str(name), weights, args or {}, count)
     if opened is not None:
@@ -96,6 +112,23 @@ def open_detector(
         )
     full = with_arguments(*split_name(str(name), args))
     return Detector(build_model(full, count), full, names, backbone_weights(full))
+
+
+def _open_recorded(path: Path, count: int | None, categories: Mapping[int, str] | None) -> Detector:
+    """Open a file of detections. Raises KDError if a different number of classes is asked for."""
+    file = read_detections(path, categories)
+    names = file.class_names
+    if count not in (None, len(names)):
+        raise KDError(
+            f"{path} has detections of {len(names)} classes ({shortened(names)}), not of {count}: leave the number out"
+        )
+    about = f"{len(file.scores)} detections on {len(file.keys)} images"
+    return Detector(RecordedDetector(file), str(path), names, about, trained=True)
+
+
+def can_detect(detector: Detector) -> bool:
+    """Whether it is a detector with a head, and not a model that shows features alone."""
+    return Capability.PREDICTIONS in adapt(detector.model).spec.capabilities
 
 
 def has_classes(detector: Detector, class_names: Sequence[str]) -> bool:
@@ -193,6 +226,9 @@ def _opened(name: str, weights: str | Path | None, args: Mapping[str, object], c
     if weights == "none":
         return None
     if weights is not None and (is_place(weights) or len(Path(weights).parts) > 1):
+        if open_weights := getattr(module, "open_weights", None):
+            found: Opened = open_weights(model, args, Path(weights))
+            return found
         model_name = architecture(with_arguments(path, args))
         return _open_state(model_name, _checkpoint_in(Path(weights)), str(weights), count)
     if module is not None:
@@ -370,6 +406,8 @@ def _with_classes(opened: Opened, class_names: tuple[str, ...] | None, count: in
     """The detector with the classes that are asked for: with new class layers, if its own are different."""
     names = class_names if opened.class_names is None else opened.class_names
     known = class_names is not None and opened.class_names is not None
+    if not opened.num_classes:  # it shows features alone
+        names, count = None, None
     if count is None or (class_names == opened.class_names if known else count == opened.num_classes):
         return Detector(
             opened.model, opened.name, names, opened.weights, opened.trained, opened.notes, opened.image_size

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdtoolkit.adapters.recorded import RecordedAdapter
 from kdtoolkit.build import construct
 from kdtoolkit.contract import (
     Assignment,
@@ -165,7 +166,7 @@ def _tiny(kind: Callable[..., DenseDetector], num_classes: int) -> DenseDetector
     )
 
 
-ADAPTERS: tuple[type[DetectorAdapter], ...] = (DenseAdapter,)
+ADAPTERS: tuple[type[DetectorAdapter], ...] = (DenseAdapter, RecordedAdapter)
 
 _MODELS: Mapping[str, type[DenseDetector]] = {"gfl": GFL, "atss": ATSS, "fcos": FCOS, "retinanet": RetinaNet}
 

@@ -242,7 +242,9 @@ def _warnings(
     for (row, warning), seeds in silent.items():
         yield f"{row} (seed {', '.join(seeds)}): {warning}"
     baseline = spread(result.evaluation["ap"] for result in cells[BASELINE])
-    if teacher is not None and baseline is not None and (teacher.evaluation["ap"] or 0.0) <= baseline.mean:
+    if teacher is not None and teacher.evaluation["ap"] is None:
+        yield from (f"teacher: {warning}" for warning in teacher.warnings)
+    elif teacher is not None and baseline is not None and (teacher.evaluation["ap"] or 0.0) <= baseline.mean:
         yield (
             f"the teacher (AP {teacher.evaluation['ap'] or 0.0:.1f}) is no better than the student's baseline "
             f"({baseline.mean:.1f}), so the student has nothing to learn from it. Train the teacher longer or on more "

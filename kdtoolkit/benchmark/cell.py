@@ -17,9 +17,11 @@ from kdtoolkit.benchmark.keys import key_of, package_of
 from kdtoolkit.benchmark.store import CellResult, discard_runs, holding, usable_result, write_result, write_weights
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection
 from kdtoolkit.classes import ClassMap
+from kdtoolkit.compatibility import why_no_student
 from kdtoolkit.data import DetectionDataset
+from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.distiller import Distiller
-from kdtoolkit.engine.evaluate import METRICS, evaluate
+from kdtoolkit.engine.evaluate import METRICS, Evaluation, evaluate, why_not_measured
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.hardware import device_name, machine
 from kdtoolkit.engine.memory import peak_memory_mb
@@ -27,8 +29,9 @@ from kdtoolkit.engine.result import TrainResult
 from kdtoolkit.engine.train import Progress, Validation, train
 from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.inherit import inherit
+from kdtoolkit.libraries import adapt
 from kdtoolkit.method_use import MethodUse
-from kdtoolkit.models import Detector, UnknownClassesError, check_classes, open_detector
+from kdtoolkit.models import Detector, UnknownClassesError, can_detect, check_classes, open_detector
 
 SAVE_SECONDS = 30.0  # between two checkpoints of a training
 
@@ -126,21 +129,27 @@ def four_fifths(steps: int) -> int:
     return math.ceil(0.8 * steps)
 
 
-def build_detector(section: DetectorSection, class_names: Sequence[str], seed: int) -> Detector:
+def build_detector(
+    section: DetectorSection, class_names: Sequence[str], seed: int, categories: Mapping[int, str] | None = None
+) -> Detector:
     """Open the detector. Weights that it has no others for are drawn from `seed`.
 
-    A teacher that is used as it is keeps its own classes (`shared_classes`). Raises KDError if it cannot be opened, or
-    cannot detect.
+    A teacher that is used as it is keeps its own classes (`shared_classes`). `categories`: the data's classes by their
+    ids, for a teacher that is a file of detections. Raises KDError if it cannot be opened, or cannot detect.
     """
     torch.manual_seed(seed)
     classes = None if section.train is None else class_names
     lacking = f"{section.model!r} has random weights: give it `weights`, or `train` to train it"
     try:
-        detector = open_detector(section.model, class_names=classes, weights=section.weights, args=section.args)
+        detector = open_detector(
+            section.model, class_names=classes, weights=section.weights, args=section.args, categories=categories
+        )
     except UnknownClassesError as error:
         raise KDError(lacking) from error
     if section.train is None and not detector.trained:
         raise KDError(lacking)
+    if section.train is not None and (reason := why_no_student(adapt(detector.model).spec)):
+        raise KDError(f"{section.model!r} cannot be trained: {reason}. A teacher that can only teach has no `train`")
     return detector
 
 
@@ -152,6 +161,10 @@ def shared_classes(
     `given`: the teacher's name for a class of the data, where the names differ. Raises KDError if no class is shared.
     """
     if section.train is not None:
+        return None
+    if not can_detect(detector):
+        if given:
+            raise KDError(f"{section.model!r} shows features alone and has no classes: delete class_map")
         return None
     if detector.class_names is None:
         check_classes(detector, class_names)
@@ -183,12 +196,13 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
     sets = load_data(task.data, task.pictures)
     images = sets.teacher if task.entry == TEACHER else sets.student
     names = images.class_names
-    detector = build_detector(task.detector, names, task.seed)
+    ids = own_ids(images)
+    detector = build_detector(task.detector, names, task.seed, ids)
     student, teacher, inherited = detector.model.to(task.device), None, ""
     class_map = shared_classes(task.detector, detector, names, task.class_map)
     if task.teacher_detector is not None:
         assert task.teacher_weights is not None  # every task with a teacher has both
-        opened = build_detector(task.teacher_detector, names, 0)
+        opened = build_detector(task.teacher_detector, names, 0, ids)
         teacher = opened.model
         teacher.load_state_dict(torch.load(task.teacher_weights, weights_only=True))
         teacher.to(task.device)
@@ -213,23 +227,25 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         report(Report(f"evaluating {done}/{total}", trained.steps, warnings=tuple(trained.warnings)))
 
     evaluating(0, len(sets.val))
-    size = None if task.detector.train is None else task.detector.train.input_size
-    evaluation = evaluate(
-        student,
-        sets.val,
-        device=task.device,
-        input_size=size,
-        class_map=class_map if task.entry == TEACHER else None,
-        progress=evaluating,
-    )
+    evaluation: Evaluation | None = None
+    notices = [] if (reason := why_not_measured(student, sets.val)) is None else [f"the AP is unknown: {reason}"]
+    if not notices:
+        evaluation = evaluate(
+            student,
+            sets.val,
+            device=task.device,
+            input_size=None if task.detector.train is None else task.detector.train.input_size,
+            class_map=class_map if task.entry == TEACHER else None,
+            progress=evaluating,
+        )
     result = CellResult(
         entry=task.entry,
         seed=task.seed,
         key=key_of(task.parts),
         key_parts=task.parts,
         data=sets.description,
-        evaluation={name: getattr(evaluation, name) for name in METRICS},
-        per_class=evaluation.per_class,
+        evaluation={name: getattr(evaluation, name, None) for name in METRICS},
+        per_class={} if evaluation is None else evaluation.per_class,
         ap_at_four_fifths=next((row["eval/ap"] for row in trained.evaluations if row["step"] != trained.steps), None),
         steps=trained.steps,
         stretch=task.stretch,
@@ -240,7 +256,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         history=trained.history,
         inherited=inherited,
-        warnings=trained.warnings,
+        warnings=[*trained.warnings, *notices],
         versions={
             name: version(name)
             for name in dict.fromkeys(("kdtoolkit", "torch", "torchvision", "timm", package_of(task.detector.model)))

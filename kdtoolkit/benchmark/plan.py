@@ -8,12 +8,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from kdtoolkit.benchmark.cell import Task, build_detector, shared_classes, stretched
 from kdtoolkit.benchmark.datasets import DataSets
 from kdtoolkit.benchmark.keys import cell_parts, difference, key_of, package_digest, same_settings
 from kdtoolkit.benchmark.stats import slowest
 from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside, usable_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
+from kdtoolkit.data import DetectionDataset, open_dataset
+from kdtoolkit.data.dataset import own_ids
+from kdtoolkit.data.opening import splits_of
+from kdtoolkit.data.recorded import attach, check_images
+from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.hardware import device_name
 from kdtoolkit.engine.inputs import check_unlabelled
@@ -271,7 +278,8 @@ def check_methods(suite: Suite, sets: DataSets, rows: Iterable[str]) -> None:
     num_classes = len(names)
     where = "teacher"
     try:
-        opened = build_detector(suite.teacher, names, 0)
+        opened = build_detector(suite.teacher, names, 0, own_ids(sets.student))
+        _check_recorded(opened.model, suite, sets)
         if opened.trained and suite.teacher.train is not None:
             raise KDError(
                 f"{opened.weights} is for the classes of the data already, so the teacher is not trained: delete its "
@@ -300,6 +308,21 @@ def check_methods(suite: Suite, sets: DataSets, rows: Iterable[str]) -> None:
                 unlabelled_steps(distiller, suite.student.train, sets.student, sets.unlabelled)
     except KDError as error:
         raise KDError(f"suite {suite.name}, {where}: {error}") from error
+
+
+def _check_recorded(teacher: nn.Module, suite: Suite, sets: DataSets) -> None:
+    """Check the images of a teacher that is a file of detections. Raises KDError."""
+    if not isinstance(teacher, RecordedDetector):
+        return
+    if (root := suite.data.root) is not None:
+        parts: dict[str, DetectionDataset] = {
+            split: open_dataset(root, split, on_bad="skip") for split in splits_of(root)
+        }
+        if sets.unlabelled is not None:
+            parts["the images without labels"] = sets.unlabelled
+        check_images(teacher.file, parts, dict)
+    for images in filter(None, (sets.student, sets.unlabelled)):
+        attach(images, teacher.file)
 
 
 def _for_device(section: DetectorSection, device: str) -> DetectorSection:

@@ -5,16 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from torch import Tensor
 
 
+class Recorded(TypedDict):
+    """What a teacher found on an image at an earlier time, as a file of detections holds it.
+
+    `boxes`: (D, 4) float32 xyxy in pixels. `probabilities`: (D, K) float32 in [0, 1], one for each class of the
+    teacher.
+    """
+
+    boxes: Tensor
+    probabilities: Tensor
+
+
 class Target(TypedDict):
-    """Ground truth of one image: `boxes` (G, 4) float32 xyxy in pixels, `labels` (G,) int64 in [0, K)."""
+    """Ground truth of one image: `boxes` (G, 4) float32 xyxy in pixels, `labels` (G,) int64 in [0, K).
+
+    `recorded`: what a teacher found on the image, if the teacher is a file of detections. It has gone through the same
+    changes of the image as the boxes.
+    """
 
     boxes: Tensor
     labels: Tensor
+    recorded: NotRequired[Recorded]
+
+
+class RecordedAlone(TypedDict):
+    """What a teacher found on an image that has no labels."""
+
+    recorded: Recorded
 
 
 class Detections(TypedDict):
@@ -39,6 +61,8 @@ class Batch:
         original_sizes: sizes before `prepare`. Detections are in pixels of these.
         boxes: one tensor (G, 4) per image, in pixels of the canvas; empty if the batch has no ground truth.
         labels: one tensor (G,) per image; empty if the batch has no ground truth.
+        recorded: what a teacher found on each image, with boxes in pixels of the canvas; empty if the detector is no
+            file of detections.
     """
 
     images: Tensor
@@ -47,6 +71,7 @@ class Batch:
     original_sizes: tuple[tuple[int, int], ...]
     boxes: tuple[Tensor, ...] = ()
     labels: tuple[Tensor, ...] = ()
+    recorded: tuple[Recorded, ...] = ()
 
     def geometry_scaled_by(self, scale: float) -> Batch:
         """A batch with scaled sizes and canvas, for `DetectorAdapter.prepare(like=...)`; its pixels mean nothing."""

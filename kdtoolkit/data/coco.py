@@ -58,8 +58,8 @@ def read(root: Path, split: str, progress: Progress) -> Reading:
     """Read a split. Raises KDError if the JSON cannot be used at all."""
     path, folder = _files_of(root, split)
     document = _parse(path)
-    categories = _categories(document["categories"], path)
-    reading = Reading(path, root, categories)
+    categories = categories_in(document["categories"], path)
+    reading = Reading(path, root, categories, has_ids=True)
     entries = _images(document["images"], reading)
     boxes = _boxes(document["annotations"], entries, reading)
     files = Files(folder, "file_name is relative to the images folder")
@@ -144,7 +144,7 @@ def _parse(path: Path) -> dict[str, list[Any]]:
     return document
 
 
-def _categories(entries: list[Any], path: Path) -> list[Category]:
+def categories_in(entries: list[Any], path: Path) -> list[Category]:
     """The classes in the order of labels, which is that of the ids."""
     categories: list[Category] = []
     taken: dict[tuple[str, int | str], Category] = {}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kdtoolkit.contract import Recorded
 from kdtoolkit.errors import KDError
 
 
@@ -19,18 +20,25 @@ class Sample(TypedDict):
 
     `boxes`: (G, 4) float32, xyxy in pixels of the image given out. `labels`: (G,) int64 in [0, K). `image_id`: the
     image's id in `DetectionDataset.coco`. `original_size`: (height, width) of the image that `coco` refers to.
+    `recorded`: what a teacher found on the image, if it is a file of detections; boxes as those of the ground truth.
     """
 
     boxes: Tensor
     labels: Tensor
     image_id: int
     original_size: tuple[int, int]
+    recorded: NotRequired[Recorded]
 
 
 class DetectionDataset(Dataset[tuple[Tensor, Sample]], ABC):
-    """Images with boxes. A model is shown the items; its detections are scored against `coco`."""
+    """Images with boxes. A model is shown the items; its detections are scored against `coco`.
+
+    `has_ids`: whether the ids of images and categories in `coco` are the user's own, so that a file of detections may
+    refer to them.
+    """
 
     class_names: tuple[str, ...]
+    has_ids: bool = True
 
     @abstractmethod
     def __len__(self) -> int:
@@ -43,6 +51,10 @@ class DetectionDataset(Dataset[tuple[Tensor, Sample]], ABC):
     @abstractmethod
     def coco(self) -> dict[str, Any]:
         """Ground truth in COCO's format at original sizes; `categories` are in the order of `class_names`."""
+
+    def files(self) -> list[str]:
+        """The file of each image, with slashes and as many folders as are known."""
+        return [image["file_name"] for image in self.coco()["images"]]
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -74,6 +86,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Sample]], ABC):
 class _Subset(DetectionDataset):
     def __init__(self, whole: DetectionDataset, indices: Sequence[int]) -> None:
         self.class_names = whole.class_names
+        self.has_ids = whole.has_ids
         self._whole = whole
         self._indices = indices
 
@@ -93,8 +106,17 @@ class _Subset(DetectionDataset):
         annotations = [a for a in truth["annotations"] if a["image_id"] in ids]
         return {**truth, "images": images, "annotations": annotations}
 
+    def files(self) -> list[str]:
+        files = self._whole.files()
+        return [files[i] for i in self._indices]
+
     def fingerprint(self) -> str:
         return digest(self._whole.fingerprint(), self._indices)
+
+
+def own_ids(dataset: DetectionDataset) -> dict[int, str] | None:
+    """The names of the classes by the user's own ids; None if there are no such ids."""
+    return {each["id"]: each["name"] for each in dataset.coco()["categories"]} if dataset.has_ids else None
 
 
 def check_is_dataset(dataset: object) -> None:

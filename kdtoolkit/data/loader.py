@@ -15,6 +15,7 @@ from kdtoolkit.contract import Target
 from kdtoolkit.data.augment import Augmentation
 from kdtoolkit.data.dataset import DetectionDataset, check_is_dataset, checked_item
 from kdtoolkit.data.mix import Item
+from kdtoolkit.data.recorded import Carrier
 from kdtoolkit.data.resize import InputSize, with_boxes
 from kdtoolkit.errors import KDError
 
@@ -123,16 +124,20 @@ class _Presented(Dataset[tuple[Tensor, Target] | KDError]):
 
     def _shown(self, draw: _Draw) -> tuple[Tensor, Target]:
         generator = self._generator.manual_seed(draw.seed)
+        carrier = Carrier()
+
+        def read(index: int) -> Item:
+            return self._read(index, draw.short, generator, carrier)
 
         def another() -> Item:
-            return self._read(int(torch.randint(len(self._dataset), (), generator=generator)), draw.short, generator)
+            return read(int(torch.randint(len(self._dataset), (), generator=generator)))
 
-        image, target = self._augment.of(self._read(draw.image, draw.short, generator), another, generator)
-        return image.float().div_(255), target
+        image, target = self._augment.of(read(draw.image), another, generator)
+        return image.float().div_(255), carrier.unladen(target)
 
-    def _read(self, index: int, short: int | None, generator: torch.Generator) -> Item:
+    def _read(self, index: int, short: int | None, generator: torch.Generator, carrier: Carrier) -> Item:
         image, sample = checked_item(self._dataset, index)
-        target: Target = {"boxes": sample["boxes"], "labels": sample["labels"]}
+        target = carrier.laden(sample)
         if self._input_size is None:
             return image, target
         image, target = self._input_size.cropped(image, target, generator)

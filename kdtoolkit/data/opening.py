@@ -8,7 +8,7 @@ from typing import Literal
 
 from kdtoolkit.data import coco, voc, yolo
 from kdtoolkit.data.photos import MEMORY_BYTES, PhotoDataset
-from kdtoolkit.data.records import Form, Progress, telling_what_is_unreadable
+from kdtoolkit.data.records import Form, Progress, Reading, telling_what_is_unreadable
 from kdtoolkit.errors import KDError
 
 FORMS = (coco.FORM, yolo.FORM, voc.FORM)
@@ -46,10 +46,25 @@ def name_of(path: Path) -> str:
 
 def class_names_of(path: Path) -> tuple[str, ...]:
     """The classes of a data set in the order of their labels. Raises KDError if it cannot be read."""
+    return tuple(category.name for category in _some_split(path).categories)
+
+
+def splits_of(path: Path) -> list[str]:
+    """The splits that a data set has. Raises KDError if it cannot be read."""
+    form, place = locate(path)
+    return form.splits(place)
+
+
+def categories_of(path: Path) -> dict[int, str] | None:
+    """The classes of a data set by their ids; None if its format has no ids. Raises KDError if it cannot be read."""
+    reading = _some_split(path)
+    return {category.id: category.name for category in reading.categories} if reading.has_ids else None
+
+
+def _some_split(path: Path) -> Reading:
     form, place = locate(path)
     splits = form.splits(place)
-    reading = form.read(place, "val" if "val" in splits else splits[0], _no_progress)
-    return tuple(category.name for category in reading.categories)
+    return form.read(place, "val" if "val" in splits else splits[0], _no_progress)
 
 
 def open_dataset(

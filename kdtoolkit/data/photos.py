@@ -51,6 +51,7 @@ class PhotoDataset(DetectionDataset):
         if max_size is not None and max_size < 1:
             raise KDError(f"max_size must be at least 1 px, not {max_size}")
         self._source = reading.source
+        self.has_ids = reading.has_ids
         self._categories = _chosen(reading, class_names)
         self.class_names = tuple(category.name for category in self._categories)
         settle(reading.faults, reading.source, on_bad)
@@ -109,6 +110,10 @@ class PhotoDataset(DetectionDataset):
         ]
         categories = [{"id": category.id, "name": category.name} for category in self._categories]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+
+    def files(self) -> list[str]:
+        """The path of each image file."""
+        return [Path(os.path.abspath(photo.path)).as_posix() for photo in self._photos]
 
     def fingerprint(self) -> str:
         """Digest of the content of all image files, of their annotations and of the arguments."""

@@ -97,7 +97,8 @@ class Reading:
 
     `source`: the file that stands for the split in messages. `root`: the folder of the data set. `remarks`: sentences
     about what is odd, but can be read. `cut`: number of boxes that reached beyond the image's edge and were cut there.
-    `unread`: numbers of entries in the files that detection does not use.
+    `unread`: numbers of entries in the files that detection does not use. `has_ids`: whether the files themselves give
+    images and classes their ids.
     """
 
     source: Path
@@ -108,6 +109,7 @@ class Reading:
     remarks: list[str] = field(default_factory=list)
     cut: int = 0
     unread: Counter[str] = field(default_factory=Counter)
+    has_ids: bool = False
 
     @contextmanager
     def noting(self, file: Path, loses: Literal["image", "box"]) -> Iterator[None]:

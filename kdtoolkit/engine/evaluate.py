@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from kdtoolkit import processes
 from kdtoolkit.classes import ClassMap
-from kdtoolkit.contract import DetectorAdapter
+from kdtoolkit.contract import Capability, DetectorAdapter
 from kdtoolkit.data import DetectionDataset, InputSize, Sample
 from kdtoolkit.data.dataset import checked_item
+from kdtoolkit.data.recorded import found_on, knows
+from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.engine import group
 from kdtoolkit.engine.detect import Precision, Runner
 from kdtoolkit.engine.inputs import check_dataset
-from kdtoolkit.engine.scoring import IOU_THRESHOLDS, Floats, Found, precisions
+from kdtoolkit.engine.scoring import IOU_THRESHOLDS, Floats, Found, Ints, precisions
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
@@ -108,6 +111,8 @@ def find(
 
     The arguments and errors are those of `evaluate`.
     """
+    if isinstance(runner.module, RecordedDetector):
+        return recorded(runner.module, *found_on(runner.module.file, dataset))
     places = {image["id"]: place for place, image in enumerate(dataset.coco()["images"])}
     rank, count = (group.rank(), processes.count()) if together else (0, 1)
     first, end = (len(dataset) * place // count for place in (rank, rank + 1))
@@ -122,6 +127,22 @@ def find(
             if progress is not None:
                 progress(start + len(items) - first, end - first)
     return Found.concatenated(group.gathered(found) if together else found)
+
+
+def recorded(detector: RecordedDetector, rows: Ints, places: Ints) -> Found:
+    """The detections of a file in these rows, on the images at these places."""
+    file = detector.file
+    return Found(places, file.labels[rows], file.boxes[rows], file.scores[rows])
+
+
+def why_not_measured(model: nn.Module | DetectorAdapter, dataset: DetectionDataset) -> str | None:
+    """Why the AP of a teacher cannot be measured on a data set, as a part of a sentence; None if it can."""
+    module = model.model if isinstance(model, DetectorAdapter) else model
+    if isinstance(module, RecordedDetector) and not knows(module.file, dataset):
+        return f"{module.path} has no detections on the images of {dataset}"
+    if Capability.PREDICTIONS not in (spec := adapt(model).spec).capabilities:
+        return f"{spec.name} shows features alone and detects nothing"
+    return None
 
 
 def of_shared_classes(truth: dict[str, Any], found: Found, class_map: ClassMap) -> tuple[dict[str, Any], Found]:

@@ -7,19 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdtoolkit.checks import checked_batch, checked_images
-from kdtoolkit.contract import Batch, DetectorAdapter, Target
+from kdtoolkit.checks import checked_batch, checked_images, without_recorded
+from kdtoolkit.contract import Batch, DetectorAdapter, RecordedAlone, Target
 from kdtoolkit.distiller import Distiller
 
 
 @torch.no_grad()
-def locate_non_finite(distiller: Distiller, images: Sequence[Tensor], targets: Sequence[Target] | None) -> str:
+def locate_non_finite(
+    distiller: Distiller, images: Sequence[Tensor], targets: Sequence[Target] | Sequence[RecordedAlone] | None
+) -> str:
     """Say in words where the first non-finite value arises in each detector, for the batch of the last step.
 
     The teacher is left out if it did not run in that step. Levels are named by their strides. If all values are finite,
     it names the largest one: then a loss overflowed.
     """
     student = distiller.student_adapter
+    targets, recorded = without_recorded(targets)
     if targets is None:
         images = checked_images(images, distiller.student)
     else:
@@ -29,7 +32,7 @@ def locate_non_finite(distiller: Distiller, images: Sequence[Tensor], targets: S
     last_step = (distiller.calls - 1) // distiller.accumulation  # the call is counted already
     if not distiller.active(last_step, labelled=targets is not None):
         return found
-    seen = distiller.teacher_batch(images, targets, batch)
+    seen = distiller.teacher_batch(images, targets, batch, recorded)
     return f"{found}; teacher: {_first_non_finite(distiller.seen[1], seen)}"
 
 

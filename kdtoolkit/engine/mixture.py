@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from kdtoolkit.contract import Target
+from kdtoolkit.contract import RecordedAlone, Target
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
@@ -57,8 +57,14 @@ def alternate(
     without: Iterable[bool],
     labelled: Iterator[tuple[list[Tensor], list[Target]]],
     unlabelled: Iterator[tuple[list[Tensor], list[Target]]],
-) -> Iterator[tuple[list[Tensor], list[Target] | None]]:
-    """Yield a batch for each step: in the steps `without` labels one of `unlabelled`, with None for its targets."""
+) -> Iterator[tuple[list[Tensor], list[Target] | list[RecordedAlone] | None]]:
+    """Yield a batch for each step: in the steps `without` labels one of `unlabelled`, without labels in its targets."""
     for none in without:
         images, targets = next(unlabelled if none else labelled)
-        yield images, None if none else targets
+        yield images, _without_labels(targets) if none else targets
+
+
+def _without_labels(targets: list[Target]) -> list[RecordedAlone] | None:
+    """What the targets hold beside labels: a teacher's recorded detections; None if there is nothing."""
+    found: list[RecordedAlone] = [{"recorded": each["recorded"]} for each in targets if "recorded" in each]
+    return found or None

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdtoolkit import processes
-from kdtoolkit.contract import Target
+from kdtoolkit.checks import without_recorded
+from kdtoolkit.contract import RecordedAlone, Target
 from kdtoolkit.data import DetectionDataset, batches, check_same_classes
 from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.engine import group
@@ -24,6 +25,7 @@ from kdtoolkit.engine.evaluate import METRICS, evaluate
 from kdtoolkit.engine.folder import Keeper, RunFolder, opened
 from kdtoolkit.engine.identity import identity
 from kdtoolkit.engine.inputs import (
+    beside_teacher,
     check_arguments,
     check_dataset,
     check_on_device,
@@ -94,6 +96,8 @@ def train(
         )
     if unlabelled is not None:
         check_unlabelled(distiller, unlabelled)
+        unlabelled = beside_teacher(distiller, unlabelled)
+    dataset = beside_teacher(distiller, dataset)
     distiller.run_steps = config.steps
     without = unlabelled_steps(distiller, config, dataset, unlabelled)
     dataset = dataset.in_memory()  # before the clock starts
@@ -104,7 +108,7 @@ def train(
     seed_step(seed, 0, rank)
     student = distiller.student
     distiller.accumulation = config.accumulation
-    distiller.calls = 0  # schedules of methods begin with this run
+    distiller.restart()  # schedules and shares of methods begin with this run
     if config.channels_last:
         distiller.to(memory_format=torch.channels_last)
 
@@ -252,8 +256,8 @@ def _wrapped(distiller: Distiller, config: TrainConfig, device: torch.device) ->
 
 
 def _parts(
-    images: list[Tensor], targets: list[Target] | None, count: int
-) -> Iterator[tuple[bool, list[Tensor], list[Target] | None]]:
+    images: list[Tensor], targets: list[Target] | list[RecordedAlone] | None, count: int
+) -> Iterator[tuple[bool, list[Tensor], list[Target] | list[RecordedAlone] | None]]:
     """A process's batch in `count` parts of one size, each with whether it is the last."""
     size = len(images) // count
     for start in range(0, len(images), size):
@@ -261,11 +265,13 @@ def _parts(
         yield start + size == len(images), images[start : start + size], own
 
 
-def _values(losses: Losses, targets: Sequence[Target] | None) -> tuple[dict[str, float], bool]:
+def _values(
+    losses: Losses, targets: Sequence[Target] | Sequence[RecordedAlone] | None
+) -> tuple[dict[str, float], bool]:
     """Loss terms, metrics and whether there is a box, over all processes: means, which are those of the whole batch."""
     names = [*losses, *losses.metrics]
     terms = torch.stack([value.detach().float() for value in (*losses.values(), *losses.metrics.values())])
-    boxes = any(len(target["boxes"]) for target in targets or ())
+    boxes = any(len(target["boxes"]) for target in without_recorded(targets)[0] or ())
     if processes.count() > 1:
         *terms_, boxes_ = group.means(torch.cat([terms, terms.new_tensor([float(boxes)])])).tolist()
         return dict(zip(names, terms_, strict=True)), boxes_ > 0

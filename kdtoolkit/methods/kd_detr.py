@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou
-from kdtoolkit.compatibility import why_priors_differ, why_scores_differ, why_too_few_classes
+from kdtoolkit.compatibility import use_instead, why_priors_differ, why_scores_differ, why_too_few_classes
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, PriorKind, Whose
 from kdtoolkit.methods.common import EPS, distribution_kl
 
@@ -98,7 +98,8 @@ class KDDETR(Method):
         """Refuse detectors without queries or of one class, and pairs whose queries or scores differ in form."""
         for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
             if spec.priors is not PriorKind.QUERIES:
-                return f"it compares queries, and the {role} predicts at {spec.priors}. Use CrossKD or PKD"
+                instead = use_instead(spec) or ". Use CrossKD or PKD"
+                return f"it compares queries, and the {role} predicts at {spec.priors}{instead}"
         if self.cls_weight and (reason := why_too_few_classes(student_spec)):
             return f"{reason}. Use KDDETR(cls_weight=0), which compares boxes alone"
         return why_priors_differ(student_spec, teacher_spec) or why_scores_differ(student_spec, teacher_spec)

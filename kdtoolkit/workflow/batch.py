@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from kdtoolkit.contract import Target
 from kdtoolkit.data import DetectionDataset
+from kdtoolkit.data.recorded import Carrier
 from kdtoolkit.distiller import Distiller
-from kdtoolkit.engine.inputs import single_values_told
+from kdtoolkit.engine.inputs import beside_teacher, single_values_told
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.errors import KDError
 
@@ -42,6 +42,7 @@ def trial_step(
     distiller: Distiller, dataset: DetectionDataset, size: int, device: torch.device, precision: str
 ) -> None:
     """One step with the images that have the most boxes, and room for AdamW's state. The distiller is spoilt by it."""
+    dataset = beside_teacher(distiller, dataset)
     counts = [0] * len(dataset)
     truth = dataset.coco()
     places = {image["id"]: place for place, image in enumerate(truth["images"])}
@@ -50,7 +51,7 @@ def trial_step(
     fullest = sorted(range(len(dataset)), key=lambda place: -counts[place])[:size]
     items = [dataset[place] for place in fullest]
     images = [image.to(device).float().div_(255) for image, _ in items]
-    targets = [Target(boxes=sample["boxes"], labels=sample["labels"]) for _, sample in items]
+    targets = [Carrier.unchanged(sample) for _, sample in items]
     resolved = resolve_precision(precision, device)  # type: ignore[arg-type]
     distiller.train()
     with torch.autocast(device.type, autocast_type(resolved), enabled=resolved != "float32"), single_values_told():

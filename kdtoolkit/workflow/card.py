@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from kdtoolkit.data import DetectionDataset
+from kdtoolkit.data.detections import is_detection_file
 from kdtoolkit.data.licence import licence_of
 from kdtoolkit.engine.evaluate import Evaluation
 
@@ -27,6 +28,7 @@ class _Library:
 LIBRARIES = {  # by the first part of a detector's name
     "kdtoolkit": _Library("kdtoolkit", "Apache-2.0"),
     "torchvision": _Library("torchvision", "BSD-3-Clause"),
+    "timm": _Library("timm", "Apache-2.0"),
     "hf": _Library("transformers", "Apache-2.0"),
     "ultralytics": _Library("ultralytics", "AGPL-3.0"),
 }
@@ -82,7 +84,8 @@ def card(
     role = "Student" if teacher else "Detector"
     lines += ["## How it was made", "", f"- {role}: `{student}`. Its first weights: {student_weights or 'random'}."]
     if teacher:
-        lines += [f"- Teacher: `{teacher}`. Its weights: {teacher_weights or 'unknown'}."]
+        what = "A file" if is_detection_file(teacher) else "Its weights"
+        lines += [f"- Teacher: `{teacher}`. {what}: {teacher_weights or 'unknown'}."]
         lines += [f"- Methods: {', '.join(f'`{each}`' for each in methods) or 'none'}."]
     counts = ", ".join(f"{_count(len(images), 'image', 'images')} for {use}" for use, images in datasets.items())
     lines += [f"- Data: {_plain(data.stem if data.suffix else data.name)}, {counts}."]
@@ -126,6 +129,8 @@ def _licences(student: str, student_weights: str, teacher: str | None, data: Pat
         )
     if student_weights and _library_of(student) is not LIBRARIES["ultralytics"]:
         yield f"- The detector's first weights ({_plain(student_weights)}): licence unknown. Ask who published them."
+    if teacher and is_detection_file(teacher):
+        yield "- The teacher's detections: licence unknown. Ask who wrote the file."
     stated = licence_of(data)
     yield f"- Data: {_plain(stated)}." if stated else "- Data: licence unknown. The data set's files state none."
 

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from kdtoolkit.classes import ClassMap
-from kdtoolkit.data.opening import class_names_of
+from kdtoolkit.data import DetectionDataset, open_dataset
+from kdtoolkit.data.detections import is_detection_file
+from kdtoolkit.data.opening import categories_of, class_names_of, splits_of
+from kdtoolkit.data.recorded import check_images
+from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.engine.detect import Runner
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
@@ -72,6 +77,7 @@ def make_ready(
     classes_as_in: Path | None = None,
     image_size: int | None = None,
     device: str | torch.device = "auto",
+    data: Path | None = None,
 ) -> Ready:
     """Open a detector and bring it to its device.
 
@@ -82,6 +88,7 @@ def make_ready(
         image_size: longest side of images in pixels; None takes the one that the detector was trained at, if it
             is known, else 1333.
         device: "cpu", "cuda" or "cuda:1"; "auto" takes a GPU if there is one.
+        data: the data set whose ids a file of detections uses.
 
     Raises KDError if the detector cannot be opened, or has no weights for detection.
     """
@@ -93,6 +100,9 @@ def make_ready(
                 "weights and classes_as_in are for a detector that is opened here: give them to open_detector"
             )
         detector = model
+    elif is_detection_file(model):
+        source = classes_as_in or data
+        detector = open_detector(model, weights=weights, categories=None if source is None else categories_of(source))
     elif isinstance(model, str | Path):
         if classes_as_in is None:
             detector = open_detector(model, weights=weights)
@@ -120,6 +130,21 @@ def make_ready(
         names = tuple(f"class {label}" for label in range(runner.spec.num_classes))
     size = image_size or detector.image_size or LARGEST_SIZE
     return Ready(detector, runner, size, tuple(names), named=detector.class_names is not None)
+
+
+def check_recorded(model: nn.Module, datasets: Mapping[str, DetectionDataset], data: Path) -> None:
+    """Check that a file of detections is of these images, or of other splits of `data`; all other detectors pass.
+
+    Raises KDError that names the first detection whose image is in none of them, or in several.
+    """
+    if isinstance(model, RecordedDetector):
+        check_images(
+            model.file,
+            datasets,
+            lambda: {
+                split: open_dataset(data, split, on_bad="skip") for split in splits_of(data) if split not in datasets
+            },
+        )
 
 
 def _opened_with(model: str | Path, weights: str | Path | None, data: Path) -> Detector:

@@ -16,12 +16,13 @@ from rich.text import Text
 
 from kdtoolkit.data import DetectionDataset, open_dataset
 from kdtoolkit.data.records import Progress
+from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.engine.detect import Runner
 from kdtoolkit.engine.evaluate import METRICS, Evaluation
 from kdtoolkit.engine.evaluate import evaluate as score
 from kdtoolkit.errors import printable
 from kdtoolkit.models import Detector
-from kdtoolkit.workflow.detecting import make_ready
+from kdtoolkit.workflow.detecting import check_recorded, make_ready
 
 TIMED_IMAGES = 20
 FIRST_IMAGES = 3  # of those not counted: memory is allocated, kernels are chosen
@@ -37,7 +38,8 @@ class Evaluated:
         weights: where its weights come from, in words.
         data: what it was evaluated on.
         scores: its average precisions.
-        milliseconds: for one image alone, from its pixels to its detections: the median of up to 20 images.
+        milliseconds: for one image alone, from its pixels to its detections: the median of up to 20 images. None for a
+            file of detections.
         device: where it ran.
         image_size: the longest side of the images in pixels; larger images were scaled down to it.
         notes: what the user should know, one sentence each.
@@ -47,7 +49,7 @@ class Evaluated:
     weights: str
     data: str
     scores: Evaluation
-    milliseconds: float
+    milliseconds: float | None
     device: str
     image_size: int
     notes: tuple[str, ...]
@@ -74,7 +76,7 @@ def evaluate(
     """Evaluate a detector on a split of a data set, and measure its speed.
 
     Args:
-        model: what `open_detector` takes, or a detector that it opened.
+        model: what `open_detector` takes, or a detector that it opened. A file of detections is scored as it is.
         data: a folder in COCO, YOLO or Pascal VOC format, or a YOLO YAML file.
         split: "train", "val" or "test".
         weights: a file of weights, or "pretrained" for the library's own; None takes those that belong to `model`.
@@ -97,12 +99,16 @@ def evaluate(
         classes_as_in=None if classes_as_in is None else Path(classes_as_in),
         image_size=image_size,
         device=device,
+        data=Path(data),
     )
     dataset = open_dataset(data, split, max_size=ready.image_size, on_bad="skip" if skip_bad else "error")
+    check_recorded(ready.detector.model, {split: dataset}, Path(data))
     shared, about_classes = ready.shared_with(dataset.class_names, str(data), class_map)
     scores = score(ready.detector.model, dataset, batch_size=batch_size, class_map=shared, progress=progress)
-    milliseconds = 1000 * seconds_per_image(ready.runner, dataset.in_memory())
     detector = ready.detector
+    milliseconds = None
+    if not isinstance(detector.model, RecordedDetector):
+        milliseconds = 1000 * seconds_per_image(ready.runner, dataset.in_memory())
     place = str(ready.runner.device)
     notes = (*detector.notes, *about_classes)
     return Evaluated(
@@ -138,10 +144,11 @@ def print_evaluated(found: Evaluated, console: Console) -> None:
     for name, ap in found.scores.per_class.items():
         table.add_row(Text(printable(name)), _percent(ap))
     console.print(table)
-    line(
-        f"speed: {found.milliseconds:.1f} ms an image, one at a time, on {found.device}, longest side at most "
-        f"{found.image_size} px"
-    )
+    if found.milliseconds is not None:
+        line(
+            f"speed: {found.milliseconds:.1f} ms an image, one at a time, on {found.device}, longest side at most "
+            f"{found.image_size} px"
+        )
     for note in found.notes:
         line(f"note: {note}", "yellow")
 

@@ -16,7 +16,10 @@ from torch import Tensor
 from kdtoolkit.data.drawing import draw_boxes
 from kdtoolkit.data.image_files import image_files
 from kdtoolkit.data.pictures import PictureError, decode, seen_size
+from kdtoolkit.data.recorded import found_on_files
 from kdtoolkit.data.records import Progress
+from kdtoolkit.detectors.recorded import RecordedDetector
+from kdtoolkit.engine.evaluate import recorded
 from kdtoolkit.engine.scoring import Floats, Found, Ints
 from kdtoolkit.errors import KDError
 from kdtoolkit.files import write_atomic
@@ -168,6 +171,9 @@ def detect_on(
 
     `score`: the lowest score, or (K,) one for each class.
     """
+    if isinstance(ready.detector.model, RecordedDetector):
+        yield from _recorded_on(files, ready.detector.model, score, skipped, progress)
+        return
     with ready.runner.in_eval_mode():
         for start in range(0, len(files), batch_size):
             batch = []
@@ -183,6 +189,29 @@ def detect_on(
                     yield _of_image(found.where(found.images == place), path, size, score)
             if progress is not None:
                 progress(min(start + batch_size, len(files)), len(files))
+
+
+def _recorded_on(
+    files: Sequence[Path],
+    detector: RecordedDetector,
+    score: float | Floats,
+    skipped: dict[Path, str],
+    progress: Progress | None,
+) -> Iterator[ImageDetections]:
+    """The detections that a file has on each image file."""
+    rows, places = found_on_files(detector.file, files, str(files[0].parent))
+    order = np.argsort(places, kind="stable")
+    starts = np.searchsorted(places[order], np.arange(len(files) + 1))
+    for place, path in enumerate(files):
+        try:
+            width, height, _ = seen_size(path)
+        except PictureError as error:
+            skipped[path] = str(error)
+        else:
+            own = order[starts[place] : starts[place + 1]]
+            yield _of_image(recorded(detector, rows[own], places[own]), path, (width, height), score)
+        if progress is not None:
+            progress(place + 1, len(files))
 
 
 def _read(file: Path, image_size: int) -> tuple[Tensor, tuple[int, int]]:

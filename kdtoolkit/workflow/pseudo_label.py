@@ -103,7 +103,8 @@ def pseudo_label(
     and all its images in the split "train". A report lies in it: `report.md` and `report.json`.
 
     Args:
-        model: the teacher: what `open_detector` takes, or a detector that it opened.
+        model: the teacher: what `open_detector` takes, or a detector that it opened. A file of detections needs those
+            on `images` and on the labelled images.
         images: a folder of images, which are taken with those of its subfolders.
         data: a data set with labelled images, whose classes the labels get.
         out: a new folder.
@@ -135,6 +136,7 @@ def pseudo_label(
         classes_as_in=None if classes_as_in is None else Path(classes_as_in),
         image_size=image_size,
         device=device,
+        data=Path(data),
     )
     labelled = open_dataset(data, split, max_size=ready.image_size, on_bad="skip" if skip_bad else "error").in_memory()
     class_names = tuple(labelled.class_names)

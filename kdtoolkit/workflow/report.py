@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from kdtoolkit.data.detections import is_detection_file
 from kdtoolkit.engine.evaluate import Evaluation
 from kdtoolkit.errors import KDError, printable
 from kdtoolkit.files import write_atomic
@@ -130,8 +131,10 @@ class Report(BaseModel):
 
     def sentences(self) -> Iterator[str]:
         """What the numbers mean."""
-        if self.teacher:
-            yield "The teacher was measured as it teaches: at the size at which the student sees the images."
+        if self.teacher and not is_detection_file(self.given.get("teacher")):
+            yield "The teacher was measured at the size at which the student sees the images."
+        elif self.command == "distill" and self.student and not self.teacher:
+            yield "The teacher was not measured: it shows features alone, or has no detections on these images."
         if self.added is not None:
             yield (
                 f"Distillation added {self.added:+.1f} AP at equal steps. This is one seed: differences below about 1 "

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.opening import name_of
+from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine import group
 from kdtoolkit.engine.config import Validation
-from kdtoolkit.engine.evaluate import Evaluation, evaluate
+from kdtoolkit.engine.evaluate import Evaluation, evaluate, why_not_measured
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError, printable
@@ -166,10 +167,14 @@ def _warn_of_changes(report: Report, options: RunOptions, display: Display) -> N
 
 def _before(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
     """Measure the teacher, and the student if it can detect already. Raises KDError if the teacher is bad."""
-    if prepared.teacher is not None and report.teacher is None:
-        found = _evaluated(prepared, prepared.teacher, device, display, "the teacher", teaching=True)
+    teacher = prepared.teacher
+    if teacher is not None and (reason := why_not_measured(teacher.model, prepared.images.val)):
+        display.line(f"the teacher is not measured: {reason}")
+    elif teacher is not None and report.teacher is None:
+        found = _evaluated(prepared, teacher, device, display, "the teacher", teaching=True)
         report = report.model_copy(update={"teacher": found})
-        display.line(f"the teacher has {_ap(found)} on these {found.images} images, at the size that the student sees")
+        size = "" if isinstance(teacher.model, RecordedDetector) else ", at the size that the student sees"
+        display.line(f"the teacher has {_ap(found)} on these {found.images} images{size}")
     if prepared.student.trained and report.before is None:
         found = _evaluated(prepared, prepared.student, device, display, "the student before training")
         report = report.model_copy(update={"before": found})
