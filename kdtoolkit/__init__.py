@@ -16,6 +16,7 @@ __all__ = [
     "evaluate",
     "export",
     "predict",
+    "probe",
     "pseudo_label",
     "train",
 ]
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from kdtoolkit.deploy import export
     from kdtoolkit.distiller import Distiller, Losses
     from kdtoolkit.libraries import adapt
+    from kdtoolkit.probing import probe
     from kdtoolkit.workflow.calls import distill, train
     from kdtoolkit.workflow.evaluate import evaluate
     from kdtoolkit.workflow.predict import predict
@@ -40,6 +42,7 @@ else:
         "evaluate": "kdtoolkit.workflow.evaluate",
         "export": "kdtoolkit.deploy",
         "predict": "kdtoolkit.workflow.predict",
+        "probe": "kdtoolkit.probing",
         "pseudo_label": "kdtoolkit.workflow.pseudo_label",
         "train": "kdtoolkit.workflow.calls",
     }

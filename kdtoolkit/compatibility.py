@@ -13,6 +13,7 @@ from kdtoolkit.contract import Capability, DetectorSpec, Method, Predictions, Pr
 from kdtoolkit.errors import IncompatibleError
 
 _OF_FEATURES = "a method of features (PKD, FGD)"
+_OF_ANY_HEADS = f"ObjectKD, which compares objects, or {_OF_FEATURES}"
 _OF_DETECTIONS = "ObjectKD, which learns from detections; or make labels of them, `kd pseudo-label`"
 # Methods that need one of these run the heads, and may compare their classes.
 _OF_HEADS = set(Capability) - {Capability.FEATURES}
@@ -54,7 +55,8 @@ def why_no_shared_level(student_spec: DetectorSpec, teacher_spec: DetectorSpec) 
         return None
     return (
         f"the two have no stride in common: the student's levels have the strides {student_spec.strides}, the "
-        f"teacher's {teacher_spec.strides}. Use a teacher with a level at one of the student's strides"
+        f"teacher's {teacher_spec.strides}. Use Cosine, which needs none, or a teacher with a level at one of the "
+        "student's strides"
     )
 
 
@@ -83,12 +85,12 @@ def why_cells_differ(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> 
     if student_spec.priors != teacher_spec.priors:
         return (
             f"the student predicts at {student_spec.priors}, the teacher at {teacher_spec.priors}, and these do not "
-            f"correspond{use_instead(teacher_spec) or f'. Use {_OF_FEATURES}'}"
+            f"correspond{use_instead(teacher_spec) or f'. Use {_OF_ANY_HEADS}'}"
         )
     if student_spec.prior_form != teacher_spec.prior_form:
         return (
             f"the two detectors' {student_spec.priors} differ in kind: the student's are {student_spec.prior_form}, "
-            f"the teacher's {teacher_spec.prior_form}. Use a teacher of the student's family, or {_OF_FEATURES}"
+            f"the teacher's {teacher_spec.prior_form}. Use a teacher of the student's family, {_OF_ANY_HEADS}"
         )
     return None
 
@@ -155,7 +157,7 @@ def why_no_student(spec: DetectorSpec) -> str | None:
 def use_instead(spec: DetectorSpec) -> str:
     """What works with a teacher that shows features alone, or detections alone, as a sentence; empty for all others."""
     if spec.priors is PriorKind.NONE:
-        return f". Use {_OF_FEATURES}"
+        return f". Use Cosine, or {_OF_FEATURES} where strides are equal"
     return f". Use {_OF_DETECTIONS}" if spec.priors is PriorKind.DETECTIONS else ""
 
 

@@ -18,7 +18,8 @@ class Detector:
         name: what builds the same architecture again, such as "kdtoolkit/gfl?backbone=resnet18".
         class_names: the names of its classes in the order of their labels; None if nobody knows them.
         weights: where its weights come from, in words; empty if they are random.
-        trained: whether it can detect. It is False if any class layer has random weights.
+        trained: whether it can detect, or, if it shows features alone, whether it can teach. It is False if any class
+            layer has random weights.
         notes: what the user should know, one sentence each.
         image_size: the longest side of the images that it was trained on, in pixels; None if nobody knows it.
     """
@@ -37,7 +38,7 @@ class Opened:
     """A trained detector as its library opened it, with the classes of its weights.
 
     `build` makes the same architecture for a number of classes, with random weights. `num_classes` is the number of
-    classes that `model` has. The rest is as in `Detector`.
+    classes that `model` has; 0 if it shows features alone. The rest is as in `Detector`.
     """
 
     model: nn.Module

@@ -26,6 +26,7 @@ from kdtoolkit.contract import (
     DetectorSpec,
     Exchange,
     HeadTrace,
+    HeldShare,
     Method,
     PriorKind,
     Recorded,
@@ -34,11 +35,14 @@ from kdtoolkit.contract import (
     View,
     check_precision,
 )
+from kdtoolkit.contract.held import HELD_METRICS
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.gradients import Gradient, norms
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import all_methods
 
 TEACHER_SCALES = (1.0, 0.5, 0.25)  # others would turn no stride into one of the student's
+SCALE = 2.0**10  # of losses whose gradients are measured: keeps those of float16 above zero, and changes no share
 SMALLEST_OBJECT = 1.0  # px; smaller detections do not stand for objects
 
 
@@ -88,7 +92,8 @@ class Distiller(nn.Module):
     similar calls move it too. For several processes, half precision and more see docs/training.md.
 
     Args:
-        teacher: a detector, or the adapter of one; None if there are no methods.
+        teacher: a detector, or the adapter of one; None if there are no methods. `open_detector` also opens a file of
+            detections as one (docs/detections.md).
         student: a detector, or the adapter of one. Nothing is added to it: its state dict always fits the plain model.
         methods: the methods to distil by. Without methods the losses are exactly the student's own.
         accumulation: number of calls in training mode that make one optimiser step. Schedules of methods count steps.
@@ -184,12 +189,13 @@ class Distiller(nn.Module):
             images = checked_images(images, self.student)
         else:
             images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
-        active = self.active(self.step, labelled=targets is not None)
+        step = self.step
+        active = self.active(step, labelled=targets is not None)
         if targets is None and not active:
             reason = self.why_not_unlabelled() or (
                 "no method that can work without labels is at work in it: hand in images with labels"
             )
-            raise KDError(f"the images of step {self.step + 1} have no labels, and {reason}")
+            raise KDError(f"the images of step {step + 1} have no labels, and {reason}")
         self.calls += self.training
         adapter, methods = self.student_adapter, [method for _, method, _ in active]
         batch = adapter.prepare(images, targets)
@@ -209,14 +215,36 @@ class Distiller(nn.Module):
             if teacher_view is None:
                 teacher_view = self._observe_teacher(images, targets, batch, recorded, _stages(methods, 1))
             exchange = Exchange(student_view, teacher_view)
-            for name, method, factor in active:
-                terms, metrics = _checked_terms(method, method(exchange.at_strides(method.strides)))
+            found = [_checked_terms(method, method(exchange.at_strides(method.strides))) for method in methods]
+            if targets is not None and self.training and torch.is_grad_enabled():
+                self._hold_shares(step, losses.total, methods, [terms for terms, _ in found])
+            device = batch.images.device
+            for (name, method, factor), (terms, metrics) in zip(active, found, strict=True):
+                if method.held is not None:
+                    factor *= method.held.factor
+                    metrics |= {key: torch.full((), x, device=device) for key, x in method.held.metrics.items()}
                 losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
                 losses.metrics.update({f"{name}/{metric}": value for metric, value in metrics.items()})
         if processes.count() > 1:
             name = next(iter(losses))
             losses[name] = processes.reach(losses[name], [p for p in self.parameters() if p.requires_grad])
         return losses
+
+    def _hold_shares(
+        self, step: int, task: Tensor, methods: Sequence[Method], found: Sequence[dict[str, Tensor]]
+    ) -> None:
+        """Set the factors of methods whose share is held, where that is due; `found` are the methods' terms."""
+        due = [
+            (method.held, reduce(torch.add, terms.values()))
+            for method, terms in zip(methods, found, strict=True)
+            if method.held is not None and method.held.is_due(step) and terms
+        ]
+        if not due:
+            return
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        tasks = Gradient.of(SCALE * task, parameters)
+        for held, loss in due:
+            held.set(step, *torch.stack(norms(Gradient.of(SCALE * loss, parameters), tasks)).tolist())
 
     def _student_view(
         self, batch: Batch, features: tuple[Tensor, ...], trace: HeadTrace, assignment: Assignment | None
@@ -297,15 +325,26 @@ class Distiller(nn.Module):
         """The methods that work in a step, on images with or without labels: names, and the factors of their losses."""
         factors = [method.schedule.factor(step, self.run_steps) for method in self._methods]
         found = zip(self._names, self._methods, factors, strict=True)
-        return [each for each in found if each[2] and (labelled or each[1].unlabelled != "skips")]
+        return [each for each in found if each[2] and (labelled or self._takes_unlabelled(each[1]))]
+
+    def _takes_unlabelled(self, method: Method) -> bool:
+        """Whether a method can work on images without labels. If it needs objects, the teacher must find them."""
+        if method.unlabelled == "detections":
+            return Capability.PREDICTIONS in self.seen[1].spec.capabilities
+        return method.unlabelled == "images"
 
     def why_not_unlabelled(self) -> str | None:
         """Why the methods cannot teach by images without labels, as the end of a sentence; None if they can."""
         if not self._methods:
             return "without a method nothing can be learnt from them: name a teacher and a method"
-        if any(method.unlabelled != "skips" for method in self._methods):
+        if any(map(self._takes_unlabelled, self._methods)):
             return None
         names = ", ".join(type(method).__name__ for method in self._methods)
+        if any(method.unlabelled == "detections" for method in self._methods):
+            return (
+                f"the methods ({names}) need objects, and a teacher that shows features alone finds none: add one that "
+                "needs no objects (`kd methods` tells)"
+            )
         return f"none of the methods ({names}) can work without labels: add one that can (`kd methods` tells)"
 
     def train(self, mode: bool = True) -> Self:
@@ -338,6 +377,23 @@ class Distiller(nn.Module):
         """The number of optimiser steps done. Each consists of `accumulation` calls in training mode."""
         return self.calls // self.accumulation
 
+    def restart(self) -> None:
+        """Begin a new run: schedules of methods count from here, and shares are measured anew."""
+        self.calls = 0
+        for held in self.held.values():
+            held.restart()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the methods in losses and logs, in the order of `methods`."""
+        return tuple(self._names)
+
+    @property
+    def held(self) -> dict[str, HeldShare]:
+        """What holds the share of a method, by the method's name."""
+        pairs = zip(self._names, self._methods, strict=True)
+        return {name: method.held for name, method in pairs if method.held is not None}
+
     @property
     def vanishing(self) -> frozenset[str]:
         """Names (`pkd/feature`) of the loss terms that are zero if the student shows exactly what the teacher shows."""
@@ -346,9 +402,13 @@ class Distiller(nn.Module):
 
     @property
     def metrics(self) -> list[str]:
-        """Names (`objectkd/covered`) of what the methods report besides losses."""
+        """Names (`objectkd/covered`, `pkd/factor`) of what is reported besides losses."""
         methods = zip(self._names, self._methods, strict=True)
-        return [f"{name}/{metric}" for name, method in methods for metric in method.metrics]
+        return [
+            f"{name}/{metric}"
+            for name, method in methods
+            for metric in (*method.metrics, *(() if method.held is None else HELD_METRICS))
+        ]
 
     @property
     def _methods(self) -> list[Method]:

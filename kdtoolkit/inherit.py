@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit.classes import ClassMap
-from kdtoolkit.contract import ClassRows, DetectorAdapter
+from kdtoolkit.contract import Capability, ClassRows, DetectorAdapter
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 
@@ -66,10 +66,14 @@ def inherit(
         class_map: which classes the two share, if their class lists differ. Rows of all other classes stay as they are.
 
     Raises:
-        KDError: nothing fits, the class counts differ and there is no `class_map`, or the adapter of such a detector
-            does not say which weights belong to classes.
+        KDError: the teacher is no whole detector, nothing fits, the class counts differ and there is no `class_map`, or
+            the adapter of such a detector does not say which weights belong to classes.
     """
     ours, theirs = adapt(student), adapt(teacher)
+    if not {Capability.FEATURES, Capability.PREDICTIONS} <= theirs.spec.capabilities:
+        raise KDError(
+            f"{theirs.spec.name} is no whole detector, so it has no neck and head to start from: leave init out"
+        )
     counts = ours.spec.num_classes, theirs.spec.num_classes
     if class_map is None:
         if counts[0] != counts[1]:
@@ -89,9 +93,9 @@ def inherit(
     taken, left = [], {}
     for name, value in own.items():
         rows = (layers or {}).get(name.rpartition(".")[0])
-        if _within(name, ours.backbone) and not backbone_fits:
+        if within(name, ours.backbone) and not backbone_fits:
             left[name] = "they belong to the backbone, and the teacher's is a different one"
-        elif name not in others or (_within(name, theirs.backbone) and not backbone_fits):
+        elif name not in others or (within(name, theirs.backbone) and not backbone_fits):
             left[name] = "the teacher has no tensors of these names"
         elif rows is not None:
             if (pair := _class_rows(value, others[name], rows, counts)) is None:
@@ -113,13 +117,13 @@ def inherit(
     return Inherited(tuple(taken), left)
 
 
-def _within(name: str, modules: Sequence[str]) -> bool:
+def within(name: str, modules: Sequence[str]) -> bool:
     """Whether a tensor belongs to one of the modules."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _backbone(adapter: DetectorAdapter, state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items() if _within(name, adapter.backbone)}
+    return {name: value.shape for name, value in state.items() if within(name, adapter.backbone)}
 
 
 def _fits(ours: Mapping[str, torch.Size], theirs: Mapping[str, torch.Size]) -> bool:

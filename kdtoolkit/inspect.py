@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdtoolkit.compatibility import why_no_student
-from kdtoolkit.contract import DetectorAdapter, DetectorSpec, PriorKind, Recorded
+from kdtoolkit.contract import Capability, DetectorAdapter, DetectorSpec, PriorKind, Recorded
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.listing import columns, definitions
@@ -34,7 +34,7 @@ class Inspection:
         resized: (height, width) of the image after the detector's own resizing.
         canvas: (height, width) of the image after padding, which is what the backbone gets.
         grids: (H, W) of each level.
-        priors: number of priors.
+        priors: number of priors; 0 if the detector shows features alone.
         multiply_adds: multiply-adds of the pass, up to the predictions.
     """
 
@@ -69,7 +69,8 @@ def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) 
                 none = Recorded(boxes=image.new_zeros(0, 4), probabilities=image.new_zeros(0, adapter.spec.num_classes))
                 batch = replace(batch, recorded=(none,))
             features = adapter.features(batch)
-            trace = adapter.head(features, batch)
+            shows_head = Capability.PREDICTIONS in adapter.spec.capabilities
+            priors = adapter.head(features, batch).predictions.priors.boxes.shape[-2] if shows_head else 0
     except KDError:
         raise
     except Exception as error:  # a library may raise anything for arguments that it has not checked
@@ -90,7 +91,7 @@ def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) 
         resized=batch.sizes[0],
         canvas=(batch.images.shape[-2], batch.images.shape[-1]),
         grids=tuple((level.shape[-2], level.shape[-1]) for level in features),
-        priors=trace.predictions.priors.boxes.shape[-2],
+        priors=priors,
         multiply_adds=counter.get_total_flops() // 2,  # torch counts multiplications and additions
     )
 
@@ -118,9 +119,17 @@ def print_inspection(found: Inspection, console: Console) -> None:
     _print_verdicts(judge_pair(spec, spec), console)
 
 
-def print_pair(student_found: Inspection, teacher_found: Inspection, console: Console) -> None:
-    """Print both detectors side by side, what they share, which methods work, and why the others do not."""
-    student_spec, teacher_spec = student_found.spec, teacher_found.spec
+def print_pair(
+    student_found: Inspection, teacher_found: Inspection, console: Console, *, teacher_scale: float = 1.0
+) -> None:
+    """Print both detectors side by side, what they share, which methods work, and why the others do not.
+
+    `teacher_scale`: the size of the teacher's images beside the student's. Raises KDError if the student can only
+    teach.
+    """
+    student_spec, teacher_spec = student_found.spec, teacher_found.spec.on_images_scaled_by(teacher_scale)
+    if reason := why_no_student(student_spec):
+        raise KDError(reason)
     ours, theirs = _facts(student_found), _facts(teacher_found)
     table = Table(box=None)
     table.add_column(style="bold", no_wrap=True)
@@ -131,8 +140,11 @@ def print_pair(student_found: Inspection, teacher_found: Inspection, console: Co
     console.print(table)
     common = [stride for stride in student_spec.strides if stride in teacher_spec.strides]
     shared = definitions()
+    if teacher_scale != 1:
+        strides = ", ".join(map(str, teacher_spec.strides))
+        shared.add_row("teacher's images", f"{teacher_scale:g} times the student's size: its strides count {strides}")
     shared.add_row("common strides", ", ".join(map(str, common)) or "none")
-    if student_spec.num_classes != teacher_spec.num_classes:
+    if teacher_spec.num_classes and student_spec.num_classes != teacher_spec.num_classes:
         shared.add_row("class counts", f"{student_spec.num_classes} and {teacher_spec.num_classes}, which differ")
     console.print()
     console.print(shared)
@@ -180,10 +192,11 @@ def _print_verdicts(verdicts: Mapping[str, Verdict], console: Console) -> None:
 
 def _facts(found: Inspection) -> dict[str, str]:
     spec = found.spec
+    shows_head = Capability.PREDICTIONS in spec.capabilities
     frozen = "" if found.trainable == found.parameters else f"; {found.trainable / 1e6:.2f} M of them are trained"
     facts = {
         "detector": f"{spec.name} ({found.adapter})",
-        "classes": f"{spec.num_classes}, {spec.activation} scores",
+        "classes": f"{spec.num_classes}, {spec.activation} scores" if shows_head else "none",
         "parameters": f"{found.parameters / 1e6:.2f} M{frozen}",
         "images": _images(found),
         "multiply-adds": f"{found.multiply_adds / 1e9:.2f} G for this image",

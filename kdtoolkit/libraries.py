@@ -1,9 +1,10 @@
 """The detector libraries that kdtoolkit knows, and the adapter of each detector.
 
 A library in this package is one row of `LIBRARIES` and one module in `kdtoolkit/adapters`. That module defines
-`ADAPTERS`, its adapter classes; `build_model`, which builds its detectors by name; `open_published`, which opens them
-with the library's own weights; and, if the library has a format of its own, `save_model`, which writes it. Another
-package announces its adapter classes as entry points of the group `kdtoolkit.adapters`, and needs no row.
+`ADAPTERS`, its adapter classes; `build_model`, which builds its detectors by name; and `open_published`, which opens
+them with the library's own weights. It may define `open_weights`, if files of weights need more than a state dict with
+the model's names, and `save_model`, if the library has a format of its own. Another package announces its adapter
+classes as entry points of the group `kdtoolkit.adapters`, and needs no row.
 """
 
 from __future__ import annotations
@@ -56,6 +57,14 @@ LIBRARIES = (
         "kdtoolkit.adapters.torchvision",
         "torchvision",
         sources=("detectors/backbone.py", "detectors/precision.py", "detectors/towers.py"),
+    ),
+    Library(
+        "timm",
+        "timm/vit_small_patch14_dinov2.lvd142m",
+        "timm",
+        "kdtoolkit.adapters.timm",
+        "timm",
+        sources=("detectors/backbone.py",),
     ),
     Library(
         "hf",

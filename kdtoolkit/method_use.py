@@ -19,19 +19,22 @@ from kdtoolkit.sections import Section, reason, unknown_key
 
 
 class _Extras(Section):
-    """The arguments that all methods have in common: the arguments of `Method.scheduled` and `Method.at_strides`."""
+    """The arguments that all methods have in common: the arguments of `scheduled`, `held_at` and `at_strides`."""
 
     warmup: int | float | None = Field(None, ge=0)
     decay: int | float | None = Field(None, ge=0)
     stop: int | float | None = Field(None, ge=0)
     start: int | float | None = Field(None, ge=0)
     every: int | None = Field(None, ge=1)
+    share: float | None = Field(None, gt=0, lt=1)
     strides: tuple[int, ...] | None = None
 
     def extend(self, method: Method) -> Method:
-        """Give a method its schedule and its levels."""
-        if schedule := self.model_dump(exclude={"strides"}, exclude_none=True):
+        """Give a method its schedule, its share and its levels."""
+        if schedule := self.model_dump(exclude={"share", "strides"}, exclude_none=True):
             method.scheduled(**schedule)
+        if self.share is not None:
+            method.held_at(share=self.share)
         return method.at_strides(*self.strides) if self.strides else method
 
 
@@ -39,7 +42,8 @@ class MethodUse(Section):
     """A method with its arguments: `CrossKD` or, with arguments, `PKD?weight=6` or `{PKD: {weight: 6}}`.
 
     Published settings for certain detectors have their own names, such as `CrossKD.for_fcos`. All methods also take
-    `warmup`, `decay` and `stop`, in steps or shares of the run, and `strides`, the levels that they are applied to.
+    `warmup`, `decay` and `stop`, in steps or shares of the run, `share`, the share of the gradient that is held, and
+    `strides`, the levels that the method is applied to.
     """
 
     name: str

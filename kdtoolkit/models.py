@@ -28,6 +28,7 @@ from kdtoolkit.build import (
     split_name,
     with_arguments,
 )
+from kdtoolkit.contract import Capability
 from kdtoolkit.data.detections import is_detection_file, read_detections
 from kdtoolkit.detector import Detector, Opened, SavedDetector
 from kdtoolkit.detectors.recorded import RecordedDetector
@@ -41,6 +42,7 @@ __all__ = [
     "SavedDetector",
     "UnknownClassesError",
     "build_model",
+    "can_detect",
     "check_classes",
     "content_of",
     "is_code",
@@ -92,7 +94,12 @@ def open_detector(
     if is_detection_file(name):
         if weights is not None or args:
             raise KDError(f"{name} is a file of detections, which has no weights and no arguments: leave them out")
-        return _open_recorded(Path(name), class_names, count, categories)
+        if class_names is not None:
+            raise KDError(
+                f"{name} is a file of detections, which can only teach, as it is: name a detector to train. A suite's "
+                "teacher that is such a file has no `train`"
+            )
+        return _open_recorded(Path(name), num_classes, categories)
     names = None if class_names is None else tuple(class_names)
     opened = _opened(str(name), weights, args or {}, count)
     if opened is not None:
@@ -107,19 +114,21 @@ def open_detector(
     return Detector(build_model(full, count), full, names, backbone_weights(full))
 
 
-def _open_recorded(
-    path: Path, class_names: Sequence[str] | None, count: int | None, categories: Mapping[int, str] | None
-) -> Detector:
-    """Open a file of detections. Raises KDError if different classes are asked for: it cannot learn them."""
+def _open_recorded(path: Path, count: int | None, categories: Mapping[int, str] | None) -> Detector:
+    """Open a file of detections. Raises KDError if a different number of classes is asked for."""
     file = read_detections(path, categories)
     names = file.class_names
-    if (class_names is not None and tuple(class_names) != names) or count not in (None, len(names)):
+    if count not in (None, len(names)):
         raise KDError(
-            f"{path} is a file of detections of {len(names)} classes ({shortened(names)}), and cannot be trained on "
-            "different ones: it can only teach, as it is. Leave the classes out, and `train` of a suite's teacher"
+            f"{path} has detections of {len(names)} classes ({shortened(names)}), not of {count}: leave the number out"
         )
     about = f"{len(file.scores)} detections on {len(file.keys)} images"
     return Detector(RecordedDetector(file), str(path), names, about, trained=True)
+
+
+def can_detect(detector: Detector) -> bool:
+    """Whether it is a detector with a head, and not a model that shows features alone."""
+    return Capability.PREDICTIONS in adapt(detector.model).spec.capabilities
 
 
 def has_classes(detector: Detector, class_names: Sequence[str]) -> bool:
@@ -217,6 +226,9 @@ def _opened(name: str, weights: str | Path | None, args: Mapping[str, object], c
     if weights == "none":
         return None
     if weights is not None and (is_place(weights) or len(Path(weights).parts) > 1):
+        if open_weights := getattr(module, "open_weights", None):
+            found: Opened = open_weights(model, args, Path(weights))
+            return found
         model_name = architecture(with_arguments(path, args))
         return _open_state(model_name, _checkpoint_in(Path(weights)), str(weights), count)
     if module is not None:
@@ -394,6 +406,8 @@ def _with_classes(opened: Opened, class_names: tuple[str, ...] | None, count: in
     """The detector with the classes that are asked for: with new class layers, if its own are different."""
     names = class_names if opened.class_names is None else opened.class_names
     known = class_names is not None and opened.class_names is not None
+    if not opened.num_classes:  # it shows features alone
+        names, count = None, None
     if count is None or (class_names == opened.class_names if known else count == opened.num_classes):
         return Detector(
             opened.model, opened.name, names, opened.weights, opened.trained, opened.notes, opened.image_size

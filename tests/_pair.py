@@ -13,7 +13,7 @@ from kdtoolkit import Distiller
 from kdtoolkit.adapters import torchvision
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.libraries import adapt
-from kdtoolkit.methods import BCKD, CWD, FGD, LD, PKD, CrossKD, DeFeat, FitNet, LogitKD, Mimic
+from kdtoolkit.methods import BCKD, CWD, FGD, LD, PKD, CrossKD, DeFeat, FitNet, LogitKD, Mimic, ObjectKD
 from tests.conftest import tiny_atss, tiny_fcos, tiny_gfl, tiny_retinanet
 
 NATIVE = {"GFL": tiny_gfl, "ATSS": tiny_atss, "FCOS": tiny_fcos, "RetinaNet": tiny_retinanet}
@@ -26,7 +26,7 @@ OTHERS = "GFL, other methods"
 
 def other_methods():
     ld = LD(valuable_weight=0.25, cls_weight=1.0)
-    return [ld, Mimic(), BCKD(), LogitKD(), FitNet(region="boxes"), DeFeat(), CWD()]
+    return [ld, Mimic(), BCKD(), LogitKD(), ObjectKD(), FitNet(region="boxes"), DeFeat(), CWD()]
 
 
 def detectors(family):
@@ -150,6 +150,18 @@ def trained(family, methods, batch, wrap=lambda distiller: distiller):
     return {name: p.detach().clone() for name, p in distiller.named_parameters()}
 
 
+def held(batch, wrap=lambda distiller: distiller):
+    """Factor and share of each method whose share is held, after three steps."""
+    distiller = distiller_of("GFL", [CrossKD().held_at(share=0.2), PKD().held_at(share=0.1)])
+    model = wrap(distiller)
+    optimizer = torch.optim.SGD(distiller.parameters(), 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(*batch).total.backward()
+        optimizer.step()
+    return {name: held.metrics for name, held in distiller.held.items()}
+
+
 def uneven(rank):
     """Gradients where one process has one small image without objects, the other the usual two."""
     images, targets = halves()[0]
@@ -179,6 +191,7 @@ def _work(rank, folder, families, with_ways, kind):
                     halves()[rank],
                     lambda distiller, static=static: DistributedDataParallel(distiller, static_graph=static),
                 )
+        found["held"] = held(halves()[rank], DistributedDataParallel)
         found["uneven"] = uneven(rank)
         found["unlabelled"] = unlabelled(rank)
     torch.save(found, f"{folder}/{rank}.pt")

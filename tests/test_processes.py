@@ -74,3 +74,10 @@ def test_processes_may_have_images_of_different_sizes_and_none_with_objects(pair
     same(first, second, 0)
     assert all(torch.isfinite(gradient).all() for gradient in first.values())
     assert any(gradient.any() for gradient in first.values())
+
+
+def test_shares_are_held_alike_in_all_processes_and_as_in_one(pair):
+    first, second = (found["held"] for found in pair)
+    assert first == second
+    for name, expected in _pair.held(_pair.whole()).items():
+        assert first[name] == pytest.approx(expected, rel=1e-3)

@@ -17,6 +17,7 @@ from kdtoolkit.benchmark.keys import key_of, package_of
 from kdtoolkit.benchmark.store import CellResult, discard_runs, holding, usable_result, write_result, write_weights
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection
 from kdtoolkit.classes import ClassMap
+from kdtoolkit.compatibility import why_no_student
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.distiller import Distiller
@@ -28,8 +29,9 @@ from kdtoolkit.engine.result import TrainResult
 from kdtoolkit.engine.train import Progress, train
 from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.inherit import inherit
+from kdtoolkit.libraries import adapt
 from kdtoolkit.method_use import MethodUse
-from kdtoolkit.models import Detector, UnknownClassesError, check_classes, open_detector
+from kdtoolkit.models import Detector, UnknownClassesError, can_detect, check_classes, open_detector
 
 SAVE_SECONDS = 60.0  # between two checkpoints of a training
 
@@ -139,6 +141,8 @@ def build_detector(
         raise KDError(lacking) from error
     if section.train is None and not detector.trained:
         raise KDError(lacking)
+    if section.train is not None and (reason := why_no_student(adapt(detector.model).spec)):
+        raise KDError(f"{section.model!r} cannot be trained: {reason}. A teacher that can only teach has no `train`")
     return detector
 
 
@@ -150,6 +154,10 @@ def shared_classes(
     `given`: the teacher's name for a class of the data, where the names differ. Raises KDError if no class is shared.
     """
     if section.train is not None:
+        return None
+    if not can_detect(detector):
+        if given:
+            raise KDError(f"{section.model!r} shows features alone and has no classes: delete class_map")
         return None
     if detector.class_names is None:
         check_classes(detector, class_names)

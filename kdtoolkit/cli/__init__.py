@@ -38,6 +38,13 @@ app.command(
     ),
 )(runs.distill_command())
 app.command(
+    "probe",
+    epilog=examples(
+        "kd probe --teacher runs/train-birds --student ultralytics/yolo11n --data birds --method CrossKD --method PKD",
+        "kd probe runs/distill-birds/run.yaml --share 0.05",
+    ),
+)(runs.probe_command())
+app.command(
     "eval",
     epilog=examples(
         "kd eval runs/distill-birds --data birds",

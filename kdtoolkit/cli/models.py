@@ -114,6 +114,15 @@ def inspect(
     teacher_weights: Annotated[
         str | None, typer.Option(metavar="FILE|NAME", help="Weights of the teacher, in the same way.")
     ] = None,
+    teacher_scale: Annotated[
+        float | None,
+        typer.Option(
+            metavar="1|0.5|0.25",
+            show_default=False,
+            help="Size of the teacher's images beside the student's. Left out: 1, or what fits the strides of a "
+            "teacher that shows features alone.",
+        ),
+    ] = None,
     image_size: Annotated[int, typer.Option(min=32, help="Side of the image to measure on, in pixels.")] = 256,
 ) -> None:
     """Show a detector, or what works between student and teacher.
@@ -123,6 +132,10 @@ def inspect(
     """
     if teacher is None and teacher_weights is not None:
         raise KDError("--teacher-weights needs --teacher NAME: add it")
+    if teacher_scale is not None and teacher is None:
+        raise KDError("--teacher-scale needs --teacher NAME: add it")
+    if teacher_scale not in (None, 1.0, 0.5, 0.25):
+        raise KDError(f"--teacher-scale is {teacher_scale:g}: it must be 1, 0.5 or 0.25")
     for file in (weights, teacher_weights):
         if file is not None and file.endswith((".safetensors", ".pth", ".pt")) and not Path(file).exists():
             raise KDError(f"there is no weights file {file}")
@@ -130,6 +143,7 @@ def inspect(
 
     from kdtoolkit.inspect import inspect_detector, print_inspection, print_pair
     from kdtoolkit.models import UnknownClassesError, open_detector
+    from kdtoolkit.workflow.auto import teacher_scale as default_scale
 
     found, console = [], Console()
     for name, source in ((model, weights), (teacher, teacher_weights)):
@@ -144,4 +158,5 @@ def inspect(
     if teacher is None:
         print_inspection(found[0], console)
     else:
-        print_pair(found[0], found[1], console)
+        scale = default_scale(found[0].spec, found[1].spec).value if teacher_scale is None else teacher_scale
+        print_pair(found[0], found[1], console, teacher_scale=scale)

@@ -1,8 +1,9 @@
-"""`kd train` and `kd distill`. Their options are the fields of the classes in `workflow/options.py`."""
+"""`kd train`, `kd distill` and `kd probe`. Their options are the fields of the classes in `workflow/options.py`."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 
 from kdtoolkit.cli.detect import read_class_map
 from kdtoolkit.errors import KDError
-from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions
+from kdtoolkit.workflow.options import DistillOptions, ProbeOptions, RunOptions, TrainOptions
 
 _ONLY_IN_FILES = ("train",)
 _REPEATED = {"method": "NAME", "class_map": "OURS=THEIRS"}
@@ -23,6 +24,7 @@ def train_command() -> Callable[..., None]:
     """The function of `kd train`, with a parameter for each option."""
     return _command(
         TrainOptions,
+        _run,
         "Train a detector on your images, with settings that suit them.\n\n"
         "Before it starts it prints what it will do and why. The result is a folder with the detector in its own "
         "library's format, a report, and the run file that does it again. A run that was stopped goes on when the same "
@@ -34,6 +36,7 @@ def distill_command() -> Callable[..., None]:
     """The function of `kd distill`, with a parameter for each option."""
     return _command(
         DistillOptions,
+        _run,
         "Train a small detector with the help of a large one.\n\n"
         "Before it starts it prints what it will do and why, and measures the teacher on your validation images. The "
         "result is a folder with the student in its own library's format, a report, and the run file that does it "
@@ -41,20 +44,56 @@ def distill_command() -> Callable[..., None]:
     )
 
 
-def _command(kind: type[RunOptions], doc: str) -> Callable[..., None]:
+def probe_command() -> Callable[..., None]:
+    """The function of `kd probe`, with a parameter for each option."""
+    as_json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+    return _command(
+        ProbeOptions,
+        _probe,
+        "Measure what each loss of a distillation does to the student, before it is trained.\n\n"
+        "How large is the gradient of each method beside that of the student's own loss, and does it point in the same "
+        "direction? Says which method drowns the task, does nothing or pulls against the task, and proposes weights. "
+        "Takes the options or the run file of `kd distill`, and writes nothing. Exit code 1: a method is not as it "
+        "should be; 0: all are.",
+        inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=as_json, default=False),
+    )
+
+
+def _run(options: RunOptions) -> None:
+    from kdtoolkit.workflow.runs import run  # imports torch
+
+    run(options)
+
+
+def _probe(options: RunOptions, *, as_json: bool) -> None:
+    from kdtoolkit.workflow.probe import run, to_json
+
+    assert isinstance(options, ProbeOptions)
+    found = run(options, quiet=as_json or options.quiet)
+    if as_json:
+        typer.echo(json.dumps(to_json(found), indent=2))
+    else:
+        typer.echo("\n".join(found.lines()))
+    raise typer.Exit(0 if found.fine else 1)
+
+
+def _command(
+    kind: type[RunOptions], run: Callable[..., None], doc: str, *extras: inspect.Parameter
+) -> Callable[..., None]:
+    """The function of a command: it checks the options and hands them to `run`, with the `extras` by name."""
+
     def call(run_file: Path | None, **words: Any) -> None:
         from kdtoolkit.workflow.options import check_options
 
+        further = {extra.name: words.pop(extra.name) for extra in extras}
         # An option that is not there is None, False or an empty list; 0 is a value.
         given = {name: value for name, value in words.items() if value not in (None, []) and value is not False}
         if "class_map" in given:
             given["class_map"] = read_class_map(given["class_map"])
         options = check_options(kind, given, file=run_file, dashes=True)
 
-        from kdtoolkit.workflow.runs import run  # imports torch
-
         try:
-            run(options)
+            run(options, **further)
         except KDError:
             if os.environ.get("RANK", "0") != "0":  # of several processes, the first one tells
                 raise typer.Exit(2) from None
@@ -65,6 +104,7 @@ def _command(kind: type[RunOptions], doc: str) -> Callable[..., None]:
     ]
     parameters = [inspect.Parameter("run_file", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=file, default=None)]
     parameters += [_parameter(kind, name) for name in _ordered(kind) if name not in _ONLY_IN_FILES]
+    parameters += extras
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {each.name: each.annotation for each in parameters}
     call.__doc__ = doc

@@ -11,8 +11,8 @@ Boxes are xyxy in pixels of the batch's canvas; labels are int64 in [0, K).
 An adapter's author writes `DetectorAdapter`; a method's author writes `Method`. Neither knows the other.
 
 Each file is one idea, and imports only those above it: `spec` (facts), `data` (what passes), `adapter` (a detector),
-`view` (what it shows in a step), `exchange` (what two of them show), `schedule`, `method`. All names are imported from
-here.
+`view` (what it shows in a step), `exchange` (what two of them show), `schedule`, `held`, `method`. All names
+are imported from here.
 """
 
 from kdtoolkit.contract.adapter import DetectorAdapter, check_precision, keep_states
@@ -29,6 +29,7 @@ from kdtoolkit.contract.data import (
     Target,
 )
 from kdtoolkit.contract.exchange import Exchange, Matched, Whose
+from kdtoolkit.contract.held import HeldShare
 from kdtoolkit.contract.method import Method, Unlabelled
 from kdtoolkit.contract.schedule import Schedule
 from kdtoolkit.contract.spec import Capability, ClassRows, DetectorSpec, PriorKind, Stage
@@ -44,6 +45,7 @@ __all__ = [
     "DetectorSpec",
     "Exchange",
     "HeadTrace",
+    "HeldShare",
     "Matched",
     "Method",
     "Predictions",

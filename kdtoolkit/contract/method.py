@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 from torch import Tensor, nn
 
 from kdtoolkit.contract.exchange import Exchange
+from kdtoolkit.contract.held import HeldShare
 from kdtoolkit.contract.schedule import Schedule
 from kdtoolkit.contract.spec import Capability, DetectorSpec
 from kdtoolkit.errors import KDError
@@ -36,6 +37,7 @@ class Method(nn.Module, ABC):
         unlabelled: what the method does with images that have no labels. "images": it needs no objects. "detections":
             the teacher's detections stand for the objects. "skips": it is not run on such images.
         schedule: the factor of the weights over training; see `scheduled`.
+        share: the share of the gradient that the method is held at; see `held_at`. None: its weights stay as they are.
         strides: the levels that the method works on; empty means all. See `at_strides`.
         stages: the stage of the student and the stage of the teacher whose states the method takes. `setup` assigns it.
             While it is None, the states of all stages are kept, which costs memory.
@@ -50,6 +52,7 @@ class Method(nn.Module, ABC):
     compares_classes: bool = True
     unlabelled: Unlabelled = "detections"
     schedule: Schedule = Schedule()
+    share: float | None = None
     strides: tuple[int, ...] = ()
     stages: tuple[int, int] | None = None
     in_use: bool = False
@@ -74,6 +77,23 @@ class Method(nn.Module, ABC):
         """
         self.schedule = Schedule(warmup, decay, stop, start, every)
         return self
+
+    def held_at(self, *, share: float) -> Self:
+        """Hold the method's share of the gradient in training. Returns the method itself: `PKD().held_at(share=0.1)`.
+
+        A factor multiplies the method's weights, so only their proportions count. `HeldShare` says what the share is
+        and how it is held. A measurement costs a backward pass of the student's own loss and one of the method's loss.
+
+        Raises KDError if the share is not between 0 and 1.
+        """
+        self.add_module("held_share", HeldShare(share))
+        self.share = share
+        return self
+
+    @property
+    def held(self) -> HeldShare | None:
+        """What holds the method's share; None if nothing does."""
+        return cast(HeldShare | None, dict(self.named_children()).get("held_share"))
 
     def at_strides(self, *strides: int) -> Self:
         """Apply the method only to the pyramid levels with these strides. Returns the method itself.

@@ -131,14 +131,20 @@ def _source_of_weights(
             "pretrained": True,
             "pretrained_cfg_overlay": {"state_dict": _whole_state(name, Path(pretrained), args)},
         }
+    check_downloadable(
+        name,
+        f"backbone {name!r}: its weights cannot be downloaded from the hub, because there is no network. Give a file, "
+        "as in pretrained=FILE, or leave out `pretrained`",
+    )
+    return {"pretrained": True}
+
+
+def check_downloadable(name: str, problem: str) -> None:
+    """Raise KDError(problem) if a timm model's weights lie on the hub alone, and there is no network."""
     repository = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
     cached = repository and isinstance(try_to_load_from_cache(repository, "model.safetensors"), str)
     if repository and not cached and not _reaches_hub():  # the library would try for most of a minute
-        raise KDError(
-            f"backbone {name!r}: its weights cannot be downloaded from the hub, because there is no network. Give a "
-            "file, as in pretrained=FILE, or leave out `pretrained`"
-        )
-    return {"pretrained": True}
+        raise KDError(problem)
 
 
 def _whole_state(name: str, file: Path, args: Mapping[str, object]) -> dict[str, Tensor]:

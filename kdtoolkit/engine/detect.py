@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Detections, DetectorAdapter, DetectorSpec
+from kdtoolkit.contract import Capability, Detections, DetectorAdapter, DetectorSpec
 from kdtoolkit.engine.inputs import resolve_device
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.engine.scoring import Found
@@ -51,6 +51,8 @@ class Runner:
         if not isinstance(model, nn.Module | DetectorAdapter):
             raise KDError(f"the model must be a detector, an nn.Module, or an adapter of one; it is {model!r}")
         module, detect, spec = _detector(model, labels_from, like)
+        if spec is not None and Capability.PREDICTIONS not in spec.capabilities:
+            raise KDError(f"{spec.name} shows features alone, so it detects nothing: it can only teach (`kd distill`)")
         found = resolve_device(module, device)
         return Runner(module, spec, found, resolve_precision(precision, found), labels_from or 0, detect)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdtoolkit import processes
 from kdtoolkit.classes import ClassMap
-from kdtoolkit.contract import DetectorAdapter
+from kdtoolkit.contract import Capability, DetectorAdapter
 from kdtoolkit.data import DetectionDataset, InputSize, Sample
 from kdtoolkit.data.dataset import checked_item
 from kdtoolkit.data.recorded import found_on, knows
@@ -22,6 +22,7 @@ from kdtoolkit.engine.detect import Precision, Runner
 from kdtoolkit.engine.inputs import check_dataset
 from kdtoolkit.engine.scoring import IOU_THRESHOLDS, Floats, Found, Ints, precisions
 from kdtoolkit.errors import KDError
+from kdtoolkit.libraries import adapt
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
@@ -139,6 +140,8 @@ def why_not_measured(model: nn.Module | DetectorAdapter, dataset: DetectionDatas
     module = model.model if isinstance(model, DetectorAdapter) else model
     if isinstance(module, RecordedDetector) and not knows(module.file, dataset):
         return f"{module.path} has no detections on the images of {dataset}"
+    if Capability.PREDICTIONS not in (spec := adapt(model).spec).capabilities:
+        return f"{spec.name} shows features alone and detects nothing"
     return None
 
 

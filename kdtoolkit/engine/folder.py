@@ -38,8 +38,9 @@ _TOLD = logging.getLogger("kdtoolkit")
 class RunFolder:
     """Where a run is saved, and how often. A run that was stopped continues from there.
 
-    It holds `checkpoints/`, `log.jsonl` (a line a step: each loss term, `lr`, `gradient_norm`, and evaluations),
-    `speed.jsonl` (images a second, memory), `best.safetensors` and `student.safetensors` (the detector's weights).
+    It holds `checkpoints/`, `log.jsonl` (a line a step: each loss term and metric, `lr`, `gradient_norm`, and
+    evaluations), `speed.jsonl` (images a second, memory), `best.safetensors` and `student.safetensors` (the detector's
+    weights).
 
     Args:
         path: the folder; it is made if it is missing.

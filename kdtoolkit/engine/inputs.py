@@ -22,7 +22,8 @@ from kdtoolkit.errors import KDError
 def check_arguments(distiller: object, config: object) -> None:
     """Check what `train` is called with.
 
-    Raises KDError if a type is wrong, if the student is frozen, or if a method's schedule is longer than the run.
+    Raises KDError if a type is wrong, if the student is frozen, if a method's schedule is longer than the run, or if a
+    method's share is to be held in a compiled step.
     """
     if not isinstance(distiller, Distiller):
         raise KDError(
@@ -35,6 +36,11 @@ def check_arguments(distiller: object, config: object) -> None:
     for method in distiller.methods:
         if isinstance(method, Method) and (reason := method.schedule.why_too_long(config.steps)):
             raise KDError(f"{type(method).__name__}: {reason}")
+        if isinstance(method, Method) and method.share is not None and config.compile:
+            raise KDError(
+                f"{type(method).__name__}: a share cannot be held with compile, because torch.compile gives no "
+                "gradients of single losses: leave share or compile out"
+            )
 
 
 def beside_teacher(distiller: Distiller, dataset: DetectionDataset) -> DetectionDataset:

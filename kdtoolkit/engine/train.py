@@ -108,7 +108,7 @@ def train(
     seed_step(seed, 0, rank)
     student = distiller.student
     distiller.accumulation = config.accumulation
-    distiller.calls = 0  # schedules of methods begin with this run
+    distiller.restart()  # schedules and shares of methods begin with this run
     if config.channels_last:
         distiller.to(memory_format=torch.channels_last)
 

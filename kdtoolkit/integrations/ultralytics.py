@@ -211,8 +211,9 @@ class TaughtModel(DetectionModel):
         losses = distiller(images, _targets(batch))
         count = len(images)
         terms = {f"{name.removeprefix('task/')}_loss": value for name, value in losses.items()}
-        # The student's own terms are times the batch size already.
-        terms = {name: value * count if "/" in name else value for name, value in terms.items()}
+        # The student's own terms are times the batch size already, and so are terms whose share beside them is held.
+        plain = {name for name in terms if "/" in name and name.partition("/")[0] not in distiller.held}
+        terms = {name: value * count if name in plain else value for name, value in terms.items()}
         shown = {name: value.detach() / count for name, value in terms.items()}
         return torch.stack([*terms.values()]), shown | losses.metrics
 

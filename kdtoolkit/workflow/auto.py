@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 
 from kdtoolkit.contract import DetectorSpec, PriorKind
+from kdtoolkit.distiller import TEACHER_SCALES
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.methods import all_methods
 from kdtoolkit.verdicts import judge_pair
+from kdtoolkit.workflow.defaults import Choice
 
-_FALLBACK = ("PKD", "FitNet", "CWD")  # methods of features, which need least
+_FALLBACK = ("PKD", "FitNet", "CWD", "Cosine")  # methods of features, which need least
+_DEEP = 32  # px, the stride of the levels that foundation teachers are compared at
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ def choose(student_spec: DetectorSpec, teacher_spec: DetectorSpec, library: str)
     """
     verdicts = judge_pair(student_spec, teacher_spec)
     works = [name for name, verdict in verdicts.items() if verdict.reason is None]
-    wanted, why = _wanted(student_spec, works, library)
+    wanted, why = _wanted(student_spec, teacher_spec, works, library)
     if not wanted:
         reasons = "; ".join(f"{name}: {verdicts[name].reason}" for name in _FALLBACK)
         raise IncompatibleError(
@@ -39,7 +43,25 @@ def choose(student_spec: DetectorSpec, teacher_spec: DetectorSpec, library: str)
     return Chosen(tuple(MethodUse.model_validate(verdicts[name].settings or name) for name in wanted), why)
 
 
-def _wanted(student_spec: DetectorSpec, works: list[str], library: str) -> tuple[tuple[str, ...], str]:
+def teacher_scale(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> Choice:
+    """The size of the teacher's images beside the student's, if the user does not say it.
+
+    A teacher that shows features alone gets the size at which its deepest level lies nearest to the student's deepest
+    level of stride 32 or finer. All others see what the student sees.
+    """
+    if teacher_spec.priors is not PriorKind.NONE:
+        return Choice(1.0, "as the student")
+    fine = [stride for stride in student_spec.strides if stride <= _DEEP] or student_spec.strides[:1]
+    stride = teacher_spec.strides[-1]
+    scale = min(TEACHER_SCALES, key=lambda scale: abs(math.log(stride / scale / max(fine))))
+    return Choice(scale, f"its cells of {stride} px are then {stride / scale:g} px, beside the student's {max(fine)}")
+
+
+def _wanted(
+    student_spec: DetectorSpec, teacher_spec: DetectorSpec, works: list[str], library: str
+) -> tuple[tuple[str, ...], str]:
+    if teacher_spec.priors is PriorKind.NONE and "Cosine" in works:
+        return ("Cosine",), "made for teachers that show features alone"
     if student_spec.priors is PriorKind.QUERIES and "KDDETR" in works:
         return ("KDDETR",), "best for queries on our boards"
     if student_spec.priors is PriorKind.PROPOSALS and "CrossKD" in works:

@@ -44,6 +44,7 @@ def distill(
     teacher_weights: str | Path | None = None,
     student_weights: str | Path | None = None,
     method: Literal["auto"] | str | Sequence[str | Mapping[str, Mapping[str, Any]]] | None = None,
+    teacher_scale: float | None = None,
     class_map: Mapping[str, str] | None = None,
     init: Literal["teacher"] | None = None,
     unlabelled: str | Path | None = None,

@@ -28,6 +28,7 @@ class _Library:
 LIBRARIES = {  # by the first part of a detector's name
     "kdtoolkit": _Library("kdtoolkit", "Apache-2.0"),
     "torchvision": _Library("torchvision", "BSD-3-Clause"),
+    "timm": _Library("timm", "Apache-2.0"),
     "hf": _Library("transformers", "Apache-2.0"),
     "ultralytics": _Library("ultralytics", "AGPL-3.0"),
 }

@@ -1,4 +1,4 @@
-"""The options of `kd train` and `kd distill`: one class each, for the command line, for run files and in Python.
+"""The options of `kd train`, `kd distill` and `kd probe`, for the command line, for run files and in Python.
 
 Nothing here imports torch before options are checked, so that help comes at once.
 """
@@ -140,6 +140,11 @@ class DistillOptions(RunOptions):
         default="auto",
         description='how to distil: CrossKD, "PKD?weight=6" ...; default: auto, which chooses by what the pair allows',
     )
+    teacher_scale: float | None = Field(
+        None,
+        description="size of the teacher's images beside the student's: 1, 0.5 or 0.25; default: 1, or what fits the "
+        "strides of a teacher that shows features alone",
+    )
     class_map: dict[str, str] = Field(
         default={}, description="a class of the data and the teacher's name for it; equal names need none"
     )
@@ -151,6 +156,13 @@ class DistillOptions(RunOptions):
     )
     compare_baseline: bool = Field(False, description="also train the same student without the teacher, to compare")
     allow_weak_teacher: bool = Field(False, description="go on with a teacher that is bad on this data")
+
+    @field_validator("teacher_scale")
+    @classmethod
+    def _check_scale(cls, scale: float | None) -> float | None:
+        if scale not in (None, 1.0, 0.5, 0.25):
+            raise ValueError(f"teacher_scale is {scale:g}: it must be 1, 0.5 or 0.25")
+        return scale
 
     @field_validator("method", mode="before")
     @classmethod
@@ -183,6 +195,23 @@ class DistillOptions(RunOptions):
         return self.compare_baseline
 
 
+class ProbeOptions(DistillOptions):
+    """The options of `kd probe`: those of `kd distill`, so that its commands and run files can be probed, and more."""
+
+    command = "probe"
+
+    share: float = Field(0.1, gt=0, lt=1, description="the share of the gradient that weights are proposed for")
+    batches: int = Field(4, gt=0, description="batches that are measured; more are slower and more exact")
+    after: int | None = Field(
+        None,
+        ge=0,
+        description="steps that the student is trained alone before; default: 50, or 0 if its weights can detect",
+    )
+    out: Path | None = Field(None, description="not used: a probe writes nothing")
+    compare_baseline: bool = Field(False, description="not used: a probe trains nothing to the end")
+    allow_weak_teacher: bool = Field(False, description="not used: a probe does not measure AP")
+
+
 T = TypeVar("T", bound=RunOptions)
 
 _ABOUT_THE_REST = (
@@ -200,7 +229,7 @@ def read_options(kind: type[T], path: Path) -> T:
     except (OSError, UnicodeDecodeError) as error:
         raise KDError(f"cannot read the run file {path}: {getattr(error, 'strerror', None) or error}") from error
     for other in (TrainOptions, DistillOptions):
-        if other is not kind and text.startswith(other.heading()):
+        if not issubclass(kind, other) and text.startswith(other.heading()):
             raise KDError(f"{path} is of `kd {other.command}`, not of `kd {kind.command}`")
     return _with_absolute_paths(parse(kind, text, str(path), f"a run file of `kd {kind.command}`"), path.parent)
 

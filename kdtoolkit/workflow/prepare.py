@@ -12,7 +12,7 @@ import torch
 from kdtoolkit import processes
 from kdtoolkit.build import backbone_weights
 from kdtoolkit.classes import ClassMap
-from kdtoolkit.compatibility import why_refused
+from kdtoolkit.compatibility import why_no_student, why_refused
 from kdtoolkit.data import PhotoDataset, check_same_classes, open_dataset, open_images
 from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.data.detections import is_detection_file
@@ -28,11 +28,11 @@ from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.inherit import Inherited, inherit
 from kdtoolkit.libraries import adapt, library_of_name
 from kdtoolkit.method_use import MethodUse
-from kdtoolkit.models import Detector, is_code, is_place, open_detector
+from kdtoolkit.models import Detector, can_detect, is_code, is_place, open_detector
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.words import counted
 from kdtoolkit.workflow import defaults
-from kdtoolkit.workflow.auto import choose, scaled
+from kdtoolkit.workflow.auto import choose, scaled, teacher_scale
 from kdtoolkit.workflow.batch import fitting, trial_step
 from kdtoolkit.workflow.defaults import Begin, Choice, Situation
 from kdtoolkit.workflow.detecting import check_recorded
@@ -104,6 +104,7 @@ def prepare(
     image_size = _image_size(options, images, teacher, student)
     size = int(image_size.value)
     images = images.resized(size)
+    scale = _teacher_scale(options, student, teacher)
 
     untouched = _copy(student) if options.with_baseline else None
     inherited: Inherited | None = None
@@ -115,10 +116,10 @@ def prepare(
     _check_sizes(student, teacher, size, notes)
 
     about = _situation(images, student, inherited, device)
-    methods, why_methods = _methods(options, student, teacher, class_map)
+    methods, why_methods = _methods(options, student, teacher, class_map, scale.value)
 
     def trial(size: int) -> None:
-        spoilt = _distiller(_copy(student), teacher, methods, class_map)
+        spoilt = _distiller(_copy(student), teacher, methods, class_map, scale.value)
         trial_step(spoilt, images.train, size, device, options.train.get("precision", "auto"))
 
     batch = _batch(options, about, trial)
@@ -129,13 +130,16 @@ def prepare(
     training = _training(options, about, images, batch, device)
     if batch.value == about.processes * training.config.accumulation:
         trial(1)  # not all detectors can be trained by single images
-    distiller = _checked(_seeded(options, student, teacher, methods, class_map), training.config, images)
+    distiller = _seeded(options, student, teacher, methods, class_map, scale.value)
+    distiller = _checked(distiller, training.config, images)
 
     resolved: dict[str, Any] = {"image_size": size, **training.resolved}
     if isinstance(options, DistillOptions):
-        resolved["method"] = methods
+        resolved |= {"method": methods, "teacher_scale": scale.value}
     plan = _what(options, images, student, teacher, class_map, inherited, method)
     plan["image size"] = replace(image_size, value=f"{size} px")
+    if scale.value != 1:
+        plan["teacher's images"] = replace(scale, value=f"{scale.value:g} times the student's size")
     return Prepared(
         options=options.model_copy(update=resolved),
         run_file=options.model_copy(update={"batch_size": batch.value}),
@@ -186,20 +190,24 @@ def _open(options: RunOptions, progress: Callable[[str], Callable[[int, int], No
 
 def _teacher(options: DistillOptions, images: Images, notes: list[str]) -> tuple[Detector, ClassMap | None]:
     """The teacher, and which classes it shares with the data if its own are different."""
-    names = images.train.class_names
-    ids = own_ids(images.train) if is_detection_file(options.teacher) else None
-    weights = options.teacher_weights or ("pretrained" if _has_no_weights_of_its_own(options.teacher) else None)
+    names, name = images.train.class_names, options.teacher
+    ids = own_ids(images.train) if is_detection_file(name) else None
+    weights = options.teacher_weights or ("pretrained" if _has_no_weights_of_its_own(name) else None)
     file = weights not in (None, "pretrained")
     try:
         teacher = _opened_in_all(lambda: open_detector(options.teacher, weights=weights, categories=ids))
     except KDError as error:
-        if not file and weights == "pretrained" and options.teacher_weights is None:
+        if not file and weights == "pretrained" and options.teacher_weights is None and _library(name) != "timm":
             raise KDError(
                 f"the teacher {options.teacher} has no weights ({error}). Name a trained one: the folder of a run "
                 f"(`kd train --model {options.teacher} --data {options.data}` makes one), a file by --teacher-weights, "
                 "or the library's own file such as best.pt"
             ) from error
         raise
+    if not can_detect(teacher):
+        if options.class_map:
+            raise KDError(f"the teacher {options.teacher} shows features alone and has no classes: leave class_map out")
+        return teacher, None
     if not teacher.trained:
         raise KDError(
             f"the teacher {options.teacher} has random weights in its class layer, so it cannot detect: train it first "
@@ -254,6 +262,8 @@ def _student(
             weights = "none"
             notes.append(f"the {role} begins with random weights: published ones cannot be had here ({error})")
     detector = _opened_in_all(lambda: opened(weights))
+    if reason := why_no_student(adapt(detector.model).spec):
+        raise KDError(reason)
     return detector, options.model_copy(update={} if weights is None else {field: weights})
 
 
@@ -300,7 +310,7 @@ def _opened(name: str, names: tuple[str, ...], weights: str | None, size: int) -
 
 def _has_no_weights_of_its_own(name: str) -> bool:
     """Whether a name stands for an architecture alone."""
-    return not is_place(name) and _library(name) in ("kdtoolkit", "torchvision", "ultralytics")
+    return not is_place(name) and _library(name) in ("kdtoolkit", "torchvision", "ultralytics", "timm")
 
 
 def _library(name: str) -> str:
@@ -323,15 +333,24 @@ def _check_sizes(student: Detector, teacher: Detector | None, size: int, notes: 
         notes.append(f"the teacher was trained on images of {teacher.image_size} px and is shown images of {size} px")
 
 
+def _teacher_scale(options: RunOptions, student: Detector, teacher: Detector | None) -> Choice:
+    if teacher is None:
+        return Choice(1.0, "")
+    assert isinstance(options, DistillOptions)
+    if options.teacher_scale is not None:
+        return Choice(options.teacher_scale, _CHOSEN_BY_USER)
+    return teacher_scale(adapt(student.model).spec, adapt(teacher.model).spec)
+
+
 def _methods(
-    options: RunOptions, student: Detector, teacher: Detector | None, class_map: ClassMap | None
+    options: RunOptions, student: Detector, teacher: Detector | None, class_map: ClassMap | None, scale: float
 ) -> tuple[tuple[MethodUse, ...], str]:
     """The methods and why. Raises IncompatibleError if one cannot work."""
     if teacher is None:
         return (), ""
     assert isinstance(options, DistillOptions)
     ours, theirs = Distiller(teacher.model, student.model, class_map=class_map).seen
-    specs = ours.spec, theirs.spec
+    specs = ours.spec, theirs.spec.on_images_scaled_by(scale)
     if options.method == "auto":
         chosen = choose(*specs, _library(student.name))
         return chosen.methods, chosen.why
@@ -355,12 +374,17 @@ def _factor(options: RunOptions, about: Situation, batch: int) -> float:
 
 
 def _distiller(
-    student: Detector, teacher: Detector | None, methods: tuple[MethodUse, ...], class_map: ClassMap | None
+    student: Detector,
+    teacher: Detector | None,
+    methods: tuple[MethodUse, ...],
+    class_map: ClassMap | None,
+    scale: float,
 ) -> Distiller:
     return Distiller(
         None if teacher is None else teacher.model,
         student.model,
         [use.build() for use in methods],
+        teacher_scale=scale,
         class_map=class_map,
     )
 
@@ -371,10 +395,11 @@ def _seeded(
     teacher: Detector | None,
     methods: tuple[MethodUse, ...],
     class_map: ClassMap | None,
+    scale: float,
 ) -> Distiller:
     """The run's distiller. What its methods must learn begins with the same values, whatever was tried before."""
     torch.manual_seed(options.seed)
-    return _distiller(student, teacher, methods, class_map)
+    return _distiller(student, teacher, methods, class_map, scale)
 
 
 def _checked(distiller: Distiller, config: TrainConfig, images: Images) -> Distiller:
@@ -483,7 +508,9 @@ def _what(
         plan["unlabelled"] = Choice(counted(len(images.unlabelled), "image"), "only the methods' losses, no labels")
     if teacher is not None:
         is_file = isinstance(teacher.model, RecordedDetector)
-        plan["teacher"] = Choice(_shown(teacher), teacher.weights if is_file else f"weights: {teacher.weights}")
+        alone = "" if can_detect(teacher) else "; it shows features alone"
+        about = teacher.weights if is_file else f"weights: {teacher.weights}"
+        plan["teacher"] = Choice(f"{_shown(teacher)}{alone}", about)
         if class_map is not None:
             assert teacher.class_names is not None
             plan["classes"] = Choice(class_map.describe(names, teacher.class_names), "the class lists differ")

@@ -132,7 +132,9 @@ class Report(BaseModel):
     def sentences(self) -> Iterator[str]:
         """What the numbers mean."""
         if self.teacher and not is_detection_file(self.given.get("teacher")):
-            yield "The teacher was measured as it teaches: at the size at which the student sees the images."
+            yield "The teacher was measured at the size at which the student sees the images."
+        elif self.command == "distill" and self.student and not self.teacher:
+            yield "The teacher was not measured: it shows features alone, or has no detections on these images."
         if self.added is not None:
             yield (
                 f"Distillation added {self.added:+.1f} AP at equal steps. This is one seed: differences below about 1 "

@@ -176,7 +176,9 @@ def test_it_is_opened_as_it_is(tmp_path, file):
     opened = open_detector(file.path, categories=NAMES)
     assert (opened.class_names, opened.trained) == (("red", "green", "blue"), True)
     assert opened.weights == "2 detections on 2 images"
-    with pytest.raises(KDError, match=r"of 3 classes .red, green, blue., and cannot be trained on different ones"):
-        open_detector(file.path, categories=NAMES, class_names=["red"])
+    with pytest.raises(KDError, match=r"detections of 3 classes \(red, green, blue\), not of 4: leave the number out"):
+        open_detector(file.path, categories=NAMES, num_classes=4)
+    with pytest.raises(KDError, match="which can only teach, as it is: name a detector to train"):
+        open_detector(file.path, class_names=["red", "green", "blue"])
     with pytest.raises(KDError, match="which has no weights and no arguments: leave them out"):
         open_detector(file.path, categories=NAMES, weights="pretrained")

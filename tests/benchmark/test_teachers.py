@@ -22,6 +22,8 @@ from kdtoolkit.models import open_detector, save_detector
 from tests._opened import stirred
 from tests.benchmark._suite import TINY, tiny
 from tests.benchmark.test_runner import run
+from tests.data._results import entry, found_in, write
+from tests.workflow._data import write_shapes
 
 TRAIN = "  train: {steps: 3, batch_size: 2, warmup_steps: 0}\n"
 STUDENT = "  train: {steps: 2, batch_size: 2, warmup_steps: 0}\n"
@@ -146,4 +148,60 @@ def test_what_cannot_work_is_said_before_anything_runs(folder, changes, says):
     if suite.teacher.train is None:
         suite = suite.model_copy(update={"teacher": suite.teacher.model_copy(update={"args": {}})})
     with pytest.raises(KDError, match=says):
+        check_methods(suite, load_data(suite.data))
+
+
+# A teacher that is a file of detections ------------------------------------------------------------------------------
+
+FILE = (
+    (
+        "  image_size: 64\n  teacher_images: 8\n  student_images: 4\n  val_images: 4\n",
+        "  root: shapes\n  image_size: 64\n",
+    ),
+    ("  model: kdtoolkit/gfl\n", "  model: d.json\n"),
+    (TRAIN, ""),
+    ("  PKD: [PKD]\n  CrossKD+PKD: [CrossKD, {PKD: {weight: 3.0}}]\n", "  ObjectKD: [ObjectKD]\n"),
+)
+
+
+def with_file(root, *splits):
+    """The suite in `root`, with a teacher that has found the objects of these splits."""
+    write(root / "d.json", found_in(write_shapes(root / "shapes"), *splits))
+    suite = suite_in(root, *FILE)
+    return suite.model_copy(update={"teacher": suite.teacher.model_copy(update={"args": {}})})
+
+
+def test_a_file_of_detections_is_a_teacher(tmp_path):
+    suite = with_file(tmp_path, "train", "val")
+    check_methods(suite, load_data(suite.data))
+    plan = plan_of(suite, tmp_path)
+    cell.run(plan.teacher_task(), lambda report: None)
+    teacher = read_result(plan.teacher_task().result)
+    assert (teacher.evaluation["ap"], teacher.warnings) == (pytest.approx(100), [])
+    cell.run(plan.cell("ObjectKD", 0), lambda report: None)
+    history = read_result(plan.cell("ObjectKD", 0).result).history
+    assert [row["objectkd/missed"] for row in history] == [0.0] * len(history)
+    before = plan.cell("ObjectKD", 0).parts["teacher"]
+    write(tmp_path / "d.json", found_in(tmp_path / "shapes", "train"))
+    assert plan_of(suite, tmp_path).cell("ObjectKD", 0).parts["teacher"] != before
+
+
+@pytest.mark.slow
+def test_a_board_says_that_its_teacher_could_not_be_measured(tmp_path):
+    outcome, text = run(with_file(tmp_path, "train"), tmp_path / "runs" / "tiny")
+    assert outcome.failures == {}, text
+    board = build_board(tmp_path / "runs" / "tiny")
+    assert board.teacher.metrics["ap"] is None
+    assert any("teacher: the AP is unknown: " in warning for warning in board.warnings)
+    assert not any("nothing to learn from it" in warning for warning in board.warnings)
+    to_markdown(board), to_json(board), to_csv(board)
+    write_board(board, tmp_path)
+
+
+def test_a_file_of_different_images_fails_before_anything_is_trained(tmp_path):
+    suite = with_file(tmp_path, "val")
+    with pytest.raises(KDError, match=r"suite tiny, teacher: .*d.json has no detection on 12 of the 12 images"):
+        check_methods(suite, load_data(suite.data))
+    write(tmp_path / "d.json", [entry("train0.png", 1), entry("none.png", 1)])
+    with pytest.raises(KDError, match=r"suite tiny, teacher: .*d.json: detection 1 .*'none.png', and the data has no"):
         check_methods(suite, load_data(suite.data))

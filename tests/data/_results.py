@@ -2,6 +2,8 @@
 
 import json
 
+from kdtoolkit.data import open_dataset
+
 
 def entry(image=7, class_id=3, box=(2.5, 4, 10, 20.25), score=0.9, **more):
     """A detection; `image` is an id, or a file name."""
@@ -12,3 +14,16 @@ def write(path, content):
     """Write what becomes JSON, or text as it is."""
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
+
+
+def found_in(root, *splits, **more):
+    """The data's own objects as detections, which name their files."""
+    found = []
+    for split in splits:
+        truth = open_dataset(root, split).coco()
+        files = {image["id"]: image["file_name"] for image in truth["images"]}
+        found += [
+            entry(None, a["category_id"], a["bbox"], 0.75, file_name=files[a["image_id"]], **more)
+            for a in truth["annotations"]
+        ]
+    return found

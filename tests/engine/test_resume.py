@@ -34,6 +34,7 @@ CASES = {
         "frozen_statistics": ("backbone",),
     },
     "float16, accumulated": {"precision": "float16", "accumulation": 2, "channels_last": True},
+    "shares that are held": {"methods": (lambda: PKD().held_at(share=0.1), lambda: FBKD().held_at(share=0.2))},
     "sizes and mixed images, read ahead": {
         "input_size": InputSize(short=(64, 96), long=128),
         "augmentation": Augmentation(mosaic=0.5, mixup=0.5, photometric=0.5),

@@ -182,6 +182,22 @@ def test_losses_of_methods_are_times_the_batch_size_as_the_librarys_are(batch):
     torch.testing.assert_close(logged["pkd/feature_loss"], losses["pkd/feature"].detach())
 
 
+def test_a_share_is_held_beside_the_librarys_losses(batch):
+    model = taught([PKD().held_at(share=0.2)], guide=teacher())
+    total, logged = model(library_batch(batch))
+    parameters = [p for name, p in model.named_parameters() if not name.startswith("methods.")]
+    own, task = (
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for loss in (total[-1], total[:-1].sum())
+    )
+    norms = [
+        torch.stack([each[i].norm() for i, g in enumerate(own) if g is not None and task[i] is not None]).norm()
+        for each in (own, task)
+    ]
+    assert (norms[0] / sum(norms)).item() == pytest.approx(0.2, rel=1e-3)
+    assert logged["pkd/factor"] > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_reach_the_student_and_what_methods_learn(dtype, batch):
     model = taught([PKD()])

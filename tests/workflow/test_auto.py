@@ -34,8 +34,10 @@ def test_the_pair_decides(student, teacher, methods):
 
 def test_a_pair_without_methods_is_refused_with_reasons():
     spec = adapt(tiny_of("GFL", seed=0)).spec
-    with pytest.raises(IncompatibleError, match=r"no method can distil GFL into GFL \(PKD: .*CWD: "):
-        choose(spec, replace(spec, strides=(7, 14, 28, 56, 112)), "kdtoolkit")
+    coarse, odd = (64, 128, 256, 512, 1024), (7, 14, 28, 56, 112)
+    with pytest.raises(IncompatibleError, match=r"no method can distil GFL into GFL \(PKD: .*Cosine: "):
+        choose(replace(spec, strides=coarse), replace(spec, strides=odd), "kdtoolkit")
+    assert [str(use) for use in choose(spec, replace(spec, strides=odd), "kdtoolkit").methods] == ["Cosine"]
 
 
 def test_all_weights_are_scaled():

@@ -7,8 +7,11 @@ import pytest
 import kdtoolkit
 from kdtoolkit import KDError
 from kdtoolkit.data import open_dataset
-from tests.data._results import entry, write
+from kdtoolkit.workflow.options import ProbeOptions, check_options
+from kdtoolkit.workflow.probe import run as run_probe
+from tests.data._results import entry, found_in, write
 from tests.workflow._blobs import BOX, FAR, dataset, detector, picture, right
+from tests.workflow._data import TINY
 
 XYWH = (BOX[0], BOX[1], BOX[2] - BOX[0], BOX[3] - BOX[1])
 
@@ -99,3 +102,89 @@ def test_detections_can_be_drawn(tmp_path, data):
     assert found.images[0].boxes.tolist() == [[*BOX]]
     assert len(list((tmp_path / "out" / "pictures").glob("*.jpg"))) == 3
     assert json.loads((tmp_path / "out" / "predictions.json").read_text())[2]["category"] == "xxx"
+
+
+# kd distill ----------------------------------------------------------------------------------------------------------
+
+
+OPTIONS = {"steps": 2, "batch_size": 2, "student_weights": "none", "device": "cpu", "quiet": True}
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_a_file(tmp_path, shapes):
+    file = write(tmp_path / "d.json", found_in(shapes, "train", "val"))
+    report = kdtoolkit.distill(file, TINY, shapes, out=tmp_path / "out", **OPTIONS)
+    assert report.teacher.ap == pytest.approx(100)
+    assert report.plan["method"] == "ObjectKD (the teacher shows detections alone)"
+    assert report.plan["teacher"].endswith("d.json, a file of detections (31 detections on 16 images)")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "at the size at which" not in text
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "A file: 31 detections on 16 images." in card
+    assert "The teacher's detections: licence unknown" in card
+    assert report.student.metrics["objectkd/missed"] == 0
+
+
+@pytest.mark.slow
+def test_images_without_labels_need_detections_and_validation_images_do_not(tmp_path, shapes, capsys):
+    photos = tmp_path / "photos"
+    picture(photos / "more1.png")
+    picture(photos / "more2.png")
+    found = found_in(shapes, "train")
+    options = {**OPTIONS, "steps": 4, "train": {"unlabelled_share": 0.5}, "unlabelled": photos}
+    file = write(tmp_path / "d.json", found)
+    with pytest.raises(KDError, match=r"has no detection on 2 of the 2 images of .*photos"):
+        kdtoolkit.distill(file, TINY, shapes, out=tmp_path / "none", **options)
+    more = [entry(f"more{i}.png", 1, XYWH, 0.9) for i in (1, 2)]
+    report = kdtoolkit.distill(
+        write(file, found + more), TINY, shapes, out=tmp_path / "out", **{**options, "quiet": False}
+    )
+    assert report.teacher is None
+    assert "the teacher is not measured: " in capsys.readouterr().out
+    assert report.ap is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"method": "PKD"}, r"PKD cannot distil d.json into GFL: .*Use ObjectKD.*`--method auto` would take ObjectKD"),
+        ({"init": "teacher"}, r"nothing of d.json fits GFL"),
+        ({"teacher_weights": "pretrained"}, r"d.json is a file of detections, which has no weights"),
+        ({"teacher": "{none}"}, r"there is no file .*none.json; correct the path"),
+        (
+            {"student": "{file}", "student_weights": None},
+            r"d.json is a file of detections, which can only teach, as it is: name",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_uses_of_a_file_are_one_sentence(tmp_path, shapes, changes, part):
+    file = write(tmp_path / "d.json", found_in(shapes, "train", "val"))
+    places = {"file": str(file), "none": str(tmp_path / "none.json")}
+    given = {"teacher": file, "student": TINY, **OPTIONS, **changes}
+    given = {
+        name: value.format(**places) if "{" in str(value) and value != TINY else value for name, value in given.items()
+    }
+    with pytest.raises(KDError, match=part) as error:
+        kdtoolkit.distill(given.pop("teacher"), given.pop("student"), shapes, out=tmp_path / "out", **given)
+    assert "\n" not in str(error.value)
+
+
+def test_it_cannot_be_exported(tmp_path, shapes):
+    file = write(tmp_path / "d.json", found_in(shapes, "train"))
+    with pytest.raises(KDError, match=r"d.json is a file of detections, so there is no network to export: name a"):
+        kdtoolkit.export(file, out=tmp_path / "d.onnx")
+
+
+def test_it_can_be_probed(tmp_path, shapes):
+    file = write(tmp_path / "d.json", found_in(shapes, "train"))
+    given = {"teacher": str(file), "student": TINY, "data": shapes, "student_weights": "none", "batch_size": 4}
+    found = run_probe(check_options(ProbeOptions, {**given, "batches": 1, "after": 0}), quiet=True)
+    assert "objectkd" in {row.name for row in found.probe.rows}
+
+
+def test_ids_that_are_in_several_splits_are_refused(tmp_path, shapes):
+    truth = open_dataset(shapes, "train").coco()
+    found = [entry(a["image_id"], a["category_id"], a["bbox"]) for a in truth["annotations"]]
+    with pytest.raises(KDError, match=r"on the image 1, and there is one in train and in val: give each entry a file"):
+        kdtoolkit.distill(write(tmp_path / "d.json", found), TINY, shapes, out=tmp_path / "out", **OPTIONS)

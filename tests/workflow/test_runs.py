@@ -50,7 +50,7 @@ def test_a_run_leaves_the_detector_with_its_card_a_report_and_its_settings(disti
     assert Report.read(folder) == distilled
     text = (folder / "report.md").read_text()
     assert "| teacher |" in text
-    assert "The teacher was measured as it teaches" in text
+    assert "The teacher was measured at the size" in text
     settings = check_options(DistillOptions, {}, file=folder / "run.yaml")
     assert settings.teacher == str(teacher)
     assert (settings.steps, settings.batch_size, settings.student_weights) == (4, 4, "none")

@@ -1,0 +1,160 @@
+"""`kd probe`: what each loss of a distillation does to the student, and which weights to set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+
+from kdtoolkit.data import batches
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.inputs import beside_teacher
+from kdtoolkit.engine.train import train
+from kdtoolkit.errors import KDError
+from kdtoolkit.method_use import MethodUse
+from kdtoolkit.probe_words import Verdict, sentences, table, verdicts
+from kdtoolkit.probing import Probe, probe
+from kdtoolkit.words import counted, duration
+from kdtoolkit.workflow.auto import scaled
+from kdtoolkit.workflow.detecting import found_device
+from kdtoolkit.workflow.display import Clock, Display
+from kdtoolkit.workflow.options import ProbeOptions
+from kdtoolkit.workflow.prepare import Prepared, prepare
+
+AFTER = 50  # steps that a student with a new head is trained before: its first gradients are like no later ones
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `kd probe` found: `uses` are the methods as they were, `proposed` with weights for the share, by name."""
+
+    probe: Probe
+    uses: dict[str, MethodUse]
+    proposed: dict[str, MethodUse]
+    after: int
+    notes: tuple[str, ...]
+
+    @property
+    def fine(self) -> bool:
+        """Whether no method drowns the task, does nothing or pulls against the task."""
+        return all(found == [Verdict.FINE] for found in verdicts(self.probe).values())
+
+    def lines(self) -> Iterator[str]:
+        """The table, the sentences and the proposals."""
+        yield ""
+        yield from table(self.probe)
+        yield ""
+        yield from (f"{sentence}." for sentence in sentences(self.probe))
+        yield ""
+        yield from self._proposals()
+
+    def _proposals(self) -> Iterator[str]:
+        share = f"{100 * self.probe.share:g} %"
+        if held := [str(use) for use in self.uses.values() if "share" in use.args]:
+            yield f"The share is held in training, so the weights do not matter: {', '.join(held)}"
+        changed = {name: use for name, use in self.proposed.items() if "share" not in use.args}
+        if changed:
+            yield f"Weights for a share of {share} each at this point:"
+            yield f"  {_options(changed)}"
+        if free := {name: _held(use, self.probe.share) for name, use in self.uses.items() if "share" not in use.args}:
+            yield f"Or let the share of {share} be held from the first step to the last:"
+            yield f"  {_options(free)}"
+
+
+def run(options: ProbeOptions, *, quiet: bool = False) -> Found:
+    """Prepare a distillation as `kd distill` does, and probe it. Raises KDError."""
+    console, loud = Console(quiet=quiet), Console(stderr=True)
+    device = found_device(options.device)
+    with Display(console, loud) as display:
+        prepared = prepare(options, device, display.counting)
+        default = 0 if prepared.student.trained else AFTER
+        after = default if options.after is None else options.after
+        if after:
+            _train_alone(prepared, after, display)
+        shown = batches(
+            beside_teacher(prepared.distiller, prepared.images.train),
+            batch_size=prepared.config.batch_size,
+            steps=options.batches,
+            seed=options.seed,
+            augment=prepared.config.augmentation,
+            input_size=prepared.config.input_size,
+        )
+        found = probe(prepared.distiller, shown, options.share)
+        when = f"after {counted(after, 'step')} without methods" if after else "before the first step"
+        images = counted(found.batches * prepared.config.batch_size, "image")
+        display.line(
+            f"probed {images} in batches of {prepared.config.batch_size}, {when}, in {duration(found.seconds)}"
+        )
+        for note in prepared.notes:
+            display.line(f"note: {note}")
+    uses = dict(zip(prepared.distiller.names, prepared.methods, strict=True))
+    proposed = {name: _proposed(use, found.factor(name), options.share) for name, use in uses.items()}
+    return Found(found, uses, proposed, after, prepared.notes)
+
+
+def to_json(found: Found) -> dict[str, Any]:
+    """All that was found, for programs."""
+    probed = found.probe
+    return {
+        "share": probed.share,
+        "batches": probed.batches,
+        "after": found.after,
+        "seconds": probed.seconds,
+        "fine": found.fine,
+        "agreement": dict(probed.agreement),
+        "losses": {
+            row.name: {
+                "value": row.value,
+                "parts": {part: asdict(m) | {"share": m.share} for part, m in row.parts.items()},
+            }
+            for row in probed.rows
+        },
+        "methods": {
+            name: {
+                "method": str(found.uses[name]),
+                "verdicts": [verdict.value for verdict in each],
+                "factor": probed.factor(name),
+                "proposed": str(found.proposed[name]),
+            }
+            for name, each in verdicts(probed).items()
+        },
+        "sentences": list(sentences(probed)),
+        "notes": list(found.notes),
+    }
+
+
+def _train_alone(prepared: Prepared, steps: int, display: Display) -> None:
+    """Train the student without the methods, as a run begins."""
+    config = prepared.config.model_copy(update={"steps": steps, "schedule": "constant", "ema": 0.0})
+    train(
+        Distiller(None, prepared.student.model),
+        prepared.images.train,
+        config,
+        seed=prepared.options.seed,
+        report=display.training("training without methods", Clock(steps, 0, 0.0)),
+    )
+
+
+def _proposed(use: MethodUse, factor: float | None, share: float) -> MethodUse:
+    """The method with weights for the share; held at the share if it has no weights that can be given."""
+    if "share" in use.args or factor is None:
+        return use
+    try:
+        changed = scaled(use, factor)
+    except KDError:
+        return _held(use, share)
+    rounded = {
+        name: float(f"{value:.2g}") if name.endswith("weight") and isinstance(value, float) else value
+        for name, value in changed.args.items()
+    }
+    return _held(use, share) if rounded == use.args else MethodUse.model_validate({use.name: rounded})
+
+
+def _held(use: MethodUse, share: float) -> MethodUse:
+    return MethodUse.model_validate({use.name: {**use.args, "share": share}})
+
+
+def _options(uses: dict[str, MethodUse]) -> str:
+    return " ".join(f'--method "{use}"' for use in uses.values())
