@@ -161,6 +161,17 @@ def test_weights_of_a_file(tmp_path):
     assert open_detector(DINOV3, weights=file, class_names=["a", "b"]).class_names is None
 
 
+def test_published_weights_are_loaded(tmp_path, monkeypatch):
+    """timm takes them from a file here, where it would download them."""
+    file = write_weights(tmp_path / "vit.safetensors", DINOV3)
+    monkeypatch.setattr(adapters, "check_downloadable", lambda *about: None)
+    opened = open_detector(DINOV3, weights="pretrained", args={"pretrained_cfg_overlay": {"file": str(file)}})
+    expected = foundation(DINOV3).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in opened.model.state_dict().items())
+    assert opened.weights == "timm's vit_small_patch16_dinov3.lvd1689m, licence dinov3-license"
+    assert opened.trained
+
+
 def test_weights_in_their_publishers_names(tmp_path):
     """Meta's file of DINOv2 has a mask token, and registers of a different name."""
     state = foundation(DINOV2).state_dict()
