@@ -49,6 +49,8 @@ def test_help_lists_and_wrong_calls_do_without_torch(tmp_path):
         "inspect --help",
         "train --help",
         "distill --help",
+        "probe --help",
+        "probe --teacher runs/train-birds --share 2",
         "train --data birds --image-size 8",
         "distill --data birds --teachr runs/train-birds",
         "distill none.yaml",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdtoolkit.benchmark.stats import Difference, Spread, Verdict, gap_recovered, paired_difference, spread
 from kdtoolkit.benchmark.store import CellResult, Store, read_result
-from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, Suite
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
 from kdtoolkit.benchmark.suite_file import load_suite
 from kdtoolkit.errors import KDError
 from kdtoolkit.words import counted
@@ -90,7 +90,7 @@ def build_board(root: Path) -> Board:
             f"{root} is not a folder of `kd benchmark run`: it has no suite.yaml. Name a suite's folder, as runs/quick"
         )
     suite = load_suite(str(store.suite_path))
-    cells = {row: list(_cells(store, suite, row)) for row in (BASELINE, *suite.entries, EQUAL_TIME)}
+    cells = {row: list(_cells(store, suite, row)) for row in (BASELINE, *suite.entries, EQUAL_TIME, TWICE)}
     teacher = read_result(store.teacher_copy)
     aps = {row: _aps(results) for row, results in cells.items()}
     teacher_ap = teacher.evaluation["ap"] if teacher else None
@@ -207,6 +207,8 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
         facts[EQUAL_TIME] = (
             f"{steps} steps: the schedule times {stretch}, so that it takes as long as the slowest method"
         )
+    if plateau := _plateau(cells):
+        facts["plateau"] = plateau
     if inherited := distinct(result.inherited for result in done if result.inherited) if suite.init else "":
         facts["init"] = inherited
     threads = distinct(f"{counted(result.threads, 'thread')} a cell" for result in done)
@@ -216,6 +218,17 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
     dates = sorted(result.date for result in done)
     facts["run"] = f"{dates[0]} to {dates[-1]}" if dates else "-"
     return facts
+
+
+def _plateau(cells: Mapping[str, list[CellResult]]) -> str:
+    """How far the baseline is from its plateau, in words; empty if it was not measured."""
+    final = _aps(cells[BASELINE])
+    early = {result.seed: ap for result in cells[BASELINE] if (ap := result.ap_at_four_fifths) is not None}
+    found = {
+        "the last fifth of the baseline's steps adds": paired_difference(final, early),
+        "twice the steps add": paired_difference(_aps(cells[TWICE]), final),
+    }
+    return ", ".join(f"{words} {added.text} AP" for words, added in found.items() if added is not None)
 
 
 def _warnings(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kdtoolkit.benchmark.datasets import load_data
+from kdtoolkit.benchmark.datasets import DataSets, load_data
 from kdtoolkit.benchmark.keys import key_of, package_of
 from kdtoolkit.benchmark.store import CellResult, discard_runs, holding, usable_result, write_result, write_weights
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection
@@ -26,14 +26,14 @@ from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.hardware import device_name, machine
 from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.result import TrainResult
-from kdtoolkit.engine.train import Progress, train
+from kdtoolkit.engine.train import Progress, Validation, train
 from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.inherit import inherit
 from kdtoolkit.libraries import adapt
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import Detector, UnknownClassesError, can_detect, check_classes, open_detector
 
-SAVE_SECONDS = 60.0  # between two checkpoints of a training
+SAVE_SECONDS = 30.0  # between two checkpoints of a training
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,8 @@ class Task:
     `detector`: what it trains, the student or the teacher. `parts`: everything that its key is computed from.
     `result`: the path of its result. `teacher_weights`: the path of the teacher's weights. `pictures`: the folder of
     drawn pictures and decoded photos. `source`: a digest of kdtoolkit's source code. `inherits`: whether the student
-    starts from the teacher's weights. `class_map`: the teacher's name for a class of the data, where the names differ.
+    starts from the teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `class_map`: the
+    teacher's name for a class of the data, where the names differ.
     """
 
     entry: str
@@ -62,6 +63,7 @@ class Task:
     stretch: float = 1.0
     teacher_scale: float = 1.0
     inherits: bool = False
+    halts: bool = False
     class_map: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -120,6 +122,11 @@ class Failure:
 def stretched(steps: int, stretch: float) -> int:
     """How many steps a stretched schedule has, rounded up."""
     return math.ceil(round(steps * stretch, 6))
+
+
+def four_fifths(steps: int) -> int:
+    """The step after which four fifths of a schedule are done."""
+    return math.ceil(0.8 * steps)
 
 
 def build_detector(
@@ -213,7 +220,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             teacher_scale=task.teacher_scale,
             class_map=class_map,
         )
-        trained = _train(task, distiller, images, sets.unlabelled if task.methods else None, report)
+        trained = _train(task, distiller, images, sets, report)
     memory = peak_memory_mb(task.device)
 
     def evaluating(done: int, total: int) -> None:
@@ -239,6 +246,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         data=sets.description,
         evaluation={name: getattr(evaluation, name, None) for name in METRICS},
         per_class={} if evaluation is None else evaluation.per_class,
+        ap_at_four_fifths=next((row["eval/ap"] for row in trained.evaluations if row["step"] != trained.steps), None),
         steps=trained.steps,
         stretch=task.stretch,
         train_seconds=trained.seconds,
@@ -269,7 +277,7 @@ def _train(
     task: Task,
     distiller: Distiller,
     images: DetectionDataset,
-    unlabelled: DetectionDataset | None,
+    sets: DataSets,
     report: Callable[[Report], None],
 ) -> TrainResult:
     """Train the student. Raises KDError if it cannot be trained."""
@@ -279,6 +287,7 @@ def _train(
 
     assert task.detector.train is not None  # a task without it has no steps
     config = task.detector.train.model_copy(update={"steps": task.steps})
+    early = Validation(sets.val, every_steps=four_fifths(task.steps)) if task.halts else None
     folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
     discard_runs(task.result, but=folder.path)
     try:
@@ -289,7 +298,8 @@ def _train(
             seed=task.seed,
             device=task.device,
             folder=folder,
-            unlabelled=unlabelled,
+            validation=early,
+            unlabelled=sets.unlabelled if task.methods else None,
             report=training,
         )
     except NonFiniteLossError as error:

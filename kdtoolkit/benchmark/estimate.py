@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from kdtoolkit.benchmark.cell import Report, Task
-from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE
 
 # A method's step costs a plain step and a forward pass of the teacher: about this share of the teacher's training step.
 TEACHER_SHARE = 1 / 3
@@ -53,7 +53,7 @@ class Costs:
         if row in (BASELINE, TEACHER):
             return None
         plain, teacher = self.of(BASELINE), self.of(TEACHER)
-        if plain is None or row == EQUAL_TIME:
+        if plain is None or row in (EQUAL_TIME, TWICE):
             return plain
         return None if teacher is None else plain + TEACHER_SHARE * teacher
 

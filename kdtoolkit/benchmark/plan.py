@@ -15,7 +15,7 @@ from kdtoolkit.benchmark.datasets import DataSets
 from kdtoolkit.benchmark.keys import cell_parts, difference, key_of, package_digest, same_settings
 from kdtoolkit.benchmark.stats import slowest
 from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside, usable_result
-from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, DetectorSection, Suite
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
 from kdtoolkit.data import DetectionDataset, open_dataset
 from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.data.opening import splits_of
@@ -48,17 +48,27 @@ class Plan:
     """The tasks of one run of a suite.
 
     `store`: the folder of the run. `device`: `cpu` or `cuda`. `threads`: how many threads each cell uses.
-    `any_version`: whether results of different source code, libraries and hardware are kept.
+    `any_version`: whether results of different source code, libraries and hardware are kept. `seeds`: how many of the
+    suite's seeds to run; None means all.
     """
 
     def __init__(
-        self, suite: Suite, store: Store, sets: DataSets, *, device: str, threads: int, any_version: bool = False
+        self,
+        suite: Suite,
+        store: Store,
+        sets: DataSets,
+        *,
+        device: str,
+        threads: int,
+        any_version: bool = False,
+        seeds: int | None = None,
     ) -> None:
         self.suite = suite
         self.store = store
         self.device = device
         self.threads = threads
         self.any_version = any_version
+        self.seeds = suite.seeds if seeds is None else min(seeds, suite.seeds)
         self._teacher_section = _for_device(suite.teacher, device)
         self._student_section = _for_device(suite.student, device)
         self._data = Fingerprints(
@@ -139,6 +149,7 @@ class Plan:
             teacher_detector=self._teacher_section if has_teacher else None,
             teacher_weights=teacher.weights if has_teacher else None,
             inherits=init is not None,
+            halts=self.suite.plateau and row == BASELINE,
             class_map=self.suite.class_map,
             stretch=stretch,
             teacher_scale=scale,
@@ -164,10 +175,11 @@ class Plan:
             threads=self.threads,
         )
 
-    def complete(self, rows: Iterable[str]) -> bool:
-        """Whether the teacher, all cells of these rows, and the baseline at equal time are done and up to date.
+    def complete(self, rows: Iterable[str], *, long_baselines: bool = True) -> bool:
+        """Whether the teacher and all cells of these rows are done and up to date.
 
-        A cell whose training still has its folder is not done: the run was killed before it deleted the folder.
+        `long_baselines`: also the baselines with longer schedules: at equal time, and with twice the steps. A cell
+        whose training still has its folder is not done: the run was killed before it deleted the folder.
         """
 
         def done(tasks: Iterable[Task]) -> bool:
@@ -175,13 +187,21 @@ class Plan:
 
         if not done([self.teacher_task(), *self.cells(rows)]):
             return False
+        if not long_baselines:
+            return True
+        if not done(self.twice()):
+            return False
         found = self.stretch()
         return found is None or done(self.cells([EQUAL_TIME], found[1]))
 
     def cells(self, rows: Iterable[str], stretch: float = 1.0) -> list[Task]:
         """The tasks of these rows: all of seed 0, then all of seed 1, and so on. Rows can then be compared early."""
         names = list(rows)
-        return [self.cell(row, seed, stretch) for seed in range(self.suite.seeds) for row in names]
+        return [self.cell(row, seed, stretch) for seed in range(self.seeds) for row in names]
+
+    def twice(self) -> list[Task]:
+        """The tasks of the baseline with twice the steps; empty if the suite does not ask for it."""
+        return self.cells([TWICE], 2.0) if self.suite.plateau else []
 
     def result(self, task: Task) -> CellResult | None:
         """The stored result of a task; None unless it is up to date, and its weights are complete."""
@@ -201,7 +221,9 @@ class Plan:
         """Set aside the results that are damaged or out of date. Returns the reasons, by the cells' names."""
         reasons = {}
         stretches = {result.seed: result.stretch for result in self.measured(EQUAL_TIME)}
-        tasks = [self.teacher_task(), *self.cells([BASELINE, *self.suite.entries])]
+        rows = [BASELINE, *self.suite.entries]
+        tasks = [self.teacher_task(), *(self.cell(row, seed) for seed in range(self.suite.seeds) for row in rows)]
+        tasks += [self.cell(TWICE, seed, 2.0) for seed in range(self.suite.seeds)]
         tasks += [self.cell(EQUAL_TIME, seed, stretches.get(seed, 1.0)) for seed in range(self.suite.seeds)]
         for task in tasks:
             if reason := self._unusable(task):
@@ -247,8 +269,8 @@ def _readable(path: Path) -> CellResult | None:
     return None
 
 
-def check_methods(suite: Suite, sets: DataSets) -> None:
-    """Build every detector and every pair once, before anything is trained.
+def check_methods(suite: Suite, sets: DataSets, rows: Iterable[str]) -> None:
+    """Build every detector and the pairs of these rows once, before anything is trained.
 
     Raises KDError that names the section or entry of the suite.
     """
@@ -277,8 +299,8 @@ def check_methods(suite: Suite, sets: DataSets) -> None:
         if suite.init is not None:
             where = "init"
             inherit(student, teacher, class_map)
-        for where, uses in suite.entries.items():  # noqa: B007 - named in the error
-            methods = [use.build() for use in uses]
+        for where in (row for row in suite.entries if row in rows):
+            methods = [use.build() for use in suite.entries[where]]
             distiller = Distiller(teacher, student, methods, teacher_scale=suite.teacher_scale, class_map=class_map)
             if sets.unlabelled is not None:
                 check_unlabelled(distiller, sets.unlabelled)

@@ -41,10 +41,7 @@ def mean_text(spread: Spread | None) -> str:
 
 def difference_text(difference: Difference | None) -> str:
     """`+1.2 [+0.3, +2.1]`; `+1.2` for one pair of seeds; `-` if there is none."""
-    if difference is None:
-        return "-"
-    mean = f"{difference.mean:+.1f}"
-    return mean if difference.low is None else f"{mean} [{difference.low:+.1f}, {difference.high:+.1f}]"
+    return "-" if difference is None else difference.text
 
 
 def gap_text(row: Row) -> str:

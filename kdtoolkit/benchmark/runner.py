@@ -1,4 +1,4 @@
-"""Runs a suite: teacher and baselines, then the methods, then the baseline at equal time.
+"""Runs a suite: teacher and baselines, then the methods, then the baselines with longer schedules.
 
 The board is written again after each cell.
 """
@@ -32,7 +32,7 @@ from kdtoolkit.benchmark.store import (
     set_aside,
     write_atomic,
 )
-from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, Suite
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, Suite
 from kdtoolkit.benchmark.workers import Ended, Workers
 from kdtoolkit.engine.hardware import cores, device_name, machine
 from kdtoolkit.errors import KDError
@@ -42,10 +42,15 @@ from kdtoolkit.words import counted, duration
 
 @dataclass
 class Outcome:
-    """How a run ended: why cells failed, by their names, and whether the run was interrupted."""
+    """How a run ended: why cells failed, by their names, and whether it was interrupted or its time was up."""
 
     failures: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
+    out_of_time: bool = False
+
+
+class _OutOfTimeError(Exception):
+    pass
 
 
 def run_suite(
@@ -58,6 +63,9 @@ def run_suite(
     only: Sequence[str] = (),
     fresh: bool = False,
     any_version: bool = False,
+    seeds: int | None = None,
+    long_baselines: bool = True,
+    seconds: float | None = None,
 ) -> Outcome:
     """Run those cells of a suite that are not done yet.
 
@@ -71,6 +79,10 @@ def run_suite(
         fresh: run finished cells again: those of `only`, or all rows and the teacher if `only` is empty.
         any_version: keep finished cells with the same settings, also if the source code of kdtoolkit, the versions of
             libraries or the hardware have changed since. The board lists all of them.
+        seeds: run the first so many of the suite's seeds. None: all.
+        long_baselines: run the baselines with longer schedules too: at equal time, and with twice the steps where the
+            suite asks for it (`plateau`).
+        seconds: stop after this time. Cells that are cut off go on from their last checkpoint in the next call.
 
     Raises KDError if `fresh` leaves nothing for `any_version` to keep, if the suite does not fit the data, if the
     folder cannot be written, or if another run works in it.
@@ -86,32 +98,49 @@ def run_suite(
             "--fresh runs everything again, so --any-version has nothing to keep: leave one of them out, or name the "
             "entries that are to be run again (--only)"
         )
+    end = None if seconds is None else time.monotonic() + seconds
     store = Store(root)
     device = str(device)
     jobs = jobs or (cores() if device == "cpu" else 1)
     if suite.data.root is not None:
         console.print(Text(f"reading {suite.data.root}"), soft_wrap=True)  # many large files take a while
     sets = load_data(suite.data, store.pictures)
-    plan = Plan(suite, store, sets, device=device, threads=max(1, cores() // jobs), any_version=any_version)
-    if not fresh and plan.complete([BASELINE, *(only or suite.entries)]):
+    plan = Plan(
+        suite, store, sets, device=device, threads=max(1, cores() // jobs), any_version=any_version, seeds=seeds
+    )
+    rows = [BASELINE, *(row for row in suite.entries if not only or row in only)]
+    if not fresh and plan.complete(rows, long_baselines=long_baselines):
         console.print(Text(f"{root}: all cells are done, so nothing is run (--fresh runs them again)"), soft_wrap=True)
         return Outcome()
-    check_methods(suite, sets)
+    check_methods(suite, sets, rows)
     with store.lock(), Display(console) as display:
         for notice in sets.notices:
             display.line(f"note: {notice}", "yellow")
         write_atomic(store.suite_path, suite.to_yaml().encode())
-        return _Run(plan, sets, display, jobs, list(only), fresh).run()
+        stale = (list(only) or [TEACHER, BASELINE, EQUAL_TIME, TWICE, *suite.entries]) if fresh else []
+        return _Run(plan, sets, display, jobs, rows, stale, long_baselines, end).run()
 
 
 class _Run:
-    def __init__(self, plan: Plan, sets: DataSets, display: Display, jobs: int, only: list[str], fresh: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        sets: DataSets,
+        display: Display,
+        jobs: int,
+        rows: list[str],
+        fresh: list[str],
+        long_baselines: bool,
+        end: float | None,
+    ) -> None:
         self.plan = plan
         self.sets = sets
         self.display = display
         self.jobs = jobs
-        self.rows = [BASELINE, *(row for row in plan.suite.entries if not only or row in only)]
-        self.fresh = (only or [TEACHER, BASELINE, EQUAL_TIME, *plan.suite.entries]) if fresh else []
+        self.rows = rows
+        self.fresh = fresh  # rows whose results are deleted first
+        self.long_baselines = long_baselines
+        self.end = end  # by time.monotonic
         self.workers = Workers()
         self.costs = Costs()
         self.outcome = Outcome()
@@ -129,10 +158,13 @@ class _Run:
             self._prepare()
             self._introduce()
             self._drain()
-            self._plan_equal_time()
-            self._drain()
+            if self.long_baselines:
+                self._plan_equal_time()
+                self._drain()
         except KeyboardInterrupt:
             self.outcome.interrupted = True
+        except _OutOfTimeError:
+            self.outcome.out_of_time = True
         finally:
             self.workers.stop()
         self._write_board()
@@ -157,13 +189,13 @@ class _Run:
             self._keep_teacher()
             self.costs.finished(TEACHER, self._teacher_result().seconds_per_step)
             display.line(f"teacher: taken from {teacher.weights}")
-        for task in plan.cells(self.rows):
+        for task in [*plan.cells(self.rows), *(plan.twice() if self.long_baselines else [])]:
             if (result := self._finished(task)) is None:
                 self.pending.append(task)
             else:
                 self.costs.finished(task.entry, result.seconds_per_step)
                 self.done += 1
-        if len(self.rows) > 1 and not plan.measured(EQUAL_TIME):
+        if self.long_baselines and len(self.rows) > 1 and not plan.measured(EQUAL_TIME):
             self.later = plan.cells([EQUAL_TIME])
         if self.done:
             display.line(f"done already: {self.done} cells, not counting the baseline at equal time")
@@ -201,11 +233,13 @@ class _Run:
             plan = suite.teacher.train
             training = "evaluated only" if plan is None else f"{plan.steps} steps"
             display.line(f"teacher: {suite.teacher.model}, {training}")
-        rows, seeds = ", ".join(self.rows), counted(suite.seeds, "seed")
+        rows, seeds = ", ".join(self.rows), counted(self.plan.seeds, "seed")
         display.line(f"students: {seeds} each of {rows}; {suite.student.train.steps} steps")
         if suite.init is not None:
             display.line("all students start from the teacher's weights, where these fit")
-        if len(self.rows) > 1:
+        if self.long_baselines and suite.plateau:
+            display.line("and the baseline with twice the steps")
+        if self.long_baselines and len(self.rows) > 1:
             display.line("then the baseline again, with a schedule that takes as long as the slowest method")
         threads = f"{counted(self.plan.threads, 'thread')} each"
         where = machine() if self.plan.device == "cpu" else device_name(self.plan.device)
@@ -250,6 +284,8 @@ class _Run:
     def _drain(self) -> None:
         """Run all pending tasks in order, `jobs` at the same time. Methods wait until the teacher is trained."""
         while self.pending or len(self.workers):
+            if self.end is not None and time.monotonic() > self.end:
+                raise _OutOfTimeError
             while len(self.workers) < self.jobs and (task := self._next()) is not None:
                 self.pending.remove(task)
                 self.running[task] = Report("starting")

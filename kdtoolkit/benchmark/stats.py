@@ -38,6 +38,12 @@ class Difference:
     pairs: int
 
     @property
+    def text(self) -> str:
+        """`+1.2 [+0.3, +2.1]`; `+1.2` for one pair."""
+        mean = f"{self.mean:+.1f}"
+        return mean if self.low is None else f"{mean} [{self.low:+.1f}, {self.high:+.1f}]"
+
+    @property
     def verdict(self) -> Verdict:
         """What the difference shows: "holds" if the interval lies above 0, "hurts" if below 0, else "not shown"."""
         if self.low is None or self.high is None or self.low <= 0 <= self.high:

@@ -27,11 +27,12 @@ class CellResult(BaseModel):
     """What one cell measured: one training of a row with one seed.
 
     `key`, `key_parts`: digests of all that the result depends on. `evaluation`, `per_class`: AP in percent, or None if
-    undefined. `train_seconds`: the whole training by the clock. `cpu_seconds`: CPU time of the training, over all
-    threads; None in results of earlier versions. `step_ms`: the median step by the clock. `peak_memory_mb`: peak memory
-    of the process until the end of training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was
-    stretched. `history`: loss terms and the methods' metrics by step. `inherited`: what the student took from its
-    teacher before training, in words; empty if nothing.
+    undefined. `ap_at_four_fifths`: AP after four fifths of the steps, where the suite asks for it. `train_seconds`: the
+    whole training by the clock. `cpu_seconds`: CPU time of the training, over all threads; None in results of earlier
+    versions. `step_ms`: the median step by the clock. `peak_memory_mb`: peak memory of the process until the end of
+    training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was stretched. `history`: loss terms
+    and the methods' metrics by step. `inherited`: what the student took from its teacher before training, in words;
+    empty if nothing.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -43,6 +44,7 @@ class CellResult(BaseModel):
     data: str
     evaluation: dict[str, float | None]
     per_class: dict[str, float | None]
+    ap_at_four_fifths: float | None = None
     steps: int
     stretch: float = 1.0
     train_seconds: float

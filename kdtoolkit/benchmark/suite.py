@@ -18,6 +18,7 @@ from kdtoolkit.sections import Section
 
 BASELINE = "baseline"
 EQUAL_TIME = "baseline (equal time)"
+TWICE = "baseline (twice the steps)"
 TEACHER = "teacher"
 _FOLDER_NAME = r"^\w[\w+().,= -]*$"  # names become folders
 
@@ -74,8 +75,9 @@ class Suite(Section):
     """What is compared: one student, trained alone (the row `baseline`) and with the methods of each entry.
 
     `teacher_scale`: size of the images that the teacher sees while it teaches, relative to the student's. `init`:
-    whether all students start from the teacher's weights, where these fit. `class_map`: the teacher's name for a class
-    of the data, where the names differ; for a teacher that is not trained here.
+    whether all students start from the teacher's weights, where these fit. `plateau`: whether to measure how much more
+    steps would add to the baseline. `class_map`: the teacher's name for a class of the data, where the names differ;
+    for a teacher that is not trained here.
     """
 
     name: str = Field(pattern=_FOLDER_NAME)
@@ -87,6 +89,7 @@ class Suite(Section):
     student: StudentSection
     teacher_scale: float = 1.0
     init: Literal["teacher"] | None = None
+    plateau: bool = False
     class_map: dict[str, str] = Field({})
     entries: dict[Annotated[str, Field(pattern=_FOLDER_NAME)], tuple[MethodUse, ...]]
 
@@ -103,7 +106,7 @@ class Suite(Section):
         cls, entries: dict[str, tuple[MethodUse, ...]], info: ValidationInfo
     ) -> dict[str, tuple[MethodUse, ...]]:
         student: StudentSection | None = info.data.get("student")  # None if it has a fault of its own
-        names = [BASELINE, EQUAL_TIME, TEACHER]
+        names = [BASELINE, EQUAL_TIME, TWICE, TEACHER]
         for name, methods in entries.items():
             if name.lower() in names:  # some systems take names of folders that differ in case for the same
                 raise ValueError(f"entry '{name}' has the same name as another row: rename it")

@@ -19,8 +19,8 @@ SHOWN_FILES = 20  # of those that could not be read
 Model = Annotated[
     str,
     typer.Argument(
-        help="The trained detector: a run's folder, best.pt of Ultralytics, a folder of save_pretrained, or a name "
-        "such as torchvision/fcos_resnet50_fpn with --weights."
+        help="The trained detector: a run's folder, best.pt of Ultralytics, a folder of save_pretrained, a name "
+        "such as torchvision/fcos_resnet50_fpn with --weights, or a file of detections (.json)."
     ),
 ]
 Images = Annotated[Path, typer.Argument(help="An image, or a folder of images.")]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kdtoolkit.contract import DetectorAdapter
 from kdtoolkit.data import DetectionDataset, ProceduralShapes, open_dataset
+from kdtoolkit.data.detections import is_detection_file
 from kdtoolkit.data.image_files import image_files
 from kdtoolkit.data.pictures import PictureError, decode, seen_size
 from kdtoolkit.deploy.check import Comparison, compare, total
@@ -198,6 +199,8 @@ def _check_libraries() -> None:
 
 
 def _opened(model: str | Path, weights: str | Path | None) -> Detector:
+    if is_detection_file(model):
+        raise KDError(f"{model} is a file of detections, so there is no network to export: name a detector")
     detector = open_detector(model, weights=weights)
     if not detector.trained:
         raise KDError(

@@ -10,10 +10,10 @@ other in any mix. For each of the student's predictions of an object:
     box           L1 + 2 (1 - GIoU); L1 is that of (centre, size) in shares of the image
     distribution  KL(teacher's || student's box sides) * T^2, the mean of four sides
 
-An object's predictions are averaged, so objects with many predictions count as much as objects with one. Then objects
-are averaged, each with the weight w = p * IoU of the teacher's prediction: what the teacher hardly finds hardly counts.
-The sum of the weights, over all processes, is taken to be at least 1. So a batch whose objects the teacher misses
-teaches little.
+An object's predictions are averaged, so objects with many predictions count as much as objects with one. Each object
+has the weight p * IoU of the teacher's prediction: what the teacher hardly finds hardly counts. The sum over objects is
+divided by the number of objects of all processes' batch that the student has predictions for, not by the sum of the
+weights. So a teacher that finds few of the objects teaches little, and does not draw the student to these few.
 
 A softmax and sigmoids are compared as scores: the logit of a softmax is that of the class against all others and
 background together. Distributions are over distances from a prior, and the two priors differ, in place and in stride.
@@ -199,8 +199,8 @@ class ObjectKD(Method):
         rows = (assignment.positive & (assignment.weights > 0)).nonzero(as_tuple=True)  # here a GPU's host waits
         owner = owners(assignment.boxes[rows], assignment.labels[rows], rows[0], objects, labels, image)
         answers = torch.zeros(len(objects), device=labels.device).index_add(0, owner, torch.ones_like(owner).float())
-        quality = score * iou * (answers > 0)
-        weight = (quality / answers.clamp(min=1))[owner] / processes.share(quality.sum(), at_least=1)
+        quality = score * iou
+        weight = (quality / answers.clamp(min=1))[owner] / processes.share((answers > 0).sum(), at_least=1)
 
         # What does not count must be finite too: an object that nothing overlaps is its own teacher.
         their_boxes = torch.where((quality > 0)[:, None], teacher_boxes[image, best], objects)

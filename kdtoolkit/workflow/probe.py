@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kdtoolkit.data import batches
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.inputs import beside_teacher
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
@@ -73,7 +74,7 @@ def run(options: ProbeOptions, *, quiet: bool = False) -> Found:
         if after:
             _train_alone(prepared, after, display)
         shown = batches(
-            prepared.images.train,
+            beside_teacher(prepared.distiller, prepared.images.train),
             batch_size=prepared.config.batch_size,
             steps=options.batches,
             seed=options.seed,

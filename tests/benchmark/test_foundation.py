@@ -61,4 +61,4 @@ def test_the_board_says_that_the_teacher_has_no_ap(folder):
 def test_wrong_suites_are_one_sentence(folder, teacher, entries, more, message):
     suite = suite_in(folder, teacher, entries, more)
     with pytest.raises(KDError, match=message):
-        check_methods(suite, load_data(suite.data))
+        check_methods(suite, load_data(suite.data), suite.entries)

@@ -13,7 +13,7 @@ from rich.console import Console
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.report import print_board, to_csv, to_markdown, write_board
 from kdtoolkit.benchmark.store import Store, write_atomic
-from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE
 from kdtoolkit.errors import KDError
 from tests.benchmark._suite import made_up, store_result, tiny
 
@@ -63,6 +63,18 @@ def test_rows_and_claims_by_hand(tmp_path):
 
 def test_markdown_is_as_stored(tmp_path):
     assert to_markdown(build_board(make_run(tmp_path))) == GOLDEN.read_text("utf-8")
+
+
+def test_the_board_says_how_far_the_baseline_is_from_its_plateau(tmp_path):
+    root = make_run(tmp_path)
+    assert "plateau" not in build_board(root).facts
+    for seed, (early, final, twice) in enumerate(((19.0, 20.0, 23.0), (21.2, 22.0, 25.2), (19.8, 21.0, 23.8))):
+        result = made_up(BASELINE, seed, final, ap_at_four_fifths=early)
+        store_result(Store(root).result_path(BASELINE, seed), result)
+        store_result(Store(root).result_path(TWICE, seed), made_up(TWICE, seed, twice, steps=200, stretch=2.0))
+    assert build_board(root).facts["plateau"] == (
+        "the last fifth of the baseline's steps adds +1.0 [+0.5, +1.5] AP, twice the steps add +3.0 [+2.5, +3.5] AP"
+    )
 
 
 def test_one_seed_has_no_spread_and_says_so(tmp_path):

@@ -25,7 +25,7 @@ from kdtoolkit.benchmark.keys import difference
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
 from kdtoolkit.benchmark.store import Store, read_result
-from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, change
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TWICE, change
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.hardware import cores
 from kdtoolkit.errors import KDError
@@ -116,6 +116,35 @@ def test_the_same_suite_gives_the_same_students(finished, tmp_path):
         assert read_result(ours).history == read_result(theirs).history
         weights = [torch.load(path.with_suffix(".pt"), weights_only=True) for path in (ours, theirs)]
         assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
+
+
+def test_a_run_may_be_cut_into_slices(tmp_path):
+    root, suite = tmp_path / "tiny", change(tiny(), plateau=True)
+    outcome, text = run(suite, root, only=["PKD"], seeds=1, long_baselines=False, seconds=0.0)
+    assert outcome.out_of_time
+    assert not dates(root)
+    outcome, text = run(suite, root, only=["PKD"], seeds=1, long_baselines=False)
+    assert (outcome.failures, outcome.out_of_time) == ({}, False), text
+    assert {str(path) for path in dates(root)} == {f"cells/{row}/seed0.json" for row in (BASELINE, "PKD")}
+    assert "PKD: 1 of 2 seeds are done" in build_board(root).warnings
+    _, text = run(suite, root, only=["PKD"], seeds=1)
+    assert {path.parts[1] for path in dates(root)} == {BASELINE, "PKD", EQUAL_TIME, TWICE}
+    assert read_result(Store(root).result_path(TWICE, 0)).steps == 4
+    _, text = run(suite, root, only=["PKD"], seeds=1)
+    assert "all cells are done" in text
+
+
+def test_the_baseline_is_evaluated_after_four_fifths_of_its_steps_where_the_suite_asks_for_it(tmp_path):
+    for plateau in (True, False):
+        student = {**tiny().student.model_dump(), "train": {"steps": 5, "batch_size": 2}}
+        suite = change(tiny(), student=student, plateau=plateau)
+        plan = Plan(suite, Store(tmp_path / str(plateau)), load_data(suite.data), device="cpu", threads=1)
+        cell.run(plan.cell(BASELINE, 0), lambda report: None)
+    early, without = (read_result(Store(tmp_path / name).result_path(BASELINE, 0)) for name in ("True", "False"))
+    assert early.ap_at_four_fifths is not None
+    assert without.ap_at_four_fifths is None
+    assert early.history == without.history
+    assert early.evaluation == without.evaluation
 
 
 def test_what_is_done_is_not_run_again(finished, monkeypatch):

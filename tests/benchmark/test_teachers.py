@@ -148,7 +148,7 @@ def test_what_cannot_work_is_said_before_anything_runs(folder, changes, says):
     if suite.teacher.train is None:
         suite = suite.model_copy(update={"teacher": suite.teacher.model_copy(update={"args": {}})})
     with pytest.raises(KDError, match=says):
-        check_methods(suite, load_data(suite.data))
+        check_methods(suite, load_data(suite.data), suite.entries)
 
 
 # A teacher that is a file of detections ------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def with_file(root, *splits):
 
 def test_a_file_of_detections_is_a_teacher(tmp_path):
     suite = with_file(tmp_path, "train", "val")
-    check_methods(suite, load_data(suite.data))
+    check_methods(suite, load_data(suite.data), suite.entries)
     plan = plan_of(suite, tmp_path)
     cell.run(plan.teacher_task(), lambda report: None)
     teacher = read_result(plan.teacher_task().result)
@@ -201,7 +201,7 @@ def test_a_board_says_that_its_teacher_could_not_be_measured(tmp_path):
 def test_a_file_of_different_images_fails_before_anything_is_trained(tmp_path):
     suite = with_file(tmp_path, "val")
     with pytest.raises(KDError, match=r"suite tiny, teacher: .*d.json has no detection on 12 of the 12 images"):
-        check_methods(suite, load_data(suite.data))
+        check_methods(suite, load_data(suite.data), suite.entries)
     write(tmp_path / "d.json", [entry("train0.png", 1), entry("none.png", 1)])
     with pytest.raises(KDError, match=r"suite tiny, teacher: .*d.json: detection 1 .*'none.png', and the data has no"):
-        check_methods(suite, load_data(suite.data))
+        check_methods(suite, load_data(suite.data), suite.entries)

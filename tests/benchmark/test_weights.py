@@ -91,7 +91,7 @@ def test_a_key_depends_on_the_content_of_the_weights(tmp_path):
 def test_what_a_teacher_lacks_is_said_before_anything_runs(new, message, teacher):
     suite = tiny((TRAIN, new.replace("{file}", str(teacher))))
     with pytest.raises(KDError, match=message):
-        check_methods(suite, load_data(suite.data))
+        check_methods(suite, load_data(suite.data), suite.entries)
 
 
 def test_a_teacher_for_different_classes_is_refused(tmp_path):
@@ -100,4 +100,4 @@ def test_a_teacher_for_different_classes_is_refused(tmp_path):
     save_detector(replace(detector, trained=True), tmp_path)
     suite = change(suite, teacher={"model": str(tmp_path)})
     with pytest.raises(KDError, match=r"teacher: .* share no class: the student has disc, .* teacher has ant, bee"):
-        check_methods(suite, load_data(suite.data))
+        check_methods(suite, load_data(suite.data), suite.entries)

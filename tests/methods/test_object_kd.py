@@ -121,9 +121,9 @@ def naive(student, teacher, rows, scale=1.0):
             own = [prior for i, prior, object_ in rows if (i, object_) == (image, index)]
             covers = score >= 0.05 and iou >= 0.5
             counts["missed" if not covers else "covered" if own else "unassigned"] += 1
+            total += bool(own)
             if not own or not quality:
                 continue
-            total += quality
             height, width = SIZES[image]
             for prior in own:
                 s = probability(student, image, prior, LABELS[image][index].item())
@@ -208,7 +208,7 @@ def test_the_distribution_term_equals_a_loop(bins, scale):
         for index in range(len(BOXES[image])):
             own = [prior for i, prior, object_ in ROWS if (i, object_) == (image, index)]
             quality, best, *_ = naive_best(teacher, teacher.boxes.detach() / scale, image, index)
-            total += quality * bool(own)
+            total += bool(own)
             for prior in own:
                 heads = ((student, prior, BINS, 1.0), (teacher, best, bins, scale))
                 ours, theirs = (

@@ -7,6 +7,8 @@ import pytest
 import kdtoolkit
 from kdtoolkit import KDError
 from kdtoolkit.data import open_dataset
+from kdtoolkit.workflow.options import ProbeOptions, check_options
+from kdtoolkit.workflow.probe import run as run_probe
 from tests.data._results import entry, found_in, write
 from tests.workflow._blobs import BOX, FAR, dataset, detector, picture, right
 from tests.workflow._data import TINY
@@ -146,7 +148,7 @@ def test_images_without_labels_need_detections_and_validation_images_do_not(tmp_
     ("changes", "part"),
     [
         ({"method": "PKD"}, r"PKD cannot distil d.json into GFL: .*Use ObjectKD.*`--method auto` would take ObjectKD"),
-        ({"init": "teacher"}, r"nothing of d.json fits GFL"),
+        ({"init": "teacher"}, r"d.json is no whole detector, so it has no neck and head to start from: leave init out"),
         ({"teacher_weights": "pretrained"}, r"d.json is a file of detections, which has no weights"),
         ({"teacher": "{none}"}, r"there is no file .*none.json; correct the path"),
         (
@@ -166,6 +168,19 @@ def test_wrong_uses_of_a_file_are_one_sentence(tmp_path, shapes, changes, part):
     with pytest.raises(KDError, match=part) as error:
         kdtoolkit.distill(given.pop("teacher"), given.pop("student"), shapes, out=tmp_path / "out", **given)
     assert "\n" not in str(error.value)
+
+
+def test_it_cannot_be_exported(tmp_path, shapes):
+    file = write(tmp_path / "d.json", found_in(shapes, "train"))
+    with pytest.raises(KDError, match=r"d.json is a file of detections, so there is no network to export: name a"):
+        kdtoolkit.export(file, out=tmp_path / "d.onnx")
+
+
+def test_it_can_be_probed(tmp_path, shapes):
+    file = write(tmp_path / "d.json", found_in(shapes, "train"))
+    given = {"teacher": str(file), "student": TINY, "data": shapes, "student_weights": "none", "batch_size": 4}
+    found = run_probe(check_options(ProbeOptions, {**given, "batches": 1, "after": 0}), quiet=True)
+    assert "objectkd" in {row.name for row in found.probe.rows}
 
 
 def test_ids_that_are_in_several_splits_are_refused(tmp_path, shapes):

@@ -1,0 +1,240 @@
+"""Write docs/results/evidence.md from the boards of the evidence suites.
+
+python benchmarks/evidence/page.py                # from the boards in docs/results/evidence
+python benchmarks/evidence/page.py --runs runs    # takes the boards of finished and unfinished runs there first
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdtoolkit.benchmark.board import build_board
+from kdtoolkit.benchmark.report import write_board
+
+ROOT = Path(__file__).parents[2]
+BOARDS = ROOT / "docs" / "results" / "evidence"
+PAGE = ROOT / "docs" / "results" / "evidence.md"
+ENOUGH = 3  # seeds that a row needs before the page judges it
+MAIN = ("CrossKD", "PKD", "CrossKD+PKD")
+BASELINE, EQUAL_TIME, TWICE = "baseline", "baseline (equal time)", "baseline (twice the steps)"
+IN_PAPER = {"CrossKD": 0.74, "CrossKD+PKD": 0.79}  # share of the gap, GFL R101 -> R50 (2306.11369)
+OF_SETS = {
+    "bccd": "Many red cells at the border or in clumps are not labelled, and some are labelled twice.",
+    "playing-cards": "Training and evaluation show the same deck in similar scenes.",
+    "chess": "Pieces are small: about 35 pixels in photos of 512.",
+    "sketch-ui": "Headings and paragraphs are not told apart sharply, and evaluation has 31 drawings only.",
+}
+
+Board = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+INTRODUCTION = """\
+# Evidence on real photographs
+
+Does distillation help on real photographs, with detectors that start from ImageNet weights? These boards answer for
+small sets, small images and short schedules, because they were measured mostly on two CPU cores.
+`benchmarks/evidence/` has the suites. `python benchmarks/evidence/run.py` runs what is missing in them, and `python
+benchmarks/evidence/page.py` writes this page from the boards. No number on it is typed by hand.
+
+Each difference is taken seed by seed, with a 95 % t-interval in brackets. A difference is *shown* if its interval
+lies above 0. It *hurts* if the interval lies below 0. Else it is *not shown*. A row with fewer than 3 seeds is not
+judged. [board.md](../board.md) explains the columns.
+"""
+
+NOT_SHOWN = """\
+## What these boards do not show
+
+- **Large data and published schedules.** Students see 30 to 74 labelled photos of 160 or 192 pixels, for 300 steps.
+  Nothing here replaces a run on COCO.
+- **The plateau.** Each board says how much the baseline still gains with more steps. Where that is much, a gain at
+  equal steps is partly a faster start. The row at equal time answers for it, at one budget.
+- **Other splits.** All seeds of a set use the same photos for training and for evaluation. The intervals cover first
+  weights and the order of images, and not the choice of photos. Sets for evaluation are small (31 to 87 photos), so a
+  different one may rank close rows differently.
+- **Tuned methods.** All methods have their defaults, which were published for large images. A method that does not
+  help here may help with weights that fit.
+- **One claim of many.** Each interval is a separate test. Of twenty intervals one is expected to miss the true
+  difference by chance.
+- **One teacher a set.** All rows of a set have the same teacher, of one seed. A better or worse teacher may change
+  the order of the methods.
+"""
+
+
+def verdict(difference: Mapping[str, Any] | None) -> str:
+    """`shown`, `not shown`, `hurts`, or empty if there are too few seeds."""
+    if difference is None or difference["pairs"] < ENOUGH:
+        return ""
+    if difference["low"] > 0:
+        return "shown"
+    return "hurts" if difference["high"] < 0 else "not shown"
+
+
+def difference_text(difference: Mapping[str, Any] | None) -> str:
+    """`+1.2 [+0.3, +2.1]`, or `-`."""
+    if difference is None:
+        return "-"
+    mean = f"{difference['mean']:+.1f}"
+    return mean if difference["low"] is None else f"{mean} [{difference['low']:+.1f}, {difference['high']:+.1f}]"
+
+
+def spread_text(spread: Mapping[str, Any] | None) -> str:
+    """`31.2 ± 0.4`, or `-`."""
+    if spread is None:
+        return "-"
+    return f"{spread['mean']:.1f}" + ("" if spread["std"] is None else f" ± {spread['std']:.1f}")
+
+
+def gap_text(row: Row) -> str:
+    """`62 %`, or `-`."""
+    return "-" if row["gap_recovered"] is None else f"{100 * row['gap_recovered']:.0f} %"
+
+
+def page(boards: Mapping[str, Board]) -> str:
+    """The page, from boards by the name of their folder."""
+    parts = [INTRODUCTION, *_summary(boards), *_pairs(boards)]
+    for name, board in boards.items():
+        parts.append("\n".join(_section(name, board)))
+    return "\n".join([*parts, NOT_SHOWN])
+
+
+def _methods(board: Board) -> list[Row]:
+    return [row for row in board["rows"] if row["methods"]]
+
+
+def _named(board: Board, entry: str) -> Row | None:
+    return next((row for row in board["rows"] if row["entry"] == entry), None)
+
+
+def _summary(boards: Mapping[str, Board]) -> Iterator[str]:
+    """How often each entry is above the baselines, over all boards."""
+    entries = dict.fromkeys([*MAIN, *(row["entry"] for board in boards.values() for row in _methods(board))])
+    yield "## In short\n"
+    yield "| entry | at equal steps: shown | not shown | hurts | at equal time: shown | not shown | hurts |"
+    yield "|---|---|---|---|---|---|---|"
+    for entry in entries:
+        cells = []
+        for against in ("versus_baseline", "versus_equal_time"):
+            verdicts = {
+                name: verdict(row[against])
+                for name, board in boards.items()
+                if (row := _named(board, entry)) is not None
+            }
+            for word in ("shown", "not shown", "hurts"):
+                names = [name for name, found in verdicts.items() if found == word]
+                cells.append(f"{len(names)}: {', '.join(names)}" if names else "-")
+        if set(cells) != {"-"}:
+            yield f"| {entry} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _pairs(boards: Mapping[str, Board]) -> Iterator[str]:
+    """One method on all boards: what teacher, first weights and kind of detector change."""
+    yield "## One method, all pairs and schedules\n"
+    yield "CrossKD needs heads that fit each other; where they do not, ObjectKD stands in for it.\n"
+    yield "| board | teacher | baseline | method | AP | vs baseline | gap recovered | seeds |"
+    yield "|---|---:|---:|---|---:|---:|---:|---:|"
+    for name, board in boards.items():
+        row, baseline = _named(board, "CrossKD") or _named(board, "ObjectKD"), _named(board, BASELINE)
+        if row is None or baseline is None or board["teacher"] is None:
+            continue
+        aps = [spread_text(each["metrics"]["ap"]) for each in (board["teacher"], baseline, row)]
+        cells = (f"[{name}](#{name})", *aps[:2], row["entry"], aps[2], difference_text(row["versus_baseline"]))
+        yield f"| {' | '.join(cells)} | {gap_text(row)} | {len(row['seeds'])} |"
+    yield ""
+
+
+def _section(name: str, board: Board) -> Iterator[str]:
+    teacher = board["teacher"]
+    yield f"## {name}\n"
+    yield f"{board['description']}. [The whole board](evidence/{name}/leaderboard.md).\n"
+    yield "| row | AP | vs baseline | vs equal time | gap recovered | in the paper | seeds | steps |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    if teacher is not None:
+        yield f"| teacher | {spread_text(teacher['metrics']['ap'])} | - | - | - | - | 1 | {teacher['steps']:.0f} |"
+    for row in board["rows"]:
+        paper = f"{100 * IN_PAPER[row['entry']]:.0f} %" if _is_gfl(board) and row["entry"] in IN_PAPER else "-"
+        cells = (
+            row["entry"],
+            spread_text(row["metrics"]["ap"]),
+            *(difference_text(row[against]) for against in ("versus_baseline", "versus_equal_time")),
+            gap_text(row),
+            paper,
+            str(len(row["seeds"])),
+            f"{row['steps']:.0f}",
+        )
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield from _claims(board)
+    yield f"- Plateau: {_plateau(board)}."
+    yield f"- Data: {board['facts']['data']}. {OF_SETS.get(_set_of(name), '')}".rstrip()
+    few = [f"{row['entry']} ({len(row['seeds'])})" for row in _methods(board) if len(row["seeds"]) < ENOUGH]
+    if few:
+        yield f"- Not judged yet, with fewer than {ENOUGH} seeds: {', '.join(few)}."
+    if (equal := _named(board, EQUAL_TIME)) is None or len(equal["seeds"]) < ENOUGH:
+        yield "- The baseline at equal time has not been run with enough seeds, so nothing is said at equal time."
+    yield from (
+        f"- Warning: {warning.rstrip('.')}." for warning in board["warnings"] if not warning.endswith("seeds are done")
+    )
+    yield f"- Versions: {board['facts']['versions']}."
+    yield ""
+
+
+def _claims(board: Board) -> Iterator[str]:
+    """What is shown on this board and what is not, a line for each verdict."""
+    for against, budget in (("versus_baseline", "equal steps"), ("versus_equal_time", "equal time")):
+        verdicts = {row["entry"]: verdict(row[against]) for row in _methods(board)}
+        words = {"shown": "Above the baseline", "not shown": "Not shown", "hurts": "Below the baseline"}
+        for word, text in words.items():
+            if names := [entry for entry, found in verdicts.items() if found == word]:
+                yield f"- {text} at {budget}: {', '.join(names)}."
+
+
+def _plateau(board: Board) -> str:
+    """How far the baseline is from its plateau, in words."""
+    known = board["facts"].get("plateau")
+    return "not measured on this board" if known is None else known
+
+
+def _is_gfl(board: Board) -> bool:
+    return all(board["facts"][role].startswith("kdtoolkit/gfl") for role in ("teacher", "student"))
+
+
+def _set_of(name: str) -> str:
+    """The data set of a board: the longest known one that its name begins with."""
+    return max((known for known in OF_SETS if name.startswith(known)), key=len, default="")
+
+
+def stored(folder: Path) -> dict[str, Board]:
+    """The boards below a folder: those of the four sets first, then all others by name."""
+    names = sorted(path.parent.name for path in folder.glob("*/leaderboard.json"))
+    names.sort(key=lambda name: (name not in OF_SETS, list(OF_SETS).index(name) if name in OF_SETS else 0))
+    return {name: json.loads((folder / name / "leaderboard.json").read_text("utf-8")) for name in names}
+
+
+def take(runs: Path, folder: Path) -> Iterable[str]:
+    """Write the boards of the evidence runs below `runs` into `folder`; their names."""
+    for suite in sorted(runs.glob("evidence-*/suite.yaml")):
+        name = suite.parent.name.removeprefix("evidence-")
+        board = build_board(suite.parent)
+        if board.rows:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            write_board(board, folder / name)
+            yield name
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, help="a folder of `kd benchmark run`: its boards are taken first")
+    options = parser.parse_args(arguments)
+    if options.runs is not None:
+        print("boards taken:", ", ".join(take(options.runs, BOARDS)) or "none")
+    PAGE.write_text(page(stored(BOARDS)), "utf-8")
+    print(f"written: {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

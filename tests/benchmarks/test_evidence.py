@@ -1,0 +1,117 @@
+"""The evidence suites, the order in which their cells are run, and the page that is made of their boards."""
+
+import io
+import json
+from dataclasses import asdict
+
+import pytest
+from rich.console import Console
+
+from benchmarks.evidence import page, run
+from kdtoolkit.benchmark.board import build_board
+from kdtoolkit.benchmark.store import Store, write_atomic
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER
+from kdtoolkit.benchmark.suite_file import load_suite
+from tests.benchmark._suite import TINY, made_up, store_result, tiny
+
+NAMES = [path.stem for path in sorted(run.SUITES.glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_suites_are_valid(name):
+    suite = load_suite(str(run.SUITES / f"{name}.yaml"))
+    assert suite.name == f"evidence-{name}"
+    if name in run.SETS:
+        assert set(run.MAIN) <= set(suite.entries)
+        assert suite.seeds == run.MAIN_SEEDS
+        assert suite.plateau
+        assert suite.student.train.precision == "float32"  # so that cells of all machines belong together
+
+
+def test_the_main_rows_of_all_sets_come_before_the_rest():
+    work = list(run.portions(NAMES))
+    first = [portion for portion in work if portion.rows == run.MAIN and not portion.long_baselines]
+    assert work[: len(first)] == first
+    assert [(portion.suite, portion.seeds) for portion in first[:5]] == [
+        *((name, 1) for name in run.SETS),
+        (run.SETS[0], 2),
+    ]
+    assert {portion.seeds for portion in first} == {1, 2, 3, 4, 5}
+    assert all(portion.suite in run.SETS for portion in work[: len(first) + len(run.SETS)])
+    assert {portion.suite for portion in work if not portion.rows} == set(NAMES)
+    assert {portion.suite for portion in run.portions(["chess"])} == {"chess"}
+
+
+def test_cells_are_run_in_slices_and_a_suite_that_cannot_be_run_stops_no_other(tmp_path):
+    (tmp_path / "good.yaml").write_text(TINY)
+    (tmp_path / "bad.yaml").write_text(
+        TINY.replace("name: tiny", "name: bad").replace("val_images: 4", "root: missing")
+    )
+    work = [run.Portion(name, ("PKD",), 1) for name in ("bad", "good")]
+    console = Console(file=io.StringIO())
+
+    def evidence(end=None):
+        return run.Evidence(tmp_path, tmp_path / "runs", device="cpu", jobs=2, end=end)
+
+    assert not evidence(end=0.0).run(work, console)
+    assert not (tmp_path / "runs").exists()
+    first = evidence()
+    assert not first.run(work, console)
+    assert list(first.problems) == ["bad"]
+    store = Store(tmp_path / "runs" / "tiny")
+    assert {path.parent.name for path in store.root.glob("cells/*/seed0.json")} == {BASELINE, "PKD"}
+    assert not list(store.root.glob("cells/*/seed1.json"))
+    assert evidence().run(work[1:], console)
+    assert console.file.getvalue().count("started   PKD") == 1
+
+
+APS = {
+    BASELINE: [20.0, 22.0, 21.0],
+    "PKD": [22.0, 24.2, 22.8],  # above the baseline, below it at equal time
+    "CrossKD+PKD": [25.0, 21.5],
+    EQUAL_TIME: [22.5, 24.5, 23.5],
+}
+
+
+@pytest.fixture
+def boards(tmp_path):
+    """The folder of boards, with one that was taken from a run of made-up results."""
+    store = Store(tmp_path / "runs" / "evidence-bccd")
+    write_atomic(store.suite_path, tiny(("seeds: 2", "seeds: 3")).to_yaml().encode())
+    store_result(store.teacher_copy, made_up(TEACHER, 0, 31.0))
+    for row, aps in APS.items():
+        for seed, ap in enumerate(aps):
+            result = made_up(row, seed, ap, ap_at_four_fifths=ap - 1 if row == BASELINE else None)
+            store_result(store.result_path(row, seed), result)
+    assert list(page.take(tmp_path / "runs", tmp_path / "boards")) == ["bccd"]
+    return tmp_path / "boards"
+
+
+def test_the_page_says_what_is_shown_and_what_is_not(boards):
+    text = page.page(page.stored(boards))
+    assert "| PKD | 1: bccd | - | - | - | - | 1: bccd |" in text
+    assert "| PKD | 23.0 ± 1.1 | +2.0 [+1.5, +2.5] | -0.5 [-1.0, -0.0] | 20 % | - | 3 | 100 |" in text
+    assert "| CrossKD+PKD | 23.2 ± 2.5 |" in text
+    assert " | 79 % | 2 | 100 |" in text
+    assert "- Above the baseline at equal steps: PKD." in text
+    assert "- Below the baseline at equal time: PKD." in text
+    assert "with fewer than 3 seeds: CrossKD+PKD (2)." in text
+    assert "Plateau: the last fifth of the baseline's steps adds +1.0 [+1.0, +1.0] AP." in text
+    assert "| [bccd](#bccd) |" not in text  # the board has neither CrossKD nor ObjectKD
+    assert "## What these boards do not show" in text
+
+
+def test_one_method_is_compared_over_all_boards(boards):
+    board = page.stored(boards)["bccd"]
+    rows = [row | ({"entry": "ObjectKD"} if row["entry"] == "PKD" else {}) for row in board["rows"]]
+    text = page.page({"bccd": board | {"rows": rows, "warnings": ["the teacher is no better."]}})
+    assert "| [bccd](#bccd) | 31.0 | 21.0 ± 1.0 | ObjectKD | 23.0 ± 1.1 | +2.0 [+1.5, +2.5] | 20 % | 3 |" in text
+    assert "- Warning: the teacher is no better.\n" in text
+
+
+def test_a_stored_board_is_judged_as_the_board_judges_itself(boards, tmp_path):
+    board = build_board(tmp_path / "runs" / "evidence-bccd")
+    words = {"holds": "shown", "not shown": "not shown", "hurts": "hurts"}
+    pkd = next(row for row in board.rows if row.entry == "PKD")
+    for difference in (pkd.versus_baseline, pkd.versus_equal_time):
+        assert page.verdict(json.loads(json.dumps(asdict(difference)))) == words[difference.verdict]
