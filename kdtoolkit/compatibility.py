@@ -16,7 +16,7 @@ _OF_FEATURES = "a method of features (PKD, FGD)"
 _OF_ANY_HEADS = f"ObjectKD, which compares objects, or {_OF_FEATURES}"
 _OF_DETECTIONS = "ObjectKD, which learns from detections; or make labels of them, `kd pseudo-label`"
 # Methods that need one of these run the heads, and may compare their classes.
-_OF_HEADS = {Capability.PREDICTIONS, Capability.STAGES, Capability.DISTRIBUTIONS, Capability.ASSIGNMENT}
+_OF_HEADS = set(Capability) - {Capability.FEATURES}
 
 
 def why_refused(method: type[Method] | Method, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:

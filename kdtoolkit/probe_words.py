@@ -7,7 +7,8 @@ from enum import StrEnum
 
 from kdtoolkit.probing import ALL, PARTS, TASK, Measured, Probe, Row
 
-DROWNS = 0.5  # a larger share drowns the task
+LARGE = 0.5  # a larger share outweighs the task
+DROWNS = 0.95  # a larger share drowns it
 NOTHING = 0.01  # a smaller share does nothing
 PULL = 0.05  # a smaller cosine says nothing
 
@@ -110,6 +111,10 @@ def _size(own: Measured) -> str:
     share = _share(own)
     if own.share > DROWNS:
         return f"drowns the task: its gradient is {_times(own.norm / own.task_norm)} times the task's (share {share})"
+    if own.share > LARGE:
+        return (
+            f"outweighs the task: its gradient is {_times(own.norm / own.task_norm)} times the task's (share {share})"
+        )
     if own.share < NOTHING:
         return f"does nothing: its share is {share}"
     return f"has a share of {share}"

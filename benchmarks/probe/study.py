@@ -48,6 +48,7 @@ from kdtoolkit.probing import Probe
 from kdtoolkit.workflow.auto import scaled
 
 SHARE = 0.1
+LARGE_SHARE = 0.8  # about what PKD has with its published weights on the drawn shapes
 PROBE_BATCHES = 4
 
 
@@ -147,11 +148,15 @@ def cells(seeds: int) -> Iterator[Cell]:
 
 
 def _weights(setting: str, seed: int) -> Iterator[Cell]:
-    """FGD and PKD with published weights, held at a share, and with weights that a probe of step 100 proposes."""
+    """FGD and PKD with published weights, held at two shares, and with weights that a probe of step 100 proposes."""
+    both = ("FGD", "PKD")
     yield Cell(setting, "baseline", seed, (), ("PKD", "FGD"))
-    for name in ("FGD", "PKD"):
+    for name in both:
         yield Cell(setting, name, seed, (name,))
-        yield Cell(setting, f"{name} held", seed, (f"{name}?share={SHARE}",))
+    for share in (SHARE, LARGE_SHARE):
+        for name in both:
+            yield Cell(setting, f"{name} held at {share}", seed, (f"{name}?share={share}",))
+    for name in both:
         yield Cell(setting, f"{name} scaled", seed, (name,))
 
 

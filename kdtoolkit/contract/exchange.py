@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Literal
@@ -78,6 +79,22 @@ class Matched:
             own = trace.states[stage]
             state = {branch: tuple(map(_laid_over, own[branch], maps)) for branch, maps in state.items()}
         return view.cut_predictions(view.adapter.resume(state, stage, trace), self._rows)
+
+    def teacher_on(self, maps: Sequence[Tensor]) -> tuple[HeadTrace, ...]:
+        """Run the teacher's whole head on a student's maps, with the same priors: the pass after each decoder layer.
+
+        There is a map for each of the teacher's levels, of the size of its `features`. In cells that only the
+        teacher's canvas has, the teacher's own maps stay. Gradient flows through the teacher's frozen head into the
+        maps and nowhere else.
+        """
+        view, priors = self._views[1], self._passes[1].predictions.priors
+        given = tuple(map(_laid_over, view.maps, maps))
+        return view.adapter.layers(view.adapter.head(given, view.batch, priors, ()))
+
+    @property
+    def teacher_layers(self) -> tuple[HeadTrace, ...]:
+        """The teacher's pass after each decoder layer."""
+        return self._views[1].layers(self._passes[1])
 
 
 class Exchange:

@@ -11,11 +11,13 @@ from functools import cache
 from kdtoolkit.contract import Method
 from kdtoolkit.methods.bckd import BCKD
 from kdtoolkit.methods.cankd import CanKD
+from kdtoolkit.methods.clockdistill import CLoCKDistill
 from kdtoolkit.methods.cosine import Cosine
 from kdtoolkit.methods.crosskd import CrossKD
 from kdtoolkit.methods.cwd import CWD
 from kdtoolkit.methods.defeat import DeFeat
 from kdtoolkit.methods.detkds import DetKDS
+from kdtoolkit.methods.detrdistill import DETRDistill
 from kdtoolkit.methods.fbkd import FBKD
 from kdtoolkit.methods.fgd import FGD
 from kdtoolkit.methods.fitnet import FitNet
@@ -39,9 +41,11 @@ __all__ = [
     "MGD",
     "PKD",
     "SL2",
+    "CLoCKDistill",
     "CanKD",
     "Cosine",
     "CrossKD",
+    "DETRDistill",
     "DeFeat",
     "DetKDS",
     "FitNet",

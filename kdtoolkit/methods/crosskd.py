@@ -26,6 +26,7 @@ from kdtoolkit.contract import (
     Matched,
     Method,
     Predictions,
+    PriorKind,
     Priors,
     State,
     Whose,
@@ -107,6 +108,10 @@ class CrossKD(Method):
         quality_weight: factor of the centerness term (ATSS: 1; FCOS 0); only detectors with such a branch have it.
         beta: exponent of the quality focal loss, 0, or 1 and more.
         box_loss: "giou" (RetinaNet, ATSS), or "iou" (FCOS).
+        state: what crosses. "head" is a hidden state of the head. "memory", for DETR and its relatives, is the maps
+            that the decoder takes: the teacher's whole decoder runs on the student's memory, and all its layers are
+            compared; the terms are added up over the layers. `stage` and `tap` then mean nothing. It is the authors'
+            own variant for Deformable DETR (docs/cross_head.md).
         tap: take the state "after" the activation, as the published results do, or "before" it, as the text reads.
         priors: whose proposals or queries go through both heads. docs/cross_head.md says why the student's by default.
             On grids it makes no difference.
@@ -132,6 +137,7 @@ class CrossKD(Method):
         quality_weight: float = 1.0,
         beta: float = 1.0,
         box_loss: BoxLoss = "giou",
+        state: Literal["head", "memory"] = "head",
         tap: Literal["after", "before"] = "after",
         priors: Whose = "student",
         proposal_weight: float = 0.0,
@@ -139,6 +145,7 @@ class CrossKD(Method):
         super().__init__()
         self.stage = stage
         self.distances = PredictionLosses(cls_weight, distribution_weight, box_weight, quality_weight, beta, box_loss)
+        self.state = state
         self.tap = tap
         self.priors: Whose = priors
         self.proposal_weight = proposal_weight
@@ -158,6 +165,13 @@ class CrossKD(Method):
         why_apart = why_no_shared_level if on_grids else why_cells_differ
         if reason := why_apart(student_spec, teacher_spec):
             return reason
+        if self.state == "memory":
+            if teacher_spec.priors is not PriorKind.QUERIES:
+                return (
+                    f"state='memory' is for detectors with queries, and these predict at {teacher_spec.priors}. Use "
+                    "CrossKD(stage=0), where the pyramid crosses"
+                )
+            return why_no_shared_level(student_spec, teacher_spec)
         for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
             if not 0 <= self._index(spec) < len(spec.stages):
                 return (
@@ -182,7 +196,13 @@ class CrossKD(Method):
         return None
 
     def setup(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
-        """Project each branch's channels where they differ."""
+        """Project each branch's channels where they differ; with `state="memory"` those of the maps."""
+        if self.state == "memory":
+            self.stages = 0, 0
+            self.levels = shared_levels(student_spec, teacher_spec)
+            widths = [(student_spec.channels[s], teacher_spec.channels[t]) for s, t in self.levels]
+            self.project = nn.ModuleDict({"memory": state_projections(*zip(*widths, strict=True))})
+            return
         self.joints = self._index(student_spec), self._index(teacher_spec)
         self.stages = None if self.proposal_weight else self.joints  # proposal networks have states besides
         ours, theirs = student_spec.stages[self.joints[0]], teacher_spec.stages[self.joints[1]]
@@ -212,12 +232,25 @@ class CrossKD(Method):
         project = cast(dict[str, nn.ModuleList], dict(self.project.items()))
         return pair.finish_with_teacher(cross_state(student, teacher, project, self.levels), self.joints[1])
 
+    def _across_memory(self, exchange: Exchange, pair: Matched) -> dict[str, Tensor]:
+        """The terms of the teacher's decoder on the student's memory, added up over its layers."""
+        memories = {"memory": exchange.student.features}, {"memory": exchange.teacher.features}
+        project = cast(dict[str, nn.ModuleList], dict(self.project.items()))
+        crossed = pair.teacher_on(cross_state(*memories, project, self.levels)["memory"])
+        layers = [
+            self.distances(ours.predictions, theirs.predictions, pair.teacher_assignment)
+            for ours, theirs in zip(crossed, pair.teacher_layers, strict=True)
+        ]
+        return {name: torch.stack([layer[name] for layer in layers]).sum() for name in layers[0]}
+
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`cls`, `box` and, where the teacher judges quality, `quality`; terms of weight 0 are left out.
 
         Two-stage detectors also have `proposal_cls` and `proposal_box`.
         """
         pair = exchange.matched(self.priors)
+        if self.state == "memory":
+            return self._across_memory(exchange, pair)
         cross, teacher = self.cross(pair), pair.teacher.predictions
         assignment = pair.teacher_assignment
         if not self.all_levels:

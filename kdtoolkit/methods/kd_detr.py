@@ -6,51 +6,31 @@ trained on the ground truth. Most queries are background, so each has a weight w
 probability. The terms are the sum of w * KL of classes, and L1 and GIoU of boxes, averaged by w.
 
 Numbers agree with the public code for DAB-DETR (Myleswork/KD-DETR @e7dfccb), with these differences. There each of the
-student's six decoder layers is compared with the teacher's last layer, and the terms are summed. Here only the last
-layer is compared, so the terms are a sixth. The paper's additional random queries are left out. The code's GIoU works
-with areas relative to the image, and adds 1e-6 to union and hull: 0.1 % of an object of 32 x 32 px in an image of 800
-x 1333. Here GIoU is exact, and `published_giou` has the code's. Classification is a sum over the queries of the batch
-of all processes, so it grows with the batch. There it is a sum over the batch of each process (8 or 16 images).
+student's six decoder layers is compared with the teacher's last layer, and the terms are summed: `layers="all"`. By
+default only the last layer is compared here, so the terms are about a sixth. The paper's additional random queries are
+left out. The code adds 1e-6 to union and hull of the GIoU, in shares of the image's area: 0.1 % of an object of 32 x 32
+px in an image of 800 x 1333. Here GIoU is exact, and `published_giou` has the code's. Classification is a sum over the
+queries of the batch of all processes, so it grows with the batch. There it is a sum over the batch of each process (8
+or 16 images).
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kdtoolkit import processes
-from kdtoolkit.boxes import elementwise_giou
-from kdtoolkit.compatibility import use_instead, why_priors_differ, why_scores_differ, why_too_few_classes
-from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, PriorKind, Whose
+from kdtoolkit.compatibility import why_priors_differ, why_scores_differ, why_too_few_classes
+from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Whose
 from kdtoolkit.methods.common import EPS, distribution_kl
-
-PUBLISHED_EPS = 1e-6  # of the GIoU, as a share of the image's area
+from kdtoolkit.methods.queries import PUBLISHED_EPS, box_distances, layer_outputs, why_no_queries
 
 
 def class_divergence(student: Tensor, teacher: Tensor, temperature: float = 10.0) -> Tensor:
     """KL of a softmax over class logits (N, Q, K), divided by K: (N, Q); a softmax even if scores are sigmoids."""
     return distribution_kl(student, teacher, temperature) / student.shape[-1]
-
-
-def centres_and_sizes(boxes: Tensor) -> Tensor:
-    """Boxes (..., 4) xyxy as (centre x, centre y, width, height)."""
-    low, high = boxes.chunk(2, -1)
-    return torch.cat([(low + high) / 2, high - low], -1)
-
-
-def box_distances(student: Tensor, teacher: Tensor, scale: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Two distances (N, Q) of boxes (N, Q, 4): mean L1 of centres and sizes relative to the image, and 1 - GIoU.
-
-    Args:
-        student: xyxy in pixels.
-        teacher: xyxy in pixels of the same image; gets no gradient.
-        scale: (N, 1, 4) width, height, width, height of each image in pixels.
-        eps: what is added to union and hull in the GIoU, as a share of the image's area.
-    """
-    student, teacher = student.float(), teacher.detach().float()
-    difference = (centres_and_sizes(student) - centres_and_sizes(teacher)) / scale
-    area = scale[..., 0] * scale[..., 1]
-    return difference.abs().mean(-1), 1 - elementwise_giou(student, teacher, eps * area)
 
 
 class KDDETR(Method):
@@ -65,6 +45,8 @@ class KDDETR(Method):
         giou_weight: factor of 1 - GIoU.
         temperature: of the class scores.
         priors: whose queries go through both decoders.
+        layers: compare the student's "last" decoder layer with the teacher's last, or "all" of its layers, and add up
+            the terms.
         published_giou: add the published code's epsilon to the GIoU's union and hull.
     """
 
@@ -82,6 +64,7 @@ class KDDETR(Method):
         giou_weight: float = 2.0,
         temperature: float = 10.0,
         priors: Whose = "teacher",
+        layers: Literal["last", "all"] = "last",
         published_giou: bool = False,
     ) -> None:
         super().__init__()
@@ -90,16 +73,15 @@ class KDDETR(Method):
         self.giou_weight = giou_weight
         self.temperature = temperature
         self.priors: Whose = priors
+        self.layers = layers
         self.giou_eps = PUBLISHED_EPS if published_giou else 0.0
         if published_giou:
             self.vanishing = ("cls", "box")
 
     def refuses(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
         """Refuse detectors without queries or of one class, and pairs whose queries or scores differ in form."""
-        for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
-            if spec.priors is not PriorKind.QUERIES:
-                instead = use_instead(spec) or ". Use CrossKD or PKD"
-                return f"it compares queries, and the {role} predicts at {spec.priors}{instead}"
+        if reason := why_no_queries(student_spec, teacher_spec):
+            return reason
         if self.cls_weight and (reason := why_too_few_classes(student_spec)):
             return f"{reason}. Use KDDETR(cls_weight=0), which compares boxes alone"
         return why_priors_differ(student_spec, teacher_spec) or why_scores_differ(student_spec, teacher_spec)
@@ -107,16 +89,17 @@ class KDDETR(Method):
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """`cls`, `box` and `giou`, weighted; terms of weight 0 are left out."""
         pair = exchange.matched(self.priors)
-        student, teacher = pair.student.predictions, pair.teacher.predictions
-        weight = teacher.scores.detach()
-        divergence = class_divergence(student.logits, teacher.logits, self.temperature)
-        sizes = exchange.student.batch.sizes
-        scale = weight.new_tensor([(width, height) * 2 for height, width in sizes])[:, None]
-        distance, overlap = box_distances(student.boxes, pair.teacher_boxes, scale, self.giou_eps)
+        passes = exchange.student.layers(pair.student) if self.layers == "all" else (pair.student,)
+        students = layer_outputs(passes, exchange.student.batch)
+        (teacher,) = layer_outputs((pair.teacher,), exchange.teacher.batch)
+        weight = pair.teacher.predictions.scores.detach()
         total = processes.share(weight.sum(), at_least=EPS)
-        terms = {
-            "cls": (self.cls_weight, (weight * divergence).sum() * processes.count()),
-            "box": (self.box_weight, (weight * distance).sum() / total),
-            "giou": (self.giou_weight, (weight * overlap).sum() / total),
-        }
-        return {name: factor * loss for name, (factor, loss) in terms.items() if factor}
+        losses = []
+        for student in students:
+            divergence = class_divergence(student.logits, teacher.logits, self.temperature)
+            distance, overlap = box_distances(student.boxes, teacher.boxes, self.giou_eps)
+            cls = (weight * divergence).sum() * processes.count()
+            losses.append(torch.stack([cls, (weight * distance).sum() / total, (weight * overlap).sum() / total]))
+        factors = self.cls_weight, self.box_weight, self.giou_weight
+        terms = zip(self.terms, factors, torch.stack(losses).sum(0), strict=True)
+        return {name: factor * loss for name, factor, loss in terms if factor}

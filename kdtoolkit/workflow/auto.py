@@ -62,6 +62,8 @@ def _wanted(
 ) -> tuple[tuple[str, ...], str]:
     if teacher_spec.priors is PriorKind.NONE and "Cosine" in works:
         return ("Cosine",), "made for teachers that show features alone"
+    if teacher_spec.priors is PriorKind.DETECTIONS and "ObjectKD" in works:
+        return ("ObjectKD",), "the teacher shows detections alone"
     if student_spec.priors is PriorKind.QUERIES and "KDDETR" in works:
         return ("KDDETR",), "best for queries on our boards"
     if student_spec.priors is PriorKind.PROPOSALS and "CrossKD" in works:
@@ -73,8 +75,6 @@ def _wanted(
     for name in _FALLBACK:
         if name in works:
             return (name,), "the heads cannot be compared, so features are"
-    if "ObjectKD" in works:
-        return ("ObjectKD",), "the teacher shows detections alone"
     return (), ""
 
 

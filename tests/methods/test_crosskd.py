@@ -1,3 +1,6 @@
+import copy
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdtoolkit import Distiller, IncompatibleError, KDError
+from kdtoolkit.boxes import elementwise_giou
 from kdtoolkit.compatibility import shared_levels
 from kdtoolkit.contract import Exchange, Predictions, PriorKind, Priors, Stage, View
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods.common import quality_focal_kd
 from kdtoolkit.methods.crosskd import CrossKD, align_statistics
 from kdtoolkit.methods.prediction_losses import classification_kd
+from kdtoolkit.testing import check_method
 from tests.conftest import DENSE, tiny_atss, tiny_gfl, tiny_of
 from tests.methods._views import spec
 
@@ -217,3 +222,55 @@ def test_softmax_scores_are_compared_by_kl():
     ]
     p, q = student.softmax(-1), teacher.softmax(-1)
     torch.testing.assert_close(classification_kd(*pair), (q * (q / p).log()).sum(-1))
+
+
+def memory_pair():
+    pytest.importorskip("transformers")
+    return tiny_of("Deformable DETR", seed=1).eval(), tiny_of("Deformable DETR", seed=2).eval()
+
+
+def test_the_teachers_decoder_on_the_memory_of_a_twin_says_what_it_says_itself(batch):
+    teacher, student = memory_pair()
+    method = CrossKD(state="memory")
+    method.setup(adapt(student).spec, adapt(teacher).spec)
+    twins, others = (method(exchange_of(teacher, each, *batch)) for each in (copy.deepcopy(teacher), student))
+    assert set(twins) == {"cls", "box"}
+    for name, term in twins.items():
+        assert abs(term) < 1e-3 * others[name]
+
+
+@pytest.mark.parametrize("priors", ["student", "teacher"])
+def test_all_layers_of_the_teachers_decoder_are_compared_on_both_memories(priors, batch):
+    teacher, student = memory_pair()
+    losses = Distiller(teacher, student, [CrossKD(state="memory", priors=priors)]).eval()(*batch)
+    exchange = exchange_of(teacher, student, *batch)
+    view, pair = exchange.teacher, exchange.matched(priors)
+    maps = tuple(map(align_statistics, exchange.student.features, view.features))
+    queries = pair.teacher.predictions.priors
+    both = [view.adapter.layers(view.adapter.head(each, view.batch, queries)) for each in (maps, view.features)]
+    count = sum(len(target["boxes"]) for target in batch[1])
+    cls = box = 0.0
+    for cross, own in zip(*both, strict=True):
+        cls = cls + quality_focal_kd(cross.predictions.logits, own.predictions.logits).sum() / count
+        overlap = elementwise_giou(cross.predictions.boxes, own.predictions.boxes)
+        box = box + (own.predictions.scores * (1 - overlap)).sum() / count
+    assert len(both[0]) == 3
+    torch.testing.assert_close(losses["crosskd/cls"], cls, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses["crosskd/box"], box, rtol=1e-4, atol=1e-6)
+    (losses["crosskd/cls"] + losses["crosskd/box"]).backward()
+    reached = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("encoder.layers" in name for name in reached)
+    assert not any("decoder.layers" in name for name in reached)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_only_detectors_with_queries_have_a_memory():
+    with pytest.raises(IncompatibleError, match=r"predict at anchors. Use CrossKD\(stage=0\)"):
+        Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [CrossKD(state="memory")])
+
+
+@pytest.mark.slow
+def test_across_the_memory_a_method_keeps_its_promises():
+    teacher, student = memory_pair()
+    known = {"passes": "the teacher's head runs on the student's memory too: that is the method"}
+    check_method(partial(CrossKD, state="memory"), student, teacher, known=known)

@@ -18,8 +18,10 @@ from kdtoolkit.contract import (
     Priors,
     View,
 )
-from kdtoolkit.methods.kd_detr import KDDETR, box_distances, centres_and_sizes
+from kdtoolkit.methods.kd_detr import KDDETR
+from kdtoolkit.methods.queries import box_distances, centres_and_sizes
 from tests.conftest import tiny_gfl
+from tests.methods import _decoders as decoders
 from tests.methods._views import CLASSES, batch, spec
 
 QUERIES = spec(priors=PriorKind.QUERIES, priors_per_cell=(), bins=(), prior_form="points of 4")
@@ -191,7 +193,7 @@ def test_half_precision_gives_float32_terms():
 
 def test_boxes_without_extent_and_unsure_teachers_are_finite():
     student = torch.zeros(1, 3, 4, requires_grad=True)
-    l1, overlap = box_distances(student, torch.ones(1, 3, 4), torch.full((1, 1, 4), 64.0))
+    l1, overlap = box_distances(student, torch.ones(1, 3, 4))
     (l1.sum() + overlap.sum()).backward()
     assert torch.isfinite(student.grad).all()
     assert centres_and_sizes(torch.tensor([2.0, 4, 8, 6])).tolist() == [5, 5, 6, 2]
@@ -257,12 +259,12 @@ def test_a_softmax_over_one_class_is_refused_and_boxes_alone_are_not():
 
 def test_the_published_giou_adds_to_union_and_hull_in_shares_of_the_image():
     a, b = torch.tensor([[10.0, 10, 14, 16]]), torch.tensor([[11.0, 12, 17, 15]])
-    scale = torch.tensor([[[800.0, 600, 800, 600]]])
-    found = box_distances(a, b, scale, 1e-6)[1].item()
+    a, b = (x / torch.tensor([800.0, 600, 800, 600]) for x in (a, b))
+    found = box_distances(a, b, 1e-6)[1].item()
     area = 800 * 600
     intersection, union, hull = 9 / area, 33 / area, 42 / area
     assert found == pytest.approx(1 - intersection / (union + 1e-6) + (hull - union) / (hull + 1e-6), rel=1e-5)
-    assert found > box_distances(a, b, scale)[1].item() + 1e-3
+    assert found > box_distances(a, b)[1].item() + 1e-3
     published = KDDETR(published_giou=True)
     assert published.giou_eps == 1e-6
     assert published.vanishing == ("cls", "box")  # equal boxes have a GIoU below 1
@@ -271,3 +273,18 @@ def test_the_published_giou_adds_to_union_and_hull_in_shares_of_the_image():
 def test_detectors_on_a_grid_are_refused():
     with pytest.raises(IncompatibleError, match="it compares queries, and the student predicts at anchors"):
         Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [KDDETR()])
+
+
+def test_with_all_layers_each_of_the_students_is_compared_with_the_teachers_last():
+    shown = decoders.batch([[(4, 6, 30, 40)], []])
+    ours, theirs = decoders.layers(1), decoders.layers(2)
+
+    def terms(student, **options):
+        exchange = Exchange(decoders.view(student, shown, given=student), decoders.view(theirs, shown))
+        return KDDETR(**options)(exchange)
+
+    each = [terms([layer]) for layer in ours]
+    found = terms(ours, layers="all")
+    for name, value in found.items():
+        torch.testing.assert_close(value, sum(one[name] for one in each))
+    torch.testing.assert_close(terms(ours)["cls"], each[1]["cls"])

@@ -6,14 +6,31 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
-from kdtoolkit.boxes import pairwise_iou
-from kdtoolkit.contract import Batch, DetectorSpec, Exchange, HeadTrace, Predictions, PriorKind, Priors, View
-from kdtoolkit.methods.common import quality_focal_kd
-from kdtoolkit.methods.kd_detr import KDDETR, PUBLISHED_EPS, box_distances, class_divergence
+from kdtoolkit.contract import (
+    Assignment,
+    Batch,
+    DetectorSpec,
+    Exchange,
+    HeadTrace,
+    Predictions,
+    PriorKind,
+    Priors,
+    View,
+)
+from kdtoolkit.methods.detrdistill import (
+    best_scores,
+    cell_mask,
+    detection_losses,
+    imitation,
+    masked_difference,
+    match,
+    matching_costs,
+    taken,
+)
+from kdtoolkit.methods.kd_detr import KDDETR, class_divergence
+from kdtoolkit.methods.queries import PUBLISHED_EPS, Outputs, box_distances
 from tests.parity._check import GRADIENT_BOUND, Check
 from tests.parity.losses import Golden, gradient, indexed, tensor
 
@@ -22,19 +39,25 @@ SIZE = (480, 640)  # pixels of the images, in shares of which the files hold box
 
 def _decode(regression: Tensor, priors: Priors) -> Tensor:
     """Boxes in pixels of (centre x, centre y, width, height) in shares of the image."""
-    centre, size = regression.chunk(2, -1)
-    return torch.cat([centre - size / 2, centre + size / 2], -1) * regression.new_tensor([SIZE[1], SIZE[0]] * 2)
+    return _corners(regression) * regression.new_tensor([SIZE[1], SIZE[0]] * 2)
 
 
-def _view(logits: Tensor, boxes: Tensor) -> View:
-    trace = HeadTrace((), Predictions(logits, boxes, Priors(torch.zeros_like(boxes), torch.zeros(0)), _decode))
-    spec = DetectorSpec("", logits.shape[-1], (8,), (1,), PriorKind.QUERIES)
-    adapter = SimpleNamespace(spec=spec, head=lambda features, batch, priors, stages: trace)
-    return View(adapter, Batch(torch.zeros(len(logits), 3, 1, 1), *((SIZE,) * len(logits),) * 3), (), trace)
+def _view(*layers: tuple[Tensor, Tensor]) -> View:
+    """A decoder that says these logits and boxes, layer by layer."""
+    passes = tuple(
+        HeadTrace((), Predictions(logits, boxes, Priors(torch.zeros_like(boxes), torch.zeros(0)), _decode))
+        for logits, boxes in layers
+    )
+    images, _, classes = layers[0][0].shape
+    spec = DetectorSpec("", classes, (8,), (1,), PriorKind.QUERIES)
+    adapter = SimpleNamespace(
+        spec=spec, head=lambda features, batch, priors, stages: passes[-1], layers=lambda trace: passes
+    )
+    return View(adapter, Batch(torch.zeros(images, 3, 1, 1), *((SIZE,) * images,) * 3), (), passes[-1])
 
 
 def kd_detr(z: Golden) -> Iterator[Check]:
-    """Each set of queries through the method by itself: it knows the teacher's alone, and one layer."""
+    """Each set of queries through the method by itself: it knows the teacher's alone."""
     cfg = json.loads(str(z["cfg_json"]))
     last = cfg["layers"] - 1
     kinds = {"teacher_queries": "auxrf"} | ({"random_queries": "randomrf"} if cfg["random_queries"] else {})
@@ -42,25 +65,23 @@ def kd_detr(z: Golden) -> Iterator[Check]:
     leaves: dict[str, Tensor] = {}
     for queries, kind in kinds.items():
         weights = {name: cfg["weights"][f"loss_kd_{kind}_{name}"] for name in ("cls", "bbox", "giou")}
-        method = KDDETR(
-            cls_weight=weights["cls"],
-            box_weight=weights["bbox"],
-            giou_weight=weights["giou"],
-            temperature=cfg["T"],
-            published_giou=True,
-        )
-        teacher = _view(*(tensor(z, f"teacher.{queries}.{name}.{last}") for name in ("logits", "boxes")))
-        terms = []
-        for layer in range(cfg["layers"]):
-            names = [f"{queries}.{name}.{layer}" for name in ("logits", "boxes")]
-            leaves |= {name: tensor(z, f"student.{name}").requires_grad_() for name in names}
-            terms.append(method(Exchange(_view(*(leaves[name] for name in names)), teacher)))
-        # The published code compares every layer of the student with the teacher's last.
-        for which, shown in (("last", terms[-1:]), ("all_layers", terms)):
+        teacher = _view(tuple(tensor(z, f"teacher.{queries}.{name}.{last}") for name in ("logits", "boxes")))
+        layers = [[f"{queries}.{name}.{layer}" for name in ("logits", "boxes")] for layer in range(cfg["layers"])]
+        leaves |= {name: tensor(z, f"student.{name}").requires_grad_() for names in layers for name in names}
+        for which, shown in (("last", "last"), ("all_layers", "all")):
+            method = KDDETR(
+                cls_weight=weights["cls"],
+                box_weight=weights["bbox"],
+                giou_weight=weights["giou"],
+                temperature=cfg["T"],
+                layers=shown,
+                published_giou=True,
+            )
+            terms = method(Exchange(_view(*(tuple(leaves[name] for name in names) for names in layers)), teacher))
             for term, name in (("cls", "cls"), ("box", "bbox"), ("giou", "giou")):
                 key = f"loss.dab.{which}.loss_kd_{kind}_{name}"
-                yield Check(key, sum(each[term] for each in shown) / weights[name], z[key])
-            totals[which] = totals[which] + sum(sum(each.values()) for each in shown)
+                yield Check(key, terms[term] / weights[name], z[key])
+            totals[which] = totals[which] + sum(terms.values())
     for which, total in totals.items():
         yield Check(f"loss.dab.{which}.TOTAL_weighted", total, z[f"loss.dab.{which}.TOTAL_weighted"])
         for name, leaf in leaves.items():
@@ -77,13 +98,13 @@ def _tprd(z: Golden, cfg: dict, leaves: dict[str, Tensor]) -> Iterator[Check]:
     for queries, prefix in (("random_queries", "random"), ("teacher_queries", "teacher")):
         for layer in range(cfg["layers"]):
             student, theirs = (
-                _view(*(find(f"{queries}.{name}.{layer}") for name in ("logits", "boxes"))).head.predictions
+                _outputs(*(find(f"{queries}.{name}.{layer}") for name in ("logits", "boxes")))
                 for find in (leaves.__getitem__, lambda name: tensor(z, f"teacher.{name}"))
             )
-            scale = student.boxes.new_tensor([SIZE[1], SIZE[0]] * 2)[None, None]
-            distance, overlap = box_distances(student.boxes, theirs.boxes, scale, PUBLISHED_EPS)
+            distance, overlap = box_distances(student.boxes, theirs.boxes, PUBLISHED_EPS)
             divergence = class_divergence(student.logits, theirs.logits, cfg["T"]) * student.logits.shape[-1]
-            weight = theirs.scores / theirs.scores.sum(1, keepdim=True)
+            scores = theirs.probabilities.amax(-1)
+            weight = scores / scores.sum(1, keepdim=True)
             suffix = "" if layer == cfg["layers"] - 1 else f"_{layer}"
             for name, each in (("class", divergence), ("bbox", 4 * distance), ("giou", overlap)):
                 loss = (weight * each).sum(1).mean()
@@ -95,47 +116,52 @@ def _tprd(z: Golden, cfg: dict, leaves: dict[str, Tensor]) -> Iterator[Check]:
         yield Check(f"grad.tprd.{name}", gradient(total, leaf), z[f"grad.tprd.{name}"], GRADIENT_BOUND)
 
 
-# ---- DETRDistill and D3ETR: no methods of kdtoolkit, but sums of what its methods compute, at matched queries
-
-
 def detr_distill(z: Golden) -> Iterator[Check]:
-    """TPRD's DETRDistill and D3ETR, and DETRDistill's own code, which has other names and clips boxes to the image."""
+    """DETRDistill by its own code and TPRD's, and TPRD's D3ETR, which adds attention maps that kdtoolkit has not.
+
+    TPRD does not cut the teacher's boxes, and has different weights and a GIoU with an epsilon.
+    """
     cfg = json.loads(str(z["cfg_json"]))
     official = "loss.official.TOTAL" in z
+    inputs = json.loads(str(z["inputs_cfg_json"])) if official else cfg
     eps = 0.0 if official else PUBLISHED_EPS
     layers = sum(key.startswith("student.logits.") for key in z)
-    matcher = json.loads(str(z["inputs_cfg_json"]))["distill_matcher"] if official else cfg["distill_matcher"]
-    kinds = ("student", "student_at_teacher_queries")
-    fields = ("logits", "boxes", "self_attn", "cross_attn")
+    costs = tuple(inputs["distill_matcher"][f"cost_{name}"] for name in ("class", "bbox", "giou"))
     leaves = {
-        f"{kind}.{field}.{i}": tensor(z, f"{kind}.{field}.{i}").requires_grad_()
-        for kind in kinds
-        for field in fields
-        for i in range(layers)
-        if f"{kind}.{field}.{i}" in z
+        key: tensor(z, key).requires_grad_()
+        for key in z
+        if key.startswith(("student.", "student_at_teacher_queries.", "feat_student."))
     }
-    features = [x.requires_grad_() for x in indexed(z, "feat_student")]
-    leaves |= {f"feat_student.{i}": x for i, x in enumerate(features)}
+    features = [leaves[f"feat_student.{i}"] for i in range(sum(key.startswith("feat_student.") for key in z))]
+    objects = indexed(z, "gt_boxes_cxcywh")
     total = torch.zeros(())
     for layer in range(layers):
-        own, asked = ({f: leaves.get(f"{kind}.{f}.{layer}") for f in fields} for kind in kinds)
-        teacher = {f: tensor(z, key) for f in fields if (key := f"teacher.{f}.{layer}") in z}
-        whole = teacher
+        own, asked = (
+            _outputs(leaves[f"{kind}.logits.{layer}"], leaves[f"{kind}.boxes.{layer}"])
+            for kind in ("student", "student_at_teacher_queries")
+        )
+        whole = teacher = _outputs(tensor(z, f"teacher.logits.{layer}"), tensor(z, f"teacher.boxes.{layer}"))
         if official:
-            low, high = (x.clamp(0, 1) for x in _corners(teacher["boxes"]).chunk(2, -1))
-            yield Check(f"mid.teacher_boxes_clipped.{layer}", torch.cat([low, high], -1), _clipped(z, layer))
-            teacher = {**teacher, "boxes": torch.cat([(low + high) / 2, high - low], -1)}
-        match = _matching(own, teacher, matcher, eps)
-        yield Check(f"mid.match_teacher_of_student.{layer}", match, z[f"mid.match_teacher_of_student.{layer}"])
-        losses = {f"distill_loss_{name}": x for name, x in _imitation(own, _taken(teacher, match), eps).items()}
-        if "self_attn" in teacher:
-            losses |= {f"teacher_loss_{name}": x for name, x in _imitation(asked, teacher, eps).items()}
+            teacher = teacher._replace(boxes=teacher.boxes.clamp(0, 1))
+            yield Check(f"mid.teacher_boxes_clipped.{layer}", teacher.boxes, _clipped(z, layer))
+        ((rows, columns),) = match([matching_costs(own, teacher, costs, eps)])
+        yield Check(f"mid.match_teacher_of_student.{layer}", columns, z[f"mid.match_teacher_of_student.{layer}"])
+        losses = _named("distill_loss", imitation(taken(own, rows), taken(teacher, columns), eps))
+        if f"teacher.self_attn.{layer}" in z:
+            losses |= _named("teacher_loss", imitation(asked, teacher, eps)) | _attention(z, layer, leaves, columns)
         else:
-            losses |= {f"teacher_loss_{name}": x for name, x in _detection(z, layer, asked, eps).items()}
-            scores = _box_scores(z, whole, cfg)
+            assignment, boxes = _assignment(z, layer, asked)
+            losses |= _named("teacher_loss", detection_losses(asked, assignment, boxes, eps))
+            query, score = best_scores(whole, [_corners(boxes) for boxes in objects], inputs["max_per_img"])
             if f"mid.cls_iou_score.{layer}" in z and not official:
-                yield Check(f"mid.cls_iou_score.{layer}", scores[1], z[f"mid.cls_iou_score.{layer}"])
-            losses["target_aware_loss"] = _target_aware(z, layer, features, *scores)
+                yield Check(f"mid.cls_iou_score.{layer}", score, z[f"mid.cls_iou_score.{layer}"])
+            states = tensor(z, f"teacher.query.{layer}")
+            losses["target_aware_loss"] = torch.stack(
+                [
+                    masked_difference(ours, theirs, [cell_mask(states, query, score, theirs)])
+                    for ours, theirs in zip(features, indexed(z, "feat_teacher"), strict=True)
+                ]
+            ).sum()
         for name, loss in losses.items():
             if official:
                 theirs, setting = OFFICIAL[name]
@@ -161,7 +187,14 @@ OFFICIAL = {  # names and weights in DETRDistill's own code
     "teacher_loss_giou": ("teacher_query_loss_iou", "loss_iou"),
     "target_aware_loss": ("target_aware", "target_aware"),
 }
-Layer = dict[str, Tensor]
+
+
+def _named(prefix: str, losses: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {f"{prefix}_{name}": loss for name, loss in zip(("class", "bbox", "giou"), losses, strict=True)}
+
+
+def _outputs(logits: Tensor, boxes: Tensor) -> Outputs:
+    return Outputs(logits, _corners(boxes))
 
 
 def _corners(boxes: Tensor) -> Tensor:
@@ -175,89 +208,24 @@ def _clipped(z: Golden, layer: int) -> Tensor:
     return tensor(z, f"mid.teacher_boxes_clipped.{layer}") / sizes
 
 
-def _distances(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """L1, summed over the four sides, and 1 - GIoU of boxes at the same place, in shares of the image."""
-    one = torch.ones(1, 1, 4)
-    distance, overlap = box_distances(_corners(student), _corners(teacher), one, eps)
-    return 4 * distance, overlap
-
-
-def _matching(student: Layer, teacher: Layer, costs: dict, eps: float) -> Tensor:
-    """For each query of the student the teacher's that it is matched to, all of them: (N, Q)."""
-    found = []
-    with torch.no_grad():
-        for logits, boxes, their_logits, their_boxes in zip(
-            student["logits"], student["boxes"], teacher["logits"], teacher["boxes"], strict=True
-        ):
-            bce = quality_focal_kd(*torch.broadcast_tensors(logits[:, None], their_logits[None]), beta=0).sum(-1)
-            l1, overlap = _distances(*torch.broadcast_tensors(boxes[:, None], their_boxes[None]), eps)
-            cost = costs["cost_class"] * bce + costs["cost_bbox"] * l1 + costs["cost_giou"] * overlap
-            found.append(torch.from_numpy(linear_sum_assignment(cost)[1]))
-    return torch.stack(found)
-
-
-def _taken(teacher: Layer, match: Tensor) -> Layer:
-    """The teacher's queries in the order of the student's; attention between queries in both its dimensions."""
-    images = torch.arange(len(match))[:, None]
-    taken = {
-        name: x if name == "cross_attn" else x[images, match] for name, x in teacher.items() if name != "self_attn"
-    }
-    if "self_attn" in teacher:
-        rows = zip(teacher["self_attn"], match, strict=True)
-        taken["self_attn"] = torch.stack([x[:, order][:, :, order] for x, order in rows])
-        taken["cross_attn"] = teacher["cross_attn"]
-    return taken
-
-
-def _imitation(student: Layer, teacher: Layer, eps: float) -> dict[str, Tensor]:
-    """Terms between corresponding queries, means over them; of attention maps, means over all."""
-    queries = student["logits"].shape[:2].numel()
-    l1, overlap = _distances(student["boxes"], teacher["boxes"], eps)
-    terms = {
-        "class": quality_focal_kd(student["logits"], teacher["logits"], beta=0).sum() / queries,
-        "bbox": l1.sum() / queries,
-        "giou": overlap.sum() / queries,
-    }
-    attention = [name for name in ("self_attn", "cross_attn") if name in teacher]
-    return terms | {name: F.mse_loss(student[name], teacher[name]) for name in attention}
-
-
-def _detection(z: Golden, layer: int, student: Layer, eps: float) -> dict[str, Tensor]:
-    """The detection losses of the student at the teacher's queries, which answer for what the teacher's do."""
-    labels, pairs = torch.zeros_like(student["logits"]), []
-    for i, (boxes, classes) in enumerate(zip(indexed(z, "gt_boxes_cxcywh"), indexed(z, "gt_labels"), strict=True)):
+def _assignment(z: Golden, layer: int, asked: Outputs) -> tuple[Assignment, Tensor]:
+    """The file's assignment of objects to the teacher's queries, and their boxes."""
+    images, queries, classes = asked.logits.shape
+    labels, boxes = torch.full((images, queries), classes), torch.zeros(images, queries, 4)
+    truth = zip(indexed(z, "gt_boxes_cxcywh"), indexed(z, "gt_labels"), strict=True)
+    for i, (own, own_labels) in enumerate(truth):
         query, box = tensor(z, f"mid.teacher_gt_match.{layer}.{i}")
-        labels[i, query, classes[box]] = 1.0
-        pairs.append((student["boxes"][i, query], boxes[box]))
-    count = max(sum(len(own) for own, _ in pairs), 1)
-    l1, overlap = _distances(*(torch.cat(side)[None] for side in zip(*pairs, strict=True)), eps)
-    focal = sigmoid_focal_loss(student["logits"], labels, alpha=0.25, gamma=2).sum()
-    return {"class": focal / count, "bbox": l1.sum() / count, "giou": overlap.sum() / count}
+        labels[i, query], boxes[i, query] = own_labels[box], _corners(own)[box]
+    count = torch.tensor(float(max(sum(map(len, indexed(z, "gt_labels"))), 1)))
+    return Assignment(labels < classes, labels, boxes, torch.ones(images, queries), count), boxes
 
 
-def _box_scores(z: Golden, teacher: Layer, cfg: dict) -> tuple[Tensor, Tensor]:
-    """The queries of the teacher's highest class scores, and each score times its best IoU with a box: (N, M) both."""
-    if "inputs_cfg_json" in z:
-        cfg = json.loads(str(z["inputs_cfg_json"]))
-    best, at = teacher["logits"].sigmoid().flatten(1).topk(cfg["max_per_img"])
-    query = at // teacher["logits"].shape[-1]
-    scores = []
-    for score, chosen, boxes, truth in zip(best, query, teacher["boxes"], indexed(z, "gt_boxes_cxcywh"), strict=True):
-        overlap = pairwise_iou(_corners(boxes[chosen]), _corners(truth))
-        union = (boxes[chosen, None, 2:].prod(-1) + truth[:, 2:].prod(-1)) / (1 + overlap)
-        overlap = overlap * union / (union + PUBLISHED_EPS)
-        scores.append(score * (overlap.amax(1) if len(truth) else 1.0))
-    return query, torch.stack(scores)
-
-
-def _target_aware(z: Golden, layer: int, features: list[Tensor], query: Tensor, score: Tensor) -> Tensor:
-    """Squared difference of features, weighted by how much each cell is like the teacher's best queries."""
-    states = tensor(z, f"teacher.query.{layer}")
-    states = states[torch.arange(len(states))[:, None], query]
-    losses = []
-    for student, teacher in zip(features, indexed(z, "feat_teacher"), strict=True):
-        alike = torch.einsum("nqc,nchw->nqhw", F.normalize(states, dim=-1), F.normalize(teacher, dim=1))
-        mask = (score[..., None, None] * alike).sum(1, keepdim=True).clamp(min=0.01)
-        mask = mask / mask.amax((1, 2, 3), keepdim=True)
-        losses.append(F.mse_loss(student * mask, teacher * mask))
-    return torch.stack(losses).sum()
+def _attention(z: Golden, layer: int, leaves: dict[str, Tensor], match: Tensor) -> dict[str, Tensor]:
+    """D3ETR's terms of attention maps, at matched queries and at the teacher's; cross-attention is not permuted."""
+    theirs = tensor(z, f"teacher.self_attn.{layer}"), tensor(z, f"teacher.cross_attn.{layer}")
+    ordered = torch.stack([x[:, order][:, :, order] for x, order in zip(theirs[0], match, strict=True)])
+    losses = {}
+    for prefix, kind, at in (("distill", "student", ordered), ("teacher", "student_at_teacher_queries", theirs[0])):
+        losses[f"{prefix}_loss_self_attn"] = F.mse_loss(leaves[f"{kind}.self_attn.{layer}"], at)
+        losses[f"{prefix}_loss_cross_attn"] = F.mse_loss(leaves[f"{kind}.cross_attn.{layer}"], theirs[1])
+    return losses

@@ -148,7 +148,7 @@ def test_images_without_labels_need_detections_and_validation_images_do_not(tmp_
     ("changes", "part"),
     [
         ({"method": "PKD"}, r"PKD cannot distil d.json into GFL: .*Use ObjectKD.*`--method auto` would take ObjectKD"),
-        ({"init": "teacher"}, r"nothing of d.json fits GFL"),
+        ({"init": "teacher"}, r"d.json is no whole detector, so it has no neck and head to start from: leave init out"),
         ({"teacher_weights": "pretrained"}, r"d.json is a file of detections, which has no weights"),
         ({"teacher": "{none}"}, r"there is no file .*none.json; correct the path"),
         (
