@@ -133,11 +133,11 @@ def _direction(own: Measured, row: Row) -> str:
     strongest = min(where, key=lambda part: where[part].cosine)
     at = f", at the {strongest} {where[strongest].cosine:+.2f}" if len(where) > 1 else ""
     if _against(own):
-        lost = -own.cosine * own.norm / own.task_norm
-        undoes = "all" if lost >= 1 else f"about {_percent(lost)}"
-        return (
-            f"pulls against the task (cosine {own.cosine:+.2f}{at}), and undoes {undoes} of what the task's step gains"
-        )
+        pulls = f"pulls against the task (cosine {own.cosine:+.2f}{at})"
+        if own.gain >= 0:  # one batch with a large gradient may outweigh several
+            return pulls
+        undoes = "all" if own.gain <= -1 else f"about {_percent(-own.gain)}"
+        return f"{pulls}, and undoes {undoes} of what the task's step gains"
     if _against(where[strongest]):
         return f"pulls against the task at the {strongest} alone (cosine {where[strongest].cosine:+.2f})"
     if own.cosine > PULL and (own.error is None or own.cosine > 2 * own.error):

@@ -37,12 +37,17 @@ class Measured:
 
     `norm`, `task_norm`: the norms of the term's gradient and of the task's, means over the batches. `cosine`: between
     the two gradients, the mean over the batches. `error`: the standard error of that mean; None with one batch.
+
+    `gain`: how much a small plain gradient step on this loss at these parameters lowers the task's loss, divided by
+    what a step on the task's loss at all its parameters lowers it by. It is negative where the step raises the task's
+    loss. The mean over the batches.
     """
 
     norm: float
     task_norm: float
     cosine: float
     error: float | None
+    gain: float
 
     @property
     def share(self) -> float:
@@ -161,11 +166,12 @@ def probe(
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Norms and cosine of one batch."""
+    """What `Measured` has, of one batch."""
 
     norm: float
     task_norm: float
     cosine: float
+    gain: float
 
 
 def _measured(
@@ -192,6 +198,7 @@ def _measured(
 def _beside(own: Gradient, task: Gradient, parts: Tensor) -> dict[str, _Numbers]:
     """The numbers of each part (a column of `parts` (P, 4)) of which both train something."""
     both = (own.reached & task.reached).float()
+    whole = task.squares().double().sum().item()  # also of what the other loss does not reach
     products = torch.stack([own.squares(), task.squares(), own.dot(task)]) * both  # (3, P)
     sums = (products.double() @ parts.double()).tolist()
     reached = (both @ parts).tolist()
@@ -199,7 +206,8 @@ def _beside(own: Gradient, task: Gradient, parts: Tensor) -> dict[str, _Numbers]
     for part, own_square, task_square, product, count in zip(PARTS, *sums, reached, strict=True):
         if count:
             norms = own_square**0.5, task_square**0.5
-            found[part] = _Numbers(*norms, product / (norms[0] * norms[1]) if all(norms) else 0.0)
+            cosine = product / (norms[0] * norms[1]) if all(norms) else 0.0
+            found[part] = _Numbers(*norms, cosine, product / whole if whole else 0.0)
     return found
 
 
@@ -214,6 +222,7 @@ def _row(name: str, batches: Sequence[tuple[float, dict[str, _Numbers]]]) -> Row
                 statistics.fmean(each.task_norm for each in own),
                 statistics.fmean(cosines),
                 statistics.stdev(cosines) / len(cosines) ** 0.5 if len(cosines) > 1 else None,
+                statistics.fmean(each.gain for each in own),
             )
     return Row(name, statistics.fmean(values), parts)
 
