@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdtoolkit import processes
 from kdtoolkit.contract import DetectorAdapter, Method, Schedule, Target
@@ -116,7 +117,8 @@ def probe(
 ) -> Probe:
     """Measure what each loss term does to the student. It changes nothing: no weight, statistic or random state.
 
-    Methods are measured with their full weights, whatever their schedule says, and as if no share were held.
+    Methods are measured with their full weights, whatever their schedule says, and as if no share were held. Frozen
+    parameters are left out. If the student is in training mode, its batch norms in eval mode keep their statistics.
 
     Args:
         distiller: student, teacher and methods, before or after any number of steps.
@@ -268,8 +270,12 @@ def _parts(
 
 @contextmanager
 def _untouched(distiller: Distiller) -> Iterator[None]:
-    """Put the distiller into training mode with all methods at work. At the end everything is as it was."""
-    teacher = distiller.seen[1].model
+    """Put the distiller into training mode with all methods at work. At the end everything is as it was.
+
+    In the middle of training, batch norms in eval mode stay so, because training keeps their statistics.
+    """
+    teacher, student = distiller.seen[1].model, distiller.student
+    still = [m for m in student.modules() if student.training and isinstance(m, _BatchNorm) and not m.training]
     modules = [*distiller.modules(), *teacher.modules()]
     modes = [module.training for module in modules]
     buffers = [(buffer, buffer.clone()) for buffer in (*distiller.buffers(), *teacher.buffers())]
@@ -284,6 +290,8 @@ def _untouched(distiller: Distiller) -> Iterator[None]:
             for method in methods:
                 method.schedule = Schedule()
             distiller.train()
+            for module in still:
+                module.eval()
             yield
         finally:
             for method, schedule in zip(methods, schedules, strict=True):

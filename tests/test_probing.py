@@ -210,6 +210,20 @@ def test_frozen_parameters_are_left_out():
     assert set(parts) == {"all", "neck"}
 
 
+@pytest.mark.parametrize("still", [False, True])
+def test_batch_norms_that_keep_their_statistics_in_training_do_so(still):
+    distiller = pair(PKD()).train()
+    norms = [m for m in distiller.student.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train(not still)
+    expected = distiller(*next(shown(1)))["pkd/feature"].item()
+    for norm in norms:
+        norm.reset_running_stats()
+    found = kdtoolkit.probe(distiller, shown(1)).methods["pkd"].value
+    assert [norm.training for norm in norms] == [not still] * len(norms)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_wrong_uses_are_one_sentence():
     with pytest.raises(KDError, match="name a teacher and a method"):
         kdtoolkit.probe(Distiller(None, tiny_fcos(seed=1)), shown())

@@ -11,6 +11,7 @@ from rich.console import Console
 from kdtoolkit.data import batches
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.inputs import beside_teacher
+from kdtoolkit.engine.optim import frozen
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
@@ -81,7 +82,9 @@ def run(options: ProbeOptions, *, quiet: bool = False) -> Found:
             augment=prepared.config.augmentation,
             input_size=prepared.config.input_size,
         )
-        found = probe(prepared.distiller, shown, options.share)
+        with frozen(prepared.student.model, prepared.config) as set_training:
+            set_training(prepared.distiller)
+            found = probe(prepared.distiller, shown, options.share)
         when = f"after {counted(after, 'step')} without methods" if after else "before the first step"
         images = counted(found.batches * prepared.config.batch_size, "image")
         display.line(

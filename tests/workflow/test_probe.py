@@ -59,6 +59,14 @@ def test_weights_that_cannot_be_given_are_held(kd, teacher, shapes):
     assert methods["pkd"]["proposed"] == "PKD?share=0.3"
 
 
+def test_what_training_freezes_is_left_out(kd, teacher, shapes):
+    frozen = "frozen: [backbone]"
+    file = shapes.parent / "frozen.yaml"
+    file.write_text(f"train: {{{frozen}}}\n")
+    _, out, _ = kd("probe", file, *words(teacher, shapes, "--method", "PKD", "--json")[1:])
+    assert set(json.loads(out)["losses"]["pkd"]["parts"]) == {"all", "neck"}
+
+
 def test_it_reads_run_files_of_kd_distill(tmp_path):
     file = tmp_path / "run.yaml"
     given = {"teacher": "t", "student": "s", "data": str(tmp_path), "method": ["PKD"], "out": str(tmp_path / "run")}
