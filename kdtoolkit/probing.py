@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -55,6 +55,10 @@ class Measured:
         """The term's norm, divided by the sum of both norms: 0.5 if they are equal."""
         return self.norm / (self.norm + self.task_norm) if self.norm else 0.0
 
+    def times(self, factor: float) -> Measured:
+        """The same of the term multiplied by a factor."""
+        return replace(self, norm=factor * self.norm, gain=factor * self.gain)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -78,6 +82,11 @@ class Row:
         """Whether it is the sum of all terms of a method or of the task."""
         return "/" not in self.name
 
+    def times(self, factor: float) -> Row:
+        """The row of the loss multiplied by a factor."""
+        parts = {name: part.times(factor) for name, part in self.parts.items()}
+        return replace(self, value=factor * self.value, parts=parts)
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -85,7 +94,7 @@ class Probe:
 
     `rows`: the task, its terms, then each method and its terms. `agreement`: the cosine between the task's own
     gradients of two batches, by part; empty with one batch. It says what cosine to expect of two losses that want the
-    same. `share`: the share that weights are proposed for.
+    same. `share`: the share that weights are proposed for. `held`: the shares that are held in training, by method.
     """
 
     rows: tuple[Row, ...]
@@ -93,18 +102,29 @@ class Probe:
     share: float
     batches: int
     seconds: float
+    held: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def methods(self) -> dict[str, Row]:
         """The row of each method, by name."""
         return {row.name: row for row in self.rows if row.is_sum and row.name != TASK}
 
-    def factor(self, method: str) -> float | None:
-        """What to multiply a method's weights by, for the share; None if the method has no gradient."""
+    def factor(self, method: str, share: float | None = None) -> float | None:
+        """What to multiply a method's weights by, for a share, or for that of the probe.
+
+        None if the method has no gradient.
+        """
         part = self.methods[method].parts.get(ALL)
         if part is None or not part.norm or not part.task_norm:
             return None
-        return self.share / (1 - self.share) * part.task_norm / part.norm
+        share = self.share if share is None else share
+        return share / (1 - share) * part.task_norm / part.norm
+
+    def in_training(self, method: str) -> list[Row]:
+        """A method's row and those of its terms as they are in training: at the share, if one is held."""
+        factor = self.factor(method, self.held[method]) if method in self.held else None
+        rows = [row for row in self.rows if row.method == method]
+        return rows if factor is None else [row.times(factor) for row in rows]
 
     def __str__(self) -> str:
         from kdtoolkit.probe_words import sentences, table
@@ -163,7 +183,8 @@ def probe(
         if any(part in numbers for numbers in agreement)
     }
     rows = tuple(_row(name, [batch[name] for batch in found if name in batch]) for name in _ordered(found))
-    return Probe(rows, means, share, len(found), time.perf_counter() - begun)
+    held = {name: each.share for name, each in distiller.held.items()}
+    return Probe(rows, means, share, len(found), time.perf_counter() - begun, held)
 
 
 @dataclass(frozen=True)

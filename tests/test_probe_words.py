@@ -14,9 +14,9 @@ def part(cosine, share=0.2):
     return Measured(share / (1 - share), 1.0, cosine, 0.01, 0.0)
 
 
-def probed(*rows):
+def probed(*rows, held=None):
     task = Row("task", 1.0, {"all": Measured(1.0, 1.0, 1.0, 0.0, 1.0)})
-    return Probe((task, Row("task/cls", 1.0, task.parts), *rows), {"all": 0.3}, 0.1, 4, 1.0)
+    return Probe((task, Row("task/cls", 1.0, task.parts), *rows), {"all": 0.3}, 0.1, 4, 1.0, held or {})
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,27 @@ def test_a_method_may_drown_the_task_and_pull_against_it():
 def test_what_a_pull_undoes_is_measured_and_not_taken_from_the_share(gain, said):
     for share in (0.2, 0.9):
         assert next(iter(sentences(probed(row("pkd", share, -0.4, gain=gain))))).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("share", "cosine", "verdict", "said"),
+    [
+        (0.995, 0.0, Verdict.FINE, "pkd is held at a share of 20 %; it pulls neither with the task nor against it"),
+        (0.001, 0.3, Verdict.FINE, "pkd is held at a share of 20 %; it pulls with the task"),
+        (0.5, -0.4, Verdict.AGAINST, "undoes about 10 % of what the task's step gains"),
+        (0.0, 0.0, Verdict.NOTHING, "has no gradient at the student"),
+    ],
+)
+def test_a_held_method_is_judged_at_the_share_that_it_has_in_training(share, cosine, verdict, said):
+    found = probed(row("pkd", share, cosine, gain=-0.4), held={"pkd": 0.2})  # held: a quarter of a share of 50 %
+    assert verdicts(found) == {"pkd": [verdict]}
+    assert said in next(iter(sentences(found)))
+    assert table(found)[2].startswith("pkd (held) ")
+
+
+def test_a_share_that_is_held_is_not_judged():
+    assert verdicts(probed(row("pkd", 0.5, 0.0), held={"pkd": 0.995})) == {"pkd": [Verdict.FINE]}
+    assert verdicts(probed(row("pkd", 0.5, 0.0), held={"pkd": 0.001})) == {"pkd": [Verdict.FINE]}
 
 
 def test_a_pull_at_one_part_is_told():

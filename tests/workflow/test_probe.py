@@ -59,6 +59,13 @@ def test_weights_that_cannot_be_given_are_held(kd, teacher, shapes):
     assert methods["pkd"]["proposed"] == "PKD?share=0.3"
 
 
+def test_a_held_share_is_as_it_should_be(kd, teacher, shapes):
+    code, out, _ = kd(*words(teacher, shapes, "--method", "PKD?share=0.1"))
+    assert "pkd is held at a share of 10 %" in out
+    assert "drowns" not in out
+    assert code == ("pulls against the task (" in out)
+
+
 def test_what_training_freezes_is_left_out(kd, teacher, shapes):
     frozen = "frozen: [backbone]"
     file = shapes.parent / "frozen.yaml"
