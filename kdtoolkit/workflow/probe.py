@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +29,10 @@ AFTER = 50  # steps that a student with a new head is trained before: its first 
 
 @dataclass(frozen=True)
 class Found:
-    """What `kd probe` found: `uses` are the methods as they were, `proposed` with weights for the share, by name."""
+    """What `kd probe` found.
+
+    `uses`: the methods as they were, by name. `proposed`: the same with weights for the share.
+    """
 
     probe: Probe
     uses: dict[str, MethodUse]
@@ -55,13 +58,19 @@ class Found:
         share = f"{100 * self.probe.share:g} %"
         if held := [str(use) for use in self.uses.values() if "share" in use.args]:
             yield f"The share is held in training, so the weights do not matter: {', '.join(held)}"
-        changed = {name: use for name, use in self.proposed.items() if "share" not in use.args}
-        if changed:
+        free = {
+            name: use
+            for name, use in self.uses.items()
+            if "share" not in use.args and self.probe.factor(name) is not None
+        }
+        if all(self.proposed[name] == use for name, use in free.items()):
+            return
+        weights = {name: self.proposed[name] for name in free if "share" not in self.proposed[name].args}
+        if weights:
             yield f"Weights for a share of {share} each at this point:"
-            yield f"  {_options(changed)}"
-        if free := {name: _held(use, self.probe.share) for name, use in self.uses.items() if "share" not in use.args}:
-            yield f"Or let the share of {share} be held from the first step to the last:"
-            yield f"  {_options(free)}"
+            yield f"  {_options(weights)}"
+        yield f"{'Or let' if weights else 'Let'} the share of {share} be held from the first step to the last:"
+        yield f"  {_options({name: _held(use, self.probe.share) for name, use in free.items()})}"
 
 
 def run(options: ProbeOptions, *, quiet: bool = False) -> Found:
@@ -93,8 +102,7 @@ def run(options: ProbeOptions, *, quiet: bool = False) -> Found:
         for note in prepared.notes:
             display.line(f"note: {note}")
     uses = dict(zip(prepared.distiller.names, prepared.methods, strict=True))
-    proposed = {name: _proposed(use, found.factor(name), options.share) for name, use in uses.items()}
-    return Found(found, uses, proposed, after, prepared.notes)
+    return Found(found, uses, proposed(found, uses), after, prepared.notes)
 
 
 def to_json(found: Found) -> dict[str, Any]:
@@ -140,19 +148,31 @@ def _train_alone(prepared: Prepared, steps: int, display: Display) -> None:
     )
 
 
+def proposed(found: Probe, uses: Mapping[str, MethodUse]) -> dict[str, MethodUse]:
+    """The methods with weights for the share, by name; held at the share if their weights cannot be given.
+
+    A method is as it was if its weights have the share already, if its share is held, or if it has no gradient.
+    """
+    return {name: _proposed(use, found.factor(name), found.share) for name, use in uses.items()}
+
+
 def _proposed(use: MethodUse, factor: float | None, share: float) -> MethodUse:
-    """The method with weights for the share; held at the share if it has no weights that can be given."""
     if "share" in use.args or factor is None:
         return use
     try:
-        changed = scaled(use, factor)
+        before, after = _rounded(scaled(use, 1.0)), _rounded(scaled(use, factor))
     except KDError:
         return _held(use, share)
+    return use if before == after else after
+
+
+def _rounded(use: MethodUse) -> MethodUse:
+    """The method with its weights in two digits."""
     rounded = {
         name: float(f"{value:.2g}") if name.endswith("weight") and isinstance(value, float) else value
-        for name, value in changed.args.items()
+        for name, value in use.args.items()
     }
-    return _held(use, share) if rounded == use.args else MethodUse.model_validate({use.name: rounded})
+    return MethodUse.model_validate({use.name: rounded})
 
 
 def _held(use: MethodUse, share: float) -> MethodUse:

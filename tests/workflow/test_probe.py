@@ -4,7 +4,10 @@ import sys
 import pytest
 
 from kdtoolkit.cli import main
+from kdtoolkit.method_use import MethodUse
+from kdtoolkit.probing import Measured, Probe, Row
 from kdtoolkit.workflow.options import DistillOptions, ProbeOptions, check_options
+from kdtoolkit.workflow.probe import Found, proposed
 from tests.workflow._data import TINY
 
 
@@ -46,10 +49,52 @@ def test_json_has_all_of_it_and_what_it_proposes_has_the_share(kd, teacher, shap
     assert set(found["losses"]) >= {"task", "task/cls", "pkd", "pkd/feature"}
     proposed = found["methods"]["pkd"]["proposed"]
     assert proposed.startswith("PKD?weight=")
-    code, out, _ = kd(*words(teacher, shapes, "--method", proposed, "--json"))
+    code, out, _ = kd(*words(teacher, shapes, "--method", proposed, "--share", 0.2, "--json"))
     again = json.loads(out)
     assert again["losses"]["pkd"]["parts"]["all"]["share"] == pytest.approx(0.2, rel=0.05)
-    assert (code, again["fine"]) == (0, True)
+    assert "share" not in again["methods"]["pkd"]["proposed"]
+
+
+def found(*uses, norms):
+    """What is found of PKD and other methods whose gradients have these norms, beside a task's of norm 1."""
+    rows = [
+        Row(name, 1.0, {"all": Measured(norm, 1.0, 0.0, 0.01, 0.0)} if norm else {})
+        for name, norm in zip(("pkd", "fgd", "crosskd"), norms, strict=False)
+    ]
+    probed = Probe(tuple(rows), {}, 0.1, 4, 1.0)
+    by_name = {row.name: MethodUse.model_validate(use) for row, use in zip(rows, uses, strict=True)}
+    return Found(probed, by_name, proposed(probed, by_name), 0, ())
+
+
+def proposals(found):
+    return [line for line in found.lines() if "--method" in line or line.endswith(":")]
+
+
+def test_weights_that_have_the_share_already_are_proposed_as_they_are():
+    same = found("PKD?weight=0.12", norms=[1.02 / 9])
+    assert same.proposed == same.uses
+    assert proposals(same) == []
+    one = found(
+        "PKD?weight=0.12",
+        "FGD?foreground_weight=1&background_weight=0&attention_weight=0&global_weight=0",
+        norms=[1.02 / 9, 1.0],
+    )
+    assert proposals(one)[1].startswith('  --method "PKD?weight=0.12" --method "FGD?foreground_weight=0.11&')
+
+
+def test_a_method_without_gradient_gets_no_proposal():
+    none = found("PKD", norms=[0.0])
+    assert none.proposed == none.uses
+    assert proposals(none) == []
+    both = found("PKD", "FGD?global_weight=0", norms=[0.0, 1.0])
+    assert [line.count("--method") for line in proposals(both)] == [0, 1, 0, 1]
+
+
+def test_the_only_proposal_is_no_alternative():
+    assert proposals(found("PKD?share=0.1", "FGD", "CrossKD.for_fcos", norms=[5.0, 0.0, 3.0])) == [
+        "Let the share of 10 % be held from the first step to the last:",
+        '  --method "CrossKD.for_fcos?share=0.1"',
+    ]
 
 
 def test_weights_that_cannot_be_given_are_held(kd, teacher, shapes):
