@@ -86,7 +86,8 @@ def run(options: ProbeOptions, *, quiet: bool = False) -> Found:
         shown = batches(
             beside_teacher(prepared.distiller, prepared.images.train),
             batch_size=prepared.config.batch_size,
-            steps=options.batches,
+            start=after,  # the student was trained on those before
+            steps=after + options.batches,
             seed=options.seed,
             augment=prepared.config.augmentation,
             input_size=prepared.config.input_size,

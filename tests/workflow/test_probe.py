@@ -104,6 +104,16 @@ def test_weights_that_cannot_be_given_are_held(kd, teacher, shapes):
     assert methods["pkd"]["proposed"] == "PKD?share=0.3"
 
 
+def test_the_batches_are_those_that_follow_the_training_before(kd, teacher, shapes):
+    """The student learns nothing in the steps before, so only the images decide the task's loss."""
+    values = []
+    for after, batches in ((0, 3), (0, 2), (2, 1)):
+        common = ("--method", "PKD", "--json", "--lr", 1e-12)
+        _, out, _ = kd(*words(teacher, shapes, *common, "--after", after, "--batches", batches))
+        values.append(json.loads(out)["losses"]["task"]["value"])
+    assert values[2] == pytest.approx(3 * values[0] - 2 * values[1], rel=1e-4)
+
+
 def test_a_held_share_is_as_it_should_be(kd, teacher, shapes):
     code, out, _ = kd(*words(teacher, shapes, "--method", "PKD?share=0.1"))
     assert "pkd is held at a share of 10 %" in out
