@@ -29,6 +29,7 @@ from kdtoolkit.gradients import Gradient
 from kdtoolkit.inherit import within
 
 TASK = "task"
+ONE_PROCESS = "a probe runs in one process: start it without torchrun"
 ALL, BACKBONE, NECK, HEAD = PARTS = ("all", "backbone", "neck", "head")
 
 
@@ -153,7 +154,7 @@ def probe(
     if not 0 < share < 1:
         raise KDError(f"share={share:g}: it must be above 0 and below 1; 0.1 is usual")
     if processes.count() > 1:
-        raise KDError("a probe runs in one process: start it without torchrun")
+        raise KDError(ONE_PROCESS)
     begun = time.perf_counter()
     names = [name for name, p in distiller.student.named_parameters() if p.requires_grad]
     parameters = [p for p in distiller.student.parameters() if p.requires_grad]

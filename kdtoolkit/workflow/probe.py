@@ -10,13 +10,14 @@ from rich.console import Console
 
 from kdtoolkit.data import batches
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine import group
 from kdtoolkit.engine.inputs import beside_teacher
 from kdtoolkit.engine.optim import frozen
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.probe_words import Verdict, sentences, table, verdicts
-from kdtoolkit.probing import Probe, probe
+from kdtoolkit.probing import ONE_PROCESS, Probe, probe
 from kdtoolkit.words import counted, duration
 from kdtoolkit.workflow.auto import scaled
 from kdtoolkit.workflow.detecting import found_device
@@ -75,6 +76,8 @@ class Found:
 
 def run(options: ProbeOptions, *, quiet: bool = False) -> Found:
     """Prepare a distillation as `kd distill` does, and probe it. Raises KDError."""
+    if group.started() > 1:
+        raise KDError(ONE_PROCESS)
     console, loud = Console(quiet=quiet), Console(stderr=True)
     device = found_device(options.device)
     with Display(console, loud) as display:

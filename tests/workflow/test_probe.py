@@ -137,6 +137,15 @@ def test_it_reads_run_files_of_kd_distill(tmp_path):
     assert (options.teacher, options.share, str(options.method[0])) == ("t", 0.05, "PKD")
 
 
+@pytest.mark.parametrize("after", [0, 2])
+def test_several_processes_are_refused_first(kd, tmp_path, monkeypatch, after):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = kd("probe", "--teacher", "t", "--student", "s", "--data", tmp_path, "--after", after)
+    assert code == 2
+    assert "start it without torchrun" in err
+    assert len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("more", "told"), [(("--share", 2), "--share"), (("--batches", 0), "--batches"), (("--after", -1), "--after")]
 )
