@@ -144,7 +144,9 @@ def _direction(own: Measured, row: Row) -> str:
         return f"{pulls}, and undoes {undoes} of what the task's step gains"
     if _against(where[strongest]):
         return f"pulls against the task at the {strongest} alone (cosine {where[strongest].cosine:+.2f})"
-    if own.cosine > PULL and (own.error is None or own.cosine > 2 * own.error):
+    if own.margin is None:
+        return f"has a cosine of {own.cosine:+.2f}, and one batch cannot tell whether it pulls against the task"
+    if own.cosine > max(PULL, own.margin):
         return f"pulls with the task (cosine {own.cosine:+.2f})"
     return f"pulls neither with the task nor against it (cosine {own.cosine:+.2f})"
 
@@ -154,4 +156,4 @@ def _times(ratio: float) -> str:
 
 
 def _against(part: Measured) -> bool:
-    return part.cosine < -PULL and (part.error is None or part.cosine < -2 * part.error)
+    return part.margin is not None and part.cosine < -max(PULL, part.margin)

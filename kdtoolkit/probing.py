@@ -27,6 +27,7 @@ from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.errors import KDError
 from kdtoolkit.gradients import Gradient
 from kdtoolkit.inherit import within
+from kdtoolkit.students_t import t95
 
 TASK = "task"
 ONE_PROCESS = "a probe runs in one process: start it without torchrun"
@@ -38,7 +39,8 @@ class Measured:
     """A term's gradient at the parameters of one part of the student that the term and the task both train.
 
     `norm`, `task_norm`: the norms of the term's gradient and of the task's, means over the batches. `cosine`: between
-    the two gradients, the mean over the batches. `error`: the standard error of that mean; None with one batch.
+    the two gradients, the mean over the batches. `margin`: half the width of that mean's 95 % interval, by Student's t;
+    None with one batch.
 
     `gain`: how much a small plain gradient step on this loss at these parameters lowers the task's loss, divided by
     what a step on the task's loss at all its parameters lowers it by. It is negative where the step raises the task's
@@ -48,7 +50,7 @@ class Measured:
     norm: float
     task_norm: float
     cosine: float
-    error: float | None
+    margin: float | None
     gain: float
 
     @property
@@ -245,10 +247,17 @@ def _row(name: str, batches: Sequence[tuple[float, dict[str, _Numbers]]]) -> Row
                 statistics.fmean(each.norm for each in own),
                 statistics.fmean(each.task_norm for each in own),
                 statistics.fmean(cosines),
-                statistics.stdev(cosines) / len(cosines) ** 0.5 if len(cosines) > 1 else None,
+                _margin(cosines),
                 statistics.fmean(each.gain for each in own),
             )
     return Row(name, statistics.fmean(values), parts)
+
+
+def _margin(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % interval of the values' mean; None for one value."""
+    if len(values) == 1:
+        return None
+    return t95(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def _ordered(found: Sequence[Mapping[str, object]]) -> list[str]:

@@ -4,14 +4,14 @@ from kdtoolkit.probe_words import Verdict, sentences, table, verdicts
 from kdtoolkit.probing import Measured, Probe, Row
 
 
-def row(name, share, cosine, error=0.01, gain=0.0, **parts):
+def row(name, share, cosine, margin=0.02, gain=0.0, **parts):
     """A row whose gradient has this share beside a task's of norm 1."""
-    measured = Measured(share / (1 - share), 1.0, cosine, error, gain)
+    measured = Measured(share / (1 - share), 1.0, cosine, margin, gain)
     return Row(name, 0.5, {"all": measured, "neck": measured, **parts} if share else {})
 
 
 def part(cosine, share=0.2):
-    return Measured(share / (1 - share), 1.0, cosine, 0.01, 0.0)
+    return Measured(share / (1 - share), 1.0, cosine, 0.02, 0.0)
 
 
 def probed(*rows, held=None):
@@ -39,8 +39,15 @@ def test_each_method_has_its_verdict(share, cosine, verdict, said):
 
 
 def test_a_cosine_that_changes_its_sign_from_batch_to_batch_says_nothing():
-    assert verdicts(probed(row("pkd", 0.2, -0.2, error=0.15))) == {"pkd": [Verdict.FINE]}
-    assert verdicts(probed(row("pkd", 0.2, -0.2, error=None))) == {"pkd": [Verdict.AGAINST]}
+    assert verdicts(probed(row("pkd", 0.2, -0.2, margin=0.3))) == {"pkd": [Verdict.FINE]}
+    assert verdicts(probed(row("pkd", 0.2, -0.2, margin=0.15))) == {"pkd": [Verdict.AGAINST]}
+
+
+@pytest.mark.parametrize("cosine", [-0.4, 0.4])
+def test_one_batch_gives_no_verdict_on_the_direction(cosine):
+    found = probed(row("pkd", 0.2, cosine, margin=None, neck=Measured(0.25, 1.0, cosine, None, 0.0)))
+    assert verdicts(found) == {"pkd": [Verdict.FINE]}
+    assert f"has a cosine of {cosine:+.2f}, and one batch cannot tell" in next(iter(sentences(found)))
 
 
 def test_a_method_may_drown_the_task_and_pull_against_it():

@@ -118,7 +118,17 @@ def test_values_and_rows_are_those_of_the_losses():
         assert row.value == pytest.approx(sum(own), rel=1e-5)
     assert found.agreement == {}
     assert found.rows[0].parts["all"].cosine == pytest.approx(1)
-    assert found.rows[0].parts["all"].error is None
+    assert found.rows[0].parts["all"].margin is None
+
+
+@pytest.mark.parametrize(("count", "t"), [(2, 12.706), (3, 4.303)])
+def test_the_margin_is_that_of_students_t(count, t):
+    data = [*shown(3)][:count]
+    cosines = [kdtoolkit.probe(pair(PKD()), [batch]).methods["pkd"].parts["all"].cosine for batch in data]
+    found = kdtoolkit.probe(pair(PKD()), data).methods["pkd"].parts["all"]
+    mean = sum(cosines) / count
+    deviation = math.sqrt(sum((cosine - mean) ** 2 for cosine in cosines) / (count - 1))
+    assert found.margin == pytest.approx(t * deviation / math.sqrt(count), rel=1e-3)
 
 
 def test_the_agreement_is_that_of_the_task_on_two_batches():
