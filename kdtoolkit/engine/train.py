@@ -216,7 +216,7 @@ def train(
                     set_training(distiller)
             keeper.save(state, last=last)
             if report is not None and rank == 0 and (now - reported > 1 or step == first or last):
-                warnings = (*state.silence.warnings(), *state.dead.warnings(), *keeper.notices)
+                warnings = (*state.silence.warnings(), *state.dead.warnings(), *_not_held(distiller), *keeper.notices)
                 report(Progress(step + 1, config.steps, window.flush(), state.seconds, warnings))
                 reported = now
             ended = time.perf_counter()
@@ -226,7 +226,7 @@ def train(
             student.load_state_dict(average.module.state_dict())
             group.alike(student)
         keeper.weights("student.safetensors", student, last=True)
-        warnings = (*state.silence.warnings(final=True), *state.dead.warnings())
+        warnings = (*state.silence.warnings(final=True), *state.dead.warnings(), *_not_held(distiller))
         if not state.with_boxes:
             warnings = (
                 f"none of the images of the {config.steps} steps has a box: the student has seen background alone",
@@ -308,6 +308,11 @@ def _evaluate(
     row = {f"eval/{name}": getattr(found, name) for name in METRICS}
     state.evaluations.append({"step": state.step, **row})
     keeper.log(state.step, row)
+
+
+def _not_held(distiller: Distiller) -> Iterator[str]:
+    """A warning for each method whose share was to be held and is not."""
+    return (f"{name}: {held.warning}" for name, held in distiller.held.items() if held.warning)
 
 
 def _non_finite(values: dict[str, float]) -> str:
