@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from kdtoolkit.data import batches
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine import group
-from kdtoolkit.engine.inputs import beside_teacher
+from kdtoolkit.engine.inputs import beside_teacher, single_values_told
 from kdtoolkit.engine.optim import frozen
+from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
@@ -20,6 +22,7 @@ from kdtoolkit.probe_words import Verdict, sentences, table, verdicts
 from kdtoolkit.probing import ONE_PROCESS, Probe, probe
 from kdtoolkit.words import counted, duration
 from kdtoolkit.workflow.auto import scaled
+from kdtoolkit.workflow.batch import with_memory
 from kdtoolkit.workflow.detecting import found_device
 from kdtoolkit.workflow.display import Clock, Display
 from kdtoolkit.workflow.options import ProbeOptions
@@ -80,29 +83,33 @@ def run(options: ProbeOptions, *, quiet: bool = False) -> Found:
         raise KDError(ONE_PROCESS)
     console, loud = Console(quiet=quiet), Console(stderr=True)
     device = found_device(options.device)
-    with Display(console, loud) as display:
+    with with_memory(), Display(console, loud) as display:
         prepared = prepare(options, device, display.counting)
+        config = prepared.config
         default = 0 if prepared.student.trained else AFTER
         after = default if options.after is None else options.after
         if after:
             _train_alone(prepared, after, display)
+        size = config.batch_size // config.accumulation  # what the memory takes at once
+        first = after * config.accumulation  # the student was trained on those before
         shown = batches(
             beside_teacher(prepared.distiller, prepared.images.train),
-            batch_size=prepared.config.batch_size,
-            start=after,  # the student was trained on those before
-            steps=after + options.batches,
+            batch_size=size,
+            start=first,
+            steps=first + options.batches,
             seed=options.seed,
-            augment=prepared.config.augmentation,
-            input_size=prepared.config.input_size,
+            augment=config.augmentation,
+            input_size=config.input_size,
         )
-        with frozen(prepared.student.model, prepared.config) as set_training:
+        # Gradients of float16 would need a scale, so they are measured in float32.
+        in_bfloat16 = resolve_precision(config.precision, device) == "bfloat16"
+        with frozen(prepared.student.model, config) as set_training, single_values_told():
             set_training(prepared.distiller)
-            found = probe(prepared.distiller, shown, options.share)
+            with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
+                found = probe(prepared.distiller, shown, options.share)
         when = f"after {counted(after, 'step')} without methods" if after else "before the first step"
-        images = counted(found.batches * prepared.config.batch_size, "image")
-        display.line(
-            f"probed {images} in batches of {prepared.config.batch_size}, {when}, in {duration(found.seconds)}"
-        )
+        images = counted(found.batches * size, "image")
+        display.line(f"probed {images} in batches of {size}, {when}, in {duration(found.seconds)}")
         for note in prepared.notes:
             display.line(f"note: {note}")
     uses = dict(zip(prepared.distiller.names, prepared.methods, strict=True))

@@ -2,7 +2,9 @@ import json
 import sys
 
 import pytest
+import torch
 
+import kdtoolkit
 from kdtoolkit.cli import main
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.probing import Measured, Probe, Row
@@ -112,6 +114,28 @@ def test_the_batches_are_those_that_follow_the_training_before(kd, teacher, shap
         _, out, _ = kd(*words(teacher, shapes, *common, "--after", after, "--batches", batches))
         values.append(json.loads(out)["losses"]["task"]["value"])
     assert values[2] == pytest.approx(3 * values[0] - 2 * values[1], rel=1e-4)
+
+
+def test_it_shows_the_parts_of_a_batch_and_computes_as_training_does(kd, teacher, shapes):
+    file, values = shapes.parent / "parts.yaml", []
+    for precision in ("float32", "bfloat16"):
+        file.write_text(f"train: {{accumulation: 2, precision: {precision}}}\n")
+        run = ("probe", file, *words(teacher, shapes, "--method", "PKD")[1:], "--after", 0)
+        assert "probed 4 images in batches of 2" in kd(*run)[1]
+        values.append(json.loads(kd(*run, "--json")[1])["losses"]["task"]["value"])
+    assert values[0] != values[1]
+    assert values[0] == pytest.approx(values[1], rel=0.05)
+
+
+def test_a_gpu_without_memory_is_one_sentence(kd, teacher, shapes, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kdtoolkit.Distiller, "forward", full)
+    code, _, err = kd(*words(teacher, shapes, "--method", "PKD"))
+    assert code == 2
+    assert "the GPU is out of memory: use half the --batch-size or a smaller --image-size" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_held_share_is_as_it_should_be(kd, teacher, shapes):
