@@ -26,7 +26,10 @@ from kdtoolkit.models import content_of
 # files of kdtoolkit/methods that these import. Files of commands, and of what they print, are left out.
 _OF_CELLS = ("benchmark/cell.py", "benchmark/datasets.py")
 _SOURCES = ("*.py", "contract/*.py", "data/*.py", "engine/*.py", *_OF_CELLS)
-_NOT_OF_CELLS = {"__main__.py", "inspect.py", "listing.py", "matrix.py", "matrix_tables.py", "verdicts.py"}
+_NOT_OF_CELLS = {
+    *("__main__.py", "inspect.py", "listing.py", "matrix.py", "matrix_tables.py", "probe_words.py", "probing.py"),
+    *("students_t.py", "verdicts.py"),
+}
 
 # What a cell depends on and no suite says: with `--any-version` results may differ in it.
 _CIRCUMSTANCES = {"code", "torch", "library", "device", "threads"}
