@@ -37,7 +37,7 @@ from torch import Tensor
 from kdtoolkit import processes
 from kdtoolkit.boxes import pairwise_iou
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Predictions
-from kdtoolkit.methods.kd_detr import box_distances
+from kdtoolkit.methods.queries import box_distances
 
 GIOU = 2.0  # weight of 1 - GIoU beside the L1 of boxes, as in DETR's matching
 COVERING = 0.05, 0.5  # least score and IoU of a teacher's prediction that covers an object, for the counts alone
@@ -210,8 +210,8 @@ class ObjectKD(Method):
             cls = F.binary_cross_entropy_with_logits(logits, score[owner], reduction="none")
             terms["cls"] = self.cls_weight * (weight * cls).sum()
         if self.box_weight:
-            sizes = objects.new_tensor([(width, height) * 2 for height, width in batch.sizes])
-            distance, overlap = box_distances(student.boxes[rows], their_boxes[owner], sizes[rows[0]])
+            sizes = objects.new_tensor([(width, height) * 2 for height, width in batch.sizes])[rows[0]]
+            distance, overlap = box_distances(student.boxes[rows] / sizes, their_boxes[owner] / sizes)
             terms["box"] = self.box_weight * (weight * (4 * distance + GIOU * overlap)).sum()
         bins = view.spec.bins, exchange.teacher.spec.bins
         if self.distribution_weight and all(bins):
