@@ -8,7 +8,7 @@ from enum import StrEnum
 from kdtoolkit.probing import ALL, PARTS, TASK, Measured, Probe, Row
 
 LARGE = 0.5  # a larger share outweighs the task
-DROWNS = 0.95  # a larger share drowns it
+DROWNS = 0.99  # a larger share drowns it
 NOTHING = 0.01  # a smaller share does nothing
 PULL = 0.05  # a smaller cosine says nothing
 

@@ -115,5 +115,5 @@ def test_no_word_is_cut(width):
         assert max(map(len, text.splitlines())) <= width
         shown |= {word.strip(",;:") for word in text.split()}
     for each in facts.values():
-        written = {*each.needs, *each.terms, *each.arguments, *each.doc.split(), *each.paper.split()}
+        written = {*" ".join(each.needs).split(), *each.terms, *each.arguments, *each.doc.split(), *each.paper.split()}
         assert {word.strip(",;:") for word in written} <= shown | {"Args"}

@@ -51,7 +51,8 @@ class FoundationAdapter(DetectorAdapter):
                 "build it with timm.create_model(..., dynamic_img_size=True), or by the name timm/NAME"
             )
         config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-        self._name = f"timm {config.get('architecture') or type(model).__name__}"
+        parts = config.get("architecture") or type(model).__name__, config.get("tag")
+        self._name = f"timm/{'.'.join(filter(None, parts))}"
         self._mean = tuple(config.get("mean") or IMAGENET_MEAN)
         self._std = tuple(config.get("std") or IMAGENET_STD)
         # Of each stride the last map, which is the deepest. In a vision transformer all blocks have one stride.

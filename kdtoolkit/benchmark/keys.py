@@ -6,7 +6,8 @@ import hashlib
 import importlib.util
 import inspect
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +22,10 @@ from kdtoolkit.libraries import library_of_name
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import content_of
 
-# The source files of all cells. Those of the detector's adapter and of the cell's methods are added to them.
-# Files of commands, and of what they print, are left out.
-_SHARED_BY_METHODS = tuple(f"methods/{name}.py" for name in ("common", "features", "predictions", "prediction_losses"))
+# The source files of all cells. Those of the detector's adapter are added, and those of the cell's methods with the
+# files of kdtoolkit/methods that these import. Files of commands, and of what they print, are left out.
 _OF_CELLS = ("benchmark/cell.py", "benchmark/datasets.py")
-_SOURCES = ("*.py", "contract/*.py", "data/*.py", "engine/*.py", *_SHARED_BY_METHODS, *_OF_CELLS)
+_SOURCES = ("*.py", "contract/*.py", "data/*.py", "engine/*.py", *_OF_CELLS)
 _NOT_OF_CELLS = {"__main__.py", "inspect.py", "listing.py", "matrix.py", "matrix_tables.py", "verdicts.py"}
 
 # What a cell depends on and no suite says: with `--any-version` results may differ in it.
@@ -128,7 +128,8 @@ def package_digest() -> str:
 def source_digest(model: str, extra: tuple[Path, ...] = ()) -> str:
     """Digest of the files that train and evaluate a model: kdtoolkit's, the file of a user's model, and `extra`."""
     package = Path(kdtoolkit.__file__).parent
-    files = {path for pattern in (*_SOURCES, *_adapter_sources(model)) for path in package.glob(pattern)} | set(extra)
+    files = {path for pattern in (*_SOURCES, *_adapter_sources(model)) for path in package.glob(pattern)}
+    files |= _with_imports(extra, package / "methods")
     files -= {package / name for name in _NOT_OF_CELLS}
     module, is_own, _ = model.partition("?")[0].partition(":")
     if is_own and (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
@@ -138,6 +139,18 @@ def source_digest(model: str, extra: tuple[Path, ...] = ()) -> str:
         return str(path.relative_to(package)) if path.is_relative_to(package) else path.name
 
     return digest({name(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)})
+
+
+def _with_imports(files: Iterable[Path], methods: Path) -> set[Path]:
+    """Files of methods, and all files of the folder `methods` that they import, directly or not."""
+    found: set[Path] = set()
+    waiting = list(files)
+    while waiting:
+        if (path := waiting.pop()) not in found:
+            found.add(path)
+            names = re.findall(r"^from kdtoolkit\.methods\.(\w+) import", path.read_text("utf-8"), re.MULTILINE)
+            waiting += [methods / f"{name}.py" for name in names]
+    return found
 
 
 def _adapter_sources(model: str) -> tuple[str, ...]:

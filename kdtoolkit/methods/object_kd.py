@@ -210,8 +210,9 @@ class ObjectKD(Method):
             cls = F.binary_cross_entropy_with_logits(logits, score[owner], reduction="none")
             terms["cls"] = self.cls_weight * (weight * cls).sum()
         if self.box_weight:
-            sizes = objects.new_tensor([(width, height) * 2 for height, width in batch.sizes])[rows[0]]
-            distance, overlap = box_distances(student.boxes[rows] / sizes, their_boxes[owner] / sizes)
+            sizes = objects.new_tensor([(width, height) * 2 for height, width in batch.sizes])
+            scale = sizes[rows[0]]
+            distance, overlap = box_distances(student.boxes[rows] / scale, their_boxes[owner] / scale)
             terms["box"] = self.box_weight * (weight * (4 * distance + GIOU * overlap)).sum()
         bins = view.spec.bins, exchange.teacher.spec.bins
         if self.distribution_weight and all(bins):

@@ -26,7 +26,7 @@ def test_it_shows_features_alone(models, name):
     assert (spec.strides, spec.channels) == FACTS[name]
     assert spec.priors is PriorKind.NONE
     assert spec.capabilities == {Capability.FEATURES}
-    assert spec.name == f"timm {name.partition('/')[2].partition('.')[0]}"
+    assert spec.name == name.partition("?")[0]
 
 
 @pytest.mark.parametrize("name", FACTS)
@@ -107,7 +107,7 @@ def test_without_labels_methods_that_need_objects_are_refused(models, batch):
 @pytest.mark.parametrize("method", [CrossKD, LD])
 def test_methods_of_heads_are_refused(models, method):
     with pytest.raises(
-        KDError, match=r"which the teacher \(timm vit_small_patch16_dinov3\) does not show\. Use Cosine"
+        KDError, match=r"which the teacher \(timm/vit_small_patch16_dinov3\.lvd1689m\) does not show\. Use Cosine"
     ):
         Distiller(models[DINOV3], tiny_gfl(seed=2), [method()])
 
@@ -159,6 +159,17 @@ def test_weights_of_a_file(tmp_path):
     (note,) = opened.notes
     assert "a licence of their own, dinov3-license (https://ai.meta.com" in note
     assert open_detector(DINOV3, weights=file, class_names=["a", "b"]).class_names is None
+
+
+def test_published_weights_are_loaded(tmp_path, monkeypatch):
+    """timm takes them from a file here, where it would download them."""
+    file = write_weights(tmp_path / "vit.safetensors", DINOV3)
+    monkeypatch.setattr(adapters, "check_downloadable", lambda *about: None)
+    opened = open_detector(DINOV3, weights="pretrained", args={"pretrained_cfg_overlay": {"file": str(file)}})
+    expected = foundation(DINOV3).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in opened.model.state_dict().items())
+    assert opened.weights == "timm's vit_small_patch16_dinov3.lvd1689m, licence dinov3-license"
+    assert opened.trained
 
 
 def test_weights_in_their_publishers_names(tmp_path):

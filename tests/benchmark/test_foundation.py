@@ -41,7 +41,8 @@ def test_the_board_says_that_the_teacher_has_no_ap(folder):
     assert board.teacher.metrics["ap"] is None
     (warning,) = (warning for warning in board.warnings if "teacher" in warning)
     assert (
-        warning == "teacher: the AP is unknown: timm vit_small_patch16_dinov3 shows features alone and detects nothing"
+        warning
+        == "teacher: the AP is unknown: timm/vit_small_patch16_dinov3.lvd1689m shows features alone and detects nothing"
     )
     (row,) = (row for row in board.rows if row.entry == "Cosine")
     assert row.gap_recovered is None

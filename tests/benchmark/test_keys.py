@@ -1,7 +1,10 @@
+import inspect
 import json
+from pathlib import Path
 
-from kdtoolkit.benchmark.keys import cell_parts, difference, same_settings
+from kdtoolkit.benchmark.keys import cell_parts, difference, same_settings, source_digest
 from kdtoolkit.benchmark.suite import DetectorSection
+from kdtoolkit.methods import all_methods
 
 
 def test_a_folder_of_weights_is_known_by_its_content(tmp_path):
@@ -40,3 +43,19 @@ def test_settings_are_the_same_whatever_code_and_hardware_made_the_result():
     fields["train"]["lr"] = 1.0
     assert not same_settings({**new, "detector": json.dumps(fields)}, new)
     assert not same_settings({**new, "detector": "0123456789abcdef"}, new)
+
+
+def test_the_code_of_a_method_is_its_file_and_what_it_imports(monkeypatch):
+    read = Path.read_bytes
+
+    def code(*names, changed=""):
+        edited = lambda path: read(path) + (b"#" if path.name == changed else b"")  # noqa: E731
+        monkeypatch.setattr(Path, "read_bytes", edited)
+        source_digest.cache_clear()
+        files = tuple(Path(inspect.getfile(all_methods()[name])) for name in names)
+        return source_digest("kdtoolkit/gfl", files)
+
+    assert code("CLoCKDistill") != code("CLoCKDistill", changed="fgd.py")  # it takes masks from there
+    assert code("CLoCKDistill") != code("CLoCKDistill", changed="queries.py")
+    assert code("PKD") == code("PKD", changed="fgd.py")
+    assert code() == code(changed="common.py")

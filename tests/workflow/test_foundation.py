@@ -36,7 +36,7 @@ def test_the_plan_fits_the_teacher_and_the_report_says_that_it_has_no_ap(shapes,
     assert "The teacher was not measured: it shows features alone" in text
     assert "dinov3-license" in (report.model / "README.md").read_text()
     shown = " ".join(capsys.readouterr().out.split())
-    assert "the teacher is not measured: timm vit_small_patch16_dinov3 shows features alone" in shown
+    assert "the teacher is not measured: timm/vit_small_patch16_dinov3.lvd1689m shows features alone" in shown
     assert "a licence of their own, dinov3-license" in shown
 
 
