@@ -95,7 +95,7 @@ def match(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     once.
     """
     # It comes with the extra of detectors that have queries.
-    from scipy.optimize import linear_sum_assignment  # type: ignore[attr-defined]
+    from scipy.optimize import linear_sum_assignment
 
     device = costs[0].device
     tables = torch.stack(list(costs)).nan_to_num(nan=1e9, posinf=1e9, neginf=-1e9).cpu().numpy()
