@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import pytest
@@ -60,7 +61,7 @@ def test_json_has_all_of_it_and_what_it_proposes_has_the_share(kd, teacher, shap
 def found(*uses, norms):
     """What is found of PKD and other methods whose gradients have these norms, beside a task's of norm 1."""
     rows = [
-        Row(name, 1.0, {"all": Measured(norm, 1.0, 0.0, 0.01, 0.0)} if norm else {})
+        Row(name, 1.0, dict.fromkeys(("all", "neck"), Measured(norm, 1.0, 0.0, 0.01, 0.0)) if norm else {})
         for name, norm in zip(("pkd", "fgd", "crosskd"), norms, strict=False)
     ]
     probed = Probe(tuple(rows), {}, 0.1, 4, 1.0)
@@ -159,6 +160,18 @@ def test_it_reads_run_files_of_kd_distill(tmp_path):
     file.write_text(check_options(DistillOptions, given).to_yaml())
     options = check_options(ProbeOptions, {"share": 0.05}, file=file)
     assert (options.teacher, options.share, str(options.method[0])) == ("t", 0.05, "PKD")
+
+
+def test_help_shows_what_is_used_and_commands_of_kd_distill_are_taken(kd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = kd("probe", "--help")[1]
+    unused = ("--out", "--compare-baseline", "--allow-weak-teacher")
+    assert not [option for option in unused if option in shown]
+    assert all(option in kd("distill", "--help")[1] for option in unused)
+    assert re.search(r"--share +<float>", shown)
+    code, _, err = kd("probe", "--out", "x", "--compare-baseline", "--allow-weak-teacher")
+    assert code == 2
+    assert [line.split()[0] for line in err.replace("error: ", "").splitlines()] == ["--data", "--teacher", "--student"]
 
 
 @pytest.mark.parametrize("after", [0, 2])
