@@ -164,7 +164,7 @@ def facts(distiller):
         "values": copy.deepcopy({**distiller.state_dict(), **distiller.teacher_adapter.model.state_dict()}),
         "modes": [module.training for module in (*distiller.modules(), *distiller.teacher_adapter.model.modules())],
         "gradients": [p.grad is None for p in distiller.parameters()],
-        "schedules": [(method.schedule, method.share) for method in distiller.methods],
+        "schedules": [(method.schedule, method.held and method.held.share) for method in distiller.methods],
         "calls": distiller.calls,
         "held": {name: held.metrics for name, held in distiller.held.items()},
         "hooks": [len(module._forward_hooks) for module in distiller.modules()],
