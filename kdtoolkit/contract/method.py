@@ -121,7 +121,8 @@ class Method(nn.Module, ABC):
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """The loss terms and metrics of one step by name, as scalars. Terms are float32, with their weights applied.
 
-        The names are from `terms` and `metrics`; any of them may be missing.
+        The names are from `terms` and `metrics`. Any of them may be missing, in all processes or in none. A metric that
+        is not finite is left out of logs and means.
         """
 
 

@@ -172,10 +172,11 @@ def train(
                     with autocast, single_values_told():
                         losses = model(shown, their_targets)
                     values, has_boxes = _values(losses, their_targets)
-                    if bad := _non_finite(values):
+                    if bad := _non_finite({name: values[name] for name in losses}):
                         with autocast:
                             where = locate_non_finite(distiller, shown, their_targets)
                         _stop(student, buffers, step, bad, where)
+                    values = {name: value for name, value in values.items() if math.isfinite(value)}
                     if has_boxes:
                         state.silence.observe(losses, values)
                     scaler.scale(losses.total / config.accumulation).backward()

@@ -160,6 +160,23 @@ def test_a_term_that_is_not_finite_is_named_and_the_last_good_weights_stay(data)
     assert torch.equal(weights(student), kept[2])
 
 
+def test_a_metric_that_is_not_finite_stops_nothing_and_is_left_out(data, tmp_path):
+    class Sizes(PKD):
+        metrics = ("size", "never")
+
+        def forward(self, exchange):
+            self.calls = getattr(self, "calls", 0) + 1
+            sizes = {"size": torch.tensor(math.nan if self.calls == 2 else 4.0), "never": torch.tensor(math.inf)}
+            return super().forward(exchange) | sizes
+
+    distiller = Distiller(model(1), model(2), [Sizes()])
+    result = train(distiller, data, config(steps=3), seed=0, folder=RunFolder(tmp_path))
+    assert ["sizes/size" in point for point in result.history] == [True, False, True]
+    assert result.metrics == {"sizes/size": 4.0}
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert ["sizes/size" in row for row in log] == [True, False, True]
+
+
 def test_the_first_place_that_is_not_finite_is_named_and_buffers_stay_good(data):
     student = model(2)
     kept = {}
