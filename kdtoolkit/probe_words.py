@@ -49,7 +49,7 @@ def sentences(probe: Probe) -> Iterator[str]:
     if ALL in probe.agreement:
         yield (
             f"For comparison: the task's own gradients of two batches have a cosine of {probe.agreement[ALL]:+.2f}. "
-            "Larger ones are rare"
+            "A larger cosine between two losses is rare"
         )
 
 

@@ -12,7 +12,8 @@ class Progress:
     """Where a run is: `losses` are means since the last report, `seconds` the training time so far.
 
     `warnings`: one line for each loss term that has taught the student nothing so far, for each part of the student
-    that has died, for each method whose share is not held, and for each checkpoint that was damaged or could not be written.
+    that has died, for each method whose share is not held, and for each checkpoint that was damaged or could not be
+    written.
     """
 
     step: int
