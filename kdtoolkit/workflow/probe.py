@@ -136,6 +136,7 @@ def to_json(found: Found) -> dict[str, Any]:
         "methods": {
             name: {
                 "method": str(found.uses[name]),
+                "held": probed.held.get(name),
                 "verdicts": [verdict.value for verdict in each],
                 "factor": probed.factor(name),
                 "proposed": str(found.proposed[name]),

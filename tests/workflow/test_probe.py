@@ -105,6 +105,7 @@ def test_weights_that_cannot_be_given_are_held(kd, teacher, shapes):
     methods = json.loads(out)["methods"]
     assert methods["crosskd"]["proposed"] == "CrossKD.for_fcos?share=0.1"
     assert methods["pkd"]["proposed"] == "PKD?share=0.3"
+    assert [methods[name]["held"] for name in ("crosskd", "pkd")] == [None, 0.3]
 
 
 def test_the_batches_are_those_that_follow_the_training_before(kd, teacher, shapes):
