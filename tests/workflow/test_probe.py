@@ -33,6 +33,14 @@ def words(teacher, shapes, *more):
     return ("probe", "--teacher", teacher, "--student", TINY, "--data", shapes, *common, *more)
 
 
+def run_file(folder, teacher, shapes, **train):
+    """A run file with options of training, which no command line has."""
+    file = folder / "run.yaml"
+    given = {"teacher": str(teacher), "student": TINY, "data": str(shapes), "method": ["PKD"], "train": train}
+    file.write_text(check_options(DistillOptions, given).to_yaml())
+    return file
+
+
 def test_it_prints_a_table_sentences_and_weights(kd, teacher, shapes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = kd(*words(teacher, shapes, "--method", "PKD", "--method", "FGD?global_weight=0"))
@@ -118,11 +126,11 @@ def test_the_batches_are_those_that_follow_the_training_before(kd, teacher, shap
     assert values[2] == pytest.approx(3 * values[0] - 2 * values[1], rel=1e-4)
 
 
-def test_it_shows_the_parts_of_a_batch_and_computes_as_training_does(kd, teacher, shapes):
-    file, values = shapes.parent / "parts.yaml", []
+def test_it_shows_the_parts_of_a_batch_and_computes_as_training_does(kd, teacher, shapes, tmp_path):
+    values = []
     for precision in ("float32", "bfloat16"):
-        file.write_text(f"train: {{accumulation: 2, precision: {precision}}}\n")
-        run = ("probe", file, *words(teacher, shapes, "--method", "PKD")[1:], "--after", 0)
+        file = run_file(tmp_path, teacher, shapes, accumulation=2, precision=precision)
+        run = (*words(teacher, shapes, "--after", 0), file)
         assert "probed 4 images in batches of 2" in kd(*run)[1]
         values.append(json.loads(kd(*run, "--json")[1])["losses"]["task"]["value"])
     assert values[0] != values[1]
@@ -147,11 +155,9 @@ def test_a_held_share_is_as_it_should_be(kd, teacher, shapes):
     assert code == ("pulls against the task (" in out)
 
 
-def test_what_training_freezes_is_left_out(kd, teacher, shapes):
-    frozen = "frozen: [backbone]"
-    file = shapes.parent / "frozen.yaml"
-    file.write_text(f"train: {{{frozen}}}\n")
-    _, out, _ = kd("probe", file, *words(teacher, shapes, "--method", "PKD", "--json")[1:])
+def test_what_training_freezes_is_left_out(kd, teacher, shapes, tmp_path):
+    file = run_file(tmp_path, teacher, shapes, frozen=["backbone"])
+    _, out, _ = kd(*words(teacher, shapes, "--json"), file)
     assert set(json.loads(out)["losses"]["pkd"]["parts"]) == {"all", "neck"}
 
 
