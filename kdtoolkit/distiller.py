@@ -250,10 +250,10 @@ class Distiller(nn.Module):
             for scale in SCALES:
                 if scale not in tasks:
                     tasks[scale] = Gradient.of(scale * task, parameters)
-                found = torch.stack(norms(Gradient.of(scale * loss, parameters), tasks[scale])).tolist()
-                if all(map(math.isfinite, found)):
+                own, its = torch.stack(norms(Gradient.of(scale * loss, parameters), tasks[scale])).tolist()
+                if math.isfinite(own) and math.isfinite(its):
                     break
-            held.set(step, *found)
+            held.set(step, own, its)
 
     def _student_view(
         self, batch: Batch, features: tuple[Tensor, ...], trace: HeadTrace, assignment: Assignment | None

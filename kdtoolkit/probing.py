@@ -7,6 +7,7 @@ in the same direction. `kdtoolkit.probe_words` turns the numbers into sentences 
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -257,7 +258,7 @@ def _margin(values: Sequence[float]) -> float | None:
     """Half the width of the 95 % interval of the values' mean; None for one value."""
     if len(values) == 1:
         return None
-    return t95(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _ordered(found: Sequence[Mapping[str, object]]) -> list[str]:
@@ -321,8 +322,8 @@ def _untouched(distiller: Distiller) -> Iterator[None]:
             for method in methods:
                 method.schedule = Schedule()
             distiller.train()
-            for module in still:
-                module.eval()
+            for norm in still:
+                norm.eval()
             yield
         finally:
             for method, schedule in zip(methods, schedules, strict=True):
