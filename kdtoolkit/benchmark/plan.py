@@ -12,7 +12,7 @@ from torch import nn
 
 from kdtoolkit.benchmark.cell import Task, build_detector, shared_classes, stretched
 from kdtoolkit.benchmark.datasets import DataSets
-from kdtoolkit.benchmark.keys import cell_parts, difference, key_of, package_digest, same_settings
+from kdtoolkit.benchmark.keys import cell_parts, difference, in_precision, key_of, package_digest, same_settings
 from kdtoolkit.benchmark.stats import slowest
 from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside, usable_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
@@ -110,7 +110,7 @@ class Plan:
             result
             for result in map(_readable, paths)
             if result is not None
-            and same_settings(result.key_parts, parts)
+            and same_settings(result.key_parts, parts, any_precision=_is_auto(self.suite.teacher))
             and are_whole(self.store.teacher_path(result.key).with_suffix(".pt"))
         ]
         own = _readable(self.store.teacher_copy)
@@ -209,7 +209,8 @@ class Plan:
 
     def _is_current(self, found: CellResult, task: Task) -> bool:
         if self.any_version:
-            return same_settings(found.key_parts, task.parts)
+            section = self.suite.teacher if task.entry == TEACHER else self.suite.student
+            return same_settings(found.key_parts, task.parts, any_precision=_is_auto(section))
         return found.key == key_of(task.parts)
 
     def measured(self, row: str) -> list[CellResult]:
@@ -329,5 +330,9 @@ def _for_device(section: DetectorSection, device: str) -> DetectorSection:
     """The section with the precision that `auto` means on this device."""
     if section.train is None:
         return section
-    precision = resolve_precision(section.train.precision, device)
-    return section.model_copy(update={"train": section.train.model_copy(update={"precision": precision})})
+    return in_precision(section, resolve_precision(section.train.precision, device))
+
+
+def _is_auto(section: DetectorSection) -> bool:
+    """Whether the hardware chooses the precision."""
+    return section.train is not None and section.train.precision == "auto"
