@@ -40,6 +40,11 @@ def test_the_main_rows_of_all_sets_come_before_the_rest():
     assert {portion.seeds for portion in first} == {1, 2, 3, 4, 5}
     assert all(portion.suite in run.SETS for portion in work[: len(first) + len(run.SETS)])
     assert {portion.suite for portion in work if not portion.rows} == set(NAMES)
+    for (
+        name
+    ) in run.SETS:  # a row that is slower than all main rows makes the baseline at equal time longer, in all seeds
+        *_, last = [portion for portion in work if portion.suite == name]
+        assert (last.long_baselines, last.seeds) == (True, run.MAIN_SEEDS)
     assert {portion.suite for portion in run.portions(["chess"])} == {"chess"}
 
 
