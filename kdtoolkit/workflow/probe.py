@@ -59,8 +59,6 @@ class Found:
         yield from self._proposals()
 
     def _proposals(self) -> Iterator[str]:
-        if any(found == [Verdict.FINE] for found in verdicts(self.probe).values()):
-            yield "A method that neither drowns the task nor does nothing may keep its weights."
         share = f"{100 * self.probe.share:g} %"
         if held := [str(use) for use in self.uses.values() if "share" in use.args]:
             yield f"The share is held in training, so the weights do not matter: {', '.join(held)}"
@@ -71,6 +69,9 @@ class Found:
         }
         if all(self.proposed[name] == use for name, use in free.items()):
             return
+        found = verdicts(self.probe)
+        if any(found[name] == [Verdict.FINE] for name in free):
+            yield "A method that neither drowns the task nor does nothing may keep its weights."
         weights = {name: self.proposed[name] for name in free if "share" not in self.proposed[name].args}
         if weights:
             yield f"Weights for a share of {share} each at this point:"

@@ -9,10 +9,10 @@ from functools import partial
 from typing import get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdtoolkit.compatibility import why_refused
-from kdtoolkit.contract import Capability, Exchange, Predictions
+from kdtoolkit.contract import Capability, Exchange, Method, Predictions
 from kdtoolkit.errors import KDError
 from kdtoolkit.testing._batch import observe
 from kdtoolkit.testing._doubles import transformed
@@ -30,7 +30,7 @@ LEAST_OF_HEADS, LEAST_OF_FEATURES, MOST = 0.01, 5e-4, 1e4
 def _options(case: Case) -> None:
     """Options have type hints, so that wrong values are refused, and weights below 0 are refused."""
     cls = type(case.factory())
-    if cls.__init__ is nn.Module.__init__:
+    if cls.__init__ is Method.__init__:
         raise LeftOut("the method has no options")
     hints = get_type_hints(cls.__init__)
     for name, parameter in inspect.signature(cls).parameters.items():
