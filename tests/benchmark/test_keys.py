@@ -65,3 +65,5 @@ def test_the_code_of_a_method_is_its_file_and_what_it_imports(monkeypatch):
     assert code("CLoCKDistill") != code("CLoCKDistill", changed="queries.py")
     assert code("PKD") == code("PKD", changed="fgd.py")
     assert code() == code(changed="common.py")
+    for printed in ("probe_words.py", "probing.py"):  # of `kd probe`
+        assert code() == code(changed=printed)
