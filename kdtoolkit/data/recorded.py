@@ -108,7 +108,8 @@ def found_on(file: DetectionFile, dataset: DetectionDataset) -> tuple[NDArray[np
     """
     names = _Names.of(dataset)
     rows, places = _on(file, names)
-    _check_coverage(file, str(dataset), names, places)
+    if reason := _why_not_seen(file, str(dataset), names, places):
+        raise KDError(reason)
     _check_boxes(file, rows, _sizes(dataset)[places], str(dataset))
     return rows, places
 
@@ -123,14 +124,15 @@ def found_on_files(
     """
     names = _Names([Path(os.path.abspath(path)).as_posix() for path in paths], {})
     rows, places = _on(file, names)
-    _check_coverage(file, title, names, places)
+    if reason := _why_not_seen(file, title, names, places):
+        raise KDError(reason)
     return rows, places
 
 
-def knows(file: DetectionFile, dataset: DetectionDataset) -> bool:
-    """Whether the file says anything of the images of a data set."""
-    keys = file.keys if file.listed is None else sorted(file.listed)
-    return any(place is not None for place in _Names.of(dataset).places(file, keys))
+def why_not_seen(file: DetectionFile, dataset: DetectionDataset) -> str | None:
+    """Why a file is not taken for one of a data set: most images have no detection; None if it is."""
+    names = _Names.of(dataset)
+    return _why_not_seen(file, str(dataset), names, _on(file, names)[1])
 
 
 def check_images(
@@ -231,8 +233,8 @@ def _on(file: DetectionFile, names: _Names) -> tuple[NDArray[np.int64], NDArray[
     return rows, of_entries[rows]
 
 
-def _check_coverage(file: DetectionFile, title: str, names: _Names, places: NDArray[np.int64]) -> None:
-    """Raise KDError if the detector has not been run on some of the images, as far as the file shows that."""
+def _why_not_seen(file: DetectionFile, title: str, names: _Names, places: NDArray[np.int64]) -> str | None:
+    """Which of the images the detector has not been run on, as far as the file shows that."""
     count = len(names.files)
     if file.listed is not None:
         seen = set(names.places(file, sorted(file.listed)))
@@ -242,11 +244,11 @@ def _check_coverage(file: DetectionFile, title: str, names: _Names, places: NDAr
         most = int(MOST_WITHOUT * count)
     missing = [place for place in range(count) if place not in seen]
     if len(missing) <= most:
-        return
+        return None
     which = f"{len(missing)} of the {count} images of {title}, such as {names.files[missing[0]]}"
     if file.listed is not None:
-        raise KDError(f"{file.path} does not list {which}, under `images`: run the detector on them too")
-    raise KDError(
+        return f"{file.path} does not list {which}, under `images`: run the detector on them too"
+    return (
         f"{file.path} has no detection on {which}. Run the detector on all of them, and let it write low scores too. "
         "If it did, check how the file names images (image_id, or file_name); or list all images that the detector has "
         "seen in the file, under `images`"

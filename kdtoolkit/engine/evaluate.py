@@ -15,7 +15,7 @@ from kdtoolkit.classes import ClassMap
 from kdtoolkit.contract import Capability, DetectorAdapter
 from kdtoolkit.data import DetectionDataset, InputSize, Sample
 from kdtoolkit.data.dataset import checked_item
-from kdtoolkit.data.recorded import found_on, knows
+from kdtoolkit.data.recorded import found_on, why_not_seen
 from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.engine import group
 from kdtoolkit.engine.detect import Precision, Runner
@@ -138,8 +138,8 @@ def recorded(detector: RecordedDetector, rows: Ints, places: Ints) -> Found:
 def why_not_measured(model: nn.Module | DetectorAdapter, dataset: DetectionDataset) -> str | None:
     """Why the AP of a teacher cannot be measured on a data set, as a part of a sentence; None if it can."""
     module = model.model if isinstance(model, DetectorAdapter) else model
-    if isinstance(module, RecordedDetector) and not knows(module.file, dataset):
-        return f"{module.path} has no detections on the images of {dataset}"
+    if isinstance(module, RecordedDetector):
+        return why_not_seen(module.file, dataset)
     if Capability.PREDICTIONS not in (spec := adapt(model).spec).capabilities:
         return f"{spec.name} shows features alone and detects nothing"
     return None

@@ -7,7 +7,7 @@ from kdtoolkit import KDError
 from kdtoolkit.data import Augmentation, InputSize, batches, open_dataset, open_images
 from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.data.detections import read_detections
-from kdtoolkit.data.recorded import attach, check_images, found_on_files, knows
+from kdtoolkit.data.recorded import attach, check_images, found_on_files, why_not_seen
 from tests.data._coco import write as write_coco
 from tests.data._results import entry, write
 
@@ -124,13 +124,15 @@ def test_yolo_data_is_named_by_files_or_by_numbers_that_are_file_names(tmp_path)
         entries = [entry(one, 0, (1, 2, 3, 4), category="ball"), entry(two, 0, category="ball")]
         found = attach(data, read(tmp_path, entries, data))
         assert recorded(found, 0)["boxes"].tolist() == [[1, 2, 4, 6]]
-    assert not knows(read(tmp_path, [entry("val/12.png", category="ball")], data), data)
+    assert "has no detection on 2 of the 2" in why_not_seen(
+        read(tmp_path, [entry("val/12.png", category="ball")], data), data
+    )
 
 
 def test_images_without_labels_are_named_by_their_files_alone(tmp_path, data):
     images = open_images(tmp_path / "data" / "images")
-    assert knows(read(tmp_path, [entry("7.png")], data), images)
-    assert not knows(read(tmp_path, [entry(7)], data), images)
+    assert why_not_seen(read(tmp_path, [entry("7.png")], data), images) is None
+    assert "has no detection on 2 of the 2" in why_not_seen(read(tmp_path, [entry(7)], data), images)
 
 
 def test_names_that_fit_several_images_are_refused(tmp_path, data):

@@ -69,6 +69,13 @@ def test_a_stopped_run_goes_on_only_with_the_same_detections(tmp_path, data):
 def test_it_is_scored_and_told_if_it_has_seen_different_images(tmp_path, data):
     assert evaluate(opened(tmp_path / "d.json", data), data).ap == pytest.approx(100)
     teacher = opened(tmp_path / "d.json", data, objects=lambda all_: [a | {"image_id": 99} for a in all_])
-    assert "d.json has no detections on the images of" in why_not_measured(teacher, data)
+    assert "d.json has no detection on 8 of the 8 images of" in why_not_measured(teacher, data)
     with pytest.raises(KDError, match="has no detection on 8 of the 8 images"):
         train(Distiller(teacher, tiny_gfl(seed=2, num_classes=6), [ObjectKD()]), data, config(), seed=0)
+
+
+def test_it_is_not_measured_on_images_most_of_which_it_lacks(tmp_path, data):
+    few = opened(tmp_path / "few.json", data, objects=lambda all_: [a for a in all_ if a["image_id"] in (1, 2, 3)])
+    assert "few.json has no detection on 5 of the 8 images of" in why_not_measured(few, data)
+    most = opened(tmp_path / "most.json", data, objects=lambda all_: [a for a in all_ if a["image_id"] > 3])
+    assert why_not_measured(most, data) is None
