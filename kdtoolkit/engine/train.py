@@ -155,7 +155,7 @@ def train(
 
         data = alternate(without[first:], read(dataset, False), read(unlabelled, True) if unlabelled else iter(()))
         images_in_all = len(dataset) + (0 if unlabelled is None else len(unlabelled))
-        watch = Stopwatch(state.seconds, state.cpu_seconds)
+        watch = Stopwatch(state.seconds, state.cpu_seconds or 0.0)
         reported = ended = time.perf_counter()
         for step, (images, targets) in enumerate(data, first):
             begun = time.perf_counter()
@@ -203,7 +203,8 @@ def train(
             last = step + 1 == config.steps
             values = parts.flush()  # of loss terms and metrics
             state.step = step + 1
-            state.seconds, state.cpu_seconds = watch.read()
+            state.seconds, cpu_seconds = watch.read()
+            state.cpu_seconds = None if state.cpu_seconds is None else cpu_seconds
             state.with_boxes += boxes
             window.add({name: value for name, value in values.items() if name in losses})
             state.window.add(values)
