@@ -17,8 +17,8 @@ def test_a_detector_without_levels_or_without_priors_shows_only_the_rest():
 def test_features_alone_teach_methods_of_features():
     assert why_refused(PKD, spec(), FEATURES_ALONE) is None
     assert why_refused(Mimic, spec(), FEATURES_ALONE) == (
-        "it needs assignment, predictions, which the teacher (backbone) does not show. Use a method of features "
-        "(PKD, FGD)"
+        "it needs assignment, predictions, which the teacher (backbone) does not show. Use Cosine, or a method of "
+        "features (PKD, FGD) where strides are equal"
     )
 
 

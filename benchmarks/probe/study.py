@@ -302,7 +302,8 @@ def report(study: Study, seeds: int, console: Console) -> None:
     line("set", "trained by", "step", "method", "share", "cosine", "largest term", "factor for 10 %")
     line("---", "---", "---:", "---", "---:", "---:", "---", "---:")
     for cell, found in done:
-        for step, at in found["probes"].items() if cell.setting in ("shapes", "bccd-small") and not cell.seed else ():
+        published = cell.entry in ("baseline", "FGD", "PKD") and not cell.seed
+        for step, at in found["probes"].items() if published else ():
             for name, factor in at["factors"].items():
                 rows, own = at["rows"], at["rows"][name]["all"]
                 terms = {key: each["all"]["norm"] for key, each in rows.items() if key.startswith(f"{name}/")}

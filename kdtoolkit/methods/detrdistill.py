@@ -94,7 +94,8 @@ def match(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     The first of a pair are the student's queries, in rising order; M is the smaller of Q and Q'. A GPU's host waits
     once.
     """
-    from scipy.optimize import linear_sum_assignment  # it comes with the extra of detectors that have queries
+    # It comes with the extra of detectors that have queries.
+    from scipy.optimize import linear_sum_assignment
 
     device = costs[0].device
     tables = torch.stack(list(costs)).nan_to_num(nan=1e9, posinf=1e9, neginf=-1e9).cpu().numpy()
