@@ -122,7 +122,7 @@ def found_on_files(
     `title`: what errors call the images. Raises KDError if most images have no detection, or if a name in the file fits
     several images.
     """
-    names = _Names([Path(os.path.abspath(path)).as_posix() for path in paths], {})
+    names = _Names.of(paths)
     rows, places = _on(file, names)
     if reason := _why_not_seen(file, title, names, places):
         raise KDError(reason)
@@ -136,40 +136,48 @@ def why_not_seen(file: DetectionFile, dataset: DetectionDataset) -> str | None:
 
 
 def check_images(
-    file: DetectionFile, datasets: Mapping[str, DetectionDataset], others: Callable[[], Mapping[str, DetectionDataset]]
-) -> None:
-    """Check that each image of the file is one image of the data sets, or else one of further parts of the data.
+    file: DetectionFile,
+    parts: Mapping[str, DetectionDataset | Sequence[Path]],
+    others: Callable[[], Mapping[str, DetectionDataset]],
+) -> tuple[str, ...]:
+    """Check that each image of the file is one image of the parts, which are data sets or image files.
 
-    `others` opens these parts; it is called only if an image is in none of `datasets`.
+    `others` opens further parts of the data; it is called only if an image is in none of `parts`.
 
-    Raises KDError that names the first entry whose image is nowhere, or in several of `datasets`.
+    Returns a note on images that are nowhere, if the file names them by their files: it may be of more images than
+    these. Raises KDError that names the first entry whose image has an id that is nowhere, or is in several parts.
     """
-    owners: list[list[str]] = [[] for _ in file.keys]
+    owners: list[dict[str, str]] = [{} for _ in file.keys]  # for each image its files, and a part that has each
 
-    def look(parts: Mapping[str, DetectionDataset], keys: Sequence[int]) -> None:
-        for name, dataset in parts.items():
-            found = _Names.of(dataset).places(file, [file.keys[key] for key in keys])
-            for key, place in zip(keys, found, strict=True):
+    def look(parts: Mapping[str, DetectionDataset | Sequence[Path]], keys: Sequence[int]) -> None:
+        for name, images in parts.items():
+            names = _Names.of(images)
+            for key, place in zip(keys, names.places(file, [file.keys[key] for key in keys]), strict=True):
                 if place is not None:
-                    owners[key].append(name)
+                    owners[key].setdefault(names.files[place], name)
 
-    look(datasets, range(len(owners)))
+    look(parts, range(len(owners)))
     if unknown := [key for key, found in enumerate(owners) if not found]:
         for name, dataset in others().items():
             look({name: dataset}, [key for key in unknown if not owners[key]])
     for place, (key, found) in enumerate(zip(file.keys, owners, strict=True)):
-        if len(found) == 1:
+        if len(found) == 1 or (not found and isinstance(key, str)):
             continue
         entry = f"{file.path}: detection {int(np.argmax(file.images == place))} (counted from 0) is on the image"
         if not found:
             raise KDError(
                 f"{entry} {shown(key)}, and the data has no such image. image_id must be an id of the data's "
-                "annotations in COCO's format; or file_name the path of the file in the images folder"
+                "annotations in COCO's format; or leave it out and give a file_name, the path of the file in the "
+                "images folder"
             )
         raise KDError(
-            f"{entry} {shown(key)}, and there is one in {' and in '.join(found)}: give each entry a file_name with as "
-            "many of its folders as tell them apart, such as train/0001.jpg"
+            f"{entry} {shown(key)}, and there is one in {' and in '.join(found.values())}: give each entry a "
+            "file_name with as many of its folders as tell them apart, such as train/0001.jpg"
         )
+    if nowhere := [key for key, found in zip(file.keys, owners, strict=True) if not found]:
+        which = f"{len(nowhere)} of the {len(file.keys)} images of {file.path}, such as {shown(nowhere[0])}"
+        return (f"the data does not have {which}: their detections are left out",)
+    return ()
 
 
 class _Names:
@@ -187,7 +195,9 @@ class _Names:
             self._by_stem.setdefault(_stem(parts[-1]), []).append((place, parts))
 
     @classmethod
-    def of(cls, dataset: DetectionDataset) -> _Names:
+    def of(cls, dataset: DetectionDataset | Sequence[Path]) -> _Names:
+        if not isinstance(dataset, DetectionDataset):
+            return cls([Path(os.path.abspath(path)).as_posix() for path in dataset], {})
         files = dataset.files()
         numbers: dict[int, list[int]] = {}
         if dataset.has_ids:

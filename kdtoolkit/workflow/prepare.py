@@ -217,7 +217,7 @@ def _teacher(options: DistillOptions, images: Images, notes: list[str]) -> tuple
     parts = {"train": images.train, "val": images.val}
     if images.unlabelled is not None:
         parts["the images without labels"] = images.unlabelled
-    check_recorded(teacher.model, parts, options.data)
+    notes += check_recorded(teacher.model, parts, options.data)
     count = adapt(teacher.model).spec.num_classes
     if teacher.class_names is None:
         if count != len(names):

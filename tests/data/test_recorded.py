@@ -153,14 +153,28 @@ def test_each_image_of_a_file_must_be_in_the_data_once(tmp_path, data):
         opened.append(True)
         return {"test": data.subset(1, 0)}
 
-    check_images(read(tmp_path, [entry(), entry(9)], data), {"train": data}, others)
+    assert check_images(read(tmp_path, [entry(), entry(9)], data), {"train": data}, others) == ()
     assert not opened
     with pytest.raises(
         KDError, match=r"d.json: detection 1 \(counted from 0\) is on the image 99, and the data has no"
     ):
         check_images(read(tmp_path, [entry(), entry(99)], data), {"train": data}, dict)
+    both = {"train": data, "val": open_dataset(write_coco(tmp_path / "more"), "train")}
     with pytest.raises(KDError, match=r"detection 0 .* is on the image 7, and there is one in train and in val: give"):
-        check_images(read(tmp_path, [entry(), entry(9)], data), {"train": data, "val": data}, others)
+        check_images(read(tmp_path, [entry(), entry(9)], data), both, others)
+
+
+def test_the_same_image_may_be_in_several_parts(tmp_path, data):
+    file = read(tmp_path, [entry(), entry("9.png")], data)
+    files = [tmp_path / "data" / "images" / "9.png"]
+    assert check_images(file, {"train": data, "photos": files}, dict) == ()
+
+
+def test_a_file_may_be_of_more_images_than_the_data(tmp_path, data):
+    file = read(tmp_path, [entry(), entry("a.png"), entry("b.png")], data)
+    (note,) = check_images(file, {"train": data}, dict)
+    assert "does not have 2 of the 3 images of" in note
+    assert "d.json, such as 'a.png'" in note
 
 
 def test_a_file_of_different_images_is_refused(tmp_path, data):

@@ -65,7 +65,7 @@ def test_detections_of_further_splits_are_left_out(tmp_path, data):
             [entry(1, 1, XYWH), entry(2, 2, XYWH), entry(4, 3, XYWH)],
             r"detection 2 \(counted from 0\) is on the image 4, and the data has no such",
         ),
-        ([entry("x.png", 1)], r"has no such image"),
+        ([entry("x.png", 1)], r"has no detection on 3 of the 3 images of .*val.json, such as .*val1.png"),
         (entries(0.9)[:1], r"has no detection on 2 of the 3 images of .*val.json, such as .*val2.png"),
         (entries(0.9, 8, 0.7), r"\[1\] \(image 2\): score must be a number from 0 to 1, not 8"),
         ([entry(1, 9)], r"no class has the category_id 9, only 1, 2, 3"),
@@ -89,6 +89,9 @@ def test_labels_are_made_of_the_detections_on_images_without_labels(tmp_path, da
     path = write(tmp_path / "d.json", entries(0.9, 0.8, 0.7) + more)
     found = kdtoolkit.pseudo_label(path, photos, data, out=tmp_path / "out")
     assert found.boxes == {"red": 1, "green": 0, "blue": 1}
+    scored = kdtoolkit.evaluate(path, data)
+    assert scored.scores.ap == pytest.approx(100)
+    assert "the data does not have 2 of the 5 images of" in scored.notes[0]
     labelled = open_dataset(tmp_path / "out", "train")
     assert [labelled[i][1]["boxes"].tolist() for i in range(2)] == [[[*BOX]], [[60, 50, 100, 70]]]
     with pytest.raises(KDError, match=r"has no detection on 2 of the 2 images of .*photos"):
