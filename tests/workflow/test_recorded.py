@@ -98,6 +98,21 @@ def test_labels_are_made_of_the_detections_on_images_without_labels(tmp_path, da
         kdtoolkit.pseudo_label(write(path, entries(0.9, 0.8, 0.7)), photos, data, out=tmp_path / "new")
 
 
+def test_a_photo_named_as_a_labelled_image_is_refused(tmp_path, data):
+    """The file has detections of val's images alone, and they are no labels of photos that have the same names."""
+    for number in (1, 2, 3):
+        picture(tmp_path / "photos" / f"val{number}.png")
+    found = [entry(f"val{number}.png", number, XYWH) for number in (1, 2, 3)]
+    path = write(tmp_path / "d.json", found)
+    with pytest.raises(KDError, match=r"detection 0 .* is on the image 'val1.png', and there is one in val and in the"):
+        kdtoolkit.pseudo_label(path, tmp_path / "photos", data, out=tmp_path / "out")
+    found += [entry(f"photos/val{number}.png", number, XYWH) for number in (1, 2, 3)]
+    for each in found[:3]:
+        each["image_id"] = f"images/{each['image_id']}"
+    made = kdtoolkit.pseudo_label(write(path, found), tmp_path / "photos", data, out=tmp_path / "out")
+    assert made.boxes == {"red": 1, "green": 1, "blue": 1}
+
+
 def test_detections_can_be_drawn(tmp_path, data):
     path = write(tmp_path / "d.json", [entry(f"val{n}.png", n, XYWH, 0.5, category="x" * n) for n in (1, 2, 3)])
     found = kdtoolkit.predict(path, data / "images", out=tmp_path / "out")
