@@ -115,17 +115,17 @@ def found_on(file: DetectionFile, dataset: DetectionDataset) -> tuple[NDArray[np
 
 
 def found_on_files(
-    file: DetectionFile, paths: Sequence[Path], title: str
+    file: DetectionFile, sizes: Mapping[Path, tuple[int, int]], title: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The detections (E',) of a file that are on these image files, and the place of the image of each.
 
-    `title`: what errors call the images. Raises KDError if most images have no detection, or if a name in the file fits
-    several images.
+    `sizes`: (width, height) of each image. `title`: what errors call the images. Raises the errors of `found_on`.
     """
-    names = _Names.of(paths)
+    names = _Names.of(list(sizes))
     rows, places = _on(file, names)
     if reason := _why_not_seen(file, title, names, places):
         raise KDError(reason)
+    _check_boxes(file, rows, np.array(list(sizes.values()), np.float64).reshape(-1, 2)[places], title)
     return rows, places
 
 

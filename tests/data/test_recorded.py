@@ -202,8 +202,10 @@ def test_boxes_in_different_pixels_are_refused(tmp_path, data):
 def test_image_files_alone_have_detections_too(tmp_path, data):
     paths = [tmp_path / "data" / "images" / name for name in ("7.png", "9.png")]
     file = read(tmp_path, [entry("9.png"), entry("other.png"), entry("images/7.png")], data)
-    rows, places = found_on_files(file, paths, "photos")
+    rows, places = found_on_files(file, dict.fromkeys(paths, (40, 30)), "photos")
     assert (rows.tolist(), places.tolist()) == ([0, 2], [1, 0])
     with pytest.raises(KDError, match="has no detection on 1 of the 1 images of photos"):
-        found_on_files(file, [tmp_path / "none.png"], "photos")
+        found_on_files(file, {tmp_path / "none.png": (40, 30)}, "photos")
+    with pytest.raises(KDError, match=r"2 of 2 boxes reach far beyond their images of photos\. .*on an image of 10x8"):
+        found_on_files(file, dict.fromkeys(paths, (10, 8)), "photos")
     assert np.issubdtype(rows.dtype, np.integer)

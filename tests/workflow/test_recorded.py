@@ -98,6 +98,15 @@ def test_labels_are_made_of_the_detections_on_images_without_labels(tmp_path, da
         kdtoolkit.pseudo_label(write(path, entries(0.9, 0.8, 0.7)), photos, data, out=tmp_path / "new")
 
 
+def test_boxes_that_lie_beyond_photos_are_refused(tmp_path, data):
+    picture(tmp_path / "photos" / "a.png")
+    path = write(tmp_path / "d.json", [*entries(0.9, 0.8, 0.7), entry("a.png", 1, (120, 100, 40, 40))])
+    with pytest.raises(
+        KDError, match=r"1 of 1 boxes reach far beyond their images of .*photos\. .*on an image of 100x80"
+    ):
+        kdtoolkit.pseudo_label(path, tmp_path / "photos", data, out=tmp_path / "out")
+
+
 def test_a_photo_named_as_a_labelled_image_is_refused(tmp_path, data):
     """The file has detections of val's images alone, and they are no labels of photos that have the same names."""
     for number in (1, 2, 3):
