@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdtoolkit.boxes import pairwise_iou
 from kdtoolkit.contract import Recorded, Target
 from kdtoolkit.data.dataset import DetectionDataset, Sample, digest
 from kdtoolkit.data.detections import DetectionFile, Key
@@ -21,6 +22,9 @@ from kdtoolkit.errors import KDError
 MOST_WITHOUT = 0.5  # of the images may lack detections; more are taken for images that the detector has not seen
 MOST_BEYOND = 0.1  # of the boxes may reach far beyond their images
 FAR = 0.1  # of an image's side
+LEAST_FOUND = 0.05  # of the objects that must have a detection on them; fewer look like boxes in different pixels
+ON_OBJECT = 0.3  # IoU
+ENOUGH = 20  # objects tell this; fewer may be missed by chance
 
 
 class WithDetections(DetectionDataset):
@@ -103,14 +107,15 @@ def attach(dataset: DetectionDataset, file: DetectionFile) -> DetectionDataset:
 def found_on(file: DetectionFile, dataset: DetectionDataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The detections (E',) of a file that are on images of a data set, and the place of the image of each.
 
-    Raises KDError if most images have no detection, if a name in the file fits several images, or if many boxes do not
-    fit their images.
+    Raises KDError if most images have no detection, if a name in the file fits several images, if many boxes do not fit
+    their images, or if hardly a labelled object has a detection on it.
     """
     names = _Names.of(dataset)
     rows, places = _on(file, names)
     if reason := _why_not_seen(file, str(dataset), names, places):
         raise KDError(reason)
     _check_boxes(file, rows, _sizes(dataset)[places], str(dataset))
+    _check_objects(file, rows, places, dataset)
     return rows, places
 
 
@@ -287,11 +292,49 @@ def _check_boxes(file: DetectionFile, rows: NDArray[np.int64], sizes: NDArray[np
         )
 
 
+def _check_objects(
+    file: DetectionFile, rows: NDArray[np.int64], places: NDArray[np.int64], dataset: DetectionDataset
+) -> None:
+    """Raise KDError if hardly an object has a detection on it, of whatever class, though the detector knows its class.
+
+    Boxes in pixels of a smaller image lie within the image, so that only the objects tell.
+    """
+    truth = dataset.coco()
+    known = {name.casefold() for name in file.class_names}
+    classes = {each["id"] for each in truth["categories"] if each["name"].casefold() in known}
+    objects: dict[int, list[list[float]]] = {}
+    for each in truth["annotations"]:
+        if each["category_id"] in classes and not each.get("iscrowd"):
+            objects.setdefault(each["image_id"], []).append(each["bbox"])
+    if (count := sum(map(len, objects.values()))) < ENOUGH:
+        return
+    order = np.argsort(places, kind="stable")
+    starts = np.searchsorted(places[order], np.arange(len(dataset) + 1))
+    found = 0
+    for place, image in enumerate(truth["images"]):
+        if found >= LEAST_FOUND * count:
+            return
+        own = file.boxes[rows[order[starts[place] : starts[place + 1]]]]
+        if image["id"] in objects and len(own):
+            theirs, ours = (torch.from_numpy(_ends(boxes)) for boxes in (np.array(objects[image["id"]], float), own))
+            found += int((pairwise_iou(theirs, ours).amax(1) >= ON_OBJECT).sum())
+    if found < LEAST_FOUND * count:
+        raise KDError(
+            f"{file.path}: only {found} of the {count} labelled objects of {dataset} have a detection on them. bbox "
+            "must be [x, y, width, height] in pixels of the original image, not of the resized one that a detector "
+            "sees; and image_id or file_name must name the image on which the detector ran"
+        )
+
+
 def _corners(boxes: NDArray[np.float64], sizes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Boxes (E', 4) as xyxy, cut at their images' edges, and whether something of each is left (E',)."""
-    ends = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
-    corners = np.clip(ends, 0, np.tile(sizes, 2))
+    corners = np.clip(_ends(boxes), 0, np.tile(sizes, 2))
     return corners, (corners[:, 2:] > corners[:, :2]).all(1)
+
+
+def _ends(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Boxes (E', 4) of x, y, width and height as xyxy."""
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
 
 
 def _stem(name: str) -> str:

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from kdtoolkit import KDError
-from kdtoolkit.data import Augmentation, InputSize, batches, open_dataset, open_images
+from kdtoolkit.data import Augmentation, InputSize, ProceduralShapes, batches, open_dataset, open_images
 from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.data.detections import read_detections
 from kdtoolkit.data.recorded import attach, check_images, found_on_files, why_not_seen
@@ -197,6 +197,21 @@ def test_boxes_in_different_pixels_are_refused(tmp_path, data):
         KDError, match=r"1 of 2 boxes reach far beyond .*detection 1 .*\[20.0, 10.0, 40.0, 25.0\] on an"
     ):
         attach(data, read(tmp_path, entries, data))
+
+
+def test_boxes_in_pixels_of_a_smaller_image_are_refused(tmp_path):
+    data = ProceduralShapes(12, image_size=64, seed=0)
+    objects = data.coco()["annotations"]
+    assert len(objects) >= 20
+    found = [entry(a["image_id"], a["category_id"], [0.25 * side for side in a["bbox"]]) for a in objects]
+    with pytest.raises(
+        KDError, match=rf"only \d of the {len(objects)} labelled objects of .* have a detection on them"
+    ):
+        attach(data, read(tmp_path, found, data))
+    right = [entry(a["image_id"], a["category_id"], a["bbox"]) for a in objects[:4]]
+    attach(data, read(tmp_path, found + right, data))
+    unknown = [each | {"category_id": 0, "category": "ship"} for each in found]  # nobody expects them on the objects
+    attach(data, read(tmp_path, unknown, data))
 
 
 def test_image_files_alone_have_detections_too(tmp_path, data):
