@@ -154,6 +154,10 @@ class Distiller(nn.Module):
             if methods:
                 raise KDError("methods need a teacher: Distiller(teacher, student, methods=[...])")
             return
+        if teacher_scale != 1 and self.teacher_adapter.spec.priors is PriorKind.DETECTIONS:
+            raise KDError(
+                f"{self.teacher_adapter.spec.name} is a file of detections and sees no images: leave teacher_scale out"
+            )
         _check_models(self.teacher_adapter.model, self.student)
         self._shared = _shared(self.student_adapter, self.teacher_adapter, class_map)
         specs = self.seen[0].spec, self.seen[1].spec.on_images_scaled_by(teacher_scale)

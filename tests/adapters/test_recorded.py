@@ -87,12 +87,11 @@ def test_a_batch_in_which_nothing_was_found_has_empty_predictions(file, batch):
     assert method.seen.teacher.head.predictions.boxes.shape == (2, 1, 4)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_boxes_are_on_the_canvas_that_the_student_makes(file, batch, scale):
+def test_boxes_are_on_the_canvas_that_the_student_makes(file, batch):
     student = tiny_of("torchvision FCOS", seed=2)
     student.transform.min_size, student.transform.max_size = (128,), 512
     method = Told()
-    Distiller(file, student, [method], teacher_scale=scale)(batch[0], with_found(batch[1]))
+    Distiller(file, student, [method])(batch[0], with_found(batch[1]))
     view = method.seen.teacher
     for i, each in enumerate(FOUND):
         (height, width), (old_height, old_width) = view.batch.sizes[i], batch[0][i].shape[-2:]
@@ -156,6 +155,11 @@ def test_detections_of_a_wrong_shape_are_told(file, batch):
 def test_methods_that_compare_networks_are_refused_and_what_works_is_said(file, method):
     with pytest.raises(IncompatibleError, match=r"which the teacher \(d.json\) does not show. Use ObjectKD.*pseudo"):
         Distiller(file, tiny_gfl(seed=2), [method()])
+
+
+def test_it_sees_no_images_so_their_size_cannot_be_chosen(file):
+    with pytest.raises(KDError, match=r"d.json is a file of detections and sees no images: leave teacher_scale out"):
+        Distiller(file, tiny_gfl(seed=2), [Told()], teacher_scale=0.5)
 
 
 def test_it_cannot_be_a_student(file):
