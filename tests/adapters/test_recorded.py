@@ -151,6 +151,29 @@ def test_detections_of_a_wrong_shape_are_told(file, batch):
         distiller(batch[0], without_labels(FOUND[:1]))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "part"),
+    [
+        ([1, 2], "must be a dict with the tensors 'boxes' and 'probabilities'"),
+        ({"boxes": torch.zeros(1, 4)}, "must be a dict with the tensors"),
+        ({"boxes": [[0, 0, 1, 1]], "probabilities": torch.zeros(1, 3)}, "must be a dict with the tensors"),
+        ({"boxes": torch.tensor([[0, torch.nan, 1, 1]]), "probabilities": torch.zeros(1, 3)}, r"box 0 is \[0.0, nan,"),
+        ({"boxes": torch.tensor([[5.0, 0, 1, 1]]), "probabilities": torch.zeros(1, 3)}, r"box 0 is \[5.0, 0.0, 1.0"),
+        ({"boxes": torch.zeros(1, 4), "probabilities": torch.tensor([[0, 50.0, 0]])}, "of box 0 have 50.0; they must"),
+        ({"boxes": torch.zeros(1, 4), "probabilities": torch.full((1, 3), torch.nan)}, "of box 0 have nan"),
+    ],
+)
+def test_detections_that_are_none_are_told(file, batch, wrong, part):
+    distiller = Distiller(file, tiny_gfl(seed=2), [Told()])
+    with pytest.raises(KDError, match=f"target 1: recorded .*{part}"):
+        distiller(batch[0], with_found(batch[1], [FOUND[0], wrong]))
+
+
+def test_a_target_without_detections_is_named(file, batch):
+    with pytest.raises(KDError, match="target 1 has no 'recorded', and further targets of the batch do"):
+        Distiller(file, tiny_gfl(seed=2), [Told()])(batch[0], [*with_found(batch[1])[:1], batch[1][1]])
+
+
 @pytest.mark.parametrize("method", [PKD, CrossKD, Mimic])
 def test_methods_that_compare_networks_are_refused_and_what_works_is_said(file, method):
     with pytest.raises(IncompatibleError, match=r"which the teacher \(d.json\) does not show. Use ObjectKD.*pseudo"):
