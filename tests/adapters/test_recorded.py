@@ -7,7 +7,7 @@ from kdtoolkit import Distiller, IncompatibleError, KDError
 from kdtoolkit.classes import ClassMap
 from kdtoolkit.contract import Capability, Method, PriorKind
 from kdtoolkit.libraries import adapt
-from kdtoolkit.methods import PKD, CrossKD, Mimic
+from kdtoolkit.methods import KDDETR, PKD, CrossKD, Mimic, ObjectKD
 from kdtoolkit.models import open_detector
 from tests.conftest import tiny_fcos, tiny_gfl, tiny_of
 from tests.data._results import entry, write
@@ -178,6 +178,15 @@ def test_a_target_without_detections_is_named(file, batch):
 def test_methods_that_compare_networks_are_refused_and_what_works_is_said(file, method):
     with pytest.raises(IncompatibleError, match=r"which the teacher \(d.json\) does not show. Use ObjectKD.*pseudo"):
         Distiller(file, tiny_gfl(seed=2), [method()])
+
+
+def test_only_advice_that_helps_is_given_where_classes_differ(file):
+    student = tiny_gfl(seed=2, num_classes=5)
+    with pytest.raises(IncompatibleError, match=r"has 5 classes, the teacher 3. Say which .* NAMES\)\)\. Methods that"):
+        Distiller(file, student, [ObjectKD()])
+    with pytest.raises(IncompatibleError, match="quer") as error:  # no class map would help it
+        Distiller(file, student, [KDDETR()])
+    assert "class_map" not in str(error.value)
 
 
 def test_it_sees_no_images_so_their_size_cannot_be_chosen(file):
