@@ -67,7 +67,7 @@ def test_detections_of_further_splits_are_left_out(tmp_path, data):
         ),
         ([entry("x.png", 1)], r"has no detection on 3 of the 3 images of .*val.json, such as .*val1.png"),
         (entries(0.9)[:1], r"has no detection on 2 of the 3 images of .*val.json, such as .*val2.png"),
-        (entries(0.9, 8, 0.7), r"\[1\] \(image 2\): score must be a number from 0 to 1, not 8"),
+        (entries(0.9, 8, 0.7), r"detection 1 \(counted from 0\), image 2: score must be a number from 0 to 1, not 8"),
         ([entry(1, 9)], r"no class has the category_id 9, only 1, 2, 3"),
     ],
 )
