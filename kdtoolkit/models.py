@@ -100,6 +100,10 @@ def open_detector(
                 "teacher that is such a file has no `train`"
             )
         return _open_recorded(Path(name), num_classes, categories)
+    if weights is not None and is_detection_file(weights):
+        raise KDError(
+            f"{weights} is a file of detections (.json), which holds no weights: name it in the place of the teacher"
+        )
     names = None if class_names is None else tuple(class_names)
     opened = _opened(str(name), weights, args or {}, count)
     if opened is not None:

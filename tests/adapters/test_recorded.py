@@ -216,5 +216,9 @@ def test_it_is_opened_as_it_is(tmp_path, file):
         open_detector(file.path, categories=NAMES, num_classes=4)
     with pytest.raises(KDError, match="which can only teach, as it is: name a detector to train"):
         open_detector(file.path, class_names=["red", "green", "blue"])
+    with pytest.raises(
+        KDError, match=r"d.json is a file of detections .*, which holds no weights: name it in the place"
+    ):
+        open_detector("kdtoolkit/GFL", num_classes=3, weights=file.path)
     with pytest.raises(KDError, match="which has no weights and no arguments: leave them out"):
         open_detector(file.path, categories=NAMES, weights="pretrained")
