@@ -91,8 +91,9 @@ def read_detections(path: str | Path, categories: Mapping[int, str] | None = Non
     classes = classes or _named_in(entries, path) or (None if categories is None else dict(categories))
     if classes is None:
         raise KDError(
-            f"{path} does not say which classes its category ids are, and only data in COCO's format has such ids: add "
-            'them to the file, {"categories": [{"id": 1, "name": "owl"}, ...], "annotations": [...]}; or add a name to '
+            f"{path} does not say which classes its category ids are. Name data in COCO's format that has these ids "
+            "(--classes-as-in, or --data if that is left out), where the command takes it; or add the classes to the "
+            'file, {"categories": [{"id": 1, "name": "owl"}, ...], "annotations": [...]}; or add a name to '
             'each entry, "category": "owl"'
         )
     reader = _Reader(path, classes, file_names)

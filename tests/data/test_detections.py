@@ -127,7 +127,7 @@ def test_a_bad_file_is_one_sentence_that_names_the_entry(tmp_path, content, part
 
 
 def test_classes_that_nobody_names_are_asked_for(tmp_path):
-    with pytest.raises(KDError, match=r'does not say which classes its category ids are.*"categories"'):
+    with pytest.raises(KDError, match=r'its category ids are. Name data in COCO.*--classes-as-in.*"categories"'):
         read(tmp_path, [entry()], None)
 
 
