@@ -469,7 +469,10 @@ def _checked(methods: Sequence[Method]) -> list[Method]:
 
 
 def _checked_terms(method: Method, found: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The terms and metrics that a method's forward returned. Raises TypeError that says how it breaks the contract."""
+    """The terms and metrics that a method's forward returned.
+
+    Raises TypeError that says how it breaks the contract, and KDError if all of its terms are left out.
+    """
     name = type(method).__name__
     if not isinstance(found, dict):
         raise TypeError(f"{name}.forward must return a dict of loss terms; it returned a {type(found).__name__}")
@@ -488,6 +491,11 @@ def _checked_terms(method: Method, found: object) -> tuple[dict[str, Tensor], di
             terms[term] = value
         else:
             metrics[term] = value.detach()
+    if method.terms and not terms:
+        raise KDError(
+            f"{name} has nothing to compare between these two detectors, because its terms ({', '.join(method.terms)}) "
+            "have the weight 0, or do not exist for them: raise a weight, or leave the method out"
+        )
     return terms, metrics
 
 

@@ -194,6 +194,16 @@ def test_it_sees_no_images_so_their_size_cannot_be_chosen(file):
         Distiller(file, tiny_gfl(seed=2), [Told()], teacher_scale=0.5)
 
 
+@pytest.mark.parametrize("weights", [{}, {"distribution_weight": 0}])  # a file has no distributions
+def test_a_method_with_nothing_to_compare_is_told(file, batch, weights):
+    distiller = Distiller(file, tiny_gfl(seed=2), [ObjectKD(cls_weight=0, box_weight=0, **weights)])
+    for targets in (with_found(batch[1]), without_labels()):
+        with pytest.raises(
+            KDError, match=r"ObjectKD has nothing to compare .*\(cls, box, distribution\) have the weight"
+        ):
+            distiller(batch[0], targets)
+
+
 def test_it_cannot_be_a_student(file):
     with pytest.raises(KDError, match=r"d.json can only teach, because it shows predictions alone: name a detector"):
         Distiller(None, file)
