@@ -108,6 +108,9 @@ def open_detector(
     opened = _opened(str(name), weights, args or {}, count)
     if opened is not None:
         return _with_classes(opened, names, count)
+    library = library_of_name(str(name))
+    if count is None and library is not None and library.prefix == "timm":
+        count = 0  # its models show features alone
     if count is None:
         build_model(str(name), 1, args)  # a wrong name is the first thing to tell
         raise UnknownClassesError(
