@@ -155,7 +155,7 @@ def why_no_student(spec: DetectorSpec) -> str | None:
     if {Capability.FEATURES, Capability.PREDICTIONS} <= spec.capabilities:
         return None
     shown = ", ".join(sorted(spec.capabilities)) or "nothing"
-    return f"{spec.name} can only teach, because it shows {shown} alone: name a detector as the student"
+    return f"{spec.name} can only teach, because it shows nothing but {shown}: name a detector as the student"
 
 
 def use_instead(spec: DetectorSpec) -> str:

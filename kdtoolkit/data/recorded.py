@@ -287,7 +287,7 @@ def _check_boxes(file: DetectionFile, rows: NDArray[np.int64], sizes: NDArray[np
         width, height = sizes[first].astype(int).tolist()
         raise KDError(
             f"{file.path}: {beyond.sum()} of {len(rows)} boxes reach far beyond their images of {title}. The first is "
-            f"that of detection {rows[first]} (counted from 0), {boxes[first].tolist()} on an image of "
+            f"the box of detection {rows[first]} (counted from 0), {boxes[first].tolist()} on an image of "
             f"{width}x{height}: bbox must be [x, y, width, height] in pixels of the original image"
         )
 

@@ -205,7 +205,9 @@ def test_a_method_with_nothing_to_compare_is_told(file, batch, weights):
 
 
 def test_it_cannot_be_a_student(file):
-    with pytest.raises(KDError, match=r"d.json can only teach, because it shows predictions alone: name a detector"):
+    with pytest.raises(
+        KDError, match=r"d.json can only teach, because it shows nothing but predictions: name a detector"
+    ):
         Distiller(None, file)
 
 

@@ -49,7 +49,7 @@ def test_the_plan_fits_the_teacher_and_the_report_says_that_it_has_no_ap(shapes,
         ({"class_map": {"disc": "ball"}}, "shows features alone and has no classes: leave class_map out"),
         ({"teacher_weights": "none"}, "has random weights, so it cannot teach: leave teacher_weights out"),
         ({"init": "teacher"}, "has no neck and head to start from: leave init out"),
-        ({"student": DINOV3}, "can only teach, because it shows features alone"),
+        ({"student": DINOV3}, "can only teach, because it shows nothing but features"),
     ],
 )
 def test_wrong_uses_are_one_sentence(shapes, weights, tmp_path, changes, message):
