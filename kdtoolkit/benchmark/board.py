@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdtoolkit.benchmark import equal_time
 from kdtoolkit.benchmark.stats import Difference, Spread, Verdict, gap_recovered, paired_difference, spread
 from kdtoolkit.benchmark.store import CellResult, Store, read_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
@@ -251,6 +252,7 @@ def _warnings(
             "images, or take a larger one."
         )
     yield from _mixed_hardware(cells, teacher)
+    yield from equal_time.warnings(cells)
     for path in (store.teacher_copy.with_suffix(".error"), *sorted((store.root / "cells").glob("*/*.error"))):
         if path.exists():
             name = "teacher" if path.parent == store.root else f"{path.parent.name}, {path.stem}"

@@ -72,19 +72,31 @@ def key_of(parts: Mapping[str, str]) -> str:
     return digest(dict(parts))
 
 
-def same_settings(old: Mapping[str, str], new: Mapping[str, str]) -> bool:
+def same_settings(old: Mapping[str, str], new: Mapping[str, str], *, any_precision: bool = False) -> bool:
     """Whether two cells differ at most in the source code, in the versions of libraries, and in the hardware.
 
-    Options that the old cell does not have, because they are newer, must have their defaults in the new one.
+    `any_precision`: whether they may differ in the precision too, since the hardware chooses it (`auto`). Options that
+    the old cell does not have, because they are newer, must have their defaults in the new one.
     """
     settings = (old.keys() | new.keys()) - _CIRCUMSTANCES - {"detector"}
+    if any_precision:
+        settings -= {"precision"}
     if any(old.get(name) != new.get(name) for name in settings):
         return False
     try:
         then, now = (DetectorSection.model_validate_json(parts.get("detector", "")) for parts in (old, new))
     except ValidationError:  # an option has been removed since, or the result is older than the settings in it
         return False
+    if any_precision and then.train is not None and now.train is not None:
+        then = in_precision(then, now.train.precision)
     return then == now
+
+
+def in_precision(section: DetectorSection, precision: str) -> DetectorSection:
+    """The section with a precision; as it is if it is not trained."""
+    if section.train is None:
+        return section
+    return section.model_copy(update={"train": section.train.model_copy(update={"precision": precision})})
 
 
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:

@@ -12,8 +12,8 @@ from torch import nn
 
 from kdtoolkit.benchmark.cell import Task, build_detector, shared_classes, stretched
 from kdtoolkit.benchmark.datasets import DataSets
-from kdtoolkit.benchmark.keys import cell_parts, difference, key_of, package_digest, same_settings
-from kdtoolkit.benchmark.stats import slowest
+from kdtoolkit.benchmark.equal_time import STRETCH_SLACK, relative_costs
+from kdtoolkit.benchmark.keys import cell_parts, difference, in_precision, key_of, package_digest, same_settings
 from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside, usable_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
 from kdtoolkit.data import DetectionDataset, open_dataset
@@ -30,8 +30,6 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.inherit import inherit
 from kdtoolkit.libraries import adapt
 from kdtoolkit.method_use import MethodUse
-
-STRETCH_SLACK = 1.05  # the stored row of equal time is kept until it would have to be longer by more than this factor
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Plan:
             result
             for result in map(_readable, paths)
             if result is not None
-            and same_settings(result.key_parts, parts)
+            and same_settings(result.key_parts, parts, any_precision=_is_auto(self.suite.teacher))
             and are_whole(self.store.teacher_path(result.key).with_suffix(".pt"))
         ]
         own = _readable(self.store.teacher_copy)
@@ -209,7 +207,8 @@ class Plan:
 
     def _is_current(self, found: CellResult, task: Task) -> bool:
         if self.any_version:
-            return same_settings(found.key_parts, task.parts)
+            section = self.suite.teacher if task.entry == TEACHER else self.suite.student
+            return same_settings(found.key_parts, task.parts, any_precision=_is_auto(section))
         return found.key == key_of(task.parts)
 
     def measured(self, row: str) -> list[CellResult]:
@@ -243,23 +242,15 @@ class Plan:
     def stretch(self) -> tuple[str, float] | None:
         """The slowest entry, and the factor by which to stretch the baseline's schedule so that it takes as long.
 
-        Only costs on the same hardware are compared; None if there are none. The factor of a stored row is kept unless
-        the factor needed now is more than 5 % larger.
+        None if no cost was measured beside the baseline's. The factor of a stored row is kept unless the factor needed
+        now is more than 5 % larger.
         """
-        cells = {row: self.measured(row) for row in (BASELINE, *self.suite.entries)}
-        found: tuple[str, float] | None = None
-        for hardware in {result.hardware for result in cells[BASELINE]}:
-            costs = {
-                row: [cost for result in results if result.hardware == hardware and (cost := result.cost_per_step)]
-                for row, results in cells.items()
-            }
-            here = slowest(costs.pop(BASELINE), costs)
-            if here is not None and (found is None or here[1] > found[1]):
-                found = here
-        if found is None:
+        costs = relative_costs({row: self.measured(row) for row in (BASELINE, TWICE, *self.suite.entries)})
+        if not costs:
             return None
+        slowest = max(costs, key=lambda row: costs[row])
         stored = max((result.stretch for result in self.measured(EQUAL_TIME)), default=0.0)
-        return found if found[1] > stored * STRETCH_SLACK else (found[0], stored)
+        return slowest, costs[slowest] if costs[slowest] > stored * STRETCH_SLACK else stored
 
 
 def _readable(path: Path) -> CellResult | None:
@@ -329,5 +320,9 @@ def _for_device(section: DetectorSection, device: str) -> DetectorSection:
     """The section with the precision that `auto` means on this device."""
     if section.train is None:
         return section
-    precision = resolve_precision(section.train.precision, device)
-    return section.model_copy(update={"train": section.train.model_copy(update={"precision": precision})})
+    return in_precision(section, resolve_precision(section.train.precision, device))
+
+
+def _is_auto(section: DetectorSection) -> bool:
+    """Whether the hardware chooses the precision."""
+    return section.train is not None and section.train.precision == "auto"

@@ -86,16 +86,3 @@ def gap_recovered(value: float, baseline: float, teacher: float) -> float | None
     None if the teacher is not above the baseline.
     """
     return (value - baseline) / (teacher - baseline) if teacher > baseline else None
-
-
-def slowest(baseline: Iterable[float], entries: Mapping[str, Iterable[float]]) -> tuple[str, float] | None:
-    """The entry with the slowest step, and how many steps of the baseline take as long (at least 1).
-
-    `baseline`, `entries`: measured seconds per step. None if the baseline or all entries were not measured.
-    """
-    costs = {name: found.mean for name, values in entries.items() if (found := spread(values)) is not None}
-    base = spread(baseline)
-    if base is None or not costs:
-        return None
-    name = max(costs, key=lambda entry: costs[entry])
-    return name, max(1.0, costs[name] / base.mean)

@@ -51,6 +51,8 @@ class Found:
         yield from self._proposals()
 
     def _proposals(self) -> Iterator[str]:
+        if any(found == [Verdict.FINE] for found in verdicts(self.probe).values()):
+            yield "A method that neither drowns the task nor does nothing may keep its weights."
         share = f"{100 * self.probe.share:g} %"
         if held := [str(use) for use in self.uses.values() if "share" in use.args]:
             yield f"The share is held in training, so the weights do not matter: {', '.join(held)}"

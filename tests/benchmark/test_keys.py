@@ -37,6 +37,12 @@ def test_settings_are_the_same_whatever_code_and_hardware_made_the_result():
         assert not same_settings({**new, name: "different"}, new)
     assert not same_settings(new, {**new, "unlabelled": "u"})
 
+    half = DetectorSection(model="kdtoolkit/gfl", train={"steps": 1, "precision": "bfloat16"})
+    chosen = cell_parts(half, (), seed=0, steps=1, data="d", teacher="t", device="cpu", threads=1)
+    assert not same_settings(chosen, new)
+    assert same_settings(chosen, new, any_precision=True)
+    assert not same_settings({**chosen, "steps": "2"}, new, any_precision=True)
+
     fields = json.loads(new["detector"])
     del fields["train"]["momentum"]  # an option that the earlier version did not have, with its default in the new one
     assert same_settings({**new, "detector": json.dumps(fields)}, new)

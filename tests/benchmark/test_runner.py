@@ -21,7 +21,7 @@ from kdtoolkit.benchmark import cell
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import build_detector
 from kdtoolkit.benchmark.datasets import load_data
-from kdtoolkit.benchmark.keys import difference
+from kdtoolkit.benchmark.keys import difference, key_of
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
 from kdtoolkit.benchmark.store import Store, read_result
@@ -268,6 +268,34 @@ def test_any_version_keeps_results_of_different_source_code_and_their_teacher(fi
     assert taught_by == {read_result(store.teacher_copy).key}
     with pytest.raises(KDError, match="nothing to keep"):
         run(tiny(), root, any_version=True, fresh=True)
+
+
+def test_any_version_keeps_results_whose_precision_the_hardware_chose(tmp_path, monkeypatch):
+    def plan(suite, hardware_has):
+        choose = lambda precision, device: hardware_has if precision == "auto" else precision  # noqa: E731
+        monkeypatch.setattr("kdtoolkit.benchmark.plan.resolve_precision", choose)
+        sets = load_data(suite.data)
+        return Plan(suite, Store(tmp_path / "tiny"), sets, device="cpu", threads=1, any_version=True)
+
+    def suite(precision):
+        return tiny(
+            ("{steps: 3,", f"{{steps: 3, precision: {precision},"),
+            ("{steps: 2,", f"{{steps: 2, precision: {precision},"),
+        )
+
+    before = plan(suite("auto"), "bfloat16")
+    taught = before.cell("PKD", 0)
+    for task in (before.teacher_task(), taught):
+        result = made_up(task.entry, 0, 20.0, key=key_of(task.parts), key_parts=task.parts)
+        store_result(task.result, result)
+        torch.save({}, task.weights)
+    after = plan(suite("auto"), "float32")
+    assert after.cell("PKD", 0).parts["precision"] == "float32"
+    assert after.set_aside_unusable() == {}
+    assert after.result(after.cell("PKD", 0)).key_parts["precision"] == "bfloat16"
+    assert after.teacher_task().result == before.teacher_task().result
+    named = plan(suite("float32"), "bfloat16").set_aside_unusable()
+    assert "precision (bfloat16 -> float32)" in named["PKD, seed 0"]
 
 
 def test_a_changed_entry_is_run_again_and_no_other(finished):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdtoolkit.benchmark.stats import gap_recovered, paired_difference, slowest, spread, t95
+from kdtoolkit.benchmark.stats import gap_recovered, paired_difference, spread, t95
 
 aps = st.floats(0, 100)
 
@@ -98,10 +98,3 @@ def test_gap():
     assert gap_recovered(15, 20, 30) == -0.5
     assert gap_recovered(25, 20, 20) is None
     assert gap_recovered(25, 20, 10) is None
-
-
-def test_slowest():
-    assert slowest([1.0, 3.0], {"a": [3.0], "b": [4.0, 6.0], "c": []}) == ("b", 2.5)
-    assert slowest([4.0], {"a": [2.0]}) == ("a", 1.0)  # a schedule is never shortened
-    assert slowest([], {"a": [2.0]}) is None
-    assert slowest([1.0], {"a": []}) is None

@@ -21,11 +21,12 @@ NAMES = [path.stem for path in sorted(run.SUITES.glob("*.yaml"))]
 def test_the_suites_are_valid(name):
     suite = load_suite(str(run.SUITES / f"{name}.yaml"))
     assert suite.name == f"evidence-{name}"
+    trained = [section.train for section in (suite.teacher, suite.student) if section.train is not None]
+    assert {train.precision for train in trained} == {"float32"}  # so that cells of all machines belong together
     if name in run.SETS:
         assert set(run.MAIN) <= set(suite.entries)
         assert suite.seeds == run.MAIN_SEEDS
         assert suite.plateau
-        assert suite.student.train.precision == "float32"  # so that cells of all machines belong together
 
 
 def test_the_main_rows_of_all_sets_come_before_the_rest():
@@ -39,6 +40,11 @@ def test_the_main_rows_of_all_sets_come_before_the_rest():
     assert {portion.seeds for portion in first} == {1, 2, 3, 4, 5}
     assert all(portion.suite in run.SETS for portion in work[: len(first) + len(run.SETS)])
     assert {portion.suite for portion in work if not portion.rows} == set(NAMES)
+    for (
+        name
+    ) in run.SETS:  # a row that is slower than all main rows makes the baseline at equal time longer, in all seeds
+        *_, last = [portion for portion in work if portion.suite == name]
+        assert (last.long_baselines, last.seeds) == (True, run.MAIN_SEEDS)
     assert {portion.suite for portion in run.portions(["chess"])} == {"chess"}
 
 
