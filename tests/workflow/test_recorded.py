@@ -84,7 +84,7 @@ def test_labels_are_made_of_the_detections_on_images_without_labels(tmp_path, da
     more = [
         entry("a.png", 1, XYWH, 0.95),
         entry("a.png", 2, XYWH, 0.1),
-        entry("sub/b.png", 3, (60, 50, 60, 20), 0.75),
+        entry("sub/b.png", 3, (60, 50, 48, 20), 0.75),
     ]
     path = write(tmp_path / "d.json", entries(0.9, 0.8, 0.7) + more)
     found = kdtoolkit.pseudo_label(path, photos, data, out=tmp_path / "out")
