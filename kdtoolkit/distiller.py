@@ -106,8 +106,8 @@ class Distiller(nn.Module):
         IncompatibleError: a method cannot work between the two. The message says why, and which methods can.
         KDError: no adapter knows a model's class; the student can only teach; teacher and student share parameters or
             are on different devices; no parameter of the student is trainable; `accumulation` is below 1;
-            `teacher_scale` is a different number, or the teacher is a file of detections; `class_map` names a class that a detector does not have; `score` is
-            not between 0 and 1.
+            `teacher_scale` is a different number, or not 1 for a file of detections; `class_map` names a class that a
+            detector does not have; `score` is not between 0 and 1.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kdtoolkit.classes import ClassMap
-from kdtoolkit.data import open_dataset
+from kdtoolkit.data import DetectionDataset, open_dataset
 from kdtoolkit.data.image_files import image_files
 from kdtoolkit.data.records import Box, Category, Photo, Progress, Reading
 from kdtoolkit.data.tools.convert import check_new, write
@@ -139,7 +139,7 @@ def pseudo_label(
         data=Path(data),
     )
     labelled = open_dataset(data, split, max_size=ready.image_size, on_bad="skip" if skip_bad else "error").in_memory()
-    parts = {split: labelled, f"the images of {images}": files}
+    parts: dict[str, DetectionDataset | Sequence[Path]] = {split: labelled, f"the images of {images}": files}
     about_images = check_recorded(ready.detector.model, parts, Path(data))
     class_names = tuple(labelled.class_names)
     shared, about_classes = ready.shared_with(class_names, str(data), class_map)
