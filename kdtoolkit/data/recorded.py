@@ -328,8 +328,8 @@ def _check_objects(
 
 def _corners(boxes: NDArray[np.float64], sizes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Boxes (E', 4) as xyxy, cut at their images' edges, and whether something of each is left (E',)."""
-    corners: NDArray[np.float64] = np.clip(_ends(boxes), 0, np.tile(sizes, 2))
-    return corners, (corners[:, 2:] > corners[:, :2]).all(1)
+    corners = np.clip(_ends(boxes), 0, np.tile(sizes, 2))
+    return corners, np.all(corners[:, 2:] > corners[:, :2], axis=1)
 
 
 def _ends(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
