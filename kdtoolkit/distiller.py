@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import chain, islice
@@ -42,7 +43,9 @@ from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import all_methods
 
 TEACHER_SCALES = (1.0, 0.5, 0.25)  # others would turn no stride into one of the student's
-SCALE = 2.0**10  # of losses whose gradients are measured: keeps those of float16 above zero, and changes no share
+# Of losses whose gradients are measured, tried in turn until they are finite: a large scale keeps gradients of float16
+# above zero, a small one keeps large ones from overflowing. It changes no share.
+SCALES = (2.0**10, 2.0**5, 1.0)
 SMALLEST_OBJECT = 1.0  # px; smaller detections do not stand for objects
 
 
@@ -246,9 +249,15 @@ class Distiller(nn.Module):
         if not due:
             return
         parameters = [p for p in self.student.parameters() if p.requires_grad]
-        tasks = Gradient.of(SCALE * task, parameters)
+        tasks: dict[float, Gradient] = {}
         for held, loss in due:
-            held.set(step, *torch.stack(norms(Gradient.of(SCALE * loss, parameters), tasks)).tolist())
+            for scale in SCALES:
+                if scale not in tasks:
+                    tasks[scale] = Gradient.of(scale * task, parameters)
+                own, its = torch.stack(norms(Gradient.of(scale * loss, parameters), tasks[scale])).tolist()
+                if math.isfinite(own) and math.isfinite(its):
+                    break
+            held.set(step, own, its)
 
     def _student_view(
         self, batch: Batch, features: tuple[Tensor, ...], trace: HeadTrace, assignment: Assignment | None

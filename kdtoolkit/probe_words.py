@@ -23,14 +23,18 @@ class Verdict(StrEnum):
 
 
 def verdicts(probe: Probe) -> dict[str, list[Verdict]]:
-    """What each method does, by name; a method may both drown the task and pull against it."""
+    """What each method does in training, by name. A method may both drown the task and pull against it.
+
+    A share that is held is what its user wants, so it is not judged.
+    """
     found = {}
-    for name, row in probe.methods.items():
-        own = row.parts.get(ALL)
-        if own is None or own.share < NOTHING:
+    for name in probe.methods:
+        own = probe.in_training(name)[0].parts.get(ALL)
+        held = name in probe.held
+        if own is None or not own.norm or (own.share < NOTHING and not held):
             found[name] = [Verdict.NOTHING]
             continue
-        wrong = [Verdict.DROWNS] if own.share > DROWNS else []
+        wrong = [Verdict.DROWNS] if own.share > DROWNS and not held else []
         if _against(own):
             wrong.append(Verdict.AGAINST)
         found[name] = wrong or [Verdict.FINE]
@@ -39,14 +43,13 @@ def verdicts(probe: Probe) -> dict[str, list[Verdict]]:
 
 def sentences(probe: Probe) -> Iterator[str]:
     """What each method does, in words."""
-    terms = [row for row in probe.rows if not row.is_sum]
-    for name, row in probe.methods.items():
-        of_method = [each for each in terms if each.method == name]
-        yield from _about(name, row, of_method)
+    for name in probe.methods:
+        row, *terms = probe.in_training(name)
+        yield from _about(name, row, terms, held=name in probe.held)
     if ALL in probe.agreement:
         yield (
             f"For comparison: the task's own gradients of two batches have a cosine of {probe.agreement[ALL]:+.2f}. "
-            "Larger ones are rare"
+            "A larger cosine between two losses is rare"
         )
 
 
@@ -68,7 +71,7 @@ def table_rows(probe: Probe) -> Iterator[list[str]]:
         of_task = row.method == TASK
         own = row.parts.get(ALL)
         yield [
-            row.name if row.is_sum else f"  {row.name}",
+            (f"{row.name} (held)" if row.name in probe.held else row.name) if row.is_sum else f"  {row.name}",
             f"{row.value:.3g}",
             "none" if own is None else f"{own.norm:.3g}",
             "" if of_task else _share(own),
@@ -93,12 +96,13 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
-def _about(name: str, row: Row, terms: list[Row]) -> Iterator[str]:
+def _about(name: str, row: Row, terms: list[Row], *, held: bool) -> Iterator[str]:
     own = row.parts.get(ALL)
     if own is None or not own.norm:
         yield f"{name} does nothing: it has no gradient at the student in these batches"
         return
-    yield f"{name} {_size(own)}{_most_of(terms, own)}; it {_direction(own, row)}"
+    size = f"is held at a share of {_share(own)}" if held else _size(own)
+    yield f"{name} {size}{_most_of(terms, own)}; it {_direction(own, row)}"
     for term in terms:
         part = term.parts.get(ALL)
         if len(terms) > 1 and (part is None or part.share < NOTHING) and own.share >= NOTHING:
@@ -133,14 +137,16 @@ def _direction(own: Measured, row: Row) -> str:
     strongest = min(where, key=lambda part: where[part].cosine)
     at = f", at the {strongest} {where[strongest].cosine:+.2f}" if len(where) > 1 else ""
     if _against(own):
-        lost = -own.cosine * own.norm / own.task_norm
-        undoes = "all" if lost >= 1 else f"about {_percent(lost)}"
-        return (
-            f"pulls against the task (cosine {own.cosine:+.2f}{at}), and undoes {undoes} of what the task's step gains"
-        )
+        pulls = f"pulls against the task (cosine {own.cosine:+.2f}{at})"
+        if own.gain >= 0:  # one batch with a large gradient may outweigh several
+            return pulls
+        undoes = "all" if own.gain <= -1 else f"about {_percent(-own.gain)}"
+        return f"{pulls}, and undoes {undoes} of what the task's step gains"
     if _against(where[strongest]):
         return f"pulls against the task at the {strongest} alone (cosine {where[strongest].cosine:+.2f})"
-    if own.cosine > PULL and (own.error is None or own.cosine > 2 * own.error):
+    if own.margin is None:
+        return f"has a cosine of {own.cosine:+.2f}, and one batch cannot tell whether it pulls against the task"
+    if own.cosine > max(PULL, own.margin):
         return f"pulls with the task (cosine {own.cosine:+.2f})"
     return f"pulls neither with the task nor against it (cosine {own.cosine:+.2f})"
 
@@ -150,4 +156,4 @@ def _times(ratio: float) -> str:
 
 
 def _against(part: Measured) -> bool:
-    return part.cosine < -PULL and (part.error is None or part.cosine < -2 * part.error)
+    return part.margin is not None and part.cosine < -max(PULL, part.margin)

@@ -7,18 +7,20 @@ in the same direction. `kdtoolkit.probe_words` turns the numbers into sentences 
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdtoolkit import processes
 from kdtoolkit.contract import DetectorAdapter, Method, Schedule, Target
@@ -26,8 +28,10 @@ from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.errors import KDError
 from kdtoolkit.gradients import Gradient
 from kdtoolkit.inherit import within
+from kdtoolkit.students_t import t95
 
 TASK = "task"
+ONE_PROCESS = "a probe runs in one process: start it without torchrun"
 ALL, BACKBONE, NECK, HEAD = PARTS = ("all", "backbone", "neck", "head")
 
 
@@ -36,18 +40,28 @@ class Measured:
     """A term's gradient at the parameters of one part of the student that the term and the task both train.
 
     `norm`, `task_norm`: the norms of the term's gradient and of the task's, means over the batches. `cosine`: between
-    the two gradients, the mean over the batches. `error`: the standard error of that mean; None with one batch.
+    the two gradients, the mean over the batches. `margin`: half the width of that mean's 95 % interval, by Student's t;
+    None with one batch.
+
+    `gain`: how much a small plain gradient step on this loss at these parameters lowers the task's loss, divided by
+    what a step on the task's loss at all its parameters lowers it by. It is negative where the step raises the task's
+    loss. The mean over the batches.
     """
 
     norm: float
     task_norm: float
     cosine: float
-    error: float | None
+    margin: float | None
+    gain: float
 
     @property
     def share(self) -> float:
         """The term's norm, divided by the sum of both norms: 0.5 if they are equal."""
         return self.norm / (self.norm + self.task_norm) if self.norm else 0.0
+
+    def times(self, factor: float) -> Measured:
+        """The same of the term multiplied by a factor."""
+        return replace(self, norm=factor * self.norm, gain=factor * self.gain)
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,11 @@ class Row:
         """Whether it is the sum of all terms of a method or of the task."""
         return "/" not in self.name
 
+    def times(self, factor: float) -> Row:
+        """The row of the loss multiplied by a factor."""
+        parts = {name: part.times(factor) for name, part in self.parts.items()}
+        return replace(self, value=factor * self.value, parts=parts)
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -79,7 +98,7 @@ class Probe:
 
     `rows`: the task, its terms, then each method and its terms. `agreement`: the cosine between the task's own
     gradients of two batches, by part; empty with one batch. It says what cosine to expect of two losses that want the
-    same. `share`: the share that weights are proposed for.
+    same. `share`: the share that weights are proposed for. `held`: the shares that are held in training, by method.
     """
 
     rows: tuple[Row, ...]
@@ -87,18 +106,29 @@ class Probe:
     share: float
     batches: int
     seconds: float
+    held: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def methods(self) -> dict[str, Row]:
         """The row of each method, by name."""
         return {row.name: row for row in self.rows if row.is_sum and row.name != TASK}
 
-    def factor(self, method: str) -> float | None:
-        """What to multiply a method's weights by, for the share; None if the method has no gradient."""
+    def factor(self, method: str, share: float | None = None) -> float | None:
+        """What to multiply a method's weights by, for a share, or for that of the probe.
+
+        None if the method has no gradient.
+        """
         part = self.methods[method].parts.get(ALL)
         if part is None or not part.norm or not part.task_norm:
             return None
-        return self.share / (1 - self.share) * part.task_norm / part.norm
+        share = self.share if share is None else share
+        return share / (1 - share) * part.task_norm / part.norm
+
+    def in_training(self, method: str) -> list[Row]:
+        """A method's row and those of its terms as they are in training: at the share, if one is held."""
+        factor = self.factor(method, self.held[method]) if method in self.held else None
+        rows = [row for row in self.rows if row.method == method]
+        return rows if factor is None else [row.times(factor) for row in rows]
 
     def __str__(self) -> str:
         from kdtoolkit.probe_words import sentences, table
@@ -111,7 +141,8 @@ def probe(
 ) -> Probe:
     """Measure what each loss term does to the student. It changes nothing: no weight, statistic or random state.
 
-    Methods are measured with their full weights, whatever their schedule says, and as if no share were held.
+    Methods are measured with their full weights, whatever their schedule says, and as if no share were held. Frozen
+    parameters are left out. If the student is in training mode, its batch norms in eval mode keep their statistics.
 
     Args:
         distiller: student, teacher and methods, before or after any number of steps.
@@ -126,7 +157,7 @@ def probe(
     if not 0 < share < 1:
         raise KDError(f"share={share:g}: it must be above 0 and below 1; 0.1 is usual")
     if processes.count() > 1:
-        raise KDError("a probe runs in one process: start it without torchrun")
+        raise KDError(ONE_PROCESS)
     begun = time.perf_counter()
     names = [name for name, p in distiller.student.named_parameters() if p.requires_grad]
     parameters = [p for p in distiller.student.parameters() if p.requires_grad]
@@ -156,16 +187,18 @@ def probe(
         if any(part in numbers for numbers in agreement)
     }
     rows = tuple(_row(name, [batch[name] for batch in found if name in batch]) for name in _ordered(found))
-    return Probe(rows, means, share, len(found), time.perf_counter() - begun)
+    held = {name: each.share for name, each in distiller.held.items()}
+    return Probe(rows, means, share, len(found), time.perf_counter() - begun, held)
 
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Norms and cosine of one batch."""
+    """What `Measured` has, of one batch."""
 
     norm: float
     task_norm: float
     cosine: float
+    gain: float
 
 
 def _measured(
@@ -192,6 +225,7 @@ def _measured(
 def _beside(own: Gradient, task: Gradient, parts: Tensor) -> dict[str, _Numbers]:
     """The numbers of each part (a column of `parts` (P, 4)) of which both train something."""
     both = (own.reached & task.reached).float()
+    whole = task.squares().double().sum().item()  # also of what the other loss does not reach
     products = torch.stack([own.squares(), task.squares(), own.dot(task)]) * both  # (3, P)
     sums = (products.double() @ parts.double()).tolist()
     reached = (both @ parts).tolist()
@@ -199,7 +233,8 @@ def _beside(own: Gradient, task: Gradient, parts: Tensor) -> dict[str, _Numbers]
     for part, own_square, task_square, product, count in zip(PARTS, *sums, reached, strict=True):
         if count:
             norms = own_square**0.5, task_square**0.5
-            found[part] = _Numbers(*norms, product / (norms[0] * norms[1]) if all(norms) else 0.0)
+            cosine = product / (norms[0] * norms[1]) if all(norms) else 0.0
+            found[part] = _Numbers(*norms, cosine, product / whole if whole else 0.0)
     return found
 
 
@@ -213,9 +248,17 @@ def _row(name: str, batches: Sequence[tuple[float, dict[str, _Numbers]]]) -> Row
                 statistics.fmean(each.norm for each in own),
                 statistics.fmean(each.task_norm for each in own),
                 statistics.fmean(cosines),
-                statistics.stdev(cosines) / len(cosines) ** 0.5 if len(cosines) > 1 else None,
+                _margin(cosines),
+                statistics.fmean(each.gain for each in own),
             )
     return Row(name, statistics.fmean(values), parts)
+
+
+def _margin(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % interval of the values' mean; None for one value."""
+    if len(values) == 1:
+        return None
+    return t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _ordered(found: Sequence[Mapping[str, object]]) -> list[str]:
@@ -259,8 +302,12 @@ def _parts(
 
 @contextmanager
 def _untouched(distiller: Distiller) -> Iterator[None]:
-    """Put the distiller into training mode with all methods at work. At the end everything is as it was."""
-    teacher = distiller.seen[1].model
+    """Put the distiller into training mode with all methods at work. At the end everything is as it was.
+
+    In the middle of training, batch norms in eval mode stay so, because training keeps their statistics.
+    """
+    teacher, student = distiller.seen[1].model, distiller.student
+    still = [m for m in student.modules() if student.training and isinstance(m, _BatchNorm) and not m.training]
     modules = [*distiller.modules(), *teacher.modules()]
     modes = [module.training for module in modules]
     buffers = [(buffer, buffer.clone()) for buffer in (*distiller.buffers(), *teacher.buffers())]
@@ -275,6 +322,8 @@ def _untouched(distiller: Distiller) -> Iterator[None]:
             for method in methods:
                 method.schedule = Schedule()
             distiller.train()
+            for norm in still:
+                norm.eval()
             yield
         finally:
             for method, schedule in zip(methods, schedules, strict=True):

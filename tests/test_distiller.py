@@ -115,6 +115,19 @@ def test_schedules_in_shares_of_the_run_are_those_in_steps():
     assert "comes before start" in shares.why_too_long(3)
 
 
+def test_rounding_takes_neither_a_method_nor_its_stop_out_of_the_run():
+    late = Schedule(start=0.97)
+    assert "leave no step of the run (10 steps) at full weight" in late.why_too_long(10)
+    assert late.why_too_long(100) is None
+    assert [late.factor(step, 100) for step in (96, 97, 99)] == [0, 1, 1]
+    assert [Schedule(stop=0.9).factor(step, 4) for step in range(4)] == [1, 1, 1, 0]
+    assert Schedule(stop=0.9).in_run(300).stop == 270
+    warming = Schedule(warmup=9)
+    assert warming.why_too_long(10) is None
+    assert warming.factor(9) == 1  # the full weight in the last step
+    assert Schedule(warmup=10).why_too_long(10) is not None
+
+
 def test_a_share_of_the_run_needs_its_length(batch):
     distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [PKD().scheduled(stop=0.5)])
     with pytest.raises(KDError, match="number of steps is not known"):

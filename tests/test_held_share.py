@@ -62,6 +62,29 @@ def test_several_methods_are_held_each_beside_the_task(batch):
     assert losses["fgd/foreground"].item() == pytest.approx(plain(*batch)["fgd/foreground"].item())
 
 
+@pytest.mark.parametrize("weight", [6.0, 1e3])
+def test_float16_holds_it_at_any_weight(batch, weight):
+    """At the larger weight the gradient overflows if the loss is scaled up."""
+    distiller = pair(PKD(weight=weight).held_at(share=0.1))
+    with torch.autocast("cpu", torch.float16):
+        losses = distiller(*batch)
+    scaled = {name: 2.0**10 * loss for name, loss in losses.items()}  # as a float16 run does
+    assert loop_share(distiller, scaled, "pkd") == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_share_that_cannot_be_measured_is_told_until_it_can():
+    held = HeldShare(0.1)
+    for step, own in enumerate((math.inf, 0.0, math.nan)):
+        assert held.warning is None
+        held.set(step, own, 1.0)
+    assert "not held: in the last 3 measurements" in held.warning
+    again = HeldShare(0.1)
+    again.set_extra_state(held.get_extra_state())
+    assert again.warning == held.warning
+    again.set(4, 1.0, 1.0)
+    assert again.warning is None
+
+
 def test_a_schedule_multiplies_what_is_held(batch):
     distiller = pair(PKD().scheduled(warmup=1).held_at(share=0.2))
     distiller(*batch)
@@ -152,7 +175,7 @@ def test_its_state_goes_with_the_methods(batch):
     third = pair(PKD().held_at(share=0.1))
     third.methods.load_state_dict(first.methods.state_dict())
     assert third.held["pkd"].metrics == first.held["pkd"].metrics
-    assert not [name for name in pair(PKD()).state_dict() if "share" in name]
+    assert not [name for name in pair(PKD()).state_dict() if "held" in name]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +185,7 @@ def test_training_holds_it_and_logs_it(changes):
     data = ProceduralShapes(8, image_size=64, seed=0)
     teacher, student = (tiny_gfl(seed=seed, num_classes=len(data.class_names)) for seed in (1, 2))
     distiller = Distiller(teacher, student, [PKD().held_at(share=0.2)])
-    config = TrainConfig(steps=40, batch_size=4, warmup_steps=0, lr=1e-3, **changes)
+    config = TrainConfig(steps=40, batch_size=4, warmup_steps=0, lr=1e-4, **changes)  # gradients change slowly
     result = train(distiller, data, config, seed=0)
     shares = [point["pkd/share"] for point in result.history[25:]]
     assert sum(shares) / len(shares) == pytest.approx(0.2, abs=0.08)
@@ -171,6 +194,20 @@ def test_training_holds_it_and_logs_it(changes):
     again = train(distiller, data, config.model_copy(update={"steps": 1}), seed=0)  # a new run measures anew
     assert again.history[0]["pkd/factor"] != first
     assert math.isfinite(again.history[0]["pkd/factor"])
+
+
+def test_a_run_warns_of_a_share_that_is_not_held():
+    data = ProceduralShapes(8, image_size=64, seed=0)
+    teacher, student = (tiny_gfl(seed=seed, num_classes=len(data.class_names)) for seed in (1, 2))
+    methods = [PKD(weight=0.0).held_at(share=0.2), CrossKD().held_at(share=0.2)]  # PKD has a gradient of zeros
+    told = []
+    config = TrainConfig(steps=4, batch_size=2, warmup_steps=0, lr=1e-3)
+    result = train(Distiller(teacher, student, methods), data, config, seed=0, report=told.append)
+    for warnings in (result.warnings, told[-1].warnings):
+        assert [line for line in warnings if "share" in line] == [
+            "pkd: its share is not held: in the last 3 measurements its gradient or the task's was 0 or not finite. If "
+            "the run computes in float16, lower the method's weights or set precision to float32"
+        ]
 
 
 def test_a_compiled_step_is_refused():
@@ -190,7 +227,7 @@ def test_a_wrong_share_is_one_sentence(share):
 def test_suites_and_commands_write_it_as_an_argument():
     use = MethodUse.model_validate("PKD?share=0.1&stop=9")
     method = use.build()
-    assert (method.share, method.held.share, method.schedule.stop) == (0.1, 0.1, 9)
+    assert (method.held.share, method.schedule.stop) == (0.1, 9)
     assert str(use) == "PKD?stop=9&share=0.1"
     assert MethodUse.model_validate({"PKD": {"share": 0.1, "stop": 9}}) == use
     assert MethodUse.model_validate("PKD").build().held is None

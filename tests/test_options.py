@@ -121,7 +121,8 @@ def test_whole_numbers_become_floats_where_these_are_hinted():
     [
         ({"stop": 0}, "ends the method before its first step"),
         ({"warmup": 1.5}, r"scheduled\(warmup=1.5\): must be a whole number of steps, as in warmup=2, or a share"),
-        ({"stop": 1.0}, "share of the run between 0 and 1"),
+        ({"stop": 1.0}, "leave stop out, since without it the method runs to the end"),
+        ({"start": 1.0}, "a whole number of steps or a share of the run between 0 and 1"),
         ({"start": 0.5, "warmup": 0.2, "stop": 0.6}, "it must be 0.7 or more"),
         ({"stop": True}, "must be a whole number"),
         ({"stop": -5}, "-5"),

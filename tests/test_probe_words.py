@@ -4,19 +4,19 @@ from kdtoolkit.probe_words import Verdict, sentences, table, verdicts
 from kdtoolkit.probing import Measured, Probe, Row
 
 
-def row(name, share, cosine, error=0.01, **parts):
+def row(name, share, cosine, margin=0.02, gain=0.0, **parts):
     """A row whose gradient has this share beside a task's of norm 1."""
-    measured = Measured(share / (1 - share), 1.0, cosine, error)
+    measured = Measured(share / (1 - share), 1.0, cosine, margin, gain)
     return Row(name, 0.5, {"all": measured, "neck": measured, **parts} if share else {})
 
 
 def part(cosine, share=0.2):
-    return Measured(share / (1 - share), 1.0, cosine, 0.01)
+    return Measured(share / (1 - share), 1.0, cosine, 0.02, 0.0)
 
 
-def probed(*rows):
-    task = Row("task", 1.0, {"all": Measured(1.0, 1.0, 1.0, 0.0)})
-    return Probe((task, Row("task/cls", 1.0, task.parts), *rows), {"all": 0.3}, 0.1, 4, 1.0)
+def probed(*rows, held=None):
+    task = Row("task", 1.0, {"all": Measured(1.0, 1.0, 1.0, 0.0, 1.0)})
+    return Probe((task, Row("task/cls", 1.0, task.parts), *rows), {"all": 0.3}, 0.1, 4, 1.0, held or {})
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def probed(*rows):
         (0.995, 0.0, Verdict.DROWNS, "drowns the task: its gradient is 199 times the task's (share > 99 %)"),
         (0.001, 0.0, Verdict.NOTHING, "does nothing: its share is 0.1 %"),
         (0.0, 0.0, Verdict.NOTHING, "has no gradient at the student"),
-        (0.2, -0.4, Verdict.AGAINST, "undoes about 10 % of what the task's step gains"),
+        (0.2, -0.4, Verdict.AGAINST, "it pulls against the task (cosine -0.40)"),
         (0.2, -0.03, Verdict.FINE, "neither with the task nor against it"),
     ],
 )
@@ -39,16 +39,56 @@ def test_each_method_has_its_verdict(share, cosine, verdict, said):
 
 
 def test_a_cosine_that_changes_its_sign_from_batch_to_batch_says_nothing():
-    assert verdicts(probed(row("pkd", 0.2, -0.2, error=0.15))) == {"pkd": [Verdict.FINE]}
-    assert verdicts(probed(row("pkd", 0.2, -0.2, error=None))) == {"pkd": [Verdict.AGAINST]}
+    assert verdicts(probed(row("pkd", 0.2, -0.2, margin=0.3))) == {"pkd": [Verdict.FINE]}
+    assert verdicts(probed(row("pkd", 0.2, -0.2, margin=0.15))) == {"pkd": [Verdict.AGAINST]}
+
+
+@pytest.mark.parametrize("cosine", [-0.4, 0.4])
+def test_one_batch_gives_no_verdict_on_the_direction(cosine):
+    found = probed(row("pkd", 0.2, cosine, margin=None, neck=Measured(0.25, 1.0, cosine, None, 0.0)))
+    assert verdicts(found) == {"pkd": [Verdict.FINE]}
+    assert f"has a cosine of {cosine:+.2f}, and one batch cannot tell" in next(iter(sentences(found)))
 
 
 def test_a_method_may_drown_the_task_and_pull_against_it():
     found = probed(row("mimic", 0.995, -0.5, head=part(-0.6), neck=part(0.1)))
     assert verdicts(found)["mimic"] == [Verdict.DROWNS, Verdict.AGAINST]
-    said = next(iter(sentences(found)))
-    assert "at the head -0.60" in said
-    assert "undoes all of what" in said
+    assert "at the head -0.60" in next(iter(sentences(found)))
+
+
+@pytest.mark.parametrize(
+    ("gain", "said"),
+    [
+        (-0.1, "(cosine -0.40), and undoes about 10 % of what the task's step gains"),
+        (-0.004, "(cosine -0.40), and undoes about 0.4 % of what the task's step gains"),
+        (-3.0, "(cosine -0.40), and undoes all of what the task's step gains"),
+        (0.1, "(cosine -0.40)"),
+    ],
+)
+def test_what_a_pull_undoes_is_measured_and_not_taken_from_the_share(gain, said):
+    for share in (0.2, 0.9):
+        assert next(iter(sentences(probed(row("pkd", share, -0.4, gain=gain))))).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("share", "cosine", "verdict", "said"),
+    [
+        (0.995, 0.0, Verdict.FINE, "pkd is held at a share of 20 %; it pulls neither with the task nor against it"),
+        (0.001, 0.3, Verdict.FINE, "pkd is held at a share of 20 %; it pulls with the task"),
+        (0.5, -0.4, Verdict.AGAINST, "undoes about 10 % of what the task's step gains"),
+        (0.0, 0.0, Verdict.NOTHING, "has no gradient at the student"),
+    ],
+)
+def test_a_held_method_is_judged_at_the_share_that_it_has_in_training(share, cosine, verdict, said):
+    found = probed(row("pkd", share, cosine, gain=-0.4), held={"pkd": 0.2})  # held: a quarter of a share of 50 %
+    assert verdicts(found) == {"pkd": [verdict]}
+    assert said in next(iter(sentences(found)))
+    assert table(found)[2].startswith("pkd (held) ")
+
+
+def test_a_share_that_is_held_is_not_judged():
+    assert verdicts(probed(row("pkd", 0.5, 0.0), held={"pkd": 0.995})) == {"pkd": [Verdict.FINE]}
+    assert verdicts(probed(row("pkd", 0.5, 0.0), held={"pkd": 0.001})) == {"pkd": [Verdict.FINE]}
 
 
 def test_a_pull_at_one_part_is_told():

@@ -28,7 +28,7 @@ def shown(count=2):
 
 
 def naive(distiller, data, terms):
-    """For each term and part: norm, the task's norm and the cosine, parameter by parameter, as means over batches."""
+    """For each term and part: norm, the task's norm, cosine and gain, parameter by parameter, as means over batches."""
     adapter = distiller.student_adapter
     parameters = dict(distiller.student.named_parameters())
 
@@ -39,6 +39,7 @@ def naive(distiller, data, terms):
     for images, targets in data:
         losses = distiller.train()(images, targets)
         task = gradients(sum(loss for name, loss in losses.items() if name.startswith("task/")))
+        whole = sum(each.square().sum().item() for each in task if each is not None)
         pyramid = gradients(sum(level.sum() for level in adapter.features(adapter.prepare(images))))
         for term in terms:
             own = gradients(sum(x for name, x in losses.items() if name == term or name.startswith(f"{term}/")))
@@ -52,7 +53,7 @@ def naive(distiller, data, terms):
                     sums[part] = [total + x for total, x in zip(sums.get(part, (0, 0, 0)), products, strict=True)]
             for part, (square, task_square, product) in sums.items():
                 norms = math.sqrt(square), math.sqrt(task_square)
-                found.setdefault((term, part), []).append((*norms, product / math.prod(norms)))
+                found.setdefault((term, part), []).append((*norms, product / math.prod(norms), product / whole))
     return {key: [sum(column) / len(column) for column in zip(*each, strict=True)] for key, each in found.items()}
 
 
@@ -67,7 +68,43 @@ def test_it_measures_what_a_loop_over_parameters_finds():
     assert ("fgd", "head") not in expected
     for (name, part), values in expected.items():
         measured = rows[name].parts[part]
-        assert (measured.norm, measured.task_norm, measured.cosine) == pytest.approx(values, rel=1e-3, abs=1e-6)
+        numbers = measured.norm, measured.task_norm, measured.cosine, measured.gain
+        assert numbers == pytest.approx(values, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", [PKD, Mimic])
+def test_the_gain_is_that_of_a_small_step(method):
+    """A step on PKD's loss moves no parameter of the head, where much of the task's gradient is.
+
+    FCOS's targets do not depend on its predictions, so its loss's slope is its gradient. That of GFL is not.
+    """
+    torch.manual_seed(0)
+    distiller, batch = Distiller(tiny_fcos(seed=1), tiny_fcos(seed=2), [method()]).train(), next(shown(1))
+    losses = distiller(*batch)
+    parameters = [*distiller.student.parameters()]
+    steps = [
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for loss in (
+            sum(x for name, x in losses.items() if name.startswith("task/")),
+            sum(x for name, x in losses.items() if not name.startswith("task/")),
+        )
+    ]
+
+    @torch.no_grad()
+    def lowered(step):
+        """How much a step lowers the task's loss, by its slope at the point between a step forward and one back."""
+        norm = math.sqrt(sum(each.square().sum().item() for each in step if each is not None))
+        size, values = 1e-3 / norm, []
+        for move in (size, -2 * size, size):
+            for parameter, each in zip(parameters, step, strict=True):
+                if each is not None:
+                    parameter.sub_(move * each)
+            values.append(sum(x.item() for name, x in distiller(*batch).items() if name.startswith("task/")))
+        return (values[1] - values[0]) / (2 * size)
+
+    expected = lowered(steps[1]) / lowered(steps[0])
+    found = kdtoolkit.probe(distiller, [batch]).methods[method.__name__.lower()].parts["all"]
+    assert found.gain == pytest.approx(expected, rel=0.1)
 
 
 def test_values_and_rows_are_those_of_the_losses():
@@ -81,7 +118,17 @@ def test_values_and_rows_are_those_of_the_losses():
         assert row.value == pytest.approx(sum(own), rel=1e-5)
     assert found.agreement == {}
     assert found.rows[0].parts["all"].cosine == pytest.approx(1)
-    assert found.rows[0].parts["all"].error is None
+    assert found.rows[0].parts["all"].margin is None
+
+
+@pytest.mark.parametrize(("count", "t"), [(2, 12.706), (3, 4.303)])
+def test_the_margin_is_that_of_students_t(count, t):
+    data = [*shown(3)][:count]
+    cosines = [kdtoolkit.probe(pair(PKD()), [batch]).methods["pkd"].parts["all"].cosine for batch in data]
+    found = kdtoolkit.probe(pair(PKD()), data).methods["pkd"].parts["all"]
+    mean = sum(cosines) / count
+    deviation = math.sqrt(sum((cosine - mean) ** 2 for cosine in cosines) / (count - 1))
+    assert found.margin == pytest.approx(t * deviation / math.sqrt(count), rel=1e-3)
 
 
 def test_the_agreement_is_that_of_the_task_on_two_batches():
@@ -117,7 +164,7 @@ def facts(distiller):
         "values": copy.deepcopy({**distiller.state_dict(), **distiller.teacher_adapter.model.state_dict()}),
         "modes": [module.training for module in (*distiller.modules(), *distiller.teacher_adapter.model.modules())],
         "gradients": [p.grad is None for p in distiller.parameters()],
-        "schedules": [(method.schedule, method.share) for method in distiller.methods],
+        "schedules": [(method.schedule, method.held and method.held.share) for method in distiller.methods],
         "calls": distiller.calls,
         "held": {name: held.metrics for name, held in distiller.held.items()},
         "hooks": [len(module._forward_hooks) for module in distiller.modules()],
@@ -171,6 +218,20 @@ def test_frozen_parameters_are_left_out():
     distiller.student.backbone.requires_grad_(False)
     parts = kdtoolkit.probe(distiller, shown(1)).methods["pkd"].parts
     assert set(parts) == {"all", "neck"}
+
+
+@pytest.mark.parametrize("still", [False, True])
+def test_batch_norms_that_keep_their_statistics_in_training_do_so(still):
+    distiller = pair(PKD()).train()
+    norms = [m for m in distiller.student.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train(not still)
+    expected = distiller(*next(shown(1)))["pkd/feature"].item()
+    for norm in norms:
+        norm.reset_running_stats()
+    found = kdtoolkit.probe(distiller, shown(1)).methods["pkd"].value
+    assert [norm.training for norm in norms] == [not still] * len(norms)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_wrong_uses_are_one_sentence():

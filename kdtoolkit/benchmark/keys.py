@@ -26,7 +26,17 @@ from kdtoolkit.models import content_of
 # files of kdtoolkit/methods that these import. Files of commands, and of what they print, are left out.
 _OF_CELLS = ("benchmark/cell.py", "benchmark/datasets.py")
 _SOURCES = ("*.py", "contract/*.py", "data/*.py", "engine/*.py", *_OF_CELLS)
-_NOT_OF_CELLS = {"__main__.py", "inspect.py", "listing.py", "matrix.py", "matrix_tables.py", "verdicts.py"}
+_NOT_OF_CELLS = {
+    "__main__.py",
+    "inspect.py",
+    "listing.py",
+    "matrix.py",
+    "matrix_tables.py",
+    "probe_words.py",
+    "probing.py",
+    "students_t.py",
+    "verdicts.py",
+}
 
 # What a cell depends on and no suite says: with `--any-version` results may differ in it.
 _CIRCUMSTANCES = {"code", "torch", "library", "device", "threads"}
@@ -46,8 +56,7 @@ def cell_parts(
     """All that the result and the cost of a cell depend on, by name.
 
     `detector`: the detector's section; a precision replaces `auto`. `data`, `teacher`: their digests; None for a cell
-    without teacher. `device`: the
-    device's name. Versions of libraries and the source code are added.
+    without teacher. `device`: the device's name. Versions of libraries and the source code are added.
     """
     library = package_of(detector.model)
     return {

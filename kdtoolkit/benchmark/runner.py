@@ -77,7 +77,7 @@ def run_suite(
         device: `cpu` or `cuda`.
         only: the entries to run besides the baseline. Empty: all entries.
         fresh: run finished cells again: those of `only`, or all rows and the teacher if `only` is empty.
-        any_version: keep finished cells with the same settings, also if the source code of kdtoolkit, the versions of
+        any_version: keep finished cells with the same settings, even if the source code of kdtoolkit, the versions of
             libraries or the hardware have changed since. The board lists all of them.
         seeds: run the first so many of the suite's seeds. None: all.
         long_baselines: run the baselines with longer schedules too: at equal time, and with twice the steps where the

@@ -70,7 +70,7 @@ class CellResult(BaseModel):
     def cost_per_step(self) -> float | None:
         """Mean seconds that a training step costs; None if they were not measured.
 
-        On a CPU this is CPU time, divided by the number of threads: different work on the machine hardly changes it.
+        On a CPU this is CPU time, divided by the number of threads: programs that run beside it hardly change it.
         """
         if not self.steps:
             return None

@@ -125,5 +125,5 @@ def _context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kdtoolkit.benchmark.workers"])
+    context.set_forkserver_preload(["kdtoolkit.benchmark.fork_server"])
     return context

@@ -59,8 +59,8 @@ def run(
         bool,
         typer.Option(
             "--any-version",
-            help="Keep finished cells with the same settings, also if kdtoolkit, its libraries or the hardware have "
-            "changed since.",
+            help="Keep finished cells with the same settings, even if kdtoolkit, its libraries or the hardware have "
+            "changed since. Results that are older than this option are run again.",
         ),
     ] = False,
     allow_code: Annotated[

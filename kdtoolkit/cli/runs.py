@@ -121,22 +121,22 @@ def _ordered(kind: type[RunOptions]) -> list[str]:
 def _parameter(kind: type[RunOptions], name: str) -> inspect.Parameter:
     """The parameter of the command for an option. Its value is checked later, with all others."""
     field = kind.model_fields[name]
-    description = field.description or ""
+    description, hidden = field.description or "", field.description is None
     help_text = f"{description[:1].upper()}{description[1:]}."
     hint: Any
     default: Any = None
     if field.annotation is bool:
         hint, default = bool, False
-        option = typer.Option(f"--{name.replace('_', '-')}", help=help_text)
+        option = typer.Option(f"--{name.replace('_', '-')}", help=help_text, hidden=hidden)
     elif name in _REPEATED:
         hint = list[str] | None
         option = typer.Option(metavar=_REPEATED[name], help=f"{help_text} Repeat it for more.")
     else:
         if field.annotation in (int, int | None):
             hint = int | None
-        elif field.annotation == float | None:
+        elif field.annotation in (float, float | None):
             hint = float | None
         else:
             hint = Path | None if name in _PATHS else str | None
-        option = typer.Option(help=help_text, show_default=False, metavar=None)
+        option = typer.Option(help=help_text, show_default=False, metavar=None, hidden=hidden)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[hint, option], default=default)

@@ -13,6 +13,7 @@ from kdtoolkit.options import check_options
 EVERY = 10  # steps between two measurements, after the first ones
 SMOOTHING = 0.5  # the part of the way to the measured factor that each measurement goes, in logarithms
 LOWEST, HIGHEST = 1e-6, 1e3  # of the factor
+MISSES = 3  # measurements in a row without a result, after which a run warns
 HELD_METRICS = ("factor", "share")
 
 
@@ -48,7 +49,17 @@ class HeldShare(nn.Module):
     def restart(self) -> None:
         """Forget all measurements, for a run that begins."""
         self.factor, self.measured = 1.0, math.nan
-        self._tries, self._due = 0, 0
+        self._tries, self._due, self._missed = 0, 0, 0
+
+    @property
+    def warning(self) -> str | None:
+        """Why the share is not held, as the end of a sentence; None if it is, or if little was tried so far."""
+        if self._missed < MISSES:
+            return None
+        return (
+            f"its share is not held: in the last {self._missed} measurements its gradient or the task's was 0 or not "
+            "finite. If the run computes in float16, lower the method's weights or set precision to float32"
+        )
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -68,7 +79,9 @@ class HeldShare(nn.Module):
         self._due = step + min(EVERY, 2**self._tries)
         self._tries += 1
         if not (0 < own < math.inf and 0 < task < math.inf):
+            self._missed += 1
             return
+        self._missed = 0
         wanted = math.log(self.share / (1 - self.share) * task / own)
         first = math.isnan(self.measured)
         self.measured = self.factor * own / (self.factor * own + task)
@@ -78,9 +91,9 @@ class HeldShare(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The state as a tensor on the CPU, so that every kind of checkpoint can hold it."""
-        return torch.tensor([self.factor, self.measured, self._tries, self._due], dtype=torch.float64)
+        return torch.tensor([self.factor, self.measured, self._tries, self._due, self._missed], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Go on from a state."""
-        self.factor, self.measured, tries, due = state.tolist()
-        self._tries, self._due = int(tries), int(due)
+        self.factor, self.measured, *counts = state.tolist()
+        self._tries, self._due, self._missed = map(int, counts)

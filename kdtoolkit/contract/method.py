@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ class Method(nn.Module, ABC):
         unlabelled: what the method does with images that have no labels. "images": it needs no objects. "detections":
             the teacher's detections stand for the objects. "skips": it is not run on such images.
         schedule: the factor of the weights over training; see `scheduled`.
-        share: the share of the gradient that the method is held at; see `held_at`. None: its weights stay as they are.
+        held: what holds the method's share of the gradient; see `held_at`. None: its weights stay as they are.
         strides: the levels that the method works on; empty means all. See `at_strides`.
         stages: the stage of the student and the stage of the teacher whose states the method takes. `setup` assigns it.
             While it is None, the states of all stages are kept, which costs memory.
@@ -52,10 +52,13 @@ class Method(nn.Module, ABC):
     compares_classes: bool = True
     unlabelled: Unlabelled = "detections"
     schedule: Schedule = Schedule()
-    share: float | None = None
     strides: tuple[int, ...] = ()
     stages: tuple[int, int] | None = None
     in_use: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: HeldShare | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -86,14 +89,8 @@ class Method(nn.Module, ABC):
 
         Raises KDError if the share is not between 0 and 1.
         """
-        self.add_module("held_share", HeldShare(share))
-        self.share = share
+        self.held = HeldShare(share)
         return self
-
-    @property
-    def held(self) -> HeldShare | None:
-        """What holds the method's share; None if nothing does."""
-        return cast(HeldShare | None, dict(self.named_children()).get("held_share"))
 
     def at_strides(self, *strides: int) -> Self:
         """Apply the method only to the pyramid levels with these strides. Returns the method itself.
@@ -124,7 +121,8 @@ class Method(nn.Module, ABC):
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """The loss terms and metrics of one step by name, as scalars. Terms are float32, with their weights applied.
 
-        The names are from `terms` and `metrics`; any of them may be missing.
+        The names are from `terms` and `metrics`. Any of them may be missing, in all processes or in none. A metric that
+        is not finite is left out of logs and means.
         """
 
 

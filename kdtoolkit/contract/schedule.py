@@ -20,7 +20,7 @@ class Schedule:
     only in every fourth step, from `start` on. In a step without any method the teacher is not run either.
 
     Whole numbers are steps. A number between 0 and 1 is a share of the run: `stop=0.9` leaves the method out in the
-    last tenth.
+    last tenth. A share is rounded to whole steps. A `stop` that is a share leaves out the last step at least.
 
     Raises KDError if a number is negative, or neither whole nor a share, if `every` or `stop` is 0, if `decay` has no
     `stop`, or if `stop` comes before `start`, warm-up and decay are over.
@@ -43,10 +43,13 @@ class Schedule:
             )
         for name in _PLACES:
             value = getattr(self, name)
+            if name == "stop" and isinstance(value, float) and value == 1:
+                raise KDError("scheduled(stop=1.0): leave stop out, since without it the method runs to the end")
             if isinstance(value, float) and value and not 0 < value < 1:
+                example = f", as in {name}={round(value)}," if value > 1 else ""
                 raise KDError(
-                    f"scheduled({name}={value!r}): must be a whole number of steps, as in {name}={round(value)}, or a "
-                    "share of the run between 0 and 1"
+                    f"scheduled({name}={value!r}): must be a whole number of steps{example} or a share of the run "
+                    "between 0 and 1"
                 )
         if self.every < 1:
             raise KDError(f"every={self.every}: it must be 1 or more; every=2 runs the method in every second step")
@@ -71,20 +74,22 @@ class Schedule:
     def in_run(self, steps: int) -> Schedule:
         """The schedule in steps, for a run of `steps` steps. Raises KDError if it cannot be."""
         values = {name: getattr(self, name) for name in _PLACES}
-        shares = {name: value for name, value in values.items() if isinstance(value, float)}
-        return replace(self, **{name: round(value * steps) for name, value in shares.items()})
+        found = {name: round(value * steps) for name, value in values.items() if isinstance(value, float)}
+        if "stop" in found:
+            found["stop"] = min(found["stop"], steps - 1)
+        return replace(self, **found)
 
     def why_too_long(self, steps: int) -> str | None:
-        """Why the weights do not reach their full size in a run of `steps` steps; None if they do."""
+        """Why start and warm-up leave no step at full weight in a run of `steps` steps; None if they leave one."""
         try:
             found = self.in_run(steps)
         except KDError as error:
             return f"in a run of {steps} steps {error}"
-        if found.start + found.warmup <= steps:
+        if found.start + found.warmup < steps:
             return None
         return (
-            f"start ({self.start}) and warmup ({self.warmup}) take longer than the run ({steps} steps), so its weights "
-            "would never be reached: shorten them, or train longer"
+            f"start ({self.start}) and warmup ({self.warmup}) leave no step of the run ({steps} steps) at full weight: "
+            "shorten them, or train longer"
         )
 
     def factor(self, step: int, steps: int | None = None) -> float:

@@ -25,7 +25,7 @@ def join(device: str | None = None) -> torch.device:
     gloo.
     """
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    if _started() == 1:
+    if started() == 1:
         return torch.device("cpu" if on_cpu else device or "cuda")
     from accelerate import PartialState
 
@@ -37,14 +37,15 @@ def join(device: str | None = None) -> torch.device:
 
 def check_joined() -> None:
     """Raise KDError where torchrun has started several processes and they have not joined."""
-    if _started() > 1 and processes.count() == 1:
+    if started() > 1 and processes.count() == 1:
         raise KDError(
-            f"torchrun has started {_started()} processes, and each would train alone: call "
+            f"torchrun has started {started()} processes, and each would train alone: call "
             "kdtoolkit.engine.group.join() first in the script, and move the models to the device that it returns"
         )
 
 
-def _started() -> int:
+def started() -> int:
+    """How many processes torchrun has started; 1 without it. They train together once they have joined."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -36,7 +36,7 @@ def check_arguments(distiller: object, config: object) -> None:
     for method in distiller.methods:
         if isinstance(method, Method) and (reason := method.schedule.why_too_long(config.steps)):
             raise KDError(f"{type(method).__name__}: {reason}")
-        if isinstance(method, Method) and method.share is not None and config.compile:
+        if isinstance(method, Method) and method.held is not None and config.compile:
             raise KDError(
                 f"{type(method).__name__}: a share cannot be held with compile, because torch.compile gives no "
                 "gradients of single losses: leave share or compile out"

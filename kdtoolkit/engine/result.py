@@ -12,7 +12,8 @@ class Progress:
     """Where a run is: `losses` are means since the last report, `seconds` the training time so far.
 
     `warnings`: one line for each loss term that has taught the student nothing so far, for each part of the student
-    that has died, and for each checkpoint that was damaged or could not be written.
+    that has died, for each method whose share is not held, and for each checkpoint that was damaged or could not be
+    written.
     """
 
     step: int
@@ -29,14 +30,15 @@ class TrainResult:
     `history` has about 100 points of step, lr, every loss term and every metric of the methods (means). `metrics` has
     the mean of each metric over the run, by name. `warnings`: the warnings of `Progress` about the training, for the
     whole run. `notices`: its warnings about the folder. `evaluations` have step and average precisions. `seconds` is
-    training time over all starts of the run, `cpu_seconds` the process's CPU time in it, over all its threads;
-    `step_ms` the median step of this start, 0 if it had none.
+    training time over all starts of the run, `cpu_seconds` the process's CPU time in it, over all its threads (None
+    if an earlier version, which did not measure it, began the run); `step_ms` the median step of this start, 0 if it
+    had none.
     """
 
     steps: int
     seconds: float
     step_ms: float
-    cpu_seconds: float = 0.0
+    cpu_seconds: float | None = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)

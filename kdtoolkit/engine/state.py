@@ -53,8 +53,9 @@ class Window:
 class RunState:
     """A run's modules and counters.
 
-    `step`: steps done; `seconds`, `cpu_seconds`: time spent in training, over all starts, by the clock and of the CPU;
-    `durations`: seconds of each step since this start.
+    `step`: steps done; `seconds`, `cpu_seconds`: time spent in training, over all starts, by the clock and of the CPU
+    (None if an earlier version, which did not measure it, began the run); `durations`: seconds of each step since this
+    start.
     """
 
     distiller: Distiller
@@ -66,7 +67,7 @@ class RunState:
     dead: DeadParts
     step: int = 0
     seconds: float = 0.0
-    cpu_seconds: float = 0.0
+    cpu_seconds: float | None = 0.0
     with_boxes: int = 0
     window: Window = field(default_factory=Window)
     history: list[dict[str, float]] = field(default_factory=list)
@@ -164,7 +165,7 @@ class RunState:
         self.silence.load(facts["silence"])
         self.step = checkpoint.step
         self.seconds = facts["seconds"]
-        self.cpu_seconds = facts.get("cpu_seconds", 0.0)  # checkpoints of earlier versions lack it
+        self.cpu_seconds = facts.get("cpu_seconds")
         self.with_boxes = facts["with_boxes"]
         self.earlier_step_ms = facts["step_ms"]
         self.window = Window(facts["window"])

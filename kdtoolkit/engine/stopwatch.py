@@ -10,7 +10,7 @@ from contextlib import contextmanager
 class Stopwatch:
     """Measures seconds by the clock, and seconds of CPU time of this process over all its threads.
 
-    Different work on the machine changes the first, and hardly the second. `seconds`, `cpu_seconds`: where they begin.
+    Programs that run beside it change the first, and hardly the second. `seconds`, `cpu_seconds`: where they begin.
     """
 
     def __init__(self, seconds: float, cpu_seconds: float) -> None:

@@ -155,7 +155,7 @@ def train(
 
         data = alternate(without[first:], read(dataset, False), read(unlabelled, True) if unlabelled else iter(()))
         images_in_all = len(dataset) + (0 if unlabelled is None else len(unlabelled))
-        watch = Stopwatch(state.seconds, state.cpu_seconds)
+        watch = Stopwatch(state.seconds, state.cpu_seconds or 0.0)
         reported = ended = time.perf_counter()
         for step, (images, targets) in enumerate(data, first):
             begun = time.perf_counter()
@@ -172,10 +172,11 @@ def train(
                     with autocast, single_values_told():
                         losses = model(shown, their_targets)
                     values, has_boxes = _values(losses, their_targets)
-                    if bad := _non_finite(values):
+                    if bad := _non_finite({name: values[name] for name in losses}):
                         with autocast:
                             where = locate_non_finite(distiller, shown, their_targets)
                         _stop(student, buffers, step, bad, where)
+                    values = {name: value for name, value in values.items() if math.isfinite(value)}
                     if has_boxes:
                         state.silence.observe(losses, values)
                     scaler.scale(losses.total / config.accumulation).backward()
@@ -202,7 +203,8 @@ def train(
             last = step + 1 == config.steps
             values = parts.flush()  # of loss terms and metrics
             state.step = step + 1
-            state.seconds, state.cpu_seconds = watch.read()
+            state.seconds, cpu_seconds = watch.read()
+            state.cpu_seconds = None if state.cpu_seconds is None else cpu_seconds
             state.with_boxes += boxes
             window.add({name: value for name, value in values.items() if name in losses})
             state.window.add(values)
@@ -216,7 +218,7 @@ def train(
                     set_training(distiller)
             keeper.save(state, last=last)
             if report is not None and rank == 0 and (now - reported > 1 or step == first or last):
-                warnings = (*state.silence.warnings(), *state.dead.warnings(), *keeper.notices)
+                warnings = (*state.silence.warnings(), *state.dead.warnings(), *_not_held(distiller), *keeper.notices)
                 report(Progress(step + 1, config.steps, window.flush(), state.seconds, warnings))
                 reported = now
             ended = time.perf_counter()
@@ -226,7 +228,7 @@ def train(
             student.load_state_dict(average.module.state_dict())
             group.alike(student)
         keeper.weights("student.safetensors", student, last=True)
-        warnings = (*state.silence.warnings(final=True), *state.dead.warnings())
+        warnings = (*state.silence.warnings(final=True), *state.dead.warnings(), *_not_held(distiller))
         if not state.with_boxes:
             warnings = (
                 f"none of the images of the {config.steps} steps has a box: the student has seen background alone",
@@ -308,6 +310,11 @@ def _evaluate(
     row = {f"eval/{name}": getattr(found, name) for name in METRICS}
     state.evaluations.append({"step": state.step, **row})
     keeper.log(state.step, row)
+
+
+def _not_held(distiller: Distiller) -> Iterator[str]:
+    """A warning for each method whose share was to be held and is not."""
+    return (f"{name}: {held.warning}" for name, held in distiller.held.items() if held.warning)
 
 
 def _non_finite(values: dict[str, float]) -> str:

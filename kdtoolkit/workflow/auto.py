@@ -81,7 +81,8 @@ def _wanted(
 def scaled(use: MethodUse, factor: float) -> MethodUse:
     """A method with all its weights multiplied, for a student whose library multiplies its own loss.
 
-    Raises KDError for published settings such as `CrossKD.for_fcos`, whose weights cannot be given.
+    Raises KDError for published settings such as `CrossKD.for_fcos`, whose weights cannot be given, and for methods
+    that have no weights.
     """
     if use.name not in all_methods():
         raise KDError(
@@ -93,5 +94,7 @@ def scaled(use: MethodUse, factor: float) -> MethodUse:
         for name, parameter in inspect.signature(use.method).parameters.items()
         if name.endswith("weight") and isinstance(parameter.default, float)
     }
+    if not defaults:
+        raise KDError(f"{use.name} has no weights, and the student's library needs them x {factor:g}")
     weights = {name: factor * use.args.get(name, default) for name, default in defaults.items()}
     return MethodUse.model_validate({use.name: use.args | {name: weight for name, weight in weights.items() if weight}})

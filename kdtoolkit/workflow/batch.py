@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -12,6 +13,15 @@ from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.inputs import beside_teacher, single_values_told
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.errors import KDError
+
+
+@contextmanager
+def with_memory(more: str = "") -> Iterator[None]:
+    """Turn a GPU that is out of memory into a KDError of one sentence. `more`: what to do besides, as its end."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise KDError(f"the GPU is out of memory: use half the --batch-size or a smaller --image-size{more}") from error
 
 
 def fitting(trial: Callable[[int], None], largest: int, parts: int = 1) -> int:

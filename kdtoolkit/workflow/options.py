@@ -207,9 +207,11 @@ class ProbeOptions(DistillOptions):
         ge=0,
         description="steps that the student is trained alone before; default: 50, or 0 if its weights can detect",
     )
-    out: Path | None = Field(None, description="not used: a probe writes nothing")
-    compare_baseline: bool = Field(False, description="not used: a probe trains nothing to the end")
-    allow_weak_teacher: bool = Field(False, description="not used: a probe does not measure AP")
+    # Commands and run files of `kd distill` have them, and a probe needs none. Help does not show what has no
+    # description.
+    out: Path | None = None
+    compare_baseline: bool = False
+    allow_weak_teacher: bool = False
 
 
 T = TypeVar("T", bound=RunOptions)

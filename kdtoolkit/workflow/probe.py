@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from kdtoolkit.data import batches
 from kdtoolkit.distiller import Distiller
-from kdtoolkit.engine.inputs import beside_teacher
+from kdtoolkit.engine import group
+from kdtoolkit.engine.inputs import beside_teacher, single_values_told
+from kdtoolkit.engine.optim import frozen
+from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.probe_words import Verdict, sentences, table, verdicts
-from kdtoolkit.probing import Probe, probe
+from kdtoolkit.probing import ONE_PROCESS, Probe, probe
 from kdtoolkit.words import counted, duration
 from kdtoolkit.workflow.auto import scaled
+from kdtoolkit.workflow.batch import with_memory
 from kdtoolkit.workflow.detecting import found_device
 from kdtoolkit.workflow.display import Clock, Display
 from kdtoolkit.workflow.options import ProbeOptions
@@ -28,7 +33,10 @@ AFTER = 50  # steps that a student with a new head is trained before: its first 
 
 @dataclass(frozen=True)
 class Found:
-    """What `kd probe` found: `uses` are the methods as they were, `proposed` with weights for the share, by name."""
+    """What `kd probe` found.
+
+    `uses`: the methods as they were, by name. `proposed`: the same with weights for the share.
+    """
 
     probe: Probe
     uses: dict[str, MethodUse]
@@ -56,44 +64,58 @@ class Found:
         share = f"{100 * self.probe.share:g} %"
         if held := [str(use) for use in self.uses.values() if "share" in use.args]:
             yield f"The share is held in training, so the weights do not matter: {', '.join(held)}"
-        changed = {name: use for name, use in self.proposed.items() if "share" not in use.args}
-        if changed:
+        free = {
+            name: use
+            for name, use in self.uses.items()
+            if "share" not in use.args and self.probe.factor(name) is not None
+        }
+        if all(self.proposed[name] == use for name, use in free.items()):
+            return
+        weights = {name: self.proposed[name] for name in free if "share" not in self.proposed[name].args}
+        if weights:
             yield f"Weights for a share of {share} each at this point:"
-            yield f"  {_options(changed)}"
-        if free := {name: _held(use, self.probe.share) for name, use in self.uses.items() if "share" not in use.args}:
-            yield f"Or let the share of {share} be held from the first step to the last:"
-            yield f"  {_options(free)}"
+            yield f"  {_options(weights)}"
+        yield f"{'Or let' if weights else 'Let'} the share of {share} be held from the first step to the last:"
+        yield f"  {_options({name: _held(use, self.probe.share) for name, use in free.items()})}"
 
 
 def run(options: ProbeOptions, *, quiet: bool = False) -> Found:
     """Prepare a distillation as `kd distill` does, and probe it. Raises KDError."""
+    if group.started() > 1:
+        raise KDError(ONE_PROCESS)
     console, loud = Console(quiet=quiet), Console(stderr=True)
     device = found_device(options.device)
-    with Display(console, loud) as display:
+    with with_memory(), Display(console, loud) as display:
         prepared = prepare(options, device, display.counting)
+        config = prepared.config
         default = 0 if prepared.student.trained else AFTER
         after = default if options.after is None else options.after
         if after:
             _train_alone(prepared, after, display)
+        size = config.batch_size // config.accumulation  # what the memory takes at once
+        first = after * config.accumulation  # the student was trained on those before
         shown = batches(
             beside_teacher(prepared.distiller, prepared.images.train),
-            batch_size=prepared.config.batch_size,
-            steps=options.batches,
+            batch_size=size,
+            start=first,
+            steps=first + options.batches,
             seed=options.seed,
-            augment=prepared.config.augmentation,
-            input_size=prepared.config.input_size,
+            augment=config.augmentation,
+            input_size=config.input_size,
         )
-        found = probe(prepared.distiller, shown, options.share)
+        # Gradients of float16 would need a scale, so they are measured in float32.
+        in_bfloat16 = resolve_precision(config.precision, device) == "bfloat16"
+        with frozen(prepared.student.model, config) as set_training, single_values_told():
+            set_training(prepared.distiller)
+            with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
+                found = probe(prepared.distiller, shown, options.share)
         when = f"after {counted(after, 'step')} without methods" if after else "before the first step"
-        images = counted(found.batches * prepared.config.batch_size, "image")
-        display.line(
-            f"probed {images} in batches of {prepared.config.batch_size}, {when}, in {duration(found.seconds)}"
-        )
+        images = counted(found.batches * size, "image")
+        display.line(f"probed {images} in batches of {size}, {when}, in {duration(found.seconds)}")
         for note in prepared.notes:
             display.line(f"note: {note}")
     uses = dict(zip(prepared.distiller.names, prepared.methods, strict=True))
-    proposed = {name: _proposed(use, found.factor(name), options.share) for name, use in uses.items()}
-    return Found(found, uses, proposed, after, prepared.notes)
+    return Found(found, uses, proposed(found, uses), after, prepared.notes)
 
 
 def to_json(found: Found) -> dict[str, Any]:
@@ -116,6 +138,7 @@ def to_json(found: Found) -> dict[str, Any]:
         "methods": {
             name: {
                 "method": str(found.uses[name]),
+                "held": probed.held.get(name),
                 "verdicts": [verdict.value for verdict in each],
                 "factor": probed.factor(name),
                 "proposed": str(found.proposed[name]),
@@ -139,19 +162,31 @@ def _train_alone(prepared: Prepared, steps: int, display: Display) -> None:
     )
 
 
+def proposed(found: Probe, uses: Mapping[str, MethodUse]) -> dict[str, MethodUse]:
+    """The methods with weights for the share, by name; held at the share if their weights cannot be given.
+
+    A method is as it was if its weights have the share already, if its share is held, or if it has no gradient.
+    """
+    return {name: _proposed(use, found.factor(name), found.share) for name, use in uses.items()}
+
+
 def _proposed(use: MethodUse, factor: float | None, share: float) -> MethodUse:
-    """The method with weights for the share; held at the share if it has no weights that can be given."""
     if "share" in use.args or factor is None:
         return use
     try:
-        changed = scaled(use, factor)
+        before, after = _rounded(scaled(use, 1.0)), _rounded(scaled(use, factor))
     except KDError:
         return _held(use, share)
+    return use if before == after else after
+
+
+def _rounded(use: MethodUse) -> MethodUse:
+    """The method with its weights in two digits."""
     rounded = {
         name: float(f"{value:.2g}") if name.endswith("weight") and isinstance(value, float) else value
-        for name, value in changed.args.items()
+        for name, value in use.args.items()
     }
-    return _held(use, share) if rounded == use.args else MethodUse.model_validate({use.name: rounded})
+    return MethodUse.model_validate({use.name: rounded})
 
 
 def _held(use: MethodUse, share: float) -> MethodUse:

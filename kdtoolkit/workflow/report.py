@@ -121,7 +121,7 @@ class Report(BaseModel):
         lines += ["## What was done", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {_cell(value)} |" for name, value in self.plan.items()]
         if self.student and self.student.metrics:
-            lines += ["", "## What the methods counted", "", "| | mean of a step |", "|---|---:|"]
+            lines += ["", "## What the methods reported", "", "| | mean of a step |", "|---|---:|"]
             lines += [f"| {name} | {value:.4g} |" for name, value in self.student.metrics.items()]
         if self.how_to_open:
             lines += ["", "## How to open it", "", "```python", self.how_to_open.strip(), "```"]

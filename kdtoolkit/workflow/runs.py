@@ -32,6 +32,7 @@ from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError, printable
 from kdtoolkit.libraries import adapt
 from kdtoolkit.models import Detector, save_detector
+from kdtoolkit.workflow.batch import with_memory
 from kdtoolkit.workflow.card import card
 from kdtoolkit.workflow.defaults import Choice
 from kdtoolkit.workflow.detecting import found_device
@@ -71,7 +72,8 @@ def run(options: RunOptions) -> Report:
     console = Console(quiet=not first or options.quiet)
     # Warnings and results are also printed if `quiet` is set.
     loud = Console(quiet=not first)
-    with _interruptible(folder), _with_memory(folder), ExitStack() as held, Display(console, loud) as display:
+    more = f", with a new folder by --out (the checkpoints in {folder} are of this batch size)"
+    with _interruptible(folder), with_memory(more), ExitStack() as held, Display(console, loud) as display:
         words = given(options)
         options, report, began = group.from_first(partial(enter, held, options))
         if report is not None and report.finished and (report.baseline is not None or not options.with_baseline):
@@ -396,15 +398,3 @@ def _interruptible(folder: Path) -> Iterator[None]:
             )
             sys.stderr.write(f"interrupted: the same command {what} ({folder})\n")
         raise
-
-
-@contextmanager
-def _with_memory(folder: Path) -> Iterator[None]:
-    """Turn a GPU that is out of memory into one sentence."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise KDError(
-            "the GPU is out of memory: use half the --batch-size or a smaller --image-size, with a new folder by --out "
-            f"(the checkpoints in {folder} are of this batch size)"
-        ) from error

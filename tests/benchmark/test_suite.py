@@ -74,7 +74,7 @@ def test_what_is_written_reads_back():
             "{weight: 3.0}",
             "{warmup: 9}",
             "entries",
-            ["PKD: start (0) and warmup (9) take longer than the run (2 steps)"],
+            ["PKD: start (0) and warmup (9) leave no step of the run (2 steps)"],
         ),
         ("PKD: [PKD]", "PKD: []", "entries", ["entry 'PKD' has no methods"]),
         ("PKD: [PKD]", "Baseline: [PKD]", "entries", ["'Baseline' has the same name as another row"]),

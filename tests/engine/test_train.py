@@ -160,6 +160,23 @@ def test_a_term_that_is_not_finite_is_named_and_the_last_good_weights_stay(data)
     assert torch.equal(weights(student), kept[2])
 
 
+def test_a_metric_that_is_not_finite_stops_nothing_and_is_left_out(data, tmp_path):
+    class Sizes(PKD):
+        metrics = ("size", "never")
+
+        def forward(self, exchange):
+            self.calls = getattr(self, "calls", 0) + 1
+            sizes = {"size": torch.tensor(math.nan if self.calls == 2 else 4.0), "never": torch.tensor(math.inf)}
+            return super().forward(exchange) | sizes
+
+    distiller = Distiller(model(1), model(2), [Sizes()])
+    result = train(distiller, data, config(steps=3), seed=0, folder=RunFolder(tmp_path))
+    assert ["sizes/size" in point for point in result.history] == [True, False, True]
+    assert result.metrics == {"sizes/size": 4.0}
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert ["sizes/size" in row for row in log] == [True, False, True]
+
+
 def test_the_first_place_that_is_not_finite_is_named_and_buffers_stay_good(data):
     student = model(2)
     kept = {}
@@ -304,8 +321,8 @@ def test_class_names_may_be_a_list(data):
     check_same_classes(data, Renamed(list))
 
 
-@pytest.mark.parametrize("schedule", [{"warmup": 5}, {"start": 2, "warmup": 3}])
+@pytest.mark.parametrize("schedule", [{"warmup": 4}, {"start": 2, "warmup": 2}])
 def test_a_schedule_that_is_not_over_at_the_last_step_is_refused(data, schedule):
     distiller = Distiller(model(1), model(2), [PKD().scheduled(**schedule)])
-    with pytest.raises(KDError, match=r"PKD: start .* take longer than the run \(4 steps\).*: shorten them"):
+    with pytest.raises(KDError, match=r"PKD: start .* leave no step of the run \(4 steps\).*: shorten them"):
         train(distiller, data, config(steps=4), seed=0)

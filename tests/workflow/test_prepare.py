@@ -68,7 +68,7 @@ def test_a_batch_that_the_processes_cannot_share_is_told_at_once(pair, monkeypat
 
 
 def test_a_method_that_begins_after_the_end_is_told_before_the_teacher_is_measured(pair):
-    with pytest.raises(KDError, match=r"PKD: start \(9000\) and warmup \(0\) take longer than the run \(100 steps\)"):
+    with pytest.raises(KDError, match=r"PKD: start \(9000\) and warmup \(0\) leave no step of the run \(100 steps\)"):
         prepared(DistillOptions, **pair, steps=100, batch_size=4, method="PKD?start=9000")
 
 
