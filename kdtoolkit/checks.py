@@ -63,12 +63,21 @@ def checked_batch(
 def without_recorded(
     targets: Sequence[Target] | Sequence[RecordedAlone] | None,
 ) -> tuple[Sequence[Target] | None, list[Recorded] | None]:
-    """Ground truth and recorded detections of a batch, each None if there are none."""
+    """Ground truth and recorded detections of a batch, each None if there are none.
+
+    Raises KDError if only some of the targets have recorded detections.
+    """
     labelled = cast("Sequence[Target] | None", targets)
     if not isinstance(targets, Sequence) or not targets:
         return labelled, None
-    if not all(isinstance(target, Mapping) and "recorded" in target for target in targets):
+    lacking = [i for i, target in enumerate(targets) if not isinstance(target, Mapping) or "recorded" not in target]
+    if len(lacking) == len(targets):
         return labelled, None
+    if lacking:
+        raise KDError(
+            f"target {lacking[0]} has no 'recorded', and further targets of the batch do: hand in the teacher's "
+            "detections for each image, empty ones where it found nothing"
+        )
     has_labels = any(target.keys() & {"boxes", "labels"} for target in targets)
     return labelled if has_labels else None, [target["recorded"] for target in targets]
 
@@ -76,20 +85,15 @@ def without_recorded(
 def checked_recorded(recorded: Sequence[Recorded], images: Sequence[Tensor], spec: DetectorSpec) -> list[Recorded]:
     """Recorded detections on the images' device. `spec` is that of the teacher that they are of.
 
-    Raises KDError that names the image whose detections have a wrong shape.
+    Raises KDError that names the image whose detections are wrong.
     """
     if len(recorded) != len(images):
         raise KDError(
             f"there are {len(images)} images, and recorded detections of {len(recorded)}: hand in one for each"
         )
     for i, each in enumerate(recorded):
-        shapes = tuple(each["boxes"].shape), tuple(each["probabilities"].shape)
-        count = shapes[0][0]
-        if shapes != ((count, 4), (count, spec.num_classes)):
-            raise KDError(
-                f"target {i}: recorded boxes must be (D, 4) and probabilities (D, {spec.num_classes}), one for each "
-                f"class of {spec.name}, but they are {shapes[0]} and {shapes[1]}"
-            )
+        if reason := _why_not_recorded(each, spec):
+            raise KDError(f"target {i}: recorded {reason}")
     device = images[0].device
     return [
         Recorded(
@@ -98,6 +102,25 @@ def checked_recorded(recorded: Sequence[Recorded], images: Sequence[Tensor], spe
         )
         for each in recorded
     ]
+
+
+def _why_not_recorded(each: object, spec: DetectorSpec) -> str | None:
+    """What is wrong with the recorded detections of an image, as the end of a sentence."""
+    if not isinstance(each, Mapping) or not all(isinstance(each.get(k), Tensor) for k in ("boxes", "probabilities")):
+        return "must be a dict with the tensors 'boxes' and 'probabilities'"
+    boxes, probabilities = each["boxes"], each["probabilities"]
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or probabilities.shape != (len(boxes), spec.num_classes):
+        return (
+            f"boxes must be (D, 4) and probabilities (D, {spec.num_classes}), one for each class of {spec.name}, but "
+            f"they are {tuple(boxes.shape)} and {tuple(probabilities.shape)}"
+        )
+    if bad := (~(boxes.isfinite().all(1) & (boxes[:, 2:] >= boxes[:, :2]).all(1))).nonzero().tolist():
+        at = bad[0][0]
+        return f"box {at} is {boxes[at].tolist()}, and boxes are x1, y1, x2, y2 in pixels, with x1 <= x2 and y1 <= y2"
+    if bad := (~((probabilities >= 0) & (probabilities <= 1))).nonzero().tolist():
+        at, label = bad[0]
+        return f"probabilities of box {at} have {float(probabilities[at, label])}; they must lie between 0 and 1"
+    return None
 
 
 def _images(images: Sequence[Tensor] | Tensor, weight: Tensor) -> list[Tensor]:

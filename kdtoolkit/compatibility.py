@@ -25,19 +25,23 @@ def why_refused(method: type[Method] | Method, student_spec: DetectorSpec, teach
         if missing := sorted(method.needs - spec.capabilities):
             return f"it needs {', '.join(missing)}, which the {role} ({spec.name}) does not show{use_instead(spec)}"
     built = method() if isinstance(method, type) else method
-    if method.needs & _OF_HEADS and built.compares_classes and student_spec.num_classes != teacher_spec.num_classes:
-        return (
-            f"it compares class scores, and the student has {student_spec.num_classes} classes, the teacher "
-            f"{teacher_spec.num_classes}. Say which classes they share: Distiller(..., class_map=ClassMap.by_name("
-            f"STUDENT'S NAMES, TEACHER'S NAMES)). Or use a method that compares no classes, such as {_OF_FEATURES}"
-        )
     for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
         if absent := sorted(set(built.strides) - set(spec.strides)):
             return (
                 f"it was told to work at the strides {absent}, and the {role} ({spec.name}) has only "
                 f"{spec.strides}: name only these in at_strides"
             )
-    return built.refuses(student_spec.at_strides(built.strides), teacher_spec.at_strides(built.strides))
+    if reason := built.refuses(student_spec.at_strides(built.strides), teacher_spec.at_strides(built.strides)):
+        return reason
+    if method.needs & _OF_HEADS and built.compares_classes and student_spec.num_classes != teacher_spec.num_classes:
+        shows_features = Capability.FEATURES in teacher_spec.capabilities
+        return (
+            f"it compares class scores, and the student has {student_spec.num_classes} classes, the teacher "
+            f"{teacher_spec.num_classes}. Say which classes they share: Distiller(..., class_map=ClassMap.by_name("
+            "STUDENT'S NAMES, TEACHER'S NAMES))"
+            + (f". Or use a method that compares no classes, such as {_OF_FEATURES}" if shows_features else "")
+        )
+    return None
 
 
 def shared_levels(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> list[tuple[int, int]]:
@@ -151,7 +155,7 @@ def why_no_student(spec: DetectorSpec) -> str | None:
     if {Capability.FEATURES, Capability.PREDICTIONS} <= spec.capabilities:
         return None
     shown = ", ".join(sorted(spec.capabilities)) or "nothing"
-    return f"{spec.name} can only teach, because it shows {shown} alone: name a detector as the student"
+    return f"{spec.name} can only teach, because it shows nothing but {shown}: name a detector as the student"
 
 
 def use_instead(spec: DetectorSpec) -> str:

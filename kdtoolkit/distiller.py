@@ -109,8 +109,8 @@ class Distiller(nn.Module):
         IncompatibleError: a method cannot work between the two. The message says why, and which methods can.
         KDError: no adapter knows a model's class; the student can only teach; teacher and student share parameters or
             are on different devices; no parameter of the student is trainable; `accumulation` is below 1;
-            `teacher_scale` is a different number; `class_map` names a class that a detector does not have; `score` is
-            not between 0 and 1.
+            `teacher_scale` is a different number, or not 1 for a file of detections; `class_map` names a class that a
+            detector does not have; `score` is not between 0 and 1.
     """
 
     def __init__(
@@ -157,6 +157,10 @@ class Distiller(nn.Module):
             if methods:
                 raise KDError("methods need a teacher: Distiller(teacher, student, methods=[...])")
             return
+        if teacher_scale != 1 and self.teacher_adapter.spec.priors is PriorKind.DETECTIONS:
+            raise KDError(
+                f"{self.teacher_adapter.spec.name} is a file of detections and sees no images: leave teacher_scale out"
+            )
         _check_models(self.teacher_adapter.model, self.student)
         self._shared = _shared(self.student_adapter, self.teacher_adapter, class_map)
         specs = self.seen[0].spec, self.seen[1].spec.on_images_scaled_by(teacher_scale)
@@ -474,7 +478,10 @@ def _checked(methods: Sequence[Method]) -> list[Method]:
 
 
 def _checked_terms(method: Method, found: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The terms and metrics that a method's forward returned. Raises TypeError that says how it breaks the contract."""
+    """The terms and metrics that a method's forward returned.
+
+    Raises TypeError that says how it breaks the contract, and KDError if all of its terms are left out.
+    """
     name = type(method).__name__
     if not isinstance(found, dict):
         raise TypeError(f"{name}.forward must return a dict of loss terms; it returned a {type(found).__name__}")
@@ -493,6 +500,11 @@ def _checked_terms(method: Method, found: object) -> tuple[dict[str, Tensor], di
             terms[term] = value
         else:
             metrics[term] = value.detach()
+    if method.terms and not terms:
+        raise KDError(
+            f"{name} has nothing to compare between these two detectors, because its terms ({', '.join(method.terms)}) "
+            "have the weight 0, or do not exist for them: raise a weight, or leave the method out"
+        )
     return terms, metrics
 
 

@@ -113,7 +113,7 @@ def print_inspection(found: Inspection, console: Console) -> None:
             console.print(_stages(part))
 
     if reason := why_no_student(spec):
-        console.print(Text(f"\n{reason}. `kd inspect STUDENT --teacher {spec.name}` shows which methods work."))
+        console.print(Text(f"\n{reason}. `kd inspect STUDENT --teacher THIS` shows which methods work."))
         return
     _print_title("methods, with a teacher of the same kind and size", console)
     _print_verdicts(judge_pair(spec, spec), console)

@@ -100,10 +100,17 @@ def open_detector(
                 "teacher that is such a file has no `train`"
             )
         return _open_recorded(Path(name), num_classes, categories)
+    if weights is not None and is_detection_file(weights):
+        raise KDError(
+            f"{weights} is a file of detections (.json), which holds no weights: name it in the place of the teacher"
+        )
     names = None if class_names is None else tuple(class_names)
     opened = _opened(str(name), weights, args or {}, count)
     if opened is not None:
         return _with_classes(opened, names, count)
+    library = library_of_name(str(name))
+    if count is None and library is not None and library.prefix == "timm":
+        count = 0  # its models show features alone
     if count is None:
         build_model(str(name), 1, args)  # a wrong name is the first thing to tell
         raise UnknownClassesError(

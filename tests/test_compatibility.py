@@ -37,5 +37,7 @@ def test_detections_alone_teach_no_method_that_compares_features_or_priors():
 
 def test_who_shows_only_one_of_both_cannot_be_a_student():
     assert why_no_student(spec()) is None
-    assert why_no_student(FEATURES_ALONE).startswith("backbone can only teach, because it shows features alone")
-    assert why_no_student(DETECTIONS_ALONE).startswith("a file can only teach, because it shows predictions alone")
+    assert why_no_student(FEATURES_ALONE).startswith("backbone can only teach, because it shows nothing but features")
+    assert why_no_student(DETECTIONS_ALONE).startswith(
+        "a file can only teach, because it shows nothing but predictions"
+    )

@@ -72,11 +72,11 @@ def read_detections(path: str | Path, categories: Mapping[int, str] | None = Non
     """
     path = Path(path)
     content, document = _parsed(path)
-    where, entries = "", document
+    entries = document
     classes: dict[int, str] | None = None
     file_names: dict[int, str] | None = None
     if isinstance(document, dict):
-        where, entries = "annotations", document.get("annotations")
+        entries = document.get("annotations")
         if "categories" in document:
             classes = {each.id: each.name for each in categories_in(_listed(document, "categories", path), path)}
         if "images" in document:
@@ -91,11 +91,12 @@ def read_detections(path: str | Path, categories: Mapping[int, str] | None = Non
     classes = classes or _named_in(entries, path) or (None if categories is None else dict(categories))
     if classes is None:
         raise KDError(
-            f"{path} does not say which classes its category ids are, and only data in COCO's format has such ids: add "
-            'them to the file, {"categories": [{"id": 1, "name": "owl"}, ...], "annotations": [...]}; or add a name to '
+            f"{path} does not say which classes its category ids are. Name data in COCO's format that has these ids "
+            "(--classes-as-in, or --data if that is left out), where the command takes it; or add the classes to the "
+            'file, {"categories": [{"id": 1, "name": "owl"}, ...], "annotations": [...]}; or add a name to '
             'each entry, "category": "owl"'
         )
-    reader = _Reader(path, where, classes, file_names)
+    reader = _Reader(path, classes, file_names)
     for index, entry in enumerate(entries):
         reader.add(index, entry)
     return reader.finish(hashlib.sha256(content).hexdigest()[:32])
@@ -104,11 +105,8 @@ def read_detections(path: str | Path, categories: Mapping[int, str] | None = Non
 class _Reader:
     """Collects the entries of a file."""
 
-    def __init__(
-        self, path: Path, where: str, classes: Mapping[int, str], file_names: Mapping[int, str] | None
-    ) -> None:
+    def __init__(self, path: Path, classes: Mapping[int, str], file_names: Mapping[int, str] | None) -> None:
         self._path = path
-        self._where = where
         self._labels = {number: label for label, number in enumerate(sorted(classes))}
         self._class_names = tuple(classes[number] for number in sorted(classes))
         self._file_names = file_names
@@ -127,8 +125,8 @@ class _Reader:
                 self._scores[len(self._rows)] = self._all_scores(entry["scores"])
         except BadEntryError as error:
             about = entry.get("file_name", entry.get("image_id")) if isinstance(entry, dict) else None
-            image = "" if about is None else f" (image {shown(about)})"
-            raise KDError(f"{self._path}: {self._where}[{index}]{image}: {error}") from None
+            image = "" if about is None else f", image {shown(about)}"
+            raise KDError(f"{self._path}: detection {index} (counted from 0){image}: {error}") from None
         self._rows.append((self._keys.setdefault(key, len(self._keys)), *row))
 
     def finish(self, digest: str) -> DetectionFile:
@@ -254,8 +252,8 @@ def _named_in(entries: Sequence[Any], path: Path) -> dict[int, str] | None:
             return None
         if (known := found.setdefault(number, name)) != name:
             raise KDError(
-                f"{path}: [{index}]: the category_id {number} is {name!r} here and {known!r} in an earlier entry: give "
-                "each class its own id"
+                f"{path}: detection {index} (counted from 0): the category_id {number} is {name!r} here and {known!r} "
+                "in an earlier entry: give each class its own id"
             )
     return found
 

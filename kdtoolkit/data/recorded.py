@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdtoolkit.boxes import pairwise_iou
 from kdtoolkit.contract import Recorded, Target
 from kdtoolkit.data.dataset import DetectionDataset, Sample, digest
 from kdtoolkit.data.detections import DetectionFile, Key
@@ -21,6 +22,9 @@ from kdtoolkit.errors import KDError
 MOST_WITHOUT = 0.5  # of the images may lack detections; more are taken for images that the detector has not seen
 MOST_BEYOND = 0.1  # of the boxes may reach far beyond their images
 FAR = 0.1  # of an image's side
+LEAST_FOUND = 0.05  # of the objects that must have a detection on them; fewer look like boxes in different pixels
+ON_OBJECT = 0.3  # IoU
+ENOUGH = 20  # objects tell this; fewer may be missed by chance
 
 
 class WithDetections(DetectionDataset):
@@ -103,29 +107,30 @@ def attach(dataset: DetectionDataset, file: DetectionFile) -> DetectionDataset:
 def found_on(file: DetectionFile, dataset: DetectionDataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The detections (E',) of a file that are on images of a data set, and the place of the image of each.
 
-    Raises KDError if most images have no detection, if a name in the file fits several images, or if many boxes do not
-    fit their images.
+    Raises KDError if most images have no detection, if a name in the file fits several images, if many boxes do not fit
+    their images, or if hardly a labelled object has a detection on it.
     """
     names = _Names.of(dataset)
     rows, places = _on(file, names)
     if reason := _why_not_seen(file, str(dataset), names, places):
         raise KDError(reason)
     _check_boxes(file, rows, _sizes(dataset)[places], str(dataset))
+    _check_objects(file, rows, places, dataset)
     return rows, places
 
 
 def found_on_files(
-    file: DetectionFile, paths: Sequence[Path], title: str
+    file: DetectionFile, sizes: Mapping[Path, tuple[int, int]], title: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The detections (E',) of a file that are on these image files, and the place of the image of each.
 
-    `title`: what errors call the images. Raises KDError if most images have no detection, or if a name in the file fits
-    several images.
+    `sizes`: (width, height) of each image. `title`: what errors call the images. Raises the errors of `found_on`.
     """
-    names = _Names([Path(os.path.abspath(path)).as_posix() for path in paths], {})
+    names = _Names.of(list(sizes))
     rows, places = _on(file, names)
     if reason := _why_not_seen(file, title, names, places):
         raise KDError(reason)
+    _check_boxes(file, rows, np.array(list(sizes.values()), np.float64).reshape(-1, 2)[places], title)
     return rows, places
 
 
@@ -136,40 +141,48 @@ def why_not_seen(file: DetectionFile, dataset: DetectionDataset) -> str | None:
 
 
 def check_images(
-    file: DetectionFile, datasets: Mapping[str, DetectionDataset], others: Callable[[], Mapping[str, DetectionDataset]]
-) -> None:
-    """Check that each image of the file is one image of the data sets, or else one of further parts of the data.
+    file: DetectionFile,
+    parts: Mapping[str, DetectionDataset | Sequence[Path]],
+    others: Callable[[], Mapping[str, DetectionDataset]],
+) -> tuple[str, ...]:
+    """Check that each image of the file is one image of the parts, which are data sets or image files.
 
-    `others` opens these parts; it is called only if an image is in none of `datasets`.
+    `others` opens further parts of the data; it is called only if an image is in none of `parts`.
 
-    Raises KDError that names the first entry whose image is nowhere, or in several of `datasets`.
+    Returns a note on images that are nowhere, if the file names them by their files: it may be of more images than
+    these. Raises KDError that names the first entry whose image has an id that is nowhere, or is in several parts.
     """
-    owners: list[list[str]] = [[] for _ in file.keys]
+    owners: list[dict[str, str]] = [{} for _ in file.keys]  # for each image its files, and a part that has each
 
-    def look(parts: Mapping[str, DetectionDataset], keys: Sequence[int]) -> None:
-        for name, dataset in parts.items():
-            found = _Names.of(dataset).places(file, [file.keys[key] for key in keys])
-            for key, place in zip(keys, found, strict=True):
+    def look(parts: Mapping[str, DetectionDataset | Sequence[Path]], keys: Sequence[int]) -> None:
+        for name, images in parts.items():
+            names = _Names.of(images)
+            for key, place in zip(keys, names.places(file, [file.keys[key] for key in keys]), strict=True):
                 if place is not None:
-                    owners[key].append(name)
+                    owners[key].setdefault(names.files[place], name)
 
-    look(datasets, range(len(owners)))
+    look(parts, range(len(owners)))
     if unknown := [key for key, found in enumerate(owners) if not found]:
         for name, dataset in others().items():
             look({name: dataset}, [key for key in unknown if not owners[key]])
     for place, (key, found) in enumerate(zip(file.keys, owners, strict=True)):
-        if len(found) == 1:
+        if len(found) == 1 or (not found and isinstance(key, str)):
             continue
         entry = f"{file.path}: detection {int(np.argmax(file.images == place))} (counted from 0) is on the image"
         if not found:
             raise KDError(
                 f"{entry} {shown(key)}, and the data has no such image. image_id must be an id of the data's "
-                "annotations in COCO's format; or file_name the path of the file in the images folder"
+                "annotations in COCO's format; or leave it out and give a file_name, the path of the file in the "
+                "images folder"
             )
         raise KDError(
-            f"{entry} {shown(key)}, and there is one in {' and in '.join(found)}: give each entry a file_name with as "
-            "many of its folders as tell them apart, such as train/0001.jpg"
+            f"{entry} {shown(key)}, and there is one in {' and in '.join(found.values())}: give each entry a "
+            "file_name with as many of its folders as tell them apart, such as train/0001.jpg"
         )
+    if nowhere := [key for key, found in zip(file.keys, owners, strict=True) if not found]:
+        which = f"{len(nowhere)} of the {len(file.keys)} images of {file.path}, such as {shown(nowhere[0])}"
+        return (f"the data does not have {which}: their detections are left out",)
+    return ()
 
 
 class _Names:
@@ -187,7 +200,9 @@ class _Names:
             self._by_stem.setdefault(_stem(parts[-1]), []).append((place, parts))
 
     @classmethod
-    def of(cls, dataset: DetectionDataset) -> _Names:
+    def of(cls, dataset: DetectionDataset | Sequence[Path]) -> _Names:
+        if not isinstance(dataset, DetectionDataset):
+            return cls([Path(os.path.abspath(path)).as_posix() for path in dataset], {})
         files = dataset.files()
         numbers: dict[int, list[int]] = {}
         if dataset.has_ids:
@@ -272,16 +287,54 @@ def _check_boxes(file: DetectionFile, rows: NDArray[np.int64], sizes: NDArray[np
         width, height = sizes[first].astype(int).tolist()
         raise KDError(
             f"{file.path}: {beyond.sum()} of {len(rows)} boxes reach far beyond their images of {title}. The first is "
-            f"that of detection {rows[first]} (counted from 0), {boxes[first].tolist()} on an image of "
+            f"the box of detection {rows[first]} (counted from 0), {boxes[first].tolist()} on an image of "
             f"{width}x{height}: bbox must be [x, y, width, height] in pixels of the original image"
+        )
+
+
+def _check_objects(
+    file: DetectionFile, rows: NDArray[np.int64], places: NDArray[np.int64], dataset: DetectionDataset
+) -> None:
+    """Raise KDError if hardly an object has a detection on it, of whatever class, though the detector knows its class.
+
+    Boxes in pixels of a smaller image lie within the image, so that only the objects tell.
+    """
+    truth = dataset.coco()
+    known = {name.casefold() for name in file.class_names}
+    classes = {each["id"] for each in truth["categories"] if each["name"].casefold() in known}
+    objects: dict[int, list[list[float]]] = {}
+    for each in truth["annotations"]:
+        if each["category_id"] in classes and not each.get("iscrowd"):
+            objects.setdefault(each["image_id"], []).append(each["bbox"])
+    if (count := sum(map(len, objects.values()))) < ENOUGH:
+        return
+    order = np.argsort(places, kind="stable")
+    starts = np.searchsorted(places[order], np.arange(len(dataset) + 1))
+    found = 0
+    for place, image in enumerate(truth["images"]):
+        if found >= LEAST_FOUND * count:
+            return
+        own = file.boxes[rows[order[starts[place] : starts[place + 1]]]]
+        if image["id"] in objects and len(own):
+            theirs, ours = (torch.from_numpy(_ends(boxes)) for boxes in (np.array(objects[image["id"]], float), own))
+            found += int((pairwise_iou(theirs, ours).amax(1) >= ON_OBJECT).sum())
+    if found < LEAST_FOUND * count:
+        raise KDError(
+            f"{file.path}: only {found} of the {count} labelled objects of {dataset} have a detection on them. bbox "
+            "must be [x, y, width, height] in pixels of the original image, not of the resized one that a detector "
+            "sees; and image_id or file_name must name the image on which the detector ran"
         )
 
 
 def _corners(boxes: NDArray[np.float64], sizes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Boxes (E', 4) as xyxy, cut at their images' edges, and whether something of each is left (E',)."""
-    ends = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
-    corners = np.clip(ends, 0, np.tile(sizes, 2))
-    return corners, (corners[:, 2:] > corners[:, :2]).all(1)
+    corners = np.clip(_ends(boxes), 0, np.tile(sizes, 2))
+    return corners, np.all(corners[:, 2:] > corners[:, :2], axis=1)
+
+
+def _ends(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Boxes (E', 4) of x, y, width and height as xyxy."""
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
 
 
 def _stem(name: str) -> str:

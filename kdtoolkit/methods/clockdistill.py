@@ -86,13 +86,14 @@ class CLoCKDistill(Method):
         cls_weight: factor of the KL of classes at the queries of objects.
         box_weight: factor of the L1 of boxes there.
         giou_weight: factor of 1 - GIoU there.
-        queries: how many queries each image gets. Objects beyond this number are left out.
+        queries: how many queries each image gets. Objects beyond this number are left out; `metrics` count them.
         repair: first repair the teacher's predictions by its earlier layers (TPRD, see `kdtoolkit.methods.repair`).
     """
 
     needs = frozenset({Capability.FEATURES, Capability.PREDICTIONS, Capability.PLACED_QUERIES})
     unlabelled = "detections"
     terms = ("foreground", "background", "cls", "box", "giou")
+    metrics = ("left_out",)
     vanishing: tuple[str, ...] = ("foreground", "background", "cls", "box", "giou")
     paper = "arXiv 2502.10683 (WACV 2026)"
     align: nn.ModuleList
@@ -137,16 +138,20 @@ class CLoCKDistill(Method):
             self.register_buffer(name, F.pad(drawn, (0, 0, 0, 1)), persistent=False)  # the last is of gaps
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """The weighted terms of one step; terms of weight 0 are left out."""
+        """The weighted terms of one step; terms of weight 0 are left out. And the number of objects without a query."""
         losses: list[Tensor] = []
         factors: tuple[float, ...] = ()
+        told: dict[str, Tensor] = {}
         if any(self.memory_weights):
             factors, losses = self.memory_weights, self._memory(exchange)
         names = self.terms[: len(factors)]
         if any(self.query_weights):
             factors, losses = (*factors, *self.query_weights), losses + self._queries(exchange)
             names = (*names, *self.terms[2:])
-        return {name: factor * loss for name, factor, loss in zip(names, factors, losses, strict=True) if factor}
+            left_out = sum(max(0, len(boxes) - self.queries) for boxes in exchange.student.batch.boxes)
+            told["left_out"] = exchange.student.batch.images.new_full((), left_out * processes.count()).float()
+        terms = {name: factor * loss for name, factor, loss in zip(names, factors, losses, strict=True) if factor}
+        return terms | told
 
     def _memory(self, exchange: Exchange) -> list[Tensor]:
         """The two terms of memories, added up over levels."""

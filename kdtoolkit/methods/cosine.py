@@ -8,8 +8,9 @@ labels (`timm/...`), whose features have scales and channels of no detector. It 
 The two maps need not have the same stride. The teacher's map is read bilinearly at the centres of the student's cells.
 A ViT with patches of 14 px whose images are scaled by 0.5 has a stride of 28 px, beside the student's 32.
 
-Optionally also the relations of cells are compared: the cosines of each cell's vector with those of all other cells of
-its image. These need no projection.
+Optionally also the relations of cells are compared: the cosines of each cell's vector with those of all cells of its
+image. These need no projection. The mean is over all pairs, and a cell with itself is one of them: its cosine is always
+1, so that the term is smaller by a factor of 1 - 1/n in an image of n cells.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Methods of predictions compare two heads at the same priors, so they refuse most pairs of detectors. Here the labelled
 objects stand between the two. The student's own assignment says which of its predictions answer for an object. The
 teacher's best prediction for the object is the one with the largest p * IoU, where p is its score for the object's
-class and IoU is that with the object's box. So dense detectors, detectors of two stages and DETR's relatives teach each
-other in any mix. For each of the student's predictions of an object:
+class, and IoU compares its box with the object's box. So dense detectors, detectors of two stages and DETR's relatives
+teach each other in any mix. For each of the student's predictions of an object:
 
     cls           BCE(s, p), where s is the student's score for the object's class
     box           L1 + 2 (1 - GIoU); L1 is that of (centre, size) in shares of the image
@@ -57,9 +57,9 @@ def class_logit(logits: Tensor, labels: Tensor, activation: str) -> Tensor:
 
 
 def best_predictions(boxes: Tensor, scores: Tensor, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The prediction with the largest score * IoU for each of an image's objects: index, score and IoU, (G,) each.
+    """Find for each of an image's objects the prediction whose score times IoU is largest.
 
-    If no prediction overlaps the object, score and IoU are 0.
+    Returns its index, score and IoU, (G,) each. If no prediction overlaps the object, score and IoU are 0.
 
     Args:
         boxes: (A, 4) of the predictions.
@@ -144,7 +144,8 @@ class ObjectKD(Method):
     It works wherever the student's adapter shows which of its predictions answer for an object (`assign`). `metrics`
     count the objects of a step. The teacher covers an object if its prediction has an IoU of 0.5 and a score of 0.05.
     `missed`: it does not. `covered`: it does, and the student has a prediction that answers for the object.
-    `unassigned`: it does, and the student has none.
+    `unassigned`: it does, and the student has none. Of two equal labels (box and class) in an image, predictions answer
+    for the first alone, so the second is `unassigned` if the teacher covers it.
 
     Args:
         cls_weight: factor of the classification term.

@@ -132,19 +132,20 @@ def make_ready(
     return Ready(detector, runner, size, tuple(names), named=detector.class_names is not None)
 
 
-def check_recorded(model: nn.Module, datasets: Mapping[str, DetectionDataset], data: Path) -> None:
+def check_recorded(
+    model: nn.Module, parts: Mapping[str, DetectionDataset | Sequence[Path]], data: Path
+) -> tuple[str, ...]:
     """Check that a file of detections is of these images, or of other splits of `data`; all other detectors pass.
 
-    Raises KDError that names the first detection whose image is in none of them, or in several.
+    Returns and raises what `check_images` does.
     """
-    if isinstance(model, RecordedDetector):
-        check_images(
-            model.file,
-            datasets,
-            lambda: {
-                split: open_dataset(data, split, on_bad="skip") for split in splits_of(data) if split not in datasets
-            },
-        )
+    if not isinstance(model, RecordedDetector):
+        return ()
+    return check_images(
+        model.file,
+        parts,
+        lambda: {split: open_dataset(data, split, on_bad="skip") for split in splits_of(data) if split not in parts},
+    )
 
 
 def _opened_with(model: str | Path, weights: str | Path | None, data: Path) -> Detector:

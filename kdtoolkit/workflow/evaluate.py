@@ -102,7 +102,7 @@ def evaluate(
         data=Path(data),
     )
     dataset = open_dataset(data, split, max_size=ready.image_size, on_bad="skip" if skip_bad else "error")
-    check_recorded(ready.detector.model, {split: dataset}, Path(data))
+    about_images = check_recorded(ready.detector.model, {split: dataset}, Path(data))
     shared, about_classes = ready.shared_with(dataset.class_names, str(data), class_map)
     scores = score(ready.detector.model, dataset, batch_size=batch_size, class_map=shared, progress=progress)
     detector = ready.detector
@@ -110,7 +110,7 @@ def evaluate(
     if not isinstance(detector.model, RecordedDetector):
         milliseconds = 1000 * seconds_per_image(ready.runner, dataset.in_memory())
     place = str(ready.runner.device)
-    notes = (*detector.notes, *about_classes)
+    notes = (*detector.notes, *about_images, *about_classes)
     return Evaluated(
         detector.name, detector.weights, str(dataset), scores, milliseconds, place, ready.image_size, notes
     )

@@ -199,19 +199,20 @@ def _recorded_on(
     progress: Progress | None,
 ) -> Iterator[ImageDetections]:
     """The detections that a file has on each image file."""
-    rows, places = found_on_files(detector.file, files, str(files[0].parent))
-    order = np.argsort(places, kind="stable")
-    starts = np.searchsorted(places[order], np.arange(len(files) + 1))
-    for place, path in enumerate(files):
+    sizes: dict[Path, tuple[int, int]] = {}
+    for done, path in enumerate(files, 1):
         try:
-            width, height, _ = seen_size(path)
+            sizes[path] = seen_size(path)[:2]
         except PictureError as error:
             skipped[path] = str(error)
-        else:
-            own = order[starts[place] : starts[place + 1]]
-            yield _of_image(recorded(detector, rows[own], places[own]), path, (width, height), score)
         if progress is not None:
-            progress(place + 1, len(files))
+            progress(done, len(files))
+    rows, places = found_on_files(detector.file, sizes, str(files[0].parent))
+    order = np.argsort(places, kind="stable")
+    starts = np.searchsorted(places[order], np.arange(len(sizes) + 1))
+    for place, (path, size) in enumerate(sizes.items()):
+        own = order[starts[place] : starts[place + 1]]
+        yield _of_image(recorded(detector, rows[own], places[own]), path, size, score)
 
 
 def _read(file: Path, image_size: int) -> tuple[Tensor, tuple[int, int]]:

@@ -207,6 +207,11 @@ def _teacher(options: DistillOptions, images: Images, notes: list[str]) -> tuple
     if not can_detect(teacher):
         if options.class_map:
             raise KDError(f"the teacher {options.teacher} shows features alone and has no classes: leave class_map out")
+        if not teacher.trained:
+            raise KDError(
+                f"the teacher {options.teacher} has random weights, so it cannot teach: leave teacher_weights out for "
+                "the published ones, or name a file of weights"
+            )
         return teacher, None
     if not teacher.trained:
         raise KDError(
@@ -217,7 +222,7 @@ def _teacher(options: DistillOptions, images: Images, notes: list[str]) -> tuple
     parts = {"train": images.train, "val": images.val}
     if images.unlabelled is not None:
         parts["the images without labels"] = images.unlabelled
-    check_recorded(teacher.model, parts, options.data)
+    notes += check_recorded(teacher.model, parts, options.data)
     count = adapt(teacher.model).spec.num_classes
     if teacher.class_names is None:
         if count != len(names):

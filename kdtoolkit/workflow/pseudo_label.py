@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kdtoolkit.classes import ClassMap
-from kdtoolkit.data import open_dataset
+from kdtoolkit.data import DetectionDataset, open_dataset
 from kdtoolkit.data.image_files import image_files
 from kdtoolkit.data.records import Box, Category, Photo, Progress, Reading
 from kdtoolkit.data.tools.convert import check_new, write
@@ -20,7 +20,7 @@ from kdtoolkit.engine.evaluate import find, of_shared_classes
 from kdtoolkit.engine.scoring import Floats
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import Detector
-from kdtoolkit.workflow.detecting import make_ready
+from kdtoolkit.workflow.detecting import check_recorded, make_ready
 from kdtoolkit.workflow.predict import ImageDetections, detect_on
 from kdtoolkit.workflow.thresholds import Threshold, at_score, best_thresholds
 
@@ -139,6 +139,8 @@ def pseudo_label(
         data=Path(data),
     )
     labelled = open_dataset(data, split, max_size=ready.image_size, on_bad="skip" if skip_bad else "error").in_memory()
+    parts: dict[str, DetectionDataset | Sequence[Path]] = {split: labelled, f"the images of {images}": files}
+    about_images = check_recorded(ready.detector.model, parts, Path(data))
     class_names = tuple(labelled.class_names)
     shared, about_classes = ready.shared_with(class_names, str(data), class_map)
     same = tuple(range(len(class_names)))
@@ -172,7 +174,7 @@ def pseudo_label(
         thresholds={class_names[label]: each for label, each in zip(ours, chosen, strict=True)},
         boxes=dict(zip(class_names, counts, strict=True)),
         skipped=skipped,
-        notes=(*ready.detector.notes, *about_classes, *_about_unlabelled(class_names, ours, chosen)),
+        notes=(*ready.detector.notes, *about_images, *about_classes, *_about_unlabelled(class_names, ours, chosen)),
     )
     categories = [Category(number, name) for number, name in enumerate(class_names, 1)]
     reports = {"report.md": result.to_markdown(), "report.json": json.dumps(result.to_json(), indent=2) + "\n"}

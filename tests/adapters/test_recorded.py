@@ -7,7 +7,7 @@ from kdtoolkit import Distiller, IncompatibleError, KDError
 from kdtoolkit.classes import ClassMap
 from kdtoolkit.contract import Capability, Method, PriorKind
 from kdtoolkit.libraries import adapt
-from kdtoolkit.methods import PKD, CrossKD, Mimic
+from kdtoolkit.methods import KDDETR, PKD, CrossKD, Mimic, ObjectKD
 from kdtoolkit.models import open_detector
 from tests.conftest import tiny_fcos, tiny_gfl, tiny_of
 from tests.data._results import entry, write
@@ -87,12 +87,11 @@ def test_a_batch_in_which_nothing_was_found_has_empty_predictions(file, batch):
     assert method.seen.teacher.head.predictions.boxes.shape == (2, 1, 4)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_boxes_are_on_the_canvas_that_the_student_makes(file, batch, scale):
+def test_boxes_are_on_the_canvas_that_the_student_makes(file, batch):
     student = tiny_of("torchvision FCOS", seed=2)
     student.transform.min_size, student.transform.max_size = (128,), 512
     method = Told()
-    Distiller(file, student, [method], teacher_scale=scale)(batch[0], with_found(batch[1]))
+    Distiller(file, student, [method])(batch[0], with_found(batch[1]))
     view = method.seen.teacher
     for i, each in enumerate(FOUND):
         (height, width), (old_height, old_width) = view.batch.sizes[i], batch[0][i].shape[-2:]
@@ -152,14 +151,63 @@ def test_detections_of_a_wrong_shape_are_told(file, batch):
         distiller(batch[0], without_labels(FOUND[:1]))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "part"),
+    [
+        ([1, 2], "must be a dict with the tensors 'boxes' and 'probabilities'"),
+        ({"boxes": torch.zeros(1, 4)}, "must be a dict with the tensors"),
+        ({"boxes": [[0, 0, 1, 1]], "probabilities": torch.zeros(1, 3)}, "must be a dict with the tensors"),
+        ({"boxes": torch.tensor([[0, torch.nan, 1, 1]]), "probabilities": torch.zeros(1, 3)}, r"box 0 is \[0.0, nan,"),
+        ({"boxes": torch.tensor([[5.0, 0, 1, 1]]), "probabilities": torch.zeros(1, 3)}, r"box 0 is \[5.0, 0.0, 1.0"),
+        ({"boxes": torch.zeros(1, 4), "probabilities": torch.tensor([[0, 50.0, 0]])}, "of box 0 have 50.0; they must"),
+        ({"boxes": torch.zeros(1, 4), "probabilities": torch.full((1, 3), torch.nan)}, "of box 0 have nan"),
+    ],
+)
+def test_detections_that_are_none_are_told(file, batch, wrong, part):
+    distiller = Distiller(file, tiny_gfl(seed=2), [Told()])
+    with pytest.raises(KDError, match=f"target 1: recorded .*{part}"):
+        distiller(batch[0], with_found(batch[1], [FOUND[0], wrong]))
+
+
+def test_a_target_without_detections_is_named(file, batch):
+    with pytest.raises(KDError, match="target 1 has no 'recorded', and further targets of the batch do"):
+        Distiller(file, tiny_gfl(seed=2), [Told()])(batch[0], [*with_found(batch[1])[:1], batch[1][1]])
+
+
 @pytest.mark.parametrize("method", [PKD, CrossKD, Mimic])
 def test_methods_that_compare_networks_are_refused_and_what_works_is_said(file, method):
     with pytest.raises(IncompatibleError, match=r"which the teacher \(d.json\) does not show. Use ObjectKD.*pseudo"):
         Distiller(file, tiny_gfl(seed=2), [method()])
 
 
+def test_only_advice_that_helps_is_given_where_classes_differ(file):
+    student = tiny_gfl(seed=2, num_classes=5)
+    with pytest.raises(IncompatibleError, match=r"has 5 classes, the teacher 3. Say which .* NAMES\)\)\. Methods that"):
+        Distiller(file, student, [ObjectKD()])
+    with pytest.raises(IncompatibleError, match="quer") as error:  # no class map would help it
+        Distiller(file, student, [KDDETR()])
+    assert "class_map" not in str(error.value)
+
+
+def test_it_sees_no_images_so_their_size_cannot_be_chosen(file):
+    with pytest.raises(KDError, match=r"d.json is a file of detections and sees no images: leave teacher_scale out"):
+        Distiller(file, tiny_gfl(seed=2), [Told()], teacher_scale=0.5)
+
+
+@pytest.mark.parametrize("weights", [{}, {"distribution_weight": 0}])  # a file has no distributions
+def test_a_method_with_nothing_to_compare_is_told(file, batch, weights):
+    distiller = Distiller(file, tiny_gfl(seed=2), [ObjectKD(cls_weight=0, box_weight=0, **weights)])
+    for targets in (with_found(batch[1]), without_labels()):
+        with pytest.raises(
+            KDError, match=r"ObjectKD has nothing to compare .*\(cls, box, distribution\) have the weight"
+        ):
+            distiller(batch[0], targets)
+
+
 def test_it_cannot_be_a_student(file):
-    with pytest.raises(KDError, match=r"d.json can only teach, because it shows predictions alone: name a detector"):
+    with pytest.raises(
+        KDError, match=r"d.json can only teach, because it shows nothing but predictions: name a detector"
+    ):
         Distiller(None, file)
 
 
@@ -180,5 +228,9 @@ def test_it_is_opened_as_it_is(tmp_path, file):
         open_detector(file.path, categories=NAMES, num_classes=4)
     with pytest.raises(KDError, match="which can only teach, as it is: name a detector to train"):
         open_detector(file.path, class_names=["red", "green", "blue"])
+    with pytest.raises(
+        KDError, match=r"d.json is a file of detections .*, which holds no weights: name it in the place"
+    ):
+        open_detector("kdtoolkit/GFL", num_classes=3, weights=file.path)
     with pytest.raises(KDError, match="which has no weights and no arguments: leave them out"):
         open_detector(file.path, categories=NAMES, weights="pretrained")

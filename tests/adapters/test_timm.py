@@ -114,7 +114,7 @@ def test_methods_of_heads_are_refused(models, method):
 
 def test_it_is_no_student_and_no_detector(models):
     model = models[DINOV3]
-    with pytest.raises(KDError, match="can only teach, because it shows features alone"):
+    with pytest.raises(KDError, match="can only teach, because it shows nothing but features"):
         Distiller(tiny_gfl(seed=1), model, [Cosine()])
     adapter = adapt(model)
     with torch.no_grad():

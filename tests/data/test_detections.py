@@ -72,16 +72,28 @@ def test_the_digest_is_of_the_content(tmp_path):
         ('{"a": 1}', ["holds no list of detections", '"bbox": [x, y, width, height]']),
         ("3", ["holds no list of detections"]),
         ([], ["has no detections: run the detector"]),
-        ([entry(), 5], ["d.json: [1]: must be an object such as", "not 5"]),
-        ([entry(None)], ["[0]: image_id must be the id of an image, or its file name, not None"]),
-        ([entry(file_name=3)], ["[0] (image 3): file_name must be text, not 3"]),
-        ([entry(7.5)], ["[0] (image 7.5): image_id must be"]),
-        ([entry(class_id=4)], ["[0] (image 7): no class has the category_id 4, only 3, 8", "`categories`"]),
+        ([entry(), 5], ["d.json: detection 1 (counted from 0): must be an object such as", "not 5"]),
+        (
+            [entry(None)],
+            ["detection 0 (counted from 0): image_id must be the id of an image, or its file name, not None"],
+        ),
+        ([entry(file_name=3)], ["detection 0 (counted from 0), image 3: file_name must be text, not 3"]),
+        ([entry(7.5)], ["detection 0 (counted from 0), image 7.5: image_id must be"]),
+        (
+            [entry(class_id=4)],
+            ["detection 0 (counted from 0), image 7: no class has the category_id 4, only 3, 8", "`categories`"],
+        ),
         ([entry(class_id="ball")], ["no class has the category_id 'ball', only 3, 8"]),
-        ([entry(box=(1, 2, 3))], ["[0] (image 7): bbox must be four finite numbers", "not [1, 2, 3]"]),
+        (
+            [entry(box=(1, 2, 3))],
+            ["detection 0 (counted from 0), image 7: bbox must be four finite numbers", "not [1, 2, 3]"],
+        ),
         ([entry(box=(1, 2, float("nan"), 3))], ["bbox must be four finite numbers"]),
         ([entry(box=(30, 20, -10, 5))], ["its width and height must not be negative", "[x, y, width, height]"]),
-        ([entry(), entry(score=1.5)], ["[1] (image 7): score must be a number from 0 to 1, not 1.5"]),
+        (
+            [entry(), entry(score=1.5)],
+            ["detection 1 (counted from 0), image 7: score must be a number from 0 to 1, not 1.5"],
+        ),
         ([entry(score=None)], ["score must be a number from 0 to 1, not None"]),
         ([entry(score=True)], ["score must be a number from 0 to 1, not True"]),
         ([entry(score=float("nan"))], ["score must be a number from 0 to 1, not nan"]),
@@ -91,14 +103,17 @@ def test_the_digest_is_of_the_content(tmp_path):
         ([entry(box=(0.1, 0.2, 0.3, 0.4))], ["all boxes lie within 0..1", "multiply them by the image's width"]),
         (
             [entry(class_id=1, category="a"), entry(class_id=1, category="b")],
-            ["[1]: the category_id 1 is 'b' here and 'a' in an earlier entry"],
+            ["detection 1 (counted from 0): the category_id 1 is 'b' here and 'a' in an earlier entry"],
         ),
         ({"annotations": [entry()], "images": 3}, ["`images` must be a list, not 3"]),
         ({"annotations": [entry()], "images": [{"id": 7}]}, ["images[0] must be an object with an integer id and a"]),
         ({"annotations": [entry()], "images": [{"id": 7, "file_name": "a"}] * 2}, ["images[1]: the id 7 is there"]),
         ({"annotations": [entry()], "images": [{"id": 1, "file_name": "a"}]}, ["no image under `images` has the id 7"]),
         ({"annotations": [entry()], "categories": [{"id": 3}]}, ["categories[0] must be an object with"]),
-        ({"annotations": [entry()], "categories": [{"id": 8, "name": "cube"}]}, ["annotations[0] (image 7): no class"]),
+        (
+            {"annotations": [entry()], "categories": [{"id": 8, "name": "cube"}]},
+            ["detection 0 (counted from 0), image 7: no class"],
+        ),
     ],
 )
 def test_a_bad_file_is_one_sentence_that_names_the_entry(tmp_path, content, parts):
@@ -112,7 +127,7 @@ def test_a_bad_file_is_one_sentence_that_names_the_entry(tmp_path, content, part
 
 
 def test_classes_that_nobody_names_are_asked_for(tmp_path):
-    with pytest.raises(KDError, match=r'does not say which classes its category ids are.*"categories"'):
+    with pytest.raises(KDError, match=r'its category ids are. Name data in COCO.*--classes-as-in.*"categories"'):
         read(tmp_path, [entry()], None)
 
 

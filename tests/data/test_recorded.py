@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from kdtoolkit import KDError
-from kdtoolkit.data import Augmentation, InputSize, batches, open_dataset, open_images
+from kdtoolkit.data import Augmentation, InputSize, ProceduralShapes, batches, open_dataset, open_images
 from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.data.detections import read_detections
 from kdtoolkit.data.recorded import attach, check_images, found_on_files, why_not_seen
@@ -153,14 +153,28 @@ def test_each_image_of_a_file_must_be_in_the_data_once(tmp_path, data):
         opened.append(True)
         return {"test": data.subset(1, 0)}
 
-    check_images(read(tmp_path, [entry(), entry(9)], data), {"train": data}, others)
+    assert check_images(read(tmp_path, [entry(), entry(9)], data), {"train": data}, others) == ()
     assert not opened
     with pytest.raises(
         KDError, match=r"d.json: detection 1 \(counted from 0\) is on the image 99, and the data has no"
     ):
         check_images(read(tmp_path, [entry(), entry(99)], data), {"train": data}, dict)
+    both = {"train": data, "val": open_dataset(write_coco(tmp_path / "more"), "train")}
     with pytest.raises(KDError, match=r"detection 0 .* is on the image 7, and there is one in train and in val: give"):
-        check_images(read(tmp_path, [entry(), entry(9)], data), {"train": data, "val": data}, others)
+        check_images(read(tmp_path, [entry(), entry(9)], data), both, others)
+
+
+def test_the_same_image_may_be_in_several_parts(tmp_path, data):
+    file = read(tmp_path, [entry(), entry("9.png")], data)
+    files = [tmp_path / "data" / "images" / "9.png"]
+    assert check_images(file, {"train": data, "photos": files}, dict) == ()
+
+
+def test_a_file_may_be_of_more_images_than_the_data(tmp_path, data):
+    file = read(tmp_path, [entry(), entry("a.png"), entry("b.png")], data)
+    (note,) = check_images(file, {"train": data}, dict)
+    assert "does not have 2 of the 3 images of" in note
+    assert "d.json, such as 'a.png'" in note
 
 
 def test_a_file_of_different_images_is_refused(tmp_path, data):
@@ -185,11 +199,28 @@ def test_boxes_in_different_pixels_are_refused(tmp_path, data):
         attach(data, read(tmp_path, entries, data))
 
 
+def test_boxes_in_pixels_of_a_smaller_image_are_refused(tmp_path):
+    data = ProceduralShapes(12, image_size=64, seed=0)
+    objects = data.coco()["annotations"]
+    assert len(objects) >= 20
+    found = [entry(a["image_id"], a["category_id"], [0.25 * side for side in a["bbox"]]) for a in objects]
+    with pytest.raises(
+        KDError, match=rf"only \d of the {len(objects)} labelled objects of .* have a detection on them"
+    ):
+        attach(data, read(tmp_path, found, data))
+    right = [entry(a["image_id"], a["category_id"], a["bbox"]) for a in objects[:4]]
+    attach(data, read(tmp_path, found + right, data))
+    unknown = [each | {"category_id": 0, "category": "ship"} for each in found]  # nobody expects them on the objects
+    attach(data, read(tmp_path, unknown, data))
+
+
 def test_image_files_alone_have_detections_too(tmp_path, data):
     paths = [tmp_path / "data" / "images" / name for name in ("7.png", "9.png")]
     file = read(tmp_path, [entry("9.png"), entry("other.png"), entry("images/7.png")], data)
-    rows, places = found_on_files(file, paths, "photos")
+    rows, places = found_on_files(file, dict.fromkeys(paths, (40, 30)), "photos")
     assert (rows.tolist(), places.tolist()) == ([0, 2], [1, 0])
     with pytest.raises(KDError, match="has no detection on 1 of the 1 images of photos"):
-        found_on_files(file, [tmp_path / "none.png"], "photos")
+        found_on_files(file, {tmp_path / "none.png": (40, 30)}, "photos")
+    with pytest.raises(KDError, match=r"2 of 2 boxes reach far beyond their images of photos\. .*on an image of 10x8"):
+        found_on_files(file, dict.fromkeys(paths, (10, 8)), "photos")
     assert np.issubdtype(rows.dtype, np.integer)

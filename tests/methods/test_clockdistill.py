@@ -117,6 +117,7 @@ def test_terms_at_the_objects_equal_a_loop(softmax):
     student, teacher = (layers(seed, queries=2, softmax=softmax) for seed in (1, 2))
     exchange = Exchange(asked_at([], student), asked_at([], teacher))
     terms = method(**QUERY, cls_weight=3, box_weight=4, giou_weight=7)(exchange)
+    assert terms.pop("left_out") == 0
     assert list(terms) == ["cls", "box", "giou"]
     for value, weight, naive in zip(terms.values(), (3, 4, 7), naive_queries(student, teacher, (2, 1)), strict=True):
         assert value.item() == pytest.approx(weight * naive, rel=1e-5)
@@ -151,6 +152,11 @@ def test_each_image_gets_as_many_queries_as_were_asked_for():
     assert labels.tolist() == [[CLASSES] * 2] * 2
     with pytest.raises(KDError, match=r"CLoCKDistill\(queries=0\)"):
         CLoCKDistill(queries=0)
+
+
+def test_objects_without_a_query_are_counted():
+    exchange = Exchange(*(asked_at([], layers(seed, queries=1)) for seed in (1, 2)))
+    assert method(**{**QUERY, "queries": 1})(exchange)["left_out"] == 1
 
 
 def test_a_batch_without_objects_has_no_loss():

@@ -9,6 +9,7 @@ import kdtoolkit
 from kdtoolkit.errors import KDError
 from kdtoolkit.inspect import inspect_detector, print_inspection, print_pair
 from kdtoolkit.libraries import adapt
+from kdtoolkit.models import open_detector
 from kdtoolkit.workflow.auto import choose, teacher_scale
 from tests._foundation import CONVNEXT, DINOV2, DINOV3, foundation, write_weights
 from tests.conftest import tiny_gfl
@@ -46,9 +47,9 @@ def test_the_plan_fits_the_teacher_and_the_report_says_that_it_has_no_ap(shapes,
         ({"method": "CrossKD"}, r"CrossKD cannot distil .*`--method auto` would take Cosine"),
         ({"teacher_scale": 0.3}, "teacher_scale is 0.3: it must be 1, 0.5 or 0.25"),
         ({"class_map": {"disc": "ball"}}, "shows features alone and has no classes: leave class_map out"),
-        ({"teacher_weights": "none"}, "has random weights"),
+        ({"teacher_weights": "none"}, "has random weights, so it cannot teach: leave teacher_weights out"),
         ({"init": "teacher"}, "has no neck and head to start from: leave init out"),
-        ({"student": DINOV3}, "can only teach, because it shows features alone"),
+        ({"student": DINOV3}, "can only teach, because it shows nothing but features"),
     ],
 )
 def test_wrong_uses_are_one_sentence(shapes, weights, tmp_path, changes, message):
@@ -63,6 +64,11 @@ def test_it_cannot_be_trained_or_measured(shapes, weights, tmp_path):
         kdtoolkit.train(DINOV3, shapes, weights=str(weights), out=tmp_path / "run", steps=1, batch_size=2, quiet=True)
     with pytest.raises(KDError, match="features alone"):
         kdtoolkit.evaluate(DINOV3, shapes, weights=str(weights))
+
+
+def test_without_weights_it_needs_no_number_of_classes():
+    found = open_detector(DINOV3)
+    assert (found.class_names, found.trained) == (None, False)
 
 
 def specs(name):

@@ -65,9 +65,9 @@ def test_detections_of_further_splits_are_left_out(tmp_path, data):
             [entry(1, 1, XYWH), entry(2, 2, XYWH), entry(4, 3, XYWH)],
             r"detection 2 \(counted from 0\) is on the image 4, and the data has no such",
         ),
-        ([entry("x.png", 1)], r"has no such image"),
+        ([entry("x.png", 1)], r"has no detection on 3 of the 3 images of .*val.json, such as .*val1.png"),
         (entries(0.9)[:1], r"has no detection on 2 of the 3 images of .*val.json, such as .*val2.png"),
-        (entries(0.9, 8, 0.7), r"\[1\] \(image 2\): score must be a number from 0 to 1, not 8"),
+        (entries(0.9, 8, 0.7), r"detection 1 \(counted from 0\), image 2: score must be a number from 0 to 1, not 8"),
         ([entry(1, 9)], r"no class has the category_id 9, only 1, 2, 3"),
     ],
 )
@@ -84,15 +84,42 @@ def test_labels_are_made_of_the_detections_on_images_without_labels(tmp_path, da
     more = [
         entry("a.png", 1, XYWH, 0.95),
         entry("a.png", 2, XYWH, 0.1),
-        entry("sub/b.png", 3, (60, 50, 60, 20), 0.75),
+        entry("sub/b.png", 3, (60, 50, 48, 20), 0.75),
     ]
     path = write(tmp_path / "d.json", entries(0.9, 0.8, 0.7) + more)
     found = kdtoolkit.pseudo_label(path, photos, data, out=tmp_path / "out")
     assert found.boxes == {"red": 1, "green": 0, "blue": 1}
+    scored = kdtoolkit.evaluate(path, data)
+    assert scored.scores.ap == pytest.approx(100)
+    assert "the data does not have 2 of the 5 images of" in scored.notes[0]
     labelled = open_dataset(tmp_path / "out", "train")
     assert [labelled[i][1]["boxes"].tolist() for i in range(2)] == [[[*BOX]], [[60, 50, 100, 70]]]
     with pytest.raises(KDError, match=r"has no detection on 2 of the 2 images of .*photos"):
         kdtoolkit.pseudo_label(write(path, entries(0.9, 0.8, 0.7)), photos, data, out=tmp_path / "new")
+
+
+def test_boxes_that_lie_beyond_photos_are_refused(tmp_path, data):
+    picture(tmp_path / "photos" / "a.png")
+    path = write(tmp_path / "d.json", [*entries(0.9, 0.8, 0.7), entry("a.png", 1, (120, 100, 40, 40))])
+    with pytest.raises(
+        KDError, match=r"1 of 1 boxes reach far beyond their images of .*photos\. .*on an image of 100x80"
+    ):
+        kdtoolkit.pseudo_label(path, tmp_path / "photos", data, out=tmp_path / "out")
+
+
+def test_a_photo_named_as_a_labelled_image_is_refused(tmp_path, data):
+    """The file has detections of val's images alone, and they are no labels of photos that have the same names."""
+    for number in (1, 2, 3):
+        picture(tmp_path / "photos" / f"val{number}.png")
+    found = [entry(f"val{number}.png", number, XYWH) for number in (1, 2, 3)]
+    path = write(tmp_path / "d.json", found)
+    with pytest.raises(KDError, match=r"detection 0 .* is on the image 'val1.png', and there is one in val and in the"):
+        kdtoolkit.pseudo_label(path, tmp_path / "photos", data, out=tmp_path / "out")
+    found += [entry(f"photos/val{number}.png", number, XYWH) for number in (1, 2, 3)]
+    for each in found[:3]:
+        each["image_id"] = f"images/{each['image_id']}"
+    made = kdtoolkit.pseudo_label(write(path, found), tmp_path / "photos", data, out=tmp_path / "out")
+    assert made.boxes == {"red": 1, "green": 1, "blue": 1}
 
 
 def test_detections_can_be_drawn(tmp_path, data):
