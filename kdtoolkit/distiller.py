@@ -232,6 +232,12 @@ class Distiller(nn.Module):
                     metrics |= {key: torch.full((), x, device=device) for key, x in method.held.metrics.items()}
                 losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
                 losses.metrics.update({f"{name}/{metric}": value for metric, value in metrics.items()})
+        if not losses:  # then there are no labels either
+            names = ", ".join(type(method).__name__ for method in methods)
+            raise KDError(
+                f"there is nothing to learn from images without labels: the terms of {names} have the weight 0, or do "
+                "not exist for these two detectors. Raise a weight, or leave the images out"
+            )
         if processes.count() > 1:
             name = next(iter(losses))
             losses[name] = processes.reach(losses[name], [p for p in self.parameters() if p.requires_grad])
@@ -478,10 +484,7 @@ def _checked(methods: Sequence[Method]) -> list[Method]:
 
 
 def _checked_terms(method: Method, found: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The terms and metrics that a method's forward returned.
-
-    Raises TypeError that says how it breaks the contract, and KDError if all of its terms are left out.
-    """
+    """The terms and metrics that a method's forward returned. Raises TypeError that says how it breaks the contract."""
     name = type(method).__name__
     if not isinstance(found, dict):
         raise TypeError(f"{name}.forward must return a dict of loss terms; it returned a {type(found).__name__}")
@@ -500,11 +503,6 @@ def _checked_terms(method: Method, found: object) -> tuple[dict[str, Tensor], di
             terms[term] = value
         else:
             metrics[term] = value.detach()
-    if method.terms and not terms:
-        raise KDError(
-            f"{name} has nothing to compare between these two detectors, because its terms ({', '.join(method.terms)}) "
-            "have the weight 0, or do not exist for them: raise a weight, or leave the method out"
-        )
     return terms, metrics
 
 
