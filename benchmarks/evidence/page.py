@@ -59,6 +59,9 @@ NOT_SHOWN = """\
   help here may help with weights that fit.
 - **One claim of many.** Each interval is a separate test. Of twenty intervals one is expected to miss the true
   difference by chance.
+- **A student with all labels.** The teacher has about four times the labels of the student. So part of a gain is what
+  the teacher knows from photos whose labels the student never sees. Where the student has them too, gains may be
+  smaller.
 - **One teacher a set.** All rows of a set have the same teacher, of one seed. A better or worse teacher may change
   the order of the methods.
 """
