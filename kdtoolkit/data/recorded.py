@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -89,8 +90,10 @@ class WithDetections(DetectionDataset):
         return digest(self._inner.fingerprint(), self.file.digest)
 
     def in_memory(self) -> DetectionDataset:
-        """The data set with its images kept in memory."""
-        return WithDetections(self._inner.in_memory(), self.file)
+        """The data set with its images kept in memory. Detections are not looked up anew."""
+        kept = copy.copy(self)
+        kept._inner = self._inner.in_memory()
+        return kept
 
 
 def attach(dataset: DetectionDataset, file: DetectionFile) -> DetectionDataset:
@@ -110,11 +113,7 @@ def found_on(file: DetectionFile, dataset: DetectionDataset) -> tuple[NDArray[np
     Raises KDError if most images have no detection, if a name in the file fits several images, if many boxes do not fit
     their images, or if hardly a labelled object has a detection on it.
     """
-    names = _Names.of(dataset)
-    rows, places = _on(file, names)
-    if reason := _why_not_seen(file, str(dataset), names, places):
-        raise KDError(reason)
-    _check_boxes(file, rows, _sizes(dataset)[places], str(dataset))
+    rows, places = _checked(file, _Names.of(dataset), _sizes(dataset), str(dataset))
     _check_objects(file, rows, places, dataset)
     return rows, places
 
@@ -126,12 +125,7 @@ def found_on_files(
 
     `sizes`: (width, height) of each image. `title`: what errors call the images. Raises the errors of `found_on`.
     """
-    names = _Names.of(list(sizes))
-    rows, places = _on(file, names)
-    if reason := _why_not_seen(file, title, names, places):
-        raise KDError(reason)
-    _check_boxes(file, rows, np.array(list(sizes.values()), np.float64).reshape(-1, 2)[places], title)
-    return rows, places
+    return _checked(file, _Names.of(list(sizes)), np.array(list(sizes.values()), np.float64).reshape(-1, 2), title)
 
 
 def why_not_seen(file: DetectionFile, dataset: DetectionDataset) -> str | None:
@@ -238,6 +232,17 @@ class _Names:
             for place, (*own, name) in self._by_stem.get(_stem(last), [])
             if last in (name, _stem(name)) and own[len(own) - count :] == folders
         ]
+
+
+def _checked(
+    file: DetectionFile, names: _Names, sizes: NDArray[np.float64], title: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What `_on` returns. Raises KDError if most images have no detection, or if many boxes do not fit their images."""
+    rows, places = _on(file, names)
+    if reason := _why_not_seen(file, title, names, places):
+        raise KDError(reason)
+    _check_boxes(file, rows, sizes[places], title)
+    return rows, places
 
 
 def _on(file: DetectionFile, names: _Names) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
