@@ -113,7 +113,7 @@ def run(
         any_version=any_version,
     )
     print_board(build_board(root), console)
-    place = f"board: {root}/leaderboard.html (also .md, .csv, .json)"
+    place = f"board: {root}/leaderboard.html (also .md, .csv, .json, .tex)"
     console.print(place, highlight=False, markup=False, soft_wrap=True)
     if outcome.interrupted:
         console.print("interrupted: what is finished is kept; the same command goes on from there", style="bold yellow")
@@ -125,24 +125,36 @@ def run(
         raise typer.Exit(1)
 
 
-@app.command("report", epilog=examples("kd benchmark report runs/quick"))
+@app.command(
+    "report", epilog=examples("kd benchmark report runs/quick", "kd benchmark report runs/a runs/b --out runs/both")
+)
 def report(
-    run_dir: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="A folder that `kd benchmark run` has made.")
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", exists=True, file_okay=False, help="Folders of `kd benchmark run`."),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, metavar="FOLDER", help="Where the report goes. Default: the folder of the run."),
+    ] = None,
 ) -> None:
-    """Print the leaderboard again, from stored results.
+    """Print and write the leaderboard again, from stored results.
 
-    Its files in RUN_DIR are written again too.
+    Several runs become one report: a part for each, and a ranking over all of them. It needs --out.
     """
     from rich.console import Console
 
-    from kdtoolkit.benchmark.board import build_board
-    from kdtoolkit.benchmark.report import print_board, write_board
+    from kdtoolkit.benchmark.report import View, print_board, write_report
+    from kdtoolkit.errors import KDError
 
-    board = build_board(run_dir)
-    write_board(board, run_dir)
-    print_board(board, Console())
+    if len(runs) > 1 and out is None:
+        raise KDError("a report of several runs needs a folder of its own: add --out FOLDER")
+    console = Console()
+    views = [View.of(run) for run in runs]
+    for view in views:
+        print_board(view.board, console)
+    page = write_report(views, out or runs[0])
+    console.print(f"report: {page} (also .md, .csv, .json, .tex)", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("suites")
