@@ -17,6 +17,7 @@ from rich.text import Text
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.datasets import DataSets, load_data
+from kdtoolkit.benchmark.detections_file import detections_path, keep_ground_truth
 from kdtoolkit.benchmark.display import Display
 from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.plan import Plan, check_methods
@@ -31,6 +32,7 @@ from kdtoolkit.benchmark.store import (
     read_result,
     set_aside,
     write_atomic,
+    write_result,
 )
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, Suite
 from kdtoolkit.benchmark.workers import Ended, Workers
@@ -117,6 +119,7 @@ def run_suite(
         for notice in sets.notices:
             display.line(f"note: {notice}", "yellow")
         write_atomic(store.suite_path, suite.to_yaml().encode())
+        keep_ground_truth(store.ground_truth_path, sets.val)
         stale = (list(only) or [TEACHER, BASELINE, EQUAL_TIME, TWICE, *suite.entries]) if fresh else []
         return _Run(plan, sets, display, jobs, rows, stale, long_baselines, end).run()
 
@@ -352,8 +355,13 @@ class _Run:
         return task.result.with_suffix(".error")
 
     def _keep_teacher(self) -> None:
-        """Copy the teacher's result into the run's folder, so that the folder can be read alone."""
-        write_atomic(self.plan.store.teacher_copy, self._teacher_result().model_dump_json(indent=1).encode())
+        """Copy the teacher's result and detections into the run's folder, so that the folder can be read alone."""
+        copy, found = self.plan.store.teacher_copy, detections_path(self.plan.teacher_task().result)
+        if found.exists():
+            write_atomic(detections_path(copy), found.read_bytes())
+        else:
+            discard(detections_path(copy))  # those of an earlier teacher
+        write_result(copy, self._teacher_result())
 
     def _teacher_result(self) -> CellResult:
         result = read_result(self.plan.teacher_task().result)

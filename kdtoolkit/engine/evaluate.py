@@ -60,6 +60,7 @@ def evaluate(
     like: DetectorAdapter | None = None,
     together: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    keep: Callable[[Found], None] | None = None,
 ) -> Evaluation:
     """Run a detector on all images and score it against the ground truth at original sizes.
 
@@ -81,6 +82,8 @@ def evaluate(
         together: in a run of several processes, each process evaluates a part of the images, and all get the whole
             result. Then every process must call `evaluate`.
         progress: called with the number of images done and the number of all images.
+        keep: called with the detections that are scored. Their classes are places in the data set's list of categories,
+            with `class_map` too.
 
     Raises KDError before anything runs if the model's adapter refuses it, if its number of classes differs from the
     data set's, or if it lies on another device. Raises KDError later if a detection is not finite, or has a label that
@@ -95,7 +98,14 @@ def evaluate(
     if class_map is None:
         runner = replace(runner, num_classes=len(truth["categories"]))
     found = find(runner, dataset, batch_size=batch_size, input_size=input_size, together=together, progress=progress)
-    return _score(truth, found) if class_map is None else _score(*of_shared_classes(truth, found, class_map))
+    if class_map is None:
+        if keep is not None:
+            keep(found)
+        return _score(truth, found)
+    truth, found = of_shared_classes(truth, found, class_map)
+    if keep is not None:
+        keep(replace(found, classes=np.array(sorted(class_map.student), np.int64)[found.classes]))
+    return _score(truth, found)
 
 
 def find(
