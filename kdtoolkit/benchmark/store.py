@@ -17,6 +17,8 @@ from torch import nn
 
 from kdtoolkit import files
 from kdtoolkit.benchmark.suite import TEACHER
+from kdtoolkit.engine.breakdown import Breakdown
+from kdtoolkit.engine.inference_cost import InferenceCost
 from kdtoolkit.errors import KDError
 from kdtoolkit.lock import hold
 from kdtoolkit.words import counted
@@ -46,8 +48,9 @@ class CellResult(BaseModel):
     `format`: the version of this record. `suite`: the name of the suite that ran it. `settings`: all that repeats it:
     `detector`, `methods`, `data`, `seed`, `steps`, and `teacher` if it had one. `fingerprints`: digests of the content
     of `train_data` and `val_data`, of `unlabelled` images and of the teacher's weights (`teacher`) if it had them.
-    `evaluations`: AP in percent at some steps of the training, where the suite asks for it. All of these are empty in
-    results of earlier versions, but for the fingerprints of data, which their key holds.
+    `evaluations`: AP in percent at some steps of the training, where the suite asks for it. `breakdown`: where the AP
+    comes from. `inference`: what one image costs the trained detector. All of these are empty in results of earlier
+    versions, but for the fingerprints of data, which their key holds.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -80,6 +83,8 @@ class CellResult(BaseModel):
     settings: dict[str, Any] = {}
     fingerprints: dict[str, str] = {}
     evaluations: list[dict[str, float | None]] = []
+    breakdown: Breakdown | None = None
+    inference: InferenceCost | None = None
 
     @model_validator(mode="before")
     @classmethod
