@@ -44,7 +44,7 @@ class Plan:
     """The tasks of one run of a suite.
 
     `store`: the folder of the run. `device`: `cpu` or `cuda`. `threads`: how many threads each cell uses.
-    `any_version`: whether results of different source code, libraries and hardware are kept. `seeds`: how many of the
+    `any_version`: whether results of different source code, libraries and hardware are kept. `seeds`: which of the
     suite's seeds to run; None means all.
     """
 
@@ -57,14 +57,14 @@ class Plan:
         device: str,
         threads: int,
         any_version: bool = False,
-        seeds: int | None = None,
+        seeds: range | None = None,
     ) -> None:
         self.suite = suite
         self.store = store
         self.device = device
         self.threads = threads
         self.any_version = any_version
-        self.seeds = suite.seeds if seeds is None else min(seeds, suite.seeds)
+        self.seeds = range(suite.seeds) if seeds is None else range(seeds.start, min(seeds.stop, suite.seeds))
         self._teacher_section = _for_device(suite.teacher, device)
         self._student_section = _for_device(suite.student, device)
         self._data = Fingerprints(
@@ -199,9 +199,9 @@ class Plan:
         return found is None or done(self.cells([EQUAL_TIME], found[1]))
 
     def cells(self, rows: Iterable[str], stretch: float = 1.0) -> list[Task]:
-        """The tasks of these rows: all of seed 0, then all of seed 1, and so on. Rows can then be compared early."""
+        """The tasks of these rows: all of the first seed, then all of the next. Rows can then be compared early."""
         names = list(rows)
-        return [self.cell(row, seed, stretch) for seed in range(self.seeds) for row in names]
+        return [self.cell(row, seed, stretch) for seed in self.seeds for row in names]
 
     def twice(self) -> list[Task]:
         """The tasks of the baseline with twice the steps; empty if the suite does not ask for it."""

@@ -65,7 +65,7 @@ def run_suite(
     only: Sequence[str] = (),
     fresh: bool = False,
     any_version: bool = False,
-    seeds: int | None = None,
+    seeds: range | None = None,
     long_baselines: bool = True,
     seconds: float | None = None,
 ) -> Outcome:
@@ -81,7 +81,7 @@ def run_suite(
         fresh: run finished cells again: those of `only`, or all rows and the teacher if `only` is empty.
         any_version: keep finished cells with the same settings, even if the source code of kdtoolkit, the versions of
             libraries or the hardware have changed since. The board lists all of them.
-        seeds: run the first so many of the suite's seeds. None: all.
+        seeds: which of the suite's seeds to run. None: all.
         long_baselines: run the baselines with longer schedules too: at equal time, and with twice the steps where the
             suite asks for it (`plateau`).
         seconds: stop after this time. Cells that are cut off go on from their last checkpoint in the next call.
@@ -179,7 +179,7 @@ class _Run:
         plan, display = self.plan, self.display
         self._tidy_teacher()
         for row in self.fresh:
-            for path in [plan.store.result_path(row, seed) for seed in range(plan.suite.seeds) if row != TEACHER]:
+            for path in [plan.store.result_path(row, seed) for seed in plan.seeds if row != TEACHER]:
                 discard(path)
                 discard_runs(path)
         for name, reason in plan.set_aside_unusable().items():
@@ -236,7 +236,9 @@ class _Run:
             plan = suite.teacher.train
             training = "evaluated only" if plan is None else f"{plan.steps} steps"
             display.line(f"teacher: {suite.teacher.model}, {training}")
-        rows, seeds = ", ".join(self.rows), counted(self.plan.seeds, "seed")
+        rows, seeds = ", ".join(self.rows), counted(len(self.plan.seeds), "seed")
+        if self.plan.seeds.start:
+            seeds += f" ({', '.join(map(str, self.plan.seeds))})"
         display.line(f"students: {seeds} each of {rows}; {suite.student.train.steps} steps")
         if suite.init is not None:
             display.line("all students start from the teacher's weights, where these fit")
