@@ -210,6 +210,7 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
     facts = {
         "data": distinct(result.data for result in done),
         "seeds": f"{suite.seeds} (rows are compared seed by seed: same first weights, same order of images)",
+        "AP": f"COCO's; in each image the best {suite.data.max_detections} detections of a class count",
         "student": training(suite.student),
         "teacher": training(suite.teacher),
         "precision": distinct(result.key_parts.get("precision", suite.student.train.precision) for result in done),

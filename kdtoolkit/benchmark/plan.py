@@ -24,6 +24,7 @@ from kdtoolkit.engine.hardware import device_name
 from kdtoolkit.engine.inputs import check_unlabelled
 from kdtoolkit.engine.mixture import unlabelled_steps
 from kdtoolkit.engine.precision import resolve_precision
+from kdtoolkit.engine.scoring import MAX_DETECTIONS
 from kdtoolkit.errors import KDError
 from kdtoolkit.inherit import inherit
 from kdtoolkit.libraries import adapt
@@ -83,7 +84,7 @@ class Plan:
         section = self._teacher_section
         data = f"{self._data.teacher_data} {self._data.val_data}"
         steps = 0 if section.train is None else section.train.steps
-        parts = self._parts(section, (), 0, steps, data, None) | self._class_map
+        parts = self._parts(section, (), 0, steps, data, None) | self._class_map | self._max_detections
         stored = self._earlier_teacher(parts) if self.any_version else None
         return Task(
             entry=TEACHER,
@@ -119,6 +120,12 @@ class Plan:
         """What the class map adds to the parts of a key."""
         return {"class_map": json.dumps(self.suite.class_map, sort_keys=True)} if self.suite.class_map else {}
 
+    @property
+    def _max_detections(self) -> dict[str, str]:
+        """What the number of detections that count adds to the parts of a key, where it is not COCO's."""
+        limit = self.suite.data.max_detections
+        return {} if limit == MAX_DETECTIONS else {"max_detections": str(limit)}
+
     def cell(self, row: str, seed: int, stretch: float = 1.0) -> Task:
         """The task of a row and seed."""
         section, methods, teacher = self._student_section, self.suite.methods(row), self.teacher_task()
@@ -137,6 +144,7 @@ class Plan:
             pictures=self.store.pictures,
             result=self.store.result_path(row, seed),
             parts=self._parts(section, methods, seed, steps, data, taught_by if has_teacher else None)
+            | self._max_detections
             | (self._class_map if has_teacher else {})
             | ({"init": init} if init is not None else {})
             | ({"unlabelled": unlabelled} if unlabelled else {}),
