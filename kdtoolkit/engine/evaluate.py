@@ -20,7 +20,7 @@ from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.engine import group
 from kdtoolkit.engine.detect import Precision, Runner
 from kdtoolkit.engine.inputs import check_dataset
-from kdtoolkit.engine.scoring import IOU_THRESHOLDS, MAX_DETECTIONS, Found, Ints, mean_precision, precisions
+from kdtoolkit.engine.scoring import IOU_THRESHOLDS, MAX_DETECTIONS, Found, Ints, by_class, mean_precision, precisions
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 
@@ -181,7 +181,6 @@ def _score(truth: dict[str, Any], found: Found, max_detections: int) -> Evaluati
     precision = precisions(truth, found, max_detections)
     thresholds = IOU_THRESHOLDS.round(2).tolist()
     all_areas, small, medium, large = range(4)
-    categories = sorted(category["id"] for category in truth["categories"])
     return Evaluation(
         ap=mean_precision(precision[..., all_areas]),
         ap50=mean_precision(precision[thresholds.index(0.5), ..., all_areas]),
@@ -189,10 +188,7 @@ def _score(truth: dict[str, Any], found: Found, max_detections: int) -> Evaluati
         ap_small=mean_precision(precision[..., small]),
         ap_medium=mean_precision(precision[..., medium]),
         ap_large=mean_precision(precision[..., large]),
-        per_class={
-            category["name"]: mean_precision(precision[:, :, categories.index(category["id"]), all_areas])
-            for category in truth["categories"]
-        },
+        per_class=by_class(truth, precision),
         images=len(truth["images"]),
         detections=len(found.scores),
         max_detections=max_detections,

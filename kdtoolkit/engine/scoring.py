@@ -77,6 +77,15 @@ def mean_precision(precision: Floats) -> float | None:
     return 100 * float(found.mean()) if found.size else None
 
 
+def by_class(truth: Mapping[str, Any], precision: Floats) -> dict[str, float | None]:
+    """AP in percent by the name of the class, from what `precisions` returns; None for a class without objects."""
+    ids = sorted(category["id"] for category in truth["categories"])
+    return {
+        category["name"]: mean_precision(precision[:, :, ids.index(category["id"]), 0])
+        for category in truth["categories"]
+    }
+
+
 def _index(document: dict[str, Any]) -> COCO:
     coco = COCO()
     coco.dataset = document
