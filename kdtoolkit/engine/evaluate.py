@@ -62,6 +62,7 @@ def evaluate(
     together: bool = False,
     max_detections: int = MAX_DETECTIONS,
     progress: Callable[[int, int], None] | None = None,
+    keep: Callable[[Found], None] | None = None,
 ) -> Evaluation:
     """Run a detector on all images and score it against the ground truth at original sizes.
 
@@ -85,6 +86,8 @@ def evaluate(
         max_detections: how many detections of an image and class count, the best first. COCO counts 100, LVIS 300. Most
             detectors give at most 100 of an image in all, unless they are built for more.
         progress: called with the number of images done and the number of all images.
+        keep: called with the detections that are scored. Their classes are places in the data set's list of categories,
+            with `class_map` too.
 
     Raises KDError before anything runs if the model's adapter refuses it, if its number of classes differs from the
     data set's, or if it lies on another device. Raises KDError later if a detection is not finite, or has a label that
@@ -101,8 +104,12 @@ def evaluate(
     if class_map is None:
         runner = replace(runner, num_classes=len(truth["categories"]))
     found = find(runner, dataset, batch_size=batch_size, input_size=input_size, together=together, progress=progress)
+    kept = found
     if class_map is not None:
         truth, found = of_shared_classes(truth, found, class_map)
+        kept = replace(found, classes=np.array(sorted(class_map.student), np.int64)[found.classes])
+    if keep is not None:
+        keep(kept)
     return _score(truth, found, max_detections)
 
 

@@ -59,7 +59,7 @@ def test_an_interrupted_cell_goes_on_within_its_training(tmp_path, monkeypatch):
     cell.run(task, told.append)
     assert not any(report.phase == "training" for report in told)  # all of it was done
     files = [{path.name: path for path in result.parent.iterdir()} for result in (whole.result, task.result)]
-    assert files[0].keys() == files[1].keys() == {"seed0.json", "seed0.pt"}
+    assert files[0].keys() == files[1].keys() == {"seed0.json", "seed0.pt", "seed0.detections.npz"}
     one, two = (torch.load(found["seed0.pt"], weights_only=True) for found in files)
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
