@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdtoolkit.benchmark import equal_time
+from kdtoolkit.benchmark.cells import read_cells
 from kdtoolkit.benchmark.comparison import Compared, compare
 from kdtoolkit.benchmark.stats import (
     Difference,
@@ -19,7 +20,7 @@ from kdtoolkit.benchmark.stats import (
     paired_difference,
     spread,
 )
-from kdtoolkit.benchmark.store import CellResult, Store, read_result
+from kdtoolkit.benchmark.store import CellResult, Store
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
 from kdtoolkit.benchmark.suite_file import load_suite
 from kdtoolkit.errors import KDError
@@ -109,8 +110,8 @@ def build_board(root: Path) -> Board:
             f"{root} is not a folder of `kd benchmark run`: it has no suite.yaml. Name a suite's folder, as runs/quick"
         )
     suite = load_suite(str(store.suite_path))
-    cells = {row: list(_cells(store, suite, row)) for row in (BASELINE, *suite.entries, EQUAL_TIME, TWICE)}
-    teacher = read_result(store.teacher_copy)
+    found = read_cells(store, suite)
+    cells, teacher = found.rows, found.teacher
     aps = {row: _aps(results) for row, results in cells.items()}
     teacher_ap = teacher.evaluation["ap"] if teacher else None
     comparison = compare(aps, teacher_ap)
@@ -124,16 +125,10 @@ def build_board(root: Path) -> Board:
         rows=tuple(rows),
         teacher=_row(suite, TEACHER, [teacher], Compared()) if teacher else None,
         claims=tuple(_claims(rows)),
-        warnings=tuple(_warnings(store, suite, cells, teacher)),
+        warnings=(*found.left_out, *_warnings(store, suite, cells, teacher)),
         pairs=comparison.pairs,
         summary=_summary(rows),
     )
-
-
-def _cells(store: Store, suite: Suite, row: str) -> Iterable[CellResult]:
-    for seed in range(suite.seeds):
-        if (result := read_result(store.result_path(row, seed))) is not None:
-            yield result
 
 
 def _aps(results: Iterable[CellResult]) -> dict[int, float]:
@@ -237,6 +232,7 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
     facts = {
         "data": distinct(result.data for result in done),
         "seeds": f"{suite.seeds} (rows are compared seed by seed: same first weights, same order of images)",
+        "AP": f"COCO's; in each image the best {suite.data.max_detections} detections of a class count",
         "student": training(suite.student),
         "teacher": training(suite.teacher),
         "precision": distinct(result.key_parts.get("precision", suite.student.train.precision) for result in done),
