@@ -275,6 +275,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             device=task.device,
             input_size=None if task.detector.train is None else task.detector.train.input_size,
             class_map=class_map if task.entry == TEACHER else None,
+            max_detections=task.data.max_detections,
             progress=evaluating,
             keep=detections.append,
         )
@@ -337,7 +338,8 @@ def _train(
 
     assert task.detector.train is not None  # a task without it has no steps
     config = task.detector.train.model_copy(update={"steps": task.steps})
-    early = Validation(sets.val, every_steps=four_fifths(task.steps)) if task.halts else None
+    every, limit = four_fifths(task.steps), task.data.max_detections
+    early = Validation(sets.val, every_steps=every, max_detections=limit) if task.halts else None
     folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
     discard_runs(task.result, but=folder.path)
     try:

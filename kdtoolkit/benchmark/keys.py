@@ -36,7 +36,6 @@ _NOT_OF_CELLS = {
     "matrix_tables.py",
     "probe_words.py",
     "probing.py",
-    "students_t.py",
     "verdicts.py",
 }
 

@@ -11,6 +11,7 @@ from torch import nn
 from kdtoolkit.benchmark.cell import Task, build_detector, shared_classes, stretched
 from kdtoolkit.benchmark.datasets import DataSets
 from kdtoolkit.benchmark.equal_time import STRETCH_SLACK, relative_costs
+from kdtoolkit.benchmark.executor import Hardware
 from kdtoolkit.benchmark.keys import cell_parts, difference, in_precision, key_of, package_digest, same_settings
 from kdtoolkit.benchmark.store import CellResult, Store, are_whole, intact_result, set_aside, usable_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
@@ -20,10 +21,9 @@ from kdtoolkit.data.opening import splits_of
 from kdtoolkit.data.recorded import attach, check_images
 from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.distiller import Distiller
-from kdtoolkit.engine.hardware import device_name
 from kdtoolkit.engine.inputs import check_unlabelled
 from kdtoolkit.engine.mixture import unlabelled_steps
-from kdtoolkit.engine.precision import resolve_precision
+from kdtoolkit.engine.scoring import MAX_DETECTIONS
 from kdtoolkit.errors import KDError
 from kdtoolkit.inherit import inherit
 from kdtoolkit.libraries import adapt
@@ -43,9 +43,9 @@ class Fingerprints:
 class Plan:
     """The tasks of one run of a suite.
 
-    `store`: the folder of the run. `device`: `cpu` or `cuda`. `threads`: how many threads each cell uses.
-    `any_version`: whether results of different source code, libraries and hardware are kept. `seeds`: which of the
-    suite's seeds to run; None means all.
+    `store`: the folder of the run. `device`: `cpu` or `cuda`. `threads`: how many threads each cell uses. `hardware`:
+    what cells are computed on, if that is not this machine. `any_version`: whether results of different source code,
+    libraries and hardware are kept. `seeds`: which of the suite's seeds to run; None means all.
     """
 
     def __init__(
@@ -56,17 +56,19 @@ class Plan:
         *,
         device: str,
         threads: int,
+        hardware: Hardware | None = None,
         any_version: bool = False,
         seeds: range | None = None,
     ) -> None:
         self.suite = suite
         self.store = store
         self.device = device
+        self.hardware = hardware or Hardware.here(device)
         self.threads = threads
         self.any_version = any_version
         self.seeds = range(suite.seeds) if seeds is None else range(seeds.start, min(seeds.stop, suite.seeds))
-        self._teacher_section = _for_device(suite.teacher, device)
-        self._student_section = _for_device(suite.student, device)
+        self._teacher_section = _on(self.hardware, suite.teacher)
+        self._student_section = _on(self.hardware, suite.student)
         self._data = Fingerprints(
             sets.teacher.fingerprint(),
             sets.student.fingerprint(),
@@ -83,7 +85,7 @@ class Plan:
         section = self._teacher_section
         data = f"{self._data.teacher_data} {self._data.val_data}"
         steps = 0 if section.train is None else section.train.steps
-        parts = self._parts(section, (), 0, steps, data, None) | self._class_map
+        parts = self._parts(section, (), 0, steps, data, None) | self._class_map | self._max_detections
         stored = self._earlier_teacher(parts) if self.any_version else None
         return Task(
             entry=TEACHER,
@@ -119,6 +121,12 @@ class Plan:
         """What the class map adds to the parts of a key."""
         return {"class_map": json.dumps(self.suite.class_map, sort_keys=True)} if self.suite.class_map else {}
 
+    @property
+    def _max_detections(self) -> dict[str, str]:
+        """What the number of detections that count adds to the parts of a key, where it is not COCO's."""
+        limit = self.suite.data.max_detections
+        return {} if limit == MAX_DETECTIONS else {"max_detections": str(limit)}
+
     def cell(self, row: str, seed: int, stretch: float = 1.0) -> Task:
         """The task of a row and seed."""
         section, methods, teacher = self._student_section, self.suite.methods(row), self.teacher_task()
@@ -137,6 +145,7 @@ class Plan:
             pictures=self.store.pictures,
             result=self.store.result_path(row, seed),
             parts=self._parts(section, methods, seed, steps, data, taught_by if has_teacher else None)
+            | self._max_detections
             | (self._class_map if has_teacher else {})
             | ({"init": init} if init is not None else {})
             | ({"unlabelled": unlabelled} if unlabelled else {}),
@@ -175,7 +184,7 @@ class Plan:
             steps=steps,
             data=data,
             teacher=teacher,
-            device=device_name(self.device),
+            device=self.hardware.device_name,
             threads=self.threads,
         )
 
@@ -315,11 +324,9 @@ def _check_recorded(teacher: nn.Module, suite: Suite, sets: DataSets) -> None:
         attach(images, teacher.file)
 
 
-def _for_device(section: DetectorSection, device: str) -> DetectorSection:
-    """The section with the precision that `auto` means on this device."""
-    if section.train is None:
-        return section
-    return in_precision(section, resolve_precision(section.train.precision, device))
+def _on(hardware: Hardware, section: DetectorSection) -> DetectorSection:
+    """The section with the precision that `auto` means on this hardware."""
+    return in_precision(section, hardware.precision) if _is_auto(section) else section
 
 
 def _is_auto(section: DetectorSection) -> bool:

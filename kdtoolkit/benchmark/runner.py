@@ -20,6 +20,7 @@ from kdtoolkit.benchmark.datasets import DataSets, load_data
 from kdtoolkit.benchmark.detections_file import detections_path, keep_ground_truth
 from kdtoolkit.benchmark.display import Display
 from kdtoolkit.benchmark.estimate import Costs
+from kdtoolkit.benchmark.executor import Ended, Executor
 from kdtoolkit.benchmark.plan import Plan, check_methods
 from kdtoolkit.benchmark.report import write_board
 from kdtoolkit.benchmark.store import (
@@ -35,8 +36,7 @@ from kdtoolkit.benchmark.store import (
     write_result,
 )
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, Suite
-from kdtoolkit.benchmark.workers import Ended, Workers
-from kdtoolkit.engine.hardware import cores, device_name, machine
+from kdtoolkit.benchmark.workers import Workers
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.words import counted, duration
@@ -62,6 +62,7 @@ def run_suite(
     console: Console,
     jobs: int | None = None,
     device: str | torch.device = "cpu",
+    executor: Executor | None = None,
     only: Sequence[str] = (),
     fresh: bool = False,
     any_version: bool = False,
@@ -77,6 +78,8 @@ def run_suite(
         console: where to show progress.
         jobs: how many cells run at the same time. None: one for each core on a CPU, 1 on a GPU.
         device: `cpu` or `cuda`.
+        executor: where cells run, such as a `RayWorkers`, which has its own device and number of cells at a time. None:
+            on this machine.
         only: the entries to run besides the baseline. Empty: all entries.
         fresh: run finished cells again: those of `only`, or all rows and the teacher if `only` is empty.
         any_version: keep finished cells with the same settings, even if the source code of kdtoolkit, the versions of
@@ -102,13 +105,19 @@ def run_suite(
         )
     end = None if seconds is None else time.monotonic() + seconds
     store = Store(root)
-    device = str(device)
-    jobs = jobs or (cores() if device == "cpu" else 1)
+    executor = executor or Workers(str(device), jobs)
     if suite.data.root is not None:
         console.print(Text(f"reading {suite.data.root}"), soft_wrap=True)  # many large files take a while
     sets = load_data(suite.data, store.pictures)
     plan = Plan(
-        suite, store, sets, device=device, threads=max(1, cores() // jobs), any_version=any_version, seeds=seeds
+        suite,
+        store,
+        sets,
+        device=executor.hardware.device,
+        threads=executor.threads,
+        hardware=executor.hardware,
+        any_version=any_version,
+        seeds=seeds,
     )
     rows = [BASELINE, *(row for row in suite.entries if not only or row in only)]
     if not fresh and plan.complete(rows, long_baselines=long_baselines):
@@ -121,7 +130,7 @@ def run_suite(
         write_atomic(store.suite_path, suite.to_yaml().encode())
         keep_ground_truth(store.ground_truth_path, sets.val)
         stale = (list(only) or [TEACHER, BASELINE, EQUAL_TIME, TWICE, *suite.entries]) if fresh else []
-        return _Run(plan, sets, display, jobs, rows, stale, long_baselines, end).run()
+        return _Run(plan, sets, display, executor, rows, stale, long_baselines, end).run()
 
 
 class _Run:
@@ -130,7 +139,7 @@ class _Run:
         plan: Plan,
         sets: DataSets,
         display: Display,
-        jobs: int,
+        executor: Executor,
         rows: list[str],
         fresh: list[str],
         long_baselines: bool,
@@ -139,12 +148,11 @@ class _Run:
         self.plan = plan
         self.sets = sets
         self.display = display
-        self.jobs = jobs
+        self.executor = executor
         self.rows = rows
         self.fresh = fresh  # rows whose results are deleted first
         self.long_baselines = long_baselines
         self.end = end  # by time.monotonic
-        self.workers = Workers()
         self.costs = Costs()
         self.outcome = Outcome()
         self.pending: list[Task] = []
@@ -155,6 +163,7 @@ class _Run:
         self.warned: set[tuple[str, str]] = set()
         self.started = time.monotonic()
         self.estimated = False
+        self.has_data = False  # whether the executor has it
 
     def run(self) -> Outcome:
         try:
@@ -169,7 +178,7 @@ class _Run:
         except _OutOfTimeError:
             self.outcome.out_of_time = True
         finally:
-            self.workers.stop()
+            self.executor.stop()
         self._write_board()
         if not self.outcome.interrupted:
             self.display.line(f"took {duration(time.monotonic() - self.started)}")
@@ -247,13 +256,8 @@ class _Run:
         if self.long_baselines and len(self.rows) > 1:
             display.line("then the baseline again, with a schedule that takes as long as the slowest method")
         threads = f"{counted(self.plan.threads, 'thread')} each"
-        where = machine() if self.plan.device == "cpu" else device_name(self.plan.device)
-        display.line(f"on {where}: {self.jobs} at a time, {threads}, {self._precision()}")
+        display.line(f"on {self.plan.hardware}: {self.executor.slots} at a time, {threads}, {self._precision()}")
         display.line(f"results: {self.plan.store.root}; after Ctrl-C, run the same command to continue")
-        if self.pending:
-            display.line(f"data: {self.sets.description}")
-            for images in (self.sets.teacher, self.sets.student, self.sets.val):
-                _ = images.in_memory()[0]  # drawn pictures and decoded photos are then there for all cells
 
     def _precision(self) -> str:
         """The precision of the cells and, if `auto` chose it, why."""
@@ -287,18 +291,22 @@ class _Run:
             )
 
     def _drain(self) -> None:
-        """Run all pending tasks in order, `jobs` at the same time. Methods wait until the teacher is trained."""
-        while self.pending or len(self.workers):
+        """Run all pending tasks in order, several at the same time. Methods wait until the teacher is trained."""
+        if self.pending and not self.has_data:
+            self.has_data = True
+            self.display.line(f"data: {self.sets.description}")
+            self.executor.begin(self.sets)
+        while self.pending or len(self.executor):
             if self.end is not None and time.monotonic() > self.end:
                 raise _OutOfTimeError
-            while len(self.workers) < self.jobs and (task := self._next()) is not None:
+            while len(self.executor) < self.executor.slots and (task := self._next()) is not None:
                 self.pending.remove(task)
                 self.running[task] = Report("starting")
                 discard(self._error_path(task))
                 self.begun[task] = time.monotonic()
-                self.workers.start(task)
+                self.executor.start(task)
                 self.display.started(task)
-            for task, event in self.workers.events(timeout=0.5):
+            for task, event in self.executor.events(timeout=0.5):
                 if isinstance(event, Ended):
                     self._end(task, event.failure)
                 else:
@@ -374,7 +382,7 @@ class _Run:
         write_board(build_board(self.plan.store.root), self.plan.store.root)
 
     def _show_overall(self) -> None:
-        left = self.costs.remaining(self.pending, self.running, self.jobs, self.later, self.rows[1:])
+        left = self.costs.remaining(self.pending, self.running, self.executor.slots, self.later, self.rows[1:])
         if left is None:
             words = "no estimate yet"
         else:

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kdtoolkit.benchmark.compare import RunPair
 from kdtoolkit.benchmark.record import cell_path, open_cell, record, settings_text, state
 from kdtoolkit.benchmark.report.columns import difference_text, spread_text
+from kdtoolkit.benchmark.run_pair import RunPair
 from kdtoolkit.benchmark.runs import Run, find_runs, names_of_hardware, open_run
 from kdtoolkit.benchmark.stats import Difference
 from kdtoolkit.benchmark.suite import TEACHER

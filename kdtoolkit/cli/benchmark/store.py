@@ -53,8 +53,8 @@ def compare(first: RunFolder, second: RunFolder) -> None:
     """
     from rich.console import Console
 
-    from kdtoolkit.benchmark.compare import compare_runs
     from kdtoolkit.benchmark.report.store import print_comparison
+    from kdtoolkit.benchmark.run_pair import compare_runs
 
     print_comparison(compare_runs(first, second), Console())
 
