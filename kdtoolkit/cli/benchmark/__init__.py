@@ -27,8 +27,7 @@ app.command(
     ),
 )(run)
 app.command(
-    "report",
-    epilog=examples("kd benchmark report runs/quick", "kd benchmark report runs/a runs/b --out runs/both"),
+    "report", epilog=examples("kd benchmark report runs/quick", "kd benchmark report runs/a runs/b --out runs/both")
 )(report)
 app.command("suites")(suites)
 app.command("list", epilog=examples("kd benchmark list", "kd benchmark list ../results"))(list_runs)
