@@ -149,12 +149,14 @@ class Report:
 class Failure:
     """Why a cell failed.
 
-    `details`: the traceback, if the error was unexpected. `fatal`: every other cell would fail too.
+    `details`: the traceback, if the error was unexpected. `fatal`: every other cell would fail too. `died`: its process
+    ended without an error, as when it is killed.
     """
 
     message: str
     details: str = ""
     fatal: bool = False
+    died: bool = False
 
 
 def stretched(steps: int, stretch: float) -> int:
