@@ -33,7 +33,6 @@ _NOT_OF_CELLS = {
     "matrix.py",
     "matrix_tables.py",
     "probe_words.py",
-    "probing.py",
     "students_t.py",
     "verdicts.py",
 }

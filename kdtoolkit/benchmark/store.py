@@ -30,9 +30,12 @@ class CellResult(BaseModel):
     undefined. `ap_at_four_fifths`: AP after four fifths of the steps, where the suite asks for it. `train_seconds`: the
     whole training by the clock. `cpu_seconds`: CPU time of the training, over all threads; None in results of earlier
     versions. `step_ms`: the median step by the clock. `peak_memory_mb`: peak memory of the process until the end of
-    training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was stretched. `history`: loss terms
-    and the methods' metrics by step. `inherited`: what the student took from its teacher before training, in words;
-    empty if nothing.
+    training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was stretched.
+    `history`: loss terms and the methods' metrics by step. `evaluations`: what was measured by step while the student
+    trained, and at its end: `ap` and `ap50` in percent; where the suite has a `probe`, `conflict/METHOD`, the cosine of
+    the method's gradient with the task's, and `share/METHOD`, its share of both gradients. `conflict/task` is the
+    cosine between the task's gradients of two batches, to compare with. `inherited`: what the student took from its
+    teacher before training, in words; empty if nothing.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,6 +56,7 @@ class CellResult(BaseModel):
     peak_memory_mb: float
     parameters: int
     history: list[dict[str, float]]
+    evaluations: list[dict[str, float | None]] = []
     inherited: str = ""
     warnings: list[str]
     versions: dict[str, str]
