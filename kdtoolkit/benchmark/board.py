@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdtoolkit.benchmark import equal_time
-from kdtoolkit.benchmark.stats import Difference, Spread, Verdict, gap_recovered, paired_difference, spread
-from kdtoolkit.benchmark.store import CellResult, Store, read_result
+from kdtoolkit.benchmark.cells import read_cells
+from kdtoolkit.benchmark.stats import (
+    Difference,
+    Probability,
+    RankRange,
+    Spread,
+    Verdict,
+    gap_recovered,
+    paired_difference,
+    spread,
+)
+from kdtoolkit.benchmark.store import CellResult, Store
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
 from kdtoolkit.benchmark.suite_file import load_suite
 from kdtoolkit.errors import KDError
@@ -29,10 +39,11 @@ METRICS = {
 class Row:
     """One row of the board: means over its seeds.
 
-    `init` is "teacher" if the row's students started from the teacher's weights, else empty.
-
-    Differences and the share of the gap compare it with the baselines on the same seeds. Times and memory are None if
-    the row's cells were measured on different hardware.
+    Differences and `gap_recovered` compare it with the baselines on the same seeds. `gap_interval`: the 95 % interval
+    of `gap_recovered`; None if there is none. `p_improvement`: the probability that one training of the row has a
+    higher AP than one of the baseline. `rank`: None for rows that are not ranked, because they have different numbers
+    of steps. Times and memory are None if the row's cells were measured on different hardware. `init`: "teacher" if the
+    row's students started from the teacher's weights, else empty.
     """
 
     entry: str
@@ -48,6 +59,9 @@ class Row:
     peak_memory_mb: float | None
     parameters: int
     init: str = ""
+    gap_interval: tuple[float, float] | None = None
+    p_improvement: Probability | None = None
+    rank: RankRange | None = None
 
     @property
     def ap(self) -> float:
@@ -71,7 +85,9 @@ class Board:
     """A leaderboard.
 
     `rows`: baselines and entries, sorted by AP, highest first. `claims`: sentences. `facts`: settings by name.
-    `warnings`: what is wrong or missing.
+    `warnings`: what is wrong or missing. `pairs`: `pairs[a][b]` is the difference in AP of row a minus row b, for the
+    baseline and the entries; a pair of rows without a common seed is missing. `summary`: one sentence that says which
+    rows are first.
     """
 
     title: str
@@ -81,6 +97,8 @@ class Board:
     teacher: Row | None
     claims: tuple[Claim, ...]
     warnings: tuple[str, ...]
+    pairs: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    summary: str = ""
 
 
 def build_board(root: Path) -> Board:
@@ -91,8 +109,8 @@ def build_board(root: Path) -> Board:
             f"{root} is not a folder of `kd benchmark run`: it has no suite.yaml. Name a suite's folder, as runs/quick"
         )
     suite = load_suite(str(store.suite_path))
-    cells = {row: list(_cells(store, suite, row)) for row in (BASELINE, *suite.entries, EQUAL_TIME, TWICE)}
-    teacher = read_result(store.teacher_copy)
+    found = read_cells(store, suite)
+    cells, teacher = found.rows, found.teacher
     aps = {row: _aps(results) for row, results in cells.items()}
     teacher_ap = teacher.evaluation["ap"] if teacher else None
     rows = [_row(suite, row, results, aps, teacher_ap) for row, results in cells.items() if results]
@@ -104,14 +122,8 @@ def build_board(root: Path) -> Board:
         rows=tuple(sorted(rows, key=lambda row: -row.ap)),
         teacher=_row(suite, TEACHER, [teacher], {}, None) if teacher else None,
         claims=tuple(_claims(rows)),
-        warnings=tuple(_warnings(store, suite, cells, teacher)),
+        warnings=(*found.left_out, *_warnings(store, suite, cells, teacher)),
     )
-
-
-def _cells(store: Store, suite: Suite, row: str) -> Iterable[CellResult]:
-    for seed in range(suite.seeds):
-        if (result := read_result(store.result_path(row, seed))) is not None:
-            yield result
 
 
 def _aps(results: Iterable[CellResult]) -> dict[int, float]:
@@ -198,6 +210,7 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
     facts = {
         "data": distinct(result.data for result in done),
         "seeds": f"{suite.seeds} (rows are compared seed by seed: same first weights, same order of images)",
+        "AP": f"COCO's; in each image the best {suite.data.max_detections} detections of a class count",
         "student": training(suite.student),
         "teacher": training(suite.teacher),
         "precision": distinct(result.key_parts.get("precision", suite.student.train.precision) for result in done),

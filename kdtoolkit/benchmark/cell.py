@@ -9,12 +9,23 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kdtoolkit.benchmark.datasets import DataSets, load_data
-from kdtoolkit.benchmark.keys import key_of, package_of
-from kdtoolkit.benchmark.store import CellResult, discard_runs, holding, usable_result, write_result, write_weights
+from kdtoolkit.benchmark.detections_file import detections_path, write_detections
+from kdtoolkit.benchmark.keys import digest_of, key_of, package_of
+from kdtoolkit.benchmark.store import (
+    FORMAT,
+    CellResult,
+    discard,
+    discard_runs,
+    holding,
+    usable_result,
+    write_result,
+    write_weights,
+)
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection
 from kdtoolkit.classes import ClassMap
 from kdtoolkit.compatibility import why_no_student
@@ -27,6 +38,7 @@ from kdtoolkit.engine.hardware import device_name, machine
 from kdtoolkit.engine.measuring import equal_shares
 from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.result import TrainResult
+from kdtoolkit.engine.scoring import Found
 from kdtoolkit.engine.train import Progress, Validation, train
 from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.inherit import inherit
@@ -43,10 +55,11 @@ class Task:
 
     `detector`: what it trains, the student or the teacher. `parts`: everything that its key is computed from.
     `result`: the path of its result. `teacher_weights`: the path of the teacher's weights. `pictures`: the folder of
-    drawn pictures and decoded photos. `source`: a digest of kdtoolkit's source code. `inherits`: whether the student
-    starts from the teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `curve`,
-    `probe`: after how many equal shares of the steps to evaluate the student, and to probe its methods. `class_map`:
-    the teacher's name for a class of the data, where the names differ.
+    drawn pictures and decoded photos. `source`: a digest of kdtoolkit's source code. `suite`: the name of the suite.
+    `fingerprints`: digests of the content of its data sets, by name. `inherits`: whether the student starts from the
+    teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `curve`, `probe`: after how many
+    equal shares of the steps to evaluate the student, and to probe its methods. `class_map`: the teacher's name for a
+    class of the data, where the names differ.
     """
 
     entry: str
@@ -59,6 +72,8 @@ class Task:
     device: str
     threads: int
     source: str
+    suite: str
+    fingerprints: Mapping[str, str]
     methods: tuple[MethodUse, ...] = ()
     teacher_detector: DetectorSection | None = None
     teacher_weights: Path | None = None
@@ -105,12 +120,32 @@ class Task:
     def evaluated_at(self) -> tuple[int, ...]:
         """The steps after which the student is evaluated in the middle of its training."""
         steps = {*equal_shares(self.steps, self.curve), *([four_fifths(self.steps)] if self.halts else [])}
-        return tuple(sorted(steps - {self.steps}))
+        return tuple(sorted(steps - {0, self.steps}))
 
     @property
     def probed_at(self) -> tuple[int, ...]:
         """The steps after which its methods are probed."""
         return equal_shares(self.steps, self.probe) if self.methods else ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that repeats the cell, as values that JSON can hold."""
+        teacher: dict[str, Any] = {}
+        if self.teacher_detector is not None:
+            teacher = {
+                "teacher": self.teacher_detector.model_dump(mode="json"),
+                "teacher_scale": self.teacher_scale,
+                "init": TEACHER if self.inherits else None,
+            }
+        return {
+            "detector": self.detector.model_dump(mode="json"),
+            "methods": [use.model_dump(mode="json") for use in self.methods],
+            "data": self.data.model_dump(mode="json"),
+            "seed": self.seed,
+            "steps": self.steps,
+            **teacher,
+            **({"class_map": dict(self.class_map)} if self.class_map else {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -148,8 +183,8 @@ def stretched(steps: int, stretch: float) -> int:
 
 
 def four_fifths(steps: int) -> int:
-    """The step after which four fifths of a schedule are done."""
-    return equal_shares(steps, 5)[-2] if steps > 1 else steps
+    """The step after which four fifths of a schedule are done; never the last one."""
+    return min(math.ceil(4 * steps / 5), steps - 1)
 
 
 def build_detector(
@@ -222,12 +257,15 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
     ids = own_ids(images)
     detector = build_detector(task.detector, names, task.seed, ids)
     student, teacher, inherited = detector.model.to(task.device), None, ""
+    taught_by: dict[str, str] = {}
     class_map = shared_classes(task.detector, detector, names, task.class_map)
     if task.teacher_detector is not None:
         assert task.teacher_weights is not None  # every task with a teacher has both
         opened = build_detector(task.teacher_detector, names, 0, ids)
         teacher = opened.model
-        teacher.load_state_dict(torch.load(task.teacher_weights, weights_only=True))
+        state = torch.load(task.teacher_weights, weights_only=True)
+        teacher.load_state_dict(state)
+        taught_by = {"teacher": digest_of(state)}
         teacher.to(task.device)
         class_map = shared_classes(task.teacher_detector, opened, names, task.class_map)
         if task.inherits:
@@ -251,6 +289,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
 
     evaluating(0, len(sets.val))
     evaluation: Evaluation | None = None
+    detections: list[Found] = []
     notices = [] if (reason := why_not_measured(student, sets.val)) is None else [f"the AP is unknown: {reason}"]
     if not notices:
         evaluation = evaluate(
@@ -259,8 +298,12 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             device=task.device,
             input_size=None if task.detector.train is None else task.detector.train.input_size,
             class_map=class_map if task.entry == TEACHER else None,
+            max_detections=task.data.max_detections,
             progress=evaluating,
+            keep=detections.append,
         )
+    if task.entry == TEACHER:
+        taught_by = {"teacher": digest_of(student.state_dict())}
     result = CellResult(
         entry=task.entry,
         seed=task.seed,
@@ -290,9 +333,17 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         device=device_name(task.device),
         threads=task.threads,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        format=FORMAT,
+        suite=task.suite,
+        settings=task.settings,
+        fingerprints={**task.fingerprints, **taught_by},
     )
     report(Report("storing", trained.steps))
     write_weights(task.weights, student)  # before the result, so that no result lacks its weights
+    if detections:
+        write_detections(detections_path(task.result), detections[0])
+    else:
+        discard(detections_path(task.result))  # those of an earlier training
     write_result(task.result, result)
     discard_runs(task.result)
 
@@ -320,7 +371,7 @@ def _train(
 
     assert task.detector.train is not None  # a task without it has no steps
     config = task.detector.train.model_copy(update={"steps": task.steps})
-    validation = Validation(sets.val, at=task.evaluated_at) if task.evaluated_at else None
+    validation = Validation(sets.val, at=task.evaluated_at, max_detections=task.data.max_detections)
     folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
     discard_runs(task.result, but=folder.path)
     try:
@@ -331,7 +382,7 @@ def _train(
             seed=task.seed,
             device=task.device,
             folder=folder,
-            validation=validation,
+            validation=validation if task.evaluated_at else None,
             unlabelled=sets.unlabelled if task.methods else None,
             probe_at=task.probed_at,
             report=training,

@@ -17,8 +17,10 @@ from rich.text import Text
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.datasets import DataSets, load_data
+from kdtoolkit.benchmark.detections_file import detections_path, keep_ground_truth
 from kdtoolkit.benchmark.display import Display
 from kdtoolkit.benchmark.estimate import Costs
+from kdtoolkit.benchmark.executor import Ended, Executor
 from kdtoolkit.benchmark.plan import Plan, check_methods
 from kdtoolkit.benchmark.report import write_board
 from kdtoolkit.benchmark.store import (
@@ -31,10 +33,10 @@ from kdtoolkit.benchmark.store import (
     read_result,
     set_aside,
     write_atomic,
+    write_result,
 )
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, Suite
-from kdtoolkit.benchmark.workers import Ended, Workers
-from kdtoolkit.engine.hardware import cores, device_name, machine
+from kdtoolkit.benchmark.workers import Workers
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.words import counted, duration
@@ -60,10 +62,11 @@ def run_suite(
     console: Console,
     jobs: int | None = None,
     device: str | torch.device = "cpu",
+    executor: Executor | None = None,
     only: Sequence[str] = (),
     fresh: bool = False,
     any_version: bool = False,
-    seeds: int | None = None,
+    seeds: range | None = None,
     long_baselines: bool = True,
     seconds: float | None = None,
 ) -> Outcome:
@@ -75,11 +78,13 @@ def run_suite(
         console: where to show progress.
         jobs: how many cells run at the same time. None: one for each core on a CPU, 1 on a GPU.
         device: `cpu` or `cuda`.
+        executor: where cells run, such as a `RayWorkers`, which has its own device and number of cells at a time. None:
+            on this machine.
         only: the entries to run besides the baseline. Empty: all entries.
         fresh: run finished cells again: those of `only`, or all rows and the teacher if `only` is empty.
         any_version: keep finished cells with the same settings, even if the source code of kdtoolkit, the versions of
             libraries or the hardware have changed since. The board lists all of them.
-        seeds: run the first so many of the suite's seeds. None: all.
+        seeds: which of the suite's seeds to run. None: all.
         long_baselines: run the baselines with longer schedules too: at equal time, and with twice the steps where the
             suite asks for it (`plateau`).
         seconds: stop after this time. Cells that are cut off go on from their last checkpoint in the next call.
@@ -100,13 +105,19 @@ def run_suite(
         )
     end = None if seconds is None else time.monotonic() + seconds
     store = Store(root)
-    device = str(device)
-    jobs = jobs or (cores() if device == "cpu" else 1)
+    executor = executor or Workers(str(device), jobs)
     if suite.data.root is not None:
         console.print(Text(f"reading {suite.data.root}"), soft_wrap=True)  # many large files take a while
     sets = load_data(suite.data, store.pictures)
     plan = Plan(
-        suite, store, sets, device=device, threads=max(1, cores() // jobs), any_version=any_version, seeds=seeds
+        suite,
+        store,
+        sets,
+        device=executor.hardware.device,
+        threads=executor.threads,
+        hardware=executor.hardware,
+        any_version=any_version,
+        seeds=seeds,
     )
     rows = [BASELINE, *(row for row in suite.entries if not only or row in only)]
     if not fresh and plan.complete(rows, long_baselines=long_baselines):
@@ -117,8 +128,9 @@ def run_suite(
         for notice in sets.notices:
             display.line(f"note: {notice}", "yellow")
         write_atomic(store.suite_path, suite.to_yaml().encode())
+        keep_ground_truth(store.ground_truth_path, sets.val)
         stale = (list(only) or [TEACHER, BASELINE, EQUAL_TIME, TWICE, *suite.entries]) if fresh else []
-        return _Run(plan, sets, display, jobs, rows, stale, long_baselines, end).run()
+        return _Run(plan, sets, display, executor, rows, stale, long_baselines, end).run()
 
 
 class _Run:
@@ -127,7 +139,7 @@ class _Run:
         plan: Plan,
         sets: DataSets,
         display: Display,
-        jobs: int,
+        executor: Executor,
         rows: list[str],
         fresh: list[str],
         long_baselines: bool,
@@ -136,12 +148,11 @@ class _Run:
         self.plan = plan
         self.sets = sets
         self.display = display
-        self.jobs = jobs
+        self.executor = executor
         self.rows = rows
         self.fresh = fresh  # rows whose results are deleted first
         self.long_baselines = long_baselines
         self.end = end  # by time.monotonic
-        self.workers = Workers()
         self.costs = Costs()
         self.outcome = Outcome()
         self.pending: list[Task] = []
@@ -152,6 +163,7 @@ class _Run:
         self.warned: set[tuple[str, str]] = set()
         self.started = time.monotonic()
         self.estimated = False
+        self.has_data = False  # whether the executor has it
 
     def run(self) -> Outcome:
         try:
@@ -166,7 +178,7 @@ class _Run:
         except _OutOfTimeError:
             self.outcome.out_of_time = True
         finally:
-            self.workers.stop()
+            self.executor.stop()
         self._write_board()
         if not self.outcome.interrupted:
             self.display.line(f"took {duration(time.monotonic() - self.started)}")
@@ -176,7 +188,7 @@ class _Run:
         plan, display = self.plan, self.display
         self._tidy_teacher()
         for row in self.fresh:
-            for path in [plan.store.result_path(row, seed) for seed in range(plan.suite.seeds) if row != TEACHER]:
+            for path in [plan.store.result_path(row, seed) for seed in plan.seeds if row != TEACHER]:
                 discard(path)
                 discard_runs(path)
         for name, reason in plan.set_aside_unusable().items():
@@ -233,7 +245,9 @@ class _Run:
             plan = suite.teacher.train
             training = "evaluated only" if plan is None else f"{plan.steps} steps"
             display.line(f"teacher: {suite.teacher.model}, {training}")
-        rows, seeds = ", ".join(self.rows), counted(self.plan.seeds, "seed")
+        rows, seeds = ", ".join(self.rows), counted(len(self.plan.seeds), "seed")
+        if self.plan.seeds.start:
+            seeds += f" ({', '.join(map(str, self.plan.seeds))})"
         display.line(f"students: {seeds} each of {rows}; {suite.student.train.steps} steps")
         if suite.init is not None:
             display.line("all students start from the teacher's weights, where these fit")
@@ -242,13 +256,8 @@ class _Run:
         if self.long_baselines and len(self.rows) > 1:
             display.line("then the baseline again, with a schedule that takes as long as the slowest method")
         threads = f"{counted(self.plan.threads, 'thread')} each"
-        where = machine() if self.plan.device == "cpu" else device_name(self.plan.device)
-        display.line(f"on {where}: {self.jobs} at a time, {threads}, {self._precision()}")
+        display.line(f"on {self.plan.hardware}: {self.executor.slots} at a time, {threads}, {self._precision()}")
         display.line(f"results: {self.plan.store.root}; after Ctrl-C, run the same command to continue")
-        if self.pending:
-            display.line(f"data: {self.sets.description}")
-            for images in (self.sets.teacher, self.sets.student, self.sets.val):
-                _ = images.in_memory()[0]  # drawn pictures and decoded photos are then there for all cells
 
     def _precision(self) -> str:
         """The precision of the cells and, if `auto` chose it, why."""
@@ -282,18 +291,22 @@ class _Run:
             )
 
     def _drain(self) -> None:
-        """Run all pending tasks in order, `jobs` at the same time. Methods wait until the teacher is trained."""
-        while self.pending or len(self.workers):
+        """Run all pending tasks in order, several at the same time. Methods wait until the teacher is trained."""
+        if self.pending and not self.has_data:
+            self.has_data = True
+            self.display.line(f"data: {self.sets.description}")
+            self.executor.begin(self.sets)
+        while self.pending or len(self.executor):
             if self.end is not None and time.monotonic() > self.end:
                 raise _OutOfTimeError
-            while len(self.workers) < self.jobs and (task := self._next()) is not None:
+            while len(self.executor) < self.executor.slots and (task := self._next()) is not None:
                 self.pending.remove(task)
                 self.running[task] = Report("starting")
                 discard(self._error_path(task))
                 self.begun[task] = time.monotonic()
-                self.workers.start(task)
+                self.executor.start(task)
                 self.display.started(task)
-            for task, event in self.workers.events(timeout=0.5):
+            for task, event in self.executor.events(timeout=0.5):
                 if isinstance(event, Ended):
                     self._end(task, event.failure)
                 else:
@@ -352,8 +365,13 @@ class _Run:
         return task.result.with_suffix(".error")
 
     def _keep_teacher(self) -> None:
-        """Copy the teacher's result into the run's folder, so that the folder can be read alone."""
-        write_atomic(self.plan.store.teacher_copy, self._teacher_result().model_dump_json(indent=1).encode())
+        """Copy the teacher's result and detections into the run's folder, so that the folder can be read alone."""
+        copy, found = self.plan.store.teacher_copy, detections_path(self.plan.teacher_task().result)
+        if found.exists():
+            write_atomic(detections_path(copy), found.read_bytes())
+        else:
+            discard(detections_path(copy))  # those of an earlier teacher
+        write_result(copy, self._teacher_result())
 
     def _teacher_result(self) -> CellResult:
         result = read_result(self.plan.teacher_task().result)
@@ -364,7 +382,7 @@ class _Run:
         write_board(build_board(self.plan.store.root), self.plan.store.root)
 
     def _show_overall(self) -> None:
-        left = self.costs.remaining(self.pending, self.running, self.jobs, self.later, self.rows[1:])
+        left = self.costs.remaining(self.pending, self.running, self.executor.slots, self.later, self.rows[1:])
         if left is None:
             words = "no estimate yet"
         else:

@@ -24,12 +24,20 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference over pairs, and its 95 % t-interval `low` to `high`: None for a single pair."""
+    """A mean difference over pairs, and its 95 % interval `low` to `high`: None for a single pair.
+
+    `p`: two-sided p of the paired t-test; None for a single pair. `p_holm`: p, corrected for the number of differences
+    that are judged together; None where the difference is judged alone. `over`: what the interval is about. "seeds":
+    further seeds. "images": further images for the one seed that there is.
+    """
 
     mean: float
     low: float | None
     high: float | None
     pairs: int
+    p: float | None = None
+    p_holm: float | None = None
+    over: Literal["seeds", "images"] = "seeds"
 
     @property
     def text(self) -> str:
@@ -43,6 +51,23 @@ class Difference:
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return "not shown"
         return "holds" if self.low > 0 else "hurts"
+
+
+@dataclass(frozen=True)
+class Probability:
+    """A probability in [0, 1], and its 95 % interval: None for a single seed."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class RankRange:
+    """The ranks that a row may have, 1 for the best: `low` to `high`."""
+
+    low: int
+    high: int
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:

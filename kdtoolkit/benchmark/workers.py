@@ -16,7 +16,10 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
 from kdtoolkit.benchmark.cell import Failure, Report, Task, run
+from kdtoolkit.benchmark.datasets import DataSets
+from kdtoolkit.benchmark.executor import Ended, Hardware
 from kdtoolkit.benchmark.store import StoreError, writing
+from kdtoolkit.engine.hardware import cores
 from kdtoolkit.errors import KDError
 
 
@@ -28,25 +31,29 @@ class _Running:
     failure: Failure | None = None
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A worker has ended; `failure` says why if it did not finish its cell."""
-
-    failure: Failure | None
-
-
 class Workers:
-    """Runs tasks, each in a process. They end with `stop`, and when this process ends, even if it is killed."""
+    """Runs cells on this machine, each in a process. They end with `stop`, and when this process ends, even if killed.
 
-    def __init__(self) -> None:
+    `slots`: how many cells run at the same time; None: one for each core on a CPU, 1 on a GPU.
+    """
+
+    def __init__(self, device: str = "cpu", slots: int | None = None) -> None:
+        self.hardware = Hardware.here(device)
+        self.slots = slots or (cores() if device == "cpu" else 1)
+        self.threads = max(1, cores() // self.slots)
         self._context = _context()
         self._running: list[_Running] = []
 
     def __len__(self) -> int:
         return len(self._running)
 
+    def begin(self, sets: DataSets) -> None:
+        """Draw pictures and decode photos: they are then there for all cells."""
+        for images in (sets.teacher, sets.student, sets.val):
+            _ = images.in_memory()[0]
+
     def start(self, task: Task) -> None:
-        """Start a task in a new process."""
+        """Start a cell in a new process."""
         ours, theirs = self._context.Pipe()
         process: BaseProcess = self._context.Process(target=work, args=(task, theirs), name=task.name)  # type: ignore[attr-defined]
         process.start()

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdtoolkit.data import Augmentation, DetectionDataset, InputSize
+from kdtoolkit.engine.scoring import MAX_DETECTIONS
 from kdtoolkit.errors import KDError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -89,6 +90,7 @@ class Validation:
     """The data that a run is evaluated on, and when: after some steps or epochs, and at the end.
 
     With `at`, a run is evaluated after exactly these steps, and at the end only if its last step is one of them.
+    `max_detections`: how many detections of an image and class count.
     """
 
     dataset: DetectionDataset
@@ -96,6 +98,7 @@ class Validation:
     every_epochs: float | None = None
     at: tuple[int, ...] | None = None
     batch_size: int = 32
+    max_detections: int = MAX_DETECTIONS
 
     def __post_init__(self) -> None:
         if sum(when is not None for when in (self.every_steps, self.every_epochs, self.at)) > 1:
