@@ -38,6 +38,7 @@ from kdtoolkit.engine.evaluate import METRICS, Evaluation, evaluate, why_not_mea
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.hardware import device_name, machine
 from kdtoolkit.engine.inference_cost import InferenceCost, measure
+from kdtoolkit.engine.measuring import equal_shares
 from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.result import TrainResult
 from kdtoolkit.engine.scoring import Found
@@ -59,8 +60,9 @@ class Task:
     `result`: the path of its result. `teacher_weights`: the path of the teacher's weights. `pictures`: the folder of
     drawn pictures and decoded photos. `source`: a digest of kdtoolkit's source code. `suite`: the name of the suite.
     `fingerprints`: digests of the content of its data sets, by name. `inherits`: whether the student starts from the
-    teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `class_map`: the
-    teacher's name for a class of the data, where the names differ.
+    teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `curve`, `probe`: after how many
+    equal shares of the steps to evaluate the student, and to probe its methods. `class_map`: the teacher's name for a
+    class of the data, where the names differ.
     """
 
     entry: str
@@ -82,6 +84,8 @@ class Task:
     teacher_scale: float = 1.0
     inherits: bool = False
     halts: bool = False
+    curve: int = 0
+    probe: int = 0
     class_map: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -96,8 +100,14 @@ class Task:
 
     @property
     def run_folder(self) -> Path:
-        """The folder of the training until its result is stored. Its name has the key: one folder per training."""
-        return self.result.with_suffix(f".{key_of(self.parts)}.run")
+        """The folder of the training until its result is stored.
+
+        Its name stands for the key and for the steps of evaluations and probes. If these have changed, an unfinished
+        training begins again, so that its curves are complete.
+        """
+        measured = {"evaluated": str(self.evaluated_at), "probed": str(self.probed_at)}
+        key = key_of(self.parts | (measured if self.evaluated_at or self.probed_at else {}))
+        return self.result.with_suffix(f".{key}.run")
 
     @property
     def lock_folder(self) -> Path:
@@ -108,6 +118,17 @@ class Task:
     def steps(self) -> int:
         """Training steps, rounded up if the schedule is stretched; 0 for a teacher that is used as it is."""
         return 0 if self.detector.train is None else stretched(self.detector.train.steps, self.stretch)
+
+    @property
+    def evaluated_at(self) -> tuple[int, ...]:
+        """The steps after which the student is evaluated in the middle of its training."""
+        steps = {*equal_shares(self.steps, self.curve), *([four_fifths(self.steps)] if self.halts else [])}
+        return tuple(sorted(steps - {0, self.steps}))
+
+    @property
+    def probed_at(self) -> tuple[int, ...]:
+        """The steps after which its methods are probed."""
+        return equal_shares(self.steps, self.probe) if self.methods else ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -135,6 +156,7 @@ class Report:
     """What a cell reports while it runs.
 
     `phase`: the cell's current work, in words. `seconds`: time spent on training so far. `notice`: a line for the log.
+    `evaluated`: step and AP of each evaluation so far.
     """
 
     phase: str
@@ -143,18 +165,21 @@ class Report:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     notice: str = ""
+    evaluated: tuple[tuple[int, float | None], ...] = ()
 
 
 @dataclass(frozen=True)
 class Failure:
     """Why a cell failed.
 
-    `details`: the traceback, if the error was unexpected. `fatal`: every other cell would fail too.
+    `details`: the traceback, if the error was unexpected. `fatal`: every other cell would fail too. `died`: its process
+    ended without an error, as when it is killed.
     """
 
     message: str
     details: str = ""
     fatal: bool = False
+    died: bool = False
 
 
 def stretched(steps: int, stretch: float) -> int:
@@ -163,8 +188,8 @@ def stretched(steps: int, stretch: float) -> int:
 
 
 def four_fifths(steps: int) -> int:
-    """The step after which four fifths of a schedule are done."""
-    return math.ceil(0.8 * steps)
+    """The step after which four fifths of a schedule are done; never the last one."""
+    return min(math.ceil(4 * steps / 5), steps - 1)
 
 
 def build_detector(
@@ -262,7 +287,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             class_map=class_map,
         )
         trained = _train(task, distiller, images, sets, report)
-    memory = peak_memory_mb(task.device)
+    memory = trained.peak_memory_mb or peak_memory_mb(task.device)
 
     def evaluating(done: int, total: int) -> None:
         report(Report(f"evaluating {done}/{total}", trained.steps, warnings=tuple(trained.warnings)))
@@ -294,7 +319,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         data=sets.description,
         evaluation={name: getattr(evaluation, name, None) for name in METRICS},
         per_class={} if evaluation is None else evaluation.per_class,
-        ap_at_four_fifths=next((row["eval/ap"] for row in trained.evaluations if row["step"] != trained.steps), None),
+        ap_at_four_fifths=_ap_at(four_fifths(trained.steps), trained) if task.halts else None,
         steps=trained.steps,
         stretch=task.stretch,
         train_seconds=trained.seconds,
@@ -303,6 +328,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         peak_memory_mb=memory,
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         history=trained.history,
+        evaluations=_points(trained, evaluation),
         inherited=inherited,
         warnings=[*trained.warnings, *notices],
         versions={
@@ -351,12 +377,20 @@ def _train(
     """Train the student. Raises KDError if it cannot be trained."""
 
     def training(progress: Progress) -> None:
-        report(Report("training", progress.step, progress.losses, progress.seconds, progress.warnings))
+        report(
+            Report(
+                "training",
+                progress.step,
+                progress.losses,
+                progress.seconds,
+                progress.warnings,
+                evaluated=progress.evaluated,
+            )
+        )
 
     assert task.detector.train is not None  # a task without it has no steps
     config = task.detector.train.model_copy(update={"steps": task.steps})
-    every, limit = four_fifths(task.steps), task.data.max_detections
-    early = Validation(sets.val, every_steps=every, max_detections=limit) if task.halts else None
+    validation = Validation(sets.val, at=task.evaluated_at, max_detections=task.data.max_detections)
     folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
     discard_runs(task.result, but=folder.path)
     try:
@@ -367,11 +401,34 @@ def _train(
             seed=task.seed,
             device=task.device,
             folder=folder,
-            validation=early,
+            validation=validation if task.evaluated_at else None,
             unlabelled=sets.unlabelled if task.methods else None,
+            probe_at=task.probed_at,
             report=training,
         )
     except NonFiniteLossError as error:
         kept = task.result.with_suffix(".last-good.pt")
         write_weights(kept, distiller.student)
         raise NonFiniteLossError(f"{error} The student's weights before that step are in {kept}") from error
+
+
+def _ap_at(step: int, trained: TrainResult) -> float | None:
+    """The AP after a step in the middle of the training."""
+    return next((row["eval/ap"] for row in trained.evaluations if row["step"] == step), None)
+
+
+def _points(trained: TrainResult, last: Evaluation | None) -> list[dict[str, float | None]]:
+    """What was measured while the student trained and at its end, by step."""
+    found: dict[float, dict[str, float | None]] = {}
+    rows = [*trained.evaluations, *trained.probes]
+    if trained.steps and last is not None:
+        rows.append({"step": trained.steps, "eval/ap": last.ap, "eval/ap50": last.ap50})
+    for row in rows:
+        step = row["step"] or 0
+        point = found.setdefault(step, {"step": step})
+        point |= {name.removeprefix("eval/"): value for name, value in row.items() if _in_curves(name)}
+    return [found[step] for step in sorted(found)]
+
+
+def _in_curves(name: str) -> bool:
+    return name in ("eval/ap", "eval/ap50") or name.startswith(("conflict/", "share/"))

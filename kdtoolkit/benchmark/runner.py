@@ -104,7 +104,8 @@ def run_suite(
         )
     end = None if seconds is None else time.monotonic() + seconds
     store = Store(root)
-    executor = executor or Workers(str(device), jobs)
+    if executor is None:
+        executor = Workers(str(device), jobs)
     if suite.data.root is not None:
         console.print(Text(f"reading {suite.data.root}"), soft_wrap=True)  # many large files take a while
     sets = load_data(suite.data, store.pictures)
