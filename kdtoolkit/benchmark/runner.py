@@ -179,7 +179,7 @@ class _Run:
             self.outcome.out_of_time = True
         finally:
             self.executor.stop()
-        self._write_board()
+        self._write_board(pictures=not self.outcome.interrupted)
         if not self.outcome.interrupted:
             self.display.line(f"took {duration(time.monotonic() - self.started)}")
         return self.outcome
@@ -378,8 +378,9 @@ class _Run:
         assert result is not None  # the callers have checked that it is there
         return result
 
-    def _write_board(self) -> None:
-        write_report([View.of(self.plan.store.root)], self.plan.store.root)
+    def _write_board(self, *, pictures: bool = False) -> None:
+        root = self.plan.store.root
+        write_report([View.of(root, pictures=pictures)], root)
 
     def _show_overall(self) -> None:
         left = self.costs.remaining(self.pending, self.running, self.executor.slots, self.later, self.rows[1:])
