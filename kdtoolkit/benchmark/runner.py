@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.datasets import DataSets, load_data
 from kdtoolkit.benchmark.detections_file import detections_path, keep_ground_truth
@@ -22,7 +21,7 @@ from kdtoolkit.benchmark.display import Display
 from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.executor import Ended, Executor
 from kdtoolkit.benchmark.plan import Plan, check_methods
-from kdtoolkit.benchmark.report import write_board
+from kdtoolkit.benchmark.report import View, write_report
 from kdtoolkit.benchmark.store import (
     CellResult,
     Store,
@@ -105,7 +104,8 @@ def run_suite(
         )
     end = None if seconds is None else time.monotonic() + seconds
     store = Store(root)
-    executor = executor or Workers(str(device), jobs)
+    if executor is None:
+        executor = Workers(str(device), jobs)
     if suite.data.root is not None:
         console.print(Text(f"reading {suite.data.root}"), soft_wrap=True)  # many large files take a while
     sets = load_data(suite.data, store.pictures)
@@ -379,7 +379,7 @@ class _Run:
         return result
 
     def _write_board(self) -> None:
-        write_board(build_board(self.plan.store.root), self.plan.store.root)
+        write_report([View.of(self.plan.store.root)], self.plan.store.root)
 
     def _show_overall(self) -> None:
         left = self.costs.remaining(self.pending, self.running, self.executor.slots, self.later, self.rows[1:])

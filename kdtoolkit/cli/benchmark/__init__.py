@@ -26,7 +26,9 @@ app.command(
         "kd benchmark run my_suite.yaml --seeds 3-5",
     ),
 )(run)
-app.command("report", epilog=examples("kd benchmark report runs/quick"))(report)
+app.command(
+    "report", epilog=examples("kd benchmark report runs/quick", "kd benchmark report runs/a runs/b --out runs/both")
+)(report)
 app.command("suites")(suites)
 app.command("list", epilog=examples("kd benchmark list", "kd benchmark list ../results"))(list_runs)
 app.command(

@@ -75,16 +75,15 @@ def merge(
     from rich.console import Console
     from rich.text import Text
 
-    from kdtoolkit.benchmark.board import build_board
     from kdtoolkit.benchmark.merge import merge as merge_runs
-    from kdtoolkit.benchmark.report import print_board, write_board
+    from kdtoolkit.benchmark.report import View, print_board, write_report
     from kdtoolkit.words import counted
 
     merged = merge_runs(out, runs)
-    board = build_board(out)
-    write_board(board, out)
+    view = View.of(out)
+    write_report([view], out)
     console = Console()
-    print_board(board, console)
+    print_board(view.board, console)
     for words in merged.left_out:
         console.print(Text(f"WARNING  {words}", style="bold red"), soft_wrap=True)
     twice = f"; {counted(merged.twice, 'cell')} with equal results were kept once" if merged.twice else ""
