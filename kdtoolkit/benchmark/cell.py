@@ -9,12 +9,23 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kdtoolkit.benchmark.datasets import DataSets, load_data
-from kdtoolkit.benchmark.keys import key_of, package_of
-from kdtoolkit.benchmark.store import CellResult, discard_runs, holding, usable_result, write_result, write_weights
+from kdtoolkit.benchmark.detections_file import detections_path, write_detections
+from kdtoolkit.benchmark.keys import digest_of, key_of, package_of
+from kdtoolkit.benchmark.store import (
+    FORMAT,
+    CellResult,
+    discard,
+    discard_runs,
+    holding,
+    usable_result,
+    write_result,
+    write_weights,
+)
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection
 from kdtoolkit.classes import ClassMap
 from kdtoolkit.compatibility import why_no_student
@@ -26,6 +37,7 @@ from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.hardware import device_name, machine
 from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.result import TrainResult
+from kdtoolkit.engine.scoring import Found
 from kdtoolkit.engine.train import Progress, Validation, train
 from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.inherit import inherit
@@ -42,9 +54,11 @@ class Task:
 
     `detector`: what it trains, the student or the teacher. `parts`: everything that its key is computed from.
     `result`: the path of its result. `teacher_weights`: the path of the teacher's weights. `pictures`: the folder of
-    drawn pictures and decoded photos. `source`: a digest of kdtoolkit's source code. `inherits`: whether the student
-    starts from the teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `class_map`: the
-    teacher's name for a class of the data, where the names differ.
+    drawn pictures and decoded photos. `source`: a digest of kdtoolkit's source code. `suite`: the name of the suite.
+    `fingerprints`: digests of the content of its data sets, by name. `inherits`: whether the student starts from the
+    teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `class_map`: the
+    teacher's name for a class of the data, where the names differ. `original`: the task as the run planned it, if its
+    files were moved to a different machine.
     """
 
     entry: str
@@ -57,6 +71,8 @@ class Task:
     device: str
     threads: int
     source: str
+    suite: str
+    fingerprints: Mapping[str, str]
     methods: tuple[MethodUse, ...] = ()
     teacher_detector: DetectorSection | None = None
     teacher_weights: Path | None = None
@@ -65,6 +81,7 @@ class Task:
     inherits: bool = False
     halts: bool = False
     class_map: Mapping[str, str] = field(default_factory=dict)
+    original: Task | None = None
 
     @property
     def name(self) -> str:
@@ -90,6 +107,26 @@ class Task:
     def steps(self) -> int:
         """Training steps, rounded up if the schedule is stretched; 0 for a teacher that is used as it is."""
         return 0 if self.detector.train is None else stretched(self.detector.train.steps, self.stretch)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that repeats the cell, as values that JSON can hold."""
+        teacher: dict[str, Any] = {}
+        if self.teacher_detector is not None:
+            teacher = {
+                "teacher": self.teacher_detector.model_dump(mode="json"),
+                "teacher_scale": self.teacher_scale,
+                "init": TEACHER if self.inherits else None,
+            }
+        return {
+            "detector": self.detector.model_dump(mode="json"),
+            "methods": [use.model_dump(mode="json") for use in self.methods],
+            "data": self.data.model_dump(mode="json"),
+            "seed": self.seed,
+            "steps": self.steps,
+            **teacher,
+            **({"class_map": dict(self.class_map)} if self.class_map else {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -201,12 +238,15 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
     ids = own_ids(images)
     detector = build_detector(task.detector, names, task.seed, ids)
     student, teacher, inherited = detector.model.to(task.device), None, ""
+    taught_by: dict[str, str] = {}
     class_map = shared_classes(task.detector, detector, names, task.class_map)
     if task.teacher_detector is not None:
         assert task.teacher_weights is not None  # every task with a teacher has both
         opened = build_detector(task.teacher_detector, names, 0, ids)
         teacher = opened.model
-        teacher.load_state_dict(torch.load(task.teacher_weights, weights_only=True))
+        state = torch.load(task.teacher_weights, weights_only=True)
+        teacher.load_state_dict(state)
+        taught_by = {"teacher": digest_of(state)}
         teacher.to(task.device)
         class_map = shared_classes(task.teacher_detector, opened, names, task.class_map)
         if task.inherits:
@@ -230,6 +270,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
 
     evaluating(0, len(sets.val))
     evaluation: Evaluation | None = None
+    detections: list[Found] = []
     notices = [] if (reason := why_not_measured(student, sets.val)) is None else [f"the AP is unknown: {reason}"]
     if not notices:
         evaluation = evaluate(
@@ -238,8 +279,12 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             device=task.device,
             input_size=None if task.detector.train is None else task.detector.train.input_size,
             class_map=class_map if task.entry == TEACHER else None,
+            max_detections=task.data.max_detections,
             progress=evaluating,
+            keep=detections.append,
         )
+    if task.entry == TEACHER:
+        taught_by = {"teacher": digest_of(student.state_dict())}
     result = CellResult(
         entry=task.entry,
         seed=task.seed,
@@ -268,9 +313,17 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         device=device_name(task.device),
         threads=task.threads,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        format=FORMAT,
+        suite=task.suite,
+        settings=(task.original or task).settings,
+        fingerprints={**task.fingerprints, **taught_by},
     )
     report(Report("storing", trained.steps))
     write_weights(task.weights, student)  # before the result, so that no result lacks its weights
+    if detections:
+        write_detections(detections_path(task.result), detections[0])
+    else:
+        discard(detections_path(task.result))  # those of an earlier training
     write_result(task.result, result)
     discard_runs(task.result)
 
@@ -289,7 +342,8 @@ def _train(
 
     assert task.detector.train is not None  # a task without it has no steps
     config = task.detector.train.model_copy(update={"steps": task.steps})
-    early = Validation(sets.val, every_steps=four_fifths(task.steps)) if task.halts else None
+    every, limit = four_fifths(task.steps), task.data.max_detections
+    early = Validation(sets.val, every_steps=every, max_detections=limit) if task.halts else None
     folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
     discard_runs(task.result, but=folder.path)
     try:

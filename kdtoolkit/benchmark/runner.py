@@ -1,6 +1,6 @@
 """Runs a suite: teacher and baselines, then the methods, then the baselines with longer schedules.
 
-The board is written again after each cell.
+The board is written again while cells finish.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.text import Text
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.datasets import DataSets, load_data
+from kdtoolkit.benchmark.detections_file import detections_path, keep_ground_truth
 from kdtoolkit.benchmark.display import Display
 from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.executor import Ended, Executor
@@ -32,12 +33,15 @@ from kdtoolkit.benchmark.store import (
     read_result,
     set_aside,
     write_atomic,
+    write_result,
 )
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, Suite
 from kdtoolkit.benchmark.workers import Workers
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.words import counted, duration
+
+BOARD_PAUSE = 20  # after a board, relative to the time that it took: boards take at most a twentieth of a run
 
 
 @dataclass
@@ -64,7 +68,7 @@ def run_suite(
     only: Sequence[str] = (),
     fresh: bool = False,
     any_version: bool = False,
-    seeds: int | None = None,
+    seeds: range | None = None,
     long_baselines: bool = True,
     seconds: float | None = None,
 ) -> Outcome:
@@ -82,7 +86,7 @@ def run_suite(
         fresh: run finished cells again: those of `only`, or all rows and the teacher if `only` is empty.
         any_version: keep finished cells with the same settings, even if the source code of kdtoolkit, the versions of
             libraries or the hardware have changed since. The board lists all of them.
-        seeds: run the first so many of the suite's seeds. None: all.
+        seeds: which of the suite's seeds to run. None: all.
         long_baselines: run the baselines with longer schedules too: at equal time, and with twice the steps where the
             suite asks for it (`plateau`).
         seconds: stop after this time. Cells that are cut off go on from their last checkpoint in the next call.
@@ -127,6 +131,7 @@ def run_suite(
         for notice in sets.notices:
             display.line(f"note: {notice}", "yellow")
         write_atomic(store.suite_path, suite.to_yaml().encode())
+        keep_ground_truth(store.ground_truth_path, sets.val)
         stale = (list(only) or [TEACHER, BASELINE, EQUAL_TIME, TWICE, *suite.entries]) if fresh else []
         return _Run(plan, sets, display, executor, rows, stale, long_baselines, end).run()
 
@@ -162,6 +167,7 @@ class _Run:
         self.started = time.monotonic()
         self.estimated = False
         self.has_data = False  # whether the executor has it
+        self.next_board = 0.0  # by time.monotonic
 
     def run(self) -> Outcome:
         try:
@@ -177,7 +183,7 @@ class _Run:
             self.outcome.out_of_time = True
         finally:
             self.executor.stop()
-        self._write_board()
+        self._write_board(last=True)
         if not self.outcome.interrupted:
             self.display.line(f"took {duration(time.monotonic() - self.started)}")
         return self.outcome
@@ -186,7 +192,7 @@ class _Run:
         plan, display = self.plan, self.display
         self._tidy_teacher()
         for row in self.fresh:
-            for path in [plan.store.result_path(row, seed) for seed in range(plan.suite.seeds) if row != TEACHER]:
+            for path in [plan.store.result_path(row, seed) for seed in plan.seeds if row != TEACHER]:
                 discard(path)
                 discard_runs(path)
         for name, reason in plan.set_aside_unusable().items():
@@ -243,7 +249,9 @@ class _Run:
             plan = suite.teacher.train
             training = "evaluated only" if plan is None else f"{plan.steps} steps"
             display.line(f"teacher: {suite.teacher.model}, {training}")
-        rows, seeds = ", ".join(self.rows), counted(self.plan.seeds, "seed")
+        rows, seeds = ", ".join(self.rows), counted(len(self.plan.seeds), "seed")
+        if self.plan.seeds.start:
+            seeds += f" ({', '.join(map(str, self.plan.seeds))})"
         display.line(f"students: {seeds} each of {rows}; {suite.student.train.steps} steps")
         if suite.init is not None:
             display.line("all students start from the teacher's weights, where these fit")
@@ -361,16 +369,26 @@ class _Run:
         return task.result.with_suffix(".error")
 
     def _keep_teacher(self) -> None:
-        """Copy the teacher's result into the run's folder, so that the folder can be read alone."""
-        write_atomic(self.plan.store.teacher_copy, self._teacher_result().model_dump_json(indent=1).encode())
+        """Copy the teacher's result and detections into the run's folder, so that the folder can be read alone."""
+        copy, found = self.plan.store.teacher_copy, detections_path(self.plan.teacher_task().result)
+        if found.exists():
+            write_atomic(detections_path(copy), found.read_bytes())
+        else:
+            discard(detections_path(copy))  # those of an earlier teacher
+        write_result(copy, self._teacher_result())
 
     def _teacher_result(self) -> CellResult:
         result = read_result(self.plan.teacher_task().result)
         assert result is not None  # the callers have checked that it is there
         return result
 
-    def _write_board(self) -> None:
-        write_board(build_board(self.plan.store.root), self.plan.store.root)
+    def _write_board(self, *, last: bool = False) -> None:
+        """Write the board, unless it was written just now: boards of many cells take long, and each has all cells."""
+        begun = time.monotonic()
+        if begun >= self.next_board or last:
+            write_board(build_board(self.plan.store.root), self.plan.store.root)
+            now = time.monotonic()
+            self.next_board = now + BOARD_PAUSE * (now - begun)
 
     def _show_overall(self) -> None:
         left = self.costs.remaining(self.pending, self.running, self.executor.slots, self.later, self.rows[1:])

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from kdtoolkit.distiller import TEACHER_SCALES
 from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.engine.scoring import MAX_DETECTIONS
 from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import is_code
@@ -30,7 +31,7 @@ class DataSection(Section):
     `student_images`, `val_images`: how many images; None means all of them. `image_size`: in pixels, the side of a
     procedural image, or the longest side of a photo (larger photos are scaled down). `on_bad`: whether bad images and
     annotations are an error ("error") or are left out ("skip"). `unlabelled`: a folder of images without labels, from
-    which rows with methods learn too.
+    which rows with methods learn too. `max_detections`: how many detections of an image and class count for AP.
     """
 
     root: Path | None = None
@@ -40,6 +41,7 @@ class DataSection(Section):
     student_images: int | None = Field(None, gt=0)
     val_images: int | None = Field(None, gt=0)
     on_bad: Literal["error", "skip"] = "error"
+    max_detections: int = Field(MAX_DETECTIONS, ge=1)
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdtoolkit.data import Augmentation, DetectionDataset, InputSize
+from kdtoolkit.engine.scoring import MAX_DETECTIONS
 from kdtoolkit.errors import KDError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -86,12 +87,16 @@ class TrainConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Validation:
-    """The data that a run is evaluated on, and when: after some steps or epochs, and at the end."""
+    """The data that a run is evaluated on, and when: after some steps or epochs, and at the end.
+
+    `max_detections`: how many detections of an image and class count.
+    """
 
     dataset: DetectionDataset
     every_steps: int | None = None
     every_epochs: float | None = None
     batch_size: int = 32
+    max_detections: int = MAX_DETECTIONS
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_epochs is not None:

@@ -302,6 +302,7 @@ def _evaluate(
             device=device,
             input_size=config.input_size,
             together=True,
+            max_detections=validation.max_detections,
         )
         # Of equal ones the last counts: it has learnt the most. At first all may have an AP of 0.
         best = found.ap is not None and (keeper.best is None or found.ap >= keeper.best)

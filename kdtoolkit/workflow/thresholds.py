@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from kdtoolkit.engine.matching import Flags, Objects, match
 from kdtoolkit.engine.scoring import Floats, Found
 
-MATCHING_IOU = 0.5
 LEAST_PRECISION = 0.5
 
 
@@ -36,7 +36,7 @@ def best_thresholds(truth: Mapping[str, Any], found: Found) -> list[Threshold]:
     `truth` is in COCO's format; `images` and `classes` of `found` are places in its lists. Detections and objects are
     matched at an IoU of 0.5 or more, best scores first. Detections of crowds and difficult objects do not count.
     """
-    matched = [_matched(truth, found, label) for label in range(len(truth["categories"]))]
+    matched = _matched(truth, found)
     scores = np.concatenate([each[0] for each in matched])
     right = np.concatenate([each[1] for each in matched])
     overall = _best(scores, right, sum(each[2] for each in matched))
@@ -46,8 +46,7 @@ def best_thresholds(truth: Mapping[str, Any], found: Found) -> list[Threshold]:
 def at_score(truth: Mapping[str, Any], found: Found, score: float) -> list[Threshold]:
     """For each class the precision and recall at a given score. The arguments are those of `best_thresholds`."""
     result = []
-    for label in range(len(truth["categories"])):
-        scores, right, objects = _matched(truth, found, label)
+    for scores, right, objects in _matched(truth, found):
         kept = scores >= score
         hits = int(right[kept].sum())
         precision = hits / int(kept.sum()) if kept.any() else None
@@ -55,7 +54,7 @@ def at_score(truth: Mapping[str, Any], found: Found, score: float) -> list[Thres
     return result
 
 
-def _best(scores: Floats, right: np.ndarray, objects: int) -> Threshold:
+def _best(scores: Floats, right: Flags, objects: int) -> Threshold:
     """The threshold with the largest F1. The arguments are what `_matched` returns."""
     order = np.argsort(-scores, kind="stable")
     scores, right = scores[order], right[order]
@@ -72,45 +71,16 @@ def _best(scores: Floats, right: np.ndarray, objects: int) -> Threshold:
     return Threshold(score if precision >= LEAST_PRECISION else None, precision, float(hits[best] / objects), objects)
 
 
-def _matched(truth: Mapping[str, Any], found: Found, label: int) -> tuple[Floats, np.ndarray, int]:
-    """The scores (D,) of a class's detections, which of them are right (D,), and the number of its objects.
+def _matched(truth: Mapping[str, Any], found: Found) -> list[tuple[Floats, Flags, int]]:
+    """For each class the scores (D,) of its detections, which of them are right (D,), and the number of its objects.
 
     Detections that lie on a crowd are left out.
     """
-    category = truth["categories"][label]["id"]
-    places = {image["id"]: place for place, image in enumerate(truth["images"])}
-    objects: dict[int, list[dict[str, Any]]] = {}
-    for annotation in truth["annotations"]:
-        if annotation["category_id"] == category:
-            objects.setdefault(places[annotation["image_id"]], []).append(annotation)
-    own = found.where(found.classes == label)
-    order = np.argsort(-own.scores, kind="stable")
-    free = {place: [not each["iscrowd"] for each in annotations] for place, annotations in objects.items()}
-    scores, right = [], []
-    for index in order.tolist():
-        place = int(own.images[index])
-        annotations = objects.get(place, [])
-        overlaps = _overlaps(own.boxes[index], annotations)
-        candidates = [i for i, is_free in enumerate(free.get(place, [])) if is_free and overlaps[i] >= MATCHING_IOU]
-        if candidates:
-            free[place][max(candidates, key=lambda i: overlaps[i])] = False
-        elif any(
-            each["iscrowd"] and overlap >= MATCHING_IOU for each, overlap in zip(annotations, overlaps, strict=True)
-        ):
-            continue
-        scores.append(float(own.scores[index]))
-        right.append(bool(candidates))
-    count = sum(not each["iscrowd"] for annotations in objects.values() for each in annotations)
-    return np.array(scores, np.float64), np.array(right, bool), count
-
-
-def _overlaps(box: Floats, annotations: list[dict[str, Any]]) -> list[float]:
-    """IoU of a box with each object; with a crowd the share of the box that lies on it. Boxes are xywh."""
-    x, y, width, height = box.tolist()
-    result = []
-    for annotation in annotations:
-        left, top, w, h = annotation["bbox"]
-        common = max(0.0, min(x + width, left + w) - max(x, left)) * max(0.0, min(y + height, top + h) - max(y, top))
-        whole = width * height if annotation["iscrowd"] else width * height + w * h - common
-        result.append(common / whole if whole > 0 else 0.0)
-    return result
+    objects = Objects.of(truth)
+    right, ignored = np.zeros((2, len(found.scores)), bool)
+    for _, image in match(objects, found, max_detections=len(found.scores)):
+        right[image.detections] = image.right
+        ignored[image.detections] = image.ignored
+    counts = np.bincount(objects.classes[~objects.crowds], minlength=len(truth["categories"]))
+    own = [(found.classes == label) & ~ignored for label in range(len(counts))]
+    return [(found.scores[kept], right[kept], int(count)) for kept, count in zip(own, counts, strict=True)]

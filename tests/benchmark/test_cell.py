@@ -8,6 +8,8 @@ from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.store import Store, discard_runs
 from kdtoolkit.benchmark.suite import BASELINE
+from kdtoolkit.engine import train
+from kdtoolkit.engine.evaluate import evaluate
 from tests.benchmark._suite import tiny
 
 
@@ -15,11 +17,28 @@ class Stopped(Exception):
     pass
 
 
-def task_in(root):
-    suite = tiny()
+def task_in(root, *changes):
+    suite = tiny(*changes)
     store = Store(root / "run")
     plan = Plan(suite, store, load_data(suite.data), device="cpu", threads=torch.get_num_threads())
     return plan.cell(BASELINE, 0)
+
+
+def test_detections_count_as_the_suite_says_also_before_the_end(tmp_path, monkeypatch):
+    limits = []
+
+    def counting(*args, max_detections, **options):
+        limits.append(max_detections)
+        return evaluate(*args, max_detections=max_detections, **options)
+
+    for module in (cell, train):
+        monkeypatch.setattr(module, "evaluate", counting)
+    changed = ("val_images: 4", "val_images: 4\n  max_detections: 7"), ("entries:", "plateau: true\nentries:")
+    task = task_in(tmp_path, *changed)
+    cell.run(task, lambda report: None)
+    assert len(limits) > 1
+    assert set(limits) == {7}
+    assert task.parts == {**task_in(tmp_path).parts, "max_detections": "7"}  # cells of COCO's number keep their key
 
 
 def test_an_interrupted_cell_goes_on_within_its_training(tmp_path, monkeypatch):
@@ -40,7 +59,7 @@ def test_an_interrupted_cell_goes_on_within_its_training(tmp_path, monkeypatch):
     cell.run(task, told.append)
     assert not any(report.phase == "training" for report in told)  # all of it was done
     files = [{path.name: path for path in result.parent.iterdir()} for result in (whole.result, task.result)]
-    assert files[0].keys() == files[1].keys() == {"seed0.json", "seed0.pt"}
+    assert files[0].keys() == files[1].keys() == {"seed0.json", "seed0.pt", "seed0.detections.npz"}
     one, two = (torch.load(found["seed0.pt"], weights_only=True) for found in files)
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 

@@ -121,17 +121,17 @@ def test_the_same_suite_gives_the_same_students(finished, tmp_path):
 
 def test_a_run_may_be_cut_into_slices(tmp_path):
     root, suite = tmp_path / "tiny", change(tiny(), plateau=True)
-    outcome, text = run(suite, root, only=["PKD"], seeds=1, long_baselines=False, seconds=0.0)
+    outcome, text = run(suite, root, only=["PKD"], seeds=range(1), long_baselines=False, seconds=0.0)
     assert outcome.out_of_time
     assert not dates(root)
-    outcome, text = run(suite, root, only=["PKD"], seeds=1, long_baselines=False)
+    outcome, text = run(suite, root, only=["PKD"], seeds=range(1), long_baselines=False)
     assert (outcome.failures, outcome.out_of_time) == ({}, False), text
     assert {str(path) for path in dates(root)} == {f"cells/{row}/seed0.json" for row in (BASELINE, "PKD")}
     assert "PKD: 1 of 2 seeds are done" in build_board(root).warnings
-    _, text = run(suite, root, only=["PKD"], seeds=1)
+    _, text = run(suite, root, only=["PKD"], seeds=range(1))
     assert {path.parts[1] for path in dates(root)} == {BASELINE, "PKD", EQUAL_TIME, TWICE}
     assert read_result(Store(root).result_path(TWICE, 0)).steps == 4
-    _, text = run(suite, root, only=["PKD"], seeds=1)
+    _, text = run(suite, root, only=["PKD"], seeds=range(1))
     assert "all cells are done" in text
 
 

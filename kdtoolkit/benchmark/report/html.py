@@ -15,7 +15,7 @@ def to_html(board: Board, columns: Sequence[str], rows: Sequence[tuple[Row, Sequ
     `columns`: the table's headings; the first is "entry". `rows`: each row with the texts of all other columns.
     """
     environment = Environment(
-        loader=PackageLoader("kdtoolkit.benchmark"),
+        loader=PackageLoader("kdtoolkit.benchmark.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -23,5 +23,5 @@ def to_html(board: Board, columns: Sequence[str], rows: Sequence[tuple[Row, Sequ
         keep_trailing_newline=True,
     )
     entries = {row.entry: row.methods for row in board.rows if row.methods}
-    template = environment.get_template("leaderboard.html")
+    template = environment.get_template("page.html")
     return template.render(board=board, columns=columns, rows=rows, footnote=footnote, entries=entries)

@@ -1,31 +1,43 @@
-"""`kd benchmark`: run a suite, print its leaderboard."""
+"""`kd benchmark run` and `kd benchmark suites`: run a suite, and list the embedded ones."""
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdtoolkit.cli._common import Device, device_name, examples, help_alone
+from kdtoolkit.cli._common import Device, device_name
+from kdtoolkit.errors import KDError
 
-app = typer.Typer(help="Compare methods on a leaderboard.")
-
-
-@app.callback(invoke_without_command=True)
-def _group(context: typer.Context) -> None:
-    help_alone(context)
+if TYPE_CHECKING:
+    from kdtoolkit.benchmark.executor import Executor
 
 
-@app.command(
-    "run",
-    epilog=examples(
-        "kd benchmark run",
-        "kd benchmark run photos --data my_photos --seeds 5",
-        "kd benchmark run my_suite.yaml --only CrossKD --only PKD --jobs 2",
-    ),
-)
+class Where(StrEnum):
+    """Where cells run."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+def _seeds(text: str) -> range:
+    """The seeds that `5` (the first five) or `3-5` (three of them) means. Raises an error of usage."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)", text.strip())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is neither a number of seeds, as 5, nor a range of them, as 3-5")
+    first, last = found[1], int(found[2])
+    chosen = range(last) if first is None else range(int(first), last + 1)
+    if not chosen:
+        raise typer.BadParameter(f"{text!r} has no seed: write 5 for the seeds 0 to 4, or 3-5 for the seeds 3, 4 and 5")
+    return chosen
+
+
 def run(
     suite: Annotated[str, typer.Argument(help="An embedded suite (kd benchmark suites) or a YAML file.")] = "quick",
     data: Annotated[
@@ -40,10 +52,40 @@ def run(
         Path, typer.Option(file_okay=False, help="Where results go: a folder for each suite, and the teachers.")
     ] = Path("runs"),
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Cells at a time. Default: one a core on CPU, 1 on a GPU.")
+        int | None,
+        typer.Option(
+            min=1, help="Cells at a time. Default: one a core on CPU, 1 on a GPU; on Ray what the cluster has room for."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU threads of a cell. Default: the cores, divided by --jobs; on Ray 1 on CPU, and on a GPU its "
+            "share of its node's cores.",
+        ),
+    ] = None,
+    executor: Annotated[
+        Where,
+        typer.Option(help="Where cells run: on this machine, or on a Ray cluster (pip install 'kdtoolkit[ray]')."),
+    ] = Where.LOCAL,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The head of the Ray cluster. Default: the cluster that runs on this machine, or else a new one here.",
+        ),
     ] = None,
     device: Annotated[Device, typer.Option(help="Where to train; auto takes a GPU if there is one.")] = Device.AUTO,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds, instead of the suite's.")] = None,
+    seeds: Annotated[
+        range | None,
+        typer.Option(
+            parser=_seeds,
+            metavar="N | FROM-TO",
+            help="Number of seeds, instead of the suite's; or a range as 3-5, so that several machines share them out "
+            "(kd benchmark merge).",
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Run only this entry and the baseline; repeat for more.")
     ] = None,
@@ -99,22 +141,24 @@ def run(
         "on_bad": "skip" if skip_bad else None,
     }
     chosen = change(chosen, data={name: value for name, value in changes.items() if value is not None})
-    chosen = change(chosen, seeds=seeds or chosen.seeds)
+    if seeds is not None:
+        chosen = change(chosen, seeds=max(seeds.stop, chosen.seeds) if seeds.start else seeds.stop)
     root = out / (f"{chosen.name}-{name_of(data)}" if data else chosen.name)
     console = Console()
-    outcome = run_suite(
-        chosen,
-        root,
-        console=Console(quiet=quiet),
-        jobs=jobs,
-        device=device_name(device),
-        only=only or (),
-        fresh=fresh,
-        any_version=any_version,
-    )
+    with _executor(executor, ray_address, device, jobs, threads) as place:
+        outcome = run_suite(
+            chosen,
+            root,
+            console=Console(quiet=quiet),
+            executor=place,
+            only=only or (),
+            fresh=fresh,
+            any_version=any_version,
+            seeds=seeds,
+        )
     print_board(build_board(root), console)
-    place = f"board: {root}/leaderboard.html (also .md, .csv, .json)"
-    console.print(place, highlight=False, markup=False, soft_wrap=True)
+    files = f"board: {root}/leaderboard.html (also .md, .csv, .json)"
+    console.print(files, highlight=False, markup=False, soft_wrap=True)
     if outcome.interrupted:
         console.print("interrupted: what is finished is kept; the same command goes on from there", style="bold yellow")
         raise typer.Exit(130)
@@ -125,27 +169,27 @@ def run(
         raise typer.Exit(1)
 
 
-@app.command("report", epilog=examples("kd benchmark report runs/quick"))
-def report(
-    run_dir: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="A folder that `kd benchmark run` has made.")
-    ],
-) -> None:
-    """Print the leaderboard again, from stored results.
+@contextmanager
+def _executor(
+    where: Where, address: str | None, device: Device, jobs: int | None, threads: int | None
+) -> Iterator[Executor]:
+    """Where the cells run. A Ray cluster that was started for them ends with the context. Raises KDError."""
+    if where is Where.LOCAL:
+        from kdtoolkit.benchmark.workers import Workers
 
-    Its files in RUN_DIR are written again too.
-    """
-    from rich.console import Console
+        if address is not None:
+            raise KDError("--ray-address is for cells on a Ray cluster: add --executor ray")
+        yield Workers(device_name(device), jobs, threads)
+        return
+    try:
+        from kdtoolkit.benchmark.ray_workers import RayWorkers
+    except ModuleNotFoundError as error:
+        raise KDError("Ray is not installed: pip install 'kdtoolkit[ray]'") from error
+    chosen = None if device is Device.AUTO else device.value
+    with RayWorkers(address, device=chosen, slots=jobs, threads=threads) as workers:
+        yield workers
 
-    from kdtoolkit.benchmark.board import build_board
-    from kdtoolkit.benchmark.report import print_board, write_board
 
-    board = build_board(run_dir)
-    write_board(board, run_dir)
-    print_board(board, Console())
-
-
-@app.command("suites")
 def suites() -> None:
     """List the embedded suites."""
     from rich.console import Console
