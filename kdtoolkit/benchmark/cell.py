@@ -62,7 +62,8 @@ class Task:
     `fingerprints`: digests of the content of its data sets, by name. `inherits`: whether the student starts from the
     teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `curve`, `probe`: after how many
     equal shares of the steps to evaluate the student, and to probe its methods. `class_map`: the teacher's name for a
-    class of the data, where the names differ.
+    class of the data, where the names differ. `original`: the task as the run planned it, if its files were moved to a
+    different machine.
     """
 
     entry: str
@@ -87,6 +88,7 @@ class Task:
     curve: int = 0
     probe: int = 0
     class_map: Mapping[str, str] = field(default_factory=dict)
+    original: Task | None = None
 
     @property
     def name(self) -> str:
@@ -342,7 +344,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         format=FORMAT,
         suite=task.suite,
-        settings=task.settings,
+        settings=(task.original or task).settings,
         fingerprints={**task.fingerprints, **taught_by},
         inference=cost,
     )
