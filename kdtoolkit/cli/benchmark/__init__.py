@@ -7,6 +7,7 @@ import typer
 from kdtoolkit.cli._common import examples, help_alone
 from kdtoolkit.cli.benchmark.report import report
 from kdtoolkit.cli.benchmark.run import run, suites
+from kdtoolkit.cli.benchmark.watch import watch
 
 app = typer.Typer(help="Compare methods on a leaderboard.")
 
@@ -26,4 +27,5 @@ app.command(
     ),
 )(run)
 app.command("report", epilog=examples("kd benchmark report runs/quick"))(report)
+app.command("watch", epilog=examples("kd benchmark watch", "kd benchmark watch runs/quick --once"))(watch)
 app.command("suites")(suites)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kdtoolkit.cli._common import Device, device_name
+
+
+class Tracker(StrEnum):
+    """What shows curves of running cells."""
+
+    TENSORBOARD = "tensorboard"
 
 
 def _seeds(text: str) -> range:
@@ -75,6 +82,10 @@ def run(
             "--allow-code", help="Import the Python modules that the suite names as models: package:callable."
         ),
     ] = False,
+    tracker: Annotated[
+        Tracker | None,
+        typer.Option(help="Write curves for TensorBoard too: tensorboard --logdir OUT/SUITE/tensorboard."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the board and errors alone.")] = False,
 ) -> None:
     """Train, distil and compare on a leaderboard.
@@ -119,6 +130,7 @@ def run(
         fresh=fresh,
         any_version=any_version,
         seeds=seeds,
+        tensorboard=tracker is Tracker.TENSORBOARD,
     )
     print_board(build_board(root), console)
     place = f"board: {root}/leaderboard.html (also .md, .csv, .json)"
