@@ -59,10 +59,11 @@ class Task:
     `detector`: what it trains, the student or the teacher. `parts`: everything that its key is computed from.
     `result`: the path of its result. `teacher_weights`: the path of the teacher's weights. `pictures`: the folder of
     drawn pictures and decoded photos. `source`: a digest of kdtoolkit's source code. `suite`: the name of the suite.
-    `fingerprints`: digests of the content of its data sets, by name. `inherits`: whether the student starts from the
-    teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `curve`, `probe`: after how many
-    equal shares of the steps to evaluate the student, and to probe its methods. `class_map`: the teacher's name for a
-    class of the data, where the names differ.
+    `fingerprints`: digests of the content of its data sets, by name. `settings`: all that repeats it, with the paths of
+    the machine that planned it. `inherits`: whether the student starts from the teacher's weights. `halts`: whether to
+    evaluate after four fifths of the steps too. `curve`, `probe`: after how many equal shares of the steps to evaluate
+    the student, and to probe its methods. `class_map`: the teacher's name for a class of the data, where the names
+    differ.
     """
 
     entry: str
@@ -77,6 +78,7 @@ class Task:
     source: str
     suite: str
     fingerprints: Mapping[str, str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     methods: tuple[MethodUse, ...] = ()
     teacher_detector: DetectorSection | None = None
     teacher_weights: Path | None = None
@@ -129,26 +131,6 @@ class Task:
     def probed_at(self) -> tuple[int, ...]:
         """The steps after which its methods are probed."""
         return equal_shares(self.steps, self.probe) if self.methods else ()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that repeats the cell, as values that JSON can hold."""
-        teacher: dict[str, Any] = {}
-        if self.teacher_detector is not None:
-            teacher = {
-                "teacher": self.teacher_detector.model_dump(mode="json"),
-                "teacher_scale": self.teacher_scale,
-                "init": TEACHER if self.inherits else None,
-            }
-        return {
-            "detector": self.detector.model_dump(mode="json"),
-            "methods": [use.model_dump(mode="json") for use in self.methods],
-            "data": self.data.model_dump(mode="json"),
-            "seed": self.seed,
-            "steps": self.steps,
-            **teacher,
-            **({"class_map": dict(self.class_map)} if self.class_map else {}),
-        }
 
 
 @dataclass(frozen=True)
@@ -342,7 +324,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         format=FORMAT,
         suite=task.suite,
-        settings=task.settings,
+        settings=dict(task.settings),
         fingerprints={**task.fingerprints, **taught_by},
         inference=cost,
     )

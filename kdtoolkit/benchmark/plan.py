@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -87,7 +88,7 @@ class Plan:
         steps = 0 if section.train is None else section.train.steps
         parts = self._parts(section, (), 0, steps, data, None) | self._class_map | self._max_detections
         stored = self._earlier_teacher(parts) if self.any_version else None
-        return Task(
+        task = Task(
             entry=TEACHER,
             seed=0,
             detector=section,
@@ -102,6 +103,7 @@ class Plan:
             fingerprints={"train_data": self._data.teacher_data, "val_data": self._data.val_data},
             class_map=self.suite.class_map,
         )
+        return replace(task, settings=_settings(task))
 
     def _earlier_teacher(self, parts: dict[str, str]) -> CellResult | None:
         """The stored teacher with the same settings: the one that has taught this run so far, or else the latest."""
@@ -137,7 +139,7 @@ class Plan:
         has_teacher = bool(methods) or init is not None
         unlabelled = self._data.unlabelled if methods else ""
         taught_by = teacher.result.stem if scale == 1 else f"{teacher.result.stem}, images scaled by {scale}"
-        return Task(
+        task = Task(
             entry=row,
             seed=seed,
             detector=section,
@@ -169,6 +171,7 @@ class Plan:
             stretch=stretch,
             teacher_scale=scale,
         )
+        return replace(task, settings=_settings(task))
 
     def _parts(
         self,
@@ -334,3 +337,23 @@ def _on(hardware: Hardware, section: DetectorSection) -> DetectorSection:
 def _is_auto(section: DetectorSection) -> bool:
     """Whether the hardware chooses the precision."""
     return section.train is not None and section.train.precision == "auto"
+
+
+def _settings(task: Task) -> dict[str, Any]:
+    """All that repeats a cell, as values that JSON can hold."""
+    teacher: dict[str, Any] = {}
+    if task.teacher_detector is not None:
+        teacher = {
+            "teacher": task.teacher_detector.model_dump(mode="json"),
+            "teacher_scale": task.teacher_scale,
+            "init": TEACHER if task.inherits else None,
+        }
+    return {
+        "detector": task.detector.model_dump(mode="json"),
+        "methods": [use.model_dump(mode="json") for use in task.methods],
+        "data": task.data.model_dump(mode="json"),
+        "seed": task.seed,
+        "steps": task.steps,
+        **teacher,
+        **({"class_map": dict(task.class_map)} if task.class_map else {}),
+    }
