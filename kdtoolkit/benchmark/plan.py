@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -46,7 +45,8 @@ class Plan:
 
     `store`: the folder of the run. `device`: `cpu` or `cuda`. `threads`: how many threads each cell uses. `hardware`:
     what cells are computed on, if that is not this machine. `any_version`: whether results of different source code,
-    libraries and hardware are kept. `seeds`: which of the suite's seeds to run; None means all.
+    libraries and hardware are kept. `seeds`: which of the suite's seeds to run; None means all. `tensorboard`: whether
+    cells write curves for TensorBoard.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Plan:
         hardware: Hardware | None = None,
         any_version: bool = False,
         seeds: range | None = None,
+        tensorboard: bool = False,
     ) -> None:
         self.suite = suite
         self.store = store
@@ -68,6 +69,7 @@ class Plan:
         self.threads = threads
         self.any_version = any_version
         self.seeds = range(suite.seeds) if seeds is None else range(seeds.start, min(seeds.stop, suite.seeds))
+        self._tensorboard = store.tensorboard.absolute() if tensorboard else None
         self._teacher_section = _on(self.hardware, suite.teacher)
         self._student_section = _on(self.hardware, suite.student)
         self._data = Fingerprints(
@@ -88,7 +90,7 @@ class Plan:
         steps = 0 if section.train is None else section.train.steps
         parts = self._parts(section, (), 0, steps, data, None) | self._class_map | self._max_detections
         stored = self._earlier_teacher(parts) if self.any_version else None
-        task = Task(
+        return Task(
             entry=TEACHER,
             seed=0,
             detector=section,
@@ -102,8 +104,8 @@ class Plan:
             suite=self.suite.name,
             fingerprints={"train_data": self._data.teacher_data, "val_data": self._data.val_data},
             class_map=self.suite.class_map,
+            tracked_in=self._tensorboard and self._tensorboard / TEACHER,
         )
-        return replace(task, settings=_settings(task))
 
     def _earlier_teacher(self, parts: dict[str, str]) -> CellResult | None:
         """The stored teacher with the same settings: the one that has taught this run so far, or else the latest."""
@@ -139,7 +141,7 @@ class Plan:
         has_teacher = bool(methods) or init is not None
         unlabelled = self._data.unlabelled if methods else ""
         taught_by = teacher.result.stem if scale == 1 else f"{teacher.result.stem}, images scaled by {scale}"
-        task = Task(
+        return Task(
             entry=row,
             seed=seed,
             detector=section,
@@ -168,10 +170,10 @@ class Plan:
             curve=self.suite.curve,
             probe=self.suite.probe,
             class_map=self.suite.class_map,
+            tracked_in=self._tensorboard and self._tensorboard / row / f"seed{seed}",
             stretch=stretch,
             teacher_scale=scale,
         )
-        return replace(task, settings=_settings(task))
 
     def _parts(
         self,
@@ -337,23 +339,3 @@ def _on(hardware: Hardware, section: DetectorSection) -> DetectorSection:
 def _is_auto(section: DetectorSection) -> bool:
     """Whether the hardware chooses the precision."""
     return section.train is not None and section.train.precision == "auto"
-
-
-def _settings(task: Task) -> dict[str, Any]:
-    """All that repeats a cell, as values that JSON can hold."""
-    teacher: dict[str, Any] = {}
-    if task.teacher_detector is not None:
-        teacher = {
-            "teacher": task.teacher_detector.model_dump(mode="json"),
-            "teacher_scale": task.teacher_scale,
-            "init": TEACHER if task.inherits else None,
-        }
-    return {
-        "detector": task.detector.model_dump(mode="json"),
-        "methods": [use.model_dump(mode="json") for use in task.methods],
-        "data": task.data.model_dump(mode="json"),
-        "seed": task.seed,
-        "steps": task.steps,
-        **teacher,
-        **({"class_map": dict(task.class_map)} if task.class_map else {}),
-    }
