@@ -65,8 +65,16 @@ def _difference(row: Row, own: Difference, look: Look, scale: Scale) -> Line:
     picture = track([Interval(look, own.mean, own.low, own.high)], scale, zero=True)
     verdict = f"{SIGNS[own.verdict]} {VERDICTS[own.verdict]}"
     if own.over == "images":
-        verdict = "one seed; over images"
-    return Line(row.entry, picture, (difference_text(own), p_text(own), verdict), look, own.verdict)
+        verdict = "one seed, over images"
+    if not row.methods:  # a baseline with a longer schedule
+        verdict = "more steps"
+    return Line(
+        row.entry,
+        picture,
+        (difference_text(own), p_text(own), verdict),
+        look,
+        own.verdict if row.methods else "not shown",
+    )
 
 
 def pairs(board: Board) -> list[tuple[str, list[Difference | None]]]:
