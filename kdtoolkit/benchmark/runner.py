@@ -407,7 +407,9 @@ class _Run:
         """Write the board, unless it was written just now: boards of many cells take long, and each has all cells."""
         begun = time.monotonic()
         if begun >= self.next_board or last:
-            write_report([View.of(self.plan.store.root)], self.plan.store.root)
+            root = self.plan.store.root
+            pictures = last and not self.outcome.interrupted
+            write_report([View.of(root, pictures=pictures)], root)
             now = time.monotonic()
             self.next_board = now + BOARD_PAUSE * (now - begun)
 
