@@ -20,12 +20,11 @@ import torch
 from rich.console import Console
 
 from kdtoolkit.benchmark import runner
-from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import Report, Task
 from kdtoolkit.benchmark.datasets import DataSets
 from kdtoolkit.benchmark.executor import Ended, Hardware
 from kdtoolkit.benchmark.keys import key_of
-from kdtoolkit.benchmark.report import write_board
+from kdtoolkit.benchmark.report import View, write_report
 from kdtoolkit.benchmark.store import CellResult, write_atomic
 from kdtoolkit.benchmark.suite import Suite, change
 from kdtoolkit.benchmark.suite_file import load_suite
@@ -138,9 +137,9 @@ def main() -> None:
         cells = len(list(root.glob("cells/*/*.json")))
         size = sum(path.stat().st_size for path in root.glob("cells/*/*.json")) / cells
         begun = time.monotonic()
-        board = build_board(root)
+        view = View.of(root)
         built = time.monotonic() - begun
-        write_board(board, root)
+        write_report([view], root)
         written = time.monotonic() - begun - built
         print(
             json.dumps(

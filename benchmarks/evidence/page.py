@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtoolkit.benchmark.board import build_board
-from kdtoolkit.benchmark.report import write_board
+from kdtoolkit.benchmark.report import View, write_report
 from kdtoolkit.benchmark.stats import Difference
 
 ROOT = Path(__file__).parents[2]
@@ -224,10 +223,10 @@ def take(runs: Path, folder: Path) -> Iterable[str]:
     """Write the boards of the evidence runs below `runs` into `folder`; their names."""
     for suite in sorted(runs.glob("evidence-*/suite.yaml")):
         name = suite.parent.name.removeprefix("evidence-")
-        board = build_board(suite.parent)
-        if board.rows:
+        view = View.of(suite.parent)
+        if view.board.rows:
             (folder / name).mkdir(parents=True, exist_ok=True)
-            write_board(board, folder / name)
+            write_report([view], folder / name)
             yield name
 
 

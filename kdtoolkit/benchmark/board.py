@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdtoolkit.benchmark import equal_time
-from kdtoolkit.benchmark.cells import read_cells
 from kdtoolkit.benchmark.comparison import Compared, compare
+from kdtoolkit.benchmark.runs import open_run
 from kdtoolkit.benchmark.stats import (
     Difference,
     Probability,
@@ -22,8 +22,6 @@ from kdtoolkit.benchmark.stats import (
 )
 from kdtoolkit.benchmark.store import CellResult, Store
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
-from kdtoolkit.benchmark.suite_file import load_suite
-from kdtoolkit.errors import KDError
 from kdtoolkit.words import counted
 
 METRICS = {
@@ -104,14 +102,8 @@ class Board:
 
 def build_board(root: Path) -> Board:
     """The board of a run's folder, also if the run is unfinished. Raises KDError if the folder holds no run."""
-    store = Store(root)
-    if not store.suite_path.is_file():
-        raise KDError(
-            f"{root} is not a folder of `kd benchmark run`: it has no suite.yaml. Name a suite's folder, as runs/quick"
-        )
-    suite = load_suite(str(store.suite_path))
-    found = read_cells(store, suite)
-    cells, teacher = found.rows, found.teacher
+    run = open_run(root)
+    store, suite, cells, teacher = run.store, run.suite, run.cells.rows, run.cells.teacher
     aps = {row: _aps(results) for row, results in cells.items()}
     teacher_ap = teacher.evaluation["ap"] if teacher else None
     comparison = compare(aps, teacher_ap)
@@ -125,7 +117,7 @@ def build_board(root: Path) -> Board:
         rows=tuple(rows),
         teacher=_row(suite, TEACHER, [teacher], Compared()) if teacher else None,
         claims=tuple(_claims(rows)),
-        warnings=(*found.left_out, *_warnings(store, suite, cells, teacher)),
+        warnings=(*run.cells.left_out, *_warnings(store, suite, cells, teacher)),
         pairs=comparison.pairs,
         summary=_summary(rows),
     )

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kdtoolkit.benchmark.datasets import DataSets, load_data
-from kdtoolkit.benchmark.detections_file import detections_path, write_detections
+from kdtoolkit.benchmark.detections_file import GroundTruth, detections_path, write_detections
 from kdtoolkit.benchmark.keys import digest_of, key_of, package_of
 from kdtoolkit.benchmark.store import (
     FORMAT,
@@ -32,9 +33,12 @@ from kdtoolkit.compatibility import why_no_student
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.breakdown import breakdown
 from kdtoolkit.engine.evaluate import METRICS, Evaluation, evaluate, why_not_measured
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.hardware import device_name, machine
+from kdtoolkit.engine.inference_cost import InferenceCost, measure
+from kdtoolkit.engine.measuring import equal_shares
 from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.result import TrainResult
 from kdtoolkit.engine.scoring import Found
@@ -56,9 +60,10 @@ class Task:
     `result`: the path of its result. `teacher_weights`: the path of the teacher's weights. `pictures`: the folder of
     drawn pictures and decoded photos. `source`: a digest of kdtoolkit's source code. `suite`: the name of the suite.
     `fingerprints`: digests of the content of its data sets, by name. `inherits`: whether the student starts from the
-    teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `class_map`: the
-    teacher's name for a class of the data, where the names differ. `original`: the task as the run planned it, if its
-    files were moved to a different machine.
+    teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `curve`, `probe`: after how many
+    equal shares of the steps to evaluate the student, and to probe its methods. `class_map`: the teacher's name for a
+    class of the data, where the names differ. `original`: the task as the run planned it, if its files were moved to a
+    different machine.
     """
 
     entry: str
@@ -80,6 +85,8 @@ class Task:
     teacher_scale: float = 1.0
     inherits: bool = False
     halts: bool = False
+    curve: int = 0
+    probe: int = 0
     class_map: Mapping[str, str] = field(default_factory=dict)
     original: Task | None = None
 
@@ -95,8 +102,14 @@ class Task:
 
     @property
     def run_folder(self) -> Path:
-        """The folder of the training until its result is stored. Its name has the key: one folder per training."""
-        return self.result.with_suffix(f".{key_of(self.parts)}.run")
+        """The folder of the training until its result is stored.
+
+        Its name stands for the key and for the steps of evaluations and probes. If these have changed, an unfinished
+        training begins again, so that its curves are complete.
+        """
+        measured = {"evaluated": str(self.evaluated_at), "probed": str(self.probed_at)}
+        key = key_of(self.parts | (measured if self.evaluated_at or self.probed_at else {}))
+        return self.result.with_suffix(f".{key}.run")
 
     @property
     def lock_folder(self) -> Path:
@@ -107,6 +120,17 @@ class Task:
     def steps(self) -> int:
         """Training steps, rounded up if the schedule is stretched; 0 for a teacher that is used as it is."""
         return 0 if self.detector.train is None else stretched(self.detector.train.steps, self.stretch)
+
+    @property
+    def evaluated_at(self) -> tuple[int, ...]:
+        """The steps after which the student is evaluated in the middle of its training."""
+        steps = {*equal_shares(self.steps, self.curve), *([four_fifths(self.steps)] if self.halts else [])}
+        return tuple(sorted(steps - {0, self.steps}))
+
+    @property
+    def probed_at(self) -> tuple[int, ...]:
+        """The steps after which its methods are probed."""
+        return equal_shares(self.steps, self.probe) if self.methods else ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -134,6 +158,7 @@ class Report:
     """What a cell reports while it runs.
 
     `phase`: the cell's current work, in words. `seconds`: time spent on training so far. `notice`: a line for the log.
+    `evaluated`: step and AP of each evaluation so far.
     """
 
     phase: str
@@ -142,6 +167,7 @@ class Report:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     notice: str = ""
+    evaluated: tuple[tuple[int, float | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,8 +190,8 @@ def stretched(steps: int, stretch: float) -> int:
 
 
 def four_fifths(steps: int) -> int:
-    """The step after which four fifths of a schedule are done."""
-    return math.ceil(0.8 * steps)
+    """The step after which four fifths of a schedule are done; never the last one."""
+    return min(math.ceil(4 * steps / 5), steps - 1)
 
 
 def build_detector(
@@ -263,7 +289,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             class_map=class_map,
         )
         trained = _train(task, distiller, images, sets, report)
-    memory = peak_memory_mb(task.device)
+    memory = trained.peak_memory_mb or peak_memory_mb(task.device)
 
     def evaluating(done: int, total: int) -> None:
         report(Report(f"evaluating {done}/{total}", trained.steps, warnings=tuple(trained.warnings)))
@@ -283,6 +309,8 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             progress=evaluating,
             keep=detections.append,
         )
+    report(Report("timing", trained.steps, warnings=tuple(trained.warnings)))
+    cost = _cost(task, student, sets.val)
     if task.entry == TEACHER:
         taught_by = {"teacher": digest_of(student.state_dict())}
     result = CellResult(
@@ -293,7 +321,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         data=sets.description,
         evaluation={name: getattr(evaluation, name, None) for name in METRICS},
         per_class={} if evaluation is None else evaluation.per_class,
-        ap_at_four_fifths=next((row["eval/ap"] for row in trained.evaluations if row["step"] != trained.steps), None),
+        ap_at_four_fifths=_ap_at(four_fifths(trained.steps), trained) if task.halts else None,
         steps=trained.steps,
         stretch=task.stretch,
         train_seconds=trained.seconds,
@@ -302,6 +330,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         peak_memory_mb=memory,
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         history=trained.history,
+        evaluations=_points(trained, evaluation),
         inherited=inherited,
         warnings=[*trained.warnings, *notices],
         versions={
@@ -317,7 +346,12 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         suite=task.suite,
         settings=(task.original or task).settings,
         fingerprints={**task.fingerprints, **taught_by},
+        inference=cost,
     )
+    if detections:
+        truth = GroundTruth(task.fingerprints["val_data"], sets.val.in_memory().coco())
+        parts = breakdown(*truth.of(result, detections[0]), max_detections=task.data.max_detections)
+        result = result.model_copy(update={"breakdown": parts})
     report(Report("storing", trained.steps))
     write_weights(task.weights, student)  # before the result, so that no result lacks its weights
     if detections:
@@ -326,6 +360,13 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         discard(detections_path(task.result))  # those of an earlier training
     write_result(task.result, result)
     discard_runs(task.result)
+
+
+def _cost(task: Task, detector: nn.Module, images: DetectionDataset) -> InferenceCost | None:
+    """What the first of the images costs the detector, at the size at which it is evaluated."""
+    image, _ = images[0]
+    size = None if task.detector.train is None else task.detector.train.input_size
+    return measure(detector, image if size is None else size.apply(image))
 
 
 def _train(
@@ -338,12 +379,20 @@ def _train(
     """Train the student. Raises KDError if it cannot be trained."""
 
     def training(progress: Progress) -> None:
-        report(Report("training", progress.step, progress.losses, progress.seconds, progress.warnings))
+        report(
+            Report(
+                "training",
+                progress.step,
+                progress.losses,
+                progress.seconds,
+                progress.warnings,
+                evaluated=progress.evaluated,
+            )
+        )
 
     assert task.detector.train is not None  # a task without it has no steps
     config = task.detector.train.model_copy(update={"steps": task.steps})
-    every, limit = four_fifths(task.steps), task.data.max_detections
-    early = Validation(sets.val, every_steps=every, max_detections=limit) if task.halts else None
+    validation = Validation(sets.val, at=task.evaluated_at, max_detections=task.data.max_detections)
     folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
     discard_runs(task.result, but=folder.path)
     try:
@@ -354,11 +403,34 @@ def _train(
             seed=task.seed,
             device=task.device,
             folder=folder,
-            validation=early,
+            validation=validation if task.evaluated_at else None,
             unlabelled=sets.unlabelled if task.methods else None,
+            probe_at=task.probed_at,
             report=training,
         )
     except NonFiniteLossError as error:
         kept = task.result.with_suffix(".last-good.pt")
         write_weights(kept, distiller.student)
         raise NonFiniteLossError(f"{error} The student's weights before that step are in {kept}") from error
+
+
+def _ap_at(step: int, trained: TrainResult) -> float | None:
+    """The AP after a step in the middle of the training."""
+    return next((row["eval/ap"] for row in trained.evaluations if row["step"] == step), None)
+
+
+def _points(trained: TrainResult, last: Evaluation | None) -> list[dict[str, float | None]]:
+    """What was measured while the student trained and at its end, by step."""
+    found: dict[float, dict[str, float | None]] = {}
+    rows = [*trained.evaluations, *trained.probes]
+    if trained.steps and last is not None:
+        rows.append({"step": trained.steps, "eval/ap": last.ap, "eval/ap50": last.ap50})
+    for row in rows:
+        step = row["step"] or 0
+        point = found.setdefault(step, {"step": step})
+        point |= {name.removeprefix("eval/"): value for name, value in row.items() if _in_curves(name)}
+    return [found[step] for step in sorted(found)]
+
+
+def _in_curves(name: str) -> bool:
+    return name in ("eval/ap", "eval/ap50") or name.startswith(("conflict/", "share/"))

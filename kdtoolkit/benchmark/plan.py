@@ -163,6 +163,8 @@ class Plan:
             teacher_weights=teacher.weights if has_teacher else None,
             inherits=init is not None,
             halts=self.suite.plateau and row == BASELINE,
+            curve=self.suite.curve,
+            probe=self.suite.probe,
             class_map=self.suite.class_map,
             stretch=stretch,
             teacher_scale=scale,

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.datasets import DataSets, load_data
 from kdtoolkit.benchmark.detections_file import detections_path, keep_ground_truth
@@ -22,7 +21,7 @@ from kdtoolkit.benchmark.display import Display
 from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.executor import Ended, Executor
 from kdtoolkit.benchmark.plan import Plan, check_methods
-from kdtoolkit.benchmark.report import write_board
+from kdtoolkit.benchmark.report import View, write_report
 from kdtoolkit.benchmark.store import (
     CellResult,
     Store,
@@ -386,7 +385,7 @@ class _Run:
         """Write the board, unless it was written just now: boards of many cells take long, and each has all cells."""
         begun = time.monotonic()
         if begun >= self.next_board or last:
-            write_board(build_board(self.plan.store.root), self.plan.store.root)
+            write_report([View.of(self.plan.store.root)], self.plan.store.root)
             now = time.monotonic()
             self.next_board = now + BOARD_PAUSE * (now - begun)
 

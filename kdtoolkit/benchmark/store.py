@@ -48,9 +48,12 @@ class CellResult(BaseModel):
     `format`: the version of this record. `suite`: the name of the suite that ran it. `settings`: all that repeats it:
     `detector`, `methods`, `data`, `seed`, `steps`, and `teacher` if it had one. `fingerprints`: digests of the content
     of `train_data` and `val_data`, of `unlabelled` images and of the teacher's weights (`teacher`) if it had them.
-    `evaluations`: AP in percent at some steps of the training, where the suite asks for it. `breakdown`: where the AP
-    comes from. `inference`: what one image costs the trained detector. All of these are empty in results of earlier
-    versions, but for the fingerprints of data, which their key holds.
+    `evaluations`: what was measured at some steps of the training and after the last one: `ap` and `ap50` in percent;
+    where the suite has a `probe`, `conflict/METHOD`, the cosine of the method's gradient with the task's, and
+    `share/METHOD`, its share of both gradients; `conflict/task` is the cosine between the task's gradients of two
+    batches, to compare with. `breakdown`: where the AP comes from. `inference`: what one image costs the trained
+    detector. All of these are empty in results of earlier versions, but for the fingerprints of data, which their key
+    holds.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -78,7 +78,9 @@ class Suite(Section):
 
     `teacher_scale`: size of the images that the teacher sees while it teaches, relative to the student's. `init`:
     whether all students start from the teacher's weights, where these fit. `plateau`: whether to measure how much more
-    steps would add to the baseline. `class_map`: the teacher's name for a class of the data, where the names differ;
+    steps would add to the baseline. `curve`: how often each student is evaluated, after equal shares of its steps; 0
+    evaluates it at the end alone. `probe`: after how many equal shares of the steps the methods are probed
+    (docs/probe.md); 0 probes nothing. `class_map`: the teacher's name for a class of the data, where the names differ;
     for a teacher that is not trained here.
     """
 
@@ -92,6 +94,8 @@ class Suite(Section):
     teacher_scale: float = 1.0
     init: Literal["teacher"] | None = None
     plateau: bool = False
+    curve: int = Field(0, ge=0)
+    probe: int = Field(0, ge=0)
     class_map: dict[str, str] = Field({})
     entries: dict[Annotated[str, Field(pattern=_FOLDER_NAME)], tuple[MethodUse, ...]]
 

@@ -157,7 +157,7 @@ def run(
             seeds=seeds,
         )
     print_board(build_board(root), console)
-    files = f"board: {root}/leaderboard.html (also .md, .csv, .json)"
+    files = f"board: {root}/leaderboard.html (also .md, .csv, .json, .tex)"
     console.print(files, highlight=False, markup=False, soft_wrap=True)
     if outcome.interrupted:
         console.print("interrupted: what is finished is kept; the same command goes on from there", style="bold yellow")
