@@ -62,8 +62,8 @@ class Task:
     `fingerprints`: digests of the content of its data sets, by name. `inherits`: whether the student starts from the
     teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `curve`, `probe`: after how many
     equal shares of the steps to evaluate the student, and to probe its methods. `class_map`: the teacher's name for a
-    class of the data, where the names differ. `original`: the task as the run planned it, if its files were moved to a
-    different machine.
+    class of the data, where the names differ. `tracked_in`: where curves for TensorBoard go; None writes none.
+    `original`: the task as the run planned it, if its files were moved to a different machine.
     """
 
     entry: str
@@ -88,6 +88,7 @@ class Task:
     curve: int = 0
     probe: int = 0
     class_map: Mapping[str, str] = field(default_factory=dict)
+    tracked_in: Path | None = None
     original: Task | None = None
 
     @property
@@ -123,9 +124,12 @@ class Task:
 
     @property
     def evaluated_at(self) -> tuple[int, ...]:
-        """The steps after which the student is evaluated in the middle of its training."""
-        steps = {*equal_shares(self.steps, self.curve), *([four_fifths(self.steps)] if self.halts else [])}
-        return tuple(sorted(steps - {0, self.steps}))
+        """The steps after which the student is evaluated by its training.
+
+        The last step is one of them only for the curves of TensorBoard. Every cell is evaluated after its training too.
+        """
+        steps = {*equal_shares(self.steps, self.curve), *([four_fifths(self.steps)] if self.halts else [])} - {0}
+        return tuple(sorted(steps - {self.steps} if self.tracked_in is None else steps | {self.steps}))
 
     @property
     def probed_at(self) -> tuple[int, ...]:
@@ -168,6 +172,20 @@ class Report:
     warnings: tuple[str, ...] = ()
     notice: str = ""
     evaluated: tuple[tuple[int, float | None], ...] = ()
+
+    @property
+    def by_method(self) -> dict[str, float]:
+        """The losses of the task and of each method: their terms together."""
+        sums: dict[str, float] = {}
+        for name, value in self.losses.items():
+            owner = name.partition("/")[0]
+            sums[owner] = sums.get(owner, 0.0) + value
+        return sums
+
+    @property
+    def step_ms(self) -> float | None:
+        """The mean training step so far, in milliseconds; None before the first one."""
+        return 1000 * self.seconds / self.step if self.step and self.seconds else None
 
 
 @dataclass(frozen=True)
@@ -393,7 +411,8 @@ def _train(
     assert task.detector.train is not None  # a task without it has no steps
     config = task.detector.train.model_copy(update={"steps": task.steps})
     validation = Validation(sets.val, at=task.evaluated_at, max_detections=task.data.max_detections)
-    folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
+    trackers = () if task.tracked_in is None else ("tensorboard",)
+    folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS, trackers=trackers, tracked_in=task.tracked_in)
     discard_runs(task.result, but=folder.path)
     try:
         return train(

@@ -45,7 +45,8 @@ class Plan:
 
     `store`: the folder of the run. `device`: `cpu` or `cuda`. `threads`: how many threads each cell uses. `hardware`:
     what cells are computed on, if that is not this machine. `any_version`: whether results of different source code,
-    libraries and hardware are kept. `seeds`: which of the suite's seeds to run; None means all.
+    libraries and hardware are kept. `seeds`: which of the suite's seeds to run; None means all. `tensorboard`: whether
+    cells write curves for TensorBoard.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Plan:
         hardware: Hardware | None = None,
         any_version: bool = False,
         seeds: range | None = None,
+        tensorboard: bool = False,
     ) -> None:
         self.suite = suite
         self.store = store
@@ -67,6 +69,7 @@ class Plan:
         self.threads = threads
         self.any_version = any_version
         self.seeds = range(suite.seeds) if seeds is None else range(seeds.start, min(seeds.stop, suite.seeds))
+        self._tensorboard = store.tensorboard.absolute() if tensorboard else None
         self._teacher_section = _on(self.hardware, suite.teacher)
         self._student_section = _on(self.hardware, suite.student)
         self._data = Fingerprints(
@@ -101,6 +104,7 @@ class Plan:
             suite=self.suite.name,
             fingerprints={"train_data": self._data.teacher_data, "val_data": self._data.val_data},
             class_map=self.suite.class_map,
+            tracked_in=self._tensorboard and self._tensorboard / TEACHER,
         )
 
     def _earlier_teacher(self, parts: dict[str, str]) -> CellResult | None:
@@ -166,6 +170,7 @@ class Plan:
             curve=self.suite.curve,
             probe=self.suite.probe,
             class_map=self.suite.class_map,
+            tracked_in=self._tensorboard and self._tensorboard / row / f"seed{seed}",
             stretch=stretch,
             teacher_scale=scale,
         )

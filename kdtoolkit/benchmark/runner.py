@@ -22,6 +22,7 @@ from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.executor import Ended, Executor
 from kdtoolkit.benchmark.plan import Plan, check_methods
 from kdtoolkit.benchmark.report import View, write_report
+from kdtoolkit.benchmark.status import StatusFile
 from kdtoolkit.benchmark.store import (
     CellResult,
     Store,
@@ -36,6 +37,7 @@ from kdtoolkit.benchmark.store import (
 )
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, Suite
 from kdtoolkit.benchmark.workers import Workers
+from kdtoolkit.engine.log import check_trackers
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.words import counted, duration
@@ -50,6 +52,15 @@ class Outcome:
     failures: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     out_of_time: bool = False
+
+    @property
+    def in_words(self) -> str:
+        """How it ended, as the end of a sentence."""
+        if self.interrupted:
+            return "interrupted"
+        if self.out_of_time:
+            return "because its time was up"
+        return f"with {counted(len(self.failures), 'failed cell')}" if self.failures else "with all its cells done"
 
 
 class _OutOfTimeError(Exception):
@@ -70,6 +81,7 @@ def run_suite(
     seeds: range | None = None,
     long_baselines: bool = True,
     seconds: float | None = None,
+    tensorboard: bool = False,
 ) -> Outcome:
     """Run those cells of a suite that are not done yet.
 
@@ -89,9 +101,10 @@ def run_suite(
         long_baselines: run the baselines with longer schedules too: at equal time, and with twice the steps where the
             suite asks for it (`plateau`).
         seconds: stop after this time. Cells that are cut off go on from their last checkpoint in the next call.
+        tensorboard: write curves of the cells that are run, for TensorBoard, in a folder `tensorboard` of `root`.
 
-    Raises KDError if `fresh` leaves nothing for `any_version` to keep, if the suite does not fit the data, if the
-    folder cannot be written, or if another run works in it.
+    Raises KDError if `fresh` leaves nothing for `any_version` to keep, if TensorBoard is asked for and not installed,
+    if the suite does not fit the data, if the folder cannot be written, or if another run works in it.
     """
     unknown = [name for name in only if name not in (BASELINE, *suite.entries)]
     if unknown:
@@ -104,6 +117,8 @@ def run_suite(
             "--fresh runs everything again, so --any-version has nothing to keep: leave one of them out, or name the "
             "entries that are to be run again (--only)"
         )
+    if tensorboard:
+        check_trackers(["tensorboard"])
     end = None if seconds is None else time.monotonic() + seconds
     store = Store(root)
     if executor is None:
@@ -120,6 +135,7 @@ def run_suite(
         hardware=executor.hardware,
         any_version=any_version,
         seeds=seeds,
+        tensorboard=tensorboard,
     )
     rows = [BASELINE, *(row for row in suite.entries if not only or row in only)]
     if not fresh and plan.complete(rows, long_baselines=long_baselines):
@@ -165,6 +181,7 @@ class _Run:
         self.warned: set[tuple[str, str]] = set()
         self.started = time.monotonic()
         self.estimated = False
+        self.status = StatusFile(plan.store.status_path)
         self.has_data = False  # whether the executor has it
         self.next_board = 0.0  # by time.monotonic
 
@@ -180,9 +197,13 @@ class _Run:
             self.outcome.interrupted = True
         except _OutOfTimeError:
             self.outcome.out_of_time = True
+        except BaseException:
+            self.status.end("with an error")
+            raise
         finally:
             self.executor.stop()
         self._write_board(last=True)
+        self.status.end(self.outcome.in_words)
         if not self.outcome.interrupted:
             self.display.line(f"took {duration(time.monotonic() - self.started)}")
         return self.outcome
@@ -322,6 +343,7 @@ class _Run:
 
     def _progress(self, task: Task, report: Report) -> None:
         self.running[task] = report
+        self.status.note(task, report)
         self.costs.running(task, report, time.monotonic() - self.begun[task])
         self.display.progress(task, report)
         if report.notice:
@@ -402,3 +424,4 @@ class _Run:
                 )
         cells = self.done + len(self.pending) + len(self.running) + len(self.later) + len(self.outcome.failures)
         self.display.overall(self.plan.suite.name, self.done, cells, words)
+        self.status.update(self.done, cells, left, self.running, self.outcome.failures)

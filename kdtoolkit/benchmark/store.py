@@ -164,6 +164,16 @@ class Store:
         return self.root / "teacher.json"
 
     @property
+    def status_path(self) -> Path:
+        """What the run says about itself while it works."""
+        return self.root / "status.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Curves for TensorBoard, if they are asked for: a folder for each row, and in it one for each seed."""
+        return self.root / "tensorboard"
+
+    @property
     def ground_truth_path(self) -> Path:
         """The ground truth of the images that all cells are evaluated on."""
         return self.root / "ground_truth.json.gz"

@@ -121,6 +121,22 @@ def test_a_curve_and_a_probe_change_nothing_but_what_is_stored_of_them(tmp_path)
     assert (baseline.evaluated_at, baseline.probed_at) == ((1, 2), ())
 
 
+def test_tensorboard_gets_losses_and_ap_of_each_cell(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    suite, store = tiny(), Store(tmp_path / "run")
+    task = Plan(suite, store, load_data(suite.data), device="cpu", threads=1, tensorboard=True).cell(BASELINE, 1)
+    cell.run(task, lambda report: None)
+    found = EventAccumulator(str(tmp_path / "run" / "tensorboard" / BASELINE / "seed1")).Reload()
+    assert [event.step for event in found.Scalars("task/cls")] == [1, 2]
+    (last,) = found.Scalars("eval/ap")
+    result = read_result(task.result)
+    assert (last.step, last.value) == (2, pytest.approx(result.evaluation["ap"]))
+    assert [row["step"] for row in result.evaluations] == [2]
+    assert not task.run_folder.exists()
+
+
 def test_only_a_cells_own_folders_are_discarded(tmp_path):
     for name in ("seed1.a.run", "seed1.b.run", "seed10.a.run"):
         (tmp_path / name).mkdir()

@@ -25,6 +25,7 @@ from kdtoolkit.benchmark.executor import Hardware
 from kdtoolkit.benchmark.keys import difference, key_of
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
+from kdtoolkit.benchmark.status import read_status
 from kdtoolkit.benchmark.store import Store, read_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TWICE, change
 from kdtoolkit.engine.evaluate import evaluate
@@ -70,6 +71,13 @@ def test_every_cell_is_stored_and_on_the_board(finished):
     assert board.teacher.steps == 3
     for ending in ("md", "csv", "json", "html"):
         assert (finished / f"leaderboard.{ending}").stat().st_size > 100
+
+
+def test_a_run_leaves_how_it_ended(finished):
+    status = read_status(Store(finished).status_path)
+    assert (status.process, status.ended) == (os.getpid(), "with all its cells done")
+    assert (status.done, status.running, status.seconds_left) == (status.cells, (), None)
+    assert status.done >= len(CELLS)
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])

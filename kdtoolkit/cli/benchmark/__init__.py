@@ -8,6 +8,7 @@ from kdtoolkit.cli._common import examples, help_alone
 from kdtoolkit.cli.benchmark.report import report
 from kdtoolkit.cli.benchmark.run import run, suites
 from kdtoolkit.cli.benchmark.store import compare, list_runs, merge, show
+from kdtoolkit.cli.benchmark.watch import watch
 
 app = typer.Typer(help="Compare methods on a leaderboard.")
 
@@ -30,6 +31,7 @@ app.command(
 app.command(
     "report", epilog=examples("kd benchmark report runs/quick", "kd benchmark report runs/a runs/b --out runs/both")
 )(report)
+app.command("watch", epilog=examples("kd benchmark watch", "kd benchmark watch runs/quick --once"))(watch)
 app.command("suites")(suites)
 app.command("list", epilog=examples("kd benchmark list", "kd benchmark list ../results"))(list_runs)
 app.command(

@@ -26,6 +26,12 @@ class Where(StrEnum):
     RAY = "ray"
 
 
+class Tracker(StrEnum):
+    """What shows curves of running cells."""
+
+    TENSORBOARD = "tensorboard"
+
+
 def _seeds(text: str) -> range:
     """The seeds that `5` (the first five) or `3-5` (three of them) means. Raises an error of usage."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)", text.strip())
@@ -111,6 +117,10 @@ def run(
             "--allow-code", help="Import the Python modules that the suite names as models: package:callable."
         ),
     ] = False,
+    tracker: Annotated[
+        Tracker | None,
+        typer.Option(help="Write curves for TensorBoard too: tensorboard --logdir OUT/SUITE/tensorboard."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the board and errors alone.")] = False,
 ) -> None:
     """Train, distil and compare on a leaderboard.
@@ -155,6 +165,7 @@ def run(
             fresh=fresh,
             any_version=any_version,
             seeds=seeds,
+            tensorboard=tracker is Tracker.TENSORBOARD,
         )
     print_board(build_board(root), console)
     files = f"board: {root}/leaderboard.html (also .md, .csv, .json, .tex)"
