@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -28,7 +29,6 @@ from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.gradients import Gradient
 from kdtoolkit.inherit import within
-from kdtoolkit.students_t import t95
 
 TASK = "task"
 ONE_PROCESS = "a probe runs in one process: start it without torchrun"
@@ -263,7 +263,8 @@ def _margin(values: Sequence[float]) -> float | None:
     """Half the width of the 95 % interval of the values' mean; None for one value."""
     if len(values) == 1:
         return None
-    return t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    quantile = float(stdtrit(len(values) - 1, 0.975))  # of Student's t
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _ordered(found: Sequence[Mapping[str, object]]) -> list[str]:

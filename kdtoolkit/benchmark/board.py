@@ -8,21 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdtoolkit.benchmark import equal_time
-from kdtoolkit.benchmark.cells import read_cells
+from kdtoolkit.benchmark.comparison import Compared, compare
+from kdtoolkit.benchmark.runs import open_run
 from kdtoolkit.benchmark.stats import (
     Difference,
     Probability,
     RankRange,
     Spread,
     Verdict,
-    gap_recovered,
+    p_text,
     paired_difference,
     spread,
 )
 from kdtoolkit.benchmark.store import CellResult, Store
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
-from kdtoolkit.benchmark.suite_file import load_suite
-from kdtoolkit.errors import KDError
 from kdtoolkit.words import counted
 
 METRICS = {
@@ -103,26 +102,24 @@ class Board:
 
 def build_board(root: Path) -> Board:
     """The board of a run's folder, also if the run is unfinished. Raises KDError if the folder holds no run."""
-    store = Store(root)
-    if not store.suite_path.is_file():
-        raise KDError(
-            f"{root} is not a folder of `kd benchmark run`: it has no suite.yaml. Name a suite's folder, as runs/quick"
-        )
-    suite = load_suite(str(store.suite_path))
-    found = read_cells(store, suite)
-    cells, teacher = found.rows, found.teacher
+    run = open_run(root)
+    store, suite, cells, teacher = run.store, run.suite, run.cells.rows, run.cells.teacher
     aps = {row: _aps(results) for row, results in cells.items()}
     teacher_ap = teacher.evaluation["ap"] if teacher else None
-    rows = [_row(suite, row, results, aps, teacher_ap) for row, results in cells.items() if results]
+    comparison = compare(aps, teacher_ap)
+    rows = [_row(suite, row, results, comparison.rows[row]) for row, results in cells.items() if results]
+    rows.sort(key=lambda row: -row.ap)
     done = [result for results in cells.values() for result in results] + ([teacher] if teacher else [])
     return Board(
         title=root.resolve().name,
         description=suite.description,
         facts=_facts(suite, cells, done),
-        rows=tuple(sorted(rows, key=lambda row: -row.ap)),
-        teacher=_row(suite, TEACHER, [teacher], {}, None) if teacher else None,
+        rows=tuple(rows),
+        teacher=_row(suite, TEACHER, [teacher], Compared()) if teacher else None,
         claims=tuple(_claims(rows)),
-        warnings=(*found.left_out, *_warnings(store, suite, cells, teacher)),
+        warnings=(*run.cells.left_out, *_warnings(store, suite, cells, teacher)),
+        pairs=comparison.pairs,
+        summary=_summary(rows),
     )
 
 
@@ -130,38 +127,31 @@ def _aps(results: Iterable[CellResult]) -> dict[int, float]:
     return {result.seed: ap for result in results if (ap := result.evaluation["ap"]) is not None}
 
 
-def _row(
-    suite: Suite, entry: str, results: list[CellResult], aps: Mapping[str, dict[int, float]], teacher: float | None
-) -> Row:
+def _row(suite: Suite, entry: str, results: list[CellResult], compared: Compared) -> Row:
     def cost(name: str) -> float | None:
         if len({result.hardware for result in results}) > 1:
             return None
         found = spread(getattr(result, name) for result in results)
         return None if found is None else found.mean
 
-    def versus(reference: str) -> Difference | None:
-        return None if entry == reference else paired_difference(aps.get(entry, {}), aps.get(reference, {}))
-
-    own, gap = versus(BASELINE), None
-    if own is not None and teacher is not None:
-        shared = aps[entry].keys() & aps[BASELINE].keys()
-        baseline = statistics.fmean(aps[BASELINE][seed] for seed in shared)
-        gap = gap_recovered(baseline + own.mean, baseline, teacher)
     uses = (use.name + (f"({_arguments(use.args)})" if use.args else "") for use in suite.methods(entry))
     return Row(
         entry=entry,
         methods=" + ".join(uses),
         seeds=tuple(result.seed for result in results),
         metrics={name: spread(result.evaluation[name] for result in results) for name in METRICS},
-        versus_baseline=own,
-        versus_equal_time=None if entry == BASELINE else versus(EQUAL_TIME),
-        gap_recovered=gap,
+        versus_baseline=compared.versus_baseline,
+        versus_equal_time=compared.versus_equal_time,
+        gap_recovered=compared.gap_recovered,
         steps=statistics.fmean(result.steps for result in results),
         step_ms=cost("cost_ms"),
         train_seconds=cost("train_seconds"),
         peak_memory_mb=cost("peak_memory_mb"),
         parameters=results[0].parameters,
         init="teacher" if any(result.inherited for result in results) else "",
+        gap_interval=compared.gap_interval,
+        p_improvement=compared.p_improvement,
+        rank=compared.rank,
     )
 
 
@@ -180,18 +170,42 @@ def _claims(rows: Iterable[Row]) -> Iterable[Claim]:
 def _claim(row: Row, against: str, difference: Difference | None) -> Iterable[Claim]:
     if difference is None:
         return
-    seeds = counted(difference.pairs, "seed")
-    where = "above" if difference.mean > 0 else "below" if difference.mean < 0 else "level with"
-    interval = (
-        "no interval" if difference.low is None else f"95 % interval {difference.low:+.2f} to {difference.high:+.2f}"
-    )
-    verdicts = {"holds": "holds", "not shown": f"not shown with {seeds}", "hurts": "hurts here"}
+    words = {"holds": "is above", "not shown": "cannot be told apart from", "hurts": "is below"}
     budget = "at equal steps" if against == BASELINE else "at equal time"
+    if difference.low is None:
+        known = ["no interval"]
+    else:
+        over = " over images" if difference.over == "images" else ""
+        known = [f"95 % interval{over} {difference.low:+.2f} to {difference.high:+.2f}"]
+    if difference.p is not None:
+        known.append(f"p {p_text(difference.p)}")
+    if difference.p_holm is not None:
+        known.append(f"after Holm's correction {p_text(difference.p_holm)}")
+    known.append(counted(difference.pairs, "seed"))
     text = (
-        f"{row.entry} is {where} the baseline {budget}: {difference.mean:+.2f} AP ({interval}, {seeds}): "
-        f"{verdicts[difference.verdict]}"
+        f"{row.entry} {words[difference.verdict]} the baseline {budget}: {difference.mean:+.2f} AP ({', '.join(known)})"
     )
     yield Claim(row.entry, against, difference.verdict, text)
+
+
+def _summary(rows: Iterable[Row]) -> str:
+    """Which rows are first, in words. `rows`: the highest AP first."""
+    ranked = [row for row in rows if row.rank is not None]
+    first = [row.entry for row in ranked if row.rank is not None and row.rank.low == 1]
+    if not ranked:
+        return "The rows have no ranks yet: ranks need two rows with two seeds in common."
+    best = ranked[0]
+    gain = "" if best.versus_baseline is None else f", {best.versus_baseline.text} against the baseline"
+    if len(first) == 1:
+        return f"{best.entry} is first of {len(ranked)} rows with equal steps: AP {best.ap:.1f}{gain}."
+    return (
+        f"{_listed(first)} share the first rank of {len(ranked)} rows with equal steps: none of them is shown to be "
+        f"below a different row. {best.entry} has the highest mean AP, {best.ap:.1f}{gain}."
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellResult]) -> dict[str, str]:

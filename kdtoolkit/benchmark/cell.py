@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kdtoolkit.benchmark.datasets import DataSets, load_data
-from kdtoolkit.benchmark.detections_file import detections_path, write_detections
+from kdtoolkit.benchmark.detections_file import GroundTruth, detections_path, write_detections
 from kdtoolkit.benchmark.keys import digest_of, key_of, package_of
 from kdtoolkit.benchmark.store import (
     FORMAT,
@@ -32,9 +33,11 @@ from kdtoolkit.compatibility import why_no_student
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.breakdown import breakdown
 from kdtoolkit.engine.evaluate import METRICS, Evaluation, evaluate, why_not_measured
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.hardware import device_name, machine
+from kdtoolkit.engine.inference_cost import InferenceCost, measure
 from kdtoolkit.engine.measuring import equal_shares
 from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.result import TrainResult
@@ -187,12 +190,14 @@ class Report:
 class Failure:
     """Why a cell failed.
 
-    `details`: the traceback, if the error was unexpected. `fatal`: every other cell would fail too.
+    `details`: the traceback, if the error was unexpected. `fatal`: every other cell would fail too. `died`: its process
+    ended without an error, as when it is killed.
     """
 
     message: str
     details: str = ""
     fatal: bool = False
+    died: bool = False
 
 
 def stretched(steps: int, stretch: float) -> int:
@@ -320,6 +325,8 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             progress=evaluating,
             keep=detections.append,
         )
+    report(Report("timing", trained.steps, warnings=tuple(trained.warnings)))
+    cost = _cost(task, student, sets.val)
     if task.entry == TEACHER:
         taught_by = {"teacher": digest_of(student.state_dict())}
     result = CellResult(
@@ -355,7 +362,12 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         suite=task.suite,
         settings=task.settings,
         fingerprints={**task.fingerprints, **taught_by},
+        inference=cost,
     )
+    if detections:
+        truth = GroundTruth(task.fingerprints["val_data"], sets.val.in_memory().coco())
+        parts = breakdown(*truth.of(result, detections[0]), max_detections=task.data.max_detections)
+        result = result.model_copy(update={"breakdown": parts})
     report(Report("storing", trained.steps))
     write_weights(task.weights, student)  # before the result, so that no result lacks its weights
     if detections:
@@ -364,6 +376,13 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         discard(detections_path(task.result))  # those of an earlier training
     write_result(task.result, result)
     discard_runs(task.result)
+
+
+def _cost(task: Task, detector: nn.Module, images: DetectionDataset) -> InferenceCost | None:
+    """What the first of the images costs the detector, at the size at which it is evaluated."""
+    image, _ = images[0]
+    size = None if task.detector.train is None else task.detector.train.input_size
+    return measure(detector, image if size is None else size.apply(image))
 
 
 def _train(

@@ -10,7 +10,7 @@ from kdtoolkit.benchmark.store import CellResult, Store, intact_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, Suite
 
 # What cells of one board share, and how a cell that does not is told.
-_SHARED = {
+SHARED = {
     "val_data": "evaluated on different images",
     "train_data": "trained on different images",
     "unlabelled": "trained on different images without labels",
@@ -71,7 +71,7 @@ def check_same(cells: Iterable[CellResult]) -> tuple[list[CellResult], list[str]
     def identity(cell: CellResult, name: str) -> str:
         return teacher_of(cell) if name == "teacher" else cell.fingerprints.get(name, "")
 
-    for name, told in _SHARED.items():
+    for name, told in SHARED.items():
         groups: dict[str, list[CellResult]] = defaultdict(list)
         for cell in kept:
             if cell.entry != TEACHER and (found := identity(cell, name)):

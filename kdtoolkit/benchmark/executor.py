@@ -44,11 +44,14 @@ class Ended:
 class Executor(Protocol):
     """Runs cells, several at a time. The runner starts no more than `slots`, and reads `events` until each has ended.
 
-    `hardware`: what the cells are computed on. `threads`: how many threads each cell uses.
+    `threads`: how many threads each cell uses.
     """
 
-    hardware: Hardware
     threads: int
+
+    @property
+    def hardware(self) -> Hardware:
+        """What the cells are computed on."""
 
     @property
     def slots(self) -> int:

@@ -35,7 +35,6 @@ _NOT_OF_CELLS = {
     "matrix.py",
     "matrix_tables.py",
     "probe_words.py",
-    "students_t.py",
     "verdicts.py",
 }
 

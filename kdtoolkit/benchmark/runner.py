@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.datasets import DataSets, load_data
 from kdtoolkit.benchmark.detections_file import detections_path, keep_ground_truth
@@ -22,7 +21,7 @@ from kdtoolkit.benchmark.display import Display
 from kdtoolkit.benchmark.estimate import Costs
 from kdtoolkit.benchmark.executor import Ended, Executor
 from kdtoolkit.benchmark.plan import Plan, check_methods
-from kdtoolkit.benchmark.report import write_board
+from kdtoolkit.benchmark.report import View, write_report
 from kdtoolkit.benchmark.status import StatusFile
 from kdtoolkit.benchmark.store import (
     CellResult,
@@ -102,8 +101,8 @@ def run_suite(
         seconds: stop after this time. Cells that are cut off go on from their last checkpoint in the next call.
         tensorboard: write curves of the cells that are run, for TensorBoard, in a folder `tensorboard` of `root`.
 
-    Raises KDError if `fresh` leaves nothing for `any_version` to keep, if TensorBoard is asked for and not installed,
-    if the suite does not fit the data, if the folder cannot be written, or if another run works in it.
+    Raises KDError if `fresh` leaves nothing for `any_version` to keep, if TensorBoard is asked for and not installed
+    or not possible, if the suite does not fit the data, if the folder cannot be written, or if another run works in it.
     """
     unknown = [name for name in only if name not in (BASELINE, *suite.entries)]
     if unknown:
@@ -118,9 +117,15 @@ def run_suite(
         )
     if tensorboard:
         check_trackers(["tensorboard"])
+        if executor is not None and not isinstance(executor, Workers):
+            raise KDError(
+                "curves for TensorBoard are written where a cell runs, and the machines of a cluster share no folder: "
+                "leave --tracker out. `kd benchmark watch` shows the curves of running cells"
+            )
     end = None if seconds is None else time.monotonic() + seconds
     store = Store(root)
-    executor = executor or Workers(str(device), jobs)
+    if executor is None:
+        executor = Workers(str(device), jobs)
     if suite.data.root is not None:
         console.print(Text(f"reading {suite.data.root}"), soft_wrap=True)  # many large files take a while
     sets = load_data(suite.data, store.pictures)
@@ -401,7 +406,7 @@ class _Run:
         return result
 
     def _write_board(self) -> None:
-        write_board(build_board(self.plan.store.root), self.plan.store.root)
+        write_report([View.of(self.plan.store.root)], self.plan.store.root)
 
     def _show_overall(self) -> None:
         left = self.costs.remaining(self.pending, self.running, self.executor.slots, self.later, self.rows[1:])

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -38,11 +39,16 @@ class Workers:
     """
 
     def __init__(self, device: str = "cpu", slots: int | None = None) -> None:
-        self.hardware = Hardware.here(device)
         self.slots = slots or (cores() if device == "cpu" else 1)
         self.threads = max(1, cores() // self.slots)
+        self._device = device
         self._context = _context()
         self._running: list[_Running] = []
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        """This machine."""
+        return Hardware.here(self._device)
 
     def __len__(self) -> int:
         return len(self._running)
@@ -123,8 +129,8 @@ def _death(exitcode: int | None) -> Failure | None:
         return None
     if exitcode is not None and exitcode < 0:
         hint = " (out of memory? try a smaller --jobs)" if exitcode == -signal.SIGKILL else ""
-        return Failure(f"its process was ended by {signal.Signals(-exitcode).name}{hint}")
-    return Failure(f"its process ended with exit code {exitcode}")
+        return Failure(f"its process was ended by {signal.Signals(-exitcode).name}{hint}", died=True)
+    return Failure(f"its process ended with exit code {exitcode}", died=True)
 
 
 def _context() -> BaseContext:

@@ -18,7 +18,7 @@ from kdtoolkit.engine.hardware import device_name
 from kdtoolkit.libraries import adapt
 
 WARM_UP = 2  # images, besides the one whose arithmetic is counted: memory is allocated, kernels are chosen
-LEAST, MOST = 5, 50  # images that are timed
+LEAST, MOST = 5, 20  # images that are timed
 SECONDS = 1.5  # after which no further image is timed
 
 
@@ -49,7 +49,7 @@ class InferenceCost(BaseModel):
 
 
 def measure(detector: nn.Module | DetectorAdapter, image: Tensor) -> InferenceCost | None:
-    """Measure what one image alone costs a detector, on its device and in float32. It takes about two seconds.
+    """Measure what one image alone costs a detector, on its device and in float32. It takes two seconds or less.
 
     `image`: (3, H, W) uint8. The number of detections changes the time, so take an image of the data set.
 

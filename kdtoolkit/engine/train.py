@@ -63,6 +63,7 @@ def train(
     unlabelled: DetectionDataset | None = None,
     probe_at: Sequence[int] = (),
     report: Callable[[Progress], None] | None = None,
+    until: int | None = None,
 ) -> TrainResult:
     """Train the distiller's student in place. Same seed, same machine, same result.
 
@@ -81,6 +82,8 @@ def train(
         probe_at: the steps after which to probe the methods (docs/probe.md): `TrainResult.probes`. Training does not
             change by it, and its time and memory do not count. In one process only.
         report: called in the first process, at the first step, about every second, and at the end.
+        until: stop after this step of the schedule, with an evaluation and a checkpoint. The same call with a later
+            step, or with None, goes on from there in the folder. None trains to the end.
 
     Several processes, started by torchrun, train as one: call `kdtoolkit.engine.group.join` before.
 
@@ -106,7 +109,10 @@ def train(
         unlabelled = beside_teacher(distiller, unlabelled)
     dataset = beside_teacher(distiller, dataset)
     distiller.run_steps = config.steps
-    without = unlabelled_steps(distiller, config, dataset, unlabelled)
+    end = config.steps if until is None else until
+    if not 1 <= end <= config.steps:
+        raise KDError(f"until ({until}) is a step of the schedule: it must be from 1 to {config.steps}")
+    without = unlabelled_steps(distiller, config, dataset, unlabelled)[:end]
     dataset = dataset.in_memory()  # before the clock starts
     unlabelled = None if unlabelled is None else unlabelled.in_memory()
     device = resolve_device(distiller.student, device)
@@ -208,7 +214,7 @@ def train(
 
             now = time.perf_counter()
             state.durations.append(now - begun)
-            last = step + 1 == config.steps
+            last = step + 1 == end
             values = parts.flush()  # of loss terms and metrics
             state.step = step + 1
             state.seconds, cpu_seconds = watch.read()
@@ -242,11 +248,9 @@ def train(
         keeper.weights("student.safetensors", student, last=True)
         warnings = (*state.silence.warnings(final=True), *state.dead.warnings(), *_not_held(distiller))
         if not state.with_boxes:
-            warnings = (
-                f"none of the images of the {config.steps} steps has a box: the student has seen background alone",
-            )
+            warnings = (f"none of the images of the {end} steps has a box: the student has seen background alone",)
         return TrainResult(
-            steps=config.steps,
+            steps=state.step,
             seconds=state.seconds,
             step_ms=state.step_ms,
             cpu_seconds=state.cpu_seconds,

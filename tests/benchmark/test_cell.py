@@ -6,10 +6,12 @@ import torch
 from kdtoolkit.benchmark import cell
 from kdtoolkit.benchmark.cell import build_detector
 from kdtoolkit.benchmark.datasets import load_data
+from kdtoolkit.benchmark.detections_file import detections_path, read_detections
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.store import Store, discard_runs, read_result, write_weights
 from kdtoolkit.benchmark.suite import BASELINE, change
 from kdtoolkit.engine import measuring
+from kdtoolkit.engine.breakdown import breakdown
 from kdtoolkit.engine.evaluate import evaluate
 from tests.benchmark._suite import tiny
 
@@ -25,6 +27,9 @@ def task_in(root, *changes):
     return plan.cell(BASELINE, 0)
 
 
+SOME = ("bins: 5", "bins: 5\n    score_threshold: 0.0")  # a detector that was hardly trained detects something
+
+
 def test_detections_count_as_the_suite_says_also_before_the_end(tmp_path, monkeypatch):
     limits = []
 
@@ -35,11 +40,29 @@ def test_detections_count_as_the_suite_says_also_before_the_end(tmp_path, monkey
     for module in (cell, measuring):
         monkeypatch.setattr(module, "evaluate", counting)
     changed = ("val_images: 4", "val_images: 4\n  max_detections: 7"), ("entries:", "plateau: true\nentries:")
-    task = task_in(tmp_path, *changed)
+    task = task_in(tmp_path, SOME, *changed)
     cell.run(task, lambda report: None)
     assert len(limits) > 1
     assert set(limits) == {7}
-    assert task.parts == {**task_in(tmp_path).parts, "max_detections": "7"}  # cells of COCO's number keep their key
+    assert task.parts == {
+        **task_in(tmp_path, SOME).parts,
+        "max_detections": "7",
+    }  # cells of COCO's number keep their key
+    parts = read_result(task.result).breakdown
+    assert parts.max_detections == 7
+    assert sum(each.count for each in parts.calibration) <= 4 * 6 * 7  # images, classes
+
+
+def test_a_cell_stores_where_its_ap_comes_from_and_what_an_image_costs(tmp_path):
+    task = task_in(tmp_path, SOME)
+    cell.run(task, lambda report: None)
+    result, found = read_result(task.result), read_detections(detections_path(task.result))
+    truth = load_data(task.data).val.coco()
+    assert result.breakdown.by_class == pytest.approx(result.per_class)
+    assert result.breakdown.errors == pytest.approx(breakdown(truth, found).errors, abs=0.01)
+    assert sum(each.count for each in result.breakdown.calibration) == len(found.scores) > 0
+    assert result.inference.size == (64, 64)
+    assert result.inference.parameters == result.parameters
 
 
 def test_an_interrupted_cell_goes_on_within_its_training(tmp_path, monkeypatch):

@@ -53,7 +53,18 @@ def data():
 
 
 def run(
-    data, folder, *, stop=None, seed=0, methods=(CrossKD, PKD), saves=2, steps=7, evaluated=None, scale=1.0, **changes
+    data,
+    folder,
+    *,
+    stop=None,
+    seed=0,
+    methods=(CrossKD, PKD),
+    saves=2,
+    steps=7,
+    evaluated=None,
+    scale=1.0,
+    until=None,
+    **changes,
 ):
     """Train; `stop` is the step in which it is interrupted. Gives the student and the result."""
     teacher = tiny_gfl(seed=1, num_classes=CLASSES, neck_channels=8)
@@ -67,7 +78,7 @@ def run(
     config = TrainConfig(**{"steps": steps, "batch_size": 4, "warmup_steps": 2, **changes})
     distiller = Distiller(teacher, student, [method() for method in methods], teacher_scale=scale)
     where = None if folder is None else RunFolder(folder, save_steps=saves)
-    found = train(distiller, data, config, seed=seed, folder=where, validation=evaluated)
+    found = train(distiller, data, config, seed=seed, folder=where, validation=evaluated, until=until)
     return student, found
 
 
@@ -100,6 +111,26 @@ def test_a_stopped_run_ends_like_one_that_was_not(data, tmp_path, case):
     ]
     for name in ("log.jsonl", "student.safetensors", *(["best.safetensors"] if "evaluated" in changes else [])):
         assert files[0][name] == files[1][name], name
+
+
+def test_a_training_in_parts_ends_like_one_in_a_whole(data, tmp_path):
+    changes = {"ema": 0.9, "saves": 100, "evaluated": Validation(data)}
+    whole, expected = run(data, tmp_path / "whole", **changes)
+    for until in (3, 3, 5):  # the second call finds nothing to do
+        _, paused = run(data, tmp_path / "parts", until=until, **changes)
+        assert paused.steps == until
+    found, result = run(data, tmp_path / "parts", **changes)
+    assert digest(found) == digest(whole)
+    assert result.history == expected.history
+    assert [row["step"] for row in result.evaluations] == [3, 5, 7]
+    assert result.evaluations[-1] == expected.evaluations[-1]
+    assert load_file(tmp_path / "parts" / "student.safetensors").keys() == found.state_dict().keys()
+
+
+@pytest.mark.parametrize("until", [0, 8])
+def test_the_step_to_stop_after_is_one_of_the_schedule(data, until):
+    with pytest.raises(KDError, match=rf"until \({until}\) is a step of the schedule: it must be from 1 to 7"):
+        run(data, None, until=until)
 
 
 def test_without_a_folder_it_is_the_same_run(data, tmp_path):

@@ -7,6 +7,7 @@ import typer
 from kdtoolkit.cli._common import examples, help_alone
 from kdtoolkit.cli.benchmark.report import report
 from kdtoolkit.cli.benchmark.run import run, suites
+from kdtoolkit.cli.benchmark.store import compare, list_runs, merge, show
 from kdtoolkit.cli.benchmark.watch import watch
 
 app = typer.Typer(help="Compare methods on a leaderboard.")
@@ -26,6 +27,25 @@ app.command(
         "kd benchmark run my_suite.yaml --seeds 3-5",
     ),
 )(run)
-app.command("report", epilog=examples("kd benchmark report runs/quick"))(report)
+app.command(
+    "report", epilog=examples("kd benchmark report runs/quick", "kd benchmark report runs/a runs/b --out runs/both")
+)(report)
 app.command("watch", epilog=examples("kd benchmark watch", "kd benchmark watch runs/quick --once"))(watch)
 app.command("suites")(suites)
+app.command("list", epilog=examples("kd benchmark list", "kd benchmark list ../results"))(list_runs)
+app.command(
+    "show",
+    epilog=examples(
+        "kd benchmark show runs/quick",
+        "kd benchmark show runs/quick PKD",
+        "kd benchmark show runs/quick PKD 0",
+        "kd benchmark show runs/quick teacher",
+    ),
+)(show)
+app.command("compare", epilog=examples("kd benchmark compare runs/quick old/quick"))(compare)
+app.command(
+    "merge",
+    epilog=examples(
+        "kd benchmark merge runs/all runs/quick from_b/quick", "kd benchmark merge runs/quick from_b/quick"
+    ),
+)(merge)

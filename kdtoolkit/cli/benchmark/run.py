@@ -133,7 +133,7 @@ def run(
         tensorboard=tracker is Tracker.TENSORBOARD,
     )
     print_board(build_board(root), console)
-    place = f"board: {root}/leaderboard.html (also .md, .csv, .json)"
+    place = f"board: {root}/leaderboard.html (also .md, .csv, .json, .tex)"
     console.print(place, highlight=False, markup=False, soft_wrap=True)
     if outcome.interrupted:
         console.print("interrupted: what is finished is kept; the same command goes on from there", style="bold yellow")
