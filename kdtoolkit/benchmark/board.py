@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kdtoolkit.benchmark import equal_time
 from kdtoolkit.benchmark.comparison import Compared, compare
+from kdtoolkit.benchmark.over_images import aps_over_images
 from kdtoolkit.benchmark.runs import open_run
 from kdtoolkit.benchmark.stats import (
     Difference,
@@ -106,7 +107,8 @@ def build_board(root: Path) -> Board:
     store, suite, cells, teacher = run.store, run.suite, run.cells.rows, run.cells.teacher
     aps = {row: _aps(results) for row, results in cells.items()}
     teacher_ap = teacher.evaluation["ap"] if teacher else None
-    comparison = compare(aps, teacher_ap)
+    over_images = aps_over_images(store, run.cells, suite.data.max_detections) if suite.seeds == 1 else {}
+    comparison = compare(aps, teacher_ap, over_images)
     rows = [_row(suite, row, results, comparison.rows[row]) for row, results in cells.items() if results]
     rows.sort(key=lambda row: -row.ap)
     done = [result for results in cells.values() for result in results] + ([teacher] if teacher else [])
@@ -288,7 +290,10 @@ def _warnings(
         if len(cells[row]) < suite.seeds:
             yield f"{row}: {len(cells[row])} of {suite.seeds} seeds are done"
     if suite.seeds == 1:
-        yield "there is one seed only, so no spread and no interval: any difference may be chance"
+        yield (
+            "there is one seed only, so any difference may be chance. An interval over images shows what different "
+            "images for evaluation would change, and not what a second training would change: run --seeds 3 or more"
+        )
 
 
 def _mixed_hardware(cells: Mapping[str, list[CellResult]], teacher: CellResult | None) -> Iterable[str]:

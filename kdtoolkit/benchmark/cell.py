@@ -63,6 +63,7 @@ class Task:
     teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `curve`, `probe`: after how many
     equal shares of the steps to evaluate the student, and to probe its methods. `class_map`: the teacher's name for a
     class of the data, where the names differ. `tracked_in`: where curves for TensorBoard go; None writes none.
+    `original`: the task as the run planned it, if its files were moved to a different machine.
     """
 
     entry: str
@@ -88,6 +89,7 @@ class Task:
     probe: int = 0
     class_map: Mapping[str, str] = field(default_factory=dict)
     tracked_in: Path | None = None
+    original: Task | None = None
 
     @property
     def name(self) -> str:
@@ -360,7 +362,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         format=FORMAT,
         suite=task.suite,
-        settings=task.settings,
+        settings=(task.original or task).settings,
         fingerprints={**task.fingerprints, **taught_by},
         inference=cost,
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from kdtoolkit.benchmark.improvement import probability_of_improvement
 from kdtoolkit.benchmark.stats import (
+    LEVEL,
     Difference,
     Probability,
     RankRange,
@@ -18,7 +21,8 @@ from kdtoolkit.benchmark.stats import (
     paired_difference,
     rank_ranges,
 )
-from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TWICE
+from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE
+from kdtoolkit.engine.scoring import Floats
 
 APs = Mapping[str, Mapping[int, float]]  # of each row, by seed
 
@@ -43,8 +47,11 @@ class Comparison:
     pairs: dict[str, dict[str, Difference]] = field(default_factory=dict)
 
 
-def compare(aps: APs, teacher: float | None) -> Comparison:
-    """Compare all rows. `aps`: of the baselines and the entries; rows may lack seeds. `teacher`: the teacher's AP.
+def compare(aps: APs, teacher: float | None, over_images: Mapping[str, Floats] | None = None) -> Comparison:
+    """Compare all rows.
+
+    `aps`: of the baselines and the entries; rows may lack seeds. `teacher`: the teacher's AP. `over_images`: for rows
+    with one seed, and the teacher, their APs on samples of the images; intervals are then over images.
 
     Three families of tests are corrected by Holm's procedure, each on its own: the entries against the baseline, the
     entries against the baseline at equal time, and all pairs of rows with equal steps, which the ranks come from.
@@ -65,7 +72,8 @@ def compare(aps: APs, teacher: float | None) -> Comparison:
         )
         for row, found in aps.items()
     }
-    return Comparison(rows, pairs)
+    comparison = Comparison(rows, pairs)
+    return _with_images(comparison, over_images) if over_images else comparison
 
 
 def _versus(aps: APs, reference: str) -> dict[str, Difference]:
@@ -86,3 +94,40 @@ def _gap(values: Mapping[int, float], baseline: Mapping[int, float], teacher: fl
         return None
     own, reference = (statistics.fmean(row[seed] for seed in shared) for row in (values, baseline))
     return gap_recovered(own, reference, teacher)
+
+
+def _with_images(comparison: Comparison, samples: Mapping[str, Floats]) -> Comparison:
+    """The same comparison, with intervals over images where a difference is of one seed."""
+
+    def sampled(row: str, difference: Difference | None, reference: str) -> Difference | None:
+        if difference is None or difference.p is not None or row not in samples or reference not in samples:
+            return difference
+        low, high = _middle(samples[row] - samples[reference])
+        return replace(difference, low=low, high=high, over="images")
+
+    def gap(row: str, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        if row == BASELINE or not {row, BASELINE, TEACHER} <= samples.keys():
+            return interval
+        whole = samples[TEACHER] - samples[BASELINE]
+        return _middle((samples[row] - samples[BASELINE]) / whole) if (whole > 0).all() else None
+
+    rows = {
+        row: replace(
+            each,
+            versus_baseline=sampled(row, each.versus_baseline, BASELINE),
+            versus_equal_time=sampled(row, each.versus_equal_time, EQUAL_TIME),
+            gap_interval=gap(row, each.gap_interval),
+        )
+        for row, each in comparison.rows.items()
+    }
+    pairs = {
+        one: {two: found for two, each in others.items() if (found := sampled(one, each, two)) is not None}
+        for one, others in comparison.pairs.items()
+    }
+    return Comparison(rows, pairs)
+
+
+def _middle(values: Floats) -> tuple[float, float]:
+    """Where the middle 95 % of the values lie."""
+    low, high = np.nanquantile(values, (LEVEL / 2, 1 - LEVEL / 2))
+    return float(low), float(high)

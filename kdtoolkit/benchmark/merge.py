@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdtoolkit.benchmark.cells import SHARED, check_same, teachers
+from kdtoolkit.benchmark.cells import SHARED, teachers
 from kdtoolkit.benchmark.detections_file import detections_path, read_ground_truth
 from kdtoolkit.benchmark.keys import same_settings
 from kdtoolkit.benchmark.runs import Run, open_run
@@ -19,7 +19,7 @@ from kdtoolkit.errors import KDError
 class Merged:
     """What a merged folder got: the numbers of cells that are new in it and that several runs had, with equal results.
 
-    `left_out`: one sentence for each damaged result of the runs.
+    `left_out`: one sentence for each result that is damaged, or of different data or a different teacher than its run.
     """
 
     new: int
@@ -36,9 +36,6 @@ def merge(out: Path, folders: Sequence[Path]) -> Merged:
     known = {folder.resolve(): folder for folder in ([out] if Store(out).suite_path.is_file() else [])}
     known |= {folder.resolve(): folder for folder in folders}
     runs = [open_run(folder) for folder in known.values()]
-    for run in runs:
-        if mixed := check_same(run.results)[1]:
-            raise KDError(f"{run.root} cannot be merged, since its cells do not belong together: {'; '.join(mixed)}")
     _check_shared(runs)
     suite = _joined(runs)
     chosen, twice = _chosen(runs)

@@ -95,6 +95,7 @@ def moved(task: Task, here: Mapping[Path, Path], *, pictures: Path, results: Pat
         data=task.data.model_copy(update={"root": place(task.data.root), "unlabelled": place(task.data.unlabelled)}),
         pictures=here.get(task.pictures, pictures),
         result=results / task.result.name,
+        original=task,
     )
 
 

@@ -204,9 +204,9 @@ class RayWorkers:
             assert self._sets is not None  # `begin` comes before the first task
             self._data = [self._send(place) for place in places_of_data(task.data, self._sets, task.pictures)]
         files = [self._sent.get(path) or self._send(place_of(path)) for path in paths_of(task)]
-        run = hashlib.sha256(f"{socket.gethostname()} {task.result.parent.absolute()}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{socket.gethostname()} {task.result.absolute()}".encode()).hexdigest()[:32]
         cell.begun = None
-        cell.messages = _cell.options(**self._options()).remote(task, [*self._data, *files], run)
+        cell.messages = _cell.options(**self._options()).remote(task, [*self._data, *files], name)
 
     def _send(self, place: Place) -> Sent:
         """Put a place into the cluster's store of objects, from which nodes fetch it."""
@@ -278,8 +278,8 @@ class RayWorkers:
 
 
 @ray.remote
-def _cell(task: Task, sent: list[Sent], run: str) -> Iterator[Begun | Report | Done]:
-    yield from run_shipped(task, sent, run)
+def _cell(task: Task, sent: list[Sent], name: str) -> Iterator[Begun | Report | Done]:
+    yield from run_shipped(task, sent, name)
 
 
 @ray.remote

@@ -17,7 +17,7 @@ import torch
 
 from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.executor import Ended
-from kdtoolkit.benchmark.keys import key_of, package_digest
+from kdtoolkit.benchmark.keys import package_digest
 from kdtoolkit.benchmark.needs import moved
 from kdtoolkit.benchmark.parcels import cache_folder, unpack
 from kdtoolkit.benchmark.store import StoreError, writing
@@ -59,8 +59,8 @@ class Done:
     lost: bool = False
 
 
-def run_shipped(task: Task, sent: Sequence[Sent], run: str) -> Iterator[Begun | Report | Done]:
-    """Run a cell here, in a process of its own. `run` stands for the run that the cell belongs to.
+def run_shipped(task: Task, sent: Sequence[Sent], name: str) -> Iterator[Begun | Report | Done]:
+    """Run a cell here, in a process of its own. `name` names its folder here: no different cell may have it.
 
     A cell that was cut off on this machine goes on from its last checkpoint.
     """
@@ -69,7 +69,7 @@ def run_shipped(task: Task, sent: Sequence[Sent], run: str) -> Iterator[Begun | 
         _check_same(task)
         cache = cache_folder()
         here = {each.path: unpack(each.digest, each.pieces(), cache) / each.inside for each in sent}
-        folder = cache / "cells" / run / key_of(task.parts)
+        folder = cache / "cells" / name
         local = moved(task, here, pictures=cache / "pictures", results=folder)
         with writing(folder), hold(local.run_folder, lambda holder: None):
             pass  # the process of an earlier attempt has ended

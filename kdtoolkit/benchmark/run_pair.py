@@ -68,6 +68,9 @@ def _refusal(first: Run, second: Run) -> str:
             return f"results of {run.root} do not say on which images they were evaluated, since they are too old"
     if images[0] != images[1]:
         return "the runs were evaluated on different images, so their APs cannot be subtracted"
+    counted = [{result.key_parts.get("max_detections", "") for result in run.results} for run in (first, second)]
+    if counted[0] != counted[1]:
+        return "the runs count different numbers of detections (max_detections), so their APs cannot be subtracted"
     return ""
 
 

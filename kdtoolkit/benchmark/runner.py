@@ -1,6 +1,6 @@
 """Runs a suite: teacher and baselines, then the methods, then the baselines with longer schedules.
 
-The board is written again after each cell.
+The board is written again while cells finish.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from kdtoolkit.engine.log import check_trackers
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.words import counted, duration
+
+BOARD_PAUSE = 20  # after a board, relative to the time that it took: boards take at most a twentieth of a run
 
 
 @dataclass
@@ -186,6 +188,7 @@ class _Run:
         self.estimated = False
         self.status = StatusFile(plan.store.status_path)
         self.has_data = False  # whether the executor has it
+        self.next_board = 0.0  # by time.monotonic
 
     def run(self) -> Outcome:
         try:
@@ -204,7 +207,7 @@ class _Run:
             raise
         finally:
             self.executor.stop()
-        self._write_board()
+        self._write_board(last=True)
         self.status.end(self.outcome.in_words)
         if not self.outcome.interrupted:
             self.display.line(f"took {duration(time.monotonic() - self.started)}")
@@ -405,8 +408,13 @@ class _Run:
         assert result is not None  # the callers have checked that it is there
         return result
 
-    def _write_board(self) -> None:
-        write_report([View.of(self.plan.store.root)], self.plan.store.root)
+    def _write_board(self, *, last: bool = False) -> None:
+        """Write the board, unless it was written just now: boards of many cells take long, and each has all cells."""
+        begun = time.monotonic()
+        if begun >= self.next_board or last:
+            write_report([View.of(self.plan.store.root)], self.plan.store.root)
+            now = time.monotonic()
+            self.next_board = now + BOARD_PAUSE * (now - begun)
 
     def _show_overall(self) -> None:
         left = self.costs.remaining(self.pending, self.running, self.executor.slots, self.later, self.rows[1:])

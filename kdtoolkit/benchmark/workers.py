@@ -35,12 +35,13 @@ class _Running:
 class Workers:
     """Runs cells on this machine, each in a process. They end with `stop`, and when this process ends, even if killed.
 
-    `slots`: how many cells run at the same time; None: one for each core on a CPU, 1 on a GPU.
+    `slots`: how many cells run at the same time; None: as many as the cores have room for on a CPU, 1 on a GPU.
+    `threads`: of each cell; None: its share of the cores, or 1 if `slots` is None too and there is no GPU.
     """
 
-    def __init__(self, device: str = "cpu", slots: int | None = None) -> None:
-        self.slots = slots or (cores() if device == "cpu" else 1)
-        self.threads = max(1, cores() // self.slots)
+    def __init__(self, device: str = "cpu", slots: int | None = None, threads: int | None = None) -> None:
+        self.slots = slots or (max(1, cores() // (threads or 1)) if device == "cpu" else 1)
+        self.threads = threads or max(1, cores() // self.slots)
         self._device = device
         self._context = _context()
         self._running: list[_Running] = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -103,6 +104,49 @@ def breakdown(truth: Mapping[str, Any], found: Found, *, max_detections: int = M
         calibration=calibration,
         calibration_error=_calibration_error(calibration),
         max_detections=max_detections,
+    )
+
+
+def mean_breakdown(parts: Sequence[Breakdown]) -> Breakdown:
+    """The mean of several detectors' breakdowns on the same images: of values that are not None.
+
+    In each bin of scores, confidence and precision are those of all their detections together.
+    """
+
+    def means(name: str) -> dict[str, float | None]:
+        return {key: _mean(getattr(part, name).get(key) for part in parts) for key in getattr(parts[0], name)}
+
+    return Breakdown(
+        errors={name: value or 0.0 for name, value in means("errors").items()},
+        by_class=means("by_class"),
+        by_size=means("by_size"),
+        by_iou=means("by_iou"),
+        calibration=tuple(map(_mean_bin, zip(*(part.calibration for part in parts), strict=True))),
+        calibration_error=_mean(part.calibration_error for part in parts),
+        max_detections=parts[0].max_detections,
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _mean_bin(bins: tuple[Bin, ...]) -> Bin:
+    filled = [each for each in bins if each.count]
+
+    def together(name: Literal["confidence", "precision"]) -> float | None:
+        if not filled:
+            return None
+        weighted: float = sum(each.count * getattr(each, name) for each in filled)
+        return weighted / sum(each.count for each in filled)
+
+    return bins[0].model_copy(
+        update={
+            "confidence": together("confidence"),
+            "precision": together("precision"),
+            "count": fmean(each.count for each in bins),
+        }
     )
 
 

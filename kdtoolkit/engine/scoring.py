@@ -56,19 +56,34 @@ def precisions(truth: Mapping[str, Any], found: Found, max_detections: int = MAX
     `truth` is in COCO's format. Classes are in the order of their ids. In each image the `max_detections` best
     detections of a class count.
     """
+    scoring = matched(truth, found, max_detections)
+    with _silence():
+        scoring.accumulate()
+    precision: Floats = scoring.eval["precision"][..., -1]  # type: ignore[index]
+    return precision
+
+
+def matched(truth: Mapping[str, Any], found: Found, max_detections: int, *, by_area: bool = True) -> COCOeval:
+    """COCO's evaluation after its first part: detections and objects are matched in each image, for each class.
+
+    `by_area`: whether also for small, medium and large objects alone.
+    """
     images, classes = (np.array([entry["id"] for entry in truth[name]], np.int64) for name in ("images", "categories"))
     rows = np.column_stack([images[found.images], found.boxes, found.scores, classes[found.classes]])
     # Numbered anew: pycocotools takes a match with an annotation of id 0 for none.
     annotations = [{**annotation, "id": number} for number, annotation in enumerate(truth["annotations"], 1)]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
+    with _silence():
         expected = _index({**truth, "annotations": annotations})
         detections = expected.loadRes(rows) if len(rows) else _index({**truth, "annotations": []})
         scoring = COCOeval(expected, detections, "bbox")
         scoring.params.maxDets = [max_detections]
+        if not by_area:
+            scoring.params.areaRng, scoring.params.areaRngLbl = (
+                scoring.params.areaRng[:1],
+                scoring.params.areaRngLbl[:1],
+            )
         scoring.evaluate()
-        scoring.accumulate()
-    precision: Floats = scoring.eval["precision"][..., -1]  # type: ignore[index]
-    return precision
+    return scoring
 
 
 def mean_precision(precision: Floats) -> float | None:
@@ -84,6 +99,11 @@ def by_class(truth: Mapping[str, Any], precision: Floats) -> dict[str, float | N
         category["name"]: mean_precision(precision[:, :, ids.index(category["id"]), 0])
         for category in truth["categories"]
     }
+
+
+def _silence() -> contextlib.AbstractContextManager[Any]:
+    """A context in which nothing is printed: pycocotools tells what it does."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _index(document: dict[str, Any]) -> COCO:

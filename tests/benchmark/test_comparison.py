@@ -60,7 +60,7 @@ def boards(count, seeds, entries, *, gains=None, seed=0):
         yield {name: dict(enumerate(row.tolist())) for name, row in zip(names, aps, strict=True)}
 
 
-@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize("seeds", [3, 5, pytest.param(10, marks=pytest.mark.slow)])
 def test_without_a_true_difference_intervals_cover_zero_and_false_alarms_are_rare(seeds):
     found = [compare(aps, None) for aps in boards(400, seeds, 4, seed=seeds)]
     first = [each.rows["entry 0"].versus_baseline for each in found]

@@ -36,7 +36,7 @@ def shipped(suite, root):
 
 def test_a_cell_elsewhere_gives_the_result_that_it_gives_here(tmp_path, node):
     task, sent = shipped(tiny(), tmp_path / "runs" / "tiny")
-    first, *reports, done = run_shipped(task, sent, "run")
+    first, *reports, done = run_shipped(task, sent, "cell")
     assert isinstance(first, Begun)
     assert all(isinstance(each, cell.Report) for each in reports)
     assert done.failure is None
@@ -59,11 +59,11 @@ def test_a_killed_cell_is_lost_and_an_error_is_not(tmp_path, node):
     args = {**tiny().student.args, "flag": str(flag)}
     suite = suite.model_copy(update={"student": suite.student.model_copy(update={"args": args})})
     task, sent = shipped(suite, tmp_path / "runs" / "tiny")
-    *_, done = run_shipped(task, sent, "run")
+    *_, done = run_shipped(task, sent, "cell")
     assert done.lost
     assert "SIGKILL" in done.failure.message
     bad = replace(task, detector=task.detector.model_copy(update={"args": {"backbone": "resnet10t", "x": 1}}))
-    *_, done = run_shipped(bad, sent, "run")
+    *_, done = run_shipped(bad, sent, "cell")
     assert (done.lost, set(done.files)) == (False, {"seed0.log"} & set(done.files))
     assert "x" in done.failure.message
 
@@ -75,7 +75,7 @@ def test_a_node_with_different_source_code_or_versions_is_refused(tmp_path, node
         (replace(task, parts={**task.parts, "torch": "1.0"}), "torch than the run: .* not 1.0"),
         (replace(task, parts={**task.parts, "device": "NVIDIA A100"}), "device than the run: cpu, not NVIDIA A100"),
     ):
-        _, done = run_shipped(changed, sent, "run")
+        _, done = run_shipped(changed, sent, "cell")
         assert isinstance(done, Done)
         assert not done.lost
         assert re.search(what, done.failure.message)
@@ -84,7 +84,7 @@ def test_a_node_with_different_source_code_or_versions_is_refused(tmp_path, node
 def test_a_disk_that_is_full_is_the_nodes_fault_and_no_reason_to_end_the_run(tmp_path, node):
     task, sent = shipped(tiny(), tmp_path / "runs" / "tiny")
     (cache_folder() / "cells").write_text("not a folder")
-    _, done = run_shipped(task, sent, "run")
+    _, done = run_shipped(task, sent, "cell")
     assert done.lost
     assert not done.failure.fatal
-    assert str(Path("cells", "run")) in done.failure.message
+    assert str(Path("cells", "cell")) in done.failure.message

@@ -25,6 +25,7 @@ app.command(
         "kd benchmark run photos --data my_photos --seeds 5",
         "kd benchmark run my_suite.yaml --only CrossKD --only PKD --jobs 2",
         "kd benchmark run my_suite.yaml --seeds 3-5",
+        "kd benchmark run my_suite.yaml --executor ray",
     ),
 )(run)
 app.command(

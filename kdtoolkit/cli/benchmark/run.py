@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdtoolkit.cli._common import Device, device_name
+from kdtoolkit.errors import KDError
+
+if TYPE_CHECKING:
+    from kdtoolkit.benchmark.executor import Executor
+
+
+class Where(StrEnum):
+    """Where cells run."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 class Tracker(StrEnum):
@@ -45,7 +58,29 @@ def run(
         Path, typer.Option(file_okay=False, help="Where results go: a folder for each suite, and the teachers.")
     ] = Path("runs"),
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Cells at a time. Default: one a core on CPU, 1 on a GPU.")
+        int | None,
+        typer.Option(
+            min=1, help="Cells at a time. Default: one a core on CPU, 1 on a GPU; on Ray what the cluster has room for."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU threads of a cell. Default: the cores, divided by --jobs; on Ray 1 on CPU, and on a GPU its "
+            "share of its node's cores.",
+        ),
+    ] = None,
+    executor: Annotated[
+        Where,
+        typer.Option(help="Where cells run: on this machine, or on a Ray cluster (pip install 'kdtoolkit[ray]')."),
+    ] = Where.LOCAL,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The head of the Ray cluster. Default: the cluster that runs on this machine, or else a new one here.",
+        ),
     ] = None,
     device: Annotated[Device, typer.Option(help="Where to train; auto takes a GPU if there is one.")] = Device.AUTO,
     seeds: Annotated[
@@ -120,21 +155,21 @@ def run(
         chosen = change(chosen, seeds=max(seeds.stop, chosen.seeds) if seeds.start else seeds.stop)
     root = out / (f"{chosen.name}-{name_of(data)}" if data else chosen.name)
     console = Console()
-    outcome = run_suite(
-        chosen,
-        root,
-        console=Console(quiet=quiet),
-        jobs=jobs,
-        device=device_name(device),
-        only=only or (),
-        fresh=fresh,
-        any_version=any_version,
-        seeds=seeds,
-        tensorboard=tracker is Tracker.TENSORBOARD,
-    )
+    with _executor(executor, ray_address, device, jobs, threads) as place:
+        outcome = run_suite(
+            chosen,
+            root,
+            console=Console(quiet=quiet),
+            executor=place,
+            only=only or (),
+            fresh=fresh,
+            any_version=any_version,
+            seeds=seeds,
+            tensorboard=tracker is Tracker.TENSORBOARD,
+        )
     print_board(build_board(root), console)
-    place = f"board: {root}/leaderboard.html (also .md, .csv, .json, .tex)"
-    console.print(place, highlight=False, markup=False, soft_wrap=True)
+    files = f"board: {root}/leaderboard.html (also .md, .csv, .json, .tex)"
+    console.print(files, highlight=False, markup=False, soft_wrap=True)
     if outcome.interrupted:
         console.print("interrupted: what is finished is kept; the same command goes on from there", style="bold yellow")
         raise typer.Exit(130)
@@ -143,6 +178,27 @@ def run(
             sys.stderr.write(f"failed: {name}: {reason}\n")
         sys.stderr.write("the same command runs the failed cells again\n")
         raise typer.Exit(1)
+
+
+@contextmanager
+def _executor(
+    where: Where, address: str | None, device: Device, jobs: int | None, threads: int | None
+) -> Iterator[Executor]:
+    """Where the cells run. A Ray cluster that was started for them ends with the context. Raises KDError."""
+    if where is Where.LOCAL:
+        from kdtoolkit.benchmark.workers import Workers
+
+        if address is not None:
+            raise KDError("--ray-address is for cells on a Ray cluster: add --executor ray")
+        yield Workers(device_name(device), jobs, threads)
+        return
+    try:
+        from kdtoolkit.benchmark.ray_workers import RayWorkers
+    except ModuleNotFoundError as error:
+        raise KDError("Ray is not installed: pip install 'kdtoolkit[ray]'") from error
+    chosen = None if device is Device.AUTO else device.value
+    with RayWorkers(address, device=chosen, slots=jobs, threads=threads) as workers:
+        yield workers
 
 
 def suites() -> None:

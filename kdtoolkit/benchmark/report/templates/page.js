@@ -102,16 +102,13 @@ for (const button of all("[data-copy]"))
 
 const zoomed = document.createElement("dialog");
 zoomed.className = "zoomed";
-zoomed.append(document.createElement("img"), document.createElement("p"));
 zoomed.addEventListener("click", () => zoomed.close());
 document.body.append(zoomed);
 for (const button of all(".zoom"))
   button.addEventListener("click", () => {
-    const picture = button.querySelector("img");
-    const [image, text] = zoomed.children;
-    image.src = picture.src;
-    image.alt = picture.alt;
+    const text = document.createElement("p");
     text.textContent = button.parentElement.querySelector("figcaption").textContent.trim();
+    zoomed.replaceChildren(button.querySelector("img").cloneNode(), text);
     zoomed.showModal();
   });
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from kdtoolkit.engine.scoring import Found
-from kdtoolkit.workflow.thresholds import at_score, best_thresholds
+from kdtoolkit.engine.thresholds import at_score, best_thresholds
 
 
 def truth(boxes, crowds=()):
