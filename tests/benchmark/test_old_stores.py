@@ -15,7 +15,7 @@ from rich.console import Console
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.detections_file import detections_path, read_detections, read_ground_truth
 from kdtoolkit.benchmark.merge import merge
-from kdtoolkit.benchmark.report import write_board
+from kdtoolkit.benchmark.report import View, write_report
 from kdtoolkit.benchmark.report.store import print_comparison, print_records, print_runs, print_states
 from kdtoolkit.benchmark.run_pair import compare_runs
 from kdtoolkit.benchmark.runs import open_run
@@ -45,8 +45,9 @@ def test_the_board_has_the_numbers_that_it_had(root):
         row["entry"]: (pytest.approx(row["metrics"]["ap"]["mean"]), tuple(row["seeds"])) for row in stored["rows"]
     }
     assert not any("left out" in words for words in board.warnings)
-    write_board(board, root)
-    assert json.loads((root / "leaderboard.json").read_text("utf-8"))["title"] == root.name
+    write_report([View.of(root)], root)
+    assert root.name in (root / "leaderboard.md").read_text("utf-8")
+    assert root.name in (root / "leaderboard.html").read_text("utf-8")
 
 
 def test_every_cell_says_what_it_is_of(root):
