@@ -58,10 +58,10 @@ def rank_text(rank: RankRange | None) -> str:
 
 
 def p_text(difference: Difference | None) -> str:
-    """The corrected p: `0.03`, `< 0.001`, or `-` if there is none."""
+    """The corrected p: `0.030`, `< 0.001`, or `-` if there is none."""
     if difference is None or difference.p_holm is None:
         return "-"
-    return "< 0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.2g}"
+    return "< 0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.3f}"
 
 
 def gap_text(row: Row) -> str:
