@@ -61,13 +61,13 @@ def _typical_half_width(rows: Mapping[str, Sequence[CellResult]]) -> float | Non
 
 
 def _images(suite: Suite, cells: Cells) -> Iterable[str]:
-    if (count := suite.data.val_images) is not None and count < MANY_IMAGES:
-        yield (
-            f"AP was measured on at most {count} images. The intervals are about further seeds, on the same images: "
-            "different images would change all APs."
-        )
+    if suite.seeds == 1:
+        about = "The intervals are over images, of one training: a second training would change all APs."
     else:
-        yield "The intervals are about further seeds, on the same images: different images would change all APs."
+        about = "The intervals are about further seeds, on the same images: different images would change all APs."
+    if (count := suite.data.val_images) is not None and count < MANY_IMAGES:
+        about = f"AP was measured on at most {count} images. {about}"
+    yield about
     if (size := suite.data.image_size) < USUAL_SIZE:
         yield (
             f"No image is larger than {size} px. Small objects have few pixels then, and what helps here need not help "
