@@ -53,9 +53,10 @@ def _seeds(rows: Mapping[str, Sequence[CellResult]]) -> Iterable[str]:
 
 
 def _typical_half_width(rows: Mapping[str, Sequence[CellResult]]) -> float | None:
-    """The median of what the intervals of the differences to the baseline reach to each side."""
-    aps = {row: _aps(results) for row, results in rows.items()}
-    found = [paired_difference(own, aps[BASELINE]) for row, own in aps.items() if row != BASELINE and BASELINE in aps]
+    """The median of what the intervals of the methods' differences to the baseline reach to each side."""
+    baseline = _aps(rows.get(BASELINE, ()))
+    methods = [results for row, results in rows.items() if row not in (BASELINE, EQUAL_TIME, TWICE)]
+    found = [paired_difference(_aps(results), baseline) for results in methods]
     widths = [(each.high - each.low) / 2 for each in found if each and each.high is not None and each.low is not None]
     return median(widths) if widths else None
 
