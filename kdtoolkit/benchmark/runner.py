@@ -416,7 +416,8 @@ class _Run:
         begun = time.monotonic()
         if begun >= self.next_board or last:
             root = self.plan.store.root
-            write_report([View.of(root, pictures=last and not self.outcome.interrupted)], root)
+            pictures = last and not self.outcome.interrupted
+            write_report([View.of(root, pictures=pictures)], root)
             now = time.monotonic()
             self.next_board = now + BOARD_PAUSE * (now - begun)
 
