@@ -77,7 +77,7 @@ def test_report_writes_the_board_again(run, tmp_path):
     root = make_run(tmp_path)
     code, out, _ = run("benchmark", "report", root)
     assert code == 0
-    assert "holds" in out
+    assert "is above the baseline at equal steps" in out
     assert (root / "leaderboard.html").exists()
 
 
