@@ -45,7 +45,7 @@ wheel-check: .venv/.installed-dev  ## build the wheel and run `kd` from it, away
 	.venv/wheel/bin/python -m pip install -q --no-deps dist/*.whl
 	cd .venv/wheel && PYTHONPATH="$$(../bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		bin/python -c 'import importlib.resources as r, kdtoolkit.benchmark as b; assert "wheel" in b.__file__, b.__file__; \
-			assert r.files(b).joinpath("templates/leaderboard.html").is_file(), "the wheel lacks the template of boards"' && \
+			assert r.files(b).joinpath("report/templates/page.html").is_file(), "the wheel lacks the template of boards"' && \
 		PYTHONPATH="$$(../bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		bin/kd benchmark suites
 

@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from rich.text import Text
 
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
+from kdtoolkit.plugins import entries
 
 if TYPE_CHECKING:
     from kdtoolkit.contract import Method
@@ -68,7 +68,7 @@ def all_method_facts() -> dict[str, MethodFacts]:
     Our own files are read, not imported. All methods are imported if reading is not enough: if another package
     announces a method, or if a file computes a fact instead of writing it down.
     """
-    if not entry_points(group="kdtoolkit.methods"):
+    if not entries("kdtoolkit.methods"):
         try:
             return {facts.name: facts for facts in _written(sorted(METHODS.glob("[!_]*.py")))}
         except (KeyError, ValueError):

@@ -95,10 +95,15 @@ class MethodUse(Section):
         """The method's class."""
         return all_methods()[self.name.partition(".")[0]]
 
+    @property
+    def factory(self) -> Callable[..., Method]:
+        """What builds the method from its own arguments: its class, or its published settings."""
+        return _factories()[self.name]
+
     def build(self) -> Method:
         """The method, ready for a Distiller."""
         own, extras = _split(self.args)
-        return _Extras(**extras).extend(_factories()[self.name](**own))
+        return _Extras(**extras).extend(self.factory(**own))
 
 
 def _factories() -> dict[str, Callable[..., Method]]:

@@ -54,6 +54,7 @@ __all__ = [
 
 DESCRIPTION = "detector.yaml"  # the file by which `open_detector` knows a folder of `save_detector`
 _WEIGHTS = (".safetensors", ".pth", ".pt")
+FILES = (".json", ".yaml", *_WEIGHTS)  # the files of a folder that a detector may be opened from
 _GUESS = 80  # classes that a model is first built for, where the weights do not say how many they have
 
 
@@ -466,7 +467,7 @@ def content_of(name: str, args: Mapping[str, object] | None = None, weights: str
     named = [place if library == "hf" else path, weights, args.get("pretrained")]
     places = [Path(each) for each in named if isinstance(each, str) and not is_code(each) and Path(each).exists()]
     files = [path for each in places for path in (sorted(each.rglob("*")) if each.is_dir() else [each])]
-    if chosen := [path for path in files if path.suffix in (".json", ".yaml", *_WEIGHTS)]:
+    if chosen := [path for path in files if path.suffix in FILES]:
         digest = hashlib.sha256()
         for file in chosen:
             about = file.stat()

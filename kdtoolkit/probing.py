@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdtoolkit import processes
 from kdtoolkit.contract import DetectorAdapter, Method, Schedule, Target
 from kdtoolkit.distiller import Distiller, Losses
-from kdtoolkit.errors import KDError
+from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.gradients import Gradient
 from kdtoolkit.inherit import within
-from kdtoolkit.students_t import t95
 
 TASK = "task"
 ONE_PROCESS = "a probe runs in one process: start it without torchrun"
@@ -149,15 +149,12 @@ def probe(
         batches: images and ground truth, as `Distiller` takes them. All of them are used; four are enough for most.
         share: of the gradient, for which `Probe.factor` proposes weights: between 0 and 1.
 
-    Raises KDError if there is no method or no batch, if a batch has no labels, if `share` is out of range, if several
-    processes train together, or if a loss is not finite.
+    Raises KDError if there is no method or no batch, if a batch has no labels, if `share` is out of range, or if
+    several processes train together; NonFiniteLossError if a loss is not finite.
     """
-    if not distiller.methods:
-        raise KDError("a probe compares methods with the student's own loss: name a teacher and a method")
+    check_can_probe(distiller)
     if not 0 < share < 1:
         raise KDError(f"share={share:g}: it must be above 0 and below 1; 0.1 is usual")
-    if processes.count() > 1:
-        raise KDError(ONE_PROCESS)
     begun = time.perf_counter()
     names = [name for name, p in distiller.student.named_parameters() if p.requires_grad]
     parameters = [p for p in distiller.student.parameters() if p.requires_grad]
@@ -191,6 +188,14 @@ def probe(
     return Probe(rows, means, share, len(found), time.perf_counter() - begun, held)
 
 
+def check_can_probe(distiller: Distiller) -> None:
+    """Raise KDError if there is no method to probe, or if several processes train together."""
+    if not distiller.methods:
+        raise KDError("a probe compares methods with the student's own loss: name a teacher and a method")
+    if processes.count() > 1:
+        raise KDError(ONE_PROCESS)
+
+
 @dataclass(frozen=True)
 class _Numbers:
     """What `Measured` has, of one batch."""
@@ -210,7 +215,7 @@ def _measured(
         terms = _of(losses, owner)
         values = {name: loss.item() for name, loss in terms.items()}
         if bad := [name for name, value in values.items() if not np.isfinite(value)]:
-            raise KDError(f"{bad[0]} is {values[bad[0]]} in a batch of the probe: no gradient can be measured")
+            raise NonFiniteLossError(f"{bad[0]} is {values[bad[0]]} in a batch of the probe: it has no gradient")
         found[owner] = 0.0, {}  # so that the sum stands before its terms
         total: Gradient | None = None
         for name, loss in terms.items():
@@ -258,7 +263,8 @@ def _margin(values: Sequence[float]) -> float | None:
     """Half the width of the 95 % interval of the values' mean; None for one value."""
     if len(values) == 1:
         return None
-    return t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    quantile = float(stdtrit(len(values) - 1, 0.975))  # of Student's t
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _ordered(found: Sequence[Mapping[str, object]]) -> list[str]:

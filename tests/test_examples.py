@@ -102,7 +102,7 @@ def test_a_method_of_ones_own(run, places):
 
 
 def test_pseudo_labels(run, places, tmp_path, monkeypatch):
-    monkeypatch.setattr("kdtoolkit.workflow.thresholds.LEAST_PRECISION", 0)  # this teacher knows nothing
+    monkeypatch.setattr("kdtoolkit.engine.thresholds.LEAST_PRECISION", 0)  # this teacher knows nothing
     command = ["--data", places / "data", "--images", places / "photos", "--teacher", places / "teacher"]
     out = run("pseudo_labels", *command, "--out", tmp_path / "out", "--steps", 1, "--image-size", 64)
     assert "| class | score | precision" in out

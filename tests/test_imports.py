@@ -27,7 +27,8 @@ for line in sys.stdin.read().splitlines():
     [
         ("import kdtoolkit; kdtoolkit.KDError", ("torch", "rich", "typer")),
         (CORE, ("timm", "transformers", "ultralytics", "pydantic", "pycocotools")),
-        (ALL, ("transformers", "ultralytics", "optuna")),
+        (ALL, ("transformers", "ultralytics", "scipy", "ray", "optuna")),
+        ("import kdtoolkit.benchmark.runner", ("ray",)),
         ("import kdtoolkit.engine.train", ("accelerate", "tensorboard")),
     ],
 )

@@ -87,7 +87,7 @@ def test_methods_of_other_packages_are_listed(monkeypatch):
             return Other
 
     for module in ("kdtoolkit.plugins", "kdtoolkit.listing"):
-        monkeypatch.setattr(f"{module}.entry_points", lambda group: [Entry()] if group == "kdtoolkit.methods" else [])
+        monkeypatch.setattr(f"{module}.entries", lambda group: [Entry()] if group == "kdtoolkit.methods" else [])
     known = all_method_facts()
     assert known["Other"].doc == "Theirs."
     assert known["Other"].paper == PKD.paper

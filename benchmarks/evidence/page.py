@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtoolkit.benchmark.board import build_board
-from kdtoolkit.benchmark.report import write_board
+from kdtoolkit.benchmark.report import View, write_report
+from kdtoolkit.benchmark.stats import Difference
 
 ROOT = Path(__file__).parents[2]
 BOARDS = ROOT / "docs" / "results" / "evidence"
@@ -40,9 +40,10 @@ small sets, small images and short schedules, because they were measured mostly 
 `benchmarks/evidence/` has the suites. `python benchmarks/evidence/run.py` runs what is missing in them, and `python
 benchmarks/evidence/page.py` writes this page from the boards. No number on it is typed by hand.
 
-Each difference is taken seed by seed, with a 95 % t-interval in brackets. A difference is *shown* if its interval
-lies above 0. It *hurts* if the interval lies below 0. Else it is *not shown*. A row with fewer than 3 seeds is not
-judged. [board.md](../board.md) explains the columns.
+Each difference is taken seed by seed, with a 95 % t-interval in brackets. A difference is *shown* if it is above 0, and
+if the p of the paired t-test, corrected by Holm's procedure for the number of methods of the board, is below 0.05. It
+*hurts* if it is below 0 with such a p. Else it is *not shown*. A row with fewer than 3 seeds is not judged.
+[board.md](../board.md) explains the columns.
 """
 
 NOT_SHOWN = """\
@@ -57,8 +58,8 @@ NOT_SHOWN = """\
   different one may rank close rows differently.
 - **Tuned methods.** All methods have their defaults, which were published for large images. A method that does not
   help here may help with weights that fit.
-- **One claim of many.** Each interval is a separate test. Of twenty intervals one is expected to miss the true
-  difference by chance.
+- **One board of many.** The verdicts are corrected for the number of methods of a board, and not for the number of
+  boards. Of twenty boards without any true difference, one is expected to show one.
 - **A student with all labels.** The teacher has about four times the labels of the student. So part of a gain is what
   the teacher knows from photos whose labels the student never sees. Where the student has them too, gains may be
   smaller.
@@ -71,9 +72,9 @@ def verdict(difference: Mapping[str, Any] | None) -> str:
     """`shown`, `not shown`, `hurts`, or empty if there are too few seeds."""
     if difference is None or difference["pairs"] < ENOUGH:
         return ""
-    if difference["low"] > 0:
-        return "shown"
-    return "hurts" if difference["high"] < 0 else "not shown"
+    # Boards of earlier versions have no p: `--runs` takes them again.
+    found = Difference(**difference).verdict
+    return "shown" if found == "holds" else found
 
 
 def difference_text(difference: Mapping[str, Any] | None) -> str:
@@ -222,10 +223,10 @@ def take(runs: Path, folder: Path) -> Iterable[str]:
     """Write the boards of the evidence runs below `runs` into `folder`; their names."""
     for suite in sorted(runs.glob("evidence-*/suite.yaml")):
         name = suite.parent.name.removeprefix("evidence-")
-        board = build_board(suite.parent)
-        if board.rows:
+        view = View.of(suite.parent)
+        if view.board.rows:
             (folder / name).mkdir(parents=True, exist_ok=True)
-            write_board(board, folder / name)
+            write_report([view], folder / name)
             yield name
 
 

@@ -107,11 +107,11 @@ class Evidence:
             plan = Plan(suite, store, sets, device=self._device, threads=threads, any_version=True)
             self._opened[portion.suite] = suite, plan
         suite, plan = self._opened[portion.suite]
-        plan.seeds = min(portion.seeds, suite.seeds)
+        plan.seeds = range(min(portion.seeds, suite.seeds))
         rows = [BASELINE, *(portion.rows or suite.entries)]
         if plan.complete(rows, long_baselines=portion.long_baselines):
             return True
-        console.rule(f"{portion.suite}: {', '.join(rows)}; seeds {', '.join(map(str, range(plan.seeds)))}")
+        console.rule(f"{portion.suite}: {', '.join(rows)}; seeds {', '.join(map(str, plan.seeds))}")
         outcome = run_suite(
             suite,
             plan.store.root,
@@ -120,7 +120,7 @@ class Evidence:
             device=self._device,
             only=rows,
             any_version=True,
-            seeds=portion.seeds,
+            seeds=range(portion.seeds),
             long_baselines=portion.long_baselines,
             seconds=seconds,
         )

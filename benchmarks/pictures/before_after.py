@@ -24,8 +24,8 @@ from kdtoolkit.data import DetectionDataset, Sample, open_dataset
 from kdtoolkit.data.drawing import draw_boxes
 from kdtoolkit.engine.detect import Runner
 from kdtoolkit.engine.evaluate import find
+from kdtoolkit.engine.thresholds import best_thresholds
 from kdtoolkit.models import Detector, open_detector
-from kdtoolkit.workflow.thresholds import best_thresholds
 
 SIZE = 192  # pixels
 HEAD = "strides=[8, 16, 32]&neck_channels=64&head_channels=64&head_blocks=2&head_groups=16&bins=9"

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdtoolkit.benchmark import equal_time
-from kdtoolkit.benchmark.stats import Difference, Spread, Verdict, gap_recovered, paired_difference, spread
-from kdtoolkit.benchmark.store import CellResult, Store, read_result
+from kdtoolkit.benchmark.comparison import Compared, compare
+from kdtoolkit.benchmark.over_images import aps_over_images
+from kdtoolkit.benchmark.runs import open_run
+from kdtoolkit.benchmark.stats import (
+    Difference,
+    Probability,
+    RankRange,
+    Spread,
+    Verdict,
+    p_text,
+    paired_difference,
+    spread,
+)
+from kdtoolkit.benchmark.store import CellResult, Store
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
-from kdtoolkit.benchmark.suite_file import load_suite
-from kdtoolkit.errors import KDError
 from kdtoolkit.words import counted
 
 METRICS = {
@@ -29,10 +39,11 @@ METRICS = {
 class Row:
     """One row of the board: means over its seeds.
 
-    `init` is "teacher" if the row's students started from the teacher's weights, else empty.
-
-    Differences and the share of the gap compare it with the baselines on the same seeds. Times and memory are None if
-    the row's cells were measured on different hardware.
+    Differences and `gap_recovered` compare it with the baselines on the same seeds. `gap_interval`: the 95 % interval
+    of `gap_recovered`; None if there is none. `p_improvement`: the probability that one training of the row has a
+    higher AP than one of the baseline. `rank`: None for rows that are not ranked, because they have different numbers
+    of steps. Times and memory are None if the row's cells were measured on different hardware. `init`: "teacher" if the
+    row's students started from the teacher's weights, else empty.
     """
 
     entry: str
@@ -48,6 +59,9 @@ class Row:
     peak_memory_mb: float | None
     parameters: int
     init: str = ""
+    gap_interval: tuple[float, float] | None = None
+    p_improvement: Probability | None = None
+    rank: RankRange | None = None
 
     @property
     def ap(self) -> float:
@@ -71,7 +85,9 @@ class Board:
     """A leaderboard.
 
     `rows`: baselines and entries, sorted by AP, highest first. `claims`: sentences. `facts`: settings by name.
-    `warnings`: what is wrong or missing.
+    `warnings`: what is wrong or missing. `pairs`: `pairs[a][b]` is the difference in AP of row a minus row b, for the
+    baseline and the entries; a pair of rows without a common seed is missing. `summary`: one sentence that says which
+    rows are first.
     """
 
     title: str
@@ -81,75 +97,63 @@ class Board:
     teacher: Row | None
     claims: tuple[Claim, ...]
     warnings: tuple[str, ...]
+    pairs: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    summary: str = ""
 
 
 def build_board(root: Path) -> Board:
     """The board of a run's folder, also if the run is unfinished. Raises KDError if the folder holds no run."""
-    store = Store(root)
-    if not store.suite_path.is_file():
-        raise KDError(
-            f"{root} is not a folder of `kd benchmark run`: it has no suite.yaml. Name a suite's folder, as runs/quick"
-        )
-    suite = load_suite(str(store.suite_path))
-    cells = {row: list(_cells(store, suite, row)) for row in (BASELINE, *suite.entries, EQUAL_TIME, TWICE)}
-    teacher = read_result(store.teacher_copy)
+    run = open_run(root)
+    store, suite, cells, teacher = run.store, run.suite, run.cells.rows, run.cells.teacher
     aps = {row: _aps(results) for row, results in cells.items()}
     teacher_ap = teacher.evaluation["ap"] if teacher else None
-    rows = [_row(suite, row, results, aps, teacher_ap) for row, results in cells.items() if results]
+    over_images = aps_over_images(store, run.cells, suite.data.max_detections) if suite.seeds == 1 else {}
+    comparison = compare(aps, teacher_ap, over_images)
+    rows = [_row(suite, row, results, comparison.rows[row]) for row, results in cells.items() if results]
+    rows.sort(key=lambda row: -row.ap)
     done = [result for results in cells.values() for result in results] + ([teacher] if teacher else [])
     return Board(
         title=root.resolve().name,
         description=suite.description,
         facts=_facts(suite, cells, done),
-        rows=tuple(sorted(rows, key=lambda row: -row.ap)),
-        teacher=_row(suite, TEACHER, [teacher], {}, None) if teacher else None,
+        rows=tuple(rows),
+        teacher=_row(suite, TEACHER, [teacher], Compared()) if teacher else None,
         claims=tuple(_claims(rows)),
-        warnings=tuple(_warnings(store, suite, cells, teacher)),
+        warnings=(*run.cells.left_out, *_warnings(store, suite, cells, teacher)),
+        pairs=comparison.pairs,
+        summary=_summary(rows),
     )
-
-
-def _cells(store: Store, suite: Suite, row: str) -> Iterable[CellResult]:
-    for seed in range(suite.seeds):
-        if (result := read_result(store.result_path(row, seed))) is not None:
-            yield result
 
 
 def _aps(results: Iterable[CellResult]) -> dict[int, float]:
     return {result.seed: ap for result in results if (ap := result.evaluation["ap"]) is not None}
 
 
-def _row(
-    suite: Suite, entry: str, results: list[CellResult], aps: Mapping[str, dict[int, float]], teacher: float | None
-) -> Row:
+def _row(suite: Suite, entry: str, results: list[CellResult], compared: Compared) -> Row:
     def cost(name: str) -> float | None:
         if len({result.hardware for result in results}) > 1:
             return None
         found = spread(getattr(result, name) for result in results)
         return None if found is None else found.mean
 
-    def versus(reference: str) -> Difference | None:
-        return None if entry == reference else paired_difference(aps.get(entry, {}), aps.get(reference, {}))
-
-    own, gap = versus(BASELINE), None
-    if own is not None and teacher is not None:
-        shared = aps[entry].keys() & aps[BASELINE].keys()
-        baseline = statistics.fmean(aps[BASELINE][seed] for seed in shared)
-        gap = gap_recovered(baseline + own.mean, baseline, teacher)
     uses = (use.name + (f"({_arguments(use.args)})" if use.args else "") for use in suite.methods(entry))
     return Row(
         entry=entry,
         methods=" + ".join(uses),
         seeds=tuple(result.seed for result in results),
         metrics={name: spread(result.evaluation[name] for result in results) for name in METRICS},
-        versus_baseline=own,
-        versus_equal_time=None if entry == BASELINE else versus(EQUAL_TIME),
-        gap_recovered=gap,
+        versus_baseline=compared.versus_baseline,
+        versus_equal_time=compared.versus_equal_time,
+        gap_recovered=compared.gap_recovered,
         steps=statistics.fmean(result.steps for result in results),
         step_ms=cost("cost_ms"),
         train_seconds=cost("train_seconds"),
         peak_memory_mb=cost("peak_memory_mb"),
         parameters=results[0].parameters,
         init="teacher" if any(result.inherited for result in results) else "",
+        gap_interval=compared.gap_interval,
+        p_improvement=compared.p_improvement,
+        rank=compared.rank,
     )
 
 
@@ -168,18 +172,42 @@ def _claims(rows: Iterable[Row]) -> Iterable[Claim]:
 def _claim(row: Row, against: str, difference: Difference | None) -> Iterable[Claim]:
     if difference is None:
         return
-    seeds = counted(difference.pairs, "seed")
-    where = "above" if difference.mean > 0 else "below" if difference.mean < 0 else "level with"
-    interval = (
-        "no interval" if difference.low is None else f"95 % interval {difference.low:+.2f} to {difference.high:+.2f}"
-    )
-    verdicts = {"holds": "holds", "not shown": f"not shown with {seeds}", "hurts": "hurts here"}
+    words = {"holds": "is above", "not shown": "cannot be told apart from", "hurts": "is below"}
     budget = "at equal steps" if against == BASELINE else "at equal time"
+    if difference.low is None:
+        known = ["no interval"]
+    else:
+        over = " over images" if difference.over == "images" else ""
+        known = [f"95 % interval{over} {difference.low:+.2f} to {difference.high:+.2f}"]
+    if difference.p is not None:
+        known.append(f"p {p_text(difference.p)}")
+    if difference.p_holm is not None:
+        known.append(f"after Holm's correction {p_text(difference.p_holm)}")
+    known.append(counted(difference.pairs, "seed"))
     text = (
-        f"{row.entry} is {where} the baseline {budget}: {difference.mean:+.2f} AP ({interval}, {seeds}): "
-        f"{verdicts[difference.verdict]}"
+        f"{row.entry} {words[difference.verdict]} the baseline {budget}: {difference.mean:+.2f} AP ({', '.join(known)})"
     )
     yield Claim(row.entry, against, difference.verdict, text)
+
+
+def _summary(rows: Iterable[Row]) -> str:
+    """Which rows are first, in words. `rows`: the highest AP first."""
+    ranked = [row for row in rows if row.rank is not None]
+    first = [row.entry for row in ranked if row.rank is not None and row.rank.low == 1]
+    if not ranked:
+        return "The rows have no ranks yet: ranks need two rows with two seeds in common."
+    best = ranked[0]
+    gain = "" if best.versus_baseline is None else f", {best.versus_baseline.text} against the baseline"
+    if len(first) == 1:
+        return f"{best.entry} is first of {len(ranked)} rows with equal steps: AP {best.ap:.1f}{gain}."
+    return (
+        f"{_listed(first)} share the first rank of {len(ranked)} rows with equal steps: none of them is shown to be "
+        f"below a different row. {best.entry} has the highest mean AP, {best.ap:.1f}{gain}."
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellResult]) -> dict[str, str]:
@@ -198,6 +226,7 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
     facts = {
         "data": distinct(result.data for result in done),
         "seeds": f"{suite.seeds} (rows are compared seed by seed: same first weights, same order of images)",
+        "AP": f"COCO's; in each image the best {suite.data.max_detections} detections of a class count",
         "student": training(suite.student),
         "teacher": training(suite.teacher),
         "precision": distinct(result.key_parts.get("precision", suite.student.train.precision) for result in done),
@@ -261,7 +290,10 @@ def _warnings(
         if len(cells[row]) < suite.seeds:
             yield f"{row}: {len(cells[row])} of {suite.seeds} seeds are done"
     if suite.seeds == 1:
-        yield "there is one seed only, so no spread and no interval: any difference may be chance"
+        yield (
+            "there is one seed only, so any difference may be chance. An interval over images shows what different "
+            "images for evaluation would change, and not what a second training would change: run --seeds 3 or more"
+        )
 
 
 def _mixed_hardware(cells: Mapping[str, list[CellResult]], teacher: CellResult | None) -> Iterable[str]:

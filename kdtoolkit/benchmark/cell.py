@@ -9,23 +9,39 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from kdtoolkit.benchmark.datasets import DataSets, load_data
-from kdtoolkit.benchmark.keys import key_of, package_of
-from kdtoolkit.benchmark.store import CellResult, discard_runs, holding, usable_result, write_result, write_weights
+from kdtoolkit.benchmark.detections_file import GroundTruth, detections_path, write_detections
+from kdtoolkit.benchmark.keys import digest_of, key_of, package_of
+from kdtoolkit.benchmark.store import (
+    FORMAT,
+    CellResult,
+    discard,
+    discard_runs,
+    holding,
+    usable_result,
+    write_result,
+    write_weights,
+)
 from kdtoolkit.benchmark.suite import TEACHER, DataSection, DetectorSection
 from kdtoolkit.classes import ClassMap
 from kdtoolkit.compatibility import why_no_student
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.breakdown import breakdown
 from kdtoolkit.engine.evaluate import METRICS, Evaluation, evaluate, why_not_measured
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.hardware import device_name, machine
+from kdtoolkit.engine.inference_cost import InferenceCost, measure
+from kdtoolkit.engine.measuring import equal_shares
 from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.result import TrainResult
+from kdtoolkit.engine.scoring import Found
 from kdtoolkit.engine.train import Progress, Validation, train
 from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.inherit import inherit
@@ -42,9 +58,12 @@ class Task:
 
     `detector`: what it trains, the student or the teacher. `parts`: everything that its key is computed from.
     `result`: the path of its result. `teacher_weights`: the path of the teacher's weights. `pictures`: the folder of
-    drawn pictures and decoded photos. `source`: a digest of kdtoolkit's source code. `inherits`: whether the student
-    starts from the teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `class_map`: the
-    teacher's name for a class of the data, where the names differ.
+    drawn pictures and decoded photos. `source`: a digest of kdtoolkit's source code. `suite`: the name of the suite.
+    `fingerprints`: digests of the content of its data sets, by name. `inherits`: whether the student starts from the
+    teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `curve`, `probe`: after how many
+    equal shares of the steps to evaluate the student, and to probe its methods. `class_map`: the teacher's name for a
+    class of the data, where the names differ. `tracked_in`: where curves for TensorBoard go; None writes none.
+    `original`: the task as the run planned it, if its files were moved to a different machine.
     """
 
     entry: str
@@ -57,6 +76,8 @@ class Task:
     device: str
     threads: int
     source: str
+    suite: str
+    fingerprints: Mapping[str, str]
     methods: tuple[MethodUse, ...] = ()
     teacher_detector: DetectorSection | None = None
     teacher_weights: Path | None = None
@@ -64,7 +85,11 @@ class Task:
     teacher_scale: float = 1.0
     inherits: bool = False
     halts: bool = False
+    curve: int = 0
+    probe: int = 0
     class_map: Mapping[str, str] = field(default_factory=dict)
+    tracked_in: Path | None = None
+    original: Task | None = None
 
     @property
     def name(self) -> str:
@@ -78,8 +103,14 @@ class Task:
 
     @property
     def run_folder(self) -> Path:
-        """The folder of the training until its result is stored. Its name has the key: one folder per training."""
-        return self.result.with_suffix(f".{key_of(self.parts)}.run")
+        """The folder of the training until its result is stored.
+
+        Its name stands for the key and for the steps of evaluations and probes. If these have changed, an unfinished
+        training begins again, so that its curves are complete.
+        """
+        measured = {"evaluated": str(self.evaluated_at), "probed": str(self.probed_at)}
+        key = key_of(self.parts | (measured if self.evaluated_at or self.probed_at else {}))
+        return self.result.with_suffix(f".{key}.run")
 
     @property
     def lock_folder(self) -> Path:
@@ -91,12 +122,47 @@ class Task:
         """Training steps, rounded up if the schedule is stretched; 0 for a teacher that is used as it is."""
         return 0 if self.detector.train is None else stretched(self.detector.train.steps, self.stretch)
 
+    @property
+    def evaluated_at(self) -> tuple[int, ...]:
+        """The steps after which the student is evaluated by its training.
+
+        The last step is one of them only for the curves of TensorBoard. Every cell is evaluated after its training too.
+        """
+        steps = {*equal_shares(self.steps, self.curve), *([four_fifths(self.steps)] if self.halts else [])} - {0}
+        return tuple(sorted(steps - {self.steps} if self.tracked_in is None else steps | {self.steps}))
+
+    @property
+    def probed_at(self) -> tuple[int, ...]:
+        """The steps after which its methods are probed."""
+        return equal_shares(self.steps, self.probe) if self.methods else ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that repeats the cell, as values that JSON can hold."""
+        teacher: dict[str, Any] = {}
+        if self.teacher_detector is not None:
+            teacher = {
+                "teacher": self.teacher_detector.model_dump(mode="json"),
+                "teacher_scale": self.teacher_scale,
+                "init": TEACHER if self.inherits else None,
+            }
+        return {
+            "detector": self.detector.model_dump(mode="json"),
+            "methods": [use.model_dump(mode="json") for use in self.methods],
+            "data": self.data.model_dump(mode="json"),
+            "seed": self.seed,
+            "steps": self.steps,
+            **teacher,
+            **({"class_map": dict(self.class_map)} if self.class_map else {}),
+        }
+
 
 @dataclass(frozen=True)
 class Report:
     """What a cell reports while it runs.
 
     `phase`: the cell's current work, in words. `seconds`: time spent on training so far. `notice`: a line for the log.
+    `evaluated`: step and AP of each evaluation so far.
     """
 
     phase: str
@@ -105,18 +171,35 @@ class Report:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     notice: str = ""
+    evaluated: tuple[tuple[int, float | None], ...] = ()
+
+    @property
+    def by_method(self) -> dict[str, float]:
+        """The losses of the task and of each method: their terms together."""
+        sums: dict[str, float] = {}
+        for name, value in self.losses.items():
+            owner = name.partition("/")[0]
+            sums[owner] = sums.get(owner, 0.0) + value
+        return sums
+
+    @property
+    def step_ms(self) -> float | None:
+        """The mean training step so far, in milliseconds; None before the first one."""
+        return 1000 * self.seconds / self.step if self.step and self.seconds else None
 
 
 @dataclass(frozen=True)
 class Failure:
     """Why a cell failed.
 
-    `details`: the traceback, if the error was unexpected. `fatal`: every other cell would fail too.
+    `details`: the traceback, if the error was unexpected. `fatal`: every other cell would fail too. `died`: its process
+    ended without an error, as when it is killed.
     """
 
     message: str
     details: str = ""
     fatal: bool = False
+    died: bool = False
 
 
 def stretched(steps: int, stretch: float) -> int:
@@ -125,8 +208,8 @@ def stretched(steps: int, stretch: float) -> int:
 
 
 def four_fifths(steps: int) -> int:
-    """The step after which four fifths of a schedule are done."""
-    return math.ceil(0.8 * steps)
+    """The step after which four fifths of a schedule are done; never the last one."""
+    return min(math.ceil(4 * steps / 5), steps - 1)
 
 
 def build_detector(
@@ -199,12 +282,15 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
     ids = own_ids(images)
     detector = build_detector(task.detector, names, task.seed, ids)
     student, teacher, inherited = detector.model.to(task.device), None, ""
+    taught_by: dict[str, str] = {}
     class_map = shared_classes(task.detector, detector, names, task.class_map)
     if task.teacher_detector is not None:
         assert task.teacher_weights is not None  # every task with a teacher has both
         opened = build_detector(task.teacher_detector, names, 0, ids)
         teacher = opened.model
-        teacher.load_state_dict(torch.load(task.teacher_weights, weights_only=True))
+        state = torch.load(task.teacher_weights, weights_only=True)
+        teacher.load_state_dict(state)
+        taught_by = {"teacher": digest_of(state)}
         teacher.to(task.device)
         class_map = shared_classes(task.teacher_detector, opened, names, task.class_map)
         if task.inherits:
@@ -221,13 +307,14 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             class_map=class_map,
         )
         trained = _train(task, distiller, images, sets, report)
-    memory = peak_memory_mb(task.device)
+    memory = trained.peak_memory_mb or peak_memory_mb(task.device)
 
     def evaluating(done: int, total: int) -> None:
         report(Report(f"evaluating {done}/{total}", trained.steps, warnings=tuple(trained.warnings)))
 
     evaluating(0, len(sets.val))
     evaluation: Evaluation | None = None
+    detections: list[Found] = []
     notices = [] if (reason := why_not_measured(student, sets.val)) is None else [f"the AP is unknown: {reason}"]
     if not notices:
         evaluation = evaluate(
@@ -236,8 +323,14 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             device=task.device,
             input_size=None if task.detector.train is None else task.detector.train.input_size,
             class_map=class_map if task.entry == TEACHER else None,
+            max_detections=task.data.max_detections,
             progress=evaluating,
+            keep=detections.append,
         )
+    report(Report("timing", trained.steps, warnings=tuple(trained.warnings)))
+    cost = _cost(task, student, sets.val)
+    if task.entry == TEACHER:
+        taught_by = {"teacher": digest_of(student.state_dict())}
     result = CellResult(
         entry=task.entry,
         seed=task.seed,
@@ -246,7 +339,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         data=sets.description,
         evaluation={name: getattr(evaluation, name, None) for name in METRICS},
         per_class={} if evaluation is None else evaluation.per_class,
-        ap_at_four_fifths=next((row["eval/ap"] for row in trained.evaluations if row["step"] != trained.steps), None),
+        ap_at_four_fifths=_ap_at(four_fifths(trained.steps), trained) if task.halts else None,
         steps=trained.steps,
         stretch=task.stretch,
         train_seconds=trained.seconds,
@@ -255,6 +348,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         peak_memory_mb=memory,
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         history=trained.history,
+        evaluations=_points(trained, evaluation),
         inherited=inherited,
         warnings=[*trained.warnings, *notices],
         versions={
@@ -266,11 +360,31 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         device=device_name(task.device),
         threads=task.threads,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        format=FORMAT,
+        suite=task.suite,
+        settings=(task.original or task).settings,
+        fingerprints={**task.fingerprints, **taught_by},
+        inference=cost,
     )
+    if detections:
+        truth = GroundTruth(task.fingerprints["val_data"], sets.val.in_memory().coco())
+        parts = breakdown(*truth.of(result, detections[0]), max_detections=task.data.max_detections)
+        result = result.model_copy(update={"breakdown": parts})
     report(Report("storing", trained.steps))
     write_weights(task.weights, student)  # before the result, so that no result lacks its weights
+    if detections:
+        write_detections(detections_path(task.result), detections[0])
+    else:
+        discard(detections_path(task.result))  # those of an earlier training
     write_result(task.result, result)
     discard_runs(task.result)
+
+
+def _cost(task: Task, detector: nn.Module, images: DetectionDataset) -> InferenceCost | None:
+    """What the first of the images costs the detector, at the size at which it is evaluated."""
+    image, _ = images[0]
+    size = None if task.detector.train is None else task.detector.train.input_size
+    return measure(detector, image if size is None else size.apply(image))
 
 
 def _train(
@@ -283,12 +397,22 @@ def _train(
     """Train the student. Raises KDError if it cannot be trained."""
 
     def training(progress: Progress) -> None:
-        report(Report("training", progress.step, progress.losses, progress.seconds, progress.warnings))
+        report(
+            Report(
+                "training",
+                progress.step,
+                progress.losses,
+                progress.seconds,
+                progress.warnings,
+                evaluated=progress.evaluated,
+            )
+        )
 
     assert task.detector.train is not None  # a task without it has no steps
     config = task.detector.train.model_copy(update={"steps": task.steps})
-    early = Validation(sets.val, every_steps=four_fifths(task.steps)) if task.halts else None
-    folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS)
+    validation = Validation(sets.val, at=task.evaluated_at, max_detections=task.data.max_detections)
+    trackers = () if task.tracked_in is None else ("tensorboard",)
+    folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS, trackers=trackers, tracked_in=task.tracked_in)
     discard_runs(task.result, but=folder.path)
     try:
         return train(
@@ -298,11 +422,34 @@ def _train(
             seed=task.seed,
             device=task.device,
             folder=folder,
-            validation=early,
+            validation=validation if task.evaluated_at else None,
             unlabelled=sets.unlabelled if task.methods else None,
+            probe_at=task.probed_at,
             report=training,
         )
     except NonFiniteLossError as error:
         kept = task.result.with_suffix(".last-good.pt")
         write_weights(kept, distiller.student)
         raise NonFiniteLossError(f"{error} The student's weights before that step are in {kept}") from error
+
+
+def _ap_at(step: int, trained: TrainResult) -> float | None:
+    """The AP after a step in the middle of the training."""
+    return next((row["eval/ap"] for row in trained.evaluations if row["step"] == step), None)
+
+
+def _points(trained: TrainResult, last: Evaluation | None) -> list[dict[str, float | None]]:
+    """What was measured while the student trained and at its end, by step."""
+    found: dict[float, dict[str, float | None]] = {}
+    rows = [*trained.evaluations, *trained.probes]
+    if trained.steps and last is not None:
+        rows.append({"step": trained.steps, "eval/ap": last.ap, "eval/ap50": last.ap50})
+    for row in rows:
+        step = row["step"] or 0
+        point = found.setdefault(step, {"step": step})
+        point |= {name.removeprefix("eval/"): value for name, value in row.items() if _in_curves(name)}
+    return [found[step] for step in sorted(found)]
+
+
+def _in_curves(name: str) -> bool:
+    return name in ("eval/ap", "eval/ap50") or name.startswith(("conflict/", "share/"))

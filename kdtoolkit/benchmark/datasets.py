@@ -15,13 +15,15 @@ from kdtoolkit.errors import KDError
 class DataSets:
     """Images for the teacher, for the student and for evaluation; images without labels for the student, or None.
 
-    `description` says in words what they are. `notices`: what the user should know about them, one sentence each.
+    `splits`: the whole data sets for training and evaluation, which these are parts of. `description` says in words
+    what they are. `notices`: what the user should know about them, one sentence each.
     """
 
     teacher: DetectionDataset
     student: DetectionDataset
     val: DetectionDataset
     unlabelled: DetectionDataset | None
+    splits: tuple[DetectionDataset, ...]
     description: str
     notices: tuple[str, ...]
 
@@ -67,6 +69,7 @@ def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
         except KDError as error:
             raise KDError(f"data for {role}: {error}") from error
 
+    splits = (train, val)
     teacher = take(train, data.teacher_images, "the teacher")
     student = take(train, data.student_images, "the student")
     val = take(val, data.val_images, "evaluation")
@@ -76,4 +79,4 @@ def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
         cache = None if pictures is None else pictures / "photos"
         unlabelled = open_images(data.unlabelled, max_size=data.image_size, on_bad=data.on_bad, cache=cache)
         counts += f", {len(unlabelled)} without labels"
-    return DataSets(teacher, student, val, unlabelled, f"{source}: {counts}", tuple(notices))
+    return DataSets(teacher, student, val, unlabelled, splits, f"{source}: {counts}", tuple(notices))

@@ -74,16 +74,18 @@ class Display:
     def progress(self, task: Task, report: Report) -> None:
         """A cell has reported where it is."""
         phase = report.phase
-        if report.losses:
-            sums: dict[str, float] = {}
-            for name, value in report.losses.items():  # one number for each method: there is no room for all terms
-                method = name.partition("/")[0]
-                sums[method] = sums.get(method, 0.0) + value
-            losses = "  ".join(f"{method} {value:.3g}" for method, value in sums.items())
-            phase = f"{1000 * report.seconds / report.step:.0f} ms/step  {losses}"
+        if report.losses:  # one number for each method: there is no room for all terms
+            losses = "  ".join(f"{method} {value:.3g}" for method, value in report.by_method.items())
+            phase = f"{report.step_ms or 0:.0f} ms/step  {losses}{_last_ap(report)}"
         self._cells.update(self._bars[task], completed=report.step, phase=phase)
 
     def ended(self, task: Task, text: str, style: str = "") -> None:
         """A cell has ended; `text` says with what result."""
         self._cells.remove_task(self._bars.pop(task))
         self.line(text, style)
+
+
+def _last_ap(report: Report) -> str:
+    """The AP of the last evaluation, if there was one."""
+    aps = [ap for _, ap in report.evaluated if ap is not None]
+    return f"  AP {aps[-1]:.1f}" if aps else ""

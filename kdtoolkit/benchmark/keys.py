@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 import kdtoolkit
 from kdtoolkit.benchmark.suite import DetectorSection
+from kdtoolkit.engine.checkpoint import to_bytes
 from kdtoolkit.libraries import library_of_name
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import content_of
@@ -33,8 +35,6 @@ _NOT_OF_CELLS = {
     "matrix.py",
     "matrix_tables.py",
     "probe_words.py",
-    "probing.py",
-    "students_t.py",
     "verdicts.py",
 }
 
@@ -119,6 +119,11 @@ def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
 def digest(value: Any) -> str:
     """16 hexadecimal digits of a JSON value's hash."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of the content of weights, wherever and in whatever file they are."""
+    return hashlib.sha256(to_bytes(state)).hexdigest()[:16]
 
 
 def package_of(model: str) -> str:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
 from kdtoolkit.benchmark.cell import Task, build_detector, shared_classes, stretched
 from kdtoolkit.benchmark.datasets import DataSets
 from kdtoolkit.benchmark.equal_time import STRETCH_SLACK, relative_costs
+from kdtoolkit.benchmark.executor import Hardware
 from kdtoolkit.benchmark.keys import cell_parts, difference, in_precision, key_of, package_digest, same_settings
-from kdtoolkit.benchmark.store import CellResult, Store, are_whole, read_result, set_aside, usable_result
+from kdtoolkit.benchmark.store import CellResult, Store, are_whole, intact_result, set_aside, usable_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
 from kdtoolkit.data import DetectionDataset, open_dataset
 from kdtoolkit.data.dataset import own_ids
@@ -22,10 +21,9 @@ from kdtoolkit.data.opening import splits_of
 from kdtoolkit.data.recorded import attach, check_images
 from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.distiller import Distiller
-from kdtoolkit.engine.hardware import device_name
 from kdtoolkit.engine.inputs import check_unlabelled
 from kdtoolkit.engine.mixture import unlabelled_steps
-from kdtoolkit.engine.precision import resolve_precision
+from kdtoolkit.engine.scoring import MAX_DETECTIONS
 from kdtoolkit.errors import KDError
 from kdtoolkit.inherit import inherit
 from kdtoolkit.libraries import adapt
@@ -45,9 +43,10 @@ class Fingerprints:
 class Plan:
     """The tasks of one run of a suite.
 
-    `store`: the folder of the run. `device`: `cpu` or `cuda`. `threads`: how many threads each cell uses.
-    `any_version`: whether results of different source code, libraries and hardware are kept. `seeds`: how many of the
-    suite's seeds to run; None means all.
+    `store`: the folder of the run. `device`: `cpu` or `cuda`. `threads`: how many threads each cell uses. `hardware`:
+    what cells are computed on, if that is not this machine. `any_version`: whether results of different source code,
+    libraries and hardware are kept. `seeds`: which of the suite's seeds to run; None means all. `tensorboard`: whether
+    cells write curves for TensorBoard.
     """
 
     def __init__(
@@ -58,17 +57,21 @@ class Plan:
         *,
         device: str,
         threads: int,
+        hardware: Hardware | None = None,
         any_version: bool = False,
-        seeds: int | None = None,
+        seeds: range | None = None,
+        tensorboard: bool = False,
     ) -> None:
         self.suite = suite
         self.store = store
         self.device = device
+        self.hardware = hardware or Hardware.here(device)
         self.threads = threads
         self.any_version = any_version
-        self.seeds = suite.seeds if seeds is None else min(seeds, suite.seeds)
-        self._teacher_section = _for_device(suite.teacher, device)
-        self._student_section = _for_device(suite.student, device)
+        self.seeds = range(suite.seeds) if seeds is None else range(seeds.start, min(seeds.stop, suite.seeds))
+        self._tensorboard = store.tensorboard.absolute() if tensorboard else None
+        self._teacher_section = _on(self.hardware, suite.teacher)
+        self._student_section = _on(self.hardware, suite.student)
         self._data = Fingerprints(
             sets.teacher.fingerprint(),
             sets.student.fingerprint(),
@@ -85,7 +88,7 @@ class Plan:
         section = self._teacher_section
         data = f"{self._data.teacher_data} {self._data.val_data}"
         steps = 0 if section.train is None else section.train.steps
-        parts = self._parts(section, (), 0, steps, data, None) | self._class_map
+        parts = self._parts(section, (), 0, steps, data, None) | self._class_map | self._max_detections
         stored = self._earlier_teacher(parts) if self.any_version else None
         return Task(
             entry=TEACHER,
@@ -98,7 +101,10 @@ class Plan:
             device=self.device,
             threads=self.threads,
             source=package_digest(),
+            suite=self.suite.name,
+            fingerprints={"train_data": self._data.teacher_data, "val_data": self._data.val_data},
             class_map=self.suite.class_map,
+            tracked_in=self._tensorboard and self._tensorboard / TEACHER,
         )
 
     def _earlier_teacher(self, parts: dict[str, str]) -> CellResult | None:
@@ -106,18 +112,24 @@ class Plan:
         paths = [self.store.teacher_copy, *self.store.teachers.glob("*.json")]
         found = [
             result
-            for result in map(_readable, paths)
+            for result in map(intact_result, paths)
             if result is not None
             and same_settings(result.key_parts, parts, any_precision=_is_auto(self.suite.teacher))
             and are_whole(self.store.teacher_path(result.key).with_suffix(".pt"))
         ]
-        own = _readable(self.store.teacher_copy)
+        own = intact_result(self.store.teacher_copy)
         return max(found, key=lambda result: (result == own, result.date), default=None)
 
     @property
     def _class_map(self) -> dict[str, str]:
         """What the class map adds to the parts of a key."""
         return {"class_map": json.dumps(self.suite.class_map, sort_keys=True)} if self.suite.class_map else {}
+
+    @property
+    def _max_detections(self) -> dict[str, str]:
+        """What the number of detections that count adds to the parts of a key, where it is not COCO's."""
+        limit = self.suite.data.max_detections
+        return {} if limit == MAX_DETECTIONS else {"max_detections": str(limit)}
 
     def cell(self, row: str, seed: int, stretch: float = 1.0) -> Task:
         """The task of a row and seed."""
@@ -137,18 +149,28 @@ class Plan:
             pictures=self.store.pictures,
             result=self.store.result_path(row, seed),
             parts=self._parts(section, methods, seed, steps, data, taught_by if has_teacher else None)
+            | self._max_detections
             | (self._class_map if has_teacher else {})
             | ({"init": init} if init is not None else {})
             | ({"unlabelled": unlabelled} if unlabelled else {}),
             device=self.device,
             threads=self.threads,
             source=package_digest(),
+            suite=self.suite.name,
+            fingerprints={
+                "train_data": self._data.student_data,
+                "val_data": self._data.val_data,
+                **({"unlabelled": unlabelled} if unlabelled else {}),
+            },
             methods=methods,
             teacher_detector=self._teacher_section if has_teacher else None,
             teacher_weights=teacher.weights if has_teacher else None,
             inherits=init is not None,
             halts=self.suite.plateau and row == BASELINE,
+            curve=self.suite.curve,
+            probe=self.suite.probe,
             class_map=self.suite.class_map,
+            tracked_in=self._tensorboard and self._tensorboard / row / f"seed{seed}",
             stretch=stretch,
             teacher_scale=scale,
         )
@@ -169,7 +191,7 @@ class Plan:
             steps=steps,
             data=data,
             teacher=teacher,
-            device=device_name(self.device),
+            device=self.hardware.device_name,
             threads=self.threads,
         )
 
@@ -193,9 +215,9 @@ class Plan:
         return found is None or done(self.cells([EQUAL_TIME], found[1]))
 
     def cells(self, rows: Iterable[str], stretch: float = 1.0) -> list[Task]:
-        """The tasks of these rows: all of seed 0, then all of seed 1, and so on. Rows can then be compared early."""
+        """The tasks of these rows: all of the first seed, then all of the next. Rows can then be compared early."""
         names = list(rows)
-        return [self.cell(row, seed, stretch) for seed in range(self.seeds) for row in names]
+        return [self.cell(row, seed, stretch) for seed in self.seeds for row in names]
 
     def twice(self) -> list[Task]:
         """The tasks of the baseline with twice the steps; empty if the suite does not ask for it."""
@@ -213,7 +235,7 @@ class Plan:
 
     def measured(self, row: str) -> list[CellResult]:
         """The stored results of a row, also results of an earlier version of the suite."""
-        found = (_readable(self.store.result_path(row, seed)) for seed in range(self.suite.seeds))
+        found = (intact_result(self.store.result_path(row, seed)) for seed in range(self.suite.seeds))
         return [result for result in found if result is not None]
 
     def set_aside_unusable(self) -> dict[str, str]:
@@ -232,7 +254,7 @@ class Plan:
 
     def _unusable(self, task: Task) -> str | None:
         """Why a stored result cannot be used; None if it can, or if there is none."""
-        old = _readable(task.result)
+        old = intact_result(task.result)
         if old is None:
             return f"is trained again, since {task.result} is damaged" if task.result.exists() else None
         if not self._is_current(old, task):
@@ -251,13 +273,6 @@ class Plan:
         slowest = max(costs, key=lambda row: costs[row])
         stored = max((result.stretch for result in self.measured(EQUAL_TIME)), default=0.0)
         return slowest, costs[slowest] if costs[slowest] > stored * STRETCH_SLACK else stored
-
-
-def _readable(path: Path) -> CellResult | None:
-    """A stored result; None if it is missing or damaged."""
-    with suppress(KDError):
-        return read_result(path)
-    return None
 
 
 def check_methods(suite: Suite, sets: DataSets, rows: Iterable[str]) -> None:
@@ -316,11 +331,9 @@ def _check_recorded(teacher: nn.Module, suite: Suite, sets: DataSets) -> None:
         attach(images, teacher.file)
 
 
-def _for_device(section: DetectorSection, device: str) -> DetectorSection:
-    """The section with the precision that `auto` means on this device."""
-    if section.train is None:
-        return section
-    return in_precision(section, resolve_precision(section.train.precision, device))
+def _on(hardware: Hardware, section: DetectorSection) -> DetectorSection:
+    """The section with the precision that `auto` means on this hardware."""
+    return in_precision(section, hardware.precision) if _is_auto(section) else section
 
 
 def _is_auto(section: DetectorSection) -> bool:

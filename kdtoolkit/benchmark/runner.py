@@ -1,6 +1,6 @@
 """Runs a suite: teacher and baselines, then the methods, then the baselines with longer schedules.
 
-The board is written again after each cell.
+The board is written again while cells finish.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.datasets import DataSets, load_data
+from kdtoolkit.benchmark.detections_file import detections_path, keep_ground_truth
 from kdtoolkit.benchmark.display import Display
 from kdtoolkit.benchmark.estimate import Costs
+from kdtoolkit.benchmark.executor import Ended, Executor
 from kdtoolkit.benchmark.plan import Plan, check_methods
-from kdtoolkit.benchmark.report import write_board
+from kdtoolkit.benchmark.report import View, write_report
+from kdtoolkit.benchmark.status import StatusFile
 from kdtoolkit.benchmark.store import (
     CellResult,
     Store,
@@ -31,13 +33,16 @@ from kdtoolkit.benchmark.store import (
     read_result,
     set_aside,
     write_atomic,
+    write_result,
 )
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, Suite
-from kdtoolkit.benchmark.workers import Ended, Workers
-from kdtoolkit.engine.hardware import cores, device_name, machine
+from kdtoolkit.benchmark.workers import Workers
+from kdtoolkit.engine.log import check_trackers
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.words import counted, duration
+
+BOARD_PAUSE = 20  # after a board, relative to the time that it took: boards take at most a twentieth of a run
 
 
 @dataclass
@@ -47,6 +52,15 @@ class Outcome:
     failures: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     out_of_time: bool = False
+
+    @property
+    def in_words(self) -> str:
+        """How it ended, as the end of a sentence."""
+        if self.interrupted:
+            return "interrupted"
+        if self.out_of_time:
+            return "because its time was up"
+        return f"with {counted(len(self.failures), 'failed cell')}" if self.failures else "with all its cells done"
 
 
 class _OutOfTimeError(Exception):
@@ -60,12 +74,14 @@ def run_suite(
     console: Console,
     jobs: int | None = None,
     device: str | torch.device = "cpu",
+    executor: Executor | None = None,
     only: Sequence[str] = (),
     fresh: bool = False,
     any_version: bool = False,
-    seeds: int | None = None,
+    seeds: range | None = None,
     long_baselines: bool = True,
     seconds: float | None = None,
+    tensorboard: bool = False,
 ) -> Outcome:
     """Run those cells of a suite that are not done yet.
 
@@ -75,17 +91,20 @@ def run_suite(
         console: where to show progress.
         jobs: how many cells run at the same time. None: one for each core on a CPU, 1 on a GPU.
         device: `cpu` or `cuda`.
+        executor: where cells run, such as a `RayWorkers`, which has its own device and number of cells at a time. None:
+            on this machine.
         only: the entries to run besides the baseline. Empty: all entries.
         fresh: run finished cells again: those of `only`, or all rows and the teacher if `only` is empty.
         any_version: keep finished cells with the same settings, even if the source code of kdtoolkit, the versions of
             libraries or the hardware have changed since. The board lists all of them.
-        seeds: run the first so many of the suite's seeds. None: all.
+        seeds: which of the suite's seeds to run. None: all.
         long_baselines: run the baselines with longer schedules too: at equal time, and with twice the steps where the
             suite asks for it (`plateau`).
         seconds: stop after this time. Cells that are cut off go on from their last checkpoint in the next call.
+        tensorboard: write curves of the cells that are run, for TensorBoard, in a folder `tensorboard` of `root`.
 
-    Raises KDError if `fresh` leaves nothing for `any_version` to keep, if the suite does not fit the data, if the
-    folder cannot be written, or if another run works in it.
+    Raises KDError if `fresh` leaves nothing for `any_version` to keep, if TensorBoard is asked for and not installed,
+    if the suite does not fit the data, if the folder cannot be written, or if another run works in it.
     """
     unknown = [name for name in only if name not in (BASELINE, *suite.entries)]
     if unknown:
@@ -98,15 +117,25 @@ def run_suite(
             "--fresh runs everything again, so --any-version has nothing to keep: leave one of them out, or name the "
             "entries that are to be run again (--only)"
         )
+    if tensorboard:
+        check_trackers(["tensorboard"])
     end = None if seconds is None else time.monotonic() + seconds
     store = Store(root)
-    device = str(device)
-    jobs = jobs or (cores() if device == "cpu" else 1)
+    if executor is None:
+        executor = Workers(str(device), jobs)
     if suite.data.root is not None:
         console.print(Text(f"reading {suite.data.root}"), soft_wrap=True)  # many large files take a while
     sets = load_data(suite.data, store.pictures)
     plan = Plan(
-        suite, store, sets, device=device, threads=max(1, cores() // jobs), any_version=any_version, seeds=seeds
+        suite,
+        store,
+        sets,
+        device=executor.hardware.device,
+        threads=executor.threads,
+        hardware=executor.hardware,
+        any_version=any_version,
+        seeds=seeds,
+        tensorboard=tensorboard,
     )
     rows = [BASELINE, *(row for row in suite.entries if not only or row in only)]
     if not fresh and plan.complete(rows, long_baselines=long_baselines):
@@ -117,8 +146,9 @@ def run_suite(
         for notice in sets.notices:
             display.line(f"note: {notice}", "yellow")
         write_atomic(store.suite_path, suite.to_yaml().encode())
+        keep_ground_truth(store.ground_truth_path, sets.val)
         stale = (list(only) or [TEACHER, BASELINE, EQUAL_TIME, TWICE, *suite.entries]) if fresh else []
-        return _Run(plan, sets, display, jobs, rows, stale, long_baselines, end).run()
+        return _Run(plan, sets, display, executor, rows, stale, long_baselines, end).run()
 
 
 class _Run:
@@ -127,7 +157,7 @@ class _Run:
         plan: Plan,
         sets: DataSets,
         display: Display,
-        jobs: int,
+        executor: Executor,
         rows: list[str],
         fresh: list[str],
         long_baselines: bool,
@@ -136,12 +166,11 @@ class _Run:
         self.plan = plan
         self.sets = sets
         self.display = display
-        self.jobs = jobs
+        self.executor = executor
         self.rows = rows
         self.fresh = fresh  # rows whose results are deleted first
         self.long_baselines = long_baselines
         self.end = end  # by time.monotonic
-        self.workers = Workers()
         self.costs = Costs()
         self.outcome = Outcome()
         self.pending: list[Task] = []
@@ -152,6 +181,9 @@ class _Run:
         self.warned: set[tuple[str, str]] = set()
         self.started = time.monotonic()
         self.estimated = False
+        self.status = StatusFile(plan.store.status_path)
+        self.has_data = False  # whether the executor has it
+        self.next_board = 0.0  # by time.monotonic
 
     def run(self) -> Outcome:
         try:
@@ -165,9 +197,13 @@ class _Run:
             self.outcome.interrupted = True
         except _OutOfTimeError:
             self.outcome.out_of_time = True
+        except BaseException:
+            self.status.end("with an error")
+            raise
         finally:
-            self.workers.stop()
-        self._write_board()
+            self.executor.stop()
+        self._write_board(last=True)
+        self.status.end(self.outcome.in_words)
         if not self.outcome.interrupted:
             self.display.line(f"took {duration(time.monotonic() - self.started)}")
         return self.outcome
@@ -176,7 +212,7 @@ class _Run:
         plan, display = self.plan, self.display
         self._tidy_teacher()
         for row in self.fresh:
-            for path in [plan.store.result_path(row, seed) for seed in range(plan.suite.seeds) if row != TEACHER]:
+            for path in [plan.store.result_path(row, seed) for seed in plan.seeds if row != TEACHER]:
                 discard(path)
                 discard_runs(path)
         for name, reason in plan.set_aside_unusable().items():
@@ -233,7 +269,9 @@ class _Run:
             plan = suite.teacher.train
             training = "evaluated only" if plan is None else f"{plan.steps} steps"
             display.line(f"teacher: {suite.teacher.model}, {training}")
-        rows, seeds = ", ".join(self.rows), counted(self.plan.seeds, "seed")
+        rows, seeds = ", ".join(self.rows), counted(len(self.plan.seeds), "seed")
+        if self.plan.seeds.start:
+            seeds += f" ({', '.join(map(str, self.plan.seeds))})"
         display.line(f"students: {seeds} each of {rows}; {suite.student.train.steps} steps")
         if suite.init is not None:
             display.line("all students start from the teacher's weights, where these fit")
@@ -242,13 +280,8 @@ class _Run:
         if self.long_baselines and len(self.rows) > 1:
             display.line("then the baseline again, with a schedule that takes as long as the slowest method")
         threads = f"{counted(self.plan.threads, 'thread')} each"
-        where = machine() if self.plan.device == "cpu" else device_name(self.plan.device)
-        display.line(f"on {where}: {self.jobs} at a time, {threads}, {self._precision()}")
+        display.line(f"on {self.plan.hardware}: {self.executor.slots} at a time, {threads}, {self._precision()}")
         display.line(f"results: {self.plan.store.root}; after Ctrl-C, run the same command to continue")
-        if self.pending:
-            display.line(f"data: {self.sets.description}")
-            for images in (self.sets.teacher, self.sets.student, self.sets.val):
-                _ = images.in_memory()[0]  # drawn pictures and decoded photos are then there for all cells
 
     def _precision(self) -> str:
         """The precision of the cells and, if `auto` chose it, why."""
@@ -282,18 +315,22 @@ class _Run:
             )
 
     def _drain(self) -> None:
-        """Run all pending tasks in order, `jobs` at the same time. Methods wait until the teacher is trained."""
-        while self.pending or len(self.workers):
+        """Run all pending tasks in order, several at the same time. Methods wait until the teacher is trained."""
+        if self.pending and not self.has_data:
+            self.has_data = True
+            self.display.line(f"data: {self.sets.description}")
+            self.executor.begin(self.sets)
+        while self.pending or len(self.executor):
             if self.end is not None and time.monotonic() > self.end:
                 raise _OutOfTimeError
-            while len(self.workers) < self.jobs and (task := self._next()) is not None:
+            while len(self.executor) < self.executor.slots and (task := self._next()) is not None:
                 self.pending.remove(task)
                 self.running[task] = Report("starting")
                 discard(self._error_path(task))
                 self.begun[task] = time.monotonic()
-                self.workers.start(task)
+                self.executor.start(task)
                 self.display.started(task)
-            for task, event in self.workers.events(timeout=0.5):
+            for task, event in self.executor.events(timeout=0.5):
                 if isinstance(event, Ended):
                     self._end(task, event.failure)
                 else:
@@ -306,6 +343,7 @@ class _Run:
 
     def _progress(self, task: Task, report: Report) -> None:
         self.running[task] = report
+        self.status.note(task, report)
         self.costs.running(task, report, time.monotonic() - self.begun[task])
         self.display.progress(task, report)
         if report.notice:
@@ -352,19 +390,29 @@ class _Run:
         return task.result.with_suffix(".error")
 
     def _keep_teacher(self) -> None:
-        """Copy the teacher's result into the run's folder, so that the folder can be read alone."""
-        write_atomic(self.plan.store.teacher_copy, self._teacher_result().model_dump_json(indent=1).encode())
+        """Copy the teacher's result and detections into the run's folder, so that the folder can be read alone."""
+        copy, found = self.plan.store.teacher_copy, detections_path(self.plan.teacher_task().result)
+        if found.exists():
+            write_atomic(detections_path(copy), found.read_bytes())
+        else:
+            discard(detections_path(copy))  # those of an earlier teacher
+        write_result(copy, self._teacher_result())
 
     def _teacher_result(self) -> CellResult:
         result = read_result(self.plan.teacher_task().result)
         assert result is not None  # the callers have checked that it is there
         return result
 
-    def _write_board(self) -> None:
-        write_board(build_board(self.plan.store.root), self.plan.store.root)
+    def _write_board(self, *, last: bool = False) -> None:
+        """Write the board, unless it was written just now: boards of many cells take long, and each has all cells."""
+        begun = time.monotonic()
+        if begun >= self.next_board or last:
+            write_report([View.of(self.plan.store.root)], self.plan.store.root)
+            now = time.monotonic()
+            self.next_board = now + BOARD_PAUSE * (now - begun)
 
     def _show_overall(self) -> None:
-        left = self.costs.remaining(self.pending, self.running, self.jobs, self.later, self.rows[1:])
+        left = self.costs.remaining(self.pending, self.running, self.executor.slots, self.later, self.rows[1:])
         if left is None:
             words = "no estimate yet"
         else:
@@ -376,3 +424,4 @@ class _Run:
                 )
         cells = self.done + len(self.pending) + len(self.running) + len(self.later) + len(self.outcome.failures)
         self.display.overall(self.plan.suite.name, self.done, cells, words)
+        self.status.update(self.done, cells, left, self.running, self.outcome.failures)

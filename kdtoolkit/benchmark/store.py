@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import nn
 
 from kdtoolkit import files
+from kdtoolkit.benchmark.suite import TEACHER
+from kdtoolkit.engine.breakdown import Breakdown
+from kdtoolkit.engine.inference_cost import InferenceCost
 from kdtoolkit.errors import KDError
 from kdtoolkit.lock import hold
 from kdtoolkit.words import counted
 
+FORMAT = 2  # of the results that this version writes; 1 has no suite, settings, fingerprints and detections
+
 
 class StoreError(KDError):
     """The results folder cannot be written, so no further cell can succeed."""
+
+
+class DamagedError(KDError):
+    """A stored file is not what this version or an earlier one has written. Its cell can be run again."""
 
 
 class CellResult(BaseModel):
@@ -33,6 +44,16 @@ class CellResult(BaseModel):
     training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was stretched. `history`: loss terms
     and the methods' metrics by step. `inherited`: what the student took from its teacher before training, in words;
     empty if nothing.
+
+    `format`: the version of this record. `suite`: the name of the suite that ran it. `settings`: all that repeats it:
+    `detector`, `methods`, `data`, `seed`, `steps`, and `teacher` if it had one. `fingerprints`: digests of the content
+    of `train_data` and `val_data`, of `unlabelled` images and of the teacher's weights (`teacher`) if it had them.
+    `evaluations`: what was measured at some steps of the training and after the last one: `ap` and `ap50` in percent;
+    where the suite has a `probe`, `conflict/METHOD`, the cosine of the method's gradient with the task's, and
+    `share/METHOD`, its share of both gradients; `conflict/task` is the cosine between the task's gradients of two
+    batches, to compare with. `breakdown`: where the AP comes from. `inference`: what one image costs the trained
+    detector. All of these are empty in results of earlier versions, but for the fingerprints of data, which their key
+    holds.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,6 +81,35 @@ class CellResult(BaseModel):
     device: str
     threads: int
     date: str
+    format: int = 1
+    suite: str = ""
+    settings: dict[str, Any] = {}
+    fingerprints: dict[str, str] = {}
+    evaluations: list[dict[str, float | None]] = []
+    breakdown: Breakdown | None = None
+    inference: InferenceCost | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_fingerprints(cls, raw: Any) -> Any:
+        """Results of format 1 have the digests of their data in the key alone: of training, then of evaluation."""
+        if not isinstance(raw, dict) or raw.get("fingerprints") or not isinstance(raw.get("key_parts"), dict):
+            return raw
+        digests = str(raw["key_parts"].get("data", "")).split()
+        return {**raw, "fingerprints": dict(zip(("train_data", "val_data"), digests, strict=False))}
+
+    @property
+    def name(self) -> str:
+        """The cell's name in messages."""
+        return self.entry if self.entry == TEACHER else f"{self.entry}, seed {self.seed}"
+
+    @property
+    def teacher_key(self) -> str:
+        """The key of the teacher that taught this cell, or of the cell if it is a teacher; empty without teacher."""
+        if self.entry == TEACHER:
+            return self.key
+        key = self.key_parts.get("teacher", "none").partition(",")[0]
+        return "" if key == "none" else key
 
     @property
     def seconds_per_step(self) -> float:
@@ -113,8 +163,23 @@ class Store:
         """A copy of the teacher's result, so that the folder can be read on its own."""
         return self.root / "teacher.json"
 
+    @property
+    def status_path(self) -> Path:
+        """What the run says about itself while it works."""
+        return self.root / "status.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Curves for TensorBoard, if they are asked for: a folder for each row, and in it one for each seed."""
+        return self.root / "tensorboard"
+
+    @property
+    def ground_truth_path(self) -> Path:
+        """The ground truth of the images that all cells are evaluated on."""
+        return self.root / "ground_truth.json.gz"
+
     def result_path(self, entry: str, seed: int) -> Path:
-        """The JSON file of a cell's result. The student's weights lie beside it, in a file that ends in .pt."""
+        """The JSON file of a cell's result. The student's weights (.pt) and detections lie beside it."""
         return self.root / "cells" / entry / f"seed{seed}.json"
 
     def teacher_path(self, key: str) -> Path:
@@ -127,22 +192,35 @@ class Store:
 
 
 def read_result(path: Path) -> CellResult | None:
-    """A stored result; None if there is no file. Raises KDError if the file is damaged."""
+    """A stored result, of this format or an earlier one; None if there is no file.
+
+    Raises DamagedError if the file is damaged, and KDError if a newer version of kdtoolkit has written it.
+    """
     try:
-        return CellResult.model_validate_json(path.read_bytes())
+        raw = json.loads(path.read_bytes())
+        if isinstance(raw, dict) and isinstance(made := raw.get("format", 1), int) and made > FORMAT:
+            raise KDError(
+                f"{path} was made by a newer kdtoolkit, in format {made}; this version reads formats 1 to {FORMAT}: "
+                "pip install -U kdtoolkit"
+            )
+        return CellResult.model_validate(raw)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValidationError) as error:
-        raise KDError(f"{path} is damaged. `kd benchmark run` sets it aside and runs the cell again") from error
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path} is damaged. `kd benchmark run` sets it aside and runs the cell again") from error
+
+
+def intact_result(path: Path) -> CellResult | None:
+    """A stored result; None if it is missing or damaged. Raises KDError if a newer kdtoolkit has written it."""
+    with suppress(DamagedError):
+        return read_result(path)
+    return None
 
 
 def usable_result(path: Path, fits: Callable[[CellResult], bool]) -> CellResult | None:
     """A stored result; None unless it `fits`, and its weights are complete."""
-    with suppress(KDError):
-        found = read_result(path)
-        if found is not None and fits(found) and are_whole(path.with_suffix(".pt")):
-            return found
-    return None
+    found = intact_result(path)
+    return found if found is not None and fits(found) and are_whole(path.with_suffix(".pt")) else None
 
 
 def are_whole(weights: Path) -> bool:

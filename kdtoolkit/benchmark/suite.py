@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from kdtoolkit.distiller import TEACHER_SCALES
 from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.engine.scoring import MAX_DETECTIONS
 from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import is_code
@@ -30,7 +31,7 @@ class DataSection(Section):
     `student_images`, `val_images`: how many images; None means all of them. `image_size`: in pixels, the side of a
     procedural image, or the longest side of a photo (larger photos are scaled down). `on_bad`: whether bad images and
     annotations are an error ("error") or are left out ("skip"). `unlabelled`: a folder of images without labels, from
-    which rows with methods learn too.
+    which rows with methods learn too. `max_detections`: how many detections of an image and class count for AP.
     """
 
     root: Path | None = None
@@ -40,6 +41,7 @@ class DataSection(Section):
     student_images: int | None = Field(None, gt=0)
     val_images: int | None = Field(None, gt=0)
     on_bad: Literal["error", "skip"] = "error"
+    max_detections: int = Field(MAX_DETECTIONS, ge=1)
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -76,7 +78,9 @@ class Suite(Section):
 
     `teacher_scale`: size of the images that the teacher sees while it teaches, relative to the student's. `init`:
     whether all students start from the teacher's weights, where these fit. `plateau`: whether to measure how much more
-    steps would add to the baseline. `class_map`: the teacher's name for a class of the data, where the names differ;
+    steps would add to the baseline. `curve`: how often each student is evaluated, after equal shares of its steps; 0
+    evaluates it at the end alone. `probe`: after how many equal shares of the steps the methods are probed
+    (docs/probe.md); 0 probes nothing. `class_map`: the teacher's name for a class of the data, where the names differ;
     for a teacher that is not trained here.
     """
 
@@ -90,6 +94,8 @@ class Suite(Section):
     teacher_scale: float = 1.0
     init: Literal["teacher"] | None = None
     plateau: bool = False
+    curve: int = Field(0, ge=0)
+    probe: int = Field(0, ge=0)
     class_map: dict[str, str] = Field({})
     entries: dict[Annotated[str, Field(pattern=_FOLDER_NAME)], tuple[MethodUse, ...]]
 

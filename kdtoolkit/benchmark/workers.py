@@ -11,12 +11,16 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
 from kdtoolkit.benchmark.cell import Failure, Report, Task, run
+from kdtoolkit.benchmark.datasets import DataSets
+from kdtoolkit.benchmark.executor import Ended, Hardware
 from kdtoolkit.benchmark.store import StoreError, writing
+from kdtoolkit.engine.hardware import cores
 from kdtoolkit.errors import KDError
 
 
@@ -28,25 +32,35 @@ class _Running:
     failure: Failure | None = None
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A worker has ended; `failure` says why if it did not finish its cell."""
-
-    failure: Failure | None
-
-
 class Workers:
-    """Runs tasks, each in a process. They end with `stop`, and when this process ends, even if it is killed."""
+    """Runs cells on this machine, each in a process. They end with `stop`, and when this process ends, even if killed.
 
-    def __init__(self) -> None:
+    `slots`: how many cells run at the same time; None: as many as the cores have room for on a CPU, 1 on a GPU.
+    `threads`: of each cell; None: its share of the cores, or 1 if `slots` is None too and there is no GPU.
+    """
+
+    def __init__(self, device: str = "cpu", slots: int | None = None, threads: int | None = None) -> None:
+        self.slots = slots or (max(1, cores() // (threads or 1)) if device == "cpu" else 1)
+        self.threads = threads or max(1, cores() // self.slots)
+        self._device = device
         self._context = _context()
         self._running: list[_Running] = []
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        """This machine."""
+        return Hardware.here(self._device)
 
     def __len__(self) -> int:
         return len(self._running)
 
+    def begin(self, sets: DataSets) -> None:
+        """Draw pictures and decode photos: they are then there for all cells."""
+        for images in (sets.teacher, sets.student, sets.val):
+            _ = images.in_memory()[0]
+
     def start(self, task: Task) -> None:
-        """Start a task in a new process."""
+        """Start a cell in a new process."""
         ours, theirs = self._context.Pipe()
         process: BaseProcess = self._context.Process(target=work, args=(task, theirs), name=task.name)  # type: ignore[attr-defined]
         process.start()
@@ -116,8 +130,8 @@ def _death(exitcode: int | None) -> Failure | None:
         return None
     if exitcode is not None and exitcode < 0:
         hint = " (out of memory? try a smaller --jobs)" if exitcode == -signal.SIGKILL else ""
-        return Failure(f"its process was ended by {signal.Signals(-exitcode).name}{hint}")
-    return Failure(f"its process ended with exit code {exitcode}")
+        return Failure(f"its process was ended by {signal.Signals(-exitcode).name}{hint}", died=True)
+    return Failure(f"its process ended with exit code {exitcode}", died=True)
 
 
 def _context() -> BaseContext:

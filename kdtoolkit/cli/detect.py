@@ -62,6 +62,9 @@ def evaluate(
     classes_as_in: ClassesAsIn = None,
     image_size: ImageSize = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
+    max_detections: Annotated[
+        int, typer.Option(min=1, help="Detections of an image and class that count: COCO's 100, or LVIS's 300.")
+    ] = 100,
     device: DeviceName = "auto",
     skip_bad: SkipBad = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
@@ -90,6 +93,7 @@ def evaluate(
             classes_as_in=classes_as_in,
             image_size=image_size,
             batch_size=batch_size,
+            max_detections=max_detections,
             device=device,
             skip_bad=skip_bad,
             progress=progress,

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 LEAST_SIDE = 640  # pixels; the names would hide the objects of a smaller picture
@@ -22,10 +23,13 @@ def draw_boxes(
     boxes: Sequence[Sequence[float]],
     labels: Sequence[int],
     captions: Sequence[str],
+    *,
+    dashes: Sequence[int] | None = None,
+    least_side: int = LEAST_SIDE,
 ) -> Image.Image:
     """A copy of an RGB picture with boxes, each with its caption on a bright ground.
 
-    Pictures whose longest side is below 640 px are enlarged. Where captions would cover each other, they move to
+    Pictures whose longest side is below `least_side` are enlarged. Where captions would cover each other, they move to
     a different edge of their box.
 
     Args:
@@ -33,16 +37,19 @@ def draw_boxes(
         boxes: xyxy in pixels of `picture`. Later ones cover earlier ones.
         labels: boxes of equal labels have the same colour.
         captions: the text of each box.
+        dashes: the length of a box's dashes in pixels, as long as the gaps between them; 0 for a solid line. None draws
+            all lines solid.
+        least_side: in pixels.
     """
-    factor = max(1, round(LEAST_SIDE / max(picture.size)))
+    factor = max(1, round(least_side / max(picture.size)))
     drawn = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(drawn)
     longest = max(drawn.size)
     font, captions = _readable(captions, max(12, longest // 60))
     width = max(2, longest // 400)
     places = [[factor * side for side in box] for box in boxes]
-    for (x1, y1, x2, y2), label in zip(places, labels, strict=True):
-        draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=colour(label), width=width)
+    for box, label, dash in zip(places, labels, dashes or [0] * len(places), strict=True):
+        _frame(draw, box, colour(label), width, dash)
     taken: list[Area] = []
     # The last box is the topmost, so its caption chooses first.
     chosen = [_place(draw, font, box, caption, drawn.size, taken) for box, caption in _reversed(places, captions)]
@@ -50,6 +57,21 @@ def draw_boxes(
         draw.rectangle(area, fill=colour(label))
         draw.text((area[0] + 2, area[1] + 1), caption, "black", font, anchor="lt")
     return drawn
+
+
+def _frame(draw: ImageDraw.ImageDraw, box: Sequence[float], ink: tuple[int, int, int], width: int, dash: int) -> None:
+    x1, y1, x2, y2 = box
+    right, bottom = max(x2 - 1, x1), max(y2 - 1, y1)
+    if not dash:
+        draw.rectangle((x1, y1, right, bottom), outline=ink, width=width)
+        return
+    thick = width - 1
+    for x in np.arange(x1, right, 2 * dash):
+        for y in (y1, bottom - thick):
+            draw.rectangle((x, y, min(x + dash - 1, right), y + thick), fill=ink)
+    for y in np.arange(y1, bottom, 2 * dash):
+        for x in (x1, right - thick):
+            draw.rectangle((x, y, x + thick, min(y + dash - 1, bottom)), fill=ink)
 
 
 def colour(label: int) -> tuple[int, int, int]:

@@ -35,7 +35,7 @@ class PhotoDataset(DetectionDataset):
 
     Photos are decoded on access. `in_memory` decodes all of them once, and keeps them in memory or in the folder
     `cache`. Crowds and VOC's difficult objects are no targets. `coco` has them, and scoring treats them by COCO's
-    rules.
+    rules. `root`: the folder of the data set.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class PhotoDataset(DetectionDataset):
         if max_size is not None and max_size < 1:
             raise KDError(f"max_size must be at least 1 px, not {max_size}")
         self._source = reading.source
+        self.root = reading.root
         self.has_ids = reading.has_ids
         self._categories = _chosen(reading, class_names)
         self.class_names = tuple(category.name for category in self._categories)

@@ -66,12 +66,17 @@ class ProceduralShapes(DetectionDataset):
         """Picture (3, H, W) uint8 and its objects."""
         return self._pictures["images"][index], self._samples[index]
 
+    @property
+    def drawn(self) -> Path | None:
+        """The file with the pictures, which is there once the first one was asked for; None without a folder."""
+        return None if self._folder is None else self._folder / f"shapes-{self.fingerprint()}.safetensors"
+
     @functools.cached_property
     def _pictures(self) -> dict[str, Tensor]:
         """`images` (N, 3, S, S) uint8; `boxes` (G, 4) and `labels` (G,) of all pictures; `counts` (N,) of each."""
-        if self._folder is None:
+        path = self.drawn
+        if path is None or self._folder is None:
             return self._drawn()
-        path = self._folder / f"shapes-{self.fingerprint()}.safetensors"
         with suppress(FileNotFoundError, SafetensorError):  # a damaged file is written again
             return load_file(path)
         pictures = self._drawn()

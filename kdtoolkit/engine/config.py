@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdtoolkit.data import Augmentation, DetectionDataset, InputSize
+from kdtoolkit.engine.scoring import MAX_DETECTIONS
 from kdtoolkit.errors import KDError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -86,16 +87,22 @@ class TrainConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Validation:
-    """The data that a run is evaluated on, and when: after some steps or epochs, and at the end."""
+    """The data that a run is evaluated on, and when: after some steps or epochs, and at the end.
+
+    With `at`, a run is evaluated after exactly these steps, and at the end only if its last step is one of them.
+    `max_detections`: how many detections of an image and class count.
+    """
 
     dataset: DetectionDataset
     every_steps: int | None = None
     every_epochs: float | None = None
+    at: tuple[int, ...] | None = None
     batch_size: int = 32
+    max_detections: int = MAX_DETECTIONS
 
     def __post_init__(self) -> None:
-        if self.every_steps is not None and self.every_epochs is not None:
-            raise KDError("every_steps and every_epochs cannot be used together: leave one of them out")
+        if sum(when is not None for when in (self.every_steps, self.every_epochs, self.at)) > 1:
+            raise KDError("every_steps, every_epochs and at cannot be used together: choose one of them")
         if any(every is not None and every <= 0 for every in (self.every_steps, self.every_epochs)):
             raise KDError(
                 "every_steps is a whole number from 1, every_epochs a number above 0; leave out both to evaluate only "
@@ -104,8 +111,15 @@ class Validation:
         if self.batch_size < 1:
             raise KDError(f"batch_size ({self.batch_size}) is the number of images in a batch: it must be 1 or more")
 
-    def due(self, step: int, batch_size: int, images: int) -> bool:
-        """Whether to evaluate after this step, with batches of `batch_size` from this number of training images."""
+    def due(self, step: int, batch_size: int, images: int, *, last: bool) -> bool:
+        """Whether to evaluate after this step, with batches of `batch_size` from this number of training images.
+
+        `last`: it is the run's last step.
+        """
+        if self.at is not None:
+            return step in self.at
+        if last:
+            return True
         if self.every_steps is not None:
             return step % self.every_steps == 0
         if self.every_epochs is None:

@@ -20,7 +20,7 @@ from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.engine import group
 from kdtoolkit.engine.detect import Precision, Runner
 from kdtoolkit.engine.inputs import check_dataset
-from kdtoolkit.engine.scoring import IOU_THRESHOLDS, Floats, Found, Ints, precisions
+from kdtoolkit.engine.scoring import IOU_THRESHOLDS, MAX_DETECTIONS, Found, Ints, by_class, mean_precision, precisions
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 
@@ -33,7 +33,7 @@ class Evaluation:
 
     `ap` is the mean over the IoU thresholds 0.50, 0.55 ... 0.95. `ap_small`, `ap_medium` and `ap_large` are for
     objects of less than 32^2, 32^2 to 96^2, and more than 96^2 pixels of the original image. `images` and `detections`
-    are counts.
+    are counts. `max_detections`: how many detections of an image and class counted at most.
     """
 
     ap: float | None
@@ -45,6 +45,7 @@ class Evaluation:
     per_class: dict[str, float | None]
     images: int
     detections: int
+    max_detections: int = MAX_DETECTIONS
 
 
 def evaluate(
@@ -59,7 +60,9 @@ def evaluate(
     input_size: InputSize | None = None,
     like: DetectorAdapter | None = None,
     together: bool = False,
+    max_detections: int = MAX_DETECTIONS,
     progress: Callable[[int, int], None] | None = None,
+    keep: Callable[[Found], None] | None = None,
 ) -> Evaluation:
     """Run a detector on all images and score it against the ground truth at original sizes.
 
@@ -80,7 +83,11 @@ def evaluate(
             student's sizes, instead of those that its own preprocessing gives them.
         together: in a run of several processes, each process evaluates a part of the images, and all get the whole
             result. Then every process must call `evaluate`.
+        max_detections: how many detections of an image and class count, the best first. COCO counts 100, LVIS 300. Most
+            detectors give at most 100 of an image in all, unless they are built for more.
         progress: called with the number of images done and the number of all images.
+        keep: called with the detections that are scored. Their classes are places in the data set's list of categories,
+            with `class_map` too.
 
     Raises KDError before anything runs if the model's adapter refuses it, if its number of classes differs from the
     data set's, or if it lies on another device. Raises KDError later if a detection is not finite, or has a label that
@@ -88,6 +95,8 @@ def evaluate(
     """
     if batch_size < 1:
         raise KDError(f"batch_size must be at least 1, not {batch_size}")
+    if max_detections < 1:
+        raise KDError(f"max_detections must be at least 1, not {max_detections}")
     runner = Runner.of(model, labels_from=labels_from, device=device, precision=precision, like=like)
     check_dataset(dataset, runner.spec if class_map is None else None)
     dataset = dataset.in_memory()
@@ -95,7 +104,13 @@ def evaluate(
     if class_map is None:
         runner = replace(runner, num_classes=len(truth["categories"]))
     found = find(runner, dataset, batch_size=batch_size, input_size=input_size, together=together, progress=progress)
-    return _score(truth, found) if class_map is None else _score(*of_shared_classes(truth, found, class_map))
+    kept = found
+    if class_map is not None:
+        truth, found = of_shared_classes(truth, found, class_map)
+        kept = replace(found, classes=np.array(sorted(class_map.student), np.int64)[found.classes])
+    if keep is not None:
+        keep(kept)
+    return _score(truth, found, max_detections)
 
 
 def find(
@@ -162,28 +177,19 @@ def _item(dataset: DetectionDataset, index: int, input_size: InputSize | None) -
     return (image if input_size is None else input_size.apply(image)), sample
 
 
-def _score(truth: dict[str, Any], found: Found) -> Evaluation:
-    precision = precisions(truth, found)
+def _score(truth: dict[str, Any], found: Found, max_detections: int) -> Evaluation:
+    precision = precisions(truth, found, max_detections)
     thresholds = IOU_THRESHOLDS.round(2).tolist()
     all_areas, small, medium, large = range(4)
-    categories = sorted(category["id"] for category in truth["categories"])
     return Evaluation(
-        ap=_mean(precision[..., all_areas]),
-        ap50=_mean(precision[thresholds.index(0.5), ..., all_areas]),
-        ap75=_mean(precision[thresholds.index(0.75), ..., all_areas]),
-        ap_small=_mean(precision[..., small]),
-        ap_medium=_mean(precision[..., medium]),
-        ap_large=_mean(precision[..., large]),
-        per_class={
-            category["name"]: _mean(precision[:, :, categories.index(category["id"]), all_areas])
-            for category in truth["categories"]
-        },
+        ap=mean_precision(precision[..., all_areas]),
+        ap50=mean_precision(precision[thresholds.index(0.5), ..., all_areas]),
+        ap75=mean_precision(precision[thresholds.index(0.75), ..., all_areas]),
+        ap_small=mean_precision(precision[..., small]),
+        ap_medium=mean_precision(precision[..., medium]),
+        ap_large=mean_precision(precision[..., large]),
+        per_class=by_class(truth, precision),
         images=len(truth["images"]),
         detections=len(found.scores),
+        max_detections=max_detections,
     )
-
-
-def _mean(precision: Floats) -> float | None:
-    """In percent; None where there is nothing to find."""
-    found = precision[precision > -1]
-    return 100 * float(found.mean()) if found.size else None

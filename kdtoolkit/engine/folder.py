@@ -48,6 +48,8 @@ class RunFolder:
         save_steps: steps between two checkpoints, instead of a time.
         keep: how many of the last checkpoints are kept.
         trackers: names of Accelerate's trackers to log to as well, such as `tensorboard`, `wandb` or `mlflow`.
+        tracked_in: where trackers write that write files. Its name is the run's name there. None: a folder of the
+            run's name within `path`.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class RunFolder:
     save_steps: int | None = None
     keep: int = 2
     trackers: tuple[str, ...] = ()
+    tracked_in: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
@@ -121,7 +124,8 @@ class _FolderKeeper(Keeper):
         for notice in notices:
             self._notice(notice)
         self.best = facts["best"]
-        self.trackers = Trackers(folder.trackers, folder.path, self._made_of["config"], step=step)
+        place = folder.tracked_in or folder.path / folder.path.name
+        self.trackers = Trackers(folder.trackers, place, self._made_of["config"], step=step)
         self._saved_step = step
         self._saved = self._measured = time.monotonic()
         self._images, self._busy, self._waited = 0, 0.0, 0.0

@@ -46,27 +46,41 @@ class Log:
         self._waiting.clear()
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise KDError if Accelerate does not know a tracker of this name, or if it is not installed."""
+    _trackers(names)
+
+
+def _trackers(names: Sequence[str]) -> dict[str, Any]:
+    """The classes of these trackers, by name."""
+    if not names:
+        return {}
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = {str(name): tracker for name, tracker in LOGGER_TYPE_TO_CLASS.items()}
+    installed = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise KDError(f"no tracker {name!r}: Accelerate knows {', '.join(known)}")
+        if name not in installed:
+            raise KDError(f"the tracker {name} is not installed: pip install {name}")
+    return {name: known[name] for name in names}
+
+
 class Trackers:
     """Accelerate's trackers, by name. Accelerate is imported only if a tracker is asked for."""
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any], *, step: int) -> None:
-        """Start trackers for a run in `folder` that has done `step` steps. Raises KDError if one is not installed."""
-        self._trackers: list[Any] = []
-        if not names:
-            return
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        """Start trackers for a run that has done `step` steps; those that write files write them in `folder`.
 
-        known = {str(name): tracker for name, tracker in LOGGER_TYPE_TO_CLASS.items()}
-        installed = [str(name) for name in get_available_trackers()]
-        for name in names:
-            if name not in known:
-                raise KDError(f"no tracker {name!r}: Accelerate knows {', '.join(known)}")
-            if name not in installed:
-                raise KDError(f"the tracker {name} is not installed: pip install {name}")
-            options: dict[str, Any] = {"logging_dir": folder} if known[name].requires_logging_directory else {}
+        Raises KDError if one is not installed.
+        """
+        self._trackers: list[Any] = []
+        for name, known in _trackers(names).items():
+            options: dict[str, Any] = {"logging_dir": folder.parent} if known.requires_logging_directory else {}
             if name == "tensorboard":
                 options["purge_step"] = step + 1  # what a stopped run wrote beyond its checkpoint
-            tracker = known[name](folder.name, **options)
+            tracker = known(folder.name, **options)
             tracker.start()
             if not step:
                 tracker.store_init_configuration(

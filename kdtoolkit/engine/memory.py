@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,3 +22,29 @@ def peak_memory_mb(device: str | torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class PeakMemory:
+    """The peak memory of a training, without what the process does in between (`paused`).
+
+    A process cannot forget the peak of its resident memory. So on a CPU the peak of the time before the first pause
+    stands for the whole training, whose steps are alike.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before: float | None = None  # the peak of the training before the last pause
+
+    def read(self) -> float:
+        """The peak so far, in MB."""
+        if self._before is None:
+            return peak_memory_mb(self._device)
+        return max(self._before, peak_memory_mb(self._device)) if self._device.type == "cuda" else self._before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block whose memory does not count."""
+        self._before = self.read()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)

@@ -21,6 +21,7 @@ class Progress:
     losses: dict[str, float]
     seconds: float
     warnings: tuple[str, ...] = ()
+    evaluated: tuple[tuple[int, float | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,26 @@ class TrainResult:
 
     `history` has about 100 points of step, lr, every loss term and every metric of the methods (means). `metrics` has
     the mean of each metric over the run, by name. `warnings`: the warnings of `Progress` about the training, for the
-    whole run. `notices`: its warnings about the folder. `evaluations` have step and average precisions. `seconds` is
-    training time over all starts of the run, `cpu_seconds` the process's CPU time in it, over all its threads (None
-    if an earlier version, which did not measure it, began the run); `step_ms` the median step of this start, 0 if it
-    had none.
+    whole run. `notices`: its warnings about the folder. `evaluations` have step and average precisions. `probes` have
+    step and, for each method, `conflict/METHOD`, the cosine of its gradient with the task's, and `share/METHOD`, its
+    share of both gradients with the weights that it has in this step; None if a loss was not finite. `conflict/task`
+    is the cosine between the task's gradients of two batches, to compare with.
+
+    `seconds` is training time over all starts of the run, `cpu_seconds` the process's CPU time in it, over all its
+    threads (None if an earlier version, which did not measure it, began the run); `step_ms` the median step of this
+    start, 0 if it had none. `peak_memory_mb`: of this start's training. Evaluations and probes count in none of these.
     """
 
     steps: int
     seconds: float
     step_ms: float
     cpu_seconds: float | None = 0.0
+    peak_memory_mb: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     evaluations: list[dict[str, float | None]] = field(default_factory=list)
+    probes: list[dict[str, float | None]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
 

@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 IOU_THRESHOLDS: Floats = np.linspace(0.5, 0.95, 10)
+MAX_DETECTIONS = 100  # of an image and class, as COCO counts; LVIS, whose images have more objects, counts 300
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,60 @@ class Found:
         return Found(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Found)))
 
 
-def precisions(truth: Mapping[str, Any], found: Found) -> Floats:
+def precisions(truth: Mapping[str, Any], found: Found, max_detections: int = MAX_DETECTIONS) -> Floats:
     """Precisions (10 IoU thresholds, 101 recalls, K classes, 4 ranges of areas) in [0, 1]; -1 if there is no object.
 
-    `truth` is in COCO's format. Classes are in the order of their ids. In each image 100 detections of a class count.
+    `truth` is in COCO's format. Classes are in the order of their ids. In each image the `max_detections` best
+    detections of a class count.
+    """
+    scoring = matched(truth, found, max_detections)
+    with _silence():
+        scoring.accumulate()
+    precision: Floats = scoring.eval["precision"][..., -1]  # type: ignore[index]
+    return precision
+
+
+def matched(truth: Mapping[str, Any], found: Found, max_detections: int, *, by_area: bool = True) -> COCOeval:
+    """COCO's evaluation after its first part: detections and objects are matched in each image, for each class.
+
+    `by_area`: whether also for small, medium and large objects alone.
     """
     images, classes = (np.array([entry["id"] for entry in truth[name]], np.int64) for name in ("images", "categories"))
     rows = np.column_stack([images[found.images], found.boxes, found.scores, classes[found.classes]])
     # Numbered anew: pycocotools takes a match with an annotation of id 0 for none.
     annotations = [{**annotation, "id": number} for number, annotation in enumerate(truth["annotations"], 1)]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
+    with _silence():
         expected = _index({**truth, "annotations": annotations})
         detections = expected.loadRes(rows) if len(rows) else _index({**truth, "annotations": []})
         scoring = COCOeval(expected, detections, "bbox")
+        scoring.params.maxDets = [max_detections]
+        if not by_area:
+            scoring.params.areaRng, scoring.params.areaRngLbl = (
+                scoring.params.areaRng[:1],
+                scoring.params.areaRngLbl[:1],
+            )
         scoring.evaluate()
-        scoring.accumulate()
-    precision: Floats = scoring.eval["precision"][..., -1]  # type: ignore[index]
-    return precision
+    return scoring
+
+
+def mean_precision(precision: Floats) -> float | None:
+    """The mean of some of the `precisions` in percent: an AP. None where there is nothing to find."""
+    found = precision[precision > -1]
+    return 100 * float(found.mean()) if found.size else None
+
+
+def by_class(truth: Mapping[str, Any], precision: Floats) -> dict[str, float | None]:
+    """AP in percent by the name of the class, from what `precisions` returns; None for a class without objects."""
+    ids = sorted(category["id"] for category in truth["categories"])
+    return {
+        category["name"]: mean_precision(precision[:, :, ids.index(category["id"]), 0])
+        for category in truth["categories"]
+    }
+
+
+def _silence() -> contextlib.AbstractContextManager[Any]:
+    """A context in which nothing is printed: pycocotools tells what it does."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _index(document: dict[str, Any]) -> COCO:

@@ -72,6 +72,7 @@ class RunState:
     window: Window = field(default_factory=Window)
     history: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float | None]] = field(default_factory=list)
+    probes: list[dict[str, float | None]] = field(default_factory=list)
     durations: list[float] = field(default_factory=list)
     earlier_step_ms: float = 0.0
 
@@ -139,6 +140,7 @@ class RunState:
                 "window": self.window.values,
                 "history": self.history,
                 "evaluations": self.evaluations,
+                "probes": self.probes,
                 "scaler": self.scaler.state_dict(),
                 "silence": self.silence.state(),
                 "dead": counts,
@@ -171,6 +173,7 @@ class RunState:
         self.window = Window(facts["window"])
         self.history = facts["history"]
         self.evaluations = facts["evaluations"]
+        self.probes = facts.get("probes", [])  # earlier versions had none
 
     def _model_state(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.distiller.state_dict().items() if name != _EXTRA}

@@ -21,7 +21,6 @@ from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.engine import group
 from kdtoolkit.engine.checkpoint import Checkpoint
 from kdtoolkit.engine.config import TrainConfig, Validation
-from kdtoolkit.engine.evaluate import METRICS, evaluate
 from kdtoolkit.engine.folder import Keeper, RunFolder, opened
 from kdtoolkit.engine.identity import identity
 from kdtoolkit.engine.inputs import (
@@ -35,6 +34,8 @@ from kdtoolkit.engine.inputs import (
     single_values_told,
 )
 from kdtoolkit.engine.locate import locate_non_finite
+from kdtoolkit.engine.measuring import evaluate_now, probe_now
+from kdtoolkit.engine.memory import PeakMemory
 from kdtoolkit.engine.mixture import alternate, unlabelled_steps
 from kdtoolkit.engine.optim import frozen, lr_factor, set_rates
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
@@ -42,6 +43,7 @@ from kdtoolkit.engine.result import Progress, TrainResult, mean_metrics
 from kdtoolkit.engine.state import RunState, Window, seed_step
 from kdtoolkit.engine.stopwatch import Stopwatch
 from kdtoolkit.errors import KDError, NonFiniteLossError
+from kdtoolkit.probing import check_can_probe
 
 __all__ = ["Progress", "RunFolder", "TrainConfig", "TrainResult", "Validation", "lr_factor", "train"]
 
@@ -59,6 +61,7 @@ def train(
     folder: RunFolder | None = None,
     validation: Validation | None = None,
     unlabelled: DetectionDataset | None = None,
+    probe_at: Sequence[int] = (),
     report: Callable[[Progress], None] | None = None,
     until: int | None = None,
 ) -> TrainResult:
@@ -76,6 +79,8 @@ def train(
         unlabelled: images without labels, such as `open_images(folder)`; labels that they have are not used. Some of
             the steps show these images, and in such a step the student learns from the teacher alone. The config's
             `unlabelled_share` says how many.
+        probe_at: the steps after which to probe the methods (docs/probe.md): `TrainResult.probes`. Training does not
+            change by it, and its time and memory do not count. In one process only.
         report: called in the first process, at the first step, about every second, and at the end.
         until: stop after this step of the schedule, with an evaluation and a checkpoint. The same call with a later
             step, or with None, goes on from there in the folder. None trains to the end.
@@ -84,9 +89,9 @@ def train(
 
     Raises KDError before the first step if an argument has a wrong type, if all of the student is frozen, if its number
     of classes differs from that of a data set, if the two data sets have different classes, if the models lie on
-    different devices or not on `device`, if no method can teach by `unlabelled`, or if the folder holds a different
-    run, is in use or cannot be written. Raises NonFiniteLossError if a loss term is NaN or infinite; the student then
-    has the weights of the last good step.
+    different devices or not on `device`, if no method can teach by `unlabelled`, if there is nothing to probe, or if
+    the folder holds a different run, is in use or cannot be written. Raises NonFiniteLossError if a loss term is NaN or
+    infinite; the student then has the weights of the last good step.
     """
     check_arguments(distiller, config)
     check_dataset(dataset, distiller.student_adapter.spec)
@@ -97,6 +102,8 @@ def train(
             f"batch_size ({config.batch_size}) must be a multiple of {count * config.accumulation}: of processes "
             f"({count}) times accumulation ({config.accumulation})"
         )
+    if probe_at:
+        check_can_probe(distiller)
     if unlabelled is not None:
         check_unlabelled(distiller, unlabelled)
         unlabelled = beside_teacher(distiller, unlabelled)
@@ -162,6 +169,7 @@ def train(
         data = alternate(without[first:], read(dataset, False), read(unlabelled, True) if unlabelled else iter(()))
         images_in_all = len(dataset) + (0 if unlabelled is None else len(unlabelled))
         watch = Stopwatch(state.seconds, state.cpu_seconds or 0.0)
+        memory = PeakMemory(device)
         reported = ended = time.perf_counter()
         for step, (images, targets) in enumerate(data, first):
             begun = time.perf_counter()
@@ -218,14 +226,18 @@ def train(
                 state.history.append({"step": step + 1, "lr": lr, **state.window.flush()})
             keeper.log(step + 1, {"lr": lr, **values} | ({} if overflow else {"gradient_norm": norm_value}))
             keeper.speed(step + 1, now - begun, waited, config.batch_size, device)
-            if validation is not None and (last or validation.due(step + 1, config.batch_size, images_in_all)):
-                with watch.paused():
-                    _evaluate(state, validation, config, device, keeper)
+            if validation is not None and validation.due(step + 1, config.batch_size, images_in_all, last=last):
+                with watch.paused(), memory.paused():
+                    evaluate_now(state, validation, config, device, keeper)
                     set_training(distiller)
+            if step + 1 in probe_at:
+                with watch.paused(), memory.paused():
+                    probe_now(state, dataset, seed=seed, precision=precision, device=device, keeper=keeper)
             keeper.save(state, last=last)
             if report is not None and rank == 0 and (now - reported > 1 or step == first or last):
                 warnings = (*state.silence.warnings(), *state.dead.warnings(), *_not_held(distiller), *keeper.notices)
-                report(Progress(step + 1, config.steps, window.flush(), state.seconds, warnings))
+                evaluated = tuple((int(row["step"] or 0), row["eval/ap"]) for row in state.evaluations)
+                report(Progress(step + 1, config.steps, window.flush(), state.seconds, warnings, evaluated))
                 reported = now
             ended = time.perf_counter()
 
@@ -242,10 +254,12 @@ def train(
             seconds=state.seconds,
             step_ms=state.step_ms,
             cpu_seconds=state.cpu_seconds,
+            peak_memory_mb=memory.read(),
             history=state.history,
             warnings=list(warnings),
             notices=list(keeper.notices),
             evaluations=state.evaluations,
+            probes=state.probes,
             metrics=mean_metrics(distiller.metrics, state.history),
         )
 
@@ -290,30 +304,6 @@ def _gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     norms = iter(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
     none = torch.zeros((), device=parameters[0].device)
     return torch.stack([none if p.grad is None else next(norms) for p in parameters])
-
-
-def _evaluate(
-    state: RunState, validation: Validation, config: TrainConfig, device: torch.device, keeper: Keeper
-) -> None:
-    """Evaluate the student as it would be kept if the run ended here; store its weights if none was better so far."""
-    student = state.distiller.student
-    with state.averaged():
-        group.alike(student)
-        found = evaluate(
-            state.distiller.student_adapter,
-            validation.dataset,
-            batch_size=validation.batch_size,
-            device=device,
-            input_size=config.input_size,
-            together=True,
-        )
-        # Of equal ones the last counts: it has learnt the most. At first all may have an AP of 0.
-        best = found.ap is not None and (keeper.best is None or found.ap >= keeper.best)
-        if best and keeper.weights("best.safetensors", student):
-            keeper.best = found.ap
-    row = {f"eval/{name}": getattr(found, name) for name in METRICS}
-    state.evaluations.append({"step": state.step, **row})
-    keeper.log(state.step, row)
 
 
 def _not_held(distiller: Distiller) -> Iterator[str]:

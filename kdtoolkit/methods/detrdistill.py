@@ -94,7 +94,7 @@ def match(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     The first of a pair are the student's queries, in rising order; M is the smaller of Q and Q'. A GPU's host waits
     once.
     """
-    # It comes with the extra of detectors that have queries.
+    # Imported here, because `import kdtoolkit.methods` shall not wait for it.
     from scipy.optimize import linear_sum_assignment
 
     device = costs[0].device

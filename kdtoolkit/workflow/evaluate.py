@@ -20,6 +20,7 @@ from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.engine.detect import Runner
 from kdtoolkit.engine.evaluate import METRICS, Evaluation
 from kdtoolkit.engine.evaluate import evaluate as score
+from kdtoolkit.engine.scoring import MAX_DETECTIONS
 from kdtoolkit.errors import printable
 from kdtoolkit.models import Detector
 from kdtoolkit.workflow.detecting import check_recorded, make_ready
@@ -69,6 +70,7 @@ def evaluate(
     classes_as_in: str | Path | None = None,
     image_size: int | None = None,
     batch_size: int = 8,
+    max_detections: int = MAX_DETECTIONS,
     device: str | torch.device = "auto",
     skip_bad: bool = False,
     progress: Progress | None = None,
@@ -87,6 +89,7 @@ def evaluate(
         image_size: longest side of images in pixels; None takes the one that the detector was trained at. No image is
             enlarged.
         batch_size: images at a time.
+        max_detections: how many detections of an image and class count, the best first: 100 as COCO, 300 as LVIS.
         device: "auto", "cpu", "cuda" or "cuda:1".
         skip_bad: leave bad images and annotations out, instead of stopping.
         progress: called with the number of images done, and the number of all images.
@@ -104,7 +107,14 @@ def evaluate(
     dataset = open_dataset(data, split, max_size=ready.image_size, on_bad="skip" if skip_bad else "error")
     about_images = check_recorded(ready.detector.model, {split: dataset}, Path(data))
     shared, about_classes = ready.shared_with(dataset.class_names, str(data), class_map)
-    scores = score(ready.detector.model, dataset, batch_size=batch_size, class_map=shared, progress=progress)
+    scores = score(
+        ready.detector.model,
+        dataset,
+        batch_size=batch_size,
+        class_map=shared,
+        max_detections=max_detections,
+        progress=progress,
+    )
     detector = ready.detector
     milliseconds = None
     if not isinstance(detector.model, RecordedDetector):
@@ -144,6 +154,8 @@ def print_evaluated(found: Evaluated, console: Console) -> None:
     for name, ap in found.scores.per_class.items():
         table.add_row(Text(printable(name)), _percent(ap))
     console.print(table)
+    if (limit := found.scores.max_detections) != MAX_DETECTIONS:
+        line(f"in each image the best {limit} detections of a class count (COCO counts {MAX_DETECTIONS})")
     if found.milliseconds is not None:
         line(
             f"speed: {found.milliseconds:.1f} ms an image, one at a time, on {found.device}, longest side at most "

@@ -6,20 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from kdtoolkit.data import batches
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine import group
-from kdtoolkit.engine.inputs import beside_teacher, single_values_told
+from kdtoolkit.engine.inputs import beside_teacher
+from kdtoolkit.engine.measuring import probe_batches
 from kdtoolkit.engine.optim import frozen
 from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.probe_words import Verdict, sentences, table, verdicts
-from kdtoolkit.probing import ONE_PROCESS, Probe, probe
+from kdtoolkit.probing import ONE_PROCESS, Probe
 from kdtoolkit.words import counted, duration
 from kdtoolkit.workflow.auto import scaled
 from kdtoolkit.workflow.batch import with_memory
@@ -93,23 +92,20 @@ def run(options: ProbeOptions, *, quiet: bool = False) -> Found:
         after = default if options.after is None else options.after
         if after:
             _train_alone(prepared, after, display)
-        size = config.batch_size // config.accumulation  # what the memory takes at once
-        first = after * config.accumulation  # the student was trained on those before
-        shown = batches(
-            beside_teacher(prepared.distiller, prepared.images.train),
-            batch_size=size,
-            start=first,
-            steps=first + options.batches,
-            seed=options.seed,
-            augment=config.augmentation,
-            input_size=config.input_size,
-        )
-        # Gradients of float16 would need a scale, so they are measured in float32.
-        in_bfloat16 = resolve_precision(config.precision, device) == "bfloat16"
-        with frozen(prepared.student.model, config) as set_training, single_values_told():
+        with frozen(prepared.student.model, config) as set_training:
             set_training(prepared.distiller)
-            with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
-                found = probe(prepared.distiller, shown, options.share)
+            found = probe_batches(
+                prepared.distiller,
+                beside_teacher(prepared.distiller, prepared.images.train),
+                config,
+                seed=options.seed,
+                precision=resolve_precision(config.precision, device),
+                device=device,
+                count=options.batches,
+                start=after * config.accumulation,  # the student was trained on those before
+                share=options.share,
+            )
+        size = config.batch_size // config.accumulation
         when = f"after {counted(after, 'step')} without methods" if after else "before the first step"
         images = counted(found.batches * size, "image")
         display.line(f"probed {images} in batches of {size}, {when}, in {duration(found.seconds)}")

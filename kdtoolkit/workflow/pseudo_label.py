@@ -18,11 +18,11 @@ from kdtoolkit.data.records import Box, Category, Photo, Progress, Reading
 from kdtoolkit.data.tools.convert import check_new, write
 from kdtoolkit.engine.evaluate import find, of_shared_classes
 from kdtoolkit.engine.scoring import Floats
+from kdtoolkit.engine.thresholds import Threshold, at_score, best_thresholds
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import Detector
 from kdtoolkit.workflow.detecting import check_recorded, make_ready
 from kdtoolkit.workflow.predict import ImageDetections, detect_on
-from kdtoolkit.workflow.thresholds import Threshold, at_score, best_thresholds
 
 LEAST_SIDE = 1.0  # pixels of a box that is worth a label
 

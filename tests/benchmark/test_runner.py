@@ -21,9 +21,11 @@ from kdtoolkit.benchmark import cell
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import build_detector
 from kdtoolkit.benchmark.datasets import load_data
+from kdtoolkit.benchmark.executor import Hardware
 from kdtoolkit.benchmark.keys import difference, key_of
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
+from kdtoolkit.benchmark.status import read_status
 from kdtoolkit.benchmark.store import Store, read_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TWICE, change
 from kdtoolkit.engine.evaluate import evaluate
@@ -69,6 +71,13 @@ def test_every_cell_is_stored_and_on_the_board(finished):
     assert board.teacher.steps == 3
     for ending in ("md", "csv", "json", "html"):
         assert (finished / f"leaderboard.{ending}").stat().st_size > 100
+
+
+def test_a_run_leaves_how_it_ended(finished):
+    status = read_status(Store(finished).status_path)
+    assert (status.process, status.ended) == (os.getpid(), "with all its cells done")
+    assert (status.done, status.running, status.seconds_left) == (status.cells, (), None)
+    assert status.done >= len(CELLS)
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
@@ -120,17 +129,17 @@ def test_the_same_suite_gives_the_same_students(finished, tmp_path):
 
 def test_a_run_may_be_cut_into_slices(tmp_path):
     root, suite = tmp_path / "tiny", change(tiny(), plateau=True)
-    outcome, text = run(suite, root, only=["PKD"], seeds=1, long_baselines=False, seconds=0.0)
+    outcome, text = run(suite, root, only=["PKD"], seeds=range(1), long_baselines=False, seconds=0.0)
     assert outcome.out_of_time
     assert not dates(root)
-    outcome, text = run(suite, root, only=["PKD"], seeds=1, long_baselines=False)
+    outcome, text = run(suite, root, only=["PKD"], seeds=range(1), long_baselines=False)
     assert (outcome.failures, outcome.out_of_time) == ({}, False), text
     assert {str(path) for path in dates(root)} == {f"cells/{row}/seed0.json" for row in (BASELINE, "PKD")}
     assert "PKD: 1 of 2 seeds are done" in build_board(root).warnings
-    _, text = run(suite, root, only=["PKD"], seeds=1)
+    _, text = run(suite, root, only=["PKD"], seeds=range(1))
     assert {path.parts[1] for path in dates(root)} == {BASELINE, "PKD", EQUAL_TIME, TWICE}
     assert read_result(Store(root).result_path(TWICE, 0)).steps == 4
-    _, text = run(suite, root, only=["PKD"], seeds=1)
+    _, text = run(suite, root, only=["PKD"], seeds=range(1))
     assert "all cells are done" in text
 
 
@@ -192,7 +201,11 @@ def test_drawn_pictures_serve_all_cells(finished):
         assert all(torch.equal(mine[i][0], kept[i][0]) for i in range(len(mine)))
 
 
-def test_a_key_knows_precision_device_and_threads(tmp_path, monkeypatch):
+def hardware(precision):
+    return Hardware("cpu", "cpu", "a machine", precision)
+
+
+def test_a_key_knows_precision_device_and_threads(tmp_path):
     suite = tiny(
         (
             "model: kdtoolkit/gfl\n  args: *detector\n  train: {steps: 2,",
@@ -202,8 +215,8 @@ def test_a_key_knows_precision_device_and_threads(tmp_path, monkeypatch):
     sets = load_data(suite.data)
 
     def parts(precision, threads):
-        monkeypatch.setattr("kdtoolkit.benchmark.plan.resolve_precision", lambda *_: precision)
-        return Plan(suite, Store(tmp_path), sets, device="cpu", threads=threads).cell("PKD", 0).parts
+        plan = Plan(suite, Store(tmp_path), sets, device="cpu", threads=threads, hardware=hardware(precision))
+        return plan.cell("PKD", 0).parts
 
     ours, other = parts("bfloat16", 1), parts("float32", 2)
     assert (ours["precision"], ours["device"], ours["threads"]) == ("bfloat16", "cpu", "1")
@@ -270,12 +283,10 @@ def test_any_version_keeps_results_of_different_source_code_and_their_teacher(fi
         run(tiny(), root, any_version=True, fresh=True)
 
 
-def test_any_version_keeps_results_whose_precision_the_hardware_chose(tmp_path, monkeypatch):
+def test_any_version_keeps_results_whose_precision_the_hardware_chose(tmp_path):
     def plan(suite, hardware_has):
-        choose = lambda precision, device: hardware_has if precision == "auto" else precision  # noqa: E731
-        monkeypatch.setattr("kdtoolkit.benchmark.plan.resolve_precision", choose)
-        sets = load_data(suite.data)
-        return Plan(suite, Store(tmp_path / "tiny"), sets, device="cpu", threads=1, any_version=True)
+        sets, store = load_data(suite.data), Store(tmp_path / "tiny")
+        return Plan(suite, store, sets, device="cpu", threads=1, hardware=hardware(hardware_has), any_version=True)
 
     def suite(precision):
         return tiny(

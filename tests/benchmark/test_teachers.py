@@ -13,7 +13,7 @@ from kdtoolkit.benchmark import cell
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.plan import Plan, check_methods
-from kdtoolkit.benchmark.report import to_csv, to_json, to_markdown, write_board
+from kdtoolkit.benchmark.report import View, to_csv, to_json, to_markdown, write_report
 from kdtoolkit.benchmark.store import Store, read_result
 from kdtoolkit.benchmark.suite import BASELINE
 from kdtoolkit.benchmark.suite_file import load_suite
@@ -78,10 +78,11 @@ def test_a_board_whose_students_inherit_from_a_teacher_of_different_classes(fold
     board = build_board(store.root)
     assert {row.entry: row.init for row in board.rows}["PKD"] == "teacher"
     assert board.facts["init"] == taken
-    assert "| init |" in to_markdown(board)
-    assert [row["init"] for row in csv.DictReader(io.StringIO(to_csv(board)))][:2] == ["", "teacher"]
-    assert json.loads(to_json(board))["rows"][0]["init"] == "teacher"
-    write_board(board, tmp_path)
+    view = View.of(store.root)
+    assert "| init |" in to_markdown([view])
+    assert [row["init"] for row in csv.DictReader(io.StringIO(to_csv([view])))][:2] == ["", "teacher"]
+    assert json.loads(to_json([view]))["rows"][0]["init"] == "teacher"
+    write_report([view], tmp_path)
     assert ">init" in (tmp_path / "leaderboard.html").read_text()
 
 
@@ -194,8 +195,7 @@ def test_a_board_says_that_its_teacher_could_not_be_measured(tmp_path):
     assert board.teacher.metrics["ap"] is None
     assert any("teacher: the AP is unknown: " in warning for warning in board.warnings)
     assert not any("nothing to learn from it" in warning for warning in board.warnings)
-    to_markdown(board), to_json(board), to_csv(board)
-    write_board(board, tmp_path)
+    write_report([View.of(tmp_path / "runs" / "tiny")], tmp_path)
 
 
 def test_a_file_of_different_images_fails_before_anything_is_trained(tmp_path):

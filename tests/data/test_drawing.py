@@ -67,3 +67,17 @@ def test_small_pictures_are_enlarged():
     drawn = draw_boxes(Image.new("RGB", (40, 30)), [[10, 5, 20, 15]], [1], ["ball"])
     assert drawn.size == (640, 480)
     assert painted(drawn, 1)[80, 160:320].all()
+
+
+def test_dashes_tell_boxes_apart_without_colours():
+    black = Image.new("RGB", (800, 600))
+    drawn = painted(draw_boxes(black, [[100, 200, 300, 400]], [1], [""], dashes=[10]), 1)
+    assert 0.4 < drawn[200, 100:300].mean() < 0.6
+    assert 0.4 < drawn[200:400, 299].mean() < 0.6
+    assert drawn[200, 100:110].all()
+    assert not drawn[202:398, 102:298].any()
+
+
+def test_pictures_are_enlarged_to_the_side_that_is_asked_for():
+    small = Image.new("RGB", (40, 30))
+    assert draw_boxes(small, [], [], [], least_side=80).size == (80, 60)

@@ -123,6 +123,19 @@ def test_shifted_boxes_count_below_their_overlap_only(data):
     assert found.ap == pytest.approx(40, abs=4)  # at 0.5, 0.55, 0.6 and 0.65 of ten
 
 
+def test_as_many_detections_of_an_image_and_class_count_as_are_asked_for(data):
+    def with_a_better_miss(found):
+        away = {**found, "boxes": found["boxes"] + 1000, "scores": found["scores"]}
+        right = {**found, "scores": 0.5 * found["scores"]}
+        return {key: torch.cat([away[key], right[key]]) for key in found}
+
+    all_of_them = evaluate(Replay(data, with_a_better_miss), data, labels_from=0)
+    one = evaluate(Replay(data, with_a_better_miss), data, labels_from=0, max_detections=1)
+    assert (all_of_them.max_detections, one.max_detections) == (100, 1)
+    assert all_of_them.ap > 30
+    assert one.ap == 0
+
+
 def test_a_class_that_is_never_found_costs_its_share(data):
     def without_rings(found):
         keep = found["labels"] != 4
@@ -329,6 +342,7 @@ def test_adapters_and_devices_are_taken_as_they_come(data):
         ({"device": "gpu"}, "device='gpu' is no device: write 'cpu'"),
         ({"device": "meta"}, "device is meta, and the model lies on cpu"),
         ({"batch_size": 0}, r"batch_size must be at least 1, not 0"),
+        ({"max_detections": 0}, r"max_detections must be at least 1, not 0"),
         ({"precision": "bf16"}, "precision is 'auto', 'float32', 'bfloat16' or 'float16', not 'bf16'"),
         ({"labels_from": 2}, "labels_from must be 0 or 1"),
         ({"model": GFL}, "the model must be a detector, an nn.Module"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from kdtoolkit import Distiller, KDError
 from kdtoolkit.data import Augmentation, InputSize, ProceduralShapes
-from kdtoolkit.engine import train as loop
+from kdtoolkit.engine import measuring
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.train import RunFolder, TrainConfig, Validation, train
 from kdtoolkit.lock import hold
@@ -161,7 +161,7 @@ def test_of_equally_good_weights_the_last_are_kept(data, tmp_path, monkeypatch, 
         students[3 * len(students) + 3 if len(students) < 2 else 7] = digest(adapter.model)
         return replace(evaluate(adapter, data), ap=next(found))
 
-    monkeypatch.setattr(loop, "evaluate", scored)
+    monkeypatch.setattr(measuring, "evaluate", scored)
     student, _ = run(data, tmp_path, evaluated=Validation(data, every_steps=3))
     student.load_state_dict(load_file(tmp_path / "best.safetensors"))
     assert digest(student) == students[kept]

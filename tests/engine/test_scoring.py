@@ -12,7 +12,7 @@ from kdtoolkit.engine import scoring
 from kdtoolkit.engine.scoring import Found, precisions
 
 
-def by_pycocotools(truth, found):
+def by_pycocotools(truth, found, max_detections=100):
     def index(annotations):
         coco = COCO()
         numbered = [{**annotation, "id": number} for number, annotation in enumerate(annotations, 1)]
@@ -34,6 +34,7 @@ def by_pycocotools(truth, found):
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         scoring = COCOeval(index(truth["annotations"]), index(detections), "bbox")
+        scoring.params.maxDets = [max_detections]
         scoring.evaluate()
         scoring.accumulate()
     return scoring.eval["precision"][..., -1]
@@ -98,12 +99,21 @@ def test_precisions_are_those_of_pycocotools(whole, changes):
             assert 0.05 < expected[expected > -1].mean() < 0.95  # something to compare
 
 
+@pytest.mark.parametrize("count", [1, 3, 300])
+def test_as_many_detections_count_as_are_asked_for(count):
+    truth, found = scene(1, images=3, objects=30, detections=6000)
+    expected = by_pycocotools(truth, found, count)
+    assert np.array_equal(precisions(truth, found, count), expected)
+    assert not np.array_equal(precisions(truth, found), expected)
+
+
 def test_without_hotcoco_pycocotools_scores(monkeypatch):
     monkeypatch.setattr(scoring, "COCO", COCO)
     monkeypatch.setattr(scoring, "COCOeval", COCOeval)
     for changes in ({}, {"detections": 0}):
         truth, found = scene(0, **changes)
         assert np.array_equal(precisions(truth, found), by_pycocotools(truth, found))
+        assert np.array_equal(precisions(truth, found, 2), by_pycocotools(truth, found, 2))
 
 
 def test_boxes_at_the_very_threshold_and_equal_overlaps():

@@ -12,8 +12,6 @@ from kdtoolkit.methods.queries import layer_pairs
 from tests.methods._decoders import QUERIES, SIZES, batch, corners, iou_and_giou, l1, layers, view
 from tests.methods._views import CLASSES, spec
 
-pytest.importorskip("scipy")
-
 OBJECTS = batch([[(4, 6, 30, 40), (20, 20, 44, 60)], [(5, 5, 25, 35)]], [[0, 2], [1]])
 OWN = {"prior_cls_weight": 0, "prior_box_weight": 0, "prior_giou_weight": 0, "feature_weight": 0}
 PRIOR = {"cls_weight": 0, "box_weight": 0, "giou_weight": 0, "feature_weight": 0}

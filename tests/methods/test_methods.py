@@ -65,7 +65,7 @@ def test_a_broken_package_is_named(monkeypatch):
         def load(self):
             raise ModuleNotFoundError("No module named 'lost_package'")
 
-    monkeypatch.setattr("kdtoolkit.plugins.entry_points", lambda group: [Entry()])
+    monkeypatch.setattr("kdtoolkit.plugins.entries", lambda group: [Entry()])
     for load in (all_methods, adapter_classes):
         with pytest.raises(KDError, match=r"lost_package:Lost \(kdtoolkit\.\w+\), which cannot be loaded"):
             load()

@@ -59,6 +59,7 @@ def test_missed_and_false_detections_cost(tmp_path):
         (detector(), {"weights": "x.pth"}, "give them to open_detector"),
         (detector(), {"image_size": 8}, "image_size is 8 px; it must be at least 32"),
         (detector(), {"batch_size": 0}, "batch_size must be at least 1"),
+        (detector(), {"max_detections": 0}, "max_detections must be at least 1"),
         (detector(), {"device": "gpu"}, "device='gpu' is no device that kdtoolkit knows: write 'auto'"),
         (detector(), {"split": "dev"}, "there is no file .*dev.json"),
         (3, {}, "the model is a int; it must be a name, a file or a folder"),

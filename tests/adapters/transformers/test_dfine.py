@@ -7,7 +7,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("scipy")
 import transformers
 
 from kdtoolkit.adapters.native import DenseAdapter

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("scipy")
 
 from kdtoolkit.adapters.transformers.base import queries_of
 from kdtoolkit.adapters.transformers.rfdetr import tiny_lw_detr
