@@ -23,6 +23,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def size(count: int) -> str:
+    """A number of bytes in words: `312 kB`, `4.5 MB`, `2.0 GB`."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
 def seconds_of(text: str) -> float:
     """The seconds of a time such as `4h`, `90m`, `1h30m` or `45s`. Raises ValueError if it is none, or 0."""
     if not _SPAN.fullmatch(text.strip()):
@@ -31,10 +38,3 @@ def seconds_of(text: str) -> float:
     if found <= 0:
         raise ValueError(f"{text!r} is no time at all: it must be above 0")
     return found
-
-
-def size(count: int) -> str:
-    """A number of bytes in words: `312 kB`, `4.5 MB`, `2.0 GB`."""
-    if count < 1e6:
-        return f"{count / 1e3:.0f} kB"
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"

@@ -27,7 +27,7 @@ for line in sys.stdin.read().splitlines():
     [
         ("import kdtoolkit; kdtoolkit.KDError", ("torch", "rich", "typer")),
         (CORE, ("timm", "transformers", "ultralytics", "pydantic", "pycocotools")),
-        (ALL, ("transformers", "ultralytics", "scipy", "ray", "optuna")),
+        (ALL, ("transformers", "ultralytics", "scipy", "optuna", "ray")),
         ("import kdtoolkit.benchmark.runner", ("ray",)),
         ("import kdtoolkit.engine.train", ("accelerate", "tensorboard")),
     ],

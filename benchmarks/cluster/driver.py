@@ -3,7 +3,8 @@
     python benchmarks/cluster/driver.py [--rows 19 --seeds 5 --weights 10]
 
 No cell is trained: an executor stores made-up results of a usual size. What is left is the driver's work: storing,
-reading, estimating, boards. `simulate.py` takes its numbers from here.
+reading, estimating, boards. All times are CPU time, which programs beside it hardly change. `simulate.py` takes its
+numbers from here.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ import torch
 from rich.console import Console
 
 from kdtoolkit.benchmark import runner
-from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.cell import Report, Task
 from kdtoolkit.benchmark.datasets import DataSets
 from kdtoolkit.benchmark.executor import Ended, Hardware
 from kdtoolkit.benchmark.keys import key_of
-from kdtoolkit.benchmark.report import write_board
+from kdtoolkit.benchmark.report import View, write_report
 from kdtoolkit.benchmark.store import CellResult, write_atomic
 from kdtoolkit.benchmark.suite import Suite, change
 from kdtoolkit.benchmark.suite_file import load_suite
@@ -61,12 +61,12 @@ class Instant:
             return
         task = self._started.pop(0)
         yield task, Report("training", 100, {f"term/{i}": 0.5 for i in range(TERMS)}, 10.0)
-        begun = time.monotonic()
+        begun = time.process_time()
         content = io.BytesIO()
         torch.save(self._weights, content)
         write_atomic(task.weights, content.getvalue())
         write_atomic(task.result, _made_up(task).model_dump_json(indent=1).encode())
-        self.stored += time.monotonic() - begun
+        self.stored += time.process_time() - begun
         yield task, Ended(None)
 
     def stop(self) -> None:
@@ -125,23 +125,23 @@ def main() -> None:
         write = runner._Run._write_board
 
         def timed(run: runner._Run, *, last: bool = False) -> None:
-            begun = time.monotonic()
+            begun = time.process_time()
             write(run, last=last)
-            boards.append(time.monotonic() - begun)
+            boards.append(time.process_time() - begun)
 
         runner._Run._write_board = timed  # type: ignore[method-assign]
-        begun = time.monotonic()
+        begun = time.process_time()
         runner.run_suite(
             suite_of(asked.rows, asked.seeds), root, console=Console(file=io.StringIO()), executor=executor
         )
-        whole = time.monotonic() - begun
+        whole = time.process_time() - begun
         cells = len(list(root.glob("cells/*/*.json")))
         size = sum(path.stat().st_size for path in root.glob("cells/*/*.json")) / cells
-        begun = time.monotonic()
-        board = build_board(root)
-        built = time.monotonic() - begun
-        write_board(board, root)
-        written = time.monotonic() - begun - built
+        begun = time.process_time()
+        view = View.of(root)
+        built = time.process_time() - begun
+        write_report([view], root)
+        written = time.process_time() - begun - built
         print(
             json.dumps(
                 {

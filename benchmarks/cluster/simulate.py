@@ -39,18 +39,23 @@ class Costs:
     spread: float = 0.05  # standard deviation of a cell's time, as a share of it
     around: float = 15.0
     store: float = 0.05
-    board: float = 0.005
+    board: float = 0.002
     board_share: float | None = 0.05
     deaths: float = 0.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Seconds of the whole run; the share of the slots' time that cells used; where the time went."""
+    """How a run went.
+
+    `seconds`: the whole run. `used`: the share of the slots' time that cells used. `teacher`: seconds until the teacher
+    was trained. `equal_time`: seconds from the end of all methods to the end of the run. `driver_busy`: the share of
+    the time that the driver worked.
+    """
 
     seconds: float
     used: float
-    teacher_alone: float
+    teacher: float
     equal_time: float
     driver_busy: float
 
@@ -98,14 +103,13 @@ def simulate(rows: int, seeds: int, slots: int, costs: Costs, *, longest_first: 
         return row
 
     start(-1, takes(costs.teacher))
-    baselines = [cell for cell in pending if cell[0] == 0]
-    methods = [cell for cell in pending if cell[0] != 0]
-    teacher_alone = 0.0
-    while baselines or methods or running:
-        while len(running) < slots and (baselines or (methods and trained)):
-            start(*(baselines.pop(0) if baselines and not trained else (baselines or methods).pop(0)))
+    teacher_ended = 0.0
+    while pending or running:
+        while len(running) < slots and (cell := next((cell for cell in pending if trained or cell[0] == 0), None)):
+            pending.remove(cell)
+            start(*cell)
         if end() == -1:
-            trained, teacher_alone = True, now
+            trained, teacher_ended = True, now
     barrier = now
     for seconds in last:
         if len(running) == slots:
@@ -113,7 +117,7 @@ def simulate(rows: int, seeds: int, slots: int, costs: Costs, *, longest_first: 
         start(0, seconds)
     while running:
         end()
-    return Outcome(now, needed / (slots * now), teacher_alone, now - barrier, busy / now)
+    return Outcome(now, needed / (slots * now), teacher_ended, now - barrier, busy / now)
 
 
 def main() -> None:
@@ -134,7 +138,7 @@ def main() -> None:
         "cells of 1 hour": replace(usual, baseline=3600.0),
         "no spread": replace(usual, spread=0.0),
     }
-    print("| case | hours | slots used | teacher alone | equal time | driver busy |\n|---|---:|---:|---:|---:|---:|")
+    print("| case | hours | GPUs used | teacher | equal time | driver busy |\n|---|---:|---:|---:|---:|---:|")
     for name, costs in cases.items():
         found = simulate(asked.rows, asked.seeds, asked.slots, costs)
         print(_row(name, found))
@@ -144,7 +148,7 @@ def main() -> None:
 
 
 def _row(name: str, found: Outcome) -> str:
-    minutes = [f"{seconds / 60:.0f} min" for seconds in (found.teacher_alone, found.equal_time)]
+    minutes = [f"{seconds / 60:.0f} min" for seconds in (found.teacher, found.equal_time)]
     return (
         f"| {name} | {found.seconds / 3600:.2f} | {100 * found.used:.0f} % | {' | '.join(minutes)} | "
         f"{100 * found.driver_busy:.1f} % |"

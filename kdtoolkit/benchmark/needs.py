@@ -19,6 +19,7 @@ from kdtoolkit.data.photos import PhotoDataset
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import FILES
 
+TRACKED = "tracked"
 _LABELS = (".json", ".txt", ".xml", ".yaml", ".yml")  # what the readers of data sets read besides images
 
 
@@ -74,7 +75,8 @@ def place_of(path: Path) -> Place:
 def moved(task: Task, here: Mapping[Path, Path], *, pictures: Path, results: Path) -> Task:
     """The task with the places that it names where they lie on this machine, by where they lie on its own.
 
-    `pictures`: the folder of decoded photos here. `results`: the folder for what it writes.
+    `pictures`: the folder of decoded photos here. `results`: the folder for what it writes; curves for TensorBoard go
+    into its subfolder TRACKED.
     """
 
     def name(value: object) -> object:
@@ -95,6 +97,7 @@ def moved(task: Task, here: Mapping[Path, Path], *, pictures: Path, results: Pat
         data=task.data.model_copy(update={"root": place(task.data.root), "unlabelled": place(task.data.unlabelled)}),
         pictures=here.get(task.pictures, pictures),
         result=results / task.result.name,
+        tracked_in=None if task.tracked_in is None else results / TRACKED,
         original=task,
     )
 

@@ -242,6 +242,9 @@ class RayWorkers:
         """Write a cell's files, the result last: no result may lack its weights."""
         for name in sorted(done.files, key=lambda name: name == task.result.name):
             write_atomic(task.result.parent / Path(name).name, done.files[name])
+        for name, content in done.tracked.items():
+            if task.tracked_in is not None:
+                write_atomic(task.tracked_in / name, content)
         if done.failure is None:
             discard_runs(task.result)
 

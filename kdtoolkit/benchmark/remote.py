@@ -18,7 +18,7 @@ import torch
 from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.executor import Ended
 from kdtoolkit.benchmark.keys import package_digest
-from kdtoolkit.benchmark.needs import moved
+from kdtoolkit.benchmark.needs import TRACKED, moved
 from kdtoolkit.benchmark.parcels import cache_folder, unpack
 from kdtoolkit.benchmark.store import StoreError, writing
 from kdtoolkit.benchmark.workers import Workers
@@ -51,10 +51,12 @@ class Begun:
 class Done:
     """The last message of a cell: the files that belong beside its result, by name, and why it failed, if it did.
 
-    `lost`: whether the reason lies in the machine, so that the cell may succeed on a different one, or later.
+    `tracked`: the files that belong into its folder of curves, by their paths in it. `lost`: whether the reason lies in
+    the machine, so that the cell may succeed on a different one, or later.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
+    tracked: dict[str, bytes] = field(default_factory=dict)
     failure: Failure | None = None
     lost: bool = False
 
@@ -80,14 +82,19 @@ def run_shipped(task: Task, sent: Sequence[Sent], name: str) -> Iterator[Begun |
         yield Done(failure=Failure(str(error)))
         return
     failure = yield from _reports(local)
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    files, tracked = _contents(folder.glob("*"), folder), _contents(folder.glob(f"{TRACKED}/**/*"), folder / TRACKED)
     if failure is None:
         shutil.rmtree(folder, ignore_errors=True)
-        yield Done(files)
+        yield Done(files, tracked)
     else:
         message = failure.message.replace(str(folder), str(task.result.parent))
         lost = failure.died or failure.fatal
-        yield Done(files, Failure(message, failure.details), lost)
+        yield Done(files, tracked, Failure(message, failure.details), lost)
+
+
+def _contents(paths: Iterable[Path], folder: Path) -> dict[str, bytes]:
+    """The contents of those paths that are files, by their paths relative to a folder that holds them."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
 def _reports(task: Task) -> Generator[Report, None, Failure | None]:

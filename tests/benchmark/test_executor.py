@@ -90,8 +90,8 @@ def test_methods_wait_for_a_teacher_and_are_not_run_if_it_fails(tmp_path):
 
 def test_boards_that_take_long_are_not_written_after_each_cell_but_at_the_end(tmp_path, monkeypatch):
     written = []
-    write = runner.write_board
-    monkeypatch.setattr(runner, "write_board", lambda board, root: written.append(write(board, root)))
+    write = runner.write_report
+    monkeypatch.setattr(runner, "write_report", lambda views, root: written.append(write(views, root)))
     monkeypatch.setattr(runner, "BOARD_PAUSE", 1e6)
     executor = Noting()
     run(tmp_path / "tiny", executor)

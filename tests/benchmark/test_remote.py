@@ -16,7 +16,7 @@ from kdtoolkit.benchmark.parcels import cache_folder
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.remote import Begun, Done, Sent, run_shipped
 from kdtoolkit.benchmark.store import CellResult, Store, read_result
-from kdtoolkit.benchmark.suite import BASELINE
+from kdtoolkit.benchmark.suite import BASELINE, change
 from tests.benchmark._suite import tiny
 
 
@@ -88,3 +88,29 @@ def test_a_disk_that_is_full_is_the_nodes_fault_and_no_reason_to_end_the_run(tmp
     assert done.lost
     assert not done.failure.fatal
     assert str(Path("cells", "cell")) in done.failure.message
+
+
+def test_a_cell_that_was_cut_off_goes_on_in_its_folder_and_ends_with_the_same_result(tmp_path, node):
+    train = {"steps": 60, "batch_size": 2, "warmup_steps": 0}
+    suite = change(tiny(), student={**tiny().student.model_dump(), "train": train})
+    task, sent = shipped(suite, tmp_path / "runs" / "tiny")
+    messages = run_shipped(task, sent, "cell")
+    assert any(isinstance(each, cell.Report) and each.step for each in messages)  # it trains
+    messages.close()
+    (left,) = (cache_folder() / "cells").glob("*/*.run")
+    assert left.name == task.run_folder.name
+    *_, done = run_shipped(task, sent, "cell")
+    assert CellResult.model_validate_json(done.files["seed0.json"]).history[-1]["step"] == 60
+    assert not left.exists()
+
+
+def test_curves_for_tensorboard_and_settings_are_those_of_the_run(tmp_path, node):
+    pytest.importorskip("tensorboard")
+    task, sent = shipped(tiny(), tmp_path / "runs" / "tiny")
+    task = replace(task, tracked_in=tmp_path / "runs" / "tiny" / "tensorboard" / "baseline" / "seed0")
+    *_, done = run_shipped(task, sent, "cell")
+    assert done.failure is None
+    assert any("tfevents" in name for name in done.tracked)
+    assert set(done.files) >= {"seed0.json", "seed0.pt", "seed0.detections.npz"}
+    assert CellResult.model_validate_json(done.files["seed0.json"]).settings == task.settings
+    assert not task.tracked_in.exists()
