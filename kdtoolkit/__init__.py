@@ -19,6 +19,7 @@ __all__ = [
     "probe",
     "pseudo_label",
     "train",
+    "tune",
 ]
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from kdtoolkit.distiller import Distiller, Losses
     from kdtoolkit.libraries import adapt
     from kdtoolkit.probing import probe
+    from kdtoolkit.tuning.calls import tune
     from kdtoolkit.workflow.calls import distill, train
     from kdtoolkit.workflow.evaluate import evaluate
     from kdtoolkit.workflow.predict import predict
@@ -45,6 +47,7 @@ else:
         "probe": "kdtoolkit.probing",
         "pseudo_label": "kdtoolkit.workflow.pseudo_label",
         "train": "kdtoolkit.workflow.calls",
+        "tune": "kdtoolkit.tuning.calls",
     }
 
     def __getattr__(name: str) -> object:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+_UNITS = {"h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0}
+_SPAN = re.compile(r"(?:\d+(?:\.\d+)?\s*(?:h|min|m|s)\s*)+")
+
 
 def counted(count: int, noun: str) -> str:
     """`1 seed`, `3 seeds`."""
@@ -23,3 +28,13 @@ def size(count: int) -> str:
     if count < 1e6:
         return f"{count / 1e3:.0f} kB"
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def seconds_of(text: str) -> float:
+    """The seconds of a time such as `4h`, `90m`, `1h30m` or `45s`. Raises ValueError if it is none, or 0."""
+    if not _SPAN.fullmatch(text.strip()):
+        raise ValueError(f"{text!r} is no time: write it as 4h, 90m, 1h30m or 45s")
+    found = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"(\d+(?:\.\d+)?)\s*(h|min|m|s)", text))
+    if found <= 0:
+        raise ValueError(f"{text!r} is no time at all: it must be above 0")
+    return found

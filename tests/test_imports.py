@@ -27,7 +27,7 @@ for line in sys.stdin.read().splitlines():
     [
         ("import kdtoolkit; kdtoolkit.KDError", ("torch", "rich", "typer")),
         (CORE, ("timm", "transformers", "ultralytics", "pydantic", "pycocotools")),
-        (ALL, ("transformers", "ultralytics", "scipy", "ray")),
+        (ALL, ("transformers", "ultralytics", "scipy", "optuna", "ray")),
         ("import kdtoolkit.benchmark.runner", ("ray",)),
         ("import kdtoolkit.engine.train", ("accelerate", "tensorboard")),
     ],
@@ -51,6 +51,8 @@ def test_help_lists_and_wrong_calls_do_without_torch(tmp_path):
         "train --help",
         "distill --help",
         "probe --help",
+        "tune --help",
+        "tune --data birds --budget soon",
         "probe --teacher runs/train-birds --share 2",
         "train --data birds --image-size 8",
         "distill --data birds --teachr runs/train-birds",

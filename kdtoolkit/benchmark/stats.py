@@ -49,9 +49,10 @@ class Difference:
 
     @property
     def text(self) -> str:
-        """`+1.2 [+0.3, +2.1]`; `+1.2` for one pair."""
+        """`+1.2 [+0.3, +2.1]`; `+1.2 [+0.3, +2.1] (images)` if the interval is over images; `+1.2` without interval."""
         mean = f"{self.mean:+.1f}"
-        return mean if self.low is None else f"{mean} [{self.low:+.1f}, {self.high:+.1f}]"
+        over = " (images)" if self.over == "images" else ""
+        return mean if self.low is None else f"{mean} [{self.low:+.1f}, {self.high:+.1f}]{over}"
 
     @property
     def verdict(self) -> Verdict:

@@ -45,6 +45,14 @@ app.command(
     ),
 )(runs.probe_command())
 app.command(
+    "tune",
+    epilog=examples(
+        "kd tune --teacher runs/train-birds --student ultralytics/yolo11n --data birds --budget 8h",
+        "kd tune --teacher best.pt --student kdtoolkit/gfl --data birds --method CrossKD --method PKD --share 0.5",
+        "kd tune runs/distill-birds/run.yaml --seeds 5",
+    ),
+)(runs.tune_command())
+app.command(
     "eval",
     epilog=examples(
         "kd eval runs/distill-birds --data birds",

@@ -1,4 +1,7 @@
-"""`kd train`, `kd distill` and `kd probe`. Their options are the fields of the classes in `workflow/options.py`."""
+"""`kd train`, `kd distill`, `kd probe` and `kd tune`.
+
+Their options are the fields of the classes in `workflow/options.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 import typer
 
 from kdtoolkit.cli.detect import read_class_map
 from kdtoolkit.errors import KDError
-from kdtoolkit.workflow.options import DistillOptions, ProbeOptions, RunOptions, TrainOptions
+from kdtoolkit.workflow.options import DistillOptions, ProbeOptions, RunOptions, TrainOptions, TuneOptions
 
 _ONLY_IN_FILES = ("train",)
 _REPEATED = {"method": "NAME", "class_map": "OURS=THEIRS"}
@@ -36,7 +39,7 @@ def distill_command() -> Callable[..., None]:
     """The function of `kd distill`, with a parameter for each option."""
     return _command(
         DistillOptions,
-        _run,
+        _distill,
         "Train a small detector with the help of a large one.\n\n"
         "Before it starts it prints what it will do and why, and measures the teacher on your validation images. The "
         "result is a folder with the student in its own library's format, a report, and the run file that does it "
@@ -59,9 +62,36 @@ def probe_command() -> Callable[..., None]:
     )
 
 
+def tune_command() -> Callable[..., None]:
+    """The function of `kd tune`, with a parameter for each option."""
+    return _command(
+        TuneOptions,
+        _tune,
+        "Find the methods, weights and schedule that suit a pair and your images.\n\n"
+        "Many trials train for a few steps on a part of the training images, and the best of them go on. The best of "
+        "all is then trained with fresh seeds beside the next one and beside no teacher, and is called a winner only "
+        "if it is better. Takes the options or the run file of `kd distill`, and writes a run file for it. A search "
+        "that was stopped goes on when the same command is given again. Needs kdtoolkit[tune].",
+    )
+
+
 def _run(options: RunOptions) -> None:
     from kdtoolkit.workflow.runs import run  # imports torch
 
+    run(options)
+
+
+def _distill(options: RunOptions) -> None:
+    from kdtoolkit.workflow.calls import distilled
+
+    assert isinstance(options, DistillOptions)
+    distilled(options)
+
+
+def _tune(options: RunOptions) -> None:
+    from kdtoolkit.tuning.runs import run
+
+    assert isinstance(options, TuneOptions)
     run(options)
 
 
@@ -128,9 +158,11 @@ def _parameter(kind: type[RunOptions], name: str) -> inspect.Parameter:
     if field.annotation is bool:
         hint, default = bool, False
         option = typer.Option(f"--{name.replace('_', '-')}", help=help_text, hidden=hidden)
-    elif name in _REPEATED:
+    elif name in _REPEATED or get_origin(field.annotation) is tuple:
         hint = list[str] | None
-        option = typer.Option(metavar=_REPEATED[name], help=f"{help_text} Repeat it for more.")
+        option = typer.Option(
+            metavar=_REPEATED.get(name, name.rpartition("_")[2].upper()), help=f"{help_text} Repeat it for more."
+        )
     else:
         if field.annotation in (int, int | None):
             hint = int | None

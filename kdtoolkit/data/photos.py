@@ -141,8 +141,28 @@ class PhotoDataset(DetectionDataset):
             )
         return part
 
+    def split(self, share: float, seed: int) -> tuple[PhotoDataset, PhotoDataset]:
+        """Hold out a share of the images, chosen by `seed`: those that are left, and those that are held out.
+
+        Raises KDError if one of the two parts would have no image or no box.
+        """
+        count = round(share * len(self))
+        if not 0 < count < len(self):
+            raise KDError(
+                f"{self} has {len(self)} images, of which a share of {share:g} cannot be held out: choose another share"
+            )
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        rest, part = self._part(sorted(order[count:])), self._part(sorted(order[:count]))
+        if rest._has_no_box() or part._has_no_box():
+            raise KDError(
+                f"{self}: with a share of {share:g} held out, one of the two parts has no box. Choose a different share"
+            )
+        return rest, part
+
     def resized(self, max_size: int) -> PhotoDataset:
         """The same photos, where those with a longer side than `max_size` pixels are scaled down to it."""
+        if max_size == self._max_size:
+            return self
         part = self._part(range(len(self)))
         part._kept, part._max_size = None, max_size
         return part

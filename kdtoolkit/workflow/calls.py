@@ -33,7 +33,7 @@ def train(
 
     The arguments are the options of `kd train`; None lets it choose. docs/distill.md explains them. Raises KDError.
     """
-    return run(check_options(TrainOptions, _given(locals())))
+    return run(check_options(TrainOptions, given_words(locals())))
 
 
 def distill(
@@ -49,6 +49,7 @@ def distill(
     init: Literal["teacher"] | None = None,
     unlabelled: str | Path | None = None,
     compare_baseline: bool | None = None,
+    budget: str | None = None,
     allow_weak_teacher: bool | None = None,
     out: str | Path | None = None,
     image_size: int | None = None,
@@ -67,10 +68,19 @@ def distill(
 
     The arguments are the options of `kd distill`; None lets it choose. docs/distill.md explains them. Raises KDError.
     """
-    return run(check_options(DistillOptions, _given(locals())))
+    return distilled(check_options(DistillOptions, given_words(locals())))
 
 
-def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def distilled(options: DistillOptions) -> Report:
+    """Distil as the options say; with a budget, search first. Raises KDError."""
+    if options.budget is None:
+        return run(options)
+    from kdtoolkit.tuning.spend import spend  # it rests on this package, and needs Optuna
+
+    return spend(options)
+
+
+def given_words(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that are not None, with paths as text where a name may stand too."""
     names = {"model", "teacher", "student", "weights", "teacher_weights", "student_weights"}
     return {name: str(value) if name in names else value for name, value in arguments.items() if value is not None}

@@ -95,6 +95,15 @@ class Display:
 
         return count
 
+    def part(self, what: str, until: int) -> Callable[[Training], None]:
+        """A bar for one of many trainings, up to a step. Its warnings and its end are for the caller to tell."""
+        bar = self._bars.add_task(what, total=until, text="", visible=False)
+
+        def show(now: Training) -> None:
+            self._bars.update(bar, completed=now.step, text=_in_words(now.losses), visible=now.step < until)
+
+        return show
+
     def training(self, what: str, clock: Clock, *, another: bool = False) -> Callable[[Training], None]:
         """What shows the progress of a training; `another`: one more follows, which takes no longer than this one."""
         bar = self._bars.add_task(what, total=1, text="", visible=False)
@@ -105,7 +114,7 @@ class Display:
             nonlocal estimated
             wall = time.monotonic()
             left = clock.left(now, wall)
-            losses = "  ".join(f"{name} {value:.3g}" for name, value in _by_method(now.losses).items())
+            losses = _in_words(now.losses)
             text = losses if left is None else f"{duration(left)} left  {losses}"
             self._bars.update(bar, completed=now.step, total=now.steps, text=text, visible=now.step < now.steps)
             for warning in now.warnings:
@@ -123,6 +132,10 @@ class Display:
                 self.line(f"{what}: step {now.step}/{now.steps}  {text}")
 
         return show
+
+
+def _in_words(losses: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3g}" for name, value in _by_method(losses).items())
 
 
 def _by_method(losses: dict[str, float]) -> dict[str, float]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from kdtoolkit.data.dataset import digest
+from kdtoolkit.engine import group
 from kdtoolkit.engine.checkpoint import to_bytes
 from kdtoolkit.errors import KDError
 from kdtoolkit.lock import hold
@@ -33,7 +39,7 @@ def enter(held: ExitStack, options: T) -> tuple[T, Report | None, bool]:
     """
     folder = options.out
     assert folder is not None
-    _hold(held, folder)
+    hold_folder(held, folder)
     if not (folder / RUN_FILE).exists():
         return options, None, False
     settled, report = read_options(type(options), folder / RUN_FILE), Report.read(folder)
@@ -44,16 +50,27 @@ def enter(held: ExitStack, options: T) -> tuple[T, Report | None, bool]:
                 f"back, or choose a new folder (--out {folder}-2)"
             )
         return options, None, False  # it was stopped before anything was learnt: nothing is lost
-    differences = _differences(options, {} if report is None else report.given, settled)
-    if differences:
+    settled = going_on(options, {} if report is None else report.given, settled)
+    return settled, report, True
+
+
+def going_on(options: T, before: dict[str, Any], settled: T) -> T:
+    """The options with which a run in their folder goes on.
+
+    `before`: the options that its user gave. `settled`: those of its run file. Raises KDError if `options` are
+    different.
+    """
+    folder = options.out
+    assert folder is not None
+    if found := _differences(options, before, settled):
         raise KDError(
-            f"{folder} holds a run with different options ({', '.join(differences)}): choose a new folder (--out "
+            f"{folder} holds a run with different options ({', '.join(found)}): choose a new folder (--out "
             f"{folder}-2), or delete that one. `kd {options.command} {folder / RUN_FILE}` goes on with its own options"
         )
     free = {name: getattr(options, name) for name in _FREE if name in type(options).model_fields}
     if settled.with_baseline:
         free["compare_baseline"] = True
-    return settled.model_copy(update=free), report, True
+    return settled.model_copy(update=free)
 
 
 def has_checkpoints(folder: Path) -> bool:
@@ -83,7 +100,23 @@ def made_of(prepared: Prepared) -> dict[str, str]:
     return found
 
 
-def _hold(held: ExitStack, folder: Path) -> None:
+def load_best(student: Detector, folder: Path) -> None:
+    """Give the student the weights of the best evaluation, in all processes."""
+    student.model.load_state_dict(group.from_first(partial(_best, folder)))
+
+
+def _best(folder: Path) -> dict[str, Tensor]:
+    """The weights of the best evaluation, of equal ones the last; of the last step if there was no AP at all."""
+    path = folder / "best.safetensors"
+    try:
+        return load_file(path if path.exists() else folder / "student.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise KDError(
+            f"the trained weights in {folder} cannot be read ({error}): put them back, or choose a new folder by --out"
+        ) from error
+
+
+def hold_folder(held: ExitStack, folder: Path) -> None:
     """Hold a folder. Raises KDError if it holds different files or cannot be written."""
     try:
         if folder.is_dir() and not (folder / RUN_FILE).exists():

@@ -1,4 +1,4 @@
-"""The options of `kd train`, `kd distill` and `kd probe`, for the command line, for run files and in Python.
+"""The options of `kd train`, `kd distill`, `kd probe` and `kd tune`, for the command line, for run files and in Python.
 
 Nothing here imports torch before options are checked, so that help comes at once.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from kdtoolkit.errors import KDError
 from kdtoolkit.sections import Section, explain, parse, reason
+from kdtoolkit.words import seconds_of
 
 BESIDE_TRAIN = {"steps", "batch_size", "lr"}  # options of TrainConfig that are options of the run
 
@@ -26,7 +27,9 @@ class RunOptions(Section):
     command: ClassVar[str]
 
     data: Path = Field(description="the images: a folder in COCO, YOLO or Pascal VOC format, or a YOLO YAML file")
-    out: Path | None = Field(None, description="the run's folder; default: runs/train-DATA or runs/distill-DATA")
+    out: Path | None = Field(
+        None, description="the run's folder; default: the command and the data, as in runs/train-birds"
+    )
     image_size: int | None = Field(
         None,
         ge=32,
@@ -155,6 +158,11 @@ class DistillOptions(RunOptions):
         None, description="a folder of images without labels, from which the student learns by the methods alone"
     )
     compare_baseline: bool = Field(False, description="also train the same student without the teacher, to compare")
+    budget: str | None = Field(
+        None,
+        description="time to spend, such as 4h or 90m: a third of it on a search for method, weights and schedule, the "
+        "rest on training with the best of them",
+    )
     allow_weak_teacher: bool = Field(False, description="go on with a teacher that is bad on this data")
 
     @field_validator("teacher_scale")
@@ -184,6 +192,22 @@ class DistillOptions(RunOptions):
                 raise ValueError("; ".join(explain(MethodUse, each) for each in error.errors())) from None
         return tuple(found)
 
+    @field_validator("budget")
+    @classmethod
+    def _check_budget(cls, budget: str | None) -> str | None:
+        if budget is not None:
+            try:
+                seconds_of(budget)
+            except ValueError as error:
+                raise ValueError(f"budget: {error}") from None
+        return budget
+
+    @model_validator(mode="after")
+    def _budget_decides_the_length(self) -> Self:
+        if self.budget is not None and (self.epochs is not None or self.steps is not None):
+            raise ValueError("budget decides how long to train: leave epochs and steps out, or leave budget out")
+        return self
+
     @property
     def models(self) -> dict[str, str]:
         """The names of the detectors."""
@@ -211,7 +235,58 @@ class ProbeOptions(DistillOptions):
     # description.
     out: Path | None = None
     compare_baseline: bool = False
+    budget: str | None = None
     allow_weak_teacher: bool = False
+
+
+class TuneOptions(DistillOptions):
+    """The options of `kd tune`: those of `kd distill`, of which `method` names what is tried, and more."""
+
+    command = "tune"
+
+    method: Literal["auto"] | tuple[Any, ...] = Field(
+        default="auto",
+        description='what to try: CrossKD, "PKD?weight=6" ...: each alone, and all of them together; default: auto, '
+        "which tries all that work for the pair",
+    )
+    budget: str | None = Field(
+        None,
+        description="time to spend, such as 4h or 90m, on the search and its confirmation; it decides how many steps a "
+        "training has",
+    )
+    trials: int | None = Field(
+        None, gt=0, description="settings that are tried; default: twice as many as methods, and at least 9"
+    )
+    reduction: int = Field(3, ge=2, description="one of so many trials goes on in each round of the search")
+    share: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.1, 0.3, 0.6, 0.8),
+        description="a share of the gradient to try beside the methods' own weights; default: 0.1, 0.3, 0.6 and 0.8",
+    )
+    stop: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.5, 0.8),
+        description="a share of the run after which methods end, to try beside the whole run; default: 0.5 and 0.8",
+    )
+    holdout: float = Field(
+        0.2, gt=0, lt=1, description="share of the training images that the search evaluates on instead; default: 0.2"
+    )
+    seeds: int = Field(
+        3,
+        ge=0,
+        description="fresh seeds that confirm the best trial against the next one and against no teacher; 0: no "
+        "confirmation; default: 3",
+    )
+    confirm_data: tuple[Path, ...] = Field(
+        (),
+        description="further data with the same classes for the confirmation to evaluate on: its test split, or else "
+        "val",
+    )
+    # The confirmation always compares with the training without teacher.
+    compare_baseline: bool = False
+
+    @property
+    def with_baseline(self) -> bool:
+        """Whether the same student is also trained without teacher."""
+        return True
 
 
 T = TypeVar("T", bound=RunOptions)
@@ -220,7 +295,7 @@ _ABOUT_THE_REST = (
     "# What is not written here is chosen as docs/distill.md says; report.md has what was chosen, and why.\n"
 )
 
-_PATHS = ("data", "out", "unlabelled")
+_PATHS = ("data", "out", "unlabelled", "confirm_data")
 _NAMES_OR_PATHS = ("model", "teacher", "student", "weights", "teacher_weights", "student_weights")
 
 
@@ -230,7 +305,7 @@ def read_options(kind: type[T], path: Path) -> T:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise KDError(f"cannot read the run file {path}: {getattr(error, 'strerror', None) or error}") from error
-    for other in (TrainOptions, DistillOptions):
+    for other in (TrainOptions, DistillOptions, TuneOptions):
         if not issubclass(kind, other) and text.startswith(other.heading()):
             raise KDError(f"{path} is of `kd {other.command}`, not of `kd {kind.command}`")
     return _with_absolute_paths(parse(kind, text, str(path), f"a run file of `kd {kind.command}`"), path.parent)
@@ -271,9 +346,16 @@ def _with_absolute_paths(options: T, folder: Path) -> T:
         value = getattr(options, name)
         if value is None:
             continue
-        place = Path(os.path.normpath((folder / value).absolute()))
+        if isinstance(value, tuple):
+            changes[name] = tuple(_absolute(folder / each) for each in value)
+            continue
+        place = _absolute(folder / value)
         if name in _PATHS:
             changes[name] = place
         elif os.path.exists(place):  # all else is the name of a model, or a word
             changes[name] = str(place)
     return options.model_copy(update=changes)
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.normpath(path.absolute()))

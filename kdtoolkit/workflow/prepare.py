@@ -13,6 +13,7 @@ from kdtoolkit import processes
 from kdtoolkit.build import backbone_weights
 from kdtoolkit.classes import ClassMap
 from kdtoolkit.compatibility import why_no_student, why_refused
+from kdtoolkit.contract import DetectorSpec
 from kdtoolkit.data import PhotoDataset, check_same_classes, open_dataset, open_images
 from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.data.detections import is_detection_file
@@ -69,6 +70,8 @@ class Prepared:
     stays open, so a run file of which one option is changed chooses anew what depends on it.
     `distiller`: student, teacher and methods together. `untouched`: a copy of the student, as it was before it
     inherited from the teacher; None if no training without teacher is asked for.
+    `factor`: what the weights of methods that `auto` chose are multiplied by, because the student's library multiplies
+    its own loss by it.
     `plan`: what it will do and why, by name. `notes`: what the user should know.
     """
 
@@ -80,6 +83,7 @@ class Prepared:
     teacher: Detector | None
     class_map: ClassMap | None
     methods: tuple[MethodUse, ...]
+    factor: float
     distiller: Distiller
     config: TrainConfig
     evaluations: int
@@ -88,14 +92,18 @@ class Prepared:
 
 
 def prepare(
-    options: RunOptions, device: torch.device, progress: Callable[[str], Callable[[int, int], None]]
+    options: RunOptions,
+    device: torch.device,
+    progress: Callable[[str], Callable[[int, int], None]],
+    images: Images | None = None,
 ) -> Prepared:
     """Open everything that the options name, check that it fits together, and choose what they leave open.
 
-    `progress` makes what shows how many images were looked at. Raises KDError for the first thing that does not fit.
+    `progress` makes what shows how many images were looked at. `images`: those that the options name, if they are open
+    already. Raises KDError for the first thing that does not fit.
     """
     _check_code(options)
-    images = _open(options, progress)
+    images = images or _open(options, progress)
     notes: list[str] = []
     teacher, class_map = None, None
     if isinstance(options, DistillOptions):
@@ -124,7 +132,8 @@ def prepare(
 
     batch = _batch(options, about, trial)
     method = Choice(_in_words(methods), why_methods)
-    if (factor := _factor(options, about, batch.value)) != 1:
+    factor = _factor(options, about, batch.value)
+    if factor != 1:
         methods = tuple(scaled(use, factor) for use in methods)
         method = Choice(f"{method.value}, weights x {factor:g}", f"{why_methods}; the library's loss is x {factor:g}")
     training = _training(options, about, images, batch, device)
@@ -149,12 +158,40 @@ def prepare(
         teacher=teacher,
         class_map=class_map,
         methods=methods,
+        factor=factor,
         distiller=distiller,
         config=training.config,
         evaluations=training.evaluations,
         plan=plan | training.plan,
         notes=tuple(dict.fromkeys([*notes, *student.notes, *(teacher.notes if teacher else ())])),
     )
+
+
+def with_methods(prepared: Prepared, methods: tuple[MethodUse, ...]) -> tuple[Detector, Distiller]:
+    """A copy of the run's student before its first step, and the distiller that trains it by different methods.
+
+    Without methods the student is the one that has inherited nothing, and there is no teacher. Raises KDError for what
+    training would refuse.
+    """
+    if not methods:
+        assert prepared.untouched is not None
+        alone = _copy(prepared.untouched)
+        alone.model.to(next(prepared.student.model.parameters()).device)
+        return alone, Distiller(None, alone.model)
+    student, options = _copy(prepared.student), prepared.options
+    assert isinstance(options, DistillOptions)
+    assert options.teacher_scale is not None  # it is chosen by now
+    distiller = _seeded(options, student, prepared.teacher, methods, prepared.class_map, options.teacher_scale)
+    return student, _checked(distiller, prepared.config, prepared.images)
+
+
+def specs_of(prepared: Prepared) -> tuple[DetectorSpec, DetectorSpec]:
+    """The specs of student and teacher, as methods see them."""
+    options, teacher = prepared.options, prepared.teacher
+    assert isinstance(options, DistillOptions)
+    assert teacher is not None
+    assert options.teacher_scale is not None
+    return _specs(prepared.student, teacher, prepared.class_map, options.teacher_scale)
 
 
 def _check_code(options: RunOptions) -> None:
@@ -354,8 +391,7 @@ def _methods(
     if teacher is None:
         return (), ""
     assert isinstance(options, DistillOptions)
-    ours, theirs = Distiller(teacher.model, student.model, class_map=class_map).seen
-    specs = ours.spec, theirs.spec.on_images_scaled_by(scale)
+    specs = _specs(student, teacher, class_map, scale)
     if options.method == "auto":
         chosen = choose(*specs, _library(student.name))
         return chosen.methods, chosen.why
@@ -371,8 +407,15 @@ def _methods(
     return options.method, _CHOSEN_BY_USER
 
 
+def _specs(
+    student: Detector, teacher: Detector, class_map: ClassMap | None, scale: float
+) -> tuple[DetectorSpec, DetectorSpec]:
+    ours, theirs = Distiller(teacher.model, student.model, class_map=class_map).seen
+    return ours.spec, theirs.spec.on_images_scaled_by(scale)
+
+
 def _factor(options: RunOptions, about: Situation, batch: int) -> float:
-    """What the weights of methods that `auto` chose are multiplied by, because the student's library does so too."""
+    """What the weights of methods that `auto` chose are multiplied by; see `Prepared`."""
     if about.library != "ultralytics" or not isinstance(options, DistillOptions) or options.method != "auto":
         return 1.0
     return batch / about.processes / float(options.train.get("accumulation", 1))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,21 +15,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.opening import name_of
-from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine import group
 from kdtoolkit.engine.config import Validation
-from kdtoolkit.engine.evaluate import Evaluation, evaluate, why_not_measured
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError, printable
-from kdtoolkit.libraries import adapt
 from kdtoolkit.models import Detector, save_detector
 from kdtoolkit.workflow.batch import with_memory
 from kdtoolkit.workflow.card import card
@@ -46,14 +39,15 @@ from kdtoolkit.workflow.folder import (
     enter,
     given,
     has_checkpoints,
+    load_best,
     made_of,
 )
+from kdtoolkit.workflow.measuring import check_teacher, evaluated, in_words, measured_teacher
 from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions
 from kdtoolkit.workflow.prepare import Prepared, prepare
 from kdtoolkit.workflow.report import Report, Trained, print_report, write_file
 
 SAVE_SECONDS = 60.0  # between two checkpoints
-WEAK_AP = 5.0  # a teacher below it knows next to nothing of this data
 
 
 def run(options: RunOptions) -> Report:
@@ -73,7 +67,12 @@ def run(options: RunOptions) -> Report:
     # Warnings and results are also printed if `quiet` is set.
     loud = Console(quiet=not first)
     more = f", with a new folder by --out (the checkpoints in {folder} are of this batch size)"
-    with _interruptible(folder), with_memory(more), ExitStack() as held, Display(console, loud) as display:
+    with (
+        interruptible(folder, partial(has_checkpoints, folder)),
+        with_memory(more),
+        ExitStack() as held,
+        Display(console, loud) as display,
+    ):
         words = given(options)
         options, report, began = group.from_first(partial(enter, held, options))
         if report is not None and report.finished and (report.baseline is not None or not options.with_baseline):
@@ -170,56 +169,16 @@ def _warn_of_changes(report: Report, options: RunOptions, display: Display) -> N
 def _before(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
     """Measure the teacher, and the student if it can detect already. Raises KDError if the teacher is bad."""
     teacher = prepared.teacher
-    if teacher is not None and (reason := why_not_measured(teacher.model, prepared.images.val)):
-        display.line(f"the teacher is not measured: {reason}")
-    elif teacher is not None and report.teacher is None:
-        found = _evaluated(prepared, teacher, device, display, "the teacher", teaching=True)
-        report = report.model_copy(update={"teacher": found})
-        size = "" if isinstance(teacher.model, RecordedDetector) else ", at the size that the student sees"
-        display.line(f"the teacher has {_ap(found)} on these {found.images} images{size}")
+    if teacher is not None and report.teacher is None:
+        report = report.model_copy(update={"teacher": measured_teacher(prepared, device, display)})
     if prepared.student.trained and report.before is None:
-        found = _evaluated(prepared, prepared.student, device, display, "the student before training")
+        found = evaluated(prepared, prepared.student, device, display, "the student before training")
         report = report.model_copy(update={"before": found})
-        display.line(f"before training the {'student' if prepared.teacher else 'model'} has {_ap(found)}")
+        display.line(f"before training the {'student' if prepared.teacher else 'model'} has {in_words(found)}")
     group.from_first(report.write)
     if report.teacher is not None and not report.student:
-        _check_teacher(prepared, report, device, display)
+        check_teacher(prepared, report.teacher, report.before, device, display)
     return report
-
-
-def _check_teacher(prepared: Prepared, report: Report, device: torch.device, display: Display) -> None:
-    options, teacher = prepared.options, prepared.teacher
-    assert isinstance(options, DistillOptions)
-    assert teacher is not None
-    assert report.teacher is not None
-    ap, name = report.teacher.ap, name_of(options.data)
-    if (ap is None or ap < WEAK_AP) and not options.allow_weak_teacher:
-        anyway = "To go on all the same, add --allow-weak-teacher"
-        if ap is None:
-            raise KDError(
-                f"the teacher cannot be measured: the validation images of {name} have no object of a class that it "
-                f"knows. Add such images, or pair classes of different names by --class-map. {anyway}"
-            )
-        alone = _evaluated(prepared, teacher, device, display, "the teacher alone")
-        if alone.ap is not None and alone.ap >= WEAK_AP:
-            raise KDError(
-                f"the teacher has {_ap(report.teacher)} on the validation images of {name} at the size that the "
-                f"student sees, and {_ap(alone)} alone, where it resizes them itself: let the student see larger "
-                f"images than {options.image_size} px (--image-size). {anyway}"
-            )
-        same = "" if alone.ap == ap else f" (alone, where it resizes them itself, it has {_ap(alone)})"
-        raise KDError(
-            f"the teacher has {_ap(report.teacher)} on the validation images of {name}: a student cannot learn from "
-            f"it{same}. Usual reasons: its classes have different names or a different order (--class-map), it was "
-            f"trained on images of a different size than {options.image_size} px (--image-size), or on other images "
-            f"(`kd train` trains a teacher on yours). {anyway}"
-        )
-    before = report.before.ap if report.before else None
-    if before is not None and ap is not None and before > ap:
-        display.warn(
-            f"the student is better than its teacher before training ({before:.1f} and {ap:.1f} AP): the "
-            "teacher may hold it back. `kd train` trains it alone, --compare-baseline shows the difference"
-        )
 
 
 def _train(prepared: Prepared, report: Report, device: torch.device, display: Display) -> Report:
@@ -230,7 +189,7 @@ def _train(prepared: Prepared, report: Report, device: torch.device, display: Di
         trained = _trained(prepared, prepared.student, prepared.distiller, TRAINING, report, device, display)
         report = report.model_copy(update={"student": trained})
     else:
-        _load_best(prepared.student, report.folder / TRAINING)
+        load_best(prepared.student, report.folder / TRAINING)
     return group.from_first(partial(_save, prepared, report))
 
 
@@ -273,8 +232,8 @@ def _trained(
     )
     for warning in result.warnings:
         display.warn(warning)
-    _load_best(student, report.folder / name)
-    found = _evaluated(prepared, student, device, display, "the trained detector")
+    load_best(student, report.folder / name)
+    found = evaluated(prepared, student, device, display, "the trained detector")
     best = max(reversed(result.evaluations), key=lambda row: row["eval/ap"] or 0.0)  # of equal ones the last
     return Trained(
         evaluation=found,
@@ -284,47 +243,6 @@ def _trained(
         warnings=tuple(result.warnings),
         metrics=result.metrics,
     )
-
-
-def _load_best(student: Detector, folder: Path) -> None:
-    """Give the student the weights of the best evaluation, in all processes."""
-    student.model.load_state_dict(group.from_first(partial(_best, folder)))
-
-
-def _best(folder: Path) -> dict[str, Tensor]:
-    """The weights of the best evaluation, of equal ones the last; of the last step if there was no AP at all."""
-    path = folder / "best.safetensors"
-    try:
-        return load_file(path if path.exists() else folder / "student.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise KDError(
-            f"the trained weights in {folder} cannot be read ({error}): put them back, or choose a new folder by --out"
-        ) from error
-
-
-def _evaluated(
-    prepared: Prepared,
-    detector: Detector,
-    device: torch.device,
-    display: Display,
-    what: str,
-    *,
-    teaching: bool = False,
-) -> Evaluation:
-    """Measure a detector on the validation images; `teaching`: at the size at which the student sees them."""
-    begun = time.monotonic()
-    found = evaluate(
-        detector.model,
-        prepared.images.val,
-        batch_size=prepared.config.batch_size,
-        device=device,
-        class_map=prepared.class_map if detector is prepared.teacher else None,
-        like=adapt(prepared.student.model) if teaching else None,
-        together=True,
-        progress=display.counting(f"evaluating {what}"),
-    )
-    display.evaluation_seconds = time.monotonic() - begun
-    return found
 
 
 def _save(prepared: Prepared, report: Report) -> Report:
@@ -380,21 +298,13 @@ def _finish(report: Report) -> None:
         shutil.rmtree(report.folder / name / "checkpoints", ignore_errors=True)
 
 
-def _ap(found: Evaluation) -> str:
-    return "no AP" if found.ap is None else f"{found.ap:.1f} AP"
-
-
 @contextmanager
-def _interruptible(folder: Path) -> Iterator[None]:
-    """Say after Ctrl-C how the run goes on."""
+def interruptible(folder: Path, kept: Callable[[], bool]) -> Iterator[None]:
+    """Say after Ctrl-C how the run goes on. `kept`: whether there is something that it can go on from."""
     try:
         yield
     except KeyboardInterrupt:
         if group.rank() == 0:
-            what = (
-                "goes on from the last checkpoint"
-                if has_checkpoints(folder)
-                else "starts again, because there was no checkpoint yet"
-            )
+            what = "goes on from the last checkpoint" if kept() else "starts again, because there was no checkpoint yet"
             sys.stderr.write(f"interrupted: the same command {what} ({folder})\n")
         raise

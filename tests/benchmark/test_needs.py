@@ -30,6 +30,8 @@ def arrived(data, tmp_path):
     }
     (tmp_path / "home").rename(tmp_path / "gone")
     there = moved(task, here, pictures=tmp_path / "cache" / "pictures", results=tmp_path / "results")
+    assert there.original is task  # the record names the user's folder, whatever machine it was made on
+    assert there.original.settings["data"]["root"] == (None if data.root is None else str(data.root))
     return sets, load_data(there.data, there.pictures), here
 
 

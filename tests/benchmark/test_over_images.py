@@ -71,6 +71,7 @@ def test_intervals_are_over_images_and_show_nothing_about_the_method(root):
         np.quantile((pkd - baseline) / (teacher - baseline), (0.025, 0.975)), abs=0.01
     )
     assert row.rank is None
+    assert found.text == f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}] (images)"
     board = build_board(root)
     assert board.pairs["PKD"][BASELINE] == found
     assert f"(95 % interval over images {found.low:+.2f} to {found.high:+.2f}, 1 seed)" in board.claims[0].text

@@ -139,6 +139,25 @@ def test_a_subset_without_a_box_is_refused(tmp_path):
             data.subset(1, seed)
 
 
+def test_a_share_of_the_images_is_held_out(tmp_path):
+    data = CocoDetection(write(tmp_path), "train")
+    rest, part = data.split(0.5, seed=0)
+    assert sorted([*rest.files(), *part.files()]) == sorted(data.files())
+    assert (len(rest), len(part)) == (1, 1)
+    assert data.split(0.5, seed=0)[1].files() == part.files()
+    assert {data.split(0.5, seed)[1].files()[0] for seed in range(20)} == set(data.files())
+    with pytest.raises(KDError, match=r"has 2 images, of which a share of 0.1 cannot be held out"):
+        data.split(0.1, seed=0)
+
+
+def test_both_parts_of_a_split_have_boxes(tmp_path):
+    doc = document()
+    doc["annotations"] = [a for a in doc["annotations"] if a["image_id"] == 9]
+    data = CocoDetection(write(tmp_path, doc), "train")
+    with pytest.raises(KDError, match=r"with a share of 0.5 held out, one of the two parts has no box"):
+        data.split(0.5, seed=0)
+
+
 def test_class_names_choose_classes_and_their_order(tmp_path):
     data = CocoDetection(write(tmp_path), "train", class_names=["cube", "ball"])
     assert [data[i][1]["labels"].tolist() for i in range(2)] == [[1], [0]]

@@ -1,4 +1,5 @@
 import inspect
+from pathlib import Path
 
 import pytest
 import yaml
@@ -6,7 +7,7 @@ import yaml
 import kdtoolkit
 from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
-from kdtoolkit.workflow.options import DistillOptions, TrainOptions, check_options, read_options
+from kdtoolkit.workflow.options import DistillOptions, TrainOptions, TuneOptions, check_options, read_options
 
 NEEDED = {"teacher": "runs/t", "student": "kdtoolkit/gfl", "data": "birds"}
 
@@ -35,6 +36,8 @@ def error_of(kind, words, **rest):
         ),
         ({"train": {"lr": 0.9}}, "write lr beside `train`, not in it"),
         ({"train": {"augmentation": {"flip": 2}}}, "augmentation.flip"),
+        ({"budget": "4 hours"}, "budget: '4 hours' is no time: write it as 4h, 90m, 1h30m or 45s"),
+        ({"budget": "4h", "steps": 9}, "budget decides how long to train: leave epochs and steps out"),
         ({"init": "techer"}, "init 'techer': input should be 'teacher'"),
     ],
 )
@@ -90,9 +93,13 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
     assert "cannot read the run file" in error_of(TrainOptions, {}, file=tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(("function", "kind"), [(kdtoolkit.train, TrainOptions), (kdtoolkit.distill, DistillOptions)])
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [(kdtoolkit.train, TrainOptions), (kdtoolkit.distill, DistillOptions), (kdtoolkit.tune, TuneOptions)],
+)
 def test_functions_take_the_words_of_the_command(function, kind):
-    assert set(inspect.signature(function).parameters) == set(kind.model_fields)
+    shown = {name for name, field in kind.model_fields.items() if field.description}
+    assert set(inspect.signature(function).parameters) == shown
 
 
 def test_every_option_is_described():
@@ -112,3 +119,14 @@ def test_a_run_file_does_not_allow_its_own_code(tmp_path):
 def test_a_long_name_is_no_path():
     name = f"kdtoolkit/gfl?backbone={'x' * 300}"
     assert check_options(TrainOptions, {"model": name, "data": "shapes"}).model == name
+
+
+def test_a_run_file_of_kd_distill_is_one_of_kd_tune_and_not_the_other_way_round(tmp_path):
+    distilled, tuned = tmp_path / "distill.yaml", tmp_path / "tune.yaml"
+    distilled.write_text(check_options(DistillOptions, NEEDED | {"method": ["CrossKD", "PKD"]}).to_yaml())
+    found = check_options(TuneOptions, {"confirm_data": ["more"], "share": ["0.2"]}, file=distilled)
+    assert [use.name for use in found.method] == ["CrossKD", "PKD"]
+    assert (found.share, found.confirm_data) == ((0.2,), (Path("more").absolute(),))
+    tuned.write_text(found.to_yaml())
+    assert read_options(TuneOptions, tuned) == found
+    assert "is of `kd tune`, not of `kd distill`" in error_of(DistillOptions, {}, file=tuned)

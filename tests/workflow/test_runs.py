@@ -14,7 +14,7 @@ from kdtoolkit.engine import train as loop
 from kdtoolkit.engine.evaluate import Evaluation, evaluate
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import open_detector
-from kdtoolkit.workflow import runs
+from kdtoolkit.workflow import measuring, runs
 from kdtoolkit.workflow.options import DistillOptions, check_options
 from kdtoolkit.workflow.report import Report
 from tests.workflow._data import TINY, write_shapes
@@ -259,7 +259,7 @@ def test_images_without_labels_are_shown_in_steps_of_their_own(teacher, shapes, 
 
 def test_a_weak_teacher_is_told_before_training(teacher, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "train", None)
-    monkeypatch.setattr(runs, "WEAK_AP", 101.0)
+    monkeypatch.setattr(measuring, "WEAK_AP", 101.0)
     with pytest.raises(
         KDError, match=r"the teacher has .* AP on the validation images of shapes.*--allow-weak-teacher"
     ):
@@ -285,7 +285,7 @@ def test_the_teacher_is_judged_at_the_size_at_which_it_teaches(
     def scored(model, dataset, *, like=None, **_):
         return Evaluation(alone if like is None else teaching, None, None, None, None, None, {}, 4, 0)
 
-    monkeypatch.setattr(runs, "evaluate", scored)
+    monkeypatch.setattr(measuring, "evaluate", scored)
     with pytest.raises(KDError, match=f"{message}.*--allow-weak-teacher"):
         distil(teacher, shapes, tmp_path / "weak", allow_weak_teacher=False)
 

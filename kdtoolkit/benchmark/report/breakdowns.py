@@ -87,7 +87,7 @@ def by_iou(view: View, looks: Looks) -> Figure | None:
     label += "; ".join(f"{look.row} {curve.mean[0]:+.1f} to {curve.mean[-1]:+.1f}" for look, curve in own)
     cells = tuple((row, tuple(f"{ap:.1f}" for ap in aps.values())) for row, aps in found.items())
     table = Table(("row", *reference), cells)
-    picture = lines(own, label, dots=True, y_text=lambda value: f"{value:+.3g}" if value else "0")
+    picture = lines(own, label, dots=True, zero=True, y_text=lambda value: f"{value:+.3g}" if value else "0")
     title = "AP by the IoU that a detection needs, minus the baseline's"
     return Figure(title, picture, table, tuple(look for look, _ in own), "IoU", "")
 

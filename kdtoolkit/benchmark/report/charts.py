@@ -63,21 +63,26 @@ def lines(
     *,
     log: bool = False,
     dots: bool = False,
+    zero: bool = False,
     x_text: Callable[[float], str] = number,
     y_text: Callable[[float], str] = number,
     diagonal: bool = False,
 ) -> Markup:
     """Curves with a band from the smallest to the largest seed.
 
-    `log`: whether numbers are on a logarithmic scale. `dots`: whether points have marks. `diagonal`: whether both axes
+    `log`: whether numbers are on a logarithmic scale. `dots`: whether points have marks. `zero`: whether
+    0 is shown, with a strong line. `diagonal`: whether both axes
     go from 0 to 1, with a line where they are equal.
     """
-    y = _height_of([curve for _, curve in curves], log)
+    y = _height_of([curve for _, curve in curves], log, zero)
     x = Scale.over((step for _, curve in curves for step in curve.steps), margin=0.01)
     if diagonal:
         x = y = Scale(0.0, 1.0)
     own = picture(HEIGHT, label)
     axes(own, x, y, x_text=x_text, y_text=y_text)
+    if zero:
+        place = percent(100 - y(0.0))
+        add(own, "line", x1="0", x2="100%", y1=place, y2=place, class_="zero")
     layer = stretched(own)
     if diagonal:
         add(layer, "path", d=path([(0, 0), (100, 100)]), class_="grid")
@@ -106,13 +111,14 @@ def spans_decades(curves: Sequence[Curve]) -> bool:
     return bool(lows) and min(lows) > 0 and max(means) > 12 * min(means)
 
 
-def _height_of(curves: Sequence[Curve], log: bool) -> Scale:
+def _height_of(curves: Sequence[Curve], log: bool, zero: bool) -> Scale:
     means = [value for curve in curves for value in curve.mean]
     ends = [value for curve in curves for value in (*curve.low, *curve.high)]
     if log:
         return Scale.over([*means, *ends], log=True)
     reach = 0.6 * (max(means) - min(means))  # one wild seed does not flatten the rest
-    return Scale.over([*means, *(value for value in ends if min(means) - reach <= value <= max(means) + reach)])
+    near = [value for value in ends if min(means) - reach <= value <= max(means) + reach]
+    return Scale.over([*means, *near], zero=zero)
 
 
 def _within(place: float) -> float:

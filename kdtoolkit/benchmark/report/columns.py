@@ -12,7 +12,8 @@ from kdtoolkit.words import duration
 FOOTNOTE = (
     "AP in percent: mean ± standard deviation over seeds. In brackets: the 95 % t-interval of a difference, taken seed "
     "by seed. Each interval stands alone: of twenty, one is expected to miss the true difference by chance. The claims "
-    "are corrected for the number of entries by Holm's procedure, at equal steps and at equal time. "
+    "are corrected for the number of entries by Holm's procedure, at equal steps and at equal time. On a board with "
+    "one seed, intervals are over images: they show what different images for evaluation would change. "
     "Gap: how much of the way from the baseline's AP to the teacher's the row has gone."
 )
 
@@ -57,10 +58,10 @@ def rank_text(rank: RankRange | None) -> str:
 
 
 def p_text(difference: Difference | None) -> str:
-    """The corrected p: `0.03`, `< 0.001`, or `-` if there is none."""
+    """The corrected p: `0.030`, `< 0.001`, or `-` if there is none."""
     if difference is None or difference.p_holm is None:
         return "-"
-    return "< 0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.2g}"
+    return "< 0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.3f}"
 
 
 def gap_text(row: Row) -> str:
@@ -94,7 +95,7 @@ COLUMNS = (
         "rank",
         lambda row: rank_text(row.rank),
         lambda row: None if row.rank is None else row.rank.low + row.rank.high / 1000,
-        "the ranks that the row may have: rows that share a rank cannot be told apart",
+        "the ranks that the row may have, 1 for the best: several where rows cannot be told apart",
     ),
     Column("AP", lambda row: spread_text(row.metrics["ap"]), _metric("ap"), "COCO's AP in percent, ± the deviation"),
     Column(

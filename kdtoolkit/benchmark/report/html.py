@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from kdtoolkit.benchmark.across import Across
 from kdtoolkit.benchmark.board import Row
@@ -95,7 +96,7 @@ def to_html(views: Sequence[View], across: Across | None = None) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["data_uri"] = _data_uri
+    environment.filters.update(data_uri=_data_uri, coded=_coded)
     looks = looks_of([view.board for view in views])
     ranks = None
     if across is not None:
@@ -117,6 +118,11 @@ def to_html(views: Sequence[View], across: Across | None = None) -> str:
 def _file(environment: Environment, name: str) -> Markup:
     assert environment.loader is not None
     return Markup(environment.loader.get_source(environment, name)[0])
+
+
+def _coded(text: str) -> Markup:
+    """The text, with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _data_uri(image: bytes, mime: str) -> str:

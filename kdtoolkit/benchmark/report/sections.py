@@ -64,6 +64,8 @@ def differences(board: Board, looks: Looks) -> list[tuple[str, Tracks]]:
 def _difference(row: Row, own: Difference, look: Look, scale: Scale) -> Line:
     picture = track([Interval(look, own.mean, own.low, own.high)], scale, zero=True)
     verdict = f"{SIGNS[own.verdict]} {VERDICTS[own.verdict]}"
+    if own.over == "images":
+        verdict = "one seed; over images"
     return Line(row.entry, picture, (difference_text(own), p_text(own), verdict), look, own.verdict)
 
 
@@ -127,17 +129,11 @@ def _curve(term: str, own: Sequence[tuple[Look, Curve]]) -> Figure:
         cells.append((look.row, tuple(f"{curve.mean[place]:.3g} at {curve.steps[place]:.0f}" for place in places)))
     label = f"{term} over the steps of training. At the end: "
     label += ", ".join(f"{look.row} {curve.mean[-1]:.3g}" for look, curve in own)
-    picture = lines(own, label, log=log, dots=all(len(curve.steps) <= 12 for _, curve in own))
+    few = all(len(curve.steps) <= 12 for _, curve in own)
+    picture = lines(own, label, log=log, dots=few, zero=term.startswith(PROBED[0]))
     table = Table(("row", "first", "middle", "last"), tuple(cells))
-    return Figure(
-        TERMS.get(term, term),
-        picture,
-        table,
-        tuple(look for look, _ in own),
-        "step",
-        "logarithmic" if log else "",
-        term,
-    )
+    title = f"{TERMS.get(term, term)}{', logarithmic' if log else ''}"
+    return Figure(title, picture, table, tuple(look for look, _ in own), "step", "", term)
 
 
 def repeats(view: View) -> list[tuple[str, str, str, str]]:

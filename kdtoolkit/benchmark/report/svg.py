@@ -116,8 +116,8 @@ class Scale:
         """Round numbers within the scale, at most about `count`."""
         if self.log:
             tens = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            for digits in ((1, 2, 5), (1, 3), (1,)):
-                found = [digit * 10.0**ten for ten in tens for digit in digits]
+            for digits, every in (((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), 2), ((1,), 3), ((1,), 5)):
+                found = [digit * 10.0**ten for ten in tens if ten % every == 0 for digit in digits]
                 found = [value for value in found if self.low <= value <= self.high]
                 if len(found) <= count + 1:
                     break

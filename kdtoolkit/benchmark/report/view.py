@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdtoolkit.benchmark.board import Board, build_board
-from kdtoolkit.benchmark.details import Details
-from kdtoolkit.benchmark.pictures import Gallery
+from kdtoolkit.benchmark.details import Details, details
+from kdtoolkit.benchmark.pictures import Gallery, gallery
+from kdtoolkit.benchmark.store import Store
+from kdtoolkit.benchmark.suite_file import load_suite
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,12 @@ class View:
     gallery: Gallery | None = None
 
     @classmethod
-    def of(cls, root: Path) -> View:
-        """What a run's folder holds, also if the run is unfinished. Raises KDError if it holds no run."""
-        return cls(build_board(root), Details(curves={}, breakdown={}, costs={}, commands={}, settings={}, limits=()))
+    def of(cls, root: Path, *, pictures: bool = False) -> View:
+        """What a run's folder holds, also if the run is unfinished.
+
+        `pictures`: whether to make the gallery, which may take some seconds. Raises KDError if the folder holds no run.
+        """
+        board = build_board(root)  # first, because it says what a folder that is no run lacks
+        store = Store(root)
+        suite = load_suite(str(store.suite_path))
+        return cls(board, details(store, suite), gallery(store, suite) if pictures else None)

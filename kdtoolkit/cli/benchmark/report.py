@@ -33,7 +33,7 @@ def report(
     from kdtoolkit.benchmark.report import View, print_across, print_board, write_report
 
     console = Console()
-    views = [View.of(run) for run in runs]
+    views = [View.of(run, pictures=True) for run in runs]
     ranking = across([view.board for view in views]) if len(views) > 1 else None
     for view in views:
         print_board(view.board, console)

@@ -1,0 +1,58 @@
+"""`kd distill --budget`."""
+
+import pytest
+
+import kdtoolkit
+from kdtoolkit.errors import KDError
+from kdtoolkit.tuning import runs, spend
+from kdtoolkit.tuning.budget import Costs
+from kdtoolkit.tuning.report import TuneReport
+from kdtoolkit.workflow.options import TuneOptions, read_options
+from tests.workflow._data import TINY
+
+
+def distill(teacher, shapes, out, **changes):
+    words = {"batch_size": 4, "student_weights": "none", "allow_weak_teacher": True, "quiet": True, "method": "PKD"}
+    return kdtoolkit.distill(teacher, TINY, shapes, out=out, **words | changes)
+
+
+@pytest.mark.slow
+def test_a_third_is_for_the_search_and_the_rest_for_the_best(teacher, shapes, tmp_path, monkeypatch):
+    # As on a machine that takes seconds for a step; its search is short.
+    monkeypatch.setattr(runs, "measured", lambda *_: Costs(step=2.0, image=0.5))
+    trained = []
+    monkeypatch.setattr(spend, "run", trained.append)
+    for baseline in (False, True):
+        distill(teacher, shapes, tmp_path / "student", budget="20m", compare_baseline=baseline)
+    found = TuneReport.read(tmp_path / "student-search")
+    assert found.finished
+    assert found.confirmation is None
+    options = read_options(TuneOptions, tmp_path / "student-search" / "run.yaml")
+    assert (options.budget, options.seeds) == ("400s", 0)
+    assert found.steps >= 90
+    alone, compared = trained
+    assert alone.method == found.best.methods
+    assert (alone.out, alone.budget, alone.epochs) == (tmp_path / "student", None, None)
+    step = found.best.seconds / found.best.step
+    evaluations = spend.EVALUATIONS * 4 * 0.5
+    assert alone.steps * step + evaluations == pytest.approx(1200 - found.seconds, abs=2 * step)
+    assert 2 * (compared.steps * step + evaluations) == pytest.approx(1200 - found.seconds, abs=4 * step)
+
+
+def test_a_search_without_a_result_ends_the_run(teacher, shapes, tmp_path, monkeypatch):
+    nothing = TuneReport(
+        title="", folder=tmp_path, plan={}, given={}, made_of={}, candidates=(), steps=9, planned=1, val_images=4
+    )
+    monkeypatch.setattr(spend, "tune", lambda options: nothing)
+    with pytest.raises(KDError, match="no trial of the search could be trained, so there is nothing to train with"):
+        distill(teacher, shapes, tmp_path / "student", budget="1h")
+
+
+def test_a_folder_that_cannot_be_used_is_told_before_the_search(teacher, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(spend, "tune", None)  # nothing is searched
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "notes.txt").touch()
+    with pytest.raises(KDError, match="holds files that are no run of kdtoolkit"):
+        distill(teacher, shapes, tmp_path / "student", budget="1h")
+    with pytest.raises(KDError, match="holds a run that no search belongs to: choose a new folder"):
+        distill(teacher, shapes, teacher, budget="1h")
