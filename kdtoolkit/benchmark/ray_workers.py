@@ -31,7 +31,6 @@ from kdtoolkit.words import counted
 
 RETRIES = 3  # of a cell whose worker has died
 NODES_SECONDS = 5.0  # between two looks at the cluster's nodes, which may come and go
-_IN_CLUSTER = "kdtoolkit must be installed on all nodes of the cluster, with the same version and extras as here"
 
 
 @dataclass(eq=False)
@@ -335,7 +334,10 @@ def _probed(options: dict[str, Any], device: str) -> Hardware:
     try:
         found: Hardware = ray.get(_hardware.options(**options).remote(device))
     except RayError as error:
-        raise KDError(f"{_IN_CLUSTER}: {_last_line(error)}") from error
+        raise KDError(
+            f"a node of the Ray cluster cannot run cells ({_last_line(error)}): install kdtoolkit on all nodes, with "
+            "the same version and extras as here"
+        ) from error
     nodes = counted(len(_nodes()), "node")
     return Hardware(found.device, found.device_name, f"a Ray cluster of {nodes}, {found.machine}", found.precision)
 

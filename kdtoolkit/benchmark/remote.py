@@ -74,7 +74,7 @@ def run_shipped(task: Task, sent: Sequence[Sent], name: str) -> Iterator[Begun |
         folder = cache / "cells" / name
         local = moved(task, here, pictures=cache / "pictures", results=folder)
         with writing(folder), hold(local.run_folder, lambda holder: None):
-            pass  # the process of an earlier attempt has ended
+            local.result.unlink(missing_ok=True)  # the process of an earlier attempt has ended, but may have left it
     except StoreError as error:
         yield Done(failure=Failure(str(error)), lost=True)
         return

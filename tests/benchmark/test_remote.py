@@ -62,6 +62,7 @@ def test_a_killed_cell_is_lost_and_an_error_is_not(tmp_path, node):
     *_, done = run_shipped(task, sent, "cell")
     assert done.lost
     assert "SIGKILL" in done.failure.message
+    (cache_folder() / "cells" / "cell" / "seed0.json").write_text("of an earlier version of the suite")
     bad = replace(task, detector=task.detector.model_copy(update={"args": {"backbone": "resnet10t", "x": 1}}))
     *_, done = run_shipped(bad, sent, "cell")
     assert (done.lost, set(done.files)) == (False, {"seed0.log"} & set(done.files))
