@@ -94,7 +94,7 @@ def _facts(path: Path, result: CellResult) -> Iterator[tuple[str, str]]:
     if (one := result.inference) is not None:
         yield (
             "inference",
-            f"{one.latency_ms:.1f} ms (middle half {one.latency_iqr_ms:.1f} ms wide), {one.gflops:.2f} GFLOPs for an "
+            f"{one.latency_ms:.1f} ms (middle half {one.latency_iqr_ms:.1f} ms wide), {one.gflops:.3g} GFLOPs for an "
             f"image of {one.size[1]}x{one.size[0]} on {one.device}, {counted(one.threads, 'thread')}",
         )
     yield "parameters", f"{result.parameters:,}"

@@ -404,7 +404,10 @@ class _Run:
         return result
 
     def _write_board(self, *, last: bool = False) -> None:
-        """Write the board, unless it was written just now: boards of many cells take long, and each has all cells."""
+        """Write the board, unless it was written just now: boards of many cells take long, and each has all cells.
+
+        The last board of a run has pictures too, unless the user waits for the run to stop.
+        """
         begun = time.monotonic()
         if begun >= self.next_board or last:
             root = self.plan.store.root
