@@ -106,10 +106,12 @@ class Task:
         """The folder of the training until its result is stored.
 
         Its name stands for the key and for the steps of evaluations and probes. If these have changed, an unfinished
-        training begins again, so that its curves are complete.
+        training begins again, so that its curves are complete. The last step is left out: a training that goes on
+        reaches it anyway, with curves for TensorBoard or without.
         """
-        measured = {"evaluated": str(self.evaluated_at), "probed": str(self.probed_at)}
-        key = key_of(self.parts | (measured if self.evaluated_at or self.probed_at else {}))
+        evaluated_at = tuple(step for step in self.evaluated_at if step != self.steps)
+        measured = {"evaluated": str(evaluated_at), "probed": str(self.probed_at)}
+        key = key_of(self.parts | (measured if evaluated_at or self.probed_at else {}))
         return self.result.with_suffix(f".{key}.run")
 
     @property
@@ -373,7 +375,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
     report(Report("storing", trained.steps))
     write_weights(task.weights, student)  # before the result, so that no result lacks its weights
     if detections:
-        write_detections(detections_path(task.result), detections[0])
+        write_detections(detections_path(task.result), detections[0], result)
     else:
         discard(detections_path(task.result))  # those of an earlier training
     write_result(task.result, result)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kdtoolkit.benchmark.store import CellResult, DamagedError, write_atomic
+from kdtoolkit.benchmark.store import CellResult, DamagedError, read_file, write_atomic
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.engine.scoring import Found
 
@@ -53,21 +53,28 @@ def detections_path(result: Path) -> Path:
     return result.with_suffix(".detections.npz")
 
 
-def write_detections(path: Path, found: Found) -> None:
-    """Store detections, compressed. Raises StoreError if the file cannot be written."""
+def write_detections(path: Path, found: Found, result: CellResult) -> None:
+    """Store detections of a result, compressed. Raises StoreError if the file cannot be written."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{name: getattr(found, name).astype(kind) for name, kind in _TYPES.items()})
+    arrays = {name: getattr(found, name).astype(kind) for name, kind in _TYPES.items()}
+    np.savez_compressed(buffer, of=np.array(_identity(result)), **arrays)
     write_atomic(path, buffer.getvalue())
 
 
-def read_detections(path: Path) -> Found | None:
-    """Stored detections; None if there is no file. Raises DamagedError if the file is damaged."""
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            found = Found(*(arrays[field.name].astype(_READ_TYPES[field.name]) for field in fields(Found)))
-    except FileNotFoundError:
+def read_detections(path: Path, result: CellResult) -> Found | None:
+    """Stored detections of a result; None if there is no file, or if it is of a different training.
+
+    Detections are stored before their result. If a run is killed between the two, they lie beside an older result.
+    Raises DamagedError if the file is damaged, and KDError if it cannot be read.
+    """
+    if (content := read_file(path)) is None:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            if "of" in arrays and str(arrays["of"]) != _identity(result):  # earlier versions did not store it
+                return None
+            found = Found(*(arrays[field.name].astype(_READ_TYPES[field.name]) for field in fields(Found)))
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(path) from error
     count = len(found.scores)
     if [getattr(found, name).shape for name in _TYPES] != [(count,), (count,), (count, 4), (count,)]:
@@ -86,13 +93,21 @@ def keep_ground_truth(path: Path, dataset: DetectionDataset) -> None:
 
 
 def read_ground_truth(path: Path) -> GroundTruth | None:
-    """The stored ground truth; None if there is no file. Raises DamagedError if the file is damaged."""
-    try:
-        return GroundTruth(**json.loads(gzip.decompress(path.read_bytes())))
-    except FileNotFoundError:
+    """The stored ground truth; None if there is no file.
+
+    Raises DamagedError if the file is damaged, and KDError if it cannot be read.
+    """
+    if (content := read_file(path)) is None:
         return None
-    except (OSError, ValueError, TypeError, EOFError, zlib.error) as error:
+    try:
+        return GroundTruth(**json.loads(gzip.decompress(content)))
+    except (gzip.BadGzipFile, ValueError, TypeError, EOFError, zlib.error) as error:
         raise DamagedError(f"{path} is damaged: delete it, and `kd benchmark run` writes it again") from error
+
+
+def _identity(result: CellResult) -> str:
+    """What tells the result from those of other trainings of its cell."""
+    return f"{result.key} {result.date}"
 
 
 def _damaged(path: Path) -> DamagedError:

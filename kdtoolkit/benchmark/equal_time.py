@@ -38,6 +38,12 @@ def warnings(cells: Mapping[str, Sequence[CellResult]]) -> Iterable[str]:
             "may be too short for a fair comparison. `--fresh`, with `--only` for the baseline and each of these rows, "
             "runs them again and measures them on the same hardware"
         )
+    if len({result.steps for result in cells[EQUAL_TIME]}) > 1:
+        told = ", ".join(f"seed {result.seed}: {result.steps} steps" for result in cells[EQUAL_TIME])
+        yield (
+            f"the seeds of the baseline at equal time have schedules of different lengths ({told}), as where machines "
+            "chose their own. `kd benchmark run --any-version` with the same suite trains the shorter ones again"
+        )
     stretch = min((result.stretch for result in cells[EQUAL_TIME]), default=None)
     short = [row for row in methods if stretch is not None and costs.get(row, 0.0) > stretch * STRETCH_SLACK]
     if short:

@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -87,18 +88,23 @@ def same_settings(old: Mapping[str, str], new: Mapping[str, str], *, any_precisi
     `any_precision`: whether they may differ in the precision too, since the hardware chooses it (`auto`). Options that
     the old cell does not have, because they are newer, must have their defaults in the new one.
     """
-    settings = (old.keys() | new.keys()) - _CIRCUMSTANCES - {"detector"}
+    return settings_of(old, any_precision=any_precision) == settings_of(new, any_precision=any_precision)
+
+
+def settings_of(parts: Mapping[str, str], *, any_precision: bool = False) -> dict[str, str]:
+    """The parts of a cell's key that a user has chosen; the detector with all its options, in one order.
+
+    `any_precision`: without the precision.
+    """
+    chosen = {name: value for name, value in parts.items() if name not in _CIRCUMSTANCES}
     if any_precision:
-        settings -= {"precision"}
-    if any(old.get(name) != new.get(name) for name in settings):
-        return False
-    try:
-        then, now = (DetectorSection.model_validate_json(parts.get("detector", "")) for parts in (old, new))
-    except ValidationError:  # an option has been removed since, or the result is older than the settings in it
-        return False
-    if any_precision and then.train is not None and now.train is not None:
-        then = in_precision(then, now.train.precision)
-    return then == now
+        chosen.pop("precision", None)
+    with suppress(ValidationError):  # an option has been removed since, or the result is older than the settings in it
+        section = DetectorSection.model_validate_json(parts.get("detector", ""))
+        if any_precision:
+            section = in_precision(section, "auto")
+        chosen["detector"] = json.dumps(section.model_dump(mode="json"), sort_keys=True)
+    return chosen
 
 
 def in_precision(section: DetectorSection, precision: str) -> DetectorSection:

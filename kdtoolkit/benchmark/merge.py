@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdtoolkit.benchmark.cells import SHARED, teachers
+from kdtoolkit.benchmark.alike import SHARED, shared_by, teachers, unlike
 from kdtoolkit.benchmark.detections_file import detections_path, read_ground_truth
-from kdtoolkit.benchmark.keys import same_settings
 from kdtoolkit.benchmark.runs import Run, open_run
-from kdtoolkit.benchmark.store import CellResult, Store, discard, set_aside, write_atomic
-from kdtoolkit.benchmark.suite import EQUAL_TIME, TEACHER, Suite, change
+from kdtoolkit.benchmark.store import CellResult, DamagedError, Store, discard, set_aside, write_atomic
+from kdtoolkit.benchmark.suite import Suite, change
 from kdtoolkit.errors import KDError
 
 
@@ -19,12 +19,14 @@ from kdtoolkit.errors import KDError
 class Merged:
     """What a merged folder got: the numbers of cells that are new in it and that several runs had, with equal results.
 
-    `left_out`: one sentence for each result that is damaged, or of different data or a different teacher than its run.
+    `left_out`: one sentence for each result that does not belong to its run, or is damaged. `kept_aside`: one sentence
+    for each result of the folder that was left out and had to make room; it is kept beside the new one.
     """
 
     new: int
     twice: int
     left_out: tuple[str, ...]
+    kept_aside: tuple[str, ...] = ()
 
 
 def merge(out: Path, folders: Sequence[Path]) -> Merged:
@@ -39,42 +41,50 @@ def merge(out: Path, folders: Sequence[Path]) -> Merged:
     _check_shared(runs)
     suite = _joined(runs)
     chosen, twice = _chosen(runs)
+    truth = _ground_truth(runs)
     store = Store(out)
     new = 0
+    kept_aside: list[str] = []
+
+    def copy(source: Path, place: Path) -> None:
+        if place.exists():  # it was left out
+            kept_aside.append(f"{place} did not belong to its run: it is kept as {set_aside(place).name}")
+        _copy(source, place)
+
     with store.lock():
         for (row, seed), (run, _) in chosen.items():
             if run.root.resolve() != out.resolve():
                 new += 1
-                place = store.result_path(row, seed)
-                if place.exists():  # it was left out: damaged, or of different data or a different teacher
-                    set_aside(place)
-                _copy(run.store.result_path(row, seed), place)
-        _copy_teacher(runs, store)
-        _copy_ground_truth(runs, store)
+                copy(run.store.result_path(row, seed), store.result_path(row, seed))
+        if (taught := next((run for run in runs if run.cells.teacher is not None), None)) is not None:
+            if taught.root.resolve() != out.resolve():
+                copy(taught.store.teacher_copy, store.teacher_copy)
+            _copy_teacher_weights(taught, store)
+        if truth is not None:
+            write_atomic(store.ground_truth_path, truth)
         write_atomic(store.suite_path, suite.to_yaml().encode())
-    return Merged(new, twice, tuple(words for run in runs for words in run.cells.left_out))
+    return Merged(new, twice, tuple(words for run in runs for words in run.cells.left_out), tuple(kept_aside))
 
 
 def _check_shared(runs: Sequence[Run]) -> None:
-    """Check that runs have data and teacher in common. Raises KDError that names two that do not."""
+    """Check that the cells of all runs can be compared. Raises KDError that names two runs and what differs."""
     teacher_of = teachers([result for run in runs for result in run.results])
-    seen: dict[str, tuple[str, Run]] = {}
+    automatic = all(run.suite.student.train.precision == "auto" for run in runs)
+    seen: dict[tuple[str, str], tuple[str, Run]] = {}
     for run in runs:
         for result in run.results:
-            found = {**result.fingerprints, "teacher": teacher_of(result)}
-            for name in SHARED:
-                identity = found.get(name, "")
-                if not identity or (result.entry == TEACHER and name == "train_data"):
-                    continue
-                first, where = seen.setdefault(name, (identity, run))
-                if first != identity:
+            for name, found in shared_by(result, teacher_of, any_precision=automatic).items():
+                row = result.entry if name == "row" else ""
+                common, where = seen.setdefault((name, row), (found, run))
+                if common != found:
                     raise KDError(
-                        f"{run.root} cannot be merged with {where.root}: its cells were {SHARED[name]} ({identity} "
-                        f"instead of {first}). {_ADVICE[name]}"
+                        f"{run.root} cannot be merged with {where.root}: {result.name} was {SHARED[name]} "
+                        f"({unlike(found, common)}). {_ADVICE.get(name, _RUN_AGAIN)}"
                     )
 
 
 _DATA = "Copy the data of one machine to the rest, and run again"
+_RUN_AGAIN = "Run one of them again with the suite of the other"
 _ADVICE = {
     "val_data": _DATA,
     "train_data": _DATA,
@@ -86,6 +96,14 @@ _ADVICE = {
 def _joined(runs: Sequence[Run]) -> Suite:
     """The first run's suite, with the entries and seeds of all. Raises KDError if settings differ."""
     first = runs[0]
+    for run in runs[1:]:
+        for name in ("teacher_scale", "init", "class_map"):
+            one, two = getattr(first.suite, name), getattr(run.suite, name)
+            if one != two:
+                raise KDError(
+                    f"{run.root} cannot be merged with {first.root}: {name} of its suite is {two} instead of {one}. "
+                    f"{_RUN_AGAIN}"
+                )
     entries = dict(first.suite.entries)
     where = dict.fromkeys(entries, first)
     for run in runs[1:]:
@@ -102,21 +120,13 @@ def _joined(runs: Sequence[Run]) -> Suite:
 def _chosen(runs: Sequence[Run]) -> tuple[dict[tuple[str, int], tuple[Run, CellResult]], int]:
     """Each cell with the run that it is taken from, and how many cells several runs have.
 
-    Raises KDError if the settings of a row differ between runs, or the results of a cell.
+    Raises KDError if runs have different results for a cell.
     """
     chosen: dict[tuple[str, int], tuple[Run, CellResult]] = {}
-    rows: dict[str, tuple[Run, CellResult]] = {}
     unequal: list[str] = []
     twice = 0
     for run in runs:
-        automatic = run.suite.student.train.precision == "auto"
         for result in (result for results in run.cells.rows.values() for result in results):
-            where, first = rows.setdefault(result.entry, (run, result))
-            if not same_settings(_settings(first), _settings(result), any_precision=automatic):
-                raise KDError(
-                    f"{run.root} cannot be merged with {where.root}: row '{result.entry}' was trained with different "
-                    f"settings. `kd benchmark compare {where.root} {run.root}` lists them"
-                )
             cell = result.entry, result.seed
             kept, known = chosen.setdefault(cell, (run, result))
             if known is result:
@@ -130,12 +140,6 @@ def _chosen(runs: Sequence[Run]) -> tuple[dict[tuple[str, int], tuple[Run, CellR
             "or let the machines run different seeds (--seeds 0-2 and --seeds 3-5)"
         )
     return chosen, twice
-
-
-def _settings(result: CellResult) -> dict[str, str]:
-    """What the cells of a row have in common. The teacher is compared by its weights, and equal time is not equal."""
-    apart = {"seed": "", "teacher": ""} | ({"steps": ""} if result.entry == EQUAL_TIME else {})
-    return {**result.key_parts, **apart}
 
 
 def _equal(one: CellResult, two: CellResult) -> bool:
@@ -162,22 +166,20 @@ def _copy(result: Path, to: Path) -> None:
             discard(place)  # that of an earlier result
 
 
-def _copy_teacher(runs: Sequence[Run], store: Store) -> None:
-    """Copy the teacher: its result into the folder, and its weights beside it, where runs that go on look for them."""
-    run = next((run for run in runs if run.cells.teacher is not None), None)
-    if run is None or run.cells.teacher is None:
-        return
+def _copy_teacher_weights(run: Run, store: Store) -> None:
+    """Copy the teacher's result and weights beside the folder, where runs that go on look for them."""
+    assert run.cells.teacher is not None  # the caller has checked it
     key = run.cells.teacher.key
-    if run.root.resolve() != store.root.resolve():
-        _copy(run.store.teacher_copy, store.teacher_copy)
     if run.store.teacher_path(key).exists() and not store.teacher_path(key).exists():
         _copy(run.store.teacher_path(key), store.teacher_path(key))
 
 
-def _copy_ground_truth(runs: Sequence[Run], store: Store) -> None:
-    if read_ground_truth(store.ground_truth_path) is not None:
-        return
+def _ground_truth(runs: Sequence[Run]) -> bytes | None:
+    """The first run's ground truth that is intact and of the images that the cells were evaluated on, as its file."""
+    images = {result.fingerprints.get("val_data", "") for run in runs for result in run.results}
     for run in runs:
-        if run.store.ground_truth_path.exists():
-            write_atomic(store.ground_truth_path, run.store.ground_truth_path.read_bytes())
-            return
+        with suppress(DamagedError):
+            truth = read_ground_truth(run.store.ground_truth_path)
+            if truth is not None and truth.fingerprint in images:
+                return run.store.ground_truth_path.read_bytes()
+    return None

@@ -155,7 +155,7 @@ class _Making:
         for result in results:
             path = self.store.teacher_copy if name == TEACHER else self.store.result_path(name, result.seed)
             try:
-                found = read_detections(detections_path(path))
+                found = read_detections(detections_path(path), result)
             except DamagedError as error:
                 self.missing.append(f"{error}.")
                 continue

@@ -248,8 +248,7 @@ class Plan:
         tasks += [self.cell(EQUAL_TIME, seed, stretches.get(seed, 1.0)) for seed in range(self.suite.seeds)]
         for task in tasks:
             if reason := self._unusable(task):
-                reasons[task.name] = reason
-                set_aside(task.result)
+                reasons[task.name] = f"{reason}; its old result is kept as {set_aside(task.result).name}"
         return reasons
 
     def _unusable(self, task: Task) -> str | None:

@@ -38,7 +38,8 @@ def state(run: Run, row: str, seed: int) -> str:
     path = cell_path(run, row, seed)
     found = intact_result(path)
     if found is not None:
-        return percent(found.evaluation["ap"]) if found in run.results else "left out"
+        counts = (found.entry, found.seed) == (row, seed) and found in run.results
+        return percent(found.evaluation["ap"]) if counts else "left out"
     if path.exists():
         return "damaged"
     return "failed" if path.with_suffix(".error").exists() else "not run"
@@ -107,7 +108,7 @@ def _facts(path: Path, result: CellResult) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())
     yield "date", result.date
     yield "key", result.key
-    yield "files", ", ".join(_files(path))
+    yield "files", ", ".join(_files(path, result))
     yield "format", str(result.format)
 
 
@@ -120,11 +121,11 @@ def _losses(result: CellResult) -> Iterator[str]:
         yield f"{name} {first[name]:.3g} -> {last[name]:.3g}"
 
 
-def _files(path: Path) -> Iterator[str]:
+def _files(path: Path, result: CellResult) -> Iterator[str]:
     yield str(path)
     if are_whole(weights := path.with_suffix(".pt")):
         yield str(weights)
-    found = read_detections(detections_path(path))
+    found = read_detections(detections_path(path), result)
     yield "no detections" if found is None else f"{detections_path(path)} ({counted(len(found.scores), 'detection')})"
 
 

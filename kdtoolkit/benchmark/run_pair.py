@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdtoolkit.benchmark.cells import teachers
+from kdtoolkit.benchmark.alike import teachers
 from kdtoolkit.benchmark.runs import Run, names_of_hardware, open_run
 from kdtoolkit.benchmark.stats import Difference, Spread, paired_difference, spread
 from kdtoolkit.benchmark.store import CellResult

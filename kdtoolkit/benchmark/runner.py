@@ -145,8 +145,6 @@ def run_suite(
     with store.lock(), Display(console) as display:
         for notice in sets.notices:
             display.line(f"note: {notice}", "yellow")
-        write_atomic(store.suite_path, suite.to_yaml().encode())
-        keep_ground_truth(store.ground_truth_path, sets.val)
         stale = (list(only) or [TEACHER, BASELINE, EQUAL_TIME, TWICE, *suite.entries]) if fresh else []
         return _Run(plan, sets, display, executor, rows, stale, long_baselines, end).run()
 
@@ -204,6 +202,9 @@ class _Run:
             self.executor.stop()
         self._write_board(last=True)
         self.status.end(self.outcome.in_words)
+        if not self.outcome.interrupted:  # a user who waits for the run to stop gets no pictures
+            root = self.plan.store.root
+            write_report([View.of(root, pictures=True)], root)
         if not self.outcome.interrupted:
             self.display.line(f"took {duration(time.monotonic() - self.started)}")
         return self.outcome
@@ -216,7 +217,10 @@ class _Run:
                 discard(path)
                 discard_runs(path)
         for name, reason in plan.set_aside_unusable().items():
-            display.line(f"{name} {reason}; its old result is kept as .json.old", "yellow")
+            display.line(f"{name} {reason}", "yellow")
+        # after that, so that the new suite is never in one folder with results of an old one
+        write_atomic(plan.store.suite_path, plan.suite.to_yaml().encode())
+        keep_ground_truth(plan.store.ground_truth_path, self.sets.val)
         teacher = plan.teacher_task()
         if plan.result(teacher) is None:
             discard(plan.store.teacher_copy)
@@ -404,15 +408,11 @@ class _Run:
         return result
 
     def _write_board(self, *, last: bool = False) -> None:
-        """Write the board, unless it was written just now: boards of many cells take long, and each has all cells.
-
-        The last board of a run has pictures too, unless the user waits for the run to stop.
-        """
+        """Write the board without pictures, unless it was written just now: each has all cells, so many take long."""
         begun = time.monotonic()
         if begun >= self.next_board or last:
             root = self.plan.store.root
-            pictures = last and not self.outcome.interrupted
-            write_report([View.of(root, pictures=pictures)], root)
+            write_report([View.of(root)], root)
             now = time.monotonic()
             self.next_board = now + BOARD_PAUSE * (now - begun)
 

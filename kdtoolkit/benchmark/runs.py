@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,13 @@ def open_run(root: Path) -> Run:
         )
     suite = load_suite(str(store.suite_path))
     return Run(root, suite, read_cells(store, suite))
+
+
+def seeds_asked_for(root: Path) -> int:
+    """How many seeds the suite in a run's folder asks for; 0 if there is none, or one that this version cannot read."""
+    with suppress(KDError):
+        return load_suite(str(Store(root).suite_path)).seeds
+    return 0
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from kdtoolkit import files
 from kdtoolkit.benchmark.suite import TEACHER
 from kdtoolkit.engine.breakdown import Breakdown
+from kdtoolkit.engine.evaluate import METRICS
 from kdtoolkit.engine.inference_cost import InferenceCost
 from kdtoolkit.errors import KDError
 from kdtoolkit.lock import hold
@@ -98,10 +100,16 @@ class CellResult(BaseModel):
         digests = str(raw["key_parts"].get("data", "")).split()
         return {**raw, "fingerprints": dict(zip(("train_data", "val_data"), digests, strict=False))}
 
+    @model_validator(mode="after")
+    def _has_all_metrics(self) -> CellResult:
+        if missing := [name for name in METRICS if name not in self.evaluation]:
+            raise ValueError(f"its evaluation has no {missing[0]}")
+        return self
+
     @property
     def name(self) -> str:
         """The cell's name in messages."""
-        return self.entry if self.entry == TEACHER else f"{self.entry}, seed {self.seed}"
+        return cell_name(self.entry, self.seed)
 
     @property
     def teacher_key(self) -> str:
@@ -140,6 +148,11 @@ class CellResult(BaseModel):
         """What it was measured on, in words. Times on different hardware cannot be compared."""
         where = self.machine if self.device == "cpu" else f"{self.device} ({self.machine})"
         return f"{where}, {counted(self.threads, 'thread')} a cell"
+
+
+def cell_name(row: str, seed: int) -> str:
+    """A cell's name in messages."""
+    return row if row == TEACHER else f"{row}, seed {seed}"
 
 
 class Store:
@@ -194,24 +207,39 @@ class Store:
 def read_result(path: Path) -> CellResult | None:
     """A stored result, of this format or an earlier one; None if there is no file.
 
-    Raises DamagedError if the file is damaged, and KDError if a newer version of kdtoolkit has written it.
+    Raises DamagedError if the file is damaged, and KDError if it cannot be read, or if a newer version of kdtoolkit has
+    written it.
     """
+    content = read_file(path)
+    if content is None:
+        return None
     try:
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(content)
         if isinstance(raw, dict) and isinstance(made := raw.get("format", 1), int) and made > FORMAT:
             raise KDError(
                 f"{path} was made by a newer kdtoolkit, in format {made}; this version reads formats 1 to {FORMAT}: "
                 "pip install -U kdtoolkit"
             )
         return CellResult.model_validate(raw)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise DamagedError(f"{path} is damaged. `kd benchmark run` sets it aside and runs the cell again") from error
 
 
+def read_file(path: Path) -> bytes | None:
+    """A file's content; None if there is no file. Raises KDError if it cannot be read: it need not be damaged."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def intact_result(path: Path) -> CellResult | None:
-    """A stored result; None if it is missing or damaged. Raises KDError if a newer kdtoolkit has written it."""
+    """A stored result; None if it is missing or damaged.
+
+    Raises KDError if it cannot be read, or if a newer version of kdtoolkit has written it.
+    """
     with suppress(DamagedError):
         return read_result(path)
     return None
@@ -224,8 +252,17 @@ def usable_result(path: Path, fits: Callable[[CellResult], bool]) -> CellResult 
 
 
 def are_whole(weights: Path) -> bool:
-    """Whether a file of weights exists and is complete. A file that was cut short is no ZIP archive any more."""
-    return zipfile.is_zipfile(weights)
+    """Whether a file of weights exists and is complete. A file that was cut short is no ZIP archive any more.
+
+    Raises KDError if it cannot be read.
+    """
+    try:
+        with weights.open("rb") as file:
+            return zipfile.is_zipfile(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _unreadable(weights, error) from error
 
 
 def write_weights(path: Path, model: nn.Module) -> None:
@@ -266,10 +303,23 @@ def write_atomic(path: Path, content: bytes) -> None:
         files.write_atomic(path, content)
 
 
-def set_aside(path: Path) -> None:
-    """Rename a result that is out of date, so that the board leaves it out but nothing is lost."""
+def set_aside(path: Path) -> Path:
+    """Rename a result that is out of date with its weights and detections, so that boards leave it out.
+
+    Nothing is lost: all that was set aside earlier stays too. Returns the result's new path, which ends in `.old` or,
+    if there is such a file, in `.old2` or a higher number.
+    """
+    beside = (path, path.with_suffix(".pt"), path.with_suffix(".detections.npz"))  # without its result, no board has it
+
+    def old(file: Path, number: int) -> Path:
+        return file.with_name(f"{file.name}.old{number if number > 1 else ''}")
+
+    free = next(number for number in count(1) if not any(old(file, number).exists() for file in beside))
     with writing(path):
-        path.replace(path.with_suffix(".json.old"))
+        for file in beside:
+            if file.exists():
+                file.replace(old(file, free))
+    return old(path, free)
 
 
 def discard(path: Path) -> None:
@@ -287,6 +337,10 @@ def discard_runs(result: Path, but: Path | None = None) -> None:
         if folder.name.startswith(f"{result.stem}.") and folder != but:
             with writing(folder):
                 shutil.rmtree(folder)
+
+
+def _unreadable(path: Path, error: OSError) -> KDError:
+    return KDError(f"cannot read {path}: {_why(error)}. Mend that, and run the same command again")
 
 
 def _why(error: OSError) -> str:

@@ -56,7 +56,8 @@ def test_detections_count_as_the_suite_says_also_before_the_end(tmp_path, monkey
 def test_a_cell_stores_where_its_ap_comes_from_and_what_an_image_costs(tmp_path):
     task = task_in(tmp_path, SOME)
     cell.run(task, lambda report: None)
-    result, found = read_result(task.result), read_detections(detections_path(task.result))
+    result = read_result(task.result)
+    found = read_detections(detections_path(task.result), result)
     truth = load_data(task.data).val.coco()
     assert result.breakdown.by_class == pytest.approx(result.per_class)
     assert result.breakdown.errors == pytest.approx(breakdown(truth, found).errors, abs=0.01)
@@ -119,6 +120,17 @@ def test_a_curve_and_a_probe_change_nothing_but_what_is_stored_of_them(tmp_path)
     assert both.evaluations[-1].items() > plain.evaluations[-1].items()
     assert task.run_folder.name != measured.run_folder.name  # an unfinished training begins again
     assert (baseline.evaluated_at, baseline.probed_at) == ((1, 2), ())
+
+
+def test_a_training_goes_on_with_curves_for_tensorboard_or_without(tmp_path):
+    suite, store = tiny(), Store(tmp_path / "run")
+    sets = load_data(suite.data)
+    without, tracked = (
+        Plan(suite, store, sets, device="cpu", threads=1, tensorboard=asked).cell(BASELINE, 0)
+        for asked in (False, True)
+    )
+    assert tracked.evaluated_at == (tracked.steps,)
+    assert tracked.run_folder == without.run_folder
 
 
 def test_tensorboard_gets_losses_and_ap_of_each_cell(tmp_path):

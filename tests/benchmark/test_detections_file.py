@@ -17,6 +17,8 @@ from kdtoolkit.data import ProceduralShapes
 from kdtoolkit.engine.scoring import Found, precisions
 from tests.benchmark._suite import made_up
 
+RESULT = made_up("PKD", 0, 20.0)
+
 
 def noisy(truth, seed=0):
     """Detections beside the objects, some of a wrong class, as a detector would give them."""
@@ -45,8 +47,8 @@ def test_ap_from_the_file_is_the_ap_of_the_detections(tmp_path):
     truth = ProceduralShapes(20, image_size=96, seed=1).coco()
     found = noisy(truth)
     path = detections_path(tmp_path / "seed0.json")
-    write_detections(path, found)
-    read = read_detections(path)
+    write_detections(path, found, RESULT)
+    read = read_detections(path, RESULT)
     assert path.name == "seed0.detections.npz"
     assert read.images.dtype == read.classes.dtype == np.int64
     assert read.boxes.dtype == read.scores.dtype == np.float64
@@ -54,19 +56,27 @@ def test_ap_from_the_file_is_the_ap_of_the_detections(tmp_path):
     assert mean_ap(truth, read) == pytest.approx(mean_ap(truth, found), abs=1e-3)
 
 
+def test_detections_of_a_different_training_are_none(tmp_path):
+    path = tmp_path / "seed0.detections.npz"
+    write_detections(path, noisy(ProceduralShapes(4, image_size=64, seed=1).coco()), RESULT)
+    assert read_detections(path, RESULT) is not None
+    for changed in ({"date": "2021-01-01"}, {"key": "of different settings"}):
+        assert read_detections(path, RESULT.model_copy(update=changed)) is None
+
+
 def test_no_detections_are_stored_too(tmp_path):
-    write_detections(tmp_path / "none.npz", Found(*(np.zeros(shape) for shape in (0, 0, (0, 4), 0))))
-    assert read_detections(tmp_path / "none.npz").boxes.shape == (0, 4)
-    assert read_detections(tmp_path / "absent.npz") is None
+    write_detections(tmp_path / "none.npz", Found(*(np.zeros(shape) for shape in (0, 0, (0, 4), 0))), RESULT)
+    assert read_detections(tmp_path / "none.npz", RESULT).boxes.shape == (0, 4)
+    assert read_detections(tmp_path / "absent.npz", RESULT) is None
 
 
 @pytest.mark.parametrize("size", [0, 10, 300, -1])
 def test_a_damaged_file_is_named(tmp_path, size):
     path = tmp_path / "seed0.detections.npz"
-    write_detections(path, noisy(ProceduralShapes(4, image_size=64, seed=1).coco()))
+    write_detections(path, noisy(ProceduralShapes(4, image_size=64, seed=1).coco()), RESULT)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(DamagedError, match=r"seed0\.detections\.npz is damaged: delete it"):
-        read_detections(path)
+        read_detections(path, RESULT)
 
 
 def test_a_file_of_different_arrays_is_damaged_and_no_pickle_is_opened(tmp_path):
@@ -75,7 +85,7 @@ def test_a_file_of_different_arrays_is_damaged_and_no_pickle_is_opened(tmp_path)
     for change in ({"boxes": np.zeros((2, 3))}, {"scores": np.zeros(1)}, {"scores": np.array([{}, {}])}):
         np.savez(path, **{**whole, **change})
         with pytest.raises(DamagedError):
-            read_detections(path)
+            read_detections(path, RESULT)
 
 
 def test_the_ground_truth_is_kept_once_and_replaced_by_that_of_different_data(tmp_path):

@@ -102,6 +102,6 @@ def test_ap_can_be_computed_again_from_a_store_of_format_2():
     for result in run.results:
         path = run.store.teacher_copy if result.entry == TEACHER else paths[result.entry, result.seed]
         assert truth.fingerprint == result.fingerprints["val_data"]
-        document, found = truth.of(result, read_detections(detections_path(path)))
+        document, found = truth.of(result, read_detections(detections_path(path), result))
         precision = precisions(document, found)[..., 0]  # objects of all areas
         assert 100 * precision[precision > -1].mean() == pytest.approx(result.evaluation["ap"], abs=1e-6)

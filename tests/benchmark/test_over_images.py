@@ -9,7 +9,7 @@ import pytest
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.detections_file import detections_path, write_detections
 from kdtoolkit.benchmark.resampling import resampled_aps, resamples
-from kdtoolkit.benchmark.store import Store, write_atomic
+from kdtoolkit.benchmark.store import Store, read_result, write_atomic
 from kdtoolkit.benchmark.suite import BASELINE, TEACHER
 from kdtoolkit.engine.scoring import Found, mean_precision, precisions
 from tests.benchmark._suite import made_up, store_result, tiny
@@ -49,9 +49,9 @@ def root(tmp_path):
     for row, wrong in ROWS.items():
         path = store.teacher_copy if row == TEACHER else store.result_path(row, 0)
         ap = mean_precision(precisions(truth(), detections(wrong))[..., 0])
-        fields = {"fingerprints": {"val_data": "the images"}, "per_class": {"cat": ap}}
-        write_detections(detections_path(path), detections(wrong))
-        store_result(path, made_up(row, 0, ap, **fields))
+        result = made_up(row, 0, ap, fingerprints={"val_data": "the images"}, per_class={"cat": ap})
+        write_detections(detections_path(path), detections(wrong), result)
+        store_result(path, result)
     return store.root
 
 
@@ -86,18 +86,22 @@ def test_what_was_computed_is_kept_until_the_detections_change(root):
     altered = {**json.loads(first), "PKD": {**json.loads(first)["PKD"], "aps": [90.0] * 1000}}
     kept.write_text(json.dumps(altered))
     assert row_of(root).versus_baseline.low > before.versus_baseline.high  # nothing was computed
-    write_detections(detections_path(Store(root).result_path("PKD", 0)), detections(2.5))
+    path = Store(root).result_path("PKD", 0)
+    write_detections(detections_path(path), detections(2.5), read_result(path))
     assert row_of(root).versus_baseline.low < before.versus_baseline.high
-    kept.write_text("{")
-    assert row_of(root).versus_baseline.over == "images"
+    for damaged in ("{", "[]", json.dumps({"PKD": {"key": "", "aps": [1.0]}})):
+        kept.write_text(damaged)
+        assert row_of(root).versus_baseline.over == "images"
 
 
 def test_rows_without_detections_or_of_different_images_have_no_interval(root):
     path = Store(root).result_path("PKD", 0)
-    store_result(path, made_up("PKD", 0, 20.0, per_class={"cat": 20.0}))  # as earlier versions stored it
-    assert row_of(root).versus_baseline.low is None
     store_result(path, made_up("PKD", 0, 20.0, per_class={"cat": 20.0}, fingerprints={"val_data": "the images"}))
     assert row_of(root).versus_baseline.low is not None
+    fields = {"per_class": {"cat": 20.0}, "fingerprints": {"val_data": "the images"}}
+    store_result(path, made_up("PKD", 0, 20.0, date="2021-01-01", **fields))
+    assert row_of(root).versus_baseline.low is None  # the detections are of an earlier training
+    store_result(path, made_up("PKD", 0, 20.0, **fields))
     detections_path(path).write_bytes(b"no detections")
     assert row_of(root).versus_baseline.low is None
     detections_path(path).unlink()

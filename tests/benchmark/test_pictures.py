@@ -8,7 +8,8 @@ from kdtoolkit.benchmark.cell import build_detector
 from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.detections_file import detections_path, keep_ground_truth, write_detections
 from kdtoolkit.benchmark.pictures import TRUTH, Gallery, gallery
-from kdtoolkit.benchmark.store import Store, write_atomic, write_weights
+from kdtoolkit.benchmark.report import View
+from kdtoolkit.benchmark.store import Store, read_result, write_atomic, write_weights
 from kdtoolkit.benchmark.suite import BASELINE, TEACHER, change
 from kdtoolkit.engine.scoring import Found
 from tests.benchmark._suite import made_up, store_result, tiny
@@ -37,12 +38,19 @@ def run(tmp_path):
     keep_ground_truth(store.ground_truth_path, images)
     for row, but in ((TEACHER, ()), (BASELINE, (1, 3)), ("PKD", (1,))):
         path = store.teacher_copy if row == TEACHER else store.result_path(row, 0)
-        store_result(path, made_up(row, 0, 20.0, per_class=dict.fromkeys(images.class_names, 20.0)))
-        write_detections(detections_path(path), objects_of(truth, but))
+        result = made_up(row, 0, 20.0, per_class=dict.fromkeys(images.class_names, 20.0))
+        store_result(path, result)
+        write_detections(detections_path(path), objects_of(truth, but), result)
         section = suite.teacher if row == TEACHER else suite.student
         weights = store.teacher_path("0123456789abcdef") if row == TEACHER else path
         write_weights(weights.with_suffix(".pt"), build_detector(section, images.class_names, 0).model)
     return store, suite
+
+
+def detect(store, suite, but):
+    """Store that PKD has found all objects, except on some images."""
+    path = store.result_path("PKD", 0)
+    write_detections(detections_path(path), objects_of(load_data(suite.data).val.coco(), but), read_result(path))
 
 
 def test_the_image_on_which_rows_differ_is_shown_with_every_row(run):
@@ -78,7 +86,7 @@ def test_a_gallery_is_kept_until_results_change(run, monkeypatch):
     path.write_text("{")
     assert gallery(store, suite) == first
     store_result(store.result_path("PKD", 0), made_up("PKD", 0, 20.0, date="2021-01-01"))
-    write_detections(detections_path(store.result_path("PKD", 0)), objects_of(load_data(suite.data).val.coco(), (2,)))
+    detect(store, suite, (2,))
     assert len(gallery(store, suite).items) == 3
     assert len(list((store.root / "gallery").iterdir())) == 1
 
@@ -87,7 +95,7 @@ def test_as_many_images_are_shown_as_are_asked_for(run):
     store, suite = run
     for weights in (*store.root.rglob("*.pt"), *store.teachers.glob("*.pt")):
         weights.unlink()
-    write_detections(detections_path(store.result_path("PKD", 0)), objects_of(load_data(suite.data).val.coco(), (0, 2)))
+    detect(store, suite, (0, 2))
     assert [len(gallery(store, suite, count=count).items) for count in (0, 1, 3)] == [0, 1, 3]
 
 
@@ -120,3 +128,11 @@ def test_code_of_a_suite_is_not_run(run):
     found = gallery(store, own)
     assert "no_such_module:detector is code of its own, which a report does not run" in found.note
     assert [panel.name for panel in found.items[0].panels][-1] == "scores: teacher"
+
+
+def test_no_fault_of_the_pictures_stops_a_board(run):
+    store, _ = run
+    store.ground_truth_path.write_bytes(b"damaged")
+    view = View.of(store.root, pictures=True)
+    assert {row.entry for row in view.board.rows} == {BASELINE, "PKD"}
+    assert f"There are no pictures: {store.ground_truth_path} is damaged" in view.gallery.note

@@ -25,12 +25,14 @@ from kdtoolkit.benchmark.executor import Hardware
 from kdtoolkit.benchmark.keys import difference, key_of
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
+from kdtoolkit.benchmark.runs import open_run
 from kdtoolkit.benchmark.status import read_status
 from kdtoolkit.benchmark.store import Store, read_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TWICE, change
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.hardware import cores
 from kdtoolkit.errors import KDError
+from tests.benchmark._runs import of, store_run
 from tests.benchmark._suite import made_up, store_result, tiny
 
 CELLS = [(row, seed) for row in (BASELINE, "PKD", "CrossKD+PKD", EQUAL_TIME) for seed in (0, 1)]
@@ -511,3 +513,32 @@ def test_ctrl_c_tells_how_to_go_on(endless, tmp_path):
     assert "Traceback" not in text
     assert wait_until_gone(endless.pid) == []
     assert (tmp_path / "runs" / "tiny" / "leaderboard.md").exists()
+
+
+def test_a_new_suite_never_lies_over_results_of_an_old_one(tmp_path, monkeypatch):
+    root = store_run(tmp_path / "tiny", of("PKD", 0, 20.0), suite=tiny(("steps: 2", "steps: 9")))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdtoolkit.benchmark.runner.write_atomic", killed)
+    monkeypatch.setattr("kdtoolkit.benchmark.runner._Run._write_board", lambda *_, **__: None)
+    run(tiny(), root)
+    assert open_run(root).suite.student.train.steps == 9
+    assert open_run(root).results == []
+    assert Store(root).result_path("PKD", 0).with_name("seed0.json.old").exists()
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_pictures_comes_after_the_run_has_ended(finished, tmp_path, monkeypatch):
+    root = shutil.copytree(finished.parent, tmp_path / "runs") / finished.name
+    Store(root).result_path("PKD", 0).unlink()
+
+    def broken(*_):
+        raise RuntimeError("a fault of the pictures")
+
+    monkeypatch.setattr("kdtoolkit.benchmark.report.view.gallery", broken)
+    with pytest.raises(RuntimeError, match="a fault of the pictures"):
+        run(tiny(), root)
+    assert read_status(Store(root).status_path).ended == "with all its cells done"
+    assert {row.entry for row in build_board(root).rows} >= {BASELINE, "PKD"}

@@ -1,17 +1,20 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from kdtoolkit.benchmark.store import (
     FORMAT,
+    DamagedError,
     Store,
     StoreError,
     are_whole,
     intact_result,
     read_result,
+    set_aside,
     usable_result,
     write_atomic,
     write_result,
@@ -94,3 +97,39 @@ def test_the_lock_clears_what_a_killed_run_left(tmp_path):
     leftover.write_text("half")
     with Store(tmp_path / "run").lock():
         assert not leftover.exists()
+
+
+def test_nothing_that_is_set_aside_takes_the_place_of_what_was_set_aside_before(tmp_path):
+    path = tmp_path / "seed0.json"
+    for content in ("first", "second", "third"):
+        for file in (path, path.with_suffix(".pt"), path.with_suffix(".detections.npz")):
+            file.write_text(content)
+        old = set_aside(path)
+        assert not path.exists()
+        for name in ("seed0.json", "seed0.pt", "seed0.detections.npz"):
+            assert (tmp_path / f"{name}{old.name.removeprefix('seed0.json')}").read_text() == content
+    assert old.name == "seed0.json.old3"
+
+
+def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "seed0.json"
+    write_result(path, made_up("PKD", 0, 12.5))
+    write_weights(path.with_suffix(".pt"), torch.nn.Linear(2, 1))
+
+    def refused(*_, **__):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    for read in (intact_result, lambda file: are_whole(file.with_suffix(".pt"))):
+        with pytest.raises(KDError, match=r"cannot read .*seed0\.(json|pt): Permission denied") as error:
+            read(path)
+        assert not isinstance(error.value, DamagedError)
+
+
+def test_a_result_without_a_metric_is_damaged(tmp_path):
+    path = tmp_path / "seed0.json"
+    raw = json.loads(made_up("PKD", 0, 12.5).model_dump_json())
+    path.write_text(json.dumps({**raw, "evaluation": {}}))
+    with pytest.raises(DamagedError, match=r"seed0\.json is damaged"):
+        read_result(path)

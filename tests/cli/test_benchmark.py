@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from kdtoolkit.benchmark.runs import open_run
-from tests.benchmark._suite import TINY
+from kdtoolkit.errors import KDError
+from tests.benchmark._runs import store_run
+from tests.benchmark._suite import TINY, tiny
 from tests.benchmark.test_merge import machine
 from tests.test_cli import kd
 
@@ -97,3 +99,18 @@ def test_a_range_of_seeds_is_run(run, tmp_path):
     assert found.suite.seeds == 5
     assert [result.seed for result in found.cells.rows["PKD"]] == [3, 4]
     assert "PKD: 2 of 5 seeds are done" in out
+
+
+def test_a_share_of_the_seeds_keeps_the_seeds_of_the_folder(run, tmp_path, monkeypatch):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    store_run(tmp_path / "tiny", suite=tiny(("seeds: 2", "seeds: 8")))
+    asked = []
+
+    def stop(suite, root, **_):
+        asked.append(suite.seeds)
+        raise KDError("stopped")
+
+    monkeypatch.setattr("kdtoolkit.benchmark.runner.run_suite", stop)
+    for seeds in ("3-5", "0-2", "9-9", "3"):
+        run("run", tmp_path / "tiny.yaml", "--out", tmp_path, "--device", "cpu", "--seeds", seeds)
+    assert asked == [8, 8, 10, 3]

@@ -9,7 +9,9 @@ from kdtoolkit.benchmark.board import Board, build_board
 from kdtoolkit.benchmark.details import Details, details
 from kdtoolkit.benchmark.pictures import Gallery, gallery
 from kdtoolkit.benchmark.store import Store
+from kdtoolkit.benchmark.suite import Suite
 from kdtoolkit.benchmark.suite_file import load_suite
+from kdtoolkit.errors import KDError
 
 
 @dataclass(frozen=True)
@@ -29,4 +31,12 @@ class View:
         board = build_board(root)  # first, because it says what a folder that is no run lacks
         store = Store(root)
         suite = load_suite(str(store.suite_path))
-        return cls(board, details(store, suite), gallery(store, suite) if pictures else None)
+        return cls(board, details(store, suite), _gallery(store, suite) if pictures else None)
+
+
+def _gallery(store: Store, suite: Suite) -> Gallery:
+    """The pictures. What is wrong with them stops no board: it is a note in their place."""
+    try:
+        return gallery(store, suite)
+    except KDError as error:
+        return Gallery(note=f"There are no pictures: {error}.")

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,7 +33,15 @@ class Tracker(StrEnum):
     TENSORBOARD = "tensorboard"
 
 
-def _seeds(text: str) -> range:
+@dataclass(frozen=True)
+class Seeds:
+    """The seeds to run. `are_a_share`: whether they are some of the board's seeds, and not all of them."""
+
+    chosen: range
+    are_a_share: bool
+
+
+def _seeds(text: str) -> Seeds:
     """The seeds that `5` (the first five) or `3-5` (three of them) means. Raises an error of usage."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)", text.strip())
     if found is None:
@@ -41,7 +50,7 @@ def _seeds(text: str) -> range:
     chosen = range(last) if first is None else range(int(first), last + 1)
     if not chosen:
         raise typer.BadParameter(f"{text!r} has no seed: write 5 for the seeds 0 to 4, or 3-5 for the seeds 3, 4 and 5")
-    return chosen
+    return Seeds(chosen, first is not None)
 
 
 def run(
@@ -84,7 +93,7 @@ def run(
     ] = None,
     device: Annotated[Device, typer.Option(help="Where to train; auto takes a GPU if there is one.")] = Device.AUTO,
     seeds: Annotated[
-        range | None,
+        Seeds | None,
         typer.Option(
             parser=_seeds,
             metavar="N | FROM-TO",
@@ -138,6 +147,7 @@ def run(
     from kdtoolkit.benchmark.board import build_board
     from kdtoolkit.benchmark.report import print_board
     from kdtoolkit.benchmark.runner import run_suite
+    from kdtoolkit.benchmark.runs import seeds_asked_for
     from kdtoolkit.benchmark.suite import change, check_runs_no_code
     from kdtoolkit.benchmark.suite_file import load_suite
     from kdtoolkit.data.opening import name_of
@@ -151,9 +161,12 @@ def run(
         "on_bad": "skip" if skip_bad else None,
     }
     chosen = change(chosen, data={name: value for name, value in changes.items() if value is not None})
-    if seeds is not None:
-        chosen = change(chosen, seeds=max(seeds.stop, chosen.seeds) if seeds.start else seeds.stop)
     root = out / (f"{chosen.name}-{name_of(data)}" if data else chosen.name)
+    if seeds is not None:
+        count = seeds.chosen.stop
+        if seeds.are_a_share:  # the board keeps the seeds that the suite has, and those that the folder has
+            count = max(count, chosen.seeds, seeds_asked_for(root))
+        chosen = change(chosen, seeds=count)
     console = Console()
     with _executor(executor, ray_address, device, jobs, threads) as place:
         outcome = run_suite(
@@ -164,7 +177,7 @@ def run(
             only=only or (),
             fresh=fresh,
             any_version=any_version,
-            seeds=seeds,
+            seeds=None if seeds is None else seeds.chosen,
             tensorboard=tracker is Tracker.TENSORBOARD,
         )
     print_board(build_board(root), console)

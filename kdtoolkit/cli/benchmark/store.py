@@ -77,6 +77,7 @@ def merge(
 
     from kdtoolkit.benchmark.merge import merge as merge_runs
     from kdtoolkit.benchmark.report import View, print_board, write_report
+    from kdtoolkit.benchmark.runs import open_run
     from kdtoolkit.words import counted
 
     merged = merge_runs(out, runs)
@@ -84,8 +85,13 @@ def merge(
     write_report([view], out)
     console = Console()
     print_board(view.board, console)
-    for words in merged.left_out:
+    for words in (*merged.left_out, *merged.kept_aside):
         console.print(Text(f"WARNING  {words}", style="bold red"), soft_wrap=True)
     twice = f"; {counted(merged.twice, 'cell')} with equal results were kept once" if merged.twice else ""
     console.print(Text(f"{out}: {counted(merged.new, 'new cell')}{twice}"), soft_wrap=True)
-    console.print(Text("`kd benchmark run --any-version` with the same suite goes on in this folder"), soft_wrap=True)
+    suite, place = open_run(out).suite, out.resolve()
+    if place.name == suite.name:
+        goes_on = f"`kd benchmark run {out / 'suite.yaml'} --out {out.parent} --any-version` goes on in this folder"
+    else:
+        goes_on = f"to go on in this folder, rename it to {suite.name}, and run the suite.yaml in it with --any-version"
+    console.print(Text(goes_on), soft_wrap=True)
