@@ -77,8 +77,18 @@ def test_report_writes_the_board_again(run, tmp_path):
     root = make_run(tmp_path)
     code, out, _ = run("benchmark", "report", root)
     assert code == 0
-    assert "holds" in out
+    assert "is above the baseline at equal steps" in out
     assert (root / "leaderboard.html").exists()
+
+
+def test_one_report_of_several_runs(run, tmp_path):
+    roots = [make_run(tmp_path / name) for name in ("a", "b")]
+    code, _, errors = run("benchmark", "report", *roots)
+    assert (code, "add --out FOLDER" in errors) == (2, True)
+    code, out, _ = run("benchmark", "report", *roots, "--out", tmp_path / "both")
+    assert code == 0
+    assert "mean rank" in out
+    assert "Over all data sets" in (tmp_path / "both" / "report.html").read_text("utf-8")
 
 
 def test_mistakes_are_one_error_and_code_2(run, tmp_path):

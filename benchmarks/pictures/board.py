@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-WIDTH, HEIGHT = 1180, 1330
+WIDTH, HEIGHT = 1180, 1250
 PHONE_WIDTH, PHONE_HEIGHT = 360, 760
 
 

@@ -1,6 +1,6 @@
 """How often the statistics of boards are right, on boards whose truth is known. Writes docs/results/statistics.md.
 
-python benchmarks/statistics/simulate.py             # about 4 minutes on one core
+python benchmarks/statistics/simulate.py             # about 5 minutes on one core
 python benchmarks/statistics/simulate.py data_sets   # this part of the page alone
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kdtoolkit.engine.matching import Flags, Objects, match
-from kdtoolkit.engine.scoring import Floats, Found
+from kdtoolkit.engine.scoring import Found, Ints
 from kdtoolkit.engine.thresholds import best_thresholds
 
 
@@ -21,14 +21,13 @@ class Judged:
         found: the detections (D of them) whose score is high enough: each class has the score with its best F1.
         right: (D,) whether a detection has found an object. Those that lie on a crowd are not in `found`.
         missed: (G,) whether an object was not found; false for crowds.
-        f1: (I,) the harmonic mean of precision and recall on each image; 1 where there is nothing to find and nothing
-            is found.
+        mistakes: (I,) on each image, wrong detections and missed objects together.
     """
 
     found: Found
     right: Flags
     missed: Flags
-    f1: Floats
+    mistakes: Ints
 
 
 def judge(truth: Mapping[str, Any], objects: Objects, found: Found) -> Judged:
@@ -37,11 +36,11 @@ def judge(truth: Mapping[str, Any], objects: Objects, found: Found) -> Judged:
     least = np.array([np.inf if score is None else score for score in scores])
     kept = found.where(found.scores >= least[found.classes])
     right, ignored = np.zeros((2, len(kept.scores)), bool)
-    missed, f1 = ~objects.crowds, np.ones(len(truth["images"]))
-    for place, image in match(objects, kept):
+    missed = ~objects.crowds
+    for _, image in match(objects, kept):
         right[image.detections] = image.right
         ignored[image.detections] = image.ignored
         missed[image.objects] = ~image.found
-        parts = len(image.objects) + int((~image.ignored).sum())
-        f1[place] = 2 * int(image.right.sum()) / parts if parts else 1.0
-    return Judged(kept.where(~ignored), right[~ignored], missed, f1)
+    places = np.concatenate([kept.images[~ignored & ~right], objects.images[missed]])
+    mistakes = np.bincount(places, minlength=len(truth["images"]))
+    return Judged(kept.where(~ignored), right[~ignored], missed, mistakes)

@@ -53,21 +53,22 @@ def _seeds(rows: Mapping[str, Sequence[CellResult]]) -> Iterable[str]:
 
 
 def _typical_half_width(rows: Mapping[str, Sequence[CellResult]]) -> float | None:
-    """The median of what the intervals of the differences to the baseline reach to each side."""
-    aps = {row: _aps(results) for row, results in rows.items()}
-    found = [paired_difference(own, aps[BASELINE]) for row, own in aps.items() if row != BASELINE and BASELINE in aps]
+    """The median of what the intervals of the methods' differences to the baseline reach to each side."""
+    baseline = _aps(rows.get(BASELINE, ()))
+    methods = [results for row, results in rows.items() if row not in (BASELINE, EQUAL_TIME, TWICE)]
+    found = [paired_difference(_aps(results), baseline) for results in methods]
     widths = [(each.high - each.low) / 2 for each in found if each and each.high is not None and each.low is not None]
     return median(widths) if widths else None
 
 
 def _images(suite: Suite, cells: Cells) -> Iterable[str]:
-    if (count := suite.data.val_images) is not None and count < MANY_IMAGES:
-        yield (
-            f"AP was measured on at most {count} images. The intervals are about further seeds, on the same images: "
-            "different images would change all APs."
-        )
+    if suite.seeds == 1:
+        about = "The intervals are over images, of one training: a second training would change all APs."
     else:
-        yield "The intervals are about further seeds, on the same images: different images would change all APs."
+        about = "The intervals are about further seeds, on the same images: different images would change all APs."
+    if (count := suite.data.val_images) is not None and count < MANY_IMAGES:
+        about = f"AP was measured on at most {count} images. {about}"
+    yield about
     if (size := suite.data.image_size) < USUAL_SIZE:
         yield (
             f"No image is larger than {size} px. Small objects have few pixels then, and what helps here need not help "

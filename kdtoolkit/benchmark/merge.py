@@ -10,7 +10,7 @@ from kdtoolkit.benchmark.cells import SHARED, teachers
 from kdtoolkit.benchmark.detections_file import detections_path, read_ground_truth
 from kdtoolkit.benchmark.keys import same_settings
 from kdtoolkit.benchmark.runs import Run, open_run
-from kdtoolkit.benchmark.store import CellResult, Store, write_atomic
+from kdtoolkit.benchmark.store import CellResult, Store, discard, set_aside, write_atomic
 from kdtoolkit.benchmark.suite import EQUAL_TIME, TEACHER, Suite, change
 from kdtoolkit.errors import KDError
 
@@ -45,7 +45,10 @@ def merge(out: Path, folders: Sequence[Path]) -> Merged:
         for (row, seed), (run, _) in chosen.items():
             if run.root.resolve() != out.resolve():
                 new += 1
-                _copy(run.store.result_path(row, seed), store.result_path(row, seed))
+                place = store.result_path(row, seed)
+                if place.exists():  # it was left out: damaged, or of different data or a different teacher
+                    set_aside(place)
+                _copy(run.store.result_path(row, seed), place)
         _copy_teacher(runs, store)
         _copy_ground_truth(runs, store)
         write_atomic(store.suite_path, suite.to_yaml().encode())
@@ -155,6 +158,8 @@ def _copy(result: Path, to: Path) -> None:
     ):
         if path.exists():
             write_atomic(place, path.read_bytes())
+        else:
+            discard(place)  # that of an earlier result
 
 
 def _copy_teacher(runs: Sequence[Run], store: Store) -> None:

@@ -22,7 +22,7 @@ from kdtoolkit.benchmark.detections_file import GroundTruth, detections_path, re
 from kdtoolkit.benchmark.judging import Judged, judge
 from kdtoolkit.benchmark.keys import digest
 from kdtoolkit.benchmark.score_maps import draw_map, score_map
-from kdtoolkit.benchmark.store import CellResult, Store, discard, write_atomic
+from kdtoolkit.benchmark.store import CellResult, DamagedError, Store, discard, write_atomic
 from kdtoolkit.benchmark.suite import BASELINE, TEACHER, Suite
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import own_ids
@@ -35,14 +35,16 @@ from kdtoolkit.models import is_code
 from kdtoolkit.words import counted
 
 FORMAT = 1  # of stored galleries; a later version that draws differently has a higher one
-SIDE = 420  # pixels, of a picture's longest side
+SIDE = 560  # pixels, of a picture's longest side
+MANY = 12  # boxes; the captions of more would cover the picture
 RIGHT, WRONG, MISSED = 2, 0, 1  # labels with the colours green, red and blue
 DASHES = {RIGHT: 0, WRONG: 9, MISSED: 3}  # pixels, so that nobody needs to see colours
 TRUTH = "ground truth"
 LEGEND = (
     "Of each class it shows the detections from the score on that has the best F1. Solid green boxes are right, dashed "
     "red ones are wrong, and dotted blue ones are objects that were missed. A score map shows the largest class score "
-    "at each place before detections are chosen. Lighter means higher."
+    "at each place before detections are chosen. Lighter means higher. "
+    f"Pictures with more than {MANY} boxes have no captions."
 )
 
 
@@ -85,8 +87,8 @@ def gallery(store: Store, suite: Suite, *, count: int = 6) -> Gallery:
     It is made from stored detections; score maps are made from stored weights, and left out where there are none. The
     result is kept in the run's folder until the run's results change.
 
-    Raises KDError if stored detections are damaged or a newer version of kdtoolkit has written a result, and
-    StoreError if the folder cannot be written.
+    Raises KDError if the ground truth is damaged or a newer version of kdtoolkit has written a result, and StoreError
+    if the folder cannot be written.
     """
     cells, truth = read_cells(store, suite), read_ground_truth(store.ground_truth_path)
     if truth is None:
@@ -109,12 +111,12 @@ def _all(cells: Cells) -> list[CellResult]:
 
 @dataclass(frozen=True)
 class _Shown:
-    """A row in the pictures: a cell of it, what it gets right and wrong, and its F1 on each image over all seeds."""
+    """A row in the pictures: a cell of it, what that gets right and wrong, and mean mistakes on each image (I,)."""
 
     name: str
     result: CellResult
     judged: Judged
-    f1: Floats
+    mistakes: Floats
 
 
 class _Making:
@@ -125,12 +127,14 @@ class _Making:
         self.truth: dict[str, Any] = truth.truth
         self.objects = Objects.of(self.truth)
         self.names = [category["name"] for category in self.truth["categories"]]
+        self.missing: list[str] = []  # what is not in the pictures and why, one sentence each
 
     def gallery(self, count: int) -> tuple[Gallery, bool]:
         """The gallery, and whether nothing is missing in it."""
         rows = [shown for row in (BASELINE, *self.suite.entries) if (shown := self._row(row, self.cells.rows[row]))]
         if len(rows) < 2:
-            return Gallery(note="There are no pictures yet: they need detections of two rows."), False
+            sentences = ["There are no pictures yet: they need detections of two rows.", *self.missing]
+            return Gallery(note=" ".join(sentences)), False
         try:
             images = load_data(self.suite.data, self.store.pictures).val
         except KDError as error:
@@ -140,51 +144,54 @@ class _Making:
         chosen = self._differing(rows, count)
         teacher = self._row(TEACHER, [self.cells.teacher] if self.cells.teacher else [])
         all_rows = [*([teacher] if teacher else []), *rows]
-        maps, missing = self._score_maps(all_rows, images, chosen)
-        items = tuple(self._item(place, images, all_rows, rows, maps[place]) for place in chosen)
-        return Gallery(items=items, note=" ".join([self._note(rows, chosen), *missing])), not missing
+        pixels = {place: images[place][0] for place in chosen}
+        maps = self._score_maps(all_rows, images, pixels)
+        items = tuple(self._item(place, pixels[place], all_rows, rows, maps[place]) for place in chosen)
+        return Gallery(items=items, note=" ".join([self._note(rows, chosen), *self.missing])), not self.missing
 
     def _row(self, name: str, results: Sequence[CellResult]) -> _Shown | None:
         """A row with the detections of all its seeds; None if there are none."""
         judged = {}
         for result in results:
             path = self.store.teacher_copy if name == TEACHER else self.store.result_path(name, result.seed)
-            if (found := read_detections(detections_path(path))) is not None:
+            try:
+                found = read_detections(detections_path(path))
+            except DamagedError as error:
+                self.missing.append(f"{error}.")
+                continue
+            if found is not None:
                 judged[result.seed] = judge(self.truth, self.objects, found)
         if not judged:
             return None
         first = min(judged)
         result = next(result for result in results if result.seed == first)
-        return _Shown(name, result, judged[first], np.mean([each.f1 for each in judged.values()], 0))
+        return _Shown(name, result, judged[first], np.mean([each.mistakes for each in judged.values()], 0))
 
     def _differing(self, rows: Sequence[_Shown], count: int) -> list[int]:
-        """The images with the largest range of F1 over the rows; of equal ones those with more objects."""
-        f1 = np.stack([row.f1 for row in rows])
-        objects = np.bincount(self.objects.images, minlength=len(self.truth["images"]))
-        order = np.lexsort((-objects, -np.ptp(f1, 0)))
-        return [int(place) for place in order[:count] if np.ptp(f1[:, place]) > 0]
+        """The images with the largest range of mistakes over the rows."""
+        spans = np.ptp(np.stack([row.mistakes for row in rows]), 0)
+        return [place for place in np.argsort(-spans, kind="stable")[:count].tolist() if spans[place] > 0]
 
     def _note(self, rows: Sequence[_Shown], chosen: Sequence[int]) -> str:
         if not chosen:
-            return "There are no pictures: the rows have the same F1 on every image."
+            return "There are no pictures: the rows make the same number of mistakes on every image."
         baseline, *methods = rows
-        above = sum(any(row.f1[place] > baseline.f1[place] for row in methods) for place in chosen)
+        fewer = sum(any(row.mistakes[place] < baseline.mistakes[place] for row in methods) for place in chosen)
         return (
-            f"Of {counted(len(self.truth['images']), 'image')}, these are the {len(chosen)} on which the rows' F1 "
-            "differs most (mean over seeds), so differences are larger here than elsewhere. On "
-            f"{above} of them a method has a higher F1 than the {baseline.name}. Each row is shown with its lowest "
-            f"seed. {LEGEND}"
+            f"Of {counted(len(self.truth['images']), 'image')}, these are the {len(chosen)} on which the rows' "
+            "numbers of mistakes (wrong detections and missed objects, mean over seeds) differ most, so differences "
+            f"are larger here than elsewhere. On {fewer} of them a method makes fewer mistakes than the "
+            f"{baseline.name}. Each row is shown with its lowest seed. {LEGEND}"
         )
 
     def _item(
         self,
         place: int,
-        images: DetectionDataset,
+        pixels: Tensor,
         shown: Sequence[_Shown],
         rows: Sequence[_Shown],
         maps: Mapping[str, Floats],
     ) -> Item:
-        pixels, _ = images[place]
         picture = _picture(pixels)
         entry = self.truth["images"][place]
         scale = picture.width / entry["width"]
@@ -192,15 +199,13 @@ class _Making:
         for name, scores in maps.items():
             alt = f"Score map of {name}: the highest score is {scores.max():.2f}"
             panels.append(_panel(f"scores: {name}", alt, draw_map(picture, scores)))
-        scores_of_rows = ", ".join(f"{row.name} {row.f1[place]:.2f}" for row in rows)
-        return Item(title=entry["file_name"], alt=f"F1, mean over seeds: {scores_of_rows}", panels=tuple(panels))
+        mistakes = ", ".join(f"{row.name} {row.mistakes[place]:.3g}" for row in rows)
+        return Item(title=entry["file_name"], alt=f"Mistakes, mean over seeds: {mistakes}", panels=tuple(panels))
 
     def _truth(self, place: int, picture: Image.Image, scale: float) -> Panel:
         own = np.flatnonzero((self.objects.images == place) & ~self.objects.crowds)
         names = [self.names[label] for label in self.objects.classes[own]]
-        drawn = draw_boxes(
-            picture, _corners(self.objects.boxes[own], scale), [RIGHT] * len(own), names, least_side=SIDE
-        )
+        drawn = _drawn(picture, _corners(self.objects.boxes[own], scale), [RIGHT] * len(own), names)
         counts = ", ".join(f"{name} ({count})" for name, count in Counter(names).items())
         return _panel(TRUTH, f"Ground truth: {counts or 'no objects'}", drawn)
 
@@ -218,29 +223,26 @@ class _Making:
             for mark, name, score in zip(marks, names, scores, strict=True)
         ]
         boxes = np.concatenate([self.objects.boxes[missed], judged.found.boxes[own]])
-        drawn = draw_boxes(
-            picture, _corners(boxes, scale), marks, words, dashes=[DASHES[mark] for mark in marks], least_side=SIDE
-        )
+        drawn = _drawn(picture, _corners(boxes, scale), marks, words)
         counts = Counter(marks)
         alt = f"{row.name}: {counts[RIGHT]} right, {counts[WRONG]} wrong, {counts[MISSED]} missed"
         return _panel(row.name, alt, drawn)
 
     def _score_maps(
-        self, shown: Iterable[_Shown], images: DetectionDataset, chosen: Sequence[int]
-    ) -> tuple[dict[int, dict[str, Floats]], list[str]]:
-        """For each image the score map of each row; a sentence about each row without one."""
-        maps: dict[int, dict[str, Floats]] = {place: {} for place in chosen}
-        missing = []
+        self, shown: Iterable[_Shown], images: DetectionDataset, pixels: Mapping[int, Tensor]
+    ) -> dict[int, dict[str, Floats]]:
+        """For each image the score map of each row. `pixels`: the images by their place."""
+        maps: dict[int, dict[str, Floats]] = {place: {} for place in pixels}
         for row in shown:
             try:
                 detector = self._detector(row, images)
             except (KDError, OSError, RuntimeError) as error:
-                missing.append(f"There is no score map of {row.name}: {str(error).splitlines()[0].rstrip('.')}.")
+                self.missing.append(f"There is no score map of {row.name}: {str(error).splitlines()[0].rstrip('.')}.")
                 continue
-            for place in chosen:
-                if detector is not None and (scores := score_map(detector, images[place][0])) is not None:
+            for place, image in pixels.items():
+                if detector is not None and (scores := score_map(detector, image)) is not None:
                     maps[place][row.name] = scores
-        return maps, missing
+        return maps
 
     def _detector(self, row: _Shown, images: DetectionDataset) -> nn.Module | None:
         """The trained detector of a row; None if it is a file of detections.
@@ -274,6 +276,14 @@ def _corners(boxes: Floats, scale: float) -> list[list[float]]:
     """Corners in pixels of a scaled picture, from boxes (D, 4) xywh."""
     corners: list[list[float]] = (scale * np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)).tolist()
     return corners
+
+
+def _drawn(
+    picture: Image.Image, boxes: Sequence[Sequence[float]], marks: Sequence[int], words: Sequence[str]
+) -> Image.Image:
+    """A picture with boxes, and with their captions unless there are many."""
+    captions = [""] * len(words) if len(words) > MANY else words
+    return draw_boxes(picture, boxes, marks, captions, dashes=[DASHES[mark] for mark in marks], least_side=SIDE)
 
 
 def _panel(name: str, alt: str, picture: Image.Image) -> Panel:

@@ -80,8 +80,9 @@ def _facts(path: Path, result: CellResult) -> Iterator[tuple[str, str]]:
     yield "classes", ", ".join(f"{name} {percent(ap)}" for name, ap in result.per_class.items())
     yield (
         "while training",
-        ", ".join(f"step {row['step']:.0f} AP {percent(row.get('ap'))}" for row in result.evaluations),
+        ", ".join(f"step {row['step']:.0f} AP {percent(row['ap'])}" for row in result.evaluations if "ap" in row),
     )
+    yield "gradients", "; ".join(_gradients(result))
     if result.steps:
         longer = "" if result.stretch == 1 else f", the schedule times {result.stretch:.2f}"
         yield "training", f"{result.steps} steps in {duration(result.train_seconds)}{longer}"
@@ -93,7 +94,7 @@ def _facts(path: Path, result: CellResult) -> Iterator[tuple[str, str]]:
     if (one := result.inference) is not None:
         yield (
             "inference",
-            f"{one.latency_ms:.1f} ms (middle half {one.latency_iqr_ms:.1f} ms wide), {one.gflops:.2f} GFLOPs for an "
+            f"{one.latency_ms:.1f} ms (middle half {one.latency_iqr_ms:.1f} ms wide), {one.gflops:.3g} GFLOPs for an "
             f"image of {one.size[1]}x{one.size[0]} on {one.device}, {counted(one.threads, 'thread')}",
         )
     yield "parameters", f"{result.parameters:,}"
@@ -125,3 +126,16 @@ def _files(path: Path) -> Iterator[str]:
         yield str(weights)
     found = read_detections(detections_path(path))
     yield "no detections" if found is None else f"{detections_path(path)} ({counted(len(found.scores), 'detection')})"
+
+
+def _gradients(result: CellResult) -> Iterator[str]:
+    """What the probe found by step: each cosine with the task's gradient, and the method's share."""
+    for row in result.evaluations:
+        cosines = {name.partition("/")[2]: value for name, value in row.items() if name.startswith("conflict/")}
+        told = []
+        for name, cosine in cosines.items():
+            share = row.get(f"share/{name}")
+            of_both = "" if share is None else f", share {100 * share:.0f} %"
+            told.append(f"{name} cosine {'unknown' if cosine is None else f'{cosine:+.2f}'}{of_both}")
+        if told:
+            yield f"step {row['step']:.0f} {', '.join(told)}"

@@ -103,8 +103,8 @@ def run_suite(
         seconds: stop after this time. Cells that are cut off go on from their last checkpoint in the next call.
         tensorboard: write curves of the cells that are run, for TensorBoard, in a folder `tensorboard` of `root`.
 
-    Raises KDError if `fresh` leaves nothing for `any_version` to keep, if TensorBoard is asked for and not installed
-    or not possible, if the suite does not fit the data, if the folder cannot be written, or if another run works in it.
+    Raises KDError if `fresh` leaves nothing for `any_version` to keep, if TensorBoard is asked for and not installed,
+    if the suite does not fit the data, if the folder cannot be written, or if another run works in it.
     """
     unknown = [name for name in only if name not in (BASELINE, *suite.entries)]
     if unknown:
@@ -119,11 +119,6 @@ def run_suite(
         )
     if tensorboard:
         check_trackers(["tensorboard"])
-        if executor is not None and not isinstance(executor, Workers):
-            raise KDError(
-                "curves for TensorBoard are written where a cell runs, and the machines of a cluster share no folder: "
-                "leave --tracker out. `kd benchmark watch` shows the curves of running cells"
-            )
     end = None if seconds is None else time.monotonic() + seconds
     store = Store(root)
     if executor is None:
@@ -409,7 +404,10 @@ class _Run:
         return result
 
     def _write_board(self, *, last: bool = False) -> None:
-        """Write the board, unless it was written just now: boards of many cells take long, and each has all cells."""
+        """Write the board, unless it was written just now: boards of many cells take long, and each has all cells.
+
+        The last board of a run has pictures too, unless the user waits for the run to stop.
+        """
         begun = time.monotonic()
         if begun >= self.next_board or last:
             root = self.plan.store.root

@@ -79,4 +79,5 @@ def names_of_hardware(results: Iterable[CellResult]) -> list[str]:
 def _is_run(folder: Path) -> bool:
     """Whether a folder holds a run; one with a suite alone may be anything."""
     store = Store(folder)
-    return store.suite_path.is_file() and (store.teacher_copy.exists() or (folder / "cells").is_dir())
+    begun = (store.teacher_copy, store.status_path, folder / "cells")
+    return store.suite_path.is_file() and any(path.exists() for path in begun)

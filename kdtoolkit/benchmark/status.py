@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdtoolkit import files
 from kdtoolkit.benchmark.cell import Report, Task
-from kdtoolkit.errors import KDError
 
 WRITE_SECONDS = 2.0  # between two writings
 POINTS = 40  # of a running cell's loss curve, at most twice as many
@@ -116,10 +115,7 @@ class StatusFile:
 
 
 def read_status(path: Path) -> Status | None:
-    """The status of a run; None if there is no file. Raises KDError if it cannot be read."""
-    try:
+    """The status of a run; None if there is none, or none that this version of kdtoolkit can read."""
+    with suppress(OSError, ValidationError):
         return Status.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError) as error:
-        raise KDError(f"{path} cannot be read: the run writes it again, with its version of kdtoolkit") from error
+    return None

@@ -18,12 +18,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kdtoolkit.benchmark.cells import Cells, read_cells
+from kdtoolkit.benchmark.cells import Cells
+from kdtoolkit.benchmark.runs import find_runs, open_run
 from kdtoolkit.benchmark.status import RunningCell, Status, read_status
 from kdtoolkit.benchmark.store import Store
 from kdtoolkit.benchmark.suite import TEACHER
-from kdtoolkit.benchmark.suite_file import load_suite
-from kdtoolkit.errors import KDError
 from kdtoolkit.words import counted, duration
 
 LOOK_SECONDS = 1.0  # between two looks at the files
@@ -60,7 +59,7 @@ class Seen:
         """The run in one sentence."""
         stored = counted(sum(map(len, self.cells.rows.values())), "finished cell")
         if self.status is None:
-            return f"{self.name}: no run works here, and none has left a status; it has {stored}"
+            return f"{self.name}: no run works here, or none that has left a status; it has {stored}"
         who = f"process {self.status.process} on {self.status.host}"
         far = f"{self.status.done} of {self.status.cells} cells done" if self.status.cells else "starting"
         if self.state is State.ENDED:
@@ -74,13 +73,12 @@ class Seen:
         return f"{self.name}: {far}, {_left(self.status, self.age)} ({who}{silence})"
 
 
-class Run:
-    """A run's folder. It remembers what it has read, so that looking often costs little."""
+class Watched:
+    """A run's folder that is looked at again and again. Results are read again only when they have changed."""
 
     def __init__(self, root: Path) -> None:
-        self.store = Store(root)
-        self.suite = load_suite(str(self.store.suite_path))
-        self._stored: tuple[tuple[str, int], ...] = ()
+        self._store = Store(root)
+        self._stored: tuple[tuple[str, int], ...] | None = None
         self._cells = Cells({}, None, ())
         self._written = 0
         self._changed: float | None = None  # by time.monotonic, when the status changed while it was looked at
@@ -88,20 +86,19 @@ class Run:
     def look(self) -> Seen:
         """The run as it is now. Raises KDError if a newer version of kdtoolkit has written its files."""
         status, age = self._status()
-        stored = tuple(sorted((str(path), path.stat().st_mtime_ns) for path in self._results()))
+        stored = tuple(sorted((str(path), _written(path)) for path in self._results()))
         if stored != self._stored:
-            self._stored, self._cells = stored, read_cells(self.store, self.suite)
-        return Seen(self.store.root.name, _state(status, age), status, age, self._cells)
+            self._stored, self._cells = stored, open_run(self._store.root).cells
+        return Seen(self._store.root.name, _state(status, age), status, age, self._cells)
 
-    def _results(self) -> Iterator[Path]:
-        yield from self.store.root.glob("cells/*/seed*.json")
-        yield from filter(Path.exists, [self.store.teacher_copy])
+    def _results(self) -> list[Path]:
+        return [self._store.teacher_copy, *self._store.root.glob("cells/*/seed*.json")]
 
     def _status(self) -> tuple[Status | None, float]:
-        path = self.store.status_path
+        path = self._store.status_path
         if (status := read_status(path)) is None:
             return None, 0.0
-        written = path.stat().st_mtime_ns
+        written = _written(path)
         if self._written not in (0, written):
             self._changed = time.monotonic()
         self._written = written
@@ -120,14 +117,14 @@ def watch(path: Path, *, console: Console, once: bool = False) -> None:
 
     Raises KDError if there is no run, or if its files cannot be read.
     """
-    runs = [Run(root) for root in _roots(path)]
+    runs = [Watched(root) for root in find_runs(path)]
     seen = [run.look() for run in runs]
     if not once:
         seen = _follow(runs, seen, console)
     console.print(_shown(seen, console))
 
 
-def _follow(runs: Sequence[Run], seen: list[Seen], console: Console) -> list[Seen]:
+def _follow(runs: Sequence[Watched], seen: list[Seen], console: Console) -> list[Seen]:
     """Look at the runs until none works any more, or until Ctrl-C. Gives what was seen last."""
     told = time.monotonic() - PLAIN_SECONDS
     with Live(console=console, auto_refresh=False, transient=True) as live:
@@ -146,13 +143,12 @@ def _follow(runs: Sequence[Run], seen: list[Seen], console: Console) -> list[See
     return seen
 
 
-def _roots(path: Path) -> list[Path]:
-    """The run's folder, or all runs below a folder. Raises KDError if there is none."""
-    if Store(path).suite_path.exists():
-        return [path]
-    if found := sorted(child for child in path.iterdir() if child.is_dir() and Store(child).suite_path.exists()):
-        return found
-    raise KDError(f"{path} has no run: name a folder that `kd benchmark run` has made, as in runs/quick, or runs")
+def _written(path: Path) -> int:
+    """When a file was written, in nanoseconds; 0 if it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _state(status: Status | None, age: float) -> State:

@@ -36,7 +36,7 @@ def draw_boxes(
         picture: the picture. It stays as it is.
         boxes: xyxy in pixels of `picture`. Later ones cover earlier ones.
         labels: boxes of equal labels have the same colour.
-        captions: the text of each box.
+        captions: the text of each box; an empty one draws none.
         dashes: the length of a box's dashes in pixels, as long as the gaps between them; 0 for a solid line. None draws
             all lines solid.
         least_side: in pixels.
@@ -52,8 +52,9 @@ def draw_boxes(
         _frame(draw, box, colour(label), width, dash)
     taken: list[Area] = []
     # The last box is the topmost, so its caption chooses first.
-    chosen = [_place(draw, font, box, caption, drawn.size, taken) for box, caption in _reversed(places, captions)]
-    for area, label, caption in zip(reversed(chosen), labels, captions, strict=True):
+    named = [(box, label, caption) for box, label, caption in zip(places, labels, captions, strict=True) if caption]
+    chosen = [_place(draw, font, box, caption, drawn.size, taken) for box, _, caption in reversed(named)]
+    for area, (_, label, caption) in zip(reversed(chosen), named, strict=True):
         draw.rectangle(area, fill=colour(label))
         draw.text((area[0] + 2, area[1] + 1), caption, "black", font, anchor="lt")
     return drawn
@@ -94,10 +95,6 @@ def _readable(captions: Sequence[str], size: int) -> tuple[Font, list[str]]:
         "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)) for text in captions
     )
     return ImageFont.load_default(size), [text.encode("ascii", "replace").decode() for text in plain]
-
-
-def _reversed(boxes: Sequence[Sequence[float]], captions: Sequence[str]) -> list[tuple[Sequence[float], str]]:
-    return list(zip(boxes, captions, strict=True))[::-1]
 
 
 def _place(

@@ -23,7 +23,7 @@ from kdtoolkit.tuning.search import Search, split
 from kdtoolkit.tuning.space import Space
 from kdtoolkit.tuning.study import Study, Trial, imported
 from kdtoolkit.tuning.trainer import Pace
-from kdtoolkit.words import duration, seconds_of
+from kdtoolkit.words import counted, duration, seconds_of
 from kdtoolkit.workflow.batch import with_memory
 from kdtoolkit.workflow.detecting import found_device
 from kdtoolkit.workflow.display import Display
@@ -195,7 +195,7 @@ def _begin(
     """Choose what is tried and for how long, print the plan, and measure the teacher."""
     assert options.out is not None
     base = prepare(options, device, display.counting)
-    tried, dropped = candidates_of(options, base)
+    tried, notes = candidates_of(options, base)
     space = Space(tried, shares_of(options), options.stop)
     wanted = Wanted(
         trials=options.trials or max(FEWEST_TRIALS, 2 * len(tried)),
@@ -216,7 +216,13 @@ def _begin(
     session = _Session(base, device, display, begun)
     plan = plan_of(base, session.further, halving, tried, wanted)
     print_plan(plan, display.console)
-    for note in (*base.notes, *dropped):
+    first, warmup = halving.rungs[0], base.config.warmup_steps
+    if first < 2 * warmup:
+        notes.append(
+            f"trials are compared first after {counted(first, 'step')}, and the warm-up takes {warmup}, so that says "
+            "little about them: train longer, or let more of them go on by --reduction 2"
+        )
+    for note in (*base.notes, *notes):
         display.line(f"note: {note}")
     report = TuneReport(
         title=title,

@@ -26,6 +26,7 @@ def test_images_are_told_by_number_size_and_kind(tmp_path):
     text = said(photos)
     assert not any(words in text for words in ("at most", "larger than", "drawn shapes"))
     assert "different images would change all APs" in text
+    assert "a second training would change all APs" in said(change(tiny(), seeds=1))
 
 
 def test_what_the_teacher_has_seen_is_told(tmp_path):

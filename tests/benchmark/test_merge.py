@@ -113,6 +113,17 @@ def test_a_damaged_result_is_named_and_the_rest_is_merged(tmp_path):
     )
 
 
+def test_a_cell_takes_the_place_of_a_damaged_one_which_is_kept_beside_it(tmp_path):
+    one, two = machine(tmp_path / "one", (0, 1)), machine(tmp_path / "two", (1,))
+    broken = Store(one).result_path("PKD", 1)
+    broken.write_text("{")
+    detections_path(broken).write_bytes(b"of the damaged result")
+    assert merge(one, [two]).new == 1
+    assert open_run(one).cells.left_out == ()
+    assert broken.with_suffix(".json.old").read_text() == "{"
+    assert not detections_path(broken).exists()
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(KDError, match="is not a folder of `kd benchmark run`"):
         merge(tmp_path / "all", [tmp_path])

@@ -51,18 +51,18 @@ def test_the_image_on_which_rows_differ_is_shown_with_every_row(run):
     (item,) = found.items  # on the remaining images the rows are equal
     truth = load_data(suite.data).val.coco()
     assert item.title == truth["images"][3]["file_name"]
-    assert item.alt == "F1, mean over seeds: baseline 0.00, PKD 1.00"
     assert [panel.name for panel in item.panels] == [
         *(TRUTH, TEACHER, BASELINE, "PKD"),
         *(f"scores: {row}" for row in (TEACHER, BASELINE, "PKD")),
     ]
     count = sum(each["image_id"] == truth["images"][3]["id"] for each in truth["annotations"])
+    assert item.alt == f"Mistakes, mean over seeds: baseline {count}, PKD 0"
     alts = {panel.name: panel.alt for panel in item.panels}
     assert alts[BASELINE] == f"baseline: 0 right, 0 wrong, {count} missed"
     assert alts["PKD"] == f"PKD: {count} right, 0 wrong, 0 missed"
-    assert "On 1 of them a method has a higher F1 than the baseline" in found.note
+    assert "On 1 of them a method makes fewer mistakes than the baseline" in found.note
     pictures = {panel.name: Image.open(io.BytesIO(panel.image)) for panel in item.panels}
-    assert {(picture.size, picture.format) for picture in pictures.values()} == {((420, 420), "WEBP")}
+    assert {(picture.size, picture.format) for picture in pictures.values()} == {((560, 560), "WEBP")}
     names = (TRUTH, BASELINE, "PKD", "scores: PKD")
     assert len({pictures[name].tobytes() for name in names}) == len(names)
 
@@ -106,6 +106,8 @@ def test_what_is_missing_is_said(run, tmp_path):
     assert "the images have changed" in gallery(store, fewer).note
     gone = change(suite, data={"root": tmp_path / "gone"})
     assert "the images cannot be read" in gallery(store, gone).note
+    detections_path(store.result_path("PKD", 0)).write_bytes(b"PK")
+    assert "seed0.detections.npz is damaged" in gallery(store, suite).note
     detections_path(store.result_path("PKD", 0)).unlink()
     assert "they need detections of two rows" in gallery(store, suite).note
     store.ground_truth_path.unlink()

@@ -73,12 +73,6 @@ def test_every_cell_is_stored_and_on_the_board(finished):
         assert (finished / f"leaderboard.{ending}").stat().st_size > 100
 
 
-def test_curves_for_tensorboard_need_cells_on_this_machine(tmp_path):
-    pytest.importorskip("tensorboard")
-    with pytest.raises(KDError, match="machines of a cluster share no folder: leave --tracker out"):
-        run(tiny(), tmp_path / "tiny", executor=object(), tensorboard=True)
-
-
 def test_a_run_leaves_how_it_ended(finished):
     status = read_status(Store(finished).status_path)
     assert (status.process, status.ended) == (os.getpid(), "with all its cells done")

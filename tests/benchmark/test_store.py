@@ -1,14 +1,18 @@
 import errno
+import json
 import os
 
 import pytest
 import torch
 
 from kdtoolkit.benchmark.store import (
+    FORMAT,
     Store,
     StoreError,
     are_whole,
+    intact_result,
     read_result,
+    usable_result,
     write_atomic,
     write_result,
     write_weights,
@@ -42,6 +46,17 @@ def test_what_was_cut_short_is_not_whole(tmp_path, size):
     with pytest.raises(KDError, match=r"seed0\.json is damaged"):
         read_result(path)
     assert not are_whole(tmp_path / "absent.pt")
+
+
+def test_a_result_of_a_newer_version_is_an_error_and_stays(tmp_path):
+    path = tmp_path / "seed0.json"
+    newer = {"format": FORMAT + 1, "entry": ["of", "a", "new", "kind"]}
+    path.write_text(json.dumps(newer))
+    write_weights(path.with_suffix(".pt"), torch.nn.Linear(2, 1))
+    for read in (read_result, intact_result, lambda path: usable_result(path, lambda found: True)):
+        with pytest.raises(KDError, match=r"seed0\.json was made by a newer kdtoolkit, in format 3.*pip install -U"):
+            read(path)
+    assert json.loads(path.read_text()) == newer
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -5,12 +5,14 @@ import json
 import time
 
 import pytest
+import torch
 
 from kdtoolkit import Distiller, KDError
 from kdtoolkit.data import Augmentation, ProceduralShapes, batches
 from kdtoolkit.engine import measuring
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.measuring import equal_shares
+from kdtoolkit.engine.memory import PeakMemory
 from kdtoolkit.engine.train import RunFolder, TrainConfig, Validation, train
 from kdtoolkit.errors import NonFiniteLossError
 from kdtoolkit.methods import FBKD, MGD, PKD
@@ -164,3 +166,15 @@ def test_peak_memory_is_that_of_the_training(data, monkeypatch):
     monkeypatch.setattr("kdtoolkit.engine.memory.peak_memory_mb", lambda device: next(peaks))
     _, result = run(data, measured=((2, 4), ()))
     assert result.peak_memory_mb == 100.0
+
+
+def test_on_a_gpu_the_peak_begins_anew_after_each_pause(monkeypatch):
+    peak = [100.0]
+    monkeypatch.setattr("kdtoolkit.engine.memory.peak_memory_mb", lambda device: peak[0])
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: peak.__setitem__(0, 50.0))
+    memory = PeakMemory(torch.device("cuda"))
+    with memory.paused():
+        peak[0] = 900.0
+    assert memory.read() == 100.0
+    peak[0] = 120.0  # a later step
+    assert memory.read() == 120.0

@@ -152,20 +152,23 @@ def test_images_that_changed_meanwhile_are_told(finished, teacher, shapes, tmp_p
 
 
 @pytest.mark.slow
-def test_a_trial_that_cannot_be_trained_does_not_end_the_search(teacher, shapes, tmp_path, monkeypatch):
+def test_a_trial_that_cannot_be_trained_does_not_end_the_search(teacher, shapes, tmp_path, monkeypatch, capsys):
     def trained(distiller, *args, **rest):
         if any(type(method).__name__ == "PKD" for method in distiller.methods):
             raise NonFiniteLossError("step 1: pkd/feature = nan")
         return loop.train(distiller, *args, **rest)
 
     monkeypatch.setattr(trainer, "train", trained)
-    found = tune(teacher, shapes, tmp_path / "tuned", method=["PKD", "CWD"], trials=3, steps=3)
+    found = tune(teacher, shapes, tmp_path / "tuned", method=["PKD", "CWD"], trials=3, steps=3, quiet=False)
     assert [(trial.name, trial.state) for trial in found.trials] == [
         ("PKD", "failed"),
         ("CWD", "finished"),
         ("PKD + CWD", "failed"),
     ]
     assert found.best.name == "CWD"
+    out = capsys.readouterr().out
+    assert "note: trials are compared first after 1 step, and the warm-up takes 1, so that says little" in out
+    assert "trial 1 of 3, to step 1 of 3: PKD: not trained: step 1: pkd/feature = nan" in out
     assert "- PKD: step 1: pkd/feature = nan" in (found.folder / "tune.md").read_text()
 
 

@@ -49,12 +49,12 @@ def test_each_method_is_tried_as_it_is_before_anything_else(whole):
 
 def test_a_search_that_is_opened_again_makes_the_same_trials(whole, tmp_path):
     _, names = whole
-    assert follow(lambda: Study(tmp_path / "study.jsonl", SPACE, 0), 14) == names
+    assert follow(lambda: Study(tmp_path / "study.jsonl", SPACE, 0), 10) == names[:10]
 
 
 def test_another_seed_makes_other_trials(whole, tmp_path):
     study = Study(tmp_path / "study.jsonl", SPACE, 1)
-    assert follow(lambda: study, 14)[3:] != whole[1][3:]
+    assert follow(lambda: study, 8)[3:] != whole[1][3:8]
 
 
 def test_everything_is_tried_once_and_then_nothing(tmp_path):

@@ -35,6 +35,7 @@ def tiles(board: Board) -> list[tuple[str, str, str]]:
         found.append((f"highest: {best.entry}", f"{ap.mean:.1f}", spread))
         if own := best.versus_baseline:
             over = "AP, one seed" if own.low is None else f"AP, 95 % interval {own.low:+.1f} to {own.high:+.1f}"
+            over += " over images, one seed" if own.over == "images" else ""
             found.append((f"{best.entry} vs baseline", f"{own.mean:+.1f}", over))
         if best.gap_recovered is not None:
             found.append(("gap to the teacher", f"{100 * best.gap_recovered:.0f} %", f"recovered by {best.entry}"))
@@ -63,10 +64,12 @@ def differences(board: Board, looks: Looks) -> list[tuple[str, Tracks]]:
 
 def _difference(row: Row, own: Difference, look: Look, scale: Scale) -> Line:
     picture = track([Interval(look, own.mean, own.low, own.high)], scale, zero=True)
-    verdict = f"{SIGNS[own.verdict]} {VERDICTS[own.verdict]}"
-    if own.over == "images":
-        verdict = "one seed; over images"
-    return Line(row.entry, picture, (difference_text(own), p_text(own), verdict), look, own.verdict)
+    verdict, words = own.verdict, f"{SIGNS[own.verdict]} {VERDICTS[own.verdict]}"
+    if not row.methods:  # a baseline with a longer schedule
+        verdict, words = "not shown", "more steps"
+    elif own.over == "images":
+        words = "one seed, over images"
+    return Line(row.entry, picture, (difference_text(own), p_text(own), words), look, verdict)
 
 
 def pairs(board: Board) -> list[tuple[str, list[Difference | None]]]:

@@ -14,7 +14,7 @@ RunFolder = Annotated[
 
 def list_runs(
     runs: Annotated[
-        Path, typer.Argument(metavar="[RUNS]", exists=True, file_okay=False, help="A folder with runs in it.")
+        Path, typer.Argument(metavar="RUNS", exists=True, file_okay=False, help="A folder with runs in it.")
     ] = Path("runs"),
 ) -> None:
     """List all runs in a folder: how far they are, when and where they ran, and how large they are."""
@@ -28,9 +28,9 @@ def list_runs(
 def show(
     run: RunFolder,
     row: Annotated[
-        str | None, typer.Argument(metavar="[ROW]", help="A row of the board, such as PKD or teacher.")
+        str | None, typer.Argument(metavar="ROW", help="A row of the board, such as PKD or teacher.")
     ] = None,
-    seed: Annotated[int | None, typer.Argument(metavar="[SEED]", min=0, help="A seed of the row.")] = None,
+    seed: Annotated[int | None, typer.Argument(metavar="SEED", min=0, help="A seed of the row.")] = None,
 ) -> None:
     """Show what a run holds or, with ROW, all that is stored about the cells of a row."""
     from rich.console import Console
@@ -64,7 +64,7 @@ def merge(
         Path, typer.Argument(metavar="OUT", file_okay=False, help="The folder to fill. A run in it keeps its cells.")
     ],
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", exists=True, file_okay=False, help="The runs to copy cells from.")
+        list[Path], typer.Argument(metavar="RUN", exists=True, file_okay=False, help="The runs to copy cells from.")
     ],
 ) -> None:
     """Copy the cells of several runs, perhaps of several machines, into one folder, and print its board.
