@@ -137,7 +137,7 @@ def _summary(boards: Mapping[str, Board]) -> Iterator[str]:
 
 
 def _combination(boards: Mapping[str, Board]) -> Iterator[str]:
-    """The combination against each method that is not one of it, on the boards that have both."""
+    """The combination against each single method, on the boards that have both with enough seeds."""
     lines = []
     for name, board in boards.items():
         for row in _methods(board):
@@ -150,9 +150,9 @@ def _combination(boards: Mapping[str, Board]) -> Iterator[str]:
         return
     yield f"## {COMBINATION} against each single method\n"
     yield (
-        f"{COMBINATION} was chosen on drawn shapes, where it is the best row of [quick](quick/leaderboard.md), before any "
-        "of these boards was run. Its verdict here is that of one 95 % interval, and p is that of one paired t-test: "
-        "neither is corrected for the number of lines.\n"
+        f"{COMBINATION} was chosen on drawn shapes, where it is the best row of [quick](quick/leaderboard.md), before "
+        "any of these boards was run. Its verdict here is that of one 95 % interval, and p is that of one paired "
+        "t-test: neither is corrected for the number of lines.\n"
     )
     yield f"| board | method | {COMBINATION} minus the method | p | seeds | verdict |"
     yield "|---|---|---:|---:|---:|---|"
