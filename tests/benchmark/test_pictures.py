@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_written_has_a_gallery(run):
 def test_detections_are_judged_by_the_ground_truth_of_their_own_images_alone(run):
     store, suite = run
     images = load_data(suite.data).val
-    for row in (TEACHER, BASELINE):
+    for row in (TEACHER, BASELINE, "PKD"):
         path = store.teacher_copy if row == TEACHER else store.result_path(row, 0)
         store_result(path, result_of(row, images).model_copy(update={"fingerprints": {"val_data": "different"}}))
     found = gallery(store, suite)
