@@ -59,7 +59,7 @@ def kill_one(workers, row, nodes, done):
     """Kill the process of Ray that runs a cell of this row, once it trains."""
     while not done.is_set():
         for task, place in workers.places().items():
-            if task.entry == row and list(nodes.glob(f"kdtoolkit-*/cells/*/{task.run_folder.name}/log.jsonl")):
+            if task.entry == row and list(nodes.glob(f"kdtoolkit-*/cells/*/{task.run_folder.name}/checkpoints")):
                 os.kill(place.process, signal.SIGKILL)
                 return
         time.sleep(0.05)
@@ -68,7 +68,7 @@ def kill_one(workers, row, nodes, done):
 def test_a_killed_worker_is_replaced_and_the_board_equals_the_local_one(cluster, tmp_path):
     from kdtoolkit.benchmark.ray_workers import RayWorkers
 
-    suite, done = long(40), threading.Event()
+    suite, done = long(60), threading.Event()
     with RayWorkers(threads=1) as workers:
         assert (workers.slots, workers.threads, workers.hardware.device_name) == (2, 1, "cpu")
         killer = threading.Thread(target=kill_one, args=(workers, "PKD", cluster, done))
