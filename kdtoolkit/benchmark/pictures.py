@@ -34,17 +34,18 @@ from kdtoolkit.models import is_code
 from kdtoolkit.weights import read_weights
 from kdtoolkit.words import counted
 
-FORMAT = 1  # of stored galleries; a later version that draws differently has a higher one
+FORMAT = 2  # of stored galleries; a later version that draws differently has a higher one
 SIDE = 560  # pixels, of a picture's longest side
 MANY = 12  # boxes; the captions of more would cover the picture
 RIGHT, WRONG, MISSED = 2, 0, 1  # labels with the colours green, red and blue
 DASHES = {RIGHT: 0, WRONG: 9, MISSED: 3}  # pixels, so that nobody needs to see colours
 TRUTH = "ground truth"
+_SCORES = "scores: "
 _FOREIGN = "the run's ground truth is not known to be that of the images on which it was evaluated"
 LEGEND = (
-    "Of each class it shows the detections from the score on that has the best F1. Solid green boxes are right, dashed "
-    "red ones are wrong, and dotted blue ones are objects that were missed. A score map shows the largest class score "
-    "at each place before detections are chosen. Lighter means higher. "
+    "Detections with low scores are not shown: each class has its own least score, the one with the best F1. Solid "
+    "green boxes are right, dashed red ones are wrong, and dotted blue ones are objects that were missed. A score map "
+    "shows the largest class score at each place before detections are chosen. Lighter means higher. "
     f"Pictures with more than {MANY} boxes have no captions."
 )
 
@@ -52,15 +53,26 @@ LEGEND = (
 class Panel(BaseModel):
     """One picture.
 
-    `name`: what it shows: "ground truth", a row, or "scores: ROW". `alt`: its content in words. `mime`: its format.
+    `name`: what it shows: "ground truth", a row, or for a score map "scores: ROW". `content`: what is on it, such as
+    "3 right, 0 wrong, 1 missed". `mime`: the format of `image`.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_bytes="base64", val_json_bytes="base64")
 
     name: str
-    alt: str
+    content: str
     image: bytes
     mime: str
+
+    @property
+    def alt(self) -> str:
+        """The picture in words, for those who cannot see it."""
+        return f"{self.name}: {self.content}"
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it is a score map."""
+        return self.name.startswith(_SCORES)
 
 
 class Item(BaseModel):
@@ -202,8 +214,8 @@ class _Making:
         scale = picture.width / entry["width"]
         panels = [self._truth(place, picture, scale), *(self._detected(row, place, picture, scale) for row in shown)]
         for name, scores in maps.items():
-            alt = f"Score map of {name}: the highest score is {scores.max():.2f}"
-            panels.append(_panel(f"scores: {name}", alt, draw_map(picture, scores)))
+            highest = f"highest score {scores.max():.2f}"
+            panels.append(_panel(_SCORES + name, highest, draw_map(picture, scores)))
         mistakes = ", ".join(f"{row.name} {row.mistakes[place]:.3g}" for row in rows)
         return Item(title=entry["file_name"], alt=f"Mistakes, mean over seeds: {mistakes}", panels=tuple(panels))
 
@@ -212,7 +224,7 @@ class _Making:
         names = [self.names[label] for label in self.objects.classes[own]]
         drawn = _drawn(picture, _corners(self.objects.boxes[own], scale), [RIGHT] * len(own), names)
         counts = ", ".join(f"{name} ({count})" for name, count in Counter(names).items())
-        return _panel(TRUTH, f"Ground truth: {counts or 'no objects'}", drawn)
+        return _panel(TRUTH, counts or "no objects", drawn)
 
     def _detected(self, row: _Shown, place: int, picture: Image.Image, scale: float) -> Panel:
         """What a row detects on an image. The best detections are drawn last."""
@@ -230,8 +242,8 @@ class _Making:
         boxes = np.concatenate([self.objects.boxes[missed], judged.found.boxes[own]])
         drawn = _drawn(picture, _corners(boxes, scale), marks, words)
         counts = Counter(marks)
-        alt = f"{row.name}: {counts[RIGHT]} right, {counts[WRONG]} wrong, {counts[MISSED]} missed"
-        return _panel(row.name, alt, drawn)
+        content = f"{counts[RIGHT]} right, {counts[WRONG]} wrong, {counts[MISSED]} missed"
+        return _panel(row.name, content, drawn)
 
     def _score_maps(
         self, shown: Iterable[_Shown], images: DetectionDataset, pixels: Mapping[int, Tensor]
@@ -291,7 +303,7 @@ def _drawn(
     return draw_boxes(picture, boxes, marks, captions, dashes=[DASHES[mark] for mark in marks], least_side=SIDE)
 
 
-def _panel(name: str, alt: str, picture: Image.Image) -> Panel:
+def _panel(name: str, content: str, picture: Image.Image) -> Panel:
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=80)
-    return Panel(name=name, alt=alt, image=buffer.getvalue(), mime="image/webp")
+    return Panel(name=name, content=content, image=buffer.getvalue(), mime="image/webp")

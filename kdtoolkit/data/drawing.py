@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 LEAST_SIDE = 640  # pixels; the names would hide the objects of a smaller picture
 
+GAP = (25, 25, 35)  # the colour between dashes
+
 FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
 
 Area = tuple[float, float, float, float]  # left, top, right, bottom
@@ -37,8 +39,8 @@ def draw_boxes(
         boxes: xyxy in pixels of `picture`. Later ones cover earlier ones.
         labels: boxes of equal labels have the same colour.
         captions: the text of each box; an empty one draws none.
-        dashes: the length of a box's dashes in pixels, as long as the gaps between them; 0 for a solid line. None draws
-            all lines solid.
+        dashes: the length of a box's dashes in pixels, as long as the dark gaps between them; 0 for a solid line. None
+            draws all lines solid.
         least_side: in pixels.
     """
     factor = max(1, round(least_side / max(picture.size)))
@@ -46,7 +48,7 @@ def draw_boxes(
     draw = ImageDraw.Draw(drawn)
     longest = max(drawn.size)
     font, captions = _readable(captions, max(12, longest // 60))
-    width = max(2, longest // 400)
+    width = max(3, longest // 400)
     places = [[factor * side for side in box] for box in boxes]
     for box, label, dash in zip(places, labels, dashes or [0] * len(places), strict=True):
         _frame(draw, box, colour(label), width, dash)
@@ -66,6 +68,7 @@ def _frame(draw: ImageDraw.ImageDraw, box: Sequence[float], ink: tuple[int, int,
     if not dash:
         draw.rectangle((x1, y1, right, bottom), outline=ink, width=width)
         return
+    draw.rectangle((x1, y1, right, bottom), outline=GAP, width=width)  # else dashes fade on a bright ground
     thick = width - 1
     for x in np.arange(x1, right, 2 * dash):
         for y in (y1, bottom - thick):

@@ -72,6 +72,8 @@ def test_the_image_on_which_rows_differ_is_shown_with_every_row(run):
     assert item.alt == f"Mistakes, mean over seeds: baseline {count}, PKD 0"
     alts = {panel.name: panel.alt for panel in item.panels}
     assert alts[BASELINE] == f"baseline: 0 right, 0 wrong, {count} missed"
+    assert next(panel.content for panel in item.panels if panel.name == BASELINE) == f"0 right, 0 wrong, {count} missed"
+    assert [panel.is_map for panel in item.panels] == [False] * 4 + [True] * 3
     assert alts["PKD"] == f"PKD: {count} right, 0 wrong, 0 missed"
     assert "On 1 of them a method makes fewer mistakes than the baseline" in found.note
     pictures = {panel.name: Image.open(io.BytesIO(panel.image)) for panel in item.panels}

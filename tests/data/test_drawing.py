@@ -75,7 +75,13 @@ def test_dashes_tell_boxes_apart_without_colours():
     assert 0.4 < drawn[200, 100:300].mean() < 0.6
     assert 0.4 < drawn[200:400, 299].mean() < 0.6
     assert drawn[200, 100:110].all()
-    assert not drawn[202:398, 102:298].any()
+    assert not drawn[203:397, 103:297].any()
+
+
+def test_dashes_can_be_seen_on_a_bright_ground():
+    white = Image.new("RGB", (800, 600), "white")
+    line = np.array(draw_boxes(white, [[100, 200, 300, 400]], [1], [""], dashes=[10]))[200, 100:300]
+    assert (line.max(-1) < 50).mean() > 0.4  # the gaps
 
 
 def test_pictures_are_enlarged_to_the_side_that_is_asked_for():

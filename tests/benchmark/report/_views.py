@@ -207,6 +207,6 @@ def _gallery(board, random):
                 draw.rectangle((left, top, left + 40, top + 35), outline="lime", width=2)
             file = io.BytesIO()
             picture.save(file, "JPEG")
-            panels.append(Panel(name=name, alt=f"{name}: 3 right", image=file.getvalue(), mime="image/jpeg"))
+            panels.append(Panel(name=name, content="3 right", image=file.getvalue(), mime="image/jpeg"))
         items.append(Item(title=f"photo_{number}.jpg", alt="F1 from 0.2 to 0.8", panels=tuple(panels)))
     return Gallery(items=tuple(items), note="The images on which the rows differ most, by F1.")
