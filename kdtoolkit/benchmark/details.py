@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,12 +97,13 @@ def details(store: Store, suite: Suite) -> Details:
 
 
 def _curves(results: Sequence[CellResult]) -> dict[str, Curve]:
+    """A row's curves by term. Numbers that are not finite are left out."""
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         points: list[Mapping[str, float | None]] = [*result.history, *map(_named, result.evaluations)]
         for point in points:
             for name, value in point.items():
-                if name != "step" and value is not None:
+                if name != "step" and value is not None and math.isfinite(value):
                     found[name][point["step"] or 0].append(value)
     return {name: _curve(values) for name, values in found.items() if len(values) > 1}
 
