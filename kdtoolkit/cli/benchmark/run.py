@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,8 @@ from kdtoolkit.cli._common import Device, device_name
 from kdtoolkit.errors import KDError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kdtoolkit.benchmark.executor import Executor
 
 
@@ -154,12 +157,12 @@ def run(
     if seeds is not None:
         chosen = change(chosen, seeds=max(seeds.stop, chosen.seeds) if seeds.start else seeds.stop)
     root = out / (f"{chosen.name}-{name_of(data)}" if data else chosen.name)
-    console = Console()
-    with _executor(executor, ray_address, device, jobs, threads) as place:
+    console, progress = Console(), Console(quiet=quiet)
+    with _executor(executor, ray_address, device, jobs, threads, progress) as place:
         outcome = run_suite(
             chosen,
             root,
-            console=Console(quiet=quiet),
+            console=progress,
             executor=place,
             only=only or (),
             fresh=fresh,
@@ -182,7 +185,7 @@ def run(
 
 @contextmanager
 def _executor(
-    where: Where, address: str | None, device: Device, jobs: int | None, threads: int | None
+    where: Where, address: str | None, device: Device, jobs: int | None, threads: int | None, console: Console
 ) -> Iterator[Executor]:
     """Where the cells run. A Ray cluster that was started for them ends with the context. Raises KDError."""
     if where is Where.LOCAL:
@@ -197,7 +200,8 @@ def _executor(
     except ModuleNotFoundError as error:
         raise KDError("Ray is not installed: pip install 'kdtoolkit[ray]'") from error
     chosen = None if device is Device.AUTO else device.value
-    with RayWorkers(address, device=chosen, slots=jobs, threads=threads) as workers:
+    tell = partial(console.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    with RayWorkers(address, device=chosen, slots=jobs, threads=threads, tell=tell) as workers:
         yield workers
 
 
