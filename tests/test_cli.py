@@ -91,6 +91,15 @@ def test_one_report_of_several_runs(run, tmp_path):
     assert "Over all data sets" in (tmp_path / "both" / "report.html").read_text("utf-8")
 
 
+def test_a_report_that_cannot_be_written_is_told_before_it_is_made(run, tmp_path):
+    root = make_run(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("")
+    code, out, errors = run("benchmark", "report", root, "--out", file / "x")
+    assert (code, out) == (2, "")
+    assert f"cannot make the folder {file / 'x'}: Not a directory. Choose a different one (--out)" in errors
+
+
 def test_mistakes_are_one_error_and_code_2(run, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(TINY.replace("seeds: 2", "sedes: 2"))

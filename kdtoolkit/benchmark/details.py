@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -98,13 +99,14 @@ def details(store: Store, suite: Suite) -> Details:
 
 
 def _curves(results: Sequence[CellResult]) -> dict[str, Curve]:
+    """A row's curves by term. Numbers that are not finite are left out."""
     found: dict[str, list[dict[float, float]]] = defaultdict(list)  # for each name, the values of each seed by step
     for result in results:
         own: dict[str, dict[float, float]] = defaultdict(dict)
         points: list[Mapping[str, float | None]] = [*result.history, *map(_named, result.evaluations)]
         for point in points:
             for name, value in point.items():
-                if name != "step" and value is not None:
+                if name != "step" and value is not None and math.isfinite(value):
                     own[name][point["step"] or 0] = value
         for name, values in own.items():
             if len(values) > 1:

@@ -6,9 +6,12 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from kdtoolkit.benchmark.store import holding, writing
 from kdtoolkit.errors import KDError
 
 PIECE_BYTES = 64 * 2**20  # files are sent in pieces of at least this size, so few bytes are in memory at a time
+KEPT_DAYS = 30  # of what no cell has used
 
 
 @dataclass(frozen=True)
@@ -50,22 +54,52 @@ class Parcel:
 def unpack(digest: str, pieces: Iterable[bytes], cache: Path) -> Path:
     """The folder in `cache` with a parcel's files. `pieces` are fetched only if it is not there yet.
 
-    Several processes may ask for the same parcel: one unpacks it, and the others wait. Raises StoreError if the folder
-    cannot be written.
+    Several processes may ask for the same parcel: one unpacks it, and the others wait. Before it is unpacked, what no
+    cell has used for 30 days is deleted. Raises StoreError if the folder cannot be written.
     """
     folder = cache / digest
     if folder.is_dir():
-        return folder
+        return used(folder)
     lock = cache / f"{digest}.lock"
     with holding(lock, lambda holder: None), writing(folder):
         if not folder.is_dir():
+            _forget(cache)
             partial = lock / f".{os.getpid()}.partial"  # what a killed process left is deleted with the lock's taking
             partial.mkdir()
             for piece in pieces:
                 with zipfile.ZipFile(io.BytesIO(piece)) as archive:
                     archive.extractall(partial)
             partial.rename(folder)
+    return used(folder)
+
+
+def used(folder: Path) -> Path:
+    """The folder, which is made if it is missing, with a note that it is used today. Raises StoreError."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
     return folder
+
+
+def pictures_folder(cache: Path, digest: str) -> Path:
+    """The folder in `cache` for decoded photos of a parcel. Raises StoreError if it cannot be written."""
+    return used(cache / "pictures" / digest)
+
+
+def cell_folder(cache: Path, name: str) -> Path:
+    """The folder in `cache` that a cell works in. Raises StoreError if it cannot be written."""
+    return used(cache / "cells" / name)
+
+
+def _forget(cache: Path) -> None:
+    """Delete parcels, decoded photos and unfinished cells that were not used for 30 days."""
+    oldest = time.time() - KEPT_DAYS * 86400
+    for folder in (*cache.glob("?" * 32), *cache.glob("pictures/*"), *cache.glob("cells/*")):
+        with suppress(OSError):  # a different process may delete it at the same time
+            if folder.stat().st_mtime < oldest:
+                folder.rename(cache / f"{folder.parent.name}-{folder.name}.old")  # so no process finds a part of it
+    for folder in cache.glob("*.old"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def cache_folder() -> Path:

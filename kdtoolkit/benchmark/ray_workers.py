@@ -6,8 +6,9 @@ import hashlib
 import logging
 import os
 import socket
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +32,8 @@ from kdtoolkit.words import counted
 
 RETRIES = 3  # of a cell whose worker has died
 NODES_SECONDS = 5.0  # between two looks at the cluster's nodes, which may come and go
+REACH_SECONDS = 5.0  # for the cluster's head to answer; Ray itself tries for many minutes, and says nothing
+WAIT_SECONDS = 30.0  # without a reply of a busy cluster, after which the wait is told
 
 
 @dataclass(eq=False)
@@ -41,6 +44,7 @@ class _Cell:
     messages: Any = None  # Ray's generator of the cell's messages
     begun: Begun | None = None
     retries: int = 0
+    lost_on: list[str] = field(default_factory=list)  # the node of each worker that died
     told_waiting: bool = False
     held: ExitStack = field(default_factory=ExitStack)
 
@@ -62,6 +66,7 @@ class RayWorkers:
         slots: how many cells run at the same time. None: as many as the nodes have room for. More than that makes a
             cluster grow, if it can.
         threads: CPUs of each cell. None: 1 without GPUs; with GPUs, a GPU's share of its node's CPUs.
+        tell: called with one line if a node has to be waited for.
 
     Raises KDError if the cluster cannot be reached, has no node with enough CPUs and GPUs, or lacks kdtoolkit.
     """
@@ -73,6 +78,7 @@ class RayWorkers:
         device: str | None = None,
         slots: int | None = None,
         threads: int | None = None,
+        tell: Callable[[str], None] = print,
     ) -> None:
         self._owns = not ray.is_initialized()
         if self._owns:
@@ -96,7 +102,7 @@ class RayWorkers:
                     f"no node of the Ray cluster has {counted(self.threads, 'CPU')} for a cell: ask for fewer "
                     "(--threads)"
                 )
-            self._hardware = _probed(self._options(), self._device)
+            self._hardware = self._probed(tell)
         except BaseException:
             self.close()
             raise
@@ -104,6 +110,7 @@ class RayWorkers:
         self._sent: dict[Path, Sent] = {}
         self._data: list[Sent] = []
         self._cells: list[_Cell] = []
+        self._idle_since: float | None = None  # when cells began to wait while none of them runs
 
     def __enter__(self) -> Self:
         return self
@@ -160,6 +167,7 @@ class RayWorkers:
         """
         for cell in [cell for cell in self._cells if cell.messages is None]:
             yield from self._take_teacher(cell)
+        yield from self._told_idle()
         cells = {cell.messages: cell for cell in self._cells if cell.messages is not None}
         if not cells:
             time.sleep(min(timeout, 0.2))
@@ -177,6 +185,18 @@ class RayWorkers:
                 ray.cancel(cell.messages, force=True)
             cell.held.close()
         self._cells.clear()
+
+    def _told_idle(self) -> Iterator[tuple[Task, Report]]:
+        """One line if cells wait for the cluster and none of them runs."""
+        waiting = [cell for cell in self._cells if cell.messages is not None]
+        if not waiting or any(cell.begun for cell in waiting):
+            self._idle_since = None
+            return
+        if self._idle_since is None:
+            self._idle_since = time.monotonic()
+        if time.monotonic() - self._idle_since >= WAIT_SECONDS:
+            self._idle_since = float("inf")  # told once, until a cell runs
+            yield waiting[0].task, Report("waiting", notice=f"no cell runs yet: {self._wait}")
 
     def _take_teacher(self, cell: _Cell) -> Iterator[tuple[Task, Report | Ended]]:
         """Start a teacher, once no different run trains it; it may be done then."""
@@ -250,8 +270,11 @@ class RayWorkers:
     def _again(self, cell: _Cell, why: str) -> tuple[Task, Report | Ended]:
         """Start a cell again whose worker died, if it has not been too often."""
         node = "" if cell.begun is None else f" on {cell.begun.node}"
+        if cell.begun is not None:
+            cell.lost_on.append(cell.begun.node)
         if cell.retries == RETRIES:
-            return cell.task, self._end(cell, Failure(f"{why}{node}; it was started again {RETRIES} times before"))
+            tried = f" (on {', '.join(cell.lost_on)})" if cell.lost_on else ""
+            return cell.task, self._end(cell, Failure(f"{why}{node}; it was started {RETRIES + 1} times{tried}"))
         cell.retries += 1
         self._submit(cell)
         told = f"{cell.task.name}: {why}{node}; it is started again ({cell.retries} of {RETRIES})"
@@ -267,6 +290,32 @@ class RayWorkers:
         if self._device == "cpu":
             return nodes
         return [node for node in nodes if node.get("GPU") and (not self._kind or self._kind in node)]
+
+    def _probed(self, tell: Callable[[str], None]) -> Hardware:
+        """What a node computes on. Raises KDError if kdtoolkit does not work there.
+
+        It needs no free CPU, so a busy cluster answers. A GPU must be free, or its name is not known.
+        """
+        asked = _hardware.options(**{**self._options(), "num_cpus": 0}).remote(self._device)
+        try:
+            if not ray.wait([asked], timeout=WAIT_SECONDS)[0]:
+                tell(f"no node has answered yet: {self._wait}")
+            found: Hardware = ray.get(asked)
+        except RayError as error:
+            raise KDError(
+                f"a node of the Ray cluster cannot run cells ({_last_line(error)}): install kdtoolkit on all nodes, "
+                "with the same version and extras as here"
+            ) from error
+        finally:
+            ray.cancel(asked)
+        nodes = counted(len(_nodes()), "node")
+        return Hardware(found.device, found.device_name, f"a Ray cluster of {nodes}, {found.machine}", found.precision)
+
+    @property
+    def _wait(self) -> str:
+        """What is waited for, in words."""
+        needs = f"{counted(self.threads, 'CPU')}{' and a GPU' if self._device == 'cuda' else ''}"
+        return f"waiting for a node of the Ray cluster with {needs} free for a cell (`ray status` shows what is in use)"
 
     def _options(self) -> dict[str, Any]:
         """What Ray reserves for a cell."""
@@ -296,11 +345,7 @@ def _fetched(pieces: list[Any]) -> Iterable[bytes]:
 
 def _connect(address: str | None) -> None:
     """Join a cluster, or start one here. Raises KDError."""
-    if address is not None and address.startswith("ray://"):
-        raise KDError(
-            f"{address} is the address of a Ray Client, which cannot run cells: call the command on a node of the "
-            "cluster, without --ray-address"
-        )
+    _check_reachable(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that is started here tells nobody
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
@@ -311,6 +356,37 @@ def _connect(address: str | None) -> None:
         ray.init(address="local", include_dashboard=False, **quiet)
     except (RuntimeError, ValueError) as error:  # versions that differ; no address
         raise KDError(f"cannot join the Ray cluster: {error}") from error
+
+
+def _check_reachable(given: str | None) -> None:
+    """Check that a cluster answers at the address that Ray would take. Raises KDError."""
+    of_shell = os.environ.get("RAY_ADDRESS", "")
+    if given is not None:
+        address, mend = given, "see `ray status` on its head"
+    elif of_shell:
+        address, mend = of_shell, "the variable RAY_ADDRESS names it: set it to a cluster that runs, or unset it"
+    else:
+        noted = _file_of_current_cluster()
+        address = noted.read_text("utf-8").strip() if noted.is_file() else ""
+        mend = f"{noted} names it: delete this file if the cluster has ended, or name a different one (--ray-address)"
+    if address.startswith("ray://"):
+        raise KDError(
+            f"{address} is the address of a Ray Client, which cannot run cells: call the command on a node of the "
+            "cluster, without --ray-address and without the variable RAY_ADDRESS"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return  # none, or one that Ray refuses at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:  # the latter two: no port, no name
+        raise KDError(f"there is no Ray cluster at {address} ({error}): {mend}") from error
+
+
+def _file_of_current_cluster() -> Path:
+    """The file in which `ray start` notes the cluster's address, and which is left if the machine stops."""
+    folder = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform.startswith("linux") else None)
+    return Path(folder or "/tmp", "ray", "ray_current_cluster")
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -327,19 +403,6 @@ def _kind_of_gpu(nodes: list[dict[str, float]]) -> str:
             if name.startswith("accelerator_type:"):
                 counts[name] = counts.get(name, 0.0) + node.get("GPU", 0.0)
     return max(counts, key=lambda name: counts[name], default="")
-
-
-def _probed(options: dict[str, Any], device: str) -> Hardware:
-    """What a node computes on. Raises KDError if kdtoolkit does not work there."""
-    try:
-        found: Hardware = ray.get(_hardware.options(**options).remote(device))
-    except RayError as error:
-        raise KDError(
-            f"a node of the Ray cluster cannot run cells ({_last_line(error)}): install kdtoolkit on all nodes, with "
-            "the same version and extras as here"
-        ) from error
-    nodes = counted(len(_nodes()), "node")
-    return Hardware(found.device, found.device_name, f"a Ray cluster of {nodes}, {found.machine}", found.precision)
 
 
 def _why_lost(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.executor import Ended
 from kdtoolkit.benchmark.keys import package_digest
 from kdtoolkit.benchmark.needs import TRACKED, moved
-from kdtoolkit.benchmark.parcels import cache_folder, unpack
+from kdtoolkit.benchmark.parcels import cache_folder, cell_folder, pictures_folder, unpack
 from kdtoolkit.benchmark.store import StoreError, writing
 from kdtoolkit.benchmark.workers import Workers
 from kdtoolkit.engine.hardware import device_name
@@ -64,6 +64,8 @@ class Done:
 def run_shipped(task: Task, sent: Sequence[Sent], name: str) -> Iterator[Begun | Report | Done]:
     """Run a cell here, in a process of its own. `name` names its folder here: no different cell may have it.
 
+    `sent`: all places that the task names; the first one has its data.
+
     A cell that was cut off on this machine goes on from its last checkpoint.
     """
     yield Begun(socket.gethostname(), os.getpid())
@@ -71,8 +73,9 @@ def run_shipped(task: Task, sent: Sequence[Sent], name: str) -> Iterator[Begun |
         _check_same(task)
         cache = cache_folder()
         here = {each.path: unpack(each.digest, each.pieces(), cache) / each.inside for each in sent}
-        folder = cache / "cells" / name
-        local = moved(task, here, pictures=cache / "pictures", results=folder)
+        folder = cell_folder(cache, name)
+        pictures = pictures_folder(cache, sent[0].digest)
+        local = moved(task, here, pictures=pictures, results=folder)
         with writing(folder), hold(local.run_folder, lambda holder: None):
             local.result.unlink(missing_ok=True)  # the process of an earlier attempt has ended, but may have left it
     except StoreError as error:

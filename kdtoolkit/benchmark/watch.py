@@ -28,6 +28,7 @@ from kdtoolkit.words import counted, duration
 LOOK_SECONDS = 1.0  # between two looks at the files
 PLAIN_SECONDS = 30.0  # between two lines in an output that is no terminal
 SILENT_SECONDS = 300.0  # without a new status, after which a run is taken for dead; usually one comes every 2 seconds
+GONE_SECONDS = 10.0  # without a new status, after which a run is dead if no process here has its number
 _QUIET_SECONDS = 30.0  # after which the silence is told
 _WIDTH = 20  # characters of a curve
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -156,8 +157,10 @@ def _state(status: Status | None, age: float) -> State:
         return State.UNKNOWN
     if status.ended:
         return State.ENDED
-    gone = status.host == socket.gethostname() and os.name == "posix" and not _exists(status.process)
-    return State.DEAD if gone or age > SILENT_SECONDS else State.RUNNING
+    # A number that no process has proves nothing alone: two containers may have one host name and numbers of their own.
+    here = status.host == socket.gethostname() and os.name == "posix"
+    silence = GONE_SECONDS if here and not _exists(status.process) else SILENT_SECONDS
+    return State.DEAD if age > silence else State.RUNNING
 
 
 def _exists(process: int) -> bool:

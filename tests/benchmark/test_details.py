@@ -1,3 +1,6 @@
+import json
+import math
+
 import pytest
 
 from kdtoolkit.benchmark.details import details
@@ -76,6 +79,18 @@ def test_all_points_of_a_curve_are_means_over_the_same_seeds(tmp_path):
     ).curves
     assert (found[BASELINE]["eval/ap"].steps, found[BASELINE]["eval/ap"].mean) == ((50, 100), (15.0, 19.0))
     assert (found["PKD"]["eval/ap"].steps, found["PKD"]["eval/ap"].mean) == ((25, 50, 75, 100), (5, 10, 12, 14))
+
+
+def test_numbers_that_are_not_finite_leave_the_other_seeds_curve(tmp_path):
+    lost = [{"step": 1, "kd/loss": math.nan, "kd/all": math.nan}, {"step": 2, "kd/loss": 3.0, "kd/all": math.inf}]
+    kept = [{"step": 1, "kd/loss": 2.0, "kd/all": math.nan}, {"step": 2, "kd/loss": 1.0, "kd/all": math.nan}]
+    store, suite = run_of(tmp_path, made_up("PKD", 0, 20.0), made_up("PKD", 1, 20.0))
+    for seed, history in enumerate((lost, kept)):
+        path = store.result_path("PKD", seed)
+        path.write_text(json.dumps({**json.loads(path.read_text()), "history": history}))  # with the word NaN
+    curves = details(store, suite).curves["PKD"]
+    assert (curves["kd/loss"].steps, curves["kd/loss"].mean) == ((1, 2), (2.0, 1.0))
+    assert "kd/all" not in curves
 
 
 def test_long_curves_keep_their_ends_and_at_most_150_points(tmp_path):

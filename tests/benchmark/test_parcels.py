@@ -4,13 +4,14 @@ import io
 import os
 import stat
 import tempfile
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
-from kdtoolkit.benchmark.parcels import Parcel, cache_folder, unpack
+from kdtoolkit.benchmark.parcels import Parcel, cache_folder, cell_folder, pictures_folder, unpack
 from kdtoolkit.benchmark.store import StoreError
 from kdtoolkit.errors import KDError
 
@@ -71,6 +72,31 @@ def test_what_was_cut_off_while_it_was_unpacked_is_unpacked_anew(files, tmp_path
     folder = unpack(parcel.digest, parcel.pieces(), tmp_path)
     assert {path.name for path in folder.rglob("*") if path.is_file()} == {"a.txt", "b.bin", "c"}
     assert not list(tmp_path.rglob(".*.partial"))
+
+
+def test_what_no_cell_has_used_for_a_month_is_deleted_when_a_new_parcel_comes(files, tmp_path):
+    cache = tmp_path / "cache"
+    old, kept = (Parcel.of({name: files["c"]}) for name in ("old", "kept"))
+    for parcel in (old, kept):
+        unpack(parcel.digest, parcel.pieces(), cache)
+        (pictures_folder(cache, parcel.digest) / "decoded.rgb").write_bytes(b"x")
+    for name in ("failed", "running"):
+        (cell_folder(cache, name) / "seed0.log").write_text("log")
+    for folder in cache.glob("[!.]*"):
+        for each in (folder, *folder.glob("*")):
+            os.utime(each, (time.time() - 31 * 86400,) * 2)
+    assert unpack(kept.digest, iter(()), cache).is_dir()  # used again
+    pictures_folder(cache, kept.digest)
+    cell_folder(cache, "running")
+    assert (cache / old.digest).is_dir()
+    new = Parcel.of(files)
+    unpack(new.digest, new.pieces(), cache)
+    found = {path.name for path in (cache, cache / "pictures", cache / "cells") for path in path.iterdir()}
+    assert {name for name in found if not name.endswith(".lock")} == {
+        *(kept.digest, new.digest, "pictures", "cells", "running")
+    }
+    assert (cache / kept.digest / "kept").exists()
+    assert (cache / "cells" / "running" / "seed0.log").exists()
 
 
 def test_a_piece_cannot_write_outside_of_its_folder(tmp_path):

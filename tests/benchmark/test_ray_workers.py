@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import socket
 import threading
 import time
 
@@ -167,3 +168,77 @@ def test_impossible_demands_are_refused_in_words(cluster, tmp_path):
         RayWorkers(device="cuda")
     with pytest.raises(KDError, match="has 3 CPUs for a cell"):
         RayWorkers(threads=3)
+
+
+class ToldError(Exception):
+    pass
+
+
+def test_waits_for_a_busy_cluster_or_one_that_must_grow_are_told(cluster, tmp_path, monkeypatch):
+    from kdtoolkit.benchmark import ray_workers
+
+    monkeypatch.setattr(ray_workers, "WAIT_SECONDS", 1.0)
+
+    def tell(line):
+        raise ToldError(line)
+
+    with pytest.raises(ToldError, match="waiting for a node of the Ray cluster with 1 CPU and a GPU free for a cell"):
+        ray_workers.RayWorkers(device="cuda", slots=2, tell=tell)
+    monkeypatch.setattr(ray_workers, "WAIT_SECONDS", 30.0)
+    busy = ray.remote(num_cpus=2)(lambda: time.sleep(600)).remote()
+    while ray.available_resources().get("CPU"):
+        time.sleep(0.1)
+    try:
+        suite, store = tiny(), Store(tmp_path / "tiny")
+        with ray_workers.RayWorkers(threads=1, tell=tell) as workers:  # though no CPU is free
+            sets = load_data(suite.data, store.pictures)
+            workers.begin(sets)
+            workers.start(Plan(suite, store, sets, device="cpu", threads=1).cell(BASELINE, 0))
+            monkeypatch.setattr(ray_workers, "WAIT_SECONDS", 0.3)
+            told = [event.notice for _ in range(5) for _, event in workers.events(timeout=0.2)]
+            workers.stop()
+    finally:
+        ray.cancel(busy, force=True)
+    (line,) = told
+    assert line.startswith("no cell runs yet: waiting for a node of the Ray cluster with 1 CPU free")
+
+
+@pytest.fixture
+def unused():
+    """A port of this machine at which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return f"127.0.0.1:{port}"
+
+
+def refused(address=None):
+    """What a demand for a cluster that does not answer says, and whether it says so at once."""
+    from kdtoolkit.benchmark.ray_workers import RayWorkers
+
+    begun = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "is_initialized", lambda: False)
+        with pytest.raises(KDError) as found:
+            RayWorkers(address)
+    assert time.monotonic() - begun < 10
+    return str(found.value)
+
+
+def test_an_address_where_no_cluster_answers_is_refused_at_once(unused, tmp_path, monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for address in (unused, "nowhere.invalid:1", f"{'x' * 70}:1", "127.0.0.1:99999"):
+        text = refused(address)
+        assert text.startswith(f"there is no Ray cluster at {address} (")
+        assert "see `ray status` on its head" in text
+    monkeypatch.setenv("RAY_ADDRESS", unused)
+    assert f"at {unused}" in (text := refused())
+    assert "the variable RAY_ADDRESS names it" in text
+    monkeypatch.setenv("RAY_ADDRESS", "ray://somewhere:10001")
+    assert "without the variable RAY_ADDRESS" in refused()
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    noted = tmp_path / "ray" / "ray_current_cluster"
+    noted.parent.mkdir()
+    noted.write_text(unused)
+    assert f"{noted} names it: delete this file if the cluster has ended" in refused()

@@ -18,7 +18,7 @@ from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.status import POINTS, Status, StatusFile, read_status
 from kdtoolkit.benchmark.store import Store, write_atomic
 from kdtoolkit.benchmark.suite import BASELINE, TEACHER
-from kdtoolkit.benchmark.watch import SILENT_SECONDS, State, watch
+from kdtoolkit.benchmark.watch import GONE_SECONDS, SILENT_SECONDS, State, watch
 from kdtoolkit.cli import app
 from kdtoolkit.errors import KDError
 from tests.benchmark._suite import made_up, store_result, tiny
@@ -125,10 +125,12 @@ def test_each_state_of_a_run_is_told(store, changes, age, state, words):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="only there are processes looked for by their numbers")
-def test_a_killed_process_is_told_at_once(store):
+def test_a_killed_process_is_told_once_its_status_is_old(store):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     write(store, process=process.pid)
+    assert watching.Watched(store.root).look().state is State.RUNNING  # a container of the same name may write it
+    aged(store, GONE_SECONDS + 1)
     assert "dead" in shown(store.root, once=False)  # and it returns
 
 

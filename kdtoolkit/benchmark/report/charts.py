@@ -25,6 +25,7 @@ from kdtoolkit.benchmark.report.svg import (
 
 HEIGHT = 250  # of a chart in pixels
 TRACK = 26  # of a row in a table
+NAME = 40  # characters of a row's name in a picture; its title has all
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def critical_difference(
         add(
             own,
             "text",
-            f"{row}  {ranks[row]:.2f}",
+            f"{row if len(row) <= NAME else row[: NAME - 1] + '…'}  {ranks[row]:.2f}",
             x=percent(x),
             dx=12 if right else -12,
             y=y,

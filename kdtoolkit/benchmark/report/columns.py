@@ -13,7 +13,8 @@ FOOTNOTE = (
     "AP in percent: mean ± standard deviation over seeds. In brackets: the 95 % t-interval of a difference, taken seed "
     "by seed. Each interval stands alone: of twenty, one is expected to miss the true difference by chance. The claims "
     "are corrected for the number of entries by Holm's procedure, at equal steps and at equal time. On a board with "
-    "one seed, intervals are over images: they show what different images for evaluation would change. "
+    "one seed, intervals are over images, if the detections are stored: they show what different images for evaluation "
+    "would change. "
     "Gap: how much of the way from the baseline's AP to the teacher's the row has gone."
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -27,14 +28,14 @@ def to_json(views: Sequence[View], across: Across | None = None) -> str:
         fields: dict[str, Any] = {"format": FORMAT, **boards[0]}
     else:
         fields = {"format": FORMAT, "across": None if across is None else asdict(across), "boards": boards}
-    text = json.dumps(_short(fields), indent=1, ensure_ascii=False)
+    text = json.dumps(_short(fields), indent=1, ensure_ascii=False, allow_nan=False)
     return _LIST.sub(lambda found: "[" + ", ".join(found[1].replace("\n", " ").replace(" ", "").split(",")) + "]", text)
 
 
 def _short(value: Any) -> Any:
-    """The value with seven digits of each number."""
+    """The value with seven digits of each number. JSON has no NaN and no infinity: they become None."""
     if isinstance(value, float):
-        return float(f"{value:.7g}")
+        return float(f"{value:.7g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _short(each) for key, each in value.items()}
     return [_short(each) for each in value] if isinstance(value, list | tuple) else value

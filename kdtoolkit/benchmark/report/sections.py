@@ -74,6 +74,8 @@ def _difference(row: Row, own: Difference, look: Look, scale: Scale) -> Line:
         verdict, words = "not shown", "more steps"
     elif own.over == "images":
         words = "one seed, over images"
+    elif own.low is None:
+        words = "one seed"
     return Line(row.entry, picture, (difference_text(own), p_text(own), words), look, verdict)
 
 

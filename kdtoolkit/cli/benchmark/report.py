@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,9 @@ def report(
     if len(runs) > 1 and out is None:
         raise KDError("a report of several runs needs a folder of its own: add --out FOLDER")
 
+    folder = out or runs[0]
+    _check_writable(folder)
+
     from rich.console import Console
 
     from kdtoolkit.benchmark.across import across
@@ -39,5 +43,15 @@ def report(
         print_board(view.board, console)
     if ranking is not None:
         print_across(ranking, console)
-    page = write_report(views, out or runs[0], ranking)
+    page = write_report(views, folder, ranking)
     console.print(f"report: {page} (also .md, .csv, .json, .tex)", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder if it is missing, before pictures take their time. Raises KDError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KDError(f"cannot make the folder {folder}: {error.strerror}. Choose a different one (--out)") from error
+    if not os.access(folder, os.W_OK):
+        raise KDError(f"cannot write into {folder}: permission denied. Choose a different folder (--out)")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,8 @@ from kdtoolkit.cli._common import Device, device_name
 from kdtoolkit.errors import KDError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kdtoolkit.benchmark.executor import Executor
 
 
@@ -167,12 +170,12 @@ def run(
         if seeds.are_a_share:  # the board keeps the seeds that the suite has, and those that the folder has
             count = max(count, chosen.seeds, seeds_asked_for(root))
         chosen = change(chosen, seeds=count)
-    console = Console()
-    with _executor(executor, ray_address, device, jobs, threads) as place:
+    console, progress = Console(), Console(quiet=quiet)
+    with _executor(executor, ray_address, device, jobs, threads, progress) as place:
         outcome = run_suite(
             chosen,
             root,
-            console=Console(quiet=quiet),
+            console=progress,
             executor=place,
             only=only or (),
             fresh=fresh,
@@ -195,7 +198,7 @@ def run(
 
 @contextmanager
 def _executor(
-    where: Where, address: str | None, device: Device, jobs: int | None, threads: int | None
+    where: Where, address: str | None, device: Device, jobs: int | None, threads: int | None, console: Console
 ) -> Iterator[Executor]:
     """Where the cells run. A Ray cluster that was started for them ends with the context. Raises KDError."""
     if where is Where.LOCAL:
@@ -210,7 +213,8 @@ def _executor(
     except ModuleNotFoundError as error:
         raise KDError("Ray is not installed: pip install 'kdtoolkit[ray]'") from error
     chosen = None if device is Device.AUTO else device.value
-    with RayWorkers(address, device=chosen, slots=jobs, threads=threads) as workers:
+    tell = partial(console.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    with RayWorkers(address, device=chosen, slots=jobs, threads=threads, tell=tell) as workers:
         yield workers
 
 

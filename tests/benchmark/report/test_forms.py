@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from kdtoolkit.benchmark.report import (
     View,
     print_across,
     print_board,
+    sections,
     to_csv,
     to_html,
     to_json,
@@ -56,6 +58,17 @@ def test_json_holds_everything_and_has_a_format(views):
     assert len(max(text.splitlines(), key=len)) > 500  # lists of numbers take one line
 
 
+def test_json_stays_json_whatever_the_numbers_are(views):
+    costs = {"PKD": views[0].details.costs["PKD"].model_copy(update={"step_ms": math.nan, "latency_ms": math.inf})}
+    view = View(views[0].board, views[0].details.model_copy(update={"costs": costs}))
+
+    def refuse(word):
+        raise ValueError(word)
+
+    found = json.loads(to_json([view]), parse_constant=refuse)
+    assert (found["details"]["costs"]["PKD"]["step_ms"], found["details"]["costs"]["PKD"]["latency_ms"]) == (None, None)
+
+
 def test_csv_has_a_row_for_each_row_of_each_board(views):
     rows = list(csv.DictReader(io.StringIO(to_csv(views))))
     assert len(rows) == 2 * (len(GAINS) + 3)
@@ -94,6 +107,12 @@ def test_a_terminal_of_80_characters_has_the_most_important_columns(views):
     head = next(line for line in lines if "entry" in line)
     assert head.split() == ["entry", "rank", "AP", "vs", "baseline", "gap"]
     assert any(line.split()[:2] == ["entry", "mean"] for line in lines)
+
+
+def test_one_seed_without_detections_has_no_verdict():
+    view = made_up_view(seeds=1, pictures=False)
+    lines = [line for _, own in sections.differences(view.board, looks_of([view.board])) for line in own.lines]
+    assert {line.cells[-1] for line in lines if line.name in GAINS} == {"one seed"}
 
 
 def test_a_board_with_nothing_behind_it_has_a_page():

@@ -117,15 +117,21 @@ def test_rows_are_sorted_by_mouse_and_keyboard_and_more_is_shown(open_page):
     page.locator("#curves1 select").select_option("task/box")
     assert page.locator("#curves1 figure:visible").count() == 1
     assert page.locator("#part2 .more").is_hidden()
-    page.locator("#part2 [data-more]").click()
+    more = page.locator("#part2 [data-more]")
+    assert more.get_attribute("aria-expanded") == "false"
+    more.focus()
+    page.keyboard.press("Enter")
     assert page.locator("#sources2 table").first.locator("tbody tr:visible").count() == len(MANY)
+    assert (more.get_attribute("aria-expanded"), page.locator(":focus").inner_text()) == ("true", "Show fewer")
+    page.keyboard.press("Enter")
+    assert page.locator("#part2 .more").is_hidden()
 
 
 def test_rows_are_filtered_in_the_whole_part_and_only_there(open_page):
     page = open_page()
     page.locator("#part1 [data-filter]").fill("crossKD")
     assert rows_of(page) == ["CrossKD+PKD", "CrossKD"]
-    assert page.locator("#part1 [data-count]").inner_text() == "2 of 6 rows shown"
+    assert page.locator("#part1 [data-count]").inner_text().startswith("2 of 6 rows shown below.")
     assert not page.locator("#part1 .stack tr[data-row=FGD]").first.is_visible()
     assert not page.locator("#part1 .chart svg [data-row=FGD]").first.is_visible()
     heads = page.locator("#sources1 table").first.locator("thead th:visible").all_inner_texts()
@@ -167,6 +173,27 @@ def test_a_phone_scrolls_down_alone(open_page):
     page.evaluate("document.querySelectorAll('details').forEach((own) => (own.open = true))")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     assert page.locator("#curves1 figure:visible").count() == 1
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_long_name_pushes_nothing_out_of_sight(open_page, tmp_path, width):
+    long = "a_very_long_name_" * 8
+    views = [made_up_view(title, gains={"PKD": 2.6, long: 1.0}) for title in ("cells", "cards")]
+    file = tmp_path / "long.html"
+    file.write_text(to_html(views, made_up_across(views)), "utf-8")
+    page = open_page(width, at=file.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach((own) => (own.open = true))")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    for name in (".chips button", ".legend li", ".repeat > summary"):
+        right = f"[...document.querySelectorAll('{name}')].map((own) => own.getBoundingClientRect().right)"
+        assert max(page.evaluate(right)) <= width, name
+    names = "[...document.querySelectorAll('th')].filter((own) => own.textContent.includes('a_very_long'))"
+    assert page.evaluate(f"{names}.length") > 20
+    assert page.evaluate(f"Math.max(...{names}.map((own) => own.getBoundingClientRect().width))") <= 340
+    assert page.evaluate(f"{names}.every((own) => own.scrollWidth <= own.clientWidth)")  # none is cut
+    ap = page.locator(f"#part1 .board tr[data-row={long}] td").nth(1)
+    assert ap.bounding_box()["x"] + ap.bounding_box()["width"] < width
+    assert page.locator(".across .name").filter(has_text="…").count() == 1
 
 
 def test_paper_has_all_of_it(open_page):

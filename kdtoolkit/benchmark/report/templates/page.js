@@ -24,7 +24,7 @@ for (const part of all("[data-part]")) {
         heads.forEach((head, place) => row.cells[place]?.classList.toggle("off", head.classList.contains("off")));
     }
     part.querySelector("[data-count]").textContent =
-      names.size === chips.length ? "" : `${names.size} of ${chips.length} rows shown`;
+      names.size === chips.length ? "" : `${names.size} of ${chips.length} rows shown below. The text above is about all rows.`;
   };
   filter.addEventListener("input", show);
   for (const chip of chips)
@@ -79,11 +79,14 @@ for (const choice of all("[data-choice]")) {
 
 for (const button of all("[data-more]")) {
   const more = button.previousElementSibling.querySelector(".more");
-  more.hidden = true;
-  button.addEventListener("click", () => {
-    more.hidden = false;
-    button.remove();
-  });
+  const label = button.textContent;
+  const show = (on) => {
+    more.hidden = !on;
+    button.setAttribute("aria-expanded", String(on));
+    button.textContent = on ? "Show fewer" : label;
+  };
+  button.addEventListener("click", () => show(more.hidden));
+  show(false);
 }
 
 for (const button of all("[data-copy]"))
