@@ -184,14 +184,15 @@ class _Session:
         return ROWS * self.options.seeds
 
     def _left(self, report: TuneReport) -> str:
-        """`; about 12 min left`."""
-        done = sum(trial.step for trial in report.trials)
-        if report.searched:
-            done = self._halving(report).cost
+        """`; about 12 min left`: the trials, which end when their time is over, and the confirmation."""
+        trials, whole = 0.0, self._whole
+        if not report.searched:
+            steps = self._halving(report).cost - sum(trial.step for trial in report.trials)
+            trials = max(0.0, min(self._pace.left(steps) or 0.0, self._deadline(report) - report.seconds))
         if report.confirmation is not None:
-            done += report.steps * report.confirmation.trainings
-        left = self._pace.left(self._halving(report).cost + self._whole * report.steps - done)
-        return "" if not left or left < 0 else f"; about {duration(left)} left"
+            whole -= report.confirmation.trainings
+        left = trials + (self._pace.left(whole * report.steps) or 0.0)
+        return f"; about {duration(left)} left" if left else ""
 
 
 def _begin(
@@ -225,12 +226,13 @@ def _begin(
     if first < 2 * warmup:
         notes.append(
             f"trials are compared first after {counted(first, 'step')}, and the warm-up takes {warmup}, so that says "
-            "little about them: train longer, or let more of them go on by --reduction 2"
+            "little about them: train longer, give more time, or use `kd tune --reduction 2`, which lets more go on"
         )
     if _trained_on(options.teacher, options.data):
         notes.append(
             "the teacher was trained on this data set, so it is better on the held-out images than on new ones. The "
-            "search prefers what copies it, more than new images would; the confirmation is not affected"
+            "search prefers what copies it more than new images would"
+            f"{'; the confirmation is not affected' if options.seeds else ''}"
         )
     for note in (*base.notes, *notes):
         display.line(f"note: {note}")
