@@ -69,9 +69,10 @@ def tune_command() -> Callable[..., None]:
         _tune,
         "Find the methods, weights and schedule that suit a pair and your images.\n\n"
         "Many trials train for a few steps on a part of the training images, and the best of them go on. The best of "
-        "all is then trained with fresh seeds beside the next one and beside no teacher, and is called a winner only "
-        "if it is better. Takes the options or the run file of `kd distill`, and writes a run file for it. A search "
-        "that was stopped goes on when the same command is given again. Needs kdtoolkit[tune].",
+        "all is then trained with fresh seeds beside the next one and beside no teacher. It is called a winner only "
+        "if it is better than no teacher after the same number of steps, and the next one is not better. Takes the "
+        "options or the run file of `kd distill`, and writes a run file for it. A search that was stopped goes on when "
+        "the same command is given again. Needs kdtoolkit[tune].",
     )
 
 

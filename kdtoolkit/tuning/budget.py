@@ -85,6 +85,7 @@ def fit(seconds: float, costs: Costs, wanted: Wanted) -> Halving:
 def rest(seconds: float, step: float, evaluating: float, trainings: int) -> int:
     """How many steps each of `trainings` trainings has in a time.
 
-    `step`: seconds of a step. `evaluating`: seconds of all evaluations of a training.
+    `step`: seconds of a step. `evaluating`: seconds of all evaluations of a training. If the time is too short even for
+    the evaluations, it is 0.
     """
-    return max(1, int((seconds / trainings - evaluating) / step))
+    return max(0, int((seconds / trainings - evaluating) / step))

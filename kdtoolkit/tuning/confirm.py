@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from kdtoolkit.data import PhotoDataset, check_same_classes, open_dataset
-from kdtoolkit.data.opening import name_of, splits_of
+from kdtoolkit.data.opening import locate, name_of, splits_of
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.errors import KDError
-from kdtoolkit.tuning.report import Confirmation
+from kdtoolkit.tuning.report import FIRST, NEXT, Confirmation
 from kdtoolkit.tuning.space import BASELINE, Uses
 from kdtoolkit.tuning.study import Trial, ranked
 from kdtoolkit.tuning.trainer import CannotTrainError, forget, train_whole
@@ -20,15 +20,13 @@ from kdtoolkit.workflow.display import Display
 from kdtoolkit.workflow.options import TuneOptions
 from kdtoolkit.workflow.prepare import Images, Prepared, prepare
 
-BEST, NEXT = "best", "runner-up"
-
 
 def begin_confirmation(trials: list[Trial], seed: int, seeds: int) -> Confirmation | None:
     """What is to be confirmed: the best trial, the next one, and no teacher; None if no trial could be trained."""
     found = ranked(trials)[:2]
     if not found:
         return None
-    rows: dict[str, Uses] = {name: trial.methods for name, trial in zip((BEST, NEXT), found, strict=False)}
+    rows: dict[str, Uses] = {name: trial.methods for name, trial in zip((FIRST, NEXT), found, strict=False)}
     return Confirmation(rows={**rows, BASELINE: ()}, seeds=tuple(range(seed + 1, seed + 1 + seeds)))
 
 
@@ -37,16 +35,22 @@ def further_data(
 ) -> dict[str, PhotoDataset]:
     """The data sets of `confirm_data` by name: their test split, or their validation split. Raises KDError."""
     found: dict[str, PhotoDataset] = {}
+    names, places = {own_images(options.data)}, {_place(options.data, "val")}
     for path in options.confirm_data:
         splits = splits_of(path)
         split = next((each for each in ("test", "val") if each in splits), None)
         if split is None:
             raise KDError(f"{path} has neither a test nor a val split, so nothing can be confirmed on it: name another")
         name = f"{name_of(path)}, {split}"
-        if name in found or (split == "val" and path == options.data):
+        if _place(path, split) in places:
+            raise KDError(f"confirm_data: the {split} images of {path} are evaluated on already: leave it out")
+        if name in names:
             raise KDError(
-                f"confirm_data: {name} is evaluated on already. Leave it out, or give its folder another name"
+                f"confirm_data: {path} and a different data set are both called {name}, so their results cannot be "
+                "told apart: give its folder a different name"
             )
+        names.add(name)
+        places.add(_place(path, split))
         dataset = open_dataset(
             path,
             split,
@@ -56,6 +60,16 @@ def further_data(
         check_same_classes(images.train, dataset)
         found[name] = dataset.resized(size)
     return found
+
+
+def own_images(data: Path) -> str:
+    """What the validation images of the search's own data set are called. Raises KDError."""
+    return f"{name_of(data)}, val"
+
+
+def _place(path: Path, split: str) -> tuple[Path, str]:
+    """Where images are read from, whichever way their data set was written."""
+    return locate(path)[1].resolve(), split
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +89,12 @@ class Confirming:
     told: Callable[[Confirmation, str, int], None]
 
     def run(self, found: Confirmation) -> None:
-        """Train all rows with all seeds that are missing. Raises KDError."""
+        """Train all rows with all seeds that are missing.
+
+        A training that fails is noted, and the others go on. Raises KDError.
+        """
         for seed in found.seeds:
-            missing = [
-                row for row in found.rows if not all(seed in found.ap.get(d, {}).get(row, {}) for d in self._data)
-            ]
+            missing = [row for row in found.rows if not found.ended(row, seed)]
             if not missing:
                 continue
             options = self.options.model_copy(update={"seed": seed})
@@ -90,22 +105,14 @@ class Confirming:
                 self.told(found, row, seed)
                 forget(folder)
 
-    @property
-    def _data(self) -> tuple[str, ...]:
-        return (self._own, *self.further)
-
-    @property
-    def _own(self) -> str:
-        return f"{name_of(self.options.data)}, val"
-
     def _row(self, prepared: Prepared, found: Confirmation, row: str, folder: Path) -> Confirmation:
         seed = prepared.options.seed
         show = self.display.part(f"{row}, seed {seed}", prepared.config.steps)
         try:
-            student, ap = train_whole(prepared, found.rows[row], folder, self.device, show)
+            student, ap, seconds = train_whole(prepared, found.rows[row], folder, self.device, show)
         except CannotTrainError as error:
-            raise KDError(f"{row}, seed {seed}: {error}") from error
-        found = found.with_ap(self._own, row, seed, ap)
+            return found.with_failure(row, seed, str(error))
+        scores = {own_images(self.options.data): ap}
         for name, dataset in self.further.items():
             evaluated = evaluate(
                 student.model,
@@ -114,5 +121,5 @@ class Confirming:
                 device=self.device,
                 progress=self.display.counting(f"evaluating on {name}"),
             )
-            found = found.with_ap(name, row, seed, evaluated.ap or 0.0)
-        return found
+            scores[name] = evaluated.ap or 0.0
+        return found.with_result(row, seed, scores, seconds)

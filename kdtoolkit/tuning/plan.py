@@ -105,7 +105,7 @@ def plan_of(
         f"{held_out}; the search sees no validation or test image",
     )
     whole = halving.cost / halving.steps
-    plan["confirmation"] = Choice("none", "no seeds are given to it")
+    plan["confirmation"] = Choice("none", "the seeds to confirm with are 0")
     if options.seeds:
         further = "".join(f", and {name}" for name in further)
         plan["confirmation"] = Choice(
@@ -113,8 +113,9 @@ def plan_of(
             f"{counted(len(base.images.val), 'validation image')}{further}",
             "the best of many trials is good by luck as well",
         )
+    to_confirm = f"{whole:.1f} for the search, {wanted.whole} to confirm it"
     plan["cost"] = Choice(
-        f"about {whole + wanted.whole:.1f} trainings", f"{whole:.1f} for the search, {wanted.whole} to confirm it"
+        f"about {whole + wanted.whole:.1f} trainings", to_confirm if wanted.whole else "all of it for the search"
     )
     if options.budget is not None:
         plan["schedule"] = replace(plan["schedule"], why="as many steps as the budget allows")

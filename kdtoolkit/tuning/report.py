@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.console import Console
@@ -21,6 +22,7 @@ from kdtoolkit.words import counted, duration
 from kdtoolkit.workflow.report import write_file
 
 JSON, MARKDOWN, BEST = "tune.json", "tune.md", "best.yaml"
+FIRST, NEXT = "best", "runner-up"  # rows of the confirmation
 SHOWN = 10  # trials in the table
 
 
@@ -28,30 +30,51 @@ class Confirmation(BaseModel):
     """Whole trainings on all training images, with fresh seeds.
 
     `rows`: the methods by name: the best trial, the next one, and none. `ap`: by data set, by row and by seed.
+    `seconds`: of each training, by row and by seed. `failed`: why a training has no result, by row and by seed.
     """
 
     rows: dict[str, Uses]
     seeds: tuple[int, ...]
     ap: dict[str, dict[str, dict[int, float]]] = {}
+    seconds: dict[str, dict[int, float]] = {}
+    failed: dict[str, dict[int, str]] = {}
 
     @property
     def complete(self) -> bool:
         """Whether all rows are trained with all seeds."""
-        return bool(self.ap) and all(
-            set(self.ap[data].get(row, {})) == set(self.seeds) for data in self.ap for row in self.rows
-        )
+        return all(self.ended(row, seed) for row in self.rows for seed in self.seeds)
 
-    def difference(self, data: str, reference: str) -> Difference | None:
-        """The first row minus another one on a data set, paired by seeds."""
-        best = next(iter(self.rows))
-        return paired_difference(self.ap[data].get(best, {}), self.ap[data].get(reference, {}))
+    @property
+    def trainings(self) -> int:
+        """How many trainings have ended, with or without a result."""
+        return sum(self.ended(row, seed) for row in self.rows for seed in self.seeds)
 
-    def with_ap(self, data: str, row: str, seed: int, ap: float) -> Confirmation:
-        """The same with one more result."""
-        rows = self.ap.get(data, {})
-        return self.model_copy(
-            update={"ap": {**self.ap, data: {**rows, row: {**rows.get(row, {}), seed: ap}}}},
-        )
+    @property
+    def better_runner_up(self) -> Uses | None:
+        """The methods of the next trial, if they are better than the best trial on one of the data sets; else None."""
+        if NEXT not in self.rows:
+            return None
+        found = [self.difference(data, NEXT) for data in self.ap]
+        return self.rows[NEXT] if any(each is not None and each.verdict == "hurts" for each in found) else None
+
+    def ended(self, row: str, seed: int) -> bool:
+        """Whether a training has ended, with or without a result."""
+        return seed in self.seconds.get(row, {}) or seed in self.failed.get(row, {})
+
+    def difference(self, data: str, reference: str, row: str = FIRST) -> Difference | None:
+        """A row minus another one on a data set, paired by seeds."""
+        return paired_difference(self.ap[data].get(row, {}), self.ap[data].get(reference, {}))
+
+    def with_result(self, row: str, seed: int, ap: Mapping[str, float], seconds: float) -> Confirmation:
+        """The same with the result of one more training: its AP by data set, and its time."""
+        found = dict(self.ap)
+        for data, value in ap.items():
+            found[data] = _with(found.get(data, {}), row, seed, value)
+        return self.model_copy(update={"ap": found, "seconds": _with(self.seconds, row, seed, seconds)})
+
+    def with_failure(self, row: str, seed: int, reason: str) -> Confirmation:
+        """The same with one more training that ended without a result."""
+        return self.model_copy(update={"failed": _with(self.failed, row, seed, reason)})
 
 
 class TuneReport(BaseModel):
@@ -97,13 +120,18 @@ class TuneReport(BaseModel):
 
     @property
     def winner(self) -> Uses | None:
-        """The methods of the best trial, if they are better than no teacher on all data sets; else None."""
+        """The methods of the best trial if they are shown to be better than no teacher on all data sets; else None.
+
+        They are no winner if the runner-up is better, or if a training of the two that are compared failed.
+        """
         found = self.confirmation
-        if found is None or not found.complete:
+        if found is None or not found.complete or not found.ap or found.better_runner_up is not None:
+            return None
+        if found.failed.get(FIRST) or found.failed.get(BASELINE):
             return None
         differences = [found.difference(data, BASELINE) for data in found.ap]
         if all(each is not None and each.verdict == "holds" for each in differences):
-            return next(iter(found.rows.values()))
+            return found.rows[FIRST]
         return None
 
     def changed(self, made_of: Mapping[str, str]) -> list[str]:
@@ -116,7 +144,7 @@ class TuneReport(BaseModel):
         fields["winner"] = None if self.winner is None else [str(use) for use in self.winner]
         content = TypeAdapter(dict[str, Any]).dump_json(fields, indent=2)
         write_file(self.folder / JSON, content + b"\n")
-        if self.finished:
+        if self.searched:
             write_file(self.folder / MARKDOWN, self.to_markdown().encode())
 
     @staticmethod
@@ -148,11 +176,13 @@ class TuneReport(BaseModel):
         """The confirmation, as a head and rows: mean AP over seeds on each data set, and what the best row adds."""
         found = self.confirmation
         assert found is not None
-        head = ["fresh seeds", *found.ap]
+        head = ["fresh seeds", *found.ap, "time of a training"]
         rows = []
         for row, uses in found.rows.items():
             means = [spread(found.ap[data].get(row, {}).values()) for data in found.ap]
-            rows.append([in_words(uses), *(_shown(None if mean is None else mean.mean) for mean in means)])
+            seconds = spread(found.seconds.get(row, {}).values())
+            time = "-" if seconds is None else duration(seconds.mean)
+            rows.append([in_words(uses), *(_shown(None if mean is None else mean.mean) for mean in means), time])
         return head, rows
 
     def sentences(self) -> Iterator[str]:
@@ -173,8 +203,35 @@ class TuneReport(BaseModel):
                 difference = found.difference(data, row)
                 if difference is not None:
                     yield f"{_compared(best.name, in_words(uses), difference)} ({data})."
-        if self.winner is not None:
-            yield f"{best.name} is the winner: it is better than the same training {BASELINE}."
+        for row, reasons in found.failed.items():
+            for seed, reason in reasons.items():
+                yield f"{in_words(found.rows[row])} could not be trained with seed {seed}: {reason}"
+        if not found.complete:
+            yield (
+                f"The confirmation is not finished: {found.trainings} of {len(found.rows) * len(found.seeds)} "
+                "trainings are done. The same command goes on with it."
+            )
+        elif self.winner is not None:
+            yield (
+                f"{best.name} is the winner: it is better than the training {BASELINE} with the same number of steps. "
+                "The table shows the time of both."
+            )
+        elif (next_one := found.better_runner_up) is not None:
+            for data in found.ap:
+                difference = found.difference(data, BASELINE, NEXT)
+                if difference is not None:
+                    yield f"{_compared(in_words(next_one), BASELINE, difference)} ({data})."
+            words = " ".join(f"--method {shlex.quote(str(use))}" for use in next_one)
+            yield (
+                f"There is no winner: {in_words(next_one)} is the runner-up of the search, and with fresh seeds it is "
+                f"better than {best.name}. `kd distill {BEST} {words} --out NEW-FOLDER` trains with it. It is not "
+                "confirmed either, as these seeds have chosen it."
+            )
+        elif found.failed.get(FIRST) or found.failed.get(BASELINE):
+            yield (
+                f"There is no winner: {best.name} and the same training {BASELINE} are compared only if all their "
+                "trainings succeed. A lower --lr makes training steadier."
+            )
         else:
             yield (
                 f"There is no winner: {best.name} is the best of the search, and it is not shown to be better than the "
@@ -220,6 +277,14 @@ def print_report(report: TuneReport, console: Console) -> None:
     for name, what in places.items():
         if (report.folder / name).exists():
             console.print(printable(f"{report.folder / name}  {what}"), markup=False, highlight=False, soft_wrap=True)
+
+
+T = TypeVar("T")
+
+
+def _with(rows: Mapping[str, Mapping[int, T]], row: str, seed: int, value: T) -> dict[str, dict[int, T]]:
+    """The same table with one more value."""
+    return {**{name: dict(each) for name, each in rows.items()}, row: {**rows.get(row, {}), seed: value}}
 
 
 def _compared(best: str, other: str, difference: Difference) -> str:

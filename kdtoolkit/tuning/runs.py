@@ -29,7 +29,7 @@ from kdtoolkit.workflow.detecting import found_device
 from kdtoolkit.workflow.display import Display
 from kdtoolkit.workflow.folder import RUN_FILE, given, going_on, hold_folder, made_of
 from kdtoolkit.workflow.measuring import check_teacher, measured_teacher
-from kdtoolkit.workflow.options import DistillOptions, TuneOptions, read_options
+from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions, TuneOptions, read_options
 from kdtoolkit.workflow.prepare import Prepared, prepare
 from kdtoolkit.workflow.report import write_file
 from kdtoolkit.workflow.runs import interruptible, print_plan
@@ -96,7 +96,10 @@ class _Session:
         self.further = further_data(options, base.images, size, display.counting)
 
     def search(self, report: TuneReport) -> TuneReport:
-        """Try settings until all trials are made, or the time is used up."""
+        """Try settings until all trials are made, or the time is used up; write the run file of the best trial.
+
+        Its results are in the folder before the confirmation begins.
+        """
         self._pace = Pace()
         if report.searched:
             return report
@@ -131,6 +134,9 @@ class _Session:
             told=told,
         ).run()
         report = report.model_copy(update={"trials": study.trials(), "seconds": spent(), "searched": True})
+        if report.best is not None:
+            best = best_options(self.base.run_file, report)
+            write_file(report.folder / BEST, best.to_yaml().encode())
         report.write()
         return report
 
@@ -148,17 +154,17 @@ class _Session:
             seconds = before + time.monotonic() - begun
             report = report.model_copy(update={"confirmation": found, "seconds": seconds})
             report.write()
-            scores = ", ".join(f"{rows[row][seed]:.1f} AP ({data})" for data, rows in found.ap.items())
+            if reason := found.failed.get(row, {}).get(seed):
+                scores = f"not trained: {reason}"
+            else:
+                scores = ", ".join(f"{rows[row][seed]:.1f} AP ({data})" for data, rows in found.ap.items())
             self._display.line(f"confirmation, {row}, seed {seed}: {scores}{self._left(report)}")
 
         Confirming(options, self.base, self.further, report.folder, self._device, self._display, told).run(found)
         return report
 
     def finish(self, report: TuneReport) -> TuneReport:
-        """Write the run file of `kd distill` that trains with the best trial, and the report."""
-        if report.best is not None:
-            best = best_options(self.base.run_file, report)
-            write_file(report.folder / BEST, best.to_yaml().encode())
+        """Note that all is done."""
         report = report.model_copy(update={"finished": True})
         report.write()
         return report
@@ -178,15 +184,15 @@ class _Session:
         return ROWS * self.options.seeds
 
     def _left(self, report: TuneReport) -> str:
-        """`; about 12 min left`."""
-        done = sum(trial.step for trial in report.trials)
-        if report.searched:
-            done = self._halving(report).cost
+        """`; about 12 min left`: the trials, which end when their time is over, and the confirmation."""
+        trials, whole = 0.0, self._whole
+        if not report.searched:
+            steps = self._halving(report).cost - sum(trial.step for trial in report.trials)
+            trials = max(0.0, min(self._pace.left(steps) or 0.0, self._deadline(report) - report.seconds))
         if report.confirmation is not None:
-            rows = next(iter(report.confirmation.ap.values()))
-            done += report.steps * sum(map(len, rows.values()))
-        left = self._pace.left(self._halving(report).cost + self._whole * report.steps - done)
-        return "" if not left or left < 0 else f"; about {duration(left)} left"
+            whole -= report.confirmation.trainings
+        left = trials + (self._pace.left(whole * report.steps) or 0.0)
+        return f"; about {duration(left)} left" if left else ""
 
 
 def _begin(
@@ -220,7 +226,13 @@ def _begin(
     if first < 2 * warmup:
         notes.append(
             f"trials are compared first after {counted(first, 'step')}, and the warm-up takes {warmup}, so that says "
-            "little about them: train longer, or let more of them go on by --reduction 2"
+            "little about them: train longer, give more time, or use `kd tune --reduction 2`, which lets more go on"
+        )
+    if _trained_on(options.teacher, options.data):
+        notes.append(
+            "the teacher was trained on this data set, so it is better on the held-out images than on new ones. The "
+            "search prefers what copies it more than new images would"
+            f"{'; the confirmation is not affected' if options.seeds else ''}"
         )
     for note in (*base.notes, *notes):
         display.line(f"note: {note}")
@@ -240,6 +252,18 @@ def _begin(
     write_file(options.out / RUN_FILE, base.run_file.to_yaml().encode())
     report.write()
     return session, report
+
+
+def _trained_on(teacher: str, data: Path) -> bool:
+    """Whether a teacher is the folder of a run that trained on a data set."""
+    path = Path(teacher, RUN_FILE)
+    if not path.is_file():
+        return False
+    text = path.read_text("utf-8", errors="replace")
+    kinds: tuple[type[RunOptions], ...] = (TrainOptions, DistillOptions)
+    return any(
+        text.startswith(kind.heading()) and read_options(kind, path).data.resolve() == data.resolve() for kind in kinds
+    )
 
 
 def _again(options: TuneOptions, report: TuneReport, device: torch.device, display: Display, begun: float) -> _Session:

@@ -12,7 +12,7 @@ from kdtoolkit.errors import KDError, printable
 from kdtoolkit.tuning.budget import SEARCH, rest
 from kdtoolkit.tuning.report import TuneReport
 from kdtoolkit.tuning.runs import run as tune
-from kdtoolkit.words import duration, seconds_of
+from kdtoolkit.words import counted, duration, seconds_of
 from kdtoolkit.workflow.folder import RUN_FILE, hold_folder
 from kdtoolkit.workflow.options import DistillOptions, TuneOptions
 from kdtoolkit.workflow.report import Report
@@ -45,7 +45,9 @@ def spend(options: DistillOptions) -> Report:
         soft_wrap=True,
     )
     found = tune(_search_options(options, search, SEARCH * budget))
-    return run(_training_options(options, folder, budget, found))
+    trained, note = _training_options(options, folder, budget, found)
+    console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
+    return run(trained)
 
 
 def _search_options(options: DistillOptions, folder: Path, seconds: float) -> TuneOptions:
@@ -53,8 +55,15 @@ def _search_options(options: DistillOptions, folder: Path, seconds: float) -> Tu
     return TuneOptions.model_validate({**kept, "out": folder, "budget": f"{seconds:.0f}s", "seeds": 0})
 
 
-def _training_options(options: DistillOptions, folder: Path, budget: float, found: TuneReport) -> DistillOptions:
-    """The run that uses what is left. It depends on the finished search alone, so that the run can go on."""
+def _training_options(
+    options: DistillOptions, folder: Path, budget: float, found: TuneReport
+) -> tuple[DistillOptions, str]:
+    """The run that uses what is left, and a sentence about its length.
+
+    It has at least the steps of a training in the search, which the best trial was chosen for: if the time is too short
+    for them, the budget is exceeded, and the sentence says so. Both depend on the finished search alone, so that the
+    run can go on.
+    """
     best = found.best
     if best is None:
         raise KDError(
@@ -63,11 +72,22 @@ def _training_options(options: DistillOptions, folder: Path, budget: float, foun
         )
     assert found.costs is not None  # a search with a budget has measured them
     step = best.seconds / best.step  # of these methods, and with the reading of images
-    steps = rest(
-        budget - found.seconds,
-        step,
-        evaluating=EVALUATIONS * found.val_images * found.costs.image,
-        trainings=1 + options.compare_baseline,
-    )
+    left = budget - found.seconds
+    evaluating = EVALUATIONS * found.val_images * found.costs.image
+    trainings = 1 + options.compare_baseline
+    steps = rest(left, step, evaluating, trainings)
+    taken = f"the search took {duration(found.seconds)} of {options.budget}"
+    each = "" if trainings == 1 else " each with and without teacher"
+    if steps >= found.steps:
+        note = f"{taken}; in the rest {best.name} is trained for {counted(steps, 'step')}{each}"
+    else:
+        steps = found.steps
+        needed = trainings * (steps * step + evaluating)
+        note = (
+            f"note: {taken}, and {duration(max(0.0, left))} are left. {best.name} is trained for "
+            f"{counted(steps, 'step')}{each} all the same, as many as a training of the search has. That takes about "
+            f"{duration(needed)}, {duration(trainings * evaluating)} of it for evaluations, so the budget is exceeded"
+        )
     kept = options.model_dump(exclude_unset=True, exclude={"budget"})
-    return DistillOptions.model_validate({**kept, "method": list(best.methods), "steps": steps, "out": folder})
+    fields = {**kept, "method": list(best.methods), "steps": steps, "out": folder}
+    return DistillOptions.model_validate(fields), note

@@ -82,8 +82,11 @@ def train_whole(
     folder: Path,
     device: torch.device,
     show: Callable[[Progress], None] | None = None,
-) -> tuple[Detector, float]:
-    """Train as `kd distill` does; the student with the weights of its best evaluation, and their AP."""
+) -> tuple[Detector, float, float]:
+    """Train as `kd distill` does: the student with the weights of its best evaluation, their AP, and the seconds.
+
+    Raises CannotTrainError, and KDError.
+    """
     found = train_to(
         prepared,
         methods,
@@ -94,7 +97,7 @@ def train_whole(
         show=show,
     )
     load_best(found.student, folder / TRAINING)
-    return found.student, max(found.evaluations.values())
+    return found.student, max(found.evaluations.values()), found.seconds
 
 
 def forget(folder: Path) -> None:

@@ -42,4 +42,4 @@ def test_too_short_a_budget_says_what_it_would_take():
 def test_what_is_left_is_shared_out():
     assert rest(1000, step=0.5, evaluating=100, trainings=1) == 1800
     assert rest(1000, step=0.5, evaluating=100, trainings=2) == 800
-    assert rest(-5, step=0.5, evaluating=100, trainings=1) == 1
+    assert rest(-5, step=0.5, evaluating=100, trainings=1) == 0

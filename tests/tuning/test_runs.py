@@ -94,7 +94,7 @@ def test_a_search_from_its_trials_to_its_confirmation(teacher, shapes, tmp_path,
     again = full(teacher, shapes, tmp_path / "stopped")
     for one, two in zip(found.trials, again.trials, strict=True):
         assert (one.name, one.scores, one.state) == (two.name, two.scores, two.state)
-    assert again.confirmation == found.confirmation
+    assert again.confirmation.ap == found.confirmation.ap
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +193,52 @@ def test_several_processes_are_refused(teacher, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(runs.group, "started", lambda: 2)
     with pytest.raises(KDError, match="a search runs in one process: start it without torchrun"):
         tune(teacher, shapes, tmp_path / "tuned")
+
+
+@pytest.mark.slow
+def test_a_confirmation_goes_on_after_a_training_that_fails(teacher, shapes, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "tuned"
+    seen = []
+
+    def trained(distiller, *args, seed, **rest):
+        if seed == 1 and distiller.methods:
+            seen.append((out / "best.yaml").exists() and (out / "tune.md").exists())
+            raise NonFiniteLossError("step 1: pkd/feature = nan")
+        return loop.train(distiller, *args, seed=seed, **rest)
+
+    monkeypatch.setattr(trainer, "train", trained)
+    found = tune(teacher, shapes, out, steps=3, seeds=2, quiet=False)
+    assert seen == [True]  # the search's results are there before the confirmation begins
+    assert (found.finished, found.winner) == (True, None)
+    assert found.confirmation.failed == {"best": {1: "step 1: pkd/feature = nan"}}
+    assert set(found.confirmation.ap["shapes, val"]["best"]) == {2}
+    assert set(found.confirmation.ap["shapes, val"]["without teacher"]) == {1, 2}
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "confirmation, best, seed 1: not trained: step 1: pkd/feature = nan" in printed
+    assert "PKD could not be trained with seed 1: step 1: pkd/feature = nan" in printed
+
+
+def test_further_data_never_takes_the_place_of_the_validation_images(teacher, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "train", None)
+    no_test = shutil.copytree(shapes, tmp_path / "shapes")
+    Path(no_test, "annotations", "test.json").unlink()
+    link = tmp_path / "link"
+    link.symlink_to(no_test)
+    with pytest.raises(KDError, match=r"and a different data set are both called shapes, val"):
+        tune(teacher, shapes, tmp_path / "tuned", confirm_data=[no_test])
+    for data in (link, no_test / "annotations"):
+        with pytest.raises(KDError, match=r"the val images of .* are evaluated on already: leave it out"):
+            tune(teacher, no_test, tmp_path / "tuned", confirm_data=[data])
+    with pytest.raises(KDError, match=r"the test images of .* are evaluated on already: leave it out"):
+        tune(teacher, shapes, tmp_path / "tuned", confirm_data=[shapes, shapes])
+
+
+def test_a_teacher_that_knows_the_held_out_images_is_told(teacher, shapes, tmp_path, monkeypatch, capsys):
+    tune(teacher, shapes, tmp_path / "tuned", steps=1, quiet=False)
+    assert "note: the teacher was trained on this data set" in " ".join(capsys.readouterr().out.split())
+    data = shutil.copytree(shapes, tmp_path / "different")
+    tune(teacher, data, tmp_path / "again", steps=1, quiet=False)
+    assert "the teacher was trained on this data set" not in " ".join(capsys.readouterr().out.split())
 
 
 def test_further_data_is_checked_before_the_search(teacher, shapes, tmp_path):

@@ -4,9 +4,11 @@ import pytest
 
 import kdtoolkit
 from kdtoolkit.errors import KDError
+from kdtoolkit.method_use import MethodUse
 from kdtoolkit.tuning import runs, spend
 from kdtoolkit.tuning.budget import Costs
 from kdtoolkit.tuning.report import TuneReport
+from kdtoolkit.tuning.study import Trial
 from kdtoolkit.workflow.options import TuneOptions, read_options
 from tests.workflow._data import TINY
 
@@ -37,6 +39,40 @@ def test_a_third_is_for_the_search_and_the_rest_for_the_best(teacher, shapes, tm
     evaluations = spend.EVALUATIONS * 4 * 0.5
     assert alone.steps * step + evaluations == pytest.approx(1200 - found.seconds, abs=2 * step)
     assert 2 * (compared.steps * step + evaluations) == pytest.approx(1200 - found.seconds, abs=4 * step)
+
+
+@pytest.mark.parametrize(("took", "baseline"), [(50, False), (50, True), (85, False)])
+def test_the_student_has_the_steps_of_a_trial_even_if_the_search_took_too_long(
+    teacher, shapes, tmp_path, monkeypatch, capsys, took, baseline
+):
+    best = Trial(number=0, methods=(MethodUse.model_validate("PKD"),), scores={120: 9.0}, seconds=60, state="finished")
+    found = TuneReport(
+        title="",
+        folder=tmp_path,
+        plan={},
+        given={},
+        made_of={},
+        candidates=(),
+        steps=120,
+        planned=1,
+        val_images=4,
+        costs=Costs(step=0.5, image=0.5),
+        trials=[best],
+        seconds=took,
+        searched=True,
+        finished=True,
+    )
+    trained = []
+    monkeypatch.setattr(spend, "tune", lambda options: found)
+    monkeypatch.setattr(spend, "run", trained.append)
+    distill(teacher, shapes, tmp_path / "student", budget="80s", compare_baseline=baseline, quiet=False)
+    assert [options.steps for options in trained] == [120]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"the search took {took} s of 80s, and {max(0, 80 - took)} s are left. PKD is trained for 120 steps" in printed
+    )
+    needed = "2.9 min, 52 s" if baseline else "86 s, 26 s"
+    assert f"That takes about {needed} of it for evaluations, so the budget is exceeded" in printed
 
 
 def test_a_search_without_a_result_ends_the_run(teacher, shapes, tmp_path, monkeypatch):
