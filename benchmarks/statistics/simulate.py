@@ -37,7 +37,6 @@ NOISES: dict[str, Noise] = {
     "normal": lambda rng, shape: rng.normal(size=shape),
     "heavy tails (Student's t, 4 degrees)": lambda rng, shape: rng.standard_t(4, shape) / 2**0.5,
     "skewed (exponential)": lambda rng, shape: rng.exponential(size=shape) - 1,
-    "normal, the last entry 4 times as noisy": lambda rng, shape: rng.normal(size=shape),
 }
 
 INTRODUCTION = """\
@@ -90,12 +89,14 @@ teacher, the board shows no interval. That is never wrong, and counts as coverin
 IMPROVEMENT = """\
 ## Probability of improvement
 
-The share of 95 % intervals that hold the true P(X > Y). First those of boards, which invert the exact rank test. Then,
-for the same rows, percentile intervals of a bootstrap over seeds. The intervals of boards are wider than they need be
-where a seed makes all rows better or worse, as here.
+*Mean value*: the mean of the numbers on the boards. It should be the true P. *Covers*: the share of 95 % intervals that
+hold the true P(X > Y). First those of boards, which invert the exact rank test. Then, for the same rows, percentile
+intervals of a bootstrap over seeds, which count pairs of the same seed too. *Seed*: the standard deviation of the noise
+that both rows share. *Entry*: that of the entry's own noise; the baseline's own is 1 point. The intervals of boards are
+wider than they need be where seeds matter much, and too narrow where the entry is far noisier than the baseline.
 
-| true P | seeds | covers | mean width | bootstrap covers | mean width |
-|---:|---:|---:|---:|---:|---:|
+| seed | entry | true P | seeds | mean value | covers | mean width | bootstrap covers | mean width |
+|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 """
 
 IMAGES = """\
@@ -127,32 +128,37 @@ def boards(
     noise: str = "normal",
     gains: Sequence[float] = (0.0,) * ENTRIES,
     teacher: float = TEACHER,
+    shared: float = 1.0,
+    last: float = 1.0,
 ) -> Iterator[tuple[dict[str, dict[int, float]], Comparison]]:
-    """Simulated boards: the APs of each row by seed, and what the toolkit says about them."""
+    """Simulated boards: the APs of each row by seed, and what the toolkit says about them.
+
+    `shared`: the standard deviation of the noise that all rows share for a seed. `last`: that of the last entry's own.
+    """
     names = (BASELINE, *(f"entry {place}" for place in range(len(gains))))
     means = AP + np.array([0.0, *gains])
     for _ in range(count):
         own = NOISES[noise](rng, (len(names), seeds))
-        if "last entry" in noise:
-            own[-1] *= 4
-        aps = means[:, None] + NOISES[noise](rng, (1, seeds)) + own
+        own[-1] *= last
+        aps = means[:, None] + shared * NOISES[noise](rng, (1, seeds)) + own
         rows = {name: dict(enumerate(row)) for name, row in zip(names, aps.tolist(), strict=True)}
         yield rows, compare(rows, teacher)
 
 
 def without_difference(rng: np.random.Generator, count: int) -> Iterator[str]:
     yield NO_DIFFERENCE.rstrip()
-    for noise in NOISES:
+    noisier = "normal, the last entry 4 times as noisy"
+    for name, noise, last in (*((noise, noise, 1.0) for noise in NOISES), (noisier, "normal", 4.0)):
         for seeds in SEEDS:
             covers, alone, together, ranks = [], [], [], []
-            for _, found in boards(rng, count, seeds, noise):
+            for _, found in boards(rng, count, seeds, noise, last=last):
                 all_rows = [row.versus_baseline for row in found.rows.values() if row.versus_baseline is not None]
                 inside = [each.low is None or each.high is None or each.low <= 0 <= each.high for each in all_rows]
                 covers.append(statistics.fmean(inside))
                 alone.append(not all(inside))
                 together.append(any(each.verdict != "not shown" for each in all_rows))
                 ranks.append(all(row.rank is not None and row.rank.low == 1 for row in found.rows.values()))
-            yield f"| {noise} | {seeds} | {' | '.join(percent(x) for x in (covers, alone, together, ranks))} |"
+            yield f"| {name} | {seeds} | {' | '.join(percent(x) for x in (covers, alone, together, ranks))} |"
     yield ""
 
 
@@ -198,18 +204,22 @@ def gap(rng: np.random.Generator, count: int) -> Iterator[str]:
 
 def improvement(rng: np.random.Generator, count: int) -> Iterator[str]:
     yield IMPROVEMENT.rstrip()
-    for truth in (0.5, 0.7, 0.9):
-        shift = 2 * float(norm.ppf(truth))  # two trainings with seeds of their own differ by a noise of 2 points
+    alike = [(shared, 1.0, truth) for shared in (0.0, 1.0, 10.0) for truth in (0.5, 0.7, 0.9)]
+    for shared, last, truth in (*alike, (0.0, 4.0, 0.5), (0.0, 4.0, 0.7), (0.0, 20.0, 0.5)):
+        noise = (2 * shared**2 + last**2 + 1) ** 0.5  # of the difference of two trainings with different seeds
+        shift = noise * float(norm.ppf(truth))
         for seeds in SEEDS:
-            ours, theirs = [], []
-            for rows, _ in boards(rng, count, seeds, gains=(shift,)):
-                x, y = (list(rows[name].values()) for name in ("entry 0", BASELINE))
+            values, ours, theirs = [], [], []
+            for rows, _ in boards(rng, count, seeds, gains=(shift,), shared=shared, last=last):
+                x, y = rows["entry 0"], rows[BASELINE]
                 found = probability_of_improvement(x, y)
                 assert found is not None
-                ours.append((found.low or 0.0, 1.0 if found.high is None else found.high))
-                theirs.append(bootstrap(rng, np.array(x), np.array(y)))
+                values.append(found.value)
+                ours.append((found.low, found.high))
+                theirs.append(bootstrap(rng, np.array([*x.values()]), np.array([*y.values()])))
             told = (f"{coverage(each, truth)} | {width(each)}" for each in (ours, theirs))
-            yield f"| {truth} | {seeds} | {' | '.join(told)} |"
+            mean = f"{statistics.fmean(values):.3f}"
+            yield f"| {shared:g} | {last:g} | {truth} | {seeds} | {mean} | {' | '.join(told)} |"
     yield ""
 
 

@@ -1,7 +1,7 @@
 """One ranking over several boards: mean ranks, and the difference in them that several data sets can show.
 
 The statistics are those of Demsar, Statistical comparisons of classifiers over multiple data sets, JMLR 2006. Each
-board counts once, with each row's mean AP over its seeds.
+board counts once, with each row's mean AP over the seeds that all ranked rows of the board have.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,10 @@ _PERMUTATIONS = 9_999
 
 @dataclass(frozen=True)
 class AcrossRow:
-    """One row over all boards. `aps`, `ranks`: its mean AP and its rank on each board; equal APs share a mean rank."""
+    """One row over all boards. `aps`, `ranks`: its mean AP and its rank on each board; equal APs share a mean rank.
+
+    The mean is over the seeds that all ranked rows of the board have, so that no row is ranked by easier seeds.
+    """
 
     entry: str
     methods: str
@@ -54,11 +59,14 @@ class Across:
 def across(boards: Sequence[Board]) -> Across:
     """Rank the rows that all boards have: the baseline and the entries, which have equal steps on each board.
 
-    Raises KDError for fewer than two boards, for fewer than two rows that all boards have, and if an entry has
-    different methods on different boards.
+    Raises KDError for fewer than two boards, for the same board twice, for fewer than two rows that all boards have, if
+    an entry has different methods on different boards, and if the rows of a board have no seed in common.
     """
     if len(boards) < 2:
         raise KDError("a ranking over data sets needs two boards or more: name the folders of several runs")
+    for one, two in combinations(boards, 2):
+        if (one.facts, one.rows) == (two.facts, two.rows):
+            raise KDError(f"{one.title} and {two.title} are the same board: name each run once")
     ranked = [{row.entry: row for row in _ranked(board)} for board in boards]
     names = [name for name in ranked[0] if all(name in rows for rows in ranked)]
     if len(names) < 2:
@@ -69,7 +77,13 @@ def across(boards: Sequence[Board]) -> Across:
         if len({rows[name].methods for rows in ranked}) > 1:
             told = "; ".join(f"{board.title}: {rows[name].methods}" for board, rows in zip(boards, ranked, strict=True))
             raise KDError(f"entry '{name}' differs between the boards ({told}): rename it in one of the suites")
-    aps = np.array([[rows[name].ap for name in names] for rows in ranked])  # (boards, rows)
+    seeds = [_shared(board, [rows[name] for name in names]) for board, rows in zip(boards, ranked, strict=True)]
+    aps = np.array(  # (boards, rows)
+        [
+            [fmean(rows[name].aps[seed] for seed in common) for name in names]
+            for rows, common in zip(ranked, seeds, strict=True)
+        ]
+    )
     ranks = rankdata(-aps, axis=1)
     found = [
         AcrossRow(
@@ -89,7 +103,7 @@ def across(boards: Sequence[Board]) -> Across:
         friedman_p=friedman_p(aps),
         critical_difference=least,
         groups=tuple(_groups(found, least)),
-        notes=tuple(_notes(boards, ranked, names, least)),
+        notes=(*_notes(boards, ranked, names, least), *_unfinished(boards, ranked, names, seeds)),
     )
 
 
@@ -122,6 +136,28 @@ def critical_difference(rows: int, boards: int) -> float:
 def _ranked(board: Board) -> Iterable[Row]:
     """The rows of a board that can be ranked beside each other."""
     return (row for row in board.rows if row.entry in board.pairs)
+
+
+def _shared(board: Board, rows: Sequence[Row]) -> list[int]:
+    """The seeds that all of these rows have, lowest first. Raises KDError if there is none."""
+    common = sorted(set.intersection(*(set(row.aps) for row in rows)))
+    if not common:
+        told = ", ".join(row.entry for row in rows)
+        raise KDError(f"{board.title}: the rows {told} have no seed in common: finish the run with `kd benchmark run`")
+    return common
+
+
+def _unfinished(
+    boards: Sequence[Board], ranked: Sequence[dict[str, Row]], names: Sequence[str], seeds: Sequence[list[int]]
+) -> Iterable[str]:
+    for board, rows, common in zip(boards, ranked, seeds, strict=True):
+        asked = max(board.seeds, len({seed for name in names for seed in rows[name].aps}))
+        if len(common) < asked:
+            have = ", ".join(map(str, common))
+            yield (
+                f"{board.title} is unfinished: its ranks are of {len(common)} of {counted(asked, 'seed')}, those that "
+                f"all ranked rows have ({have})"
+            )
 
 
 def _groups(rows: Sequence[AcrossRow], least: float) -> Iterable[tuple[str, ...]]:

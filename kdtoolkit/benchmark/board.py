@@ -41,9 +41,10 @@ class Row:
 
     Differences and `gap_recovered` compare it with the baselines on the same seeds. `gap_interval`: the 95 % interval
     of `gap_recovered`; None if there is none. `p_improvement`: the probability that one training of the row has a
-    higher AP than one of the baseline. `rank`: None for rows that are not ranked, because they have different numbers
-    of steps. Times and memory are None if the row's cells were measured on different hardware. `init`: "teacher" if the
-    row's students started from the teacher's weights, else empty.
+    higher AP than one of the baseline with a different seed; None for fewer than two seeds. `rank`: None for rows that
+    are not ranked, because they have different numbers of steps. Times and memory are None if the row's cells were
+    measured on different hardware. `init`: "teacher" if the row's students started from the teacher's weights, else
+    empty. `aps`: the AP of each seed that has one.
     """
 
     entry: str
@@ -62,6 +63,7 @@ class Row:
     gap_interval: tuple[float, float] | None = None
     p_improvement: Probability | None = None
     rank: RankRange | None = None
+    aps: dict[int, float] = field(default_factory=dict)
 
     @property
     def ap(self) -> float:
@@ -87,7 +89,7 @@ class Board:
     `rows`: baselines and entries, sorted by AP, highest first. `claims`: sentences. `facts`: settings by name.
     `warnings`: what is wrong or missing. `pairs`: `pairs[a][b]` is the difference in AP of row a minus row b, for the
     baseline and the entries; a pair of rows without a common seed is missing. `summary`: one sentence that says which
-    rows are first.
+    rows are first. `seeds`: how many the suite asks for.
     """
 
     title: str
@@ -99,6 +101,7 @@ class Board:
     warnings: tuple[str, ...]
     pairs: dict[str, dict[str, Difference]] = field(default_factory=dict)
     summary: str = ""
+    seeds: int = 0
 
 
 def build_board(root: Path) -> Board:
@@ -122,6 +125,7 @@ def build_board(root: Path) -> Board:
         warnings=(*run.cells.left_out, *_warnings(store, suite, cells, teacher)),
         pairs=comparison.pairs,
         summary=_summary(rows),
+        seeds=suite.seeds,
     )
 
 
@@ -154,6 +158,7 @@ def _row(suite: Suite, entry: str, results: list[CellResult], compared: Compared
         gap_interval=compared.gap_interval,
         p_improvement=compared.p_improvement,
         rank=compared.rank,
+        aps=_aps(results),
     )
 
 
@@ -175,7 +180,7 @@ def _claim(row: Row, against: str, difference: Difference | None) -> Iterable[Cl
     words = {"holds": "is above", "not shown": "cannot be told apart from", "hurts": "is below"}
     budget = "at equal steps" if against == BASELINE else "at equal time"
     if difference.low is None:
-        known = ["no interval"]
+        known = ["no interval" if difference.pairs == 1 else "no interval: the same difference for all seeds"]
     else:
         over = " over images" if difference.over == "images" else ""
         known = [f"95 % interval{over} {difference.low:+.2f} to {difference.high:+.2f}"]

@@ -67,7 +67,7 @@ def compare(aps: APs, teacher: float | None, over_images: Mapping[str, Floats] |
             versus_equal_time=None if row == BASELINE else versus_equal_time.get(row),
             gap_recovered=None if row == BASELINE else _gap(found, baseline, teacher),
             gap_interval=None if row == BASELINE or teacher is None else gap_interval(found, baseline, teacher),
-            p_improvement=None if row == BASELINE else probability_of_improvement(found.values(), baseline.values()),
+            p_improvement=None if row == BASELINE else probability_of_improvement(found, baseline),
             rank=ranks.get(row),
         )
         for row, found in aps.items()

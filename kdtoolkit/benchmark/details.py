@@ -23,7 +23,9 @@ class Curve(BaseModel):
     """How a number went while a row's students were trained.
 
     `steps` are the steps of training. At each of them, `mean` is the mean over the row's seeds. `low` and `high` are
-    the smallest and the largest value of a seed.
+    the smallest and the largest value of a seed. A seed with fewer than two values does not
+    count. A step at which one of the remaining seeds has no value is left out, so that all points are means over the
+    same seeds.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -97,15 +99,23 @@ def details(store: Store, suite: Suite) -> Details:
 
 
 def _curves(results: Sequence[CellResult]) -> dict[str, Curve]:
-    """A row's curves by term. Numbers that are not finite are left out."""
-    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, list[dict[float, float]]] = defaultdict(list)  # for each name, the values of each seed by step
     for result in results:
+        own: dict[str, dict[float, float]] = defaultdict(dict)
         points: list[Mapping[str, float | None]] = [*result.history, *map(_named, result.evaluations)]
         for point in points:
             for name, value in point.items():
                 if name != "step" and value is not None and math.isfinite(value):
-                    found[name][point["step"] or 0].append(value)
-    return {name: _curve(values) for name, values in found.items() if len(values) > 1}
+                    own[name][point["step"] or 0] = value
+        for name, values in own.items():
+            if len(values) > 1:
+                found[name].append(values)
+    shared = {name: set.intersection(*map(set, seeds)) for name, seeds in found.items()}
+    return {
+        name: _curve({step: [values[step] for values in seeds] for step in shared[name]})
+        for name, seeds in found.items()
+        if len(shared[name]) > 1
+    }
 
 
 def _named(evaluation: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import numpy as np
@@ -15,29 +15,33 @@ from kdtoolkit.benchmark.stats import LEVEL, Probability
 _ENDS = (-20.0, 20.0)  # of the logarithm of the odds: a probability of 2e-9 and of 1 - 2e-9
 
 
-def probability_of_improvement(values: Iterable[float], reference: Iterable[float]) -> Probability | None:
-    """P(X > Y) of a training X of one row and a training Y of another, each with a seed of its own.
+def probability_of_improvement(values: Mapping[int, float], reference: Mapping[int, float]) -> Probability | None:
+    """P(X > Y) of a training X of one row and a training Y of another with a different seed. Equal values count half.
 
-    Equal values count half.
+    `values` and `reference`: the number that each row has for a seed. None if a row has fewer than two seeds.
 
-    The value is the share of pairs in which X is higher, as in Agarwal et al., Deep reinforcement learning at the edge
-    of the statistical precipice, NeurIPS 2021. Its authors take a bootstrap over seeds for the interval.
-    With 3 seeds such an interval misses the truth about half of the time (docs/results/statistics.md), so the interval
-    here inverts the exact rank test instead: it holds all probabilities at which what was seen, or more, has a
-    probability of at least 2.5 % on either side. It assumes that X is distributed as the largest of r values like Y,
-    for some r (Lehmann, The power of rank tests, Annals of Mathematical Statistics 1953; r need not be a whole number).
-    For equal rows this is no assumption. Seeds that make both rows better or worse make the interval too wide, not too
-    narrow. None if a row has no value; no interval for fewer than two values in a row.
+    The value is the share of pairs of trainings in which X is higher, as in Agarwal et al., Deep reinforcement learning
+    at the edge of the statistical precipice, NeurIPS 2021. Their trainings are independent. Here two trainings of the
+    same seed have first weights and the order of images in common, so pairs of the same seed are left out.
+
+    Agarwal et al. take a bootstrap over seeds for the interval. With 3 seeds such an interval misses the truth about
+    half of the time (docs/results/statistics.md), so the interval here inverts the exact rank test instead: it holds
+    all probabilities at which what was seen, or more, has a probability of at least 2.5 % on either side. It assumes
+    that X is distributed as the largest of r values like Y, for some r (Lehmann, The power of rank tests, Annals of
+    Mathematical Statistics 1953; r need not be a whole number). For rows of equal distribution this is no assumption.
+    If one row is far noisier, the interval is too narrow. Seeds that make both rows better or worse make it too wide.
     """
-    higher, lower = np.array(list(values), np.float64), np.array(list(reference), np.float64)
-    if not higher.size or not lower.size:
+    if min(len(values), len(reference)) < 2:
         return None
-    signs = np.sign(higher[:, None] - lower[None, :])
-    wins = float((signs + 1).sum() / 2)
-    value = wins / signs.size
-    if min(signs.shape) < 2:
-        return Probability(value, None, None)
-    return Probability(value, *_interval(higher.size, lower.size, wins))
+    higher, lower = (np.array(list(row.values()), np.float64) for row in (values, reference))
+    points = (np.sign(higher[:, None] - lower[None, :]) + 1) / 2  # of X in each pair: 1, 0.5 or 0
+    seeds, others = (np.array(list(row)) for row in (values, reference))
+    value = float(points[seeds[:, None] != others[None, :]].mean())
+    # The exact test is one of all pairs. The interval holds the one that belongs to `value` as well.
+    wins = float(points.sum()), round(value * points.size, 6)
+    low, _ = _interval(higher.size, lower.size, min(wins))
+    _, high = _interval(higher.size, lower.size, max(wins))
+    return Probability(value, low, high)
 
 
 @cache

@@ -63,7 +63,7 @@ def _typical_half_width(rows: Mapping[str, Sequence[CellResult]]) -> float | Non
 
 def _images(suite: Suite, cells: Cells) -> Iterable[str]:
     if suite.seeds == 1:
-        about = "The intervals are over images, of one training: a second training would change all APs."
+        about = "Intervals are over images, of one training: a second training would change all APs."
     else:
         about = "The intervals are about further seeds, on the same images: different images would change all APs."
     if (count := suite.data.val_images) is not None and count < MANY_IMAGES:
@@ -85,6 +85,11 @@ def _teacher(suite: Suite) -> Iterable[str]:
             "The teacher is used with the weights that it came with. If it has seen the images of evaluation, its AP "
             "and the gap are too good."
         )
+    elif teacher == student:
+        yield (
+            "The teacher was trained on the same images as the students. A teacher that has seen more images may teach "
+            "more."
+        )
     elif student is not None and (teacher is None or student < teacher):
         yield (
             f"The teacher was trained on {'all' if teacher is None else teacher} images, the students on {student} of "
@@ -92,8 +97,8 @@ def _teacher(suite: Suite) -> Iterable[str]:
         )
     else:
         yield (
-            "The teacher was trained on the same images as the students. A teacher that has seen more images may teach "
-            "more."
+            f"The students were trained on {'all' if student is None else student} images, the teacher on {teacher} of "
+            "them. A teacher that has seen as many images may teach more."
         )
 
 

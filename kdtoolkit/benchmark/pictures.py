@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from kdtoolkit.benchmark.detections_file import GroundTruth, detections_path, re
 from kdtoolkit.benchmark.judging import Judged, judge
 from kdtoolkit.benchmark.keys import digest
 from kdtoolkit.benchmark.score_maps import draw_map, score_map
-from kdtoolkit.benchmark.store import CellResult, DamagedError, Store, discard, write_atomic
+from kdtoolkit.benchmark.store import CellResult, DamagedError, Store, StoreError, discard, write_atomic
 from kdtoolkit.benchmark.suite import BASELINE, TEACHER, Suite
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import own_ids
@@ -32,6 +31,7 @@ from kdtoolkit.engine.matching import Objects
 from kdtoolkit.engine.scoring import Floats
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import is_code
+from kdtoolkit.weights import read_weights
 from kdtoolkit.words import counted
 
 FORMAT = 1  # of stored galleries; a later version that draws differently has a higher one
@@ -40,6 +40,7 @@ MANY = 12  # boxes; the captions of more would cover the picture
 RIGHT, WRONG, MISSED = 2, 0, 1  # labels with the colours green, red and blue
 DASHES = {RIGHT: 0, WRONG: 9, MISSED: 3}  # pixels, so that nobody needs to see colours
 TRUTH = "ground truth"
+_FOREIGN = "the run's ground truth is not known to be that of the images on which it was evaluated"
 LEGEND = (
     "Of each class it shows the detections from the score on that has the best F1. Solid green boxes are right, dashed "
     "red ones are wrong, and dotted blue ones are objects that were missed. A score map shows the largest class score "
@@ -85,10 +86,9 @@ def gallery(store: Store, suite: Suite, *, count: int = 6) -> Gallery:
     """The `count` images on which the rows of a run differ most, with what each row detects on them.
 
     It is made from stored detections; score maps are made from stored weights, and left out where there are none. The
-    result is kept in the run's folder until the run's results change.
+    result is kept in the run's folder until the run's results change. A folder that cannot be written keeps none.
 
-    Raises KDError if the ground truth is damaged or a newer version of kdtoolkit has written a result, and StoreError
-    if the folder cannot be written.
+    Raises KDError if the ground truth is damaged or a newer version of kdtoolkit has written a result.
     """
     cells, truth = read_cells(store, suite), read_ground_truth(store.ground_truth_path)
     if truth is None:
@@ -99,9 +99,10 @@ def gallery(store: Store, suite: Suite, *, count: int = 6) -> Gallery:
         return Gallery.model_validate_json(path.read_bytes())
     found, is_whole = _Making(store, suite, cells, truth).gallery(count)
     if is_whole:
-        for old in path.parent.glob("*.json"):
-            discard(old)
-        write_atomic(path, found.model_dump_json().encode())
+        with suppress(StoreError):  # a folder that cannot be written can be read
+            for old in path.parent.glob("*.json"):
+                discard(old)
+            write_atomic(path, found.model_dump_json().encode())
     return found
 
 
@@ -124,6 +125,7 @@ class _Making:
         self.store = store
         self.suite = suite
         self.cells = cells
+        self.fingerprint = truth.fingerprint
         self.truth: dict[str, Any] = truth.truth
         self.objects = Objects.of(self.truth)
         self.names = [category["name"] for category in self.truth["categories"]]
@@ -153,6 +155,9 @@ class _Making:
         """A row with the detections of all its seeds; None if there are none."""
         judged = {}
         for result in results:
+            if result.fingerprints.get("val_data") != self.fingerprint:
+                self.missing.append(f"{result.name} is not in the pictures: {_FOREIGN}.")
+                continue
             path = self.store.teacher_copy if name == TEACHER else self.store.result_path(name, result.seed)
             try:
                 found = read_detections(detections_path(path))
@@ -261,7 +266,7 @@ class _Making:
         detector = build_detector(alone, images.class_names, 0, own_ids(images)).model
         if isinstance(detector, RecordedDetector):
             return None
-        detector.load_state_dict(torch.load(weights, weights_only=True))
+        detector.load_state_dict(read_weights(weights))
         return detector.eval()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kdtoolkit.benchmark.cells import teachers
 from kdtoolkit.benchmark.runs import Run, names_of_hardware, open_run
-from kdtoolkit.benchmark.stats import Difference, Spread, paired_difference, spread
+from kdtoolkit.benchmark.stats import Difference, Spread, judged_together, paired_difference, spread
 from kdtoolkit.benchmark.store import CellResult
 from kdtoolkit.benchmark.suite import TEACHER
 
@@ -19,7 +19,9 @@ from kdtoolkit.benchmark.suite import TEACHER
 class RowPair:
     """A row that both runs have: its AP in each, and the difference, the second run's minus the first's.
 
-    `difference` is taken seed by seed. It is None if no seed is in both runs, or if the runs cannot be compared.
+    `difference` pairs trainings of the same seed, and is judged together with those of the remaining rows. It is None
+    if no seed is in both runs, or if the runs cannot be compared. Where the runs differ in student, data or versions,
+    a seed gives them no noise in common: the interval is then right, and no narrower than that of unpaired trainings.
     """
 
     row: str
@@ -54,7 +56,7 @@ def compare_runs(first: Path, second: Path) -> RunPair:
         first,
         second,
         {name: pair for name, pair in pairs.items() if pair[0] != pair[1]},
-        tuple(_rows(*runs, comparable=not refusal)),
+        _judged(_rows(*runs, comparable=not refusal)),
         refusal,
     )
 
@@ -86,6 +88,13 @@ def _rows(first: Run, second: Run, *, comparable: bool) -> Iterator[RowPair]:
             one, two = ({r.seed: ap for r in results if (ap := r.evaluation["ap"]) is not None} for results in found)
             difference = paired_difference(two, one) if comparable else None
             yield RowPair(row, spread(one.values()), spread(two.values()), difference)
+
+
+def _judged(rows: Iterable[RowPair]) -> tuple[RowPair, ...]:
+    """The same rows, with differences that are judged together."""
+    found = list(rows)
+    judged = judged_together({row.row: row.difference for row in found if row.difference is not None})
+    return tuple(replace(row, difference=judged.get(row.row)) for row in found)
 
 
 def _facts(run: Run) -> Iterator[tuple[str, str]]:

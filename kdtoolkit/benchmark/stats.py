@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.05  # of all tests; intervals hold the rest, 95 %
+_ROUNDING = 1e-9  # APs that differ by less are equal
 
 Verdict = Literal["holds", "not shown", "hurts"]
 Key = TypeVar("Key", bound=Hashable)
@@ -32,9 +33,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference over pairs, and its 95 % interval `low` to `high`: None for a single pair.
+    """A mean difference over pairs, and its 95 % interval `low` to `high`.
 
-    `p`: two-sided p of the paired t-test; None for a single pair. `p_holm`: p, corrected for the number of differences
+    `p`: two-sided p of the paired t-test. Interval and p are None for a single pair, and where all pairs differ by the
+    same number, since they then do not show how large chance is. `p_holm`: p, corrected for the number of differences
     that are judged together; None where the difference is judged alone. `over`: what the interval is about. "seeds":
     further seeds. "images": further images for the one seed that there is.
     """
@@ -68,11 +70,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Probability:
-    """A probability in [0, 1], and its 95 % interval: None for a single seed."""
+    """A probability in [0, 1], and its 95 % interval."""
 
     value: float
-    low: float | None
-    high: float | None
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -97,30 +99,25 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
 
     `values` and `reference`: the number that each row has for a seed. The interval and p are those of the paired t-test
     ("Student", The probable error of a mean, Biometrika 1908). It assumes that the differences of different seeds are
-    independent and normally distributed.
+    independent and normally distributed. If all are equal there is neither, and p is 1 if all are 0.
     """
     pairs = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
     found = spread(pairs)
     if found is None:
         return None
-    if found.std is None:
+    if found.std is not None and max(map(abs, pairs)) < _ROUNDING:
+        return Difference(0.0, 0.0, 0.0, found.count, 1.0)
+    if found.std is None or found.std < _ROUNDING:
         return Difference(found.mean, None, None, found.count)
     error = found.std / math.sqrt(found.count)
     half = t_quantile(found.count - 1) * error
-    p = _two_sided_p(found.mean, error, found.count - 1)
+    p = 2 * float(stdtr(found.count - 1, -abs(found.mean) / error))
     return Difference(found.mean, found.mean - half, found.mean + half, found.count, p)
 
 
 def p_text(p: float) -> str:
     """`0.034`; `below 0.001`."""
     return "below 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _two_sided_p(mean: float, error: float, degrees: int) -> float:
-    """The p of the t-test that a mean with this standard error is 0."""
-    if error == 0:
-        return 1.0 if mean == 0 else 0.0
-    return 2 * float(stdtr(degrees, -abs(mean) / error))
 
 
 @cache
@@ -145,9 +142,15 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def judged_together(differences: Mapping[Key, Difference]) -> dict[Key, Difference]:
-    """The same differences, with `p_holm` over all of them. Those without p stay as they are and do not count."""
+    """The same differences, with `p_holm` over all of them. Those without p stay as they are and do not count.
+
+    Each difference is two tests, that it is not above 0 and that it is not below 0, and Holm's procedure corrects all
+    of them together. So with a probability of 95 % or more each difference that is shown has the direction that it is
+    said to have, however the tests depend on each other. A difference that is judged alone keeps its p.
+    """
     ps = {key: difference.p for key, difference in differences.items() if difference.p is not None}
-    corrected = dict(zip(ps, holm(list(ps.values())), strict=True))
+    seen, opposite = [p / 2 for p in ps.values()], [1 - p / 2 for p in ps.values()]
+    corrected = dict(zip(ps, holm(seen + opposite), strict=False))  # of the direction that was seen
     return {key: replace(difference, p_holm=corrected.get(key)) for key, difference in differences.items()}
 
 
@@ -179,8 +182,9 @@ def rank_ranges(pairs: Mapping[str, Mapping[str, Difference]]) -> dict[str, Rank
     """The ranks that each row may have, from the differences of all pairs of rows, judged together.
 
     A row's best possible rank counts the rows that are shown to be above it, and its worst possible rank leaves out
-    those that are shown to be below. All true ranks lie in these ranges at the same time with a probability of 95 % or
-    more. Source: Mogstad, Romano, Shaikh, Wilhelm, Inference for ranks, Review of Economic Studies 2024, section 3.
+    those that are shown to be below. If no direction is wrong, all true ranks lie in these ranges, and
+    `judged_together` makes a wrong one no likelier than 5 %. Source: Mogstad, Romano, Shaikh, Wilhelm, Inference for
+    ranks, Review of Economic Studies 2024, section 3.
     """
     found = {}
     for row, differences in pairs.items():
@@ -204,8 +208,9 @@ def gap_interval(
 
     It is the set of shares g at which a paired t-test does not reject that `values - baseline` is on average
     g * (teacher - baseline). It assumes what `paired_difference` assumes, and takes the teacher's AP as given. None for
-    fewer than two seeds, and where that set has no end: the baseline is then not clearly below the teacher. Source:
-    Fieller, Some problems in interval estimation, Journal of the Royal Statistical Society B 1954.
+    fewer than two seeds, where all seeds have the same share, and where that set has no end: the baseline is then not
+    clearly below the teacher. Source: Fieller, Some problems in interval estimation, Journal of the Royal Statistical
+    Society B 1954.
     """
     seeds = sorted(values.keys() & baseline.keys())
     if len(seeds) < 2:
@@ -219,6 +224,9 @@ def gap_interval(
     linear = gain * gap - weight * statistics.covariance(gains, gaps)
     constant = gain**2 - weight * statistics.variance(gains)
     if gap <= 0 or square <= 0:
+        return None
+    shares = [one / whole if whole else math.inf for one, whole in zip(gains, gaps, strict=True)]
+    if max(shares) - min(shares) < _ROUNDING:
         return None
     root = math.sqrt(max(linear**2 - square * constant, 0.0))
     return (linear - root) / square, (linear + root) / square

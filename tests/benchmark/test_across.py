@@ -6,18 +6,19 @@ from scipy.stats import friedmanchisquare
 
 from kdtoolkit.benchmark.across import across, critical_difference, friedman_p
 from kdtoolkit.benchmark.board import Board, Row
-from kdtoolkit.benchmark.stats import Spread
+from kdtoolkit.benchmark.stats import spread
 from kdtoolkit.errors import KDError
 
 
-def board(title, aps, *, data="", methods=None, unranked=()):
-    """A board that has means alone: nothing else counts across boards."""
+def board(title, aps, *, data="", methods=None, unranked=(), seeds=1):
+    """A board that has APs alone: nothing else counts across boards. `aps`: of seed 0, or by seed."""
+    by_seed = {entry: ap if isinstance(ap, dict) else {0: ap} for entry, ap in aps.items()}
     rows = [
         Row(
             entry,
             (methods or {}).get(entry, entry),
-            (0,),
-            {"ap": Spread(ap, None, 1)},
+            tuple(own),
+            {"ap": spread(own.values())},
             None,
             None,
             None,
@@ -26,11 +27,12 @@ def board(title, aps, *, data="", methods=None, unranked=()):
             None,
             None,
             1,
+            aps=own,
         )
-        for entry, ap in aps.items()
+        for entry, own in by_seed.items()
     ]
     pairs = {entry: {} for entry in aps if entry not in unranked}
-    return Board(title, "", {"data": data or title}, tuple(rows), None, (), (), pairs)
+    return Board(title, "", {"data": data or title}, tuple(rows), None, (), (), pairs, seeds=seeds)
 
 
 def test_by_hand():
@@ -112,8 +114,29 @@ def test_rows_without_an_equal_are_left_out_and_named():
 
 
 def test_boards_of_the_same_data_are_named():
-    found = across([board(title, {"a": 3.0, "b": 2.0}, data="cells") for title in ("one", "two")])
+    found = across([board(title, {"a": 3.0, "b": b}, data="cells") for title, b in (("one", 2.0), ("two", 2.5))])
     assert "some boards have the same data" in found.notes[-1]
+
+
+def test_rows_are_ranked_by_the_seeds_that_all_of_them_have():
+    # Seed 1 is easy. By the means of what each row has, b would be above a on the first board.
+    cells = board("cells", {"a": {0: 20.0, 1: 30.0}, "b": {1: 29.0}, "c": {1: 1.0}}, seeds=2)
+    cards = board("cards", {"a": {0: 3.0, 1: 3.0}, "b": {0: 2.0, 1: 2.0}, "c": {0: 1.0, 1: 1.0}}, seeds=2)
+    found = across([cells, cards])
+    assert [(row.entry, row.aps, row.ranks) for row in found.rows] == [
+        ("a", (30.0, 3.0), (1, 1)),
+        ("b", (29.0, 2.0), (2, 2)),
+        ("c", (1.0, 1.0), (3, 3)),
+    ]
+    assert found.notes[-1] == (
+        "cells is unfinished: its ranks are of 1 of 2 seeds, those that all ranked rows have (1)"
+    )
+    assert not any("cards" in note for note in found.notes)
+
+
+def test_a_board_that_lacks_a_seed_of_every_row_is_unfinished_too():
+    found = across([board("cells", {"a": 2.0, "b": 1.0}, seeds=3), board("cards", {"a": 2.0, "b": 1.0})])
+    assert any(note.startswith("cells is unfinished: its ranks are of 1 of 3 seeds") for note in found.notes)
 
 
 def test_equal_rows_are_no_error():
@@ -123,6 +146,10 @@ def test_equal_rows_are_no_error():
 
 def test_boards_that_cannot_be_ranked_together_are_refused():
     cells = board("cells", {"a": 3.0, "b": 2.0})
+    with pytest.raises(KDError, match="cells and a copy are the same board: name each run once"):
+        across([cells, board("a copy", {"a": 3.0, "b": 2.0}, data="cells")])
+    with pytest.raises(KDError, match="cells: the rows a, b have no seed in common: finish the run"):
+        across([board("cells", {"a": {0: 3.0}, "b": {1: 2.0}}), board("cards", {"a": 3.0, "b": 2.0})])
     with pytest.raises(KDError, match="needs two boards or more"):
         across([cells])
     with pytest.raises(KDError, match="cells, cards have fewer than two rows in common"):

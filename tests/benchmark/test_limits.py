@@ -26,16 +26,25 @@ def test_images_are_told_by_number_size_and_kind(tmp_path):
     text = said(photos)
     assert not any(words in text for words in ("at most", "larger than", "drawn shapes"))
     assert "different images would change all APs" in text
-    assert "a second training would change all APs" in said(change(tiny(), seeds=1))
+    one_seed = said(change(tiny(), seeds=1))
+    assert "over images, of one training: a second training would change all APs" in one_seed
+    assert "different images would change" not in one_seed
 
 
 def test_what_the_teacher_has_seen_is_told(tmp_path):
     assert "The teacher was trained on 8 images, the students on 4 of them" in said()
     assert "on the same images as the students" in said(change(tiny(), data={"student_images": 8}))
+    fewer = said(change(tiny(), data={"teacher_images": 4, "student_images": 8}))
+    assert "The students were trained on 8 images, the teacher on 4 of them" in fewer
+    assert "on the same images as the students" not in fewer
     used = change(tiny(), teacher={"model": "kdtoolkit/gfl", "weights": str(tmp_path / "w.pth")})
     assert "used with the weights that it came with" in said(used)
     some = change(tiny(), data={"root": tmp_path, "teacher_images": None})
     assert "The teacher was trained on all images, the students on 4 of them" in said(some)
+    whole = change(tiny(), data={"root": tmp_path, "student_images": None})
+    assert "The students were trained on all images, the teacher on 8 of them" in said(whole)
+    both = change(tiny(), data={"root": tmp_path, "teacher_images": None, "student_images": None})
+    assert "The teacher was trained on the same images as the students" in said(both)
 
 
 def test_the_distance_from_the_plateau_is_told():

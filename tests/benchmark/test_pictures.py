@@ -27,6 +27,11 @@ def objects_of(truth, but=()):
     )
 
 
+def result_of(row, images, **changes):
+    per_class = dict.fromkeys(images.class_names, 20.0)
+    return made_up(row, 0, 20.0, per_class=per_class, fingerprints={"val_data": images.fingerprint()}, **changes)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run of a teacher that finds all, a baseline that misses all of two images, and PKD that misses one of them."""
@@ -37,7 +42,7 @@ def run(tmp_path):
     keep_ground_truth(store.ground_truth_path, images)
     for row, but in ((TEACHER, ()), (BASELINE, (1, 3)), ("PKD", (1,))):
         path = store.teacher_copy if row == TEACHER else store.result_path(row, 0)
-        store_result(path, made_up(row, 0, 20.0, per_class=dict.fromkeys(images.class_names, 20.0)))
+        store_result(path, result_of(row, images))
         write_detections(detections_path(path), objects_of(truth, but))
         section = suite.teacher if row == TEACHER else suite.student
         weights = store.teacher_path("0123456789abcdef") if row == TEACHER else path
@@ -77,8 +82,9 @@ def test_a_gallery_is_kept_until_results_change(run, monkeypatch):
         assert gallery(store, suite) == first
     path.write_text("{")
     assert gallery(store, suite) == first
-    store_result(store.result_path("PKD", 0), made_up("PKD", 0, 20.0, date="2021-01-01"))
-    write_detections(detections_path(store.result_path("PKD", 0)), objects_of(load_data(suite.data).val.coco(), (2,)))
+    images = load_data(suite.data).val
+    store_result(store.result_path("PKD", 0), result_of("PKD", images, date="2021-01-01"))
+    write_detections(detections_path(store.result_path("PKD", 0)), objects_of(images.coco(), (2,)))
     assert len(gallery(store, suite).items) == 3
     assert len(list((store.root / "gallery").iterdir())) == 1
 
@@ -98,6 +104,33 @@ def test_without_weights_there_are_pictures_and_a_sentence(run):
     assert "There is no score map of PKD: its weights (seed0.pt) are not beside the result." in found.note
     assert [panel.name for panel in found.items[0].panels][-2:] == ["scores: teacher", "scores: baseline"]
     assert not (store.root / "gallery").exists()  # the weights may come back
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"text that is no file of weights"])
+def test_damaged_weights_end_no_gallery(run, content):
+    store, suite = run
+    store.result_path("PKD", 0).with_suffix(".pt").write_bytes(content)
+    found = gallery(store, suite)
+    assert "There is no score map of PKD: " in found.note
+    assert "seed0.pt" in found.note
+    assert [panel.name for panel in found.items[0].panels][-2:] == ["scores: teacher", "scores: baseline"]
+
+
+def test_a_folder_that_cannot_be_written_has_a_gallery(run):
+    store, suite = run
+    (store.root / "gallery").write_text("a file, so that no folder can be made here")
+    assert len(gallery(store, suite).items) == 1
+
+
+def test_detections_are_judged_by_the_ground_truth_of_their_own_images_alone(run):
+    store, suite = run
+    images = load_data(suite.data).val
+    for row in (TEACHER, BASELINE):
+        path = store.teacher_copy if row == TEACHER else store.result_path(row, 0)
+        store_result(path, result_of(row, images).model_copy(update={"fingerprints": {"val_data": "different"}}))
+    found = gallery(store, suite)
+    assert "baseline, seed 0 is not in the pictures: the run's ground truth is not known to be that" in found.note
+    assert found.items == ()
 
 
 def test_what_is_missing_is_said(run, tmp_path):

@@ -98,6 +98,16 @@ def test_a_teacher_no_better_than_the_baseline_is_a_warning_and_has_no_gap(tmp_p
     assert all(row.gap_recovered is None for row in board.rows)
 
 
+def test_a_difference_without_spread_shows_nothing_and_says_why(tmp_path):
+    board = build_board(make_run(tmp_path, {BASELINE: [20.1, 22.1], "PKD": [22.4, 24.4]}, seeds=2))
+    claim = next(claim for claim in board.claims if claim.entry == "PKD")
+    assert (claim.verdict, claim.text) == (
+        "not shown",
+        "PKD cannot be told apart from the baseline at equal steps: +2.30 AP "
+        "(no interval: the same difference for all seeds, 2 seeds)",
+    )
+
+
 def test_an_unfinished_board_pairs_what_is_there(tmp_path):
     board = build_board(make_run(tmp_path, {BASELINE: [20.0, 22.0, 21.0], "PKD": [21.0]}))
     pkd = next(row for row in board.rows if row.entry == "PKD")

@@ -1,5 +1,9 @@
-import pytest
+import io
 
+import pytest
+from rich.console import Console
+
+from kdtoolkit.benchmark.report.store import print_comparison
 from kdtoolkit.benchmark.run_pair import compare_runs
 from kdtoolkit.benchmark.suite import BASELINE, TEACHER
 from kdtoolkit.errors import KDError
@@ -26,6 +30,21 @@ def test_rows_are_subtracted_seed_by_seed(tmp_path):
     assert (found.low, found.high) == (pytest.approx(2.25 - half, abs=0.01), pytest.approx(2.25 + half, abs=0.01))
     assert pair.rows[1].first.mean == 21.0
     assert pair.differences["seeds"] == ("0; 1; 2", "0; 1; 2; 5")
+
+
+def test_rows_are_judged_together(tmp_path):
+    one = run_of(tmp_path / "one", {BASELINE: {0: 20.0, 1: 22.0, 2: 21.0}, "PKD": {0: 22.0, 1: 24.0, 2: 23.0}})
+    two = run_of(tmp_path / "two", {BASELINE: {0: 21.0, 1: 24.0, 2: 22.4}, "PKD": {0: 23.0, 1: 22.0, 2: 24.5}})
+    pair = compare_runs(one, two)
+    teacher, baseline, _ = (row.difference for row in pair.rows)
+    assert (teacher.p, teacher.p_holm) == (None, None)
+    assert baseline.low > 0
+    assert baseline.p_holm == pytest.approx(2 * baseline.p)
+    console = Console(width=200, file=io.StringIO())
+    print_comparison(pair, console)
+    words = {line.split()[0]: line for line in console.file.getvalue().splitlines() if line.strip()}
+    assert "cannot be told apart" in words[BASELINE]  # its interval alone is above 0
+    assert "equal" in words[TEACHER]
 
 
 def test_what_differs_is_named(tmp_path):

@@ -67,8 +67,11 @@ def test_difference_is_antisymmetric_and_ignores_what_both_share(pairs, shift):
     theirs = {seed: b + shift for seed, (_, b) in enumerate(pairs)}
     one, other = paired_difference(ours, theirs), paired_difference(theirs, ours)
     assert one.mean == pytest.approx(statistics.fmean(a - b for a, b in pairs), abs=1e-9)
-    assert (one.low, one.high) == (pytest.approx(-other.high), pytest.approx(-other.low))
-    assert one.low <= one.mean <= one.high
+    if one.low is None:  # no spread
+        assert (one.p, other.low, other.p) == (None, None, None)
+    else:
+        assert (one.low, one.high) == (pytest.approx(-other.high), pytest.approx(-other.low))
+        assert one.low <= one.mean <= one.high
     assert {one.verdict, other.verdict} in ({"holds", "hurts"}, {"not shown"})
 
 
@@ -114,7 +117,9 @@ def test_p_and_interval_are_those_of_the_paired_t_test(pairs):
 
 def test_differences_without_any_spread():
     assert paired_difference({0: 2.0, 1: 3.0}, {0: 2.0, 1: 3.0}).p == 1
-    assert paired_difference({0: 4.0, 1: 5.0}, {0: 2.0, 1: 3.0}).p == 0
+    level = paired_difference({0: 4.1, 1: 5.1}, {0: 2.0, 1: 3.0})  # not the same float, 2.0999999999999996 and 2.1
+    assert (level.mean, level.pairs) == (pytest.approx(2.1), 2)
+    assert (level.low, level.high, level.p, level.verdict) == (None, None, None, "not shown")
     assert paired_difference({0: 4.0}, {0: 2.0}).p is None
 
 
@@ -151,10 +156,18 @@ def test_a_difference_that_alone_holds_is_not_shown_among_many():
     found = judged_together(
         {"this": alone, "far": far, "one seed": Difference(9.0, None, None, 1), **dict(enumerate(weak))}
     )
-    assert found["this"].p_holm == pytest.approx(11 * alone.p)  # twelve differences have a p, and one is smaller
+    # Twelve differences have a p. They are 24 tests, and one has a smaller p. The test of one direction has half of p.
+    assert found["this"].p_holm == pytest.approx(23 * alone.p / 2)
     assert found["this"].verdict == "not shown"
     assert found["far"].verdict == "holds"
     assert (found["one seed"].p_holm, found["one seed"].verdict) == (None, "not shown")
+
+
+def test_the_direction_of_each_difference_is_a_test_of_its_own():
+    found = judged_together({p: Difference(-1.0, -2.0, 0.0, 3, p=p) for p in (0.01, 0.019, 0.9)})
+    # One-sided 0.005, 0.0095, 0.45 and 0.55, 0.9905, 0.995: times 6, 5 and 4. Holm's p of three tests would be 0.038.
+    assert [each.p_holm for each in found.values()] == pytest.approx([0.03, 0.0475, 1.0])
+    assert judged_together({"alone": Difference(1.0, 0.0, 2.0, 3, p=0.03)})["alone"].p_holm == 0.03
 
 
 def test_all_pairs_are_there_both_ways_and_judged_together():
@@ -207,6 +220,8 @@ def test_an_interval_of_the_gap_that_has_no_end_is_none():
     assert gap_interval(values, baseline, 26.0) is None  # the baseline is not clearly below the teacher
     assert gap_interval(values, baseline, 10.0) is None
     assert gap_interval({0: 22.0}, baseline, 60.0) is None
+    assert gap_interval(by_seed([22.1, 23.1]), by_seed([20.0, 21.0]), 60.0) is not None  # equal gains, unequal gaps
+    assert gap_interval(by_seed([22.1, 22.1]), by_seed([20.0, 20.0]), 60.0) is None  # no spread at all
     low, high = gap_interval(values, baseline, 60.0)
     assert 0 < low < high < 1
 

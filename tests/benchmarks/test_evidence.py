@@ -121,3 +121,12 @@ def test_a_stored_board_is_judged_as_the_board_judges_itself(boards, tmp_path):
     pkd = next(row for row in board.rows if row.entry == "PKD")
     for difference in (pkd.versus_baseline, pkd.versus_equal_time):
         assert page.verdict(json.loads(json.dumps(asdict(difference)))) == words[difference.verdict]
+
+
+def test_the_combination_is_compared_with_each_method_that_has_enough_seeds(boards):
+    board = page.stored(boards)["bccd"]
+    assert "against each single method" not in page.page({"bccd": board})  # it has two seeds here
+    found = {"mean": 1.2, "low": 0.3, "high": 2.1, "pairs": 4, "p": 0.021, "p_holm": 0.3, "over": "seeds"}
+    text = page.page({"bccd": board | {"pairs": {"CrossKD+PKD": {"PKD": found, BASELINE: found}}}})
+    assert "| bccd | PKD | +1.2 [+0.3, +2.1] | 0.021 | 4 | above |" in text
+    assert f"| bccd | {BASELINE} |" not in text

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from kdtoolkit import Distiller, KDError
+from kdtoolkit import Distiller, KDError, adapt
+from kdtoolkit.compatibility import why_refused
 from kdtoolkit.data import Augmentation, ProceduralShapes, batches
 from kdtoolkit.engine import measuring
 from kdtoolkit.engine.evaluate import evaluate
@@ -15,9 +16,9 @@ from kdtoolkit.engine.measuring import equal_shares
 from kdtoolkit.engine.memory import PeakMemory
 from kdtoolkit.engine.train import RunFolder, TrainConfig, Validation, train
 from kdtoolkit.errors import NonFiniteLossError
-from kdtoolkit.methods import FBKD, MGD, PKD
+from kdtoolkit.methods import FBKD, MGD, PKD, all_methods
 from kdtoolkit.probing import probe
-from tests.conftest import tiny_gfl
+from tests.conftest import first_of_each_kind, tiny_gfl, tiny_of
 
 CLASSES = len(ProceduralShapes(1).class_names)
 SHARE = 0.2
@@ -37,11 +38,13 @@ class Stopped(Exception):
     pass
 
 
-def run(data, *, methods=(PKD,), steps=6, folder=None, measured=(None, ()), **changes):
-    """Train. `measured`: the steps of evaluations and of probes."""
-    teacher = tiny_gfl(seed=1, num_classes=CLASSES, neck_channels=8)
-    student = tiny_gfl(seed=2, num_classes=CLASSES)
-
+def run(data, *, methods=(PKD,), steps=6, folder=None, measured=(None, ()), family=None, **changes):
+    """Train. `measured`: the steps of evaluations and of probes. `family`: that of both detectors; None is GFL."""
+    if family is None:
+        teacher = tiny_gfl(seed=1, num_classes=CLASSES, neck_channels=8)
+        student = tiny_gfl(seed=2, num_classes=CLASSES)
+    else:
+        teacher, student = (tiny_of(family, seed=seed, num_classes=CLASSES) for seed in (1, 2))
     config = TrainConfig(**{"steps": steps, "batch_size": 2, "warmup_steps": 2, **changes})
     distiller = Distiller(teacher, student, [method() for method in methods])
     evaluated, probed = measured
@@ -82,6 +85,24 @@ def test_what_is_measured_does_not_change_the_training(data, changes):
     assert result.warnings == without.warnings
     assert [row["step"] for row in result.evaluations] == [2]
     assert [row["step"] for row in result.probes] == [1, 4]
+
+
+@pytest.fixture(scope="module")
+def specs():
+    return {family: adapt(tiny_of(family, seed=0)).spec for family in first_of_each_kind()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", all_methods())
+def test_no_method_keeps_what_a_probe_has_shown_it(data, specs, name):
+    method = all_methods()[name]
+    family = next(family for family, spec in specs.items() if why_refused(method, spec, spec) is None)
+    plain, without = run(data, methods=(method,), steps=3, family=family)
+    found, result = run(data, methods=(method,), steps=3, family=family, measured=(None, (1,)))
+    assert len(result.probes) == 1
+    assert digest(found.student) == digest(plain.student)
+    assert digest(found.methods) == digest(plain.methods)
+    assert result.history == without.history
 
 
 def test_a_probe_is_that_of_the_student_at_that_step(data):

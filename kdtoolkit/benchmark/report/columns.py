@@ -77,13 +77,10 @@ def gap_text(row: Row) -> str:
 
 
 def probability_text(found: Probability | None) -> str:
-    """`89 % [60, 100]`, `89 %` without an interval, or `-` if undefined."""
+    """`89 % [60, 100]`, or `-` if undefined."""
     if found is None:
         return "-"
-    value = f"{100 * found.value:.0f} %"
-    if found.low is None or found.high is None:
-        return value
-    return f"{value} [{100 * found.low:.0f}, {100 * found.high:.0f}]"
+    return f"{100 * found.value:.0f} % [{100 * found.low:.0f}, {100 * found.high:.0f}]"
 
 
 def _metric(name: str) -> Callable[[Row], float | None]:
@@ -116,7 +113,7 @@ COLUMNS = (
         "P(better)",
         lambda row: probability_text(row.p_improvement),
         lambda row: None if row.p_improvement is None else row.p_improvement.value,
-        "probability that one training of the row has a higher AP than one of the baseline",
+        "probability that one training of the row has a higher AP than one of the baseline with a different seed",
         main=False,
     ),
     Column("AP50", lambda row: mean_text(row.metrics["ap50"]), _metric("ap50"), "AP at an IoU of 0.5"),

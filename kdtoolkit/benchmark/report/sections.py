@@ -13,6 +13,7 @@ from kdtoolkit.benchmark.report.svg import Look, Scale, number
 from kdtoolkit.benchmark.report.view import View
 from kdtoolkit.benchmark.stats import Difference
 from kdtoolkit.benchmark.suite import BASELINE
+from kdtoolkit.words import counted
 
 VERDICTS = {"holds": "helps", "not shown": "cannot be told apart", "hurts": "hurts"}
 SIGNS = {"holds": "▲", "not shown": "≈", "hurts": "▼"}
@@ -34,7 +35,11 @@ def tiles(board: Board) -> list[tuple[str, str, str]]:
         spread = "AP" if ap.std is None else f"AP, ± {ap.std:.1f} over seeds"
         found.append((f"highest: {best.entry}", f"{ap.mean:.1f}", spread))
         if own := best.versus_baseline:
-            over = "AP, one seed" if own.low is None else f"AP, 95 % interval {own.low:+.1f} to {own.high:+.1f}"
+            over = (
+                f"AP, {counted(own.pairs, 'seed')}"
+                if own.low is None
+                else f"AP, 95 % interval {own.low:+.1f} to {own.high:+.1f}"
+            )
             over += " over images, one seed" if own.over == "images" else ""
             found.append((f"{best.entry} vs baseline", f"{own.mean:+.1f}", over))
         if best.gap_recovered is not None:

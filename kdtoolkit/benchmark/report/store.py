@@ -90,17 +90,20 @@ def print_comparison(pair: RunPair, console: Console) -> None:
     if pair.refusal:
         console.print(Text(f"WARNING  {pair.refusal}", style="bold red"))
     elif pair.rows:
-        console.print(Text("In brackets: the 95 % t-interval over the seeds that both runs have, each for itself."))
+        console.print(
+            Text(
+                "In brackets: the 95 % t-interval over the seeds that both runs have, each for itself. The words are "
+                "corrected for the number of rows by Holm's procedure."
+            )
+        )
 
 
 def _told(difference: Difference | None) -> str:
-    if difference is None or difference.low is None or difference.high is None:
+    if difference is None:
         return ""
-    if difference.low == difference.high == 0:
+    if difference.mean == 0 and not difference.low and not difference.high:
         return "equal"
-    if difference.low > 0:
-        return "B is higher"
-    return "B is lower" if difference.high < 0 else "cannot be told apart"
+    return {"holds": "B is higher", "hurts": "B is lower", "not shown": "cannot be told apart"}[difference.verdict]
 
 
 def _table(first: str, *rest: str) -> Table:

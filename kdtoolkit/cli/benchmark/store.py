@@ -48,8 +48,8 @@ def show(
 def compare(first: RunFolder, second: RunFolder) -> None:
     """Compare two runs: what differs, and how the rows that both have differ in AP.
 
-    The differences are the second run's AP minus the first's, seed by seed, with a 95 % interval. Runs that were
-    evaluated on different images are not subtracted.
+    The differences are the second run's AP minus the first's, seed by seed, with a 95 % interval. What is said of a row
+    is corrected for the number of rows. Runs that were evaluated on different images are not subtracted.
     """
     from rich.console import Console
 

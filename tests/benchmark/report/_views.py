@@ -113,6 +113,7 @@ def _row(name, aps, level):
         parameters=21_000_000 if name == TEACHER else 3_262_187,
         gap_interval=None if difference is None or difference.low is None else (0.1, 0.6),
         p_improvement=None if name in (BASELINE, TEACHER) else Probability(0.89, 0.6, 1.0),
+        aps=aps[name],
     )
 
 
