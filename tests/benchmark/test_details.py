@@ -64,6 +64,19 @@ def test_curves_are_means_over_seeds_with_the_range_between_them(tmp_path):
     assert found.keys() == {"lr", "task/cls", "eval/ap", "eval/ap50"}  # of the conflict there is no number
 
 
+def test_numbers_that_are_not_finite_leave_the_other_seeds_curve(tmp_path):
+    bad = math.nan
+    lost = [{"step": step, "kd/loss": loss, "kd/all": bad} for step, loss in ((1, bad), (2, 3.0), (3, 5.0))]
+    kept = [{"step": step, "kd/loss": loss, "kd/all": math.inf} for step, loss in ((1, 2.0), (2, 1.0), (3, 1.0))]
+    store, suite = run_of(tmp_path, made_up("PKD", 0, 20.0), made_up("PKD", 1, 20.0))
+    for seed, history in enumerate((lost, kept)):
+        path = store.result_path("PKD", seed)
+        path.write_text(json.dumps({**json.loads(path.read_text()), "history": history}))  # with the word NaN
+    curves = details(store, suite).curves["PKD"]
+    assert (curves["kd/loss"].steps, curves["kd/loss"].mean) == ((2, 3), (2.0, 3.0))
+    assert "kd/all" not in curves
+
+
 def test_all_points_of_a_curve_are_means_over_the_same_seeds(tmp_path):
     every = [{"step": step, "ap": ap} for step, ap in ((25, 5.0), (50, 10.0), (75, 12.0), (100, 14.0))]
     undefined = [{"step": 25, "ap": None}, {"step": 50, "ap": 20.0}, {"step": 100, "ap": 24.0}]
@@ -79,18 +92,6 @@ def test_all_points_of_a_curve_are_means_over_the_same_seeds(tmp_path):
     ).curves
     assert (found[BASELINE]["eval/ap"].steps, found[BASELINE]["eval/ap"].mean) == ((50, 100), (15.0, 19.0))
     assert (found["PKD"]["eval/ap"].steps, found["PKD"]["eval/ap"].mean) == ((25, 50, 75, 100), (5, 10, 12, 14))
-
-
-def test_numbers_that_are_not_finite_leave_the_other_seeds_curve(tmp_path):
-    lost = [{"step": 1, "kd/loss": math.nan, "kd/all": math.nan}, {"step": 2, "kd/loss": 3.0, "kd/all": math.inf}]
-    kept = [{"step": 1, "kd/loss": 2.0, "kd/all": math.nan}, {"step": 2, "kd/loss": 1.0, "kd/all": math.nan}]
-    store, suite = run_of(tmp_path, made_up("PKD", 0, 20.0), made_up("PKD", 1, 20.0))
-    for seed, history in enumerate((lost, kept)):
-        path = store.result_path("PKD", seed)
-        path.write_text(json.dumps({**json.loads(path.read_text()), "history": history}))  # with the word NaN
-    curves = details(store, suite).curves["PKD"]
-    assert (curves["kd/loss"].steps, curves["kd/loss"].mean) == ((1, 2), (2.0, 1.0))
-    assert "kd/all" not in curves
 
 
 def test_long_curves_keep_their_ends_and_at_most_150_points(tmp_path):
