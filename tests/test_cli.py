@@ -82,9 +82,11 @@ def test_report_writes_the_board_again(run, tmp_path):
 
 
 def test_one_report_of_several_runs(run, tmp_path):
-    roots = [make_run(tmp_path / name) for name in ("a", "b")]
+    roots = [make_run(tmp_path / name, teacher=teacher) for name, teacher in (("a", 31.0), ("b", 34.0))]
     code, _, errors = run("benchmark", "report", *roots)
     assert (code, "add --out FOLDER" in errors) == (2, True)
+    code, _, errors = run("benchmark", "report", roots[0], roots[0], "--out", tmp_path / "both")
+    assert (code, "name each run once" in errors) == (2, True)
     code, out, _ = run("benchmark", "report", *roots, "--out", tmp_path / "both")
     assert code == 0
     assert "mean rank" in out
