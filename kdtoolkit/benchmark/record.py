@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from kdtoolkit.benchmark.board import METRICS
 from kdtoolkit.benchmark.detections_file import detections_path, read_detections
 from kdtoolkit.benchmark.runs import Run
 from kdtoolkit.benchmark.store import CellResult, are_whole, intact_result, read_result
@@ -14,15 +15,6 @@ from kdtoolkit.benchmark.suite import TEACHER
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.words import counted, duration
-
-_METRICS = {
-    "ap": "AP",
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "ap_small": "AP small",
-    "ap_medium": "AP medium",
-    "ap_large": "AP large",
-}
 
 
 def cell_path(run: Run, row: str, seed: int) -> Path:
@@ -76,7 +68,7 @@ def percent(value: float | None) -> str:
 def _facts(path: Path, result: CellResult) -> Iterator[tuple[str, str]]:
     yield "cell", result.name
     yield "suite", result.suite
-    metrics = (f"{words} {percent(result.evaluation.get(name))}" for name, words in _METRICS.items())
+    metrics = (f"{words} {percent(result.evaluation.get(name))}" for name, words in METRICS.items())
     yield "accuracy", ", ".join(metrics)
     yield "classes", ", ".join(f"{name} {percent(ap)}" for name, ap in result.per_class.items())
     yield (
