@@ -353,9 +353,19 @@ def _connect(address: str | None) -> None:
     except ConnectionError as error:
         if address is not None:
             raise KDError(f"there is no Ray cluster at {address} ({error}): see `ray status` on its head") from error
-        ray.init(address="local", include_dashboard=False, **quiet)
+        _start_here(quiet)
     except (RuntimeError, ValueError) as error:  # versions that differ; no address
         raise KDError(f"cannot join the Ray cluster: {error}") from error
+
+
+def _start_here(quiet: dict[str, Any]) -> None:
+    """Start a cluster on this machine. Raises KDError."""
+    try:
+        ray.init(address="local", include_dashboard=False, **quiet)
+    except OSError as error:  # a folder for temporary files that is full, or too long for the names of sockets
+        raise KDError(
+            f"Ray cannot start on this machine: {error}. Name a short folder with room, as in RAY_TMPDIR=/tmp"
+        ) from error
 
 
 def _check_reachable(given: str | None) -> None:

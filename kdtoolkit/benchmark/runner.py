@@ -205,7 +205,6 @@ class _Run:
         if not self.outcome.interrupted:  # a user who waits for the run to stop gets no pictures
             root = self.plan.store.root
             write_report([View.of(root, pictures=True)], root)
-        if not self.outcome.interrupted:
             self.display.line(f"took {duration(time.monotonic() - self.started)}")
         return self.outcome
 

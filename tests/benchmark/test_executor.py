@@ -95,5 +95,5 @@ def test_boards_that_take_long_are_not_written_after_each_cell_but_at_the_end(tm
     monkeypatch.setattr(runner, "BOARD_PAUSE", 1e6)
     executor = Noting()
     run(tmp_path / "tiny", executor)
-    assert len(written) == 2  # after the first cell, and at the end
+    assert len(written) == 3  # after the first cell, and at the end without pictures and with them
     assert len(executor.tasks) == 9

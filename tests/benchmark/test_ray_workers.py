@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 
@@ -28,8 +29,9 @@ pytestmark = pytest.mark.slow
 def cluster(tmp_path_factory):
     """Two CPUs, and a folder that stands for the disks of the nodes."""
     nodes = tmp_path_factory.mktemp("nodes")
-    environment = {"TMPDIR": str(nodes), "RAY_USAGE_STATS_ENABLED": "0"}
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as short:
+        # Sockets lie in Ray's own folder, and their names may have 107 characters at most.
+        environment = {"TMPDIR": str(nodes), "RAY_TMPDIR": short, "RAY_USAGE_STATS_ENABLED": "0"}
         for name, value in environment.items():
             patch.setenv(name, value)
         ray.init(

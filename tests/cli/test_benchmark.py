@@ -64,7 +64,7 @@ def test_compare_and_merge_two_runs(run, tmp_path):
     code, out, _ = run("compare", one, two)
     assert code == 0
     assert f"A = {one}, B = {two}" in out
-    assert next(line.split() for line in out.splitlines() if line.strip().startswith("PKD"))[-1] == "+0.0"
+    assert next(line.split() for line in out.splitlines() if line.strip().startswith("PKD"))[-1] == "equal"
     code, out, _ = run("merge", tmp_path / "all", one, two)
     assert code == 0
     assert "6 new cells; 2 cells with equal results were kept once" in out
