@@ -10,7 +10,7 @@ from pathlib import Path
 from kdtoolkit.benchmark import equal_time
 from kdtoolkit.benchmark.comparison import Compared, compare
 from kdtoolkit.benchmark.over_images import aps_over_images
-from kdtoolkit.benchmark.runs import open_run
+from kdtoolkit.benchmark.runs import Run, open_run
 from kdtoolkit.benchmark.stats import (
     Difference,
     Probability,
@@ -106,7 +106,11 @@ class Board:
 
 def build_board(root: Path) -> Board:
     """The board of a run's folder, also if the run is unfinished. Raises KDError if the folder holds no run."""
-    run = open_run(root)
+    return board_of(open_run(root))
+
+
+def board_of(run: Run) -> Board:
+    """The board of a run, also if it is unfinished."""
     store, suite, cells, teacher = run.store, run.suite, run.cells.rows, run.cells.teacher
     aps = {row: _aps(results) for row, results in cells.items()}
     teacher_ap = teacher.evaluation["ap"] if teacher else None
@@ -116,7 +120,7 @@ def build_board(root: Path) -> Board:
     rows.sort(key=lambda row: -row.ap)
     done = [result for results in cells.values() for result in results] + ([teacher] if teacher else [])
     return Board(
-        title=root.resolve().name,
+        title=run.root.resolve().name,
         description=suite.description,
         facts=_facts(suite, cells, done),
         rows=tuple(rows),

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from kdtoolkit.benchmark.cells import read_cells
 from kdtoolkit.benchmark.limits import limits_of
 from kdtoolkit.benchmark.repeating import command, configuration
-from kdtoolkit.benchmark.store import CellResult, Store
-from kdtoolkit.benchmark.suite import TEACHER, Suite
+from kdtoolkit.benchmark.runs import Run
+from kdtoolkit.benchmark.store import CellResult
+from kdtoolkit.benchmark.suite import TEACHER
 from kdtoolkit.engine.breakdown import Breakdown, mean_breakdown
 
 POINTS = 150  # of a curve, at most
@@ -77,12 +77,9 @@ class Details(BaseModel):
     limits: tuple[str, ...]
 
 
-def details(store: Store, suite: Suite) -> Details:
-    """What lies behind the board of a run, read from its folder. Nothing is trained or evaluated.
-
-    Raises KDError if a newer version of kdtoolkit has written a result.
-    """
-    cells = read_cells(store, suite)
+def details(run: Run) -> Details:
+    """What lies behind the board of a run, from its stored results. Nothing is trained or evaluated."""
+    suite, cells = run.suite, run.cells
     rows = {row: results for row, results in cells.rows.items() if results}
     if cells.teacher is not None:
         rows[TEACHER] = [cells.teacher]

@@ -15,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from kdtoolkit.benchmark.cell import build_detector
-from kdtoolkit.benchmark.cells import Cells, read_cells
+from kdtoolkit.benchmark.cells import Cells
 from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.detections_file import GroundTruth, detections_path, read_detections, read_ground_truth
 from kdtoolkit.benchmark.judging import Judged, judge
 from kdtoolkit.benchmark.keys import digest
+from kdtoolkit.benchmark.runs import Run
 from kdtoolkit.benchmark.score_maps import draw_map, score_map
 from kdtoolkit.benchmark.store import CellResult, DamagedError, Store, StoreError, discard, write_atomic
 from kdtoolkit.benchmark.suite import BASELINE, TEACHER, Suite
@@ -94,32 +95,28 @@ class Gallery(BaseModel):
     note: str = ""
 
 
-def gallery(store: Store, suite: Suite, *, count: int = 6) -> Gallery:
+def gallery(run: Run, *, count: int = 6) -> Gallery:
     """The `count` images on which the rows of a run differ most, with what each row detects on them.
 
     It is made from stored detections; score maps are made from stored weights, and left out where there are none. The
     result is kept in the run's folder until the run's results change. A folder that cannot be written keeps none.
 
-    Raises KDError if the ground truth is damaged or a newer version of kdtoolkit has written a result.
+    Raises KDError if the ground truth is damaged.
     """
-    cells, truth = read_cells(store, suite), read_ground_truth(store.ground_truth_path)
+    store, truth = run.store, read_ground_truth(run.store.ground_truth_path)
     if truth is None:
         return Gallery(note="There are no pictures: the run was made by an earlier version, which kept no detections.")
-    made_from = [[result.entry, result.seed, result.key, result.date] for result in _all(cells)]
+    made_from = [[result.entry, result.seed, result.key, result.date] for result in run.results]
     path = store.root / "gallery" / f"{digest([FORMAT, count, truth.fingerprint, made_from])}.json"
     with suppress(OSError, ValidationError):
         return Gallery.model_validate_json(path.read_bytes())
-    found, is_whole = _Making(store, suite, cells, truth).gallery(count)
+    found, is_whole = _Making(store, run.suite, run.cells, truth).gallery(count)
     if is_whole:
         with suppress(StoreError):  # a folder that cannot be written can be read
             for old in path.parent.glob("*.json"):
                 discard(old)
             write_atomic(path, found.model_dump_json().encode())
     return found
-
-
-def _all(cells: Cells) -> list[CellResult]:
-    return [*([cells.teacher] if cells.teacher else []), *(result for row in cells.rows.values() for result in row)]
 
 
 @dataclass(frozen=True)

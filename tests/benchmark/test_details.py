@@ -3,12 +3,18 @@ import math
 
 import pytest
 
-from kdtoolkit.benchmark.details import details
+from kdtoolkit.benchmark import details as module
+from kdtoolkit.benchmark.cells import read_cells
+from kdtoolkit.benchmark.runs import Run
 from kdtoolkit.benchmark.store import Store, write_atomic
 from kdtoolkit.benchmark.suite import BASELINE, TEACHER
 from kdtoolkit.engine.breakdown import Bin, Breakdown
 from kdtoolkit.engine.inference_cost import InferenceCost
 from tests.benchmark._suite import made_up, store_result, tiny
+
+
+def details(store, suite):
+    return module.details(Run(store.root, suite, read_cells(store, suite)))
 
 
 def run_of(folder, *results):

@@ -4,15 +4,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kdtoolkit.benchmark import pictures
 from kdtoolkit.benchmark.cell import build_detector
+from kdtoolkit.benchmark.cells import read_cells
 from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.detections_file import detections_path, keep_ground_truth, write_detections
-from kdtoolkit.benchmark.pictures import TRUTH, Gallery, gallery
+from kdtoolkit.benchmark.pictures import TRUTH, Gallery
 from kdtoolkit.benchmark.report import View
+from kdtoolkit.benchmark.runs import Run
 from kdtoolkit.benchmark.store import Store, read_result, write_atomic, write_weights
 from kdtoolkit.benchmark.suite import BASELINE, TEACHER, change
 from kdtoolkit.engine.scoring import Found
 from tests.benchmark._suite import made_up, store_result, tiny
+
+
+def gallery(store, suite, **options):
+    return pictures.gallery(Run(store.root, suite, read_cells(store, suite)), **options)
 
 
 def objects_of(truth, but=()):

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdtoolkit.benchmark.board import Board, build_board
+from kdtoolkit.benchmark.board import Board, board_of
 from kdtoolkit.benchmark.details import Details, details
 from kdtoolkit.benchmark.pictures import Gallery, gallery
-from kdtoolkit.benchmark.store import Store
-from kdtoolkit.benchmark.suite import Suite
-from kdtoolkit.benchmark.suite_file import load_suite
+from kdtoolkit.benchmark.runs import Run, open_run
 from kdtoolkit.errors import KDError
 
 
@@ -28,15 +26,13 @@ class View:
 
         `pictures`: whether to make the gallery, which may take some seconds. Raises KDError if the folder holds no run.
         """
-        board = build_board(root)  # first, because it says what a folder that is no run lacks
-        store = Store(root)
-        suite = load_suite(str(store.suite_path))
-        return cls(board, details(store, suite), _gallery(store, suite) if pictures else None)
+        run = open_run(root)
+        return cls(board_of(run), details(run), _gallery(run) if pictures else None)
 
 
-def _gallery(store: Store, suite: Suite) -> Gallery:
+def _gallery(run: Run) -> Gallery:
     """The pictures. What is wrong with them stops no board: it is a note in their place."""
     try:
-        return gallery(store, suite)
+        return gallery(run)
     except KDError as error:
         return Gallery(note=f"There are no pictures: {error}.")
