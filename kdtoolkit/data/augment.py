@@ -59,6 +59,18 @@ class Augmentation(BaseModel):
             raise ValueError(f"zoom is a range [low, high]; {zoom[0]} is above {zoom[1]}")
         return zoom
 
+    @property
+    def never_repeat(self) -> tuple[str, ...]:
+        """The changes that are on and give an image different pixels each time. A mirror image comes again."""
+        on = {
+            "colour": self.colour,
+            "zoom": self.zoom != (1.0, 1.0),
+            "photometric": self.photometric,
+            "mosaic": self.mosaic,
+            "mixup": self.mixup,
+        }
+        return tuple(name for name, chosen in on.items() if chosen)
+
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
         """Change an image (3, H, W) uint8 and its target; the originals stay as they are.
 

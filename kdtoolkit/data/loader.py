@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from hashlib import blake2b
 from itertools import islice
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +29,18 @@ class _Draw(NamedTuple):
     short: int | None
 
 
+class _Item(NamedTuple):
+    """An image as it is shown, its ground truth, and the digest of its pixels; empty if no digests are wanted."""
+
+    image: Tensor
+    target: Target
+    key: str
+
+
+_Batch = tuple[list[Tensor], list[Target], list[str]]
+
+
+@overload
 def batches(
     dataset: DetectionDataset,
     *,
@@ -40,7 +53,41 @@ def batches(
     start: int = 0,
     share: tuple[int, int] = (0, 1),
     pin: bool = False,
-) -> Iterator[tuple[list[Tensor], list[Target]]]:
+    keys: Literal[False] = False,
+) -> Iterator[tuple[list[Tensor], list[Target]]]: ...
+
+
+@overload
+def batches(
+    dataset: DetectionDataset,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    augment: Augmentation,
+    input_size: InputSize | None = None,
+    workers: int = 0,
+    start: int = 0,
+    share: tuple[int, int] = (0, 1),
+    pin: bool = False,
+    keys: Literal[True],
+) -> Iterator[_Batch]: ...
+
+
+def batches(
+    dataset: DetectionDataset,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    augment: Augmentation,
+    input_size: InputSize | None = None,
+    workers: int = 0,
+    start: int = 0,
+    share: tuple[int, int] = (0, 1),
+    pin: bool = False,
+    keys: bool = False,
+) -> Iterator[tuple[list[Tensor], list[Target]]] | Iterator[_Batch]:
     """Yield the batches of the steps `start` to `steps`: images (3, H, W) float32 in [0, 1] and their targets.
 
     Epochs follow each other without a break, each shuffled anew, so a batch may hold the end of one and the beginning
@@ -60,17 +107,31 @@ def batches(
         share: place and number of the processes that train together; each yields its part of each batch.
         pin: whether workers' images are in pinned memory, from which they are copied to a GPU faster. Without workers
             the images are in ordinary memory.
+        keys: also yield the `pixel_digest` of each image as it is shown, as the third part of a batch: by these a
+            teacher's cache finds what the teacher has said about the same pixels before.
 
     Raises KDError, also from a worker, if an image cannot be read.
     """
     check_is_dataset(dataset)
     dataset = dataset.in_memory()
-    presented = _Presented(dataset, augment, input_size)
     place, count = share
     plan = (
         draws[len(draws) * place // count : len(draws) * (place + 1) // count]
         for draws in islice(_plan(len(dataset), batch_size, steps, seed, input_size), start, None)
     )
+    found = _read(_Presented(dataset, augment, input_size, keys), plan, workers, pin)
+    return found if keys else ((images, targets) for images, targets, _ in found)
+
+
+def pixel_digest(image: Tensor) -> str:
+    """32 hexadecimal digits that stand for the size and the pixels of an image (3, H, W) uint8."""
+    found = blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
+    found.update(image.contiguous().numpy().data)
+    return found.hexdigest()
+
+
+def _read(presented: _Presented, plan: Iterator[list[_Draw]], workers: int, pin: bool) -> Iterator[_Batch]:
+    """The batches of a plan. Raises KDError, also from a worker, if an image cannot be read."""
     if workers == 0:
         for draws in plan:
             yield _whole(_collate([presented[draw] for draw in draws]))
@@ -104,25 +165,28 @@ def _plan(size: int, batch_size: int, steps: int, seed: int, input_size: InputSi
         del waiting[:batch_size]
 
 
-class _Presented(Dataset[tuple[Tensor, Target] | KDError]):
-    """Images as they are shown: cropped, resized, augmented, as floats.
+class _Presented(Dataset[_Item | KDError]):
+    """Images as they are shown: cropped, resized, augmented, as floats. `keys`: with the digests of their pixels.
 
     A KDError is returned instead of raised, since DataLoader would put a worker's traceback into its message.
     """
 
-    def __init__(self, dataset: DetectionDataset, augment: Augmentation, input_size: InputSize | None) -> None:
+    def __init__(
+        self, dataset: DetectionDataset, augment: Augmentation, input_size: InputSize | None, keys: bool
+    ) -> None:
         self._dataset = dataset
         self._augment = augment
         self._input_size = input_size
+        self._keys = keys
         self._generator = torch.Generator()
 
-    def __getitem__(self, draw: _Draw) -> tuple[Tensor, Target] | KDError:
+    def __getitem__(self, draw: _Draw) -> _Item | KDError:
         try:
             return self._shown(draw)
         except KDError as error:
             return error
 
-    def _shown(self, draw: _Draw) -> tuple[Tensor, Target]:
+    def _shown(self, draw: _Draw) -> _Item:
         generator = self._generator.manual_seed(draw.seed)
         carrier = Carrier()
 
@@ -133,7 +197,8 @@ class _Presented(Dataset[tuple[Tensor, Target] | KDError]):
             return read(int(torch.randint(len(self._dataset), (), generator=generator)))
 
         image, target = self._augment.of(read(draw.image), another, generator)
-        return image.float().div_(255), carrier.unladen(target)
+        key = pixel_digest(image) if self._keys else ""
+        return _Item(image.float().div_(255), carrier.unladen(target), key)
 
     def _read(self, index: int, short: int | None, generator: torch.Generator, carrier: Carrier) -> Item:
         image, sample = checked_item(self._dataset, index)
@@ -145,19 +210,17 @@ class _Presented(Dataset[tuple[Tensor, Target] | KDError]):
         return resized, with_boxes(target, image, resized)
 
 
-def _collate(items: list[tuple[Tensor, Target] | KDError]) -> tuple[list[Tensor], list[Target]] | KDError:
+def _collate(items: list[_Item | KDError]) -> _Batch | KDError:
     """A batch, or the first error."""
-    images: list[Tensor] = []
-    targets: list[Target] = []
+    whole: list[_Item] = []
     for item in items:
         if isinstance(item, KDError):
             return item
-        images.append(item[0])
-        targets.append(item[1])
-    return images, targets
+        whole.append(item)
+    return [item.image for item in whole], [item.target for item in whole], [item.key for item in whole]
 
 
-def _whole(batch: tuple[list[Tensor], list[Target]] | KDError) -> tuple[list[Tensor], list[Target]]:
+def _whole(batch: _Batch | KDError) -> _Batch:
     if isinstance(batch, KDError):
         raise batch
     return batch

@@ -35,6 +35,8 @@ _SETTINGS = (
     "class_map",
     "score",
 )
+# Options that change how fast a run is, and nothing that it computes but for rounding.
+_FREE = ("workers", "teacher_cache", "teacher_cache_gb")
 _CIRCUMSTANCES = ("torch", "device", "processor", "threads", "precision", "processes")
 
 
@@ -77,19 +79,24 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> lis
 
     A folder of an earlier version may lack some of the names in `old`. These are not compared.
     """
-    before, now = old["config"], new["config"]
-    changed = [name for name in now if name != "workers" and before.get(name) != now[name]]
+    now = new["config"]
+    # An earlier version may not have had an option. It then trained as the option's default does.
+    before = TrainConfig.model_construct(steps=now["steps"]).model_dump(mode="json") | old["config"]
+    changed = [name for name in now if name not in _FREE and before[name] != now[name]]
     changed += [name for name in _SETTINGS if name in old and old[name] != new[name]]
     if changed:
         raise KDError(
             f"{folder} holds a run that began with different settings ({', '.join(changed)}): choose another folder, "
             "or delete this one"
         )
+    differing = [(name, old[name], new[name]) for name in _CIRCUMSTANCES if name in old and old[name] != new[name]]
+    caches = before["teacher_cache"], now["teacher_cache"]
+    if caches[0] != caches[1] and "off" in caches:  # in memory and on disk it gives the same bits
+        differing.append(("teacher_cache", *caches))
     return [
-        f"the run in {folder} began with {name} {old[name]} and goes on with {new[name]}: its last digits will "
-        "differ from a run that was never stopped"
-        for name in _CIRCUMSTANCES
-        if name in old and old[name] != new[name]
+        f"the run in {folder} began with {name} {began} and goes on with {goes_on}: its last digits will differ from a "
+        "run that was never stopped"
+        for name, began, goes_on in differing
     ]
 
 
