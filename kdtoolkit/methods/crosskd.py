@@ -234,7 +234,7 @@ class CrossKD(Method):
 
     def _across_memory(self, exchange: Exchange, pair: Matched) -> dict[str, Tensor]:
         """The terms of the teacher's decoder on the student's memory, added up over its layers."""
-        memories = {"memory": exchange.student.features}, {"memory": exchange.teacher.features}
+        memories = {"memory": tuple(exchange.student.features)}, {"memory": tuple(exchange.teacher.features)}
         project = cast(dict[str, nn.ModuleList], dict(self.project.items()))
         crossed = pair.teacher_on(cross_state(*memories, project, self.levels)["memory"])
         layers = [

@@ -53,7 +53,7 @@ def _given_priors(case: Case) -> None:
     adapter = case.fresh()
     view = case.show(adapter)
     once = outputs(view.head.predictions)
-    again = adapter.head(view.features, view.batch, view.head.predictions.priors)
+    again = adapter.head(tuple(view.maps), view.batch, view.head.predictions.priors)
     expect_same(outputs(again.predictions), once, "with its own priors given")
     for i, _ in enumerate(case.spec.stages):
         resumed = adapter.resume(again.states[i], i, again)
