@@ -76,7 +76,7 @@ class Augmentation(BaseModel):
 
         Boxes are cut at the image's edge; one that keeps less than a quarter of its area is left out.
         """
-        if self.flip and _uniform(0, 1, generator) < self.flip:
+        if self.mirrors(generator):
             image, target = _mirror(image, target)
         if self.zoom != (1.0, 1.0):
             image, target = _zoom(image, target, self.zoom, generator)
@@ -85,6 +85,10 @@ class Augmentation(BaseModel):
         if self.photometric:
             image = _distort(image, self.photometric, generator)
         return image, target
+
+    def mirrors(self, generator: torch.Generator) -> bool:
+        """Whether to mirror an image, drawn at random."""
+        return bool(self.flip) and _uniform(0, 1, generator) < self.flip
 
     def of(self, item: Item, draw: Callable[[], Item], generator: torch.Generator) -> Item:
         """Change an image and its target, with all that is switched on; `draw` gives a random image to mix with it."""

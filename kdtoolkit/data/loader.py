@@ -21,7 +21,7 @@ from kdtoolkit.data.resize import InputSize, with_boxes
 from kdtoolkit.errors import KDError
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
     """An image that is shown: its place in the data set, the seed of its augmentation, its shorter side if resized."""
 
     image: int
@@ -117,7 +117,7 @@ def batches(
     place, count = share
     plan = (
         draws[len(draws) * place // count : len(draws) * (place + 1) // count]
-        for draws in islice(_plan(len(dataset), batch_size, steps, seed, input_size), start, None)
+        for draws in islice(draws_of(len(dataset), batch_size, steps, seed, input_size), start, None)
     )
     found = _read(_Presented(dataset, augment, input_size, keys), plan, workers, pin)
     return found if keys else ((images, targets) for images, targets, _ in found)
@@ -130,7 +130,7 @@ def pixel_digest(image: Tensor) -> str:
     return found.hexdigest()
 
 
-def _read(presented: _Presented, plan: Iterator[list[_Draw]], workers: int, pin: bool) -> Iterator[_Batch]:
+def _read(presented: _Presented, plan: Iterator[list[Draw]], workers: int, pin: bool) -> Iterator[_Batch]:
     """The batches of a plan. Raises KDError, also from a worker, if an image cannot be read."""
     if workers == 0:
         for draws in plan:
@@ -151,7 +151,7 @@ def _read(presented: _Presented, plan: Iterator[list[_Draw]], workers: int, pin:
         yield _whole(batch)
 
 
-def _plan(size: int, batch_size: int, steps: int, seed: int, input_size: InputSize | None) -> Iterator[list[_Draw]]:
+def draws_of(size: int, batch_size: int, steps: int, seed: int, input_size: InputSize | None) -> Iterator[list[Draw]]:
     """For each step the images of its batch."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.Generator().manual_seed(seed)  # apart, so that the order is the same with and without sizes
@@ -161,7 +161,7 @@ def _plan(size: int, batch_size: int, steps: int, seed: int, input_size: InputSi
             order = torch.randperm(size, generator=generator).tolist()
             waiting += zip(order, torch.randint(2**31, (size,), generator=generator).tolist(), strict=True)
         short = None if input_size is None else input_size.draw(sizes)
-        yield [_Draw(index, seed, short) for index, seed in waiting[:batch_size]]
+        yield [Draw(index, seed, short) for index, seed in waiting[:batch_size]]
         del waiting[:batch_size]
 
 
@@ -180,13 +180,13 @@ class _Presented(Dataset[_Item | KDError]):
         self._keys = keys
         self._generator = torch.Generator()
 
-    def __getitem__(self, draw: _Draw) -> _Item | KDError:
+    def __getitem__(self, draw: Draw) -> _Item | KDError:
         try:
             return self._shown(draw)
         except KDError as error:
             return error
 
-    def _shown(self, draw: _Draw) -> _Item:
+    def _shown(self, draw: Draw) -> _Item:
         generator = self._generator.manual_seed(draw.seed)
         carrier = Carrier()
 
