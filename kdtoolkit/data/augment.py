@@ -9,12 +9,7 @@ from typing import Annotated
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
-from torchvision.transforms.v2 import RandomPhotometricDistort  # type: ignore[attr-defined]
 from torchvision.transforms.v2.functional import (  # type: ignore[attr-defined]
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
     crop,
     horizontal_flip,
     pad,
@@ -22,10 +17,13 @@ from torchvision.transforms.v2.functional import (  # type: ignore[attr-defined]
 )
 
 from kdtoolkit.contract import Target
+from kdtoolkit.data.colour import Change, brightness, contrast, hue, recoloured, saturation
 from kdtoolkit.data.mix import GREY, Item, mixup, mosaic
 from kdtoolkit.data.resize import cut
 
 _Probability = Annotated[float, Field(ge=0, le=1)]
+# Changes of colour in their order, each with the range of its amount: those of RandomPhotometricDistort.
+_DISTORTIONS = ((brightness, 0.875, 1.125), (contrast, 0.5, 1.5), (saturation, 0.5, 1.5), (hue, -0.05, 0.05))
 
 
 class Augmentation(BaseModel):
@@ -47,7 +45,7 @@ class Augmentation(BaseModel):
         (1.0, 1.0), description="range of the scale; larger images are cropped, smaller ones set on grey"
     )
     photometric: _Probability = Field(
-        0.0, description="probability that torchvision's RandomPhotometricDistort makes each of its changes of colour"
+        0.0, description="probability of each change of colour of torchvision's RandomPhotometricDistort"
     )
     mosaic: _Probability = Field(0.0, description="probability of showing four images at half their size")
     mixup: _Probability = Field(0.0, description="probability of showing the mean of two images")
@@ -131,14 +129,22 @@ def _zoom(
 
 
 def _recolour(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    for change in (adjust_brightness, adjust_contrast, adjust_saturation):
-        image = change(image, _uniform(1 - strength, 1 + strength, generator))
-    return adjust_hue(image, _uniform(-0.1 * strength, 0.1 * strength, generator))
+    changes: list[Change] = [
+        (change, _uniform(1 - strength, 1 + strength, generator)) for change in (brightness, contrast, saturation)
+    ]
+    return recoloured(image, [*changes, (hue, _uniform(-0.1 * strength, 0.1 * strength, generator))])
 
 
 def _distort(image: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    seed = int(torch.randint(2**62, (), generator=generator))
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global random state
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs, which stay as they are
-        changed: Tensor = RandomPhotometricDistort(p=probability)(image)
-    return changed
+    """Change an image as torchvision's RandomPhotometricDistort does (SSD, arXiv 1512.02325)."""
+    *chosen, permuted = (torch.rand(len(_DISTORTIONS) + 1, generator=generator) < probability).tolist()
+    amounts = torch.rand(len(_DISTORTIONS), generator=generator).tolist()
+    changes: list[Change] = [
+        (change, low + (high - low) * amount)
+        for (change, low, high), amount, wanted in zip(_DISTORTIONS, amounts, chosen, strict=True)
+        if wanted
+    ]
+    if torch.rand((), generator=generator) < 0.5:  # the contrast last
+        changes.sort(key=lambda each: each[0] is contrast)
+    image = recoloured(image, changes)
+    return image[torch.randperm(3, generator=generator)] if permuted else image
