@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from kdtoolkit import Distiller, KDError
 from kdtoolkit.compatibility import why_refused
@@ -168,3 +169,56 @@ def test_keys_stand_for_the_images():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(KDError, match=message):
         TeacherCache.in_memory(**settings)
+
+
+def folder_of(cache_folder):
+    return sorted(path for path in cache_folder.rglob("*") if path.is_file())
+
+
+def test_a_cache_on_disk_serves_a_second_process_with_the_same_bits(tmp_path):
+    teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=0)
+    memory = TeacherCache.in_memory()
+    warm = [step(distiller_of(teacher, student, [PKD, CrossKD], memory)) for _ in range(2)][1]
+    step(distiller_of(teacher, student, [PKD], TeacherCache.on_disk(tmp_path)))
+    step(distiller_of(teacher, student, [CrossKD], TeacherCache.on_disk(tmp_path)))  # adds to the same files
+    assert len(folder_of(tmp_path)) == 2
+    passes = counted(teacher)
+    cache = TeacherCache.on_disk(tmp_path)
+    found = step(distiller_of(teacher, student, [PKD, CrossKD], cache))
+    assert not passes
+    assert (cache.hits, cache.misses) == (2, 0)
+    assert cache.bytes == sum(path.stat().st_size for path in folder_of(tmp_path))
+    torch.testing.assert_close(found, warm, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff" * 100], ids=["empty", "cut", "garbage"])
+def test_a_broken_file_counts_as_missing_and_is_written_anew(tmp_path, content):
+    teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=0)
+    live = step(distiller_of(teacher, student, [PKD], TeacherCache.on_disk(tmp_path)))
+    first = folder_of(tmp_path)[0]
+    whole = first.read_bytes()
+    first.write_bytes(content or whole[:200])
+    cache = TeacherCache.on_disk(tmp_path)
+    torch.testing.assert_close(step(distiller_of(teacher, student, [PKD], cache)), live)
+    assert (cache.hits, cache.misses) == (1, 1)
+    torch.testing.assert_close(load(first.read_bytes()), load(whole))
+
+
+def test_a_full_disk_ends_the_taking_and_not_the_run(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kdtoolkit.teacher_cache.write_beside", full)
+    teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=0)
+    cache = TeacherCache.on_disk(tmp_path)
+    distiller = distiller_of(teacher, student, [PKD], cache)
+    for _ in range(2):
+        step(distiller)
+    assert cache.misses == 4
+    assert cache.notices == [f"the teacher cache in {tmp_path} takes no further images: No space left on device"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KDError, match=r"cannot use .*file.*: "):
+        TeacherCache.on_disk(tmp_path / "file" / "cache")
