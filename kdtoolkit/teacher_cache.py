@@ -65,23 +65,24 @@ class TeacherCache:
         """
         return cls(None, gigabytes, precision)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that floats are rounded to before they are kept; None keeps them as they are."""
+        return torch.bfloat16 if self.precision == "bfloat16" else None
+
     def find(self, key: str) -> Mapping[str, Tensor]:
         """What is known by this key; empty if nothing is."""
         return self._held.get(key, {})
 
     def keep(self, key: str, parts: Mapping[str, Tensor]) -> None:
         """Add parts to what is known by this key, unless the cache is full."""
-        copies = {name: self._copy(part) for name, part in parts.items()}
+        copies = {name: part.detach().to("cpu", copy=True) for name, part in parts.items()}
         size = sum(copy.numel() * copy.element_size() for copy in copies.values())
         if self.bytes + size > self.limit:
             self._notice(f"the teacher cache is full ({self.limit / GIGABYTE:g} GB): it takes no further images")
             return
         self.bytes += size
         self._held[key] = {**self._held.get(key, {}), **copies}
-
-    def _copy(self, part: Tensor) -> Tensor:
-        dtype = torch.bfloat16 if self.precision == "bfloat16" and part.is_floating_point() else part.dtype
-        return part.detach().to("cpu", dtype, copy=True)
 
     def _notice(self, text: str) -> None:
         if text not in self.notices:
