@@ -85,6 +85,11 @@ class TeacherCache(ABC):
         """
         return _OnDisk(Path(folder), gigabytes, precision)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that floats are rounded to before they are kept; None keeps them as they are."""
+        return torch.bfloat16 if self.precision == "bfloat16" else None
+
     @abstractmethod
     def find(self, key: str) -> Mapping[str, Tensor]:
         """What is known by this key; empty if nothing is."""
@@ -92,15 +97,6 @@ class TeacherCache(ABC):
     @abstractmethod
     def keep(self, key: str, parts: Mapping[str, Tensor]) -> None:
         """Add parts to what is known by this key, unless the cache is full."""
-
-    def _copies(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parts as they are kept."""
-
-        def copy(part: Tensor) -> Tensor:
-            dtype = torch.bfloat16 if self.precision == "bfloat16" and part.is_floating_point() else part.dtype
-            return part.detach().to("cpu", dtype, copy=True)
-
-        return {name: copy(part) for name, part in parts.items()}
 
     def _has_room(self, size: int) -> bool:
         if self.bytes + size <= self.limit:
@@ -122,8 +118,8 @@ class _InMemory(TeacherCache):
         return self._held.get(key, {})
 
     def keep(self, key: str, parts: Mapping[str, Tensor]) -> None:
-        copies = self._copies(parts)
-        if self._has_room(size := _size(copies)):
+        if self._has_room(size := _size(parts)):
+            copies = {name: part.detach().to("cpu", copy=True) for name, part in parts.items()}
             self.bytes += size
             self._held[key] = {**self._held.get(key, {}), **copies}
 
@@ -156,12 +152,12 @@ class _OnDisk(TeacherCache):
     def keep(self, key: str, parts: Mapping[str, Tensor]) -> None:
         if not self._writes:
             return
-        copies = {name: copy.contiguous() for name, copy in self._copies(parts).items()}
-        size = _size(copies)
+        size = _size(parts)
         if self._since > self.limit // 20:
             self._measure()
         if not self._has_room(size):
             return
+        copies = {name: part.detach().cpu().contiguous() for name, part in parts.items()}
         try:
             path = self._path(key)
             path.parent.mkdir(exist_ok=True)
