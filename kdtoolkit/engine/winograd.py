@@ -1,0 +1,144 @@
+"""3x3 convolutions by Winograd's algorithm, on a CPU in float32: fewer multiplications for the same result.
+
+Torch computes them directly. The algorithm F(6x6, 3x3) (Lavin and Gray, CVPR 2016, arXiv 1509.09308) needs a fifth of
+the multiplications, and its results differ by rounding alone: by up to 2e-5 of the largest value. Torch has it in
+NNPACK, which it does not choose by itself.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+# The transformation of a kernel costs as much as the direct computation of about 150 cells, and that of an image as
+# much as several channels. Below these sizes the direct way is as fast.
+CELLS = 600
+CHANNELS = 64
+
+
+def gains(*models: nn.Module) -> bool:
+    """Whether models have convolutions that `FastConvolutions` makes faster on this processor."""
+    return _is_available() and any(
+        isinstance(module, nn.Conv2d)
+        and _has_shape(module.weight, module.stride, module.padding, module.dilation, module.groups)
+        for model in models
+        for module in model.modules()
+    )
+
+
+def _is_available() -> bool:
+    """Whether this processor and this torch have the algorithm. Only x86 processors count: no other was measured."""
+    known = platform.machine().lower() in ("x86_64", "amd64")
+    has_it: bool = torch.backends.nnpack.is_available()  # type: ignore[no-untyped-call]
+    return known and has_it and hasattr(torch, "_nnpack_spatial_convolution")
+
+
+class FastConvolutions(TorchFunctionMode):
+    """Context in which `F.conv2d`, and so each `nn.Conv2d`, computes large 3x3 convolutions by Winograd's algorithm.
+
+    Gradients of their inputs are computed in the same way, wherever `backward` is called; gradients of weights are
+    computed directly. All other convolutions, and all under autocast, are computed as without the context.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch."""
+        kwargs = kwargs or {}
+        if func is F.conv2d and _suits(*args, **kwargs):
+            return _convolve(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _suits(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> bool:
+    return (
+        input.ndim == 4
+        and input.shape[0] * input.shape[2] * input.shape[3] >= CELLS
+        and _has_shape(weight, stride, padding, dilation, groups)
+        and input.device.type == "cpu"
+        and input.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _has_shape(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+    ones = all(each in (1, (1, 1), [1, 1]) for each in (stride, padding, dilation))
+    return ones and groups == 1 and tuple(weight.shape[2:]) == (3, 3) and min(weight.shape[:2]) >= CHANNELS
+
+
+def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    return cast(Tensor, _Convolution.apply(input, weight, bias))
+
+
+class _Convolution(torch.autograd.Function):
+    """3x3 convolution of stride 1 and padding 1, of (N, C, H, W) float32."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return _by_winograd(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        input, weight = ctx.saved_tensors
+        of_input, of_weight, of_bias = ctx.needs_input_grad
+        found: list[Tensor | None] = [None, None, None]
+        if of_weight or of_bias:
+            found = [
+                *torch.ops.aten.convolution_backward(
+                    gradient,
+                    input,
+                    weight,
+                    weight.shape[:1],
+                    *([1, 1],) * 3,
+                    False,
+                    [0, 0],
+                    1,
+                    [False, of_weight, of_bias],
+                )
+            ]
+        if of_input:  # the convolution of the gradient with the mirrored kernel
+            found[0] = _by_winograd(gradient, weight.transpose(0, 1).flip(2, 3), None)
+        return found[0], found[1], found[2]
+
+
+def _by_winograd(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution, in the memory format of `input`.
+
+    All images of a batch form one tall image, with a row of zeros between two: the kernel is transformed only once, and
+    NNPACK takes this algorithm for single images alone.
+    """
+    count, channels, height, width = input.shape
+    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    rows = height + 1
+    if last:
+        tall = F.pad(input.permute(0, 2, 3, 1), (0, 0, 0, 0, 0, 1)).view(-1, channels).t().contiguous()
+    else:
+        tall = F.pad(input.transpose(0, 1), (0, 0, 0, 1)).contiguous()
+    found = torch._nnpack_spatial_convolution(
+        tall.view(1, channels, count * rows, width), weight.contiguous(), bias, [1, 1], [1, 1]
+    )[0]
+    if last:
+        flat = found.view(len(weight), -1).t().contiguous().view(count, rows, width, -1)
+        return flat[:, :height].contiguous().permute(0, 3, 1, 2)
+    return found.view(-1, count, rows, width)[:, :, :height].transpose(0, 1).contiguous()
