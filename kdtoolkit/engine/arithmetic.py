@@ -62,7 +62,7 @@ class Arithmetic:
         fast = winograd and not compiled and device.type == "cpu" and found == "float32" and gains(*models)
         if channels_last != "auto":
             return cls(device.type, found, channels_last, fast, "")
-        last, why = _channels_last(device.type, found, fast)
+        last, why = _channels_last(device.type, found)
         return cls(device.type, found, last, fast, why)
 
     @classmethod
@@ -95,23 +95,21 @@ class Arithmetic:
     @property
     def convolutions(self) -> str:
         """How convolutions are computed, in words."""
-        how = "channels last" if self.channels_last else "channels first"
-        return f"Winograd's algorithm for large 3x3 ones, {how}" if self.winograd else how
+        how = "channels_last" if self.channels_last else "channels first"
+        return f"{how}, Winograd's algorithm for large 3x3 ones" if self.winograd else how
 
     def __str__(self) -> str:
-        because = f", because {self.why}" if self.why else ""
+        because = f" ({self.why})" if self.why else ""
         return f"{self.precision}; convolutions: {self.convolutions}{because}"
 
 
-def _channels_last(device: str, precision: Precision, winograd: bool) -> tuple[bool, str]:
+def _channels_last(device: str, precision: Precision) -> tuple[bool, str]:
     """Whether the channels are last on a kind of device, and why, as the end of a sentence."""
-    if winograd:
-        return False, "Winograd's algorithm takes them first"
     if device == "cpu":
-        return True, "most convolutions on a CPU are as fast or faster in this format"
+        return True, "convolutions on a CPU are as fast or faster in this format"
     if device == "cuda" and precision != "float32":
         return True, "tensor cores take half precision in this format"
-    return False, "no other format was found faster"
+    return False, "no different format was found faster"
 
 
 @contextmanager

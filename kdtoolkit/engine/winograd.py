@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 # much as several channels. Below these sizes the direct way is as fast.
 CELLS = 600
 CHANNELS = 64
+# The same for gradients of weights: cells, and channels of input and result multiplied.
+WEIGHT_CELLS, WEIGHT_CHANNELS = 2000, 128 * 128
 
 
 def gains(*models: nn.Module) -> bool:
@@ -38,6 +40,26 @@ def _is_available() -> bool:
     known = platform.machine().lower() in ("x86_64", "amd64")
     has_it: bool = torch.backends.nnpack.is_available()  # type: ignore[no-untyped-call]
     return known and has_it and hasattr(torch, "_nnpack_spatial_convolution")
+
+
+# The matrices of F(4x4, 3x3), from the paper, for tiles whose cells are flattened.
+_OF_IMAGE, _OF_KERNEL, _OF_RESULT = (
+    torch.kron(matrix, matrix)
+    for matrix in (
+        torch.tensor(
+            [
+                [4.0, 0, -5, 0, 1, 0],
+                [0, -4, -4, 1, 1, 0],
+                [0, 4, -4, -1, 1, 0],
+                [0, -2, -1, 2, 1, 0],
+                [0, 2, -1, -2, 1, 0],
+                [0, 4, 0, -5, 0, 1],
+            ]
+        ),
+        torch.tensor([[6.0, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24,
+        torch.tensor([[1.0, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]),
+    )
+)
 
 
 class FastConvolutions(TorchFunctionMode):
@@ -103,20 +125,15 @@ class _Convolution(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         of_input, of_weight, of_bias = ctx.needs_input_grad
         found: list[Tensor | None] = [None, None, None]
+        if of_weight and _is_large(gradient, weight):
+            found[1] = _weight_gradient(input, gradient)
+            of_weight = False
         if of_weight or of_bias:
-            found = [
-                *torch.ops.aten.convolution_backward(
-                    gradient,
-                    input,
-                    weight,
-                    weight.shape[:1],
-                    *([1, 1],) * 3,
-                    False,
-                    [0, 0],
-                    1,
-                    [False, of_weight, of_bias],
-                )
-            ]
+            mask = [False, of_weight, of_bias]
+            _, direct, found[2] = torch.ops.aten.convolution_backward(
+                gradient, input, weight, weight.shape[:1], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+            )
+            found[1] = direct if of_weight else found[1]
         if of_input:  # the convolution of the gradient with the mirrored kernel
             found[0] = _by_winograd(gradient, weight.transpose(0, 1).flip(2, 3), None)
         return found[0], found[1], found[2]
@@ -142,3 +159,29 @@ def _by_winograd(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         flat = found.view(len(weight), -1).t().contiguous().view(count, rows, width, -1)
         return flat[:, :height].contiguous().permute(0, 3, 1, 2)
     return found.view(-1, count, rows, width)[:, :, :height].transpose(0, 1).contiguous()
+
+
+def _is_large(gradient: Tensor, weight: Tensor) -> bool:
+    """Whether the gradient of the weights is faster by `_weight_gradient`."""
+    return gradient.numel() // gradient.shape[1] >= WEIGHT_CELLS and weight[..., 0, 0].numel() >= WEIGHT_CHANNELS
+
+
+def _weight_gradient(input: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient (K, C, 3, 3) of the weights, by F(4x4, 3x3) with matrix products of torch: its adjoint."""
+    high, wide = (-(-side // 4) for side in input.shape[2:])
+    images, gradients = (
+        F.pad(x.permute(0, 2, 3, 1), (0, 0, edge, 4 * wide + edge - x.shape[3], edge, 4 * high + edge - x.shape[2]))
+        for x, edge in ((input, 1), (gradient, 0))
+    )
+    seen = _of_tiles(_OF_IMAGE, images, 6)
+    wanted = _of_tiles(_OF_RESULT.t(), gradients, 4)
+    products = torch.bmm(wanted.transpose(1, 2), seen)  # (36, K, C)
+    found = _OF_KERNEL.t() @ products.flatten(1)
+    return found.view(3, 3, *products.shape[1:]).permute(2, 3, 0, 1).contiguous()
+
+
+def _of_tiles(matrix: Tensor, x: Tensor, size: int) -> Tensor:
+    """Multiply each tile of `size` x `size` cells, 4 cells apart, of (N, H, W, C) by a matrix: (36, tiles, C)."""
+    channels = x.shape[-1]
+    tiles = x.unfold(1, size, 4).unfold(2, size, 4).permute(4, 5, 0, 1, 2, 3).reshape(size * size, -1)
+    return (matrix @ tiles).view(len(matrix), -1, channels)
