@@ -307,7 +307,15 @@ class Distiller(nn.Module):
         batch = self.teacher_batch(images, targets, like, recorded)
         if self.teacher_cache is not None and adapter.spec.priors is not PriorKind.DETECTIONS:
             keys = self._view_keys([*map(digest, images)] if keys is None else keys, batch)
-            return RecalledView(adapter, batch, keys, self.teacher_cache.find, stages=stages, scale=self.teacher_scale)
+            return RecalledView(
+                adapter,
+                batch,
+                keys,
+                self.teacher_cache.find,
+                stages=stages,
+                scale=self.teacher_scale,
+                dtype=self.teacher_cache.dtype,
+            )
         return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True, scale=self.teacher_scale)
 
     def _view_keys(self, images: Sequence[str], batch: Batch) -> list[str]:

@@ -24,14 +24,18 @@ from kdtoolkit import Distiller, IncompatibleError, adapt
 from kdtoolkit.build import build_model
 from kdtoolkit.contract import Capability, Exchange, Method, Target, View
 from kdtoolkit.distiller import Losses
-from kdtoolkit.engine.precision import Precision, autocast_type
+from kdtoolkit.engine.arithmetic import Arithmetic
+from kdtoolkit.engine.precision import Precision
+from kdtoolkit.engine.winograd import gains
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import CrossKD, all_methods, published_settings
 from kdtoolkit.options import did_you_mean
+from kdtoolkit.teacher_cache import TeacherCache, digest
 from kdtoolkit.testing.syncs import count_syncs
 
 PLAIN, FEATURES, TEACHER, CONTINUATION = "plain step", "teacher features", "teacher pass", "continuation"
 CROSSKD_ALONE = "CrossKD"
+CACHE_GIGABYTES = 16
 METHODS = (CROSSKD_ALONE, "PKD", "CrossKD+PKD", "CrossKD+PKD+FGD")
 
 Work = Callable[[], Losses | None]
@@ -78,6 +82,7 @@ _DFINE_S = {
     "backbone_config": {
         "model_type": "hgnet_v2",
         "stem_channels": [3, 16, 16],
+        "hidden_sizes": [64, 256, 512, 1024],
         "stage_in_channels": [16, 64, 256, 512],
         "stage_mid_channels": [16, 32, 64, 128],
         "stage_out_channels": [64, 256, 512, 1024],
@@ -115,13 +120,17 @@ class Settings:
 
     precision: Precision = "float32"
     channels_last: bool = False
+    winograd: bool = False
     compile: bool = False
+    cache: bool = False  # the teacher's answers are kept in memory, and all are there
 
 
 SETTINGS = {
     # Measured equal to the published code of CrossKD in time, with the same losses.
     "reference": Settings(),
     "channels-last": Settings(channels_last=True),
+    "default": Settings(channels_last=True, winograd=True),  # what `train` chooses on a CPU without bfloat16
+    "cache": Settings(channels_last=True, winograd=True, cache=True),
     "bfloat16": Settings("bfloat16", channels_last=True),
     "compiled": Settings(channels_last=True, compile=True),
     "bfloat16-compiled": Settings("bfloat16", channels_last=True, compile=True),
@@ -162,6 +171,13 @@ def methods_named(text: str) -> list[Method]:
     return [known[name]() for name in text.split("+")]
 
 
+def _keeping_size(detector: Detector, scene: Scene) -> Mapping[str, object]:
+    """Arguments that keep a detector from resizing the images: torchvision's do, to 800 pixels."""
+    if not detector.name.startswith("torchvision/"):
+        return {}
+    return {"min_size": min(scene.size), "max_size": max(scene.size)}
+
+
 class Parts:
     """A pair in one setting, and the parts of its steps by name: `works`.
 
@@ -177,9 +193,12 @@ class Parts:
         models = []
         for seed, detector in enumerate((pair.teacher, pair.student)):
             torch.manual_seed(seed)
-            model = build_model(detector.name, scene.classes, detector.args).to(device)
+            model = build_model(detector.name, scene.classes, {**detector.args, **_keeping_size(detector, scene)})
+            model = model.to(device)
             models.append(model.to(memory_format=torch.channels_last) if settings.channels_last else model)
         self.teacher, self.student = map(adapt, models)
+        self.cache = TeacherCache.in_memory(CACHE_GIGABYTES) if settings.cache else None
+        self.keys = [*map(digest, self.images)] if settings.cache else None  # a loader's workers compute them
         self.teacher.model.eval().requires_grad_(False)
         self.weights_mb = tuple(sum(p.nbytes for p in model.parameters()) / 2**20 for model in models)
         self.parameters = [p for p in self.student.model.parameters() if p.requires_grad]
@@ -205,11 +224,12 @@ class Parts:
 
     def _distiller(self, methods: Sequence[Method]) -> Distiller:
         torch.manual_seed(2)  # of what methods learn
-        return Distiller(self.teacher, self.student, methods)
+        return Distiller(self.teacher, self.student, methods, teacher_cache=self.cache)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        precision = self.settings.precision
-        return torch.autocast(self.device.type, autocast_type(precision), enabled=precision != "float32")
+    def _forward_pass(self) -> AbstractContextManager[object]:
+        settings = self.settings
+        winograd = settings.winograd and self.device.type == "cpu" and gains(self.student.model, self.teacher.model)
+        return Arithmetic(self.device.type, settings.precision, settings.channels_last, winograd, "").forward_pass()
 
     def _step(self, distiller: Distiller) -> Work:
         distiller.train()
@@ -221,8 +241,8 @@ class Parts:
             run = distiller
 
         def step() -> Losses:
-            with self._autocast():
-                losses = run(self.images, self.targets)
+            with self._forward_pass():
+                losses = run(self.images, self.targets, self.keys)
             losses.total.backward()
             return losses
 
@@ -234,7 +254,7 @@ class Parts:
 
         @torch.no_grad()
         def run(head: bool) -> None:
-            with self._autocast():
+            with self._forward_pass():
                 batch = adapter.prepare(self.images, self.targets, like=like)
                 features = adapter.features(batch)
                 if head:
@@ -247,7 +267,7 @@ class Parts:
         """The continuation of a CrossKD that is set up: the teacher's own state stands for the student's."""
         assert method.stages is not None
         stage = method.stages[1]
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._forward_pass():
             batch = self.student.prepare(self.images, self.targets)
             features = self.student.features(batch)
             student_view = View(self.student, batch, features, self.student.head(features, batch, stages=()))
@@ -259,12 +279,18 @@ class Parts:
 
         def run() -> None:
             state = {branch: tuple(x.detach().requires_grad_() for x in maps) for branch, maps in own.items()}
-            with self._autocast():
+            with self._forward_pass():
                 found = pair.finish_with_teacher(state, stage)
             outputs = [x for x in (found.logits, found.regression, found.quality) if x is not None]
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
 
         self.works[CONTINUATION] = run
+
+    def warm_up(self, work: Work) -> None:
+        """Run a part before it is measured if its first run does more than others: it compiles, or fills a cache."""
+        if self.settings.compile or self.settings.cache:
+            self.reset()
+            work()
 
     def reset(self) -> None:
         """Bring the parts to the same start: no gradients, the same random numbers."""

@@ -21,7 +21,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -52,6 +52,7 @@ from kdtoolkit.errors import KDError
 SHOWN_OPERATIONS = 12
 PROFILED_RUNS = 5
 NONE = "-"
+ALONE = (PLAIN, FEATURES, TEACHER, CONTINUATION)
 
 
 @dataclass
@@ -71,10 +72,11 @@ class Measured:
 
 @dataclass
 class Run:
-    """All parts of a pair at one size, by (setting, part). `refused`: combinations of methods that do not work."""
+    """All parts of a pair at one size, by (setting, part). `refused`: why combinations of methods do not work."""
 
     scene: Scene
     measured: dict[tuple[str, str], Measured]
+    settings: list[str]
     refused: dict[str, str]
     weights_mb: float  # of both detectors
     state_mb: float  # that CrossKD takes of the teacher's head
@@ -83,20 +85,22 @@ class Run:
     @property
     def first(self) -> str:
         """The setting that the others are compared with."""
-        return next(iter(self.measured))[0]
-
-    @property
-    def settings(self) -> list[str]:
-        return list(dict.fromkeys(name for name, _ in self.measured))
+        return self.settings[0]
 
     def steps(self) -> Iterator[tuple[str, Measured]]:
         """The KD steps: all settings of a combination, then the next."""
         for part in dict.fromkeys(part for _, part in self.measured):
-            if part not in (PLAIN, FEATURES, TEACHER, CONTINUATION):
+            if part not in ALONE:
                 yield from ((name, self.measured[name, part]) for name in self.settings)
+
+    def arithmetic(self, settings: str) -> str:
+        """The setting whose plain step and passes are those of this setting too: one without a cache, if there is."""
+        plain = replace(SETTINGS[settings], cache=False)
+        return next((each for each in self.settings if SETTINGS[each] == plain), settings)
 
     def beyond(self, settings: str, step: Measured) -> list[float]:
         """(d) / ((a) + (b) + (c)) in each round."""
+        settings = self.arithmetic(settings)
         teacher = self.measured[settings, TEACHER if step.beyond_features else FEATURES].ms
         parts = [self.measured[settings, PLAIN].ms, teacher]
         parts += [self.measured[settings, CONTINUATION].ms] * step.continued
@@ -104,12 +108,13 @@ class Run:
 
     def memory(self, settings: str, step: Measured) -> float:
         """The peak of a KD step, divided by the plain step's peak, both detectors' weights and the kept state."""
-        plain = self.measured[settings, PLAIN].observed.peak_mb
+        plain = self.measured[self.arithmetic(settings), PLAIN].observed.peak_mb
         state = self.state_mb if step.continued else 0.0
         return (self.weights_mb + step.observed.peak_mb) / (self.weights_mb + plain + state)
 
     def beside(self, step: Measured, part: str, settings: str) -> list[float]:
         """(d) divided by a part in a setting, in each round."""
+        settings = self.arithmetic(settings) if part == PLAIN else settings
         return [d / other for d, other in zip(step.ms, self.measured[settings, part].ms, strict=True)]
 
 
@@ -146,15 +151,15 @@ def measure(
     """Measure a pair: `rounds` rounds of all parts in all settings, after one in which each part is looked at."""
     every = {each: Parts(pair, scene, SETTINGS[each], methods, device) for each in settings}
     one = next(iter(every.values()))
-    run = Run(scene, {}, one.refused, sum(one.weights_mb), one.state_mb)
+    run = Run(scene, {}, list(settings), one.refused, sum(one.weights_mb), one.state_mb)
     works: list[tuple[Measured, Parts, Work]] = []
     begun = time.perf_counter()
     for setting, parts in every.items():
         for part, work in parts.works.items():
+            if part in ALONE and run.arithmetic(setting) != setting:
+                continue
             known = (parts.continued.get(part, 0), parts.beyond_features.get(part, True))
-            if SETTINGS[setting].compile:
-                parts.reset()
-                work()
+            parts.warm_up(work)
             found = Measured(name, scene.size, setting, part, observe(parts, work), *known)
             run.measured[setting, part] = found
             works.append((found, parts, work))
@@ -229,7 +234,7 @@ def parts_table(run: Run) -> list[list[str]]:
     rows = [
         ["setting", "a: plain step, ms", "b: teacher features", "b: teacher pass", "c: continuation", "a, MB", "c, MB"]
     ]
-    for name in run.settings:
+    for name in dict.fromkeys(map(run.arithmetic, run.settings)):
         each = [run.measured.get((name, part)) for part in (PLAIN, FEATURES, TEACHER, CONTINUATION)]
         shown = [NONE if x is None else spread(x.ms, 0 if median(x.ms) >= 100 else 1) for x in each]
         memory = [NONE if x is None else f"{x.observed.peak_mb:.0f}" for x in (each[0], each[3])]
@@ -255,7 +260,7 @@ def steps_table(run: Run) -> list[list[str]]:
     ]
     rows = [titles]
     for name, step in run.steps():
-        plain = run.measured[name, PLAIN].observed
+        plain = run.measured[run.arithmetic(name), PLAIN].observed
         syncs = step.observed.syncs
         more = NONE if syncs is None or plain.syncs is None else f"{plain.syncs}+{syncs - plain.syncs}"
         rows.append(
@@ -359,7 +364,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--boxes", type=int, default=7, help="of each image")
     parser.add_argument("--methods", nargs="+", help="combinations such as CrossKD+PKD; left out: those of the pair")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["reference", "channels-last"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["reference", "default"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -131,6 +132,13 @@ class Plan:
         limit = self.suite.data.max_detections
         return {} if limit == MAX_DETECTIONS else {"max_detections": str(limit)}
 
+    @property
+    def teacher_cache(self) -> Path | None:
+        """The folder that all cells keep in what the teacher shows; None if the suite asks for no cache on disk."""
+        train = self._student_section.train
+        assert train is not None  # a student's section has it
+        return self.store.teacher_cache(self.teacher_task().result.stem) if train.teacher_cache == "disk" else None
+
     def cell(self, row: str, seed: int, stretch: float = 1.0) -> Task:
         """The task of a row and seed."""
         section, methods, teacher = self._student_section, self.suite.methods(row), self.teacher_task()
@@ -170,6 +178,7 @@ class Plan:
             curve=self.suite.curve,
             probe=self.suite.probe,
             class_map=self.suite.class_map,
+            teacher_cache=self.teacher_cache if methods else None,
             tracked_in=self._tensorboard and self._tensorboard / row / f"seed{seed}",
             stretch=stretch,
             teacher_scale=scale,
@@ -274,8 +283,10 @@ class Plan:
         return slowest, costs[slowest] if costs[slowest] > stored * STRETCH_SLACK else stored
 
 
-def check_methods(suite: Suite, sets: DataSets, rows: Iterable[str]) -> None:
+def check_methods(suite: Suite, sets: DataSets, rows: Iterable[str]) -> Distiller:
     """Build every detector and the pairs of these rows once, before anything is trained.
+
+    Returns the distiller of the last row; without such rows, one of the student alone.
 
     Raises KDError that names the section or entry of the suite.
     """
@@ -304,6 +315,7 @@ def check_methods(suite: Suite, sets: DataSets, rows: Iterable[str]) -> None:
         if suite.init is not None:
             where = "init"
             inherit(student, teacher, class_map)
+        distiller = Distiller(None, student)
         for where in (row for row in suite.entries if row in rows):
             methods = [use.build() for use in suite.entries[where]]
             distiller = Distiller(teacher, student, methods, teacher_scale=suite.teacher_scale, class_map=class_map)
@@ -313,6 +325,7 @@ def check_methods(suite: Suite, sets: DataSets, rows: Iterable[str]) -> None:
                 unlabelled_steps(distiller, suite.student.train, sets.student, sets.unlabelled)
     except KDError as error:
         raise KDError(f"suite {suite.name}, {where}: {error}") from error
+    return distiller
 
 
 def _check_recorded(teacher: nn.Module, suite: Suite, sets: DataSets) -> None:

@@ -36,7 +36,7 @@ _SETTINGS = (
     "score",
 )
 # Options that change how fast a run is, and nothing that it computes but for rounding.
-_FREE = ("workers", "teacher_cache", "teacher_cache_gb", "channels_last", "winograd")
+FREE = frozenset({"workers", "teacher_cache", "teacher_cache_gb", "channels_last", "winograd"})
 _CIRCUMSTANCES = ("torch", "device", "processor", "threads", "precision", "channels_last", "winograd", "processes")
 
 
@@ -85,7 +85,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> lis
     now = new["config"]
     # An earlier version may not have had an option. It then trained as the option's default does.
     before = TrainConfig.model_construct(steps=now["steps"]).model_dump(mode="json") | old["config"]
-    changed = [name for name in now if name not in _FREE and before[name] != now[name]]
+    changed = [name for name in now if name not in FREE and before[name] != now[name]]
     changed += [name for name in _SETTINGS if name in old and old[name] != new[name]]
     if changed:
         raise KDError(

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def run():
     methods = ["CrossKD", "PKD", "KDDETR"]
-    return step.measure("tiny", PAIR, SCENE, ["reference", "channels-last"], methods, rounds=2, device=CPU)
+    return step.measure("tiny", PAIR, SCENE, ["reference", "default", "cache"], methods, rounds=2, device=CPU)
 
 
 def test_a_step_computes_what_its_parts_compute():
@@ -38,8 +38,23 @@ def test_settings_compute_the_same_losses(run):
     for name, found in run.steps():
         assert {key.partition("/")[0] for key in found.observed.losses} == {"task", found.part.lower()}
         assert step.largest_difference(found.observed, run.measured["reference", found.part].observed) < 1e-4
-        plain = run.measured[name, PLAIN].observed.losses
+        plain = run.measured[run.arithmetic(name), PLAIN].observed.losses
         assert {key: found.observed.losses[key] for key in plain} == plain
+
+
+def test_a_warm_cache_asks_the_teacher_nothing(run):
+    assert run.arithmetic("cache") == "default"
+    assert ("cache", PLAIN) not in run.measured
+    parts = Parts(PAIR, SCENE, SETTINGS["cache"], ["CrossKD"], CPU)
+    parts.warm_up(parts.works["CrossKD"])
+    assert parts.cache.misses == SCENE.images
+    with FlopCounterMode(display=False) as counter:
+        parts.works["CrossKD"]()
+    cached = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        parts.works[PLAIN]()
+        parts.works[CONTINUATION]()
+    assert cached == counter.get_total_flops()
 
 
 def test_a_step_needs_the_memory_of_its_parts(run):
@@ -59,7 +74,7 @@ def test_ratios_are_of_the_rounds(run):
 
 def test_a_table_has_a_row_for_each_combination_and_setting(run):
     head, *rows = step.steps_table(run)
-    assert [row[:2] for row in rows] == [[m, s] for m in ("CrossKD", "PKD") for s in ("reference", "channels-last")]
+    assert [row[:2] for row in rows] == [[m, s] for m in ("CrossKD", "PKD") for s in ("reference", "default", "cache")]
     assert {len(row) for row in [head, *rows]} == {len(head)}
     assert "queries" in run.refused["KDDETR"]
 
