@@ -201,7 +201,7 @@ def test_what_a_further_method_takes_is_added():
 def test_nothing_is_kept_that_no_method_takes():
     teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=0)
     sizes = []
-    for method in (lambda: PKD().at_strides(32), PKD, LD):
+    for method in (lambda: PKD().at_strides(32), PKD, LD, CrossKD):
         cache = TeacherCache.in_memory()
         step(distiller_of(teacher, student, [method], cache))
         sizes.append(cache.bytes)
@@ -209,7 +209,9 @@ def test_nothing_is_kept_that_no_method_takes():
     channels, cells = spec.channels[0], [(64 // stride) ** 2 for stride in spec.strides]
     predictions = sum(cells) * (3 + 4 * len(spec.bins)) * 4
     grid = len(cells) * 2 * 8
-    assert sizes == [2 * channels * cells[2] * 4, 2 * channels * sum(cells) * 4, 2 * (predictions + grid)]
+    statistics = 2 * 2 * len(cells) * channels * 4  # of both branches' states: means and variances
+    levels = channels * cells[2] * 4, channels * sum(cells) * 4
+    assert sizes == [2 * each for each in (*levels, predictions + grid, predictions + grid + statistics)]
 
 
 def test_a_changed_teacher_is_asked_again():
@@ -243,7 +245,7 @@ def test_half_the_memory_with_bfloat16():
         step(distiller)
         warm, _ = step(distiller)
         torch.testing.assert_close(warm, live, rtol=0.02, atol=0.01)
-    assert caches[1].bytes == pytest.approx(caches[0].bytes / 2, rel=0.01)
+    assert caches[1].bytes == pytest.approx(caches[0].bytes / 2, rel=0.1)  # the grid and statistics keep all digits
 
 
 def test_keys_stand_for_the_images():

@@ -16,9 +16,9 @@ from kdtoolkit.contract import Method
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import digest
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.checkpoint import to_bytes
 from kdtoolkit.engine.config import TrainConfig, Validation
-from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.engine.processor import processor_name
 from kdtoolkit.errors import KDError
 
@@ -36,8 +36,8 @@ _SETTINGS = (
     "score",
 )
 # Options that change how fast a run is, and nothing that it computes but for rounding.
-FREE = frozenset({"workers", "teacher_cache", "teacher_cache_gb"})
-_CIRCUMSTANCES = ("torch", "device", "processor", "threads", "precision", "processes")
+FREE = frozenset({"workers", "teacher_cache", "teacher_cache_gb", "channels_last", "winograd"})
+_CIRCUMSTANCES = ("torch", "device", "processor", "threads", "precision", "channels_last", "winograd", "processes")
 
 
 def identity(
@@ -48,6 +48,7 @@ def identity(
     validation: Validation | None,
     seed: int,
     device: torch.device,
+    arithmetic: Arithmetic,
 ) -> dict[str, Any]:
     """A run's settings and circumstances, as values that JSON can hold."""
     teacher, class_map = distiller.teacher_adapter, distiller.class_map
@@ -69,7 +70,9 @@ def identity(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
-        "precision": resolve_precision(config.precision, device),
+        "precision": arithmetic.precision,
+        "channels_last": arithmetic.channels_last,
+        "winograd": arithmetic.winograd,
         "processes": processes.count(),
     }
 
@@ -89,6 +92,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> lis
             f"{folder} holds a run that began with different settings ({', '.join(changed)}): choose another folder, "
             "or delete this one"
         )
+    old = {"channels_last": before["channels_last"] is True, "winograd": False, **old}  # as earlier versions trained
     differing = [(name, old[name], new[name]) for name in _CIRCUMSTANCES if name in old and old[name] != new[name]]
     caches = before["teacher_cache"], now["teacher_cache"]
     if caches[0] != caches[1] and "off" in caches:  # in memory and on disk it gives the same bits

@@ -20,6 +20,7 @@ from kdtoolkit.contract import RecordedAlone, Target
 from kdtoolkit.data import DetectionDataset, batches, check_same_classes
 from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.engine import group
+from kdtoolkit.engine.arithmetic import Arithmetic, tensor_float32
 from kdtoolkit.engine.caching import teacher_cache
 from kdtoolkit.engine.checkpoint import Checkpoint
 from kdtoolkit.engine.config import TrainConfig, Validation
@@ -40,7 +41,6 @@ from kdtoolkit.engine.measuring import evaluate_now, probe_now
 from kdtoolkit.engine.memory import PeakMemory
 from kdtoolkit.engine.mixture import Labelled, alternate, unlabelled_steps
 from kdtoolkit.engine.optim import frozen, lr_factor, set_rates
-from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.engine.result import CacheUse, Progress, TrainResult, mean_metrics
 from kdtoolkit.engine.state import RunState, Window, seed_step
 from kdtoolkit.engine.stopwatch import Stopwatch
@@ -119,13 +119,13 @@ def train(
     unlabelled = None if unlabelled is None else unlabelled.in_memory()
     device = resolve_device(distiller.student, device)
     check_on_device(distiller, device)
-    precision = resolve_precision(config.precision, device)
+    arithmetic = Arithmetic.of_config(distiller, config, device)
+    precision = arithmetic.precision
     seed_step(seed, 0, rank)
     student = distiller.student
     distiller.accumulation = config.accumulation
     distiller.restart()  # schedules and shares of methods begin with this run
-    if config.channels_last:
-        distiller.to(memory_format=torch.channels_last)
+    arithmetic.lay_out(distiller)
 
     if validation is not None:
         check_dataset(validation.dataset, distiller.student_adapter.spec)
@@ -133,6 +133,7 @@ def train(
         validation = replace(validation, dataset=validation.dataset.in_memory())
 
     with ExitStack() as stack:
+        stack.enter_context(tensor_float32(config.tf32))
         set_training = stack.enter_context(frozen(student, config))
         check_trainable(student)  # with the parts that the config freezes
         state = RunState.begin(distiller, config, precision, device)
@@ -141,7 +142,7 @@ def train(
         def enter() -> Checkpoint | None:
             nonlocal keeper
             assert folder is not None  # entered only then
-            made_of = identity(distiller, config, dataset, unlabelled, validation, seed, device)
+            made_of = identity(distiller, config, dataset, unlabelled, validation, seed, device, arithmetic)
             keeper, found = stack.enter_context(opened(folder, made_of))
             return found
 
@@ -189,13 +190,12 @@ def train(
             parts, boxes = Window(), False
             for last_part, some, their_targets, their_keys in _parts(images, targets, keys, config.accumulation):
                 shown = [image.to(device, non_blocking=True) for image in some]
-                autocast = torch.autocast(device.type, autocast_type(precision), enabled=precision != "float32")
                 with nullcontext() if last_part or count == 1 else model.no_sync():
-                    with autocast, single_values_told():
+                    with arithmetic.forward_pass(), single_values_told():
                         losses = model(shown, their_targets, their_keys)
                     values, has_boxes = _values(losses, their_targets)
                     if bad := _non_finite({name: values[name] for name in losses}):
-                        with autocast:
+                        with arithmetic.forward_pass():
                             where = locate_non_finite(distiller, shown, their_targets)
                         _stop(student, buffers, step, bad, where)
                     values = {name: value for name, value in values.items() if math.isfinite(value)}

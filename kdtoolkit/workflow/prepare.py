@@ -21,6 +21,7 @@ from kdtoolkit.data.opening import name_of
 from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine import group
+from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.engine.inputs import check_arguments, check_unlabelled
 from kdtoolkit.engine.mixture import share_without_labels, unlabelled_steps
@@ -167,7 +168,7 @@ def prepare(
         distiller=distiller,
         config=config,
         evaluations=training.evaluations,
-        plan=plan | training.plan | cached,
+        plan=plan | training.plan | cached | _arithmetic(config, distiller, device),
         notes=tuple(dict.fromkeys([*notes, *student.notes, *(teacher.notes if teacher else ())])),
     )
 
@@ -519,6 +520,12 @@ def _training(options: RunOptions, about: Situation, images: Images, batch: Choi
         "evaluation": Choice(_evaluations_in_words(evaluations.value, about), evaluations.why),
     }
     return _Training(config, evaluations.value, resolved, plan)
+
+
+def _arithmetic(config: TrainConfig, distiller: Distiller, device: torch.device) -> dict[str, Choice]:
+    """The part of the plan that says how convolutions are computed."""
+    chosen = Arithmetic.of_config(distiller, config, device)
+    return {"convolutions": Choice(chosen.convolutions, chosen.why or _CHOSEN_BY_USER)}
 
 
 def _schedule(options: RunOptions, about: Situation) -> Choice:
