@@ -168,7 +168,7 @@ def prepare(
         distiller=distiller,
         config=config,
         evaluations=training.evaluations,
-        plan=plan | training.plan | _arithmetic(config, distiller, device) | cached,
+        plan=plan | training.plan | cached | _arithmetic(config, distiller, device),
         notes=tuple(dict.fromkeys([*notes, *student.notes, *(teacher.notes if teacher else ())])),
     )
 
