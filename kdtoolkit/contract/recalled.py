@@ -62,20 +62,20 @@ class Recall:
         # A part may be asked for where a method has switched autocast off for its own loss.
         self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
-    def part(self, name: str, of: Callable[[View], Tensor]) -> Tensor:
+    def part(self, name: str, of: Callable[[View], Tensor], *, rounded: bool = True) -> Tensor:
         """The part of all images, (N, ...). `of` takes it from a pass over an image of which it is not known."""
         if name not in self._parts:
             device, dtype, enabled = self._autocast
             with torch.no_grad(), torch.autocast(device, dtype, enabled):
-                self._parts[name] = self._stacked([self._found(i, name, of) for i in range(len(self._known))])
+                self._parts[name] = self._stacked([self._found(i, name, of, rounded) for i in range(len(self._known))])
         return self._parts[name]
 
-    def _found(self, image: int, name: str, of: Callable[[View], Tensor]) -> Tensor:
+    def _found(self, image: int, name: str, of: Callable[[View], Tensor], rounded: bool) -> Tensor:
         """The part of one image, without the dimension of images."""
         if name in self._known[image]:
             return self._known[image][name]
         found = of(self._pass(image))[0]
-        if self._dtype is not None and found.is_floating_point():
+        if rounded and self._dtype is not None and found.is_floating_point():
             found = found.to(self._dtype)
         self.fresh[image][name] = found
         return found
@@ -160,6 +160,10 @@ class RecalledView(View):
         self.recall = Recall(adapter, batch, [*map(find, keys)], stages, dtype)
         maps = Lazy(len(adapter.spec.strides), self.recall.level)
         super().__init__(adapter, batch, maps, stages=stages, frozen=True, scale=scale)
+
+    def kept(self, name: str, of: Callable[[View], Tensor]) -> Tensor:
+        """What `of` computes of the whole view, of each image alone, with all its digits: (N, ...)."""
+        return self.recall.part(name, of, rounded=False)
 
     @property
     def head(self) -> HeadTrace:

@@ -77,6 +77,11 @@ class View:
             self._own.append(self.run_head())
         return self._own[0]
 
+    def kept(self, name: str, of: Callable[[View], Tensor]) -> Tensor:
+        """What `of` computes of the whole view, of each image alone: (N, ...). A cache keeps it under `name`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return of(self)
+
     def run_head(self, priors: Priors | None = None) -> HeadTrace:
         """Run the head once more, with `priors` instead of its own."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):

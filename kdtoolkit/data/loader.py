@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from hashlib import blake2b
 from itertools import islice
 from typing import Literal, NamedTuple, overload
 
@@ -19,6 +18,7 @@ from kdtoolkit.data.mix import Item
 from kdtoolkit.data.recorded import Carrier
 from kdtoolkit.data.resize import InputSize, with_boxes
 from kdtoolkit.errors import KDError
+from kdtoolkit.teacher_cache import digest
 
 
 class Draw(NamedTuple):
@@ -107,8 +107,8 @@ def batches(
         share: place and number of the processes that train together; each yields its part of each batch.
         pin: whether workers' images are in pinned memory, from which they are copied to a GPU faster. Without workers
             the images are in ordinary memory.
-        keys: also yield the `pixel_digest` of each image as it is shown, as the third part of a batch: by these a
-            teacher's cache finds what the teacher has said about the same pixels before.
+        keys: also yield the digest of each image as it is shown, as the third part of a batch. By these a teacher cache
+            finds what the teacher showed of the same pixels before.
 
     Raises KDError, also from a worker, if an image cannot be read.
     """
@@ -121,13 +121,6 @@ def batches(
     )
     found = _read(_Presented(dataset, augment, input_size, keys), plan, workers, pin)
     return found if keys else ((images, targets) for images, targets, _ in found)
-
-
-def pixel_digest(image: Tensor) -> str:
-    """32 hexadecimal digits that stand for the size and the pixels of an image (3, H, W) uint8."""
-    found = blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
-    found.update(image.contiguous().numpy().data)
-    return found.hexdigest()
 
 
 def _read(presented: _Presented, plan: Iterator[list[Draw]], workers: int, pin: bool) -> Iterator[_Batch]:
@@ -197,7 +190,7 @@ class _Presented(Dataset[_Item | KDError]):
             return read(int(torch.randint(len(self._dataset), (), generator=generator)))
 
         image, target = self._augment.of(read(draw.image), another, generator)
-        key = pixel_digest(image) if self._keys else ""
+        key = digest(image) if self._keys else ""
         return _Item(image.float().div_(255), carrier.unladen(target), key)
 
     def _read(self, index: int, short: int | None, generator: torch.Generator, carrier: Carrier) -> Item:

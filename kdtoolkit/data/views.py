@@ -14,7 +14,6 @@ from kdtoolkit.data.augment import Augmentation
 from kdtoolkit.data.loader import draws_of
 from kdtoolkit.data.resize import InputSize
 
-MOST = 300_000  # images that are counted; a longer run is counted in its first steps
 _GRID = 32  # pixels: canvases that differ by less are taken for one, because detectors pad them
 
 
@@ -47,7 +46,6 @@ def count_views(
     """
     generator = torch.Generator()
     found = set()
-    steps = max(1, min(steps, MOST // batch_size))
     for draws in draws_of(len(sizes), batch_size, steps, seed, input_size):
         resized = [sizes[draw.image] for draw in draws]
         if input_size is not None:

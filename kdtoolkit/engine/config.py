@@ -65,8 +65,17 @@ class TrainConfig(BaseModel):
         description="share of the steps whose images have no labels, if the run has such images; None: their share of "
         "all images, at most half",
     )
-    channels_last: bool = Field(
-        default=False, description="memory format; faster convolutions if channels are multiples of 8"
+    channels_last: Literal["auto"] | bool = Field(
+        default="auto", description="memory format; auto: what is faster on the hardware (docs/speed.md)"
+    )
+    winograd: bool = Field(
+        default=True,
+        description="on a CPU in float32, compute large 3x3 convolutions by Winograd's algorithm, which is faster; "
+        "false: directly",
+    )
+    tf32: Literal["auto"] | bool = Field(
+        default="auto",
+        description="float32 on a GPU in TF32; auto: as torch has it, which is convolutions alone",
     )
     compile: bool = Field(default=False, description="run the step through torch.compile")
     teacher_cache: Literal["off", "memory", "disk"] = Field(

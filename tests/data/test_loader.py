@@ -5,7 +5,6 @@ import torch
 
 from kdtoolkit import KDError
 from kdtoolkit.data import Augmentation, CocoDetection, ProceduralShapes, batches
-from kdtoolkit.data.loader import pixel_digest
 from tests.data._coco import write
 
 PLAIN = Augmentation(flip=0)
@@ -116,8 +115,3 @@ def test_keys_say_which_images_have_the_same_pixels(data, workers):
             pixels.setdefault(key, set()).add(image.numpy().tobytes())
     assert all(len(own) == 1 for own in pixels.values())
     assert 10 < len(pixels) == len(set.union(*pixels.values())) <= 20  # each image, and its mirror image
-
-
-def test_a_digest_depends_on_the_size_too():
-    image = torch.zeros(3, 2, 8, dtype=torch.uint8)
-    assert pixel_digest(image) == pixel_digest(image.clone()) != pixel_digest(image.view(3, 8, 2))
