@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -132,6 +133,7 @@ SETTINGS = {
     "default": Settings(channels_last=True, winograd=True),  # what `train` chooses on a CPU without bfloat16
     "cache": Settings(channels_last=True, winograd=True, cache=True),
     "bfloat16": Settings("bfloat16", channels_last=True),
+    "bfloat16-cache": Settings("bfloat16", channels_last=True, cache=True),
     "compiled": Settings(channels_last=True, compile=True),
     "bfloat16-compiled": Settings("bfloat16", channels_last=True, compile=True),
 }
@@ -197,7 +199,8 @@ class Parts:
             model = model.to(device)
             models.append(model.to(memory_format=torch.channels_last) if settings.channels_last else model)
         self.teacher, self.student = map(adapt, models)
-        self.cache = TeacherCache.in_memory(CACHE_GIGABYTES) if settings.cache else None
+        kept: Literal["float32", "bfloat16"] = "bfloat16" if settings.precision == "bfloat16" else "float32"
+        self.cache = TeacherCache.in_memory(CACHE_GIGABYTES, kept) if settings.cache else None
         self.keys = [*map(digest, self.images)] if settings.cache else None  # a loader's workers compute them
         self.teacher.model.eval().requires_grad_(False)
         self.weights_mb = tuple(sum(p.nbytes for p in model.parameters()) / 2**20 for model in models)
