@@ -24,6 +24,7 @@ from kdtoolkit.contract import (
     Predictions,
     Priors,
     Recorded,
+    Said,
     State,
     Target,
 )
@@ -246,6 +247,14 @@ class SharedClasses(DetectorAdapter):
         """Run the head from `state` to its end."""
         return self._seen_predictions(self._inner.resume(state, stage, _own(trace)))
 
+    def restored(self, said: Said, batch: Batch) -> HeadTrace:
+        """Make a pass of the wrapped detector's head again, from the predictions of all its classes."""
+        return self.seen_trace(self._inner.restored(said, _whole(batch)))
+
+    def said(self, trace: HeadTrace) -> Predictions:
+        """The predictions of all classes of the wrapped detector."""
+        return self._inner.said(_own(trace))
+
     def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
         """The pass after each decoder layer."""
         return tuple(map(self.seen_trace, self._inner.layers(_own(trace))))
@@ -300,6 +309,10 @@ class SharedBatch(Batch):
     """A batch of which methods see the objects of shared classes. `whole` is the detector's own batch."""
 
     whole: Batch | None = None
+
+    def at_images(self, indices: Sequence[int]) -> SharedBatch:
+        """The batch of some of the images, on the same canvas."""
+        return replace(super().at_images(indices), whole=_whole(self).at_images(indices))
 
 
 def with_objects(adapter: DetectorAdapter, batch: Batch, objects: Sequence[Target]) -> Batch:

@@ -30,6 +30,7 @@ from kdtoolkit.contract import (
     HeldShare,
     Method,
     PriorKind,
+    RecalledView,
     Recorded,
     RecordedAlone,
     Target,
@@ -41,6 +42,7 @@ from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.gradients import Gradient, norms
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import all_methods
+from kdtoolkit.teacher_cache import TeacherCache, digest, teacher_digest, versions, view_keys
 
 TEACHER_SCALES = (1.0, 0.5, 0.25)  # others would turn no stride into one of the student's
 # Of losses whose gradients are measured, tried in turn until they are finite: a large scale keeps gradients of float16
@@ -104,6 +106,8 @@ class Distiller(nn.Module):
             costs less. The teacher's level of stride 8 then stands beside the student's of stride 16 or 32.
         class_map: which classes the two share, if their class lists differ. Methods then compare these classes only.
         score: in batches without labels, the teacher's detections with at least this score stand for objects.
+        teacher_cache: what the teacher showed of images is kept in it and taken from it (docs/teacher_cache.md). A
+            teacher that is a file of detections needs none: then nothing is kept.
 
     Raises:
         IncompatibleError: a method cannot work between the two. The message says why, and which methods can.
@@ -123,6 +127,7 @@ class Distiller(nn.Module):
         teacher_scale: float = 1.0,
         class_map: ClassMap | None = None,
         score: float = 0.5,
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         super().__init__()
         if accumulation < 1:
@@ -150,6 +155,8 @@ class Distiller(nn.Module):
         self.teacher_scale = teacher_scale
         self.class_map = class_map
         self.score = score
+        self.teacher_cache = teacher_cache
+        self._teacher_digest: tuple[tuple[int, ...], str] | None = None  # with the versions that it is of
         self.calls = 0
         self.run_steps: int | None = None  # needed where schedules are given as shares of it
         self._names = _unique_names(methods)
@@ -177,7 +184,12 @@ class Distiller(nn.Module):
         for method in methods:
             method.in_use = True
 
-    def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | Sequence[RecordedAlone] | None) -> Losses:
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Target] | Sequence[RecordedAlone] | None,
+        keys: Sequence[str] | None = None,
+    ) -> Losses:
         """The losses of one step.
 
         Images are float tensors (3, H, W) in [0, 1]. Ground truth is in torchvision's convention. It may be on the
@@ -185,8 +197,11 @@ class Distiller(nn.Module):
         student then learns from the teacher alone, and has no losses of its own. If the teacher is a file of
         detections, each target brings what the teacher found on its image, `recorded`; without labels, this alone.
 
-        Raises KDError if images or ground truth are clearly wrong (shape, range, labels), or if there are no labels and
-        no method that works without them.
+        `keys`: for a teacher cache, the digest of each image, such as `kdtoolkit.teacher_cache.digest` of its pixels.
+        None computes them here. On a GPU the host then waits for the images.
+
+        Raises KDError if images or ground truth are clearly wrong (shape, range, labels), if there are no labels and
+        no method that works without them, or if the number of keys is not that of the images.
         """
         for adapter in (self.student_adapter, self.teacher_adapter):  # the user may have called half()
             if adapter is not None:
@@ -208,7 +223,7 @@ class Distiller(nn.Module):
         batch = adapter.prepare(images, targets)
         teacher_view = None
         if targets is None:
-            teacher_view = self._observe_teacher(images, None, batch, recorded, _stages(methods, 1))
+            teacher_view = self._observe_teacher(images, None, batch, recorded, keys, _stages(methods, 1))
             if any(method.unlabelled == "detections" for method in methods):
                 teacher_view, batch = self._with_detections(teacher_view, batch)
         features = adapter.features(batch)
@@ -220,9 +235,10 @@ class Distiller(nn.Module):
         if active:
             student_view = self._student_view(batch, features, trace, assignment)
             if teacher_view is None:
-                teacher_view = self._observe_teacher(images, targets, batch, recorded, _stages(methods, 1))
+                teacher_view = self._observe_teacher(images, targets, batch, recorded, keys, _stages(methods, 1))
             exchange = Exchange(student_view, teacher_view)
             found = [_checked_terms(method, method(exchange.at_strides(method.strides))) for method in methods]
+            self._remember(teacher_view)
             if targets is not None and self.training and torch.is_grad_enabled():
                 self._hold_shares(step, losses.total, methods, [terms for terms, _ in found])
             device = batch.images.device
@@ -282,13 +298,48 @@ class Distiller(nn.Module):
         targets: Sequence[Target] | None,
         like: Batch,
         recorded: Sequence[Recorded] | None,
+        keys: Sequence[str] | None,
         stages: frozenset[int] | None,
     ) -> View:
         """The teacher's view of the images that the student saw. Its head runs when a method asks for it."""
         adapter = self.seen[1]
         adapter.model.eval()  # the user may have called train() on a module that holds the teacher
         batch = self.teacher_batch(images, targets, like, recorded)
+        if self.teacher_cache is not None and adapter.spec.priors is not PriorKind.DETECTIONS:
+            keys = self._view_keys([*map(digest, images)] if keys is None else keys, batch)
+            return RecalledView(
+                adapter,
+                batch,
+                keys,
+                self.teacher_cache.find,
+                stages=stages,
+                scale=self.teacher_scale,
+                dtype=self.teacher_cache.dtype,
+            )
         return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True, scale=self.teacher_scale)
+
+    def _view_keys(self, images: Sequence[str], batch: Batch) -> list[str]:
+        """The key of each image in the cache, from the images' digests."""
+        assert self.teacher_adapter is not None
+        assert self.teacher_cache is not None
+        if len(images) != len(batch.sizes):
+            raise KDError(f"there are {len(batch.sizes)} images and {len(images)} keys: hand in one key for each image")
+        written = versions(self.teacher_adapter.model)
+        if self._teacher_digest is None or self._teacher_digest[0] != written:
+            self._teacher_digest = written, teacher_digest(self.teacher_adapter)
+        return view_keys(images, batch, self._teacher_digest[1], self.teacher_cache.precision)
+
+    def _remember(self, view: View) -> None:
+        """Keep what the teacher showed in this step and had not shown before."""
+        if not isinstance(view, RecalledView):
+            return
+        assert self.teacher_cache is not None
+        for key, parts in zip(view.keys, view.recall.fresh, strict=True):
+            if parts:
+                self.teacher_cache.keep(key, parts)
+        missed = sum(map(bool, view.recall.fresh))
+        self.teacher_cache.misses += missed
+        self.teacher_cache.hits += len(view.keys) - missed
 
     def teacher_batch(
         self,

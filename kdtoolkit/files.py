@@ -31,6 +31,19 @@ def write_atomic(path: Path, content: bytes) -> None:
     _flush_names(path.parent)
 
 
+def write_beside(path: Path, content: bytes) -> None:
+    """Write a file that other processes see complete or not at all. After a failure of the machine it may be broken.
+
+    It is for many small files that can be made again: `write_atomic` waits for the disk. Raises OSError.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def written_together(folder: Path) -> Iterator[Path]:
     """Write files of a library that only writes them itself: a new folder for them, until the block ends.

@@ -649,6 +649,22 @@ class EndsAfterNoLayer(DenseAdapter):
         return trace, replace(trace, states=trace.states[:-1])
 
 
+class MakesPriorsAgainElsewhere(DenseAdapter):
+    """recalled"""
+
+    def restored(self, said, batch):
+        trace = super().restored(said, batch)
+        priors = replace(trace.predictions.priors, boxes=trace.predictions.priors.boxes + 1)
+        return replace(trace, predictions=replace(trace.predictions, priors=priors))
+
+
+class ForgetsStates(DenseAdapter):
+    """recalled"""
+
+    def restored(self, said, batch):
+        return replace(super().restored(said, batch), states=())
+
+
 class HeadOnAGridTakesNoQueries(DenseAdapter):
     """placed_queries"""
 

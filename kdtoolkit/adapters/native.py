@@ -21,6 +21,7 @@ from kdtoolkit.contract import (
     HeadTrace,
     Predictions,
     Priors,
+    Said,
     Stage,
     State,
     Target,
@@ -110,6 +111,12 @@ class DenseAdapter(DetectorAdapter):
         """Run the rest of the towers, then the predictors. `trace` is not needed."""
         _, last = keep_states(self.model.walk_towers(state, stage), ())
         return self.model.predict(last)
+
+    def restored(self, said: Said, batch: Batch) -> HeadTrace:
+        """Make a pass again from its predictions."""
+        model = self.model
+        priors = model.priors(said.grid)
+        return HeadTrace(said.states, Predictions(said.logits, said.regression, priors, model.decode, said.quality))
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """Compute the detector's own losses."""

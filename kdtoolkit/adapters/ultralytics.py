@@ -52,6 +52,7 @@ from kdtoolkit.contract import (
     Predictions,
     PriorKind,
     Priors,
+    Said,
     Stage,
     State,
     Target,
@@ -216,9 +217,17 @@ class UltralyticsAdapter(DetectorAdapter):
         logits, regression = (flatten(outputs[branch], outputs[branch][0].shape[1]) for branch in ("cls", "reg"))
         if self._head.reg_max > 1:
             regression = regression.view(*regression.shape[:2], 4, -1)
-        points, strides = _tal.make_anchors(_as_maps(grid, logits), self._strides)
-        priors = Priors((points * strides).repeat(1, 2), strides[:, 0], grid)
-        return Predictions(logits, regression, priors, _decode)
+        return Predictions(logits, regression, self._priors(grid, logits), _decode)
+
+    def _priors(self, grid: tuple[tuple[int, int], ...], like: Tensor) -> Priors:
+        """The centres of all cells, on the device of `like`."""
+        points, strides = _tal.make_anchors(_as_maps(grid, like), self._strides)
+        return Priors((points * strides).repeat(1, 2), strides[:, 0], grid)
+
+    def restored(self, said: Said, batch: Batch) -> HeadTrace:
+        """Make a pass again from its predictions."""
+        priors = self._priors(said.grid, said.logits)
+        return HeadTrace(said.states, Predictions(said.logits, said.regression, priors, _decode), said.features)
 
     def detecting(self, trace: HeadTrace) -> Predictions:
         """The predictions that detections come from: of the one-to-one towers if the model is end-to-end."""
@@ -226,7 +235,7 @@ class UltralyticsAdapter(DetectorAdapter):
 
     def _one_to_one(self, trace: HeadTrace) -> Predictions:
         """The predictions of the one-to-one towers for the trace's features."""
-        features = cast(tuple[Tensor, ...], trace.context)
+        features = tuple(cast(Sequence[Tensor], trace.context))
         if self._head.training:  # as in the library: these towers must not change the features
             features = tuple(level.detach() for level in features)
         towers: Towers = {"cls": self._head.one2one_cv3, "reg": self._head.one2one_cv2}

@@ -246,6 +246,8 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
         facts[EQUAL_TIME] = (
             f"{steps} steps: the schedule times {stretch}, so that it takes as long as the slowest method"
         )
+    if cached := _cached(done):
+        facts["teacher cache"] = cached
     if plateau := _plateau(cells):
         facts["plateau"] = plateau
     if inherited := distinct(result.inherited for result in done if result.inherited) if suite.init else "":
@@ -257,6 +259,18 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
     dates = sorted(result.date for result in done)
     facts["run"] = f"{dates[0]} to {dates[-1]}" if dates else "-"
     return facts
+
+
+def _cached(done: Iterable[CellResult]) -> str:
+    """How often the cells asked their teacher, in words; empty if they had no teacher cache."""
+    found = [result.cached for result in done if result.cached is not None]
+    if not found:
+        return ""
+    asked, shown = sum(each.misses for each in found), sum(each.misses + each.hits for each in found)
+    return (
+        f"{counted(len(found), 'cell')} asked the teacher about {asked:,} of {shown:,} images, and found the rest. The "
+        "cost of each cell has the teacher's pass over each of its views once, whichever cell made it"
+    )
 
 
 def _plateau(cells: Mapping[str, list[CellResult]]) -> str:

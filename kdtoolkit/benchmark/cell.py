@@ -19,6 +19,7 @@ from kdtoolkit.benchmark.detections_file import GroundTruth, detections_path, wr
 from kdtoolkit.benchmark.keys import digest_of, key_of, package_of
 from kdtoolkit.benchmark.store import (
     FORMAT,
+    CachedTeacher,
     CellResult,
     discard,
     discard_runs,
@@ -32,14 +33,18 @@ from kdtoolkit.classes import ClassMap
 from kdtoolkit.compatibility import why_no_student
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import own_ids
+from kdtoolkit.data.views import count_views
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.breakdown import breakdown
+from kdtoolkit.engine.caching import seconds_of_view
+from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.engine.evaluate import METRICS, Evaluation, evaluate, why_not_measured
 from kdtoolkit.engine.folder import RunFolder
 from kdtoolkit.engine.hardware import device_name, machine
 from kdtoolkit.engine.inference_cost import InferenceCost, measure
 from kdtoolkit.engine.measuring import equal_shares
 from kdtoolkit.engine.memory import peak_memory_mb
+from kdtoolkit.engine.mixture import unlabelled_steps
 from kdtoolkit.engine.result import TrainResult
 from kdtoolkit.engine.scoring import Found
 from kdtoolkit.engine.train import Progress, Validation, train
@@ -62,7 +67,8 @@ class Task:
     `fingerprints`: digests of the content of its data sets, by name. `inherits`: whether the student starts from the
     teacher's weights. `halts`: whether to evaluate after four fifths of the steps too. `curve`, `probe`: after how many
     equal shares of the steps to evaluate the student, and to probe its methods. `class_map`: the teacher's name for a
-    class of the data, where the names differ. `tracked_in`: where curves for TensorBoard go; None writes none.
+    class of the data, where the names differ. `teacher_cache`: the folder of a teacher cache on disk, if it has one.
+    `tracked_in`: where curves for TensorBoard go; None writes none.
     `original`: the task as the run planned it, if its files were moved to a different machine.
     """
 
@@ -88,6 +94,7 @@ class Task:
     curve: int = 0
     probe: int = 0
     class_map: Mapping[str, str] = field(default_factory=dict)
+    teacher_cache: Path | None = None
     tracked_in: Path | None = None
     original: Task | None = None
 
@@ -299,7 +306,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             inherited = inherit(student, teacher, class_map).describe()
 
     if task.steps == 0:
-        trained = TrainResult(0, 0.0, 0.0)
+        trained, cached = TrainResult(0, 0.0, 0.0), None
     else:
         distiller = Distiller(
             teacher if task.methods else None,
@@ -309,6 +316,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             class_map=class_map,
         )
         trained = _train(task, distiller, images, sets, report)
+        cached = _cached(task, distiller, images, sets, trained)
     memory = trained.peak_memory_mb or peak_memory_mb(task.device)
 
     def evaluating(done: int, total: int) -> None:
@@ -367,6 +375,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         settings=(task.original or task).settings,
         fingerprints={**task.fingerprints, **taught_by},
         inference=cost,
+        cached=cached,
     )
     if detections:
         truth = GroundTruth(task.fingerprints["val_data"], sets.val.in_memory().coco())
@@ -387,6 +396,12 @@ def _cost(task: Task, detector: nn.Module, images: DetectionDataset) -> Inferenc
     image, _ = images[0]
     size = None if task.detector.train is None else task.detector.train.input_size
     return measure(detector, image if size is None else size.apply(image))
+
+
+def _config(task: Task) -> TrainConfig:
+    """How the task trains."""
+    assert task.detector.train is not None  # a task without it has no steps
+    return task.detector.train.model_copy(update={"steps": task.steps})
 
 
 def _train(
@@ -410,11 +425,16 @@ def _train(
             )
         )
 
-    assert task.detector.train is not None  # a task without it has no steps
-    config = task.detector.train.model_copy(update={"steps": task.steps})
+    config = _config(task)
     validation = Validation(sets.val, at=task.evaluated_at, max_detections=task.data.max_detections)
     trackers = () if task.tracked_in is None else ("tensorboard",)
-    folder = RunFolder(task.run_folder, save_seconds=SAVE_SECONDS, trackers=trackers, tracked_in=task.tracked_in)
+    folder = RunFolder(
+        task.run_folder,
+        save_seconds=SAVE_SECONDS,
+        trackers=trackers,
+        tracked_in=task.tracked_in,
+        teacher_cache=task.teacher_cache,
+    )
     discard_runs(task.result, but=folder.path)
     try:
         return train(
@@ -433,6 +453,40 @@ def _train(
         kept = task.result.with_suffix(".last-good.pt")
         write_weights(kept, distiller.student)
         raise NonFiniteLossError(f"{error} The student's weights before that step are in {kept}") from error
+
+
+def _cached(
+    task: Task, distiller: Distiller, images: DetectionDataset, sets: DataSets, trained: TrainResult
+) -> CachedTeacher | None:
+    """How the training used its teacher cache; None if it had none."""
+    if trained.cache is None:
+        return None
+    config = _config(task)
+    without = unlabelled_steps(distiller, config, images, sets.unlabelled)
+    views = _views(images, config, without.count(False), task.seed)
+    if sets.unlabelled is not None:
+        views += _views(sets.unlabelled, config, without.count(True), task.seed)
+    asked = trained.cache.hits + trained.cache.misses  # fewer than were shown if no method works in some steps
+    return CachedTeacher(
+        hits=trained.cache.hits,
+        misses=trained.cache.misses,
+        views=min(views, asked),
+        seconds_of_view=seconds_of_view(distiller, images, config, torch.device(task.device)),
+    )
+
+
+def _views(images: DetectionDataset, config: TrainConfig, steps: int, seed: int) -> int:
+    """How many different views of the images so many steps show."""
+    kept = images.in_memory()
+    shapes = [kept[place][0].shape for place in range(len(kept))]
+    return count_views(
+        [(height, width) for _, height, width in shapes],
+        batch_size=config.batch_size,
+        steps=steps,
+        seed=seed,
+        augment=config.augmentation,
+        input_size=config.input_size,
+    ).different
 
 
 def _ap_at(step: int, trained: TrainResult) -> float | None:

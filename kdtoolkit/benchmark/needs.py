@@ -96,6 +96,7 @@ def moved(task: Task, here: Mapping[Path, Path], *, pictures: Path, results: Pat
         teacher_weights=place(task.teacher_weights),
         data=task.data.model_copy(update={"root": place(task.data.root), "unlabelled": place(task.data.unlabelled)}),
         pictures=here.get(task.pictures, pictures),
+        teacher_cache=place(task.teacher_cache),
         result=results / task.result.name,
         tracked_in=None if task.tracked_in is None else results / TRACKED,
         original=task,

@@ -86,15 +86,21 @@ def pictures_folder(cache: Path, digest: str) -> Path:
     return used(cache / "pictures" / digest)
 
 
+def teacher_cache_folder(cache: Path, key: str) -> Path:
+    """The folder in `cache` for what a teacher showed. Raises StoreError if it cannot be written."""
+    return used(cache / "teacher_cache" / key)
+
+
 def cell_folder(cache: Path, name: str) -> Path:
     """The folder in `cache` that a cell works in. Raises StoreError if it cannot be written."""
     return used(cache / "cells" / name)
 
 
 def _forget(cache: Path) -> None:
-    """Delete parcels, decoded photos and unfinished cells that were not used for 30 days."""
+    """Delete parcels, decoded photos, teacher caches and unfinished cells that were not used for 30 days."""
     oldest = time.time() - KEPT_DAYS * 86400
-    for folder in (*cache.glob("?" * 32), *cache.glob("pictures/*"), *cache.glob("cells/*")):
+    kinds = "?" * 32, "pictures/*", "teacher_cache/*", "cells/*"
+    for folder in (folder for kind in kinds for folder in cache.glob(kind)):
         with suppress(OSError):  # a different process may delete it at the same time
             if folder.stat().st_mtime < oldest:
                 folder.rename(cache / f"{folder.parent.name}-{folder.name}.old")  # so no process finds a part of it

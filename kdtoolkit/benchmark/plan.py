@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -131,6 +132,13 @@ class Plan:
         limit = self.suite.data.max_detections
         return {} if limit == MAX_DETECTIONS else {"max_detections": str(limit)}
 
+    @property
+    def teacher_cache(self) -> Path | None:
+        """The folder that all cells keep in what the teacher shows; None if the suite asks for no cache on disk."""
+        train = self._student_section.train
+        assert train is not None  # a student's section has it
+        return self.store.teacher_cache(self.teacher_task().result.stem) if train.teacher_cache == "disk" else None
+
     def cell(self, row: str, seed: int, stretch: float = 1.0) -> Task:
         """The task of a row and seed."""
         section, methods, teacher = self._student_section, self.suite.methods(row), self.teacher_task()
@@ -170,6 +178,7 @@ class Plan:
             curve=self.suite.curve,
             probe=self.suite.probe,
             class_map=self.suite.class_map,
+            teacher_cache=self.teacher_cache if methods else None,
             tracked_in=self._tensorboard and self._tensorboard / row / f"seed{seed}",
             stretch=stretch,
             teacher_scale=scale,

@@ -10,7 +10,7 @@ import yaml
 from kdtoolkit.benchmark.board import METRICS
 from kdtoolkit.benchmark.detections_file import detections_path, read_detections
 from kdtoolkit.benchmark.runs import Run
-from kdtoolkit.benchmark.store import CellResult, are_whole, intact_result, read_result
+from kdtoolkit.benchmark.store import CachedTeacher, CellResult, are_whole, intact_result, read_result
 from kdtoolkit.benchmark.suite import TEACHER
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
@@ -81,6 +81,8 @@ def _facts(path: Path, result: CellResult) -> Iterator[tuple[str, str]]:
         yield "training", f"{result.steps} steps in {duration(result.train_seconds)}{longer}"
         cost = "not measured" if result.cost_ms is None else f"{result.cost_ms:.0f} ms a step"
         yield "cost", f"{cost}, median by the clock {result.step_ms:.0f} ms, memory {result.peak_memory_mb:.0f} MB"
+        if result.cached is not None:
+            yield "teacher cache", _cached(result.cached)
         yield "losses", "; ".join(_losses(result))
     else:
         yield "training", "none: the detector is used as it is"
@@ -102,6 +104,15 @@ def _facts(path: Path, result: CellResult) -> Iterator[tuple[str, str]]:
     yield "key", result.key
     yield "files", ", ".join(_files(path, result))
     yield "format", str(result.format)
+
+
+def _cached(found: CachedTeacher) -> str:
+    """How a cell used its teacher cache."""
+    return (
+        f"{found.hits} images found, {found.misses} asked about, of {found.views} different ones; a pass over one "
+        f"costs {1000 * found.seconds_of_view:.1f} ms, so different cells have spared it "
+        f"{duration(found.seconds_spared)}"
+    )
 
 
 def _losses(result: CellResult) -> Iterator[str]:

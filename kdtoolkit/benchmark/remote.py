@@ -19,7 +19,7 @@ from kdtoolkit.benchmark.cell import Failure, Report, Task
 from kdtoolkit.benchmark.executor import Ended
 from kdtoolkit.benchmark.keys import package_digest
 from kdtoolkit.benchmark.needs import TRACKED, moved
-from kdtoolkit.benchmark.parcels import cache_folder, cell_folder, pictures_folder, unpack
+from kdtoolkit.benchmark.parcels import cache_folder, cell_folder, pictures_folder, teacher_cache_folder, unpack
 from kdtoolkit.benchmark.store import StoreError, writing
 from kdtoolkit.benchmark.workers import Workers
 from kdtoolkit.engine.hardware import device_name
@@ -75,6 +75,8 @@ def run_shipped(task: Task, sent: Sequence[Sent], name: str) -> Iterator[Begun |
         here = {each.path: unpack(each.digest, each.pieces(), cache) / each.inside for each in sent}
         folder = cell_folder(cache, name)
         pictures = pictures_folder(cache, sent[0].digest)
+        if task.teacher_cache is not None:  # each machine has its own
+            here[task.teacher_cache] = teacher_cache_folder(cache, task.teacher_cache.name)
         local = moved(task, here, pictures=pictures, results=folder)
         with writing(folder), hold(local.run_folder, lambda holder: None):
             local.result.unlink(missing_ok=True)  # the process of an earlier attempt has ended, but may have left it

@@ -40,7 +40,7 @@ from kdtoolkit.benchmark.workers import Workers
 from kdtoolkit.engine.log import check_trackers
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
-from kdtoolkit.words import counted, duration
+from kdtoolkit.words import counted, duration, size
 
 BOARD_PAUSE = 20  # after a board, relative to the time that it took: boards take at most a twentieth of a run
 
@@ -205,6 +205,7 @@ class _Run:
         if not self.outcome.interrupted:  # a user who waits for the run to stop gets no pictures
             root = self.plan.store.root
             write_report([View.of(root, pictures=True)], root)
+            self._tell_cache()
             self.display.line(f"took {duration(time.monotonic() - self.started)}")
         return self.outcome
 
@@ -400,6 +401,13 @@ class _Run:
         else:
             discard(detections_path(copy))  # those of an earlier teacher
         write_result(copy, self._teacher_result())
+
+    def _tell_cache(self) -> None:
+        """Say where the teacher cache lies, and how large it is."""
+        folder = self.plan.teacher_cache
+        if folder is not None and folder.is_dir():
+            taken = sum(file.stat().st_size for file in folder.rglob("*"))
+            self.display.line(f"teacher cache: {folder}, {size(taken)}; it may be deleted, and then is made again")
 
     def _teacher_result(self) -> CellResult:
         result = read_result(self.plan.teacher_task().result)

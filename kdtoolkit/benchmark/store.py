@@ -36,6 +36,27 @@ class DamagedError(KDError):
     """A stored file is not what this version or an earlier one has written. Its cell can be run again."""
 
 
+class CachedTeacher(BaseModel):
+    """How a cell's teacher was asked by a cache.
+
+    `hits`, `misses`: images shown that needed no pass of the teacher, and that needed one. `views`: how many of the
+    images shown differ. `seconds_of_view`: what the teacher's pass over one of them costs: CPU time on a CPU, time by
+    the clock on a GPU.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    hits: int
+    misses: int
+    views: int
+    seconds_of_view: float
+
+    @property
+    def seconds_spared(self) -> float:
+        """What the passes would have cost that the cell found in the cache because different cells had made them."""
+        return max(0, self.views - self.misses) * self.seconds_of_view
+
+
 class CellResult(BaseModel):
     """What one cell measured: one training of a row with one seed.
 
@@ -54,8 +75,8 @@ class CellResult(BaseModel):
     where the suite has a `probe`, `conflict/METHOD`, the cosine of the method's gradient with the task's, and
     `share/METHOD`, its share of both gradients; `conflict/task` is the cosine between the task's gradients of two
     batches, to compare with. `breakdown`: where the AP comes from. `inference`: what one image costs the trained
-    detector. All of these are empty in results of earlier versions, but for the fingerprints of data, which their key
-    holds.
+    detector. `cached`: how a teacher cache was used, if there was one. All of these are empty in results of earlier
+    versions, but for the fingerprints of data, which their key holds.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -90,6 +111,7 @@ class CellResult(BaseModel):
     evaluations: list[dict[str, float | None]] = []
     breakdown: Breakdown | None = None
     inference: InferenceCost | None = None
+    cached: CachedTeacher | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -128,13 +150,16 @@ class CellResult(BaseModel):
     def cost_per_step(self) -> float | None:
         """Mean seconds that a training step costs; None if they were not measured.
 
-        On a CPU this is CPU time, divided by the number of threads: programs that run beside it hardly change it.
+        On a CPU this is CPU time, divided by the number of threads: programs that run beside it hardly change it. With
+        a teacher cache it holds the teacher's pass over each view once, whichever cell made it: so the first cell of a
+        board costs no more than the others, and each costs what it would cost alone.
         """
         if not self.steps:
             return None
+        spared = 0.0 if self.cached is None else self.cached.seconds_spared
         if self.device != "cpu":
-            return self.seconds_per_step
-        return None if self.cpu_seconds is None else self.cpu_seconds / self.threads / self.steps
+            return (self.train_seconds + spared) / self.steps
+        return None if self.cpu_seconds is None else (self.cpu_seconds + spared) / self.threads / self.steps
 
     @property
     def cost_ms(self) -> float | None:
@@ -158,12 +183,14 @@ def cell_name(row: str, seed: int) -> str:
 class Store:
     """The folder of one run, `root`, with its suite, cells and boards.
 
-    `teachers` and `pictures` (drawn images) lie beside it. All runs of an output folder share them.
+    `teachers`, `teacher_cache` (what they showed of images) and `pictures` (drawn images) lie beside it. All runs of an
+    output folder share them.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.teachers = root.parent / "teachers"
+        self.teacher_caches = root.parent / "teacher_cache"
         self.pictures = root.parent / "pictures"
 
     @property
@@ -198,6 +225,10 @@ class Store:
     def teacher_path(self, key: str) -> Path:
         """The JSON file of the teacher with this key. Its weights lie beside it, in a file that ends in .pt."""
         return self.teachers / f"{key}.json"
+
+    def teacher_cache(self, key: str) -> Path:
+        """The folder of what the teacher with this key showed of images."""
+        return self.teacher_caches / key
 
     def lock(self) -> AbstractContextManager[None]:
         """Lock the folder for this process until it ends. Raises KDError that names the process that holds it."""

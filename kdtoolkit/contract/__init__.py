@@ -11,7 +11,8 @@ Boxes are xyxy in pixels of the batch's canvas; labels are int64 in [0, K).
 An adapter's author writes `DetectorAdapter`; a method's author writes `Method`. Neither knows the other.
 
 Each file is one idea, and imports only those above it: `spec` (facts), `data` (what passes), `adapter` (a detector),
-`view` (what it shows in a step), `exchange` (what two of them show), `schedule`, `held`, `method`. All names
+`lazy` (sequences made when asked for), `view` (what it shows in a step), `recalled` (what of it
+is known from earlier steps), `exchange` (what two of them show), `schedule`, `held`, `method`. All names
 are imported from here.
 """
 
@@ -25,12 +26,14 @@ from kdtoolkit.contract.data import (
     Priors,
     Recorded,
     RecordedAlone,
+    Said,
     State,
     Target,
 )
 from kdtoolkit.contract.exchange import Exchange, Matched, Whose
 from kdtoolkit.contract.held import HeldShare
 from kdtoolkit.contract.method import Method, Unlabelled
+from kdtoolkit.contract.recalled import Recall, RecalledView
 from kdtoolkit.contract.schedule import Schedule
 from kdtoolkit.contract.spec import Capability, ClassRows, DetectorSpec, PriorKind, Stage
 from kdtoolkit.contract.view import View
@@ -51,8 +54,11 @@ __all__ = [
     "Predictions",
     "PriorKind",
     "Priors",
+    "Recall",
+    "RecalledView",
     "Recorded",
     "RecordedAlone",
+    "Said",
     "Schedule",
     "Stage",
     "State",

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from kdtoolkit.contract.data import Assignment, Batch, Detections, HeadTrace, Predictions, Priors, State, Target
+from kdtoolkit.contract.data import Assignment, Batch, Detections, HeadTrace, Predictions, Priors, Said, State, Target
 from kdtoolkit.contract.spec import ClassRows, DetectorSpec
 from kdtoolkit.errors import KDError
 
@@ -27,7 +27,7 @@ class DetectorAdapter(ABC):
 
     @abstractmethod
     def describe(self) -> DetectorSpec:
-        """The detector's facts: all fields of the spec except `assigns`, `places_queries` and `first_stage`."""
+        """The detector's facts: all fields of the spec that `spec` does not fill in."""
 
     @cached_property
     def spec(self) -> DetectorSpec:
@@ -37,6 +37,7 @@ class DetectorAdapter(ABC):
             self.describe(),
             assigns=type(self).assign is not DetectorAdapter.assign,
             places_queries=type(self).queries_at is not DetectorAdapter.queries_at,
+            restores=type(self).restored is not DetectorAdapter.restored,
             first_stage=None if first is None else first.spec,
         )
 
@@ -125,6 +126,18 @@ class DetectorAdapter(ABC):
         With the state that `trace` itself has at that stage, the result equals the predictions of `trace` bit for bit.
         """
         raise NotImplementedError(f"{type(self).__name__} declares no stages")
+
+    def restored(self, said: Said, batch: Batch) -> HeadTrace:
+        """Make a pass of the head again from its predictions, without running it: for a head on a grid.
+
+        `resume`, `assign` and `detections` must do with the result what they do with the pass itself. An adapter
+        without `restored` loses no value: a teacher's head then runs on the maps that are known.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no restored")
+
+    def said(self, trace: HeadTrace) -> Predictions:
+        """The predictions of a pass that `restored` needs: those of `trace`, unless an adapter shows different ones."""
+        return trace.predictions
 
     def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
         """The pass as it would be if the decoder ended after its first layer, its second and so on.

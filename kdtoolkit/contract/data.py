@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, Self, TypedDict
 
 from torch import Tensor
 
@@ -72,6 +72,15 @@ class Batch:
     boxes: tuple[Tensor, ...] = ()
     labels: tuple[Tensor, ...] = ()
     recorded: tuple[Recorded, ...] = ()
+
+    def at_images(self, indices: Sequence[int]) -> Self:
+        """The batch of some of the images, on the same canvas."""
+        if [*indices] == [*range(len(self.sizes))]:
+            return self
+        kept = ("sizes", "padded_sizes", "original_sizes", "boxes", "labels", "recorded")
+        of_each = {name: getattr(self, name) for name in kept}
+        chosen = {name: tuple(each[i] for i in indices) for name, each in of_each.items() if each}
+        return replace(self, images=self.images[list(indices)], **chosen)
 
     def geometry_scaled_by(self, scale: float) -> Batch:
         """A batch with scaled sizes and canvas, for `DetectorAdapter.prepare(like=...)`; its pixels mean nothing."""
@@ -178,10 +187,31 @@ class HeadTrace:
         first: the pass of the first stage, if the head ran one.
     """
 
-    states: tuple[State, ...]
+    states: Sequence[State]
     predictions: Predictions
     context: object = None
     first: HeadTrace | None = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a head on a grid said in an earlier pass, of which `DetectorAdapter.restored` makes the pass again.
+
+    Attributes:
+        logits: as in `Predictions`.
+        regression: as in `Predictions`.
+        quality: as in `Predictions`.
+        grid: (H, W) of each level, as in `Priors`.
+        states: the hidden state at each stage. A state is looked up or computed when it is first asked for.
+        features: what `DetectorAdapter.features` returned. A map is looked up or computed when it is first asked for.
+    """
+
+    logits: Tensor
+    regression: Tensor
+    quality: Tensor | None
+    grid: tuple[tuple[int, int], ...]
+    states: Sequence[State]
+    features: Sequence[Tensor]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Literal
@@ -67,6 +67,17 @@ class Matched:
         """The teacher's decoded boxes (N, A, 4), in pixels of the student's canvas."""
         ours, theirs = (view.batch for view in self._views)
         return _carried(self.teacher.predictions.boxes, theirs, ours)
+
+    def of_teacher(self, name: str, of: Callable[[HeadTrace], Tensor]) -> Tensor:
+        """What a method computes of each image from the teacher's pass: `of` makes a tensor (N, ...) of a pass.
+
+        A teacher cache keeps it under `name`, in place of all that it is computed from. So the name must say all that
+        it depends on besides the pass. Each image's part of it must depend on that image alone.
+        """
+        view, trace = self._views[1], self._passes[1]
+        if self._rows is None and trace is view.trace:
+            return view.kept(name, lambda whole: of(whole.head))
+        return of(self.teacher)
 
     def finish_with_teacher(self, state: State, stage: int) -> Predictions:
         """Cross-head predictions: put a student's `state` into the teacher's head at `stage`, and run it to its end.

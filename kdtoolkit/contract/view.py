@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kdtoolkit.contract.adapter import DetectorAdapter
-from kdtoolkit.contract.data import Assignment, Batch, HeadTrace, Predictions, Priors
+from kdtoolkit.contract.data import Assignment, Batch, HeadTrace, Predictions, Priors, State
 from kdtoolkit.contract.spec import DetectorSpec
+
+T = TypeVar("T")
+
+
+def _at_once(count: int, make: Callable[[int], T]) -> Sequence[T]:
+    return tuple(map(make, range(count)))
 
 
 class View:
@@ -31,11 +39,13 @@ class View:
         scale: size of the images on this detector's canvas, relative to the student's.
     """
 
+    _sequence = staticmethod(_at_once)  # how sequences of tensors are made
+
     def __init__(
         self,
         adapter: DetectorAdapter,
         batch: Batch,
-        maps: tuple[Tensor, ...],
+        maps: Sequence[Tensor],
         trace: HeadTrace | None = None,
         assignment: Assignment | None = None,
         *,
@@ -67,10 +77,15 @@ class View:
             self._own.append(self.run_head())
         return self._own[0]
 
+    def kept(self, name: str, of: Callable[[View], Tensor]) -> Tensor:
+        """What `of` computes of the whole view, of each image alone: (N, ...). A cache keeps it under `name`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return of(self)
+
     def run_head(self, priors: Priors | None = None) -> HeadTrace:
         """Run the head once more, with `priors` instead of its own."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.adapter.head(self.maps, self.batch, priors, self._stages)
+            return self.adapter.head(tuple(self.maps), self.batch, priors, self._stages)
 
     def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
         """What the head would have said after each decoder layer, in this pass of it; the last is the pass itself."""
@@ -96,7 +111,7 @@ class View:
             return self
         part = copy.copy(self)
         levels = [i for i, stride in enumerate(self.spec_in_student_pixels.strides) if stride in strides]
-        part.features = tuple(self.features[i] for i in levels)
+        part.features = self._sequence(len(levels), lambda i: self.features[levels[i]])
         part.spec = self.spec.at_levels(levels)
         return part
 
@@ -120,7 +135,7 @@ class View:
             return self
         part = copy.copy(self)
         part.shown = height, width
-        part.features = tuple(part.cut(x, i) for i, x in enumerate(self.features))
+        part.features = self._sequence(len(self.features), lambda i: part.cut(self.features[i], i))
         return part
 
     def cut(self, x: Tensor, level: int) -> Tensor:
@@ -171,8 +186,10 @@ class View:
         """The states of the cells that are shown, and the predictions at `rows`; the whole trace if `rows` is None."""
         if rows is None:
             return trace
-        states = tuple(
-            {branch: tuple(self.cut(x, i) for i, x in enumerate(maps)) for branch, maps in state.items()}
-            for state in trace.states
-        )
+
+        def state(stage: int) -> State:
+            own = trace.states[stage]
+            return {branch: tuple(self.cut(x, i) for i, x in enumerate(maps)) for branch, maps in own.items()}
+
+        states = self._sequence(len(trace.states), state)
         return replace(trace, states=states, predictions=self.cut_predictions(trace.predictions, rows))

@@ -57,12 +57,24 @@ class Augmentation(BaseModel):
             raise ValueError(f"zoom is a range [low, high]; {zoom[0]} is above {zoom[1]}")
         return zoom
 
+    @property
+    def never_repeat(self) -> tuple[str, ...]:
+        """The changes that are on and give an image different pixels each time. A mirror image comes again."""
+        on = {
+            "colour": self.colour,
+            "zoom": self.zoom != (1.0, 1.0),
+            "photometric": self.photometric,
+            "mosaic": self.mosaic,
+            "mixup": self.mixup,
+        }
+        return tuple(name for name, chosen in on.items() if chosen)
+
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
         """Change an image (3, H, W) uint8 and its target; the originals stay as they are.
 
         Boxes are cut at the image's edge; one that keeps less than a quarter of its area is left out.
         """
-        if self.flip and _uniform(0, 1, generator) < self.flip:
+        if self.mirrors(generator):
             image, target = _mirror(image, target)
         if self.zoom != (1.0, 1.0):
             image, target = _zoom(image, target, self.zoom, generator)
@@ -71,6 +83,10 @@ class Augmentation(BaseModel):
         if self.photometric:
             image = _distort(image, self.photometric, generator)
         return image, target
+
+    def mirrors(self, generator: torch.Generator) -> bool:
+        """Whether to mirror an image, drawn at random."""
+        return bool(self.flip) and _uniform(0, 1, generator) < self.flip
 
     def of(self, item: Item, draw: Callable[[], Item], generator: torch.Generator) -> Item:
         """Change an image and its target, with all that is switched on; `draw` gives a random image to mix with it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -18,14 +18,60 @@ from kdtoolkit.data.mix import Item
 from kdtoolkit.data.recorded import Carrier
 from kdtoolkit.data.resize import InputSize, with_boxes
 from kdtoolkit.errors import KDError
+from kdtoolkit.teacher_cache import digest
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
     """An image that is shown: its place in the data set, the seed of its augmentation, its shorter side if resized."""
 
     image: int
     seed: int
     short: int | None
+
+
+class _Item(NamedTuple):
+    """An image as it is shown, its ground truth, and the digest of its pixels; empty if no digests are wanted."""
+
+    image: Tensor
+    target: Target
+    key: str
+
+
+_Batch = tuple[list[Tensor], list[Target], list[str]]
+
+
+@overload
+def batches(
+    dataset: DetectionDataset,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    augment: Augmentation,
+    input_size: InputSize | None = None,
+    workers: int = 0,
+    start: int = 0,
+    share: tuple[int, int] = (0, 1),
+    pin: bool = False,
+    keys: Literal[False] = False,
+) -> Iterator[tuple[list[Tensor], list[Target]]]: ...
+
+
+@overload
+def batches(
+    dataset: DetectionDataset,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    augment: Augmentation,
+    input_size: InputSize | None = None,
+    workers: int = 0,
+    start: int = 0,
+    share: tuple[int, int] = (0, 1),
+    pin: bool = False,
+    keys: Literal[True],
+) -> Iterator[_Batch]: ...
 
 
 def batches(
@@ -40,7 +86,8 @@ def batches(
     start: int = 0,
     share: tuple[int, int] = (0, 1),
     pin: bool = False,
-) -> Iterator[tuple[list[Tensor], list[Target]]]:
+    keys: bool = False,
+) -> Iterator[tuple[list[Tensor], list[Target]]] | Iterator[_Batch]:
     """Yield the batches of the steps `start` to `steps`: images (3, H, W) float32 in [0, 1] and their targets.
 
     Epochs follow each other without a break, each shuffled anew, so a batch may hold the end of one and the beginning
@@ -60,17 +107,24 @@ def batches(
         share: place and number of the processes that train together; each yields its part of each batch.
         pin: whether workers' images are in pinned memory, from which they are copied to a GPU faster. Without workers
             the images are in ordinary memory.
+        keys: also yield the digest of each image as it is shown, as the third part of a batch. By these a teacher cache
+            finds what the teacher showed of the same pixels before.
 
     Raises KDError, also from a worker, if an image cannot be read.
     """
     check_is_dataset(dataset)
     dataset = dataset.in_memory()
-    presented = _Presented(dataset, augment, input_size)
     place, count = share
     plan = (
         draws[len(draws) * place // count : len(draws) * (place + 1) // count]
-        for draws in islice(_plan(len(dataset), batch_size, steps, seed, input_size), start, None)
+        for draws in islice(draws_of(len(dataset), batch_size, steps, seed, input_size), start, None)
     )
+    found = _read(_Presented(dataset, augment, input_size, keys), plan, workers, pin)
+    return found if keys else ((images, targets) for images, targets, _ in found)
+
+
+def _read(presented: _Presented, plan: Iterator[list[Draw]], workers: int, pin: bool) -> Iterator[_Batch]:
+    """The batches of a plan. Raises KDError, also from a worker, if an image cannot be read."""
     if workers == 0:
         for draws in plan:
             yield _whole(_collate([presented[draw] for draw in draws]))
@@ -90,7 +144,7 @@ def batches(
         yield _whole(batch)
 
 
-def _plan(size: int, batch_size: int, steps: int, seed: int, input_size: InputSize | None) -> Iterator[list[_Draw]]:
+def draws_of(size: int, batch_size: int, steps: int, seed: int, input_size: InputSize | None) -> Iterator[list[Draw]]:
     """For each step the images of its batch."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.Generator().manual_seed(seed)  # apart, so that the order is the same with and without sizes
@@ -100,29 +154,32 @@ def _plan(size: int, batch_size: int, steps: int, seed: int, input_size: InputSi
             order = torch.randperm(size, generator=generator).tolist()
             waiting += zip(order, torch.randint(2**31, (size,), generator=generator).tolist(), strict=True)
         short = None if input_size is None else input_size.draw(sizes)
-        yield [_Draw(index, seed, short) for index, seed in waiting[:batch_size]]
+        yield [Draw(index, seed, short) for index, seed in waiting[:batch_size]]
         del waiting[:batch_size]
 
 
-class _Presented(Dataset[tuple[Tensor, Target] | KDError]):
-    """Images as they are shown: cropped, resized, augmented, as floats.
+class _Presented(Dataset[_Item | KDError]):
+    """Images as they are shown: cropped, resized, augmented, as floats. `keys`: with the digests of their pixels.
 
     A KDError is returned instead of raised, since DataLoader would put a worker's traceback into its message.
     """
 
-    def __init__(self, dataset: DetectionDataset, augment: Augmentation, input_size: InputSize | None) -> None:
+    def __init__(
+        self, dataset: DetectionDataset, augment: Augmentation, input_size: InputSize | None, keys: bool
+    ) -> None:
         self._dataset = dataset
         self._augment = augment
         self._input_size = input_size
+        self._keys = keys
         self._generator = torch.Generator()
 
-    def __getitem__(self, draw: _Draw) -> tuple[Tensor, Target] | KDError:
+    def __getitem__(self, draw: Draw) -> _Item | KDError:
         try:
             return self._shown(draw)
         except KDError as error:
             return error
 
-    def _shown(self, draw: _Draw) -> tuple[Tensor, Target]:
+    def _shown(self, draw: Draw) -> _Item:
         generator = self._generator.manual_seed(draw.seed)
         carrier = Carrier()
 
@@ -133,7 +190,8 @@ class _Presented(Dataset[tuple[Tensor, Target] | KDError]):
             return read(int(torch.randint(len(self._dataset), (), generator=generator)))
 
         image, target = self._augment.of(read(draw.image), another, generator)
-        return image.float().div_(255), carrier.unladen(target)
+        key = digest(image) if self._keys else ""
+        return _Item(image.float().div_(255), carrier.unladen(target), key)
 
     def _read(self, index: int, short: int | None, generator: torch.Generator, carrier: Carrier) -> Item:
         image, sample = checked_item(self._dataset, index)
@@ -145,19 +203,17 @@ class _Presented(Dataset[tuple[Tensor, Target] | KDError]):
         return resized, with_boxes(target, image, resized)
 
 
-def _collate(items: list[tuple[Tensor, Target] | KDError]) -> tuple[list[Tensor], list[Target]] | KDError:
+def _collate(items: list[_Item | KDError]) -> _Batch | KDError:
     """A batch, or the first error."""
-    images: list[Tensor] = []
-    targets: list[Target] = []
+    whole: list[_Item] = []
     for item in items:
         if isinstance(item, KDError):
             return item
-        images.append(item[0])
-        targets.append(item[1])
-    return images, targets
+        whole.append(item)
+    return [item.image for item in whole], [item.target for item in whole], [item.key for item in whole]
 
 
-def _whole(batch: tuple[list[Tensor], list[Target]] | KDError) -> tuple[list[Tensor], list[Target]]:
+def _whole(batch: _Batch | KDError) -> _Batch:
     if isinstance(batch, KDError):
         raise batch
     return batch

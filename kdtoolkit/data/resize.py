@@ -80,15 +80,20 @@ class InputSize(BaseModel):
 
     def apply(self, image: Tensor, short: int | None = None) -> Tensor:
         """An image (3, H, W) uint8 resized to a shorter side, by default the largest."""
-        height, width = image.shape[1:]
-        factor = min((short or self.short[1]) / min(height, width), self.long / max(height, width))
-        return scaled(image, factor)
+        return scaled(image, self._factor(image.shape[1], image.shape[2], short))
+
+    def size_of(self, height: int, width: int, short: int | None = None) -> tuple[int, int]:
+        """The (height, width) of what `apply` makes of an image of this size."""
+        return _times(height, width, self._factor(height, width, short))
+
+    def _factor(self, height: int, width: int, short: int | None) -> float:
+        return min((short or self.short[1]) / min(height, width), self.long / max(height, width))
 
 
 def scaled(image: Tensor, factor: float) -> Tensor:
     """An image (3, H, W) uint8 whose sides are the old ones times a factor, at least one pixel."""
-    size = [max(1, round(side * factor)) for side in image.shape[1:]]
-    return image if size == list(image.shape[1:]) else resize(image, size, antialias=True)
+    size = _times(image.shape[1], image.shape[2], factor)
+    return image if size == image.shape[1:] else resize(image, list(size), antialias=True)
 
 
 def with_boxes(target: Target, old: Tensor, new: Tensor) -> Target:
@@ -110,6 +115,10 @@ def cut(target: Target, window: tuple[int, int, int, int], min_visible: float = 
     clipped = torch.maximum(torch.minimum(boxes, high), low)
     keep = (_areas(clipped) >= min_visible * _areas(boxes)) & (clipped[:, 2:] > clipped[:, :2]).all(1)
     return {"boxes": clipped[keep], "labels": target["labels"][keep]}
+
+
+def _times(height: int, width: int, factor: float) -> tuple[int, int]:
+    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def _areas(boxes: Tensor) -> Tensor:

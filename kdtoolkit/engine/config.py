@@ -65,10 +65,30 @@ class TrainConfig(BaseModel):
         description="share of the steps whose images have no labels, if the run has such images; None: their share of "
         "all images, at most half",
     )
-    channels_last: bool = Field(
-        default=False, description="memory format; faster convolutions if channels are multiples of 8"
+    channels_last: Literal["auto"] | bool = Field(
+        default="auto", description="memory format; auto: what is faster on the hardware (docs/speed.md)"
+    )
+    winograd: bool = Field(
+        default=True,
+        description="on a CPU in float32, compute large 3x3 convolutions by Winograd's algorithm, which is faster; "
+        "false: directly",
+    )
+    tf32: Literal["auto"] | bool = Field(
+        default="auto",
+        description="float32 on a GPU in TF32; auto: as torch has it, which is convolutions alone",
     )
     compile: bool = Field(default=False, description="run the step through torch.compile")
+    teacher_cache: Literal["off", "memory", "disk"] = Field(
+        default="off",
+        description="where to keep what the teacher shows of each image, so that it is asked once about the same "
+        "pixels (docs/teacher_cache.md)",
+    )
+    teacher_cache_gb: float = Field(
+        default=4.0, gt=0, description="the most that the teacher cache takes, in 10^9 bytes; in memory of each process"
+    )
+    teacher_cache_precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="how the teacher cache keeps numbers; bfloat16 takes half the space and rounds"
+    )
     workers: int = Field(default=0, ge=0, description="processes that read ahead; the images are the same with any")
     input_size: InputSize | None = Field(
         default=None, description="what images are resized to, with one size a step; None leaves them as they are"
@@ -83,6 +103,22 @@ class TrainConfig(BaseModel):
                 "splits its batch into that number of parts"
             )
         return self
+
+    @model_validator(mode="after")
+    def _cache_finds_views_again(self) -> TrainConfig:
+        if self.teacher_cache != "off" and (never := self.never_repeat):
+            raise ValueError(
+                f"teacher_cache is {self.teacher_cache}, and {' and '.join(never)} gives an image different pixels "
+                f"each time, so nothing would be found in it. Leave {'it' if len(never) == 1 else 'them'} out (flip "
+                "and a range of sizes may stay), or write teacher_cache: off"
+            )
+        return self
+
+    @property
+    def never_repeat(self) -> tuple[str, ...]:
+        """The options that are on and show an image with different pixels each time."""
+        crop = self.input_size is not None and self.input_size.crop > 0
+        return (*(f"augmentation.{name}" for name in self.augmentation.never_repeat), *(["input_size.crop"] * crop))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class RunFolder:
         trackers: names of Accelerate's trackers to log to as well, such as `tensorboard`, `wandb` or `mlflow`.
         tracked_in: where trackers write that write files. Its name is the run's name there. None: a folder of the
             run's name within `path`.
+        teacher_cache: where a teacher cache on disk lies, if the run has one; several runs may share it. None: a folder
+            `teacher_cache` within `path`.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class RunFolder:
     keep: int = 2
     trackers: tuple[str, ...] = ()
     tracked_in: Path | None = None
+    teacher_cache: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))

@@ -16,9 +16,9 @@ from kdtoolkit.contract import Method
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import digest
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.checkpoint import to_bytes
 from kdtoolkit.engine.config import TrainConfig, Validation
-from kdtoolkit.engine.precision import resolve_precision
 from kdtoolkit.engine.processor import processor_name
 from kdtoolkit.errors import KDError
 
@@ -35,7 +35,9 @@ _SETTINGS = (
     "class_map",
     "score",
 )
-_CIRCUMSTANCES = ("torch", "device", "processor", "threads", "precision", "processes")
+# Options that change how fast a run is, and nothing that it computes but for rounding.
+FREE = frozenset({"workers", "teacher_cache", "teacher_cache_gb", "channels_last", "winograd"})
+_CIRCUMSTANCES = ("torch", "device", "processor", "threads", "precision", "channels_last", "winograd", "processes")
 
 
 def identity(
@@ -46,6 +48,7 @@ def identity(
     validation: Validation | None,
     seed: int,
     device: torch.device,
+    arithmetic: Arithmetic,
 ) -> dict[str, Any]:
     """A run's settings and circumstances, as values that JSON can hold."""
     teacher, class_map = distiller.teacher_adapter, distiller.class_map
@@ -67,7 +70,9 @@ def identity(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
-        "precision": resolve_precision(config.precision, device),
+        "precision": arithmetic.precision,
+        "channels_last": arithmetic.channels_last,
+        "winograd": arithmetic.winograd,
         "processes": processes.count(),
     }
 
@@ -77,19 +82,25 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> lis
 
     A folder of an earlier version may lack some of the names in `old`. These are not compared.
     """
-    before, now = old["config"], new["config"]
-    changed = [name for name in now if name != "workers" and before.get(name) != now[name]]
+    now = new["config"]
+    # An earlier version may not have had an option. It then trained as the option's default does.
+    before = TrainConfig.model_construct(steps=now["steps"]).model_dump(mode="json") | old["config"]
+    changed = [name for name in now if name not in FREE and before[name] != now[name]]
     changed += [name for name in _SETTINGS if name in old and old[name] != new[name]]
     if changed:
         raise KDError(
             f"{folder} holds a run that began with different settings ({', '.join(changed)}): choose another folder, "
             "or delete this one"
         )
+    old = {"channels_last": before["channels_last"] is True, "winograd": False, **old}  # as earlier versions trained
+    differing = [(name, old[name], new[name]) for name in _CIRCUMSTANCES if name in old and old[name] != new[name]]
+    caches = before["teacher_cache"], now["teacher_cache"]
+    if caches[0] != caches[1] and "off" in caches:  # in memory and on disk it gives the same bits
+        differing.append(("teacher_cache", *caches))
     return [
-        f"the run in {folder} began with {name} {old[name]} and goes on with {new[name]}: its last digits will "
-        "differ from a run that was never stopped"
-        for name in _CIRCUMSTANCES
-        if name in old and old[name] != new[name]
+        f"the run in {folder} began with {name} {began} and goes on with {goes_on}: its last digits will differ from a "
+        "run that was never stopped"
+        for name, began, goes_on in differing
     ]
 
 

@@ -11,6 +11,7 @@ from kdtoolkit.contract import Method
 from kdtoolkit.data import DetectionDataset, batches
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine import group
+from kdtoolkit.engine.caching import without_cache
 from kdtoolkit.engine.config import TrainConfig, Validation
 from kdtoolkit.engine.evaluate import METRICS, evaluate
 from kdtoolkit.engine.folder import Keeper
@@ -101,7 +102,8 @@ def probe_batches(
         augment=config.augmentation,
         input_size=config.input_size,
     )
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"), single_values_told():
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    with autocast, single_values_told(), without_cache(distiller):
         return probe(distiller, shown, share)
 
 

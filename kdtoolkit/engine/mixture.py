@@ -15,6 +15,9 @@ from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
 
+Labelled = tuple[list[Tensor], list[Target], list[str] | None]
+"""Images, their targets, and the digests of their pixels; None where no teacher cache needs these."""
+
 LARGEST_SHARE = 0.5  # of the steps, if the config names none
 
 
@@ -54,14 +57,12 @@ def unlabelled_steps(
 
 
 def alternate(
-    without: Iterable[bool],
-    labelled: Iterator[tuple[list[Tensor], list[Target]]],
-    unlabelled: Iterator[tuple[list[Tensor], list[Target]]],
-) -> Iterator[tuple[list[Tensor], list[Target] | list[RecordedAlone] | None]]:
+    without: Iterable[bool], labelled: Iterator[Labelled], unlabelled: Iterator[Labelled]
+) -> Iterator[tuple[list[Tensor], list[Target] | list[RecordedAlone] | None, list[str] | None]]:
     """Yield a batch for each step: in the steps `without` labels one of `unlabelled`, without labels in its targets."""
     for none in without:
-        images, targets = next(unlabelled if none else labelled)
-        yield images, _without_labels(targets) if none else targets
+        images, targets, keys = next(unlabelled if none else labelled)
+        yield images, _without_labels(targets) if none else targets, keys
 
 
 def _without_labels(targets: list[Target]) -> list[RecordedAlone] | None:

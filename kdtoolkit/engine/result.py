@@ -25,6 +25,19 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class CacheUse:
+    """How a run used its teacher cache.
+
+    `hits`: how many of the images shown needed no pass of the teacher. `misses`: how many needed one. Both are counted
+    over all starts of the run, in the first process. `bytes`: the size of the cache at the end.
+    """
+
+    hits: int
+    misses: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """What a run cost and how it went.
 
@@ -38,6 +51,7 @@ class TrainResult:
     `seconds` is training time over all starts of the run, `cpu_seconds` the process's CPU time in it, over all its
     threads (None if an earlier version, which did not measure it, began the run); `step_ms` the median step of this
     start, 0 if it had none. `peak_memory_mb`: of this start's training. Evaluations and probes count in none of these.
+    `cache`: None if nothing the teacher shows was kept.
     """
 
     steps: int
@@ -51,6 +65,7 @@ class TrainResult:
     evaluations: list[dict[str, float | None]] = field(default_factory=list)
     probes: list[dict[str, float | None]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    cache: CacheUse | None = None
 
 
 def mean_metrics(names: Iterable[str], history: Sequence[Mapping[str, float]]) -> dict[str, float]:

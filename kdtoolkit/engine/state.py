@@ -55,7 +55,8 @@ class RunState:
 
     `step`: steps done; `seconds`, `cpu_seconds`: time spent in training, over all starts, by the clock and of the CPU
     (None if an earlier version, which did not measure it, began the run); `durations`: seconds of each step since this
-    start.
+    start. `cache_hits`, `cache_misses`: images that this process found in the teacher cache, and that it asked the
+    teacher about, over all starts.
     """
 
     distiller: Distiller
@@ -68,6 +69,8 @@ class RunState:
     step: int = 0
     seconds: float = 0.0
     cpu_seconds: float | None = 0.0
+    cache_hits: int = 0
+    cache_misses: int = 0
     with_boxes: int = 0
     window: Window = field(default_factory=Window)
     history: list[dict[str, float]] = field(default_factory=list)
@@ -135,6 +138,8 @@ class RunState:
             {
                 "seconds": self.seconds,
                 "cpu_seconds": self.cpu_seconds,
+                "cache_hits": self.cache_hits,
+                "cache_misses": self.cache_misses,
                 "with_boxes": self.with_boxes,
                 "step_ms": self.step_ms,
                 "window": self.window.values,
@@ -168,6 +173,7 @@ class RunState:
         self.step = checkpoint.step
         self.seconds = facts["seconds"]
         self.cpu_seconds = facts.get("cpu_seconds")
+        self.cache_hits, self.cache_misses = facts.get("cache_hits", 0), facts.get("cache_misses", 0)
         self.with_boxes = facts["with_boxes"]
         self.earlier_step_ms = facts["step_ms"]
         self.window = Window(facts["window"])

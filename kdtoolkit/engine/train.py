@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +20,8 @@ from kdtoolkit.contract import RecordedAlone, Target
 from kdtoolkit.data import DetectionDataset, batches, check_same_classes
 from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.engine import group
+from kdtoolkit.engine.arithmetic import Arithmetic, tensor_float32
+from kdtoolkit.engine.caching import teacher_cache
 from kdtoolkit.engine.checkpoint import Checkpoint
 from kdtoolkit.engine.config import TrainConfig, Validation
 from kdtoolkit.engine.folder import Keeper, RunFolder, opened
@@ -36,10 +39,9 @@ from kdtoolkit.engine.inputs import (
 from kdtoolkit.engine.locate import locate_non_finite
 from kdtoolkit.engine.measuring import evaluate_now, probe_now
 from kdtoolkit.engine.memory import PeakMemory
-from kdtoolkit.engine.mixture import alternate, unlabelled_steps
+from kdtoolkit.engine.mixture import Labelled, alternate, unlabelled_steps
 from kdtoolkit.engine.optim import frozen, lr_factor, set_rates
-from kdtoolkit.engine.precision import autocast_type, resolve_precision
-from kdtoolkit.engine.result import Progress, TrainResult, mean_metrics
+from kdtoolkit.engine.result import CacheUse, Progress, TrainResult, mean_metrics
 from kdtoolkit.engine.state import RunState, Window, seed_step
 from kdtoolkit.engine.stopwatch import Stopwatch
 from kdtoolkit.errors import KDError, NonFiniteLossError
@@ -117,13 +119,13 @@ def train(
     unlabelled = None if unlabelled is None else unlabelled.in_memory()
     device = resolve_device(distiller.student, device)
     check_on_device(distiller, device)
-    precision = resolve_precision(config.precision, device)
+    arithmetic = Arithmetic.of_config(distiller, config, device)
+    precision = arithmetic.precision
     seed_step(seed, 0, rank)
     student = distiller.student
     distiller.accumulation = config.accumulation
     distiller.restart()  # schedules and shares of methods begin with this run
-    if config.channels_last:
-        distiller.to(memory_format=torch.channels_last)
+    arithmetic.lay_out(distiller)
 
     if validation is not None:
         check_dataset(validation.dataset, distiller.student_adapter.spec)
@@ -131,6 +133,7 @@ def train(
         validation = replace(validation, dataset=validation.dataset.in_memory())
 
     with ExitStack() as stack:
+        stack.enter_context(tensor_float32(config.tf32))
         set_training = stack.enter_context(frozen(student, config))
         check_trainable(student)  # with the parts that the config freezes
         state = RunState.begin(distiller, config, precision, device)
@@ -139,12 +142,14 @@ def train(
         def enter() -> Checkpoint | None:
             nonlocal keeper
             assert folder is not None  # entered only then
-            made_of = identity(distiller, config, dataset, unlabelled, validation, seed, device)
+            made_of = identity(distiller, config, dataset, unlabelled, validation, seed, device, arithmetic)
             keeper, found = stack.enter_context(opened(folder, made_of))
             return found
 
         if folder is not None and (found := group.from_first(enter)) is not None:
             state.load(found)
+        place = None if folder is None else folder.teacher_cache or folder.path / "teacher_cache"
+        cache = stack.enter_context(teacher_cache(distiller, config, place))
         model = _wrapped(distiller, config, device)
         optimizer, average, scaler = state.optimizer, state.average, state.scaler
         parameters = state.trained
@@ -152,8 +157,9 @@ def train(
         first = state.step
         set_training(distiller)
 
-        def read(images: DetectionDataset, chosen: bool) -> Iterator[tuple[list[Tensor], list[Target]]]:
-            return batches(
+        def read(images: DetectionDataset, chosen: bool) -> Iterator[Labelled]:
+            shown: Callable[..., Iterator[Any]] = partial(
+                batches,
                 images,
                 batch_size=config.batch_size,
                 steps=without.count(chosen),
@@ -165,13 +171,16 @@ def train(
                 share=(rank, count),
                 pin=device.type == "cuda",
             )
+            return ((*batch, None) for batch in shown()) if cache is None else shown(keys=True)
 
         data = alternate(without[first:], read(dataset, False), read(unlabelled, True) if unlabelled else iter(()))
         images_in_all = len(dataset) + (0 if unlabelled is None else len(unlabelled))
+        if cache is not None:
+            earlier = state.cache_hits - cache.hits, state.cache_misses - cache.misses  # a cache may be older
         watch = Stopwatch(state.seconds, state.cpu_seconds or 0.0)
         memory = PeakMemory(device)
         reported = ended = time.perf_counter()
-        for step, (images, targets) in enumerate(data, first):
+        for step, (images, targets, keys) in enumerate(data, first):
             begun = time.perf_counter()
             waited = begun - ended
             seed_step(seed, step, rank)
@@ -179,15 +188,14 @@ def train(
             buffers = [buffer.clone() for buffer in student.buffers()]  # batch norm's change in a forward already
             optimizer.zero_grad(set_to_none=True)
             parts, boxes = Window(), False
-            for last_part, some, their_targets in _parts(images, targets, config.accumulation):
+            for last_part, some, their_targets, their_keys in _parts(images, targets, keys, config.accumulation):
                 shown = [image.to(device, non_blocking=True) for image in some]
-                autocast = torch.autocast(device.type, autocast_type(precision), enabled=precision != "float32")
                 with nullcontext() if last_part or count == 1 else model.no_sync():
-                    with autocast, single_values_told():
-                        losses = model(shown, their_targets)
+                    with arithmetic.forward_pass(), single_values_told():
+                        losses = model(shown, their_targets, their_keys)
                     values, has_boxes = _values(losses, their_targets)
                     if bad := _non_finite({name: values[name] for name in losses}):
-                        with autocast:
+                        with arithmetic.forward_pass():
                             where = locate_non_finite(distiller, shown, their_targets)
                         _stop(student, buffers, step, bad, where)
                     values = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -220,6 +228,8 @@ def train(
             state.seconds, cpu_seconds = watch.read()
             state.cpu_seconds = None if state.cpu_seconds is None else cpu_seconds
             state.with_boxes += boxes
+            if cache is not None:
+                state.cache_hits, state.cache_misses = earlier[0] + cache.hits, earlier[1] + cache.misses
             window.add({name: value for name, value in values.items() if name in losses})
             state.window.add(values)
             if (step + 1) % max(1, config.steps // HISTORY_POINTS) == 0 or last:
@@ -235,7 +245,8 @@ def train(
                     probe_now(state, dataset, seed=seed, precision=precision, device=device, keeper=keeper)
             keeper.save(state, last=last)
             if report is not None and rank == 0 and (now - reported > 1 or step == first or last):
-                warnings = (*state.silence.warnings(), *state.dead.warnings(), *_not_held(distiller), *keeper.notices)
+                warnings = (*state.silence.warnings(), *state.dead.warnings(), *_not_held(distiller))
+                warnings += (*keeper.notices, *(() if cache is None else cache.notices))
                 evaluated = tuple((int(row["step"] or 0), row["eval/ap"]) for row in state.evaluations)
                 report(Progress(step + 1, config.steps, window.flush(), state.seconds, warnings, evaluated))
                 reported = now
@@ -257,10 +268,11 @@ def train(
             peak_memory_mb=memory.read(),
             history=state.history,
             warnings=list(warnings),
-            notices=list(keeper.notices),
+            notices=[*keeper.notices, *([] if cache is None else cache.notices)],
             evaluations=state.evaluations,
             probes=state.probes,
             metrics=mean_metrics(distiller.metrics, state.history),
+            cache=None if cache is None else CacheUse(state.cache_hits, state.cache_misses, cache.bytes),
         )
 
 
@@ -276,13 +288,17 @@ def _wrapped(distiller: Distiller, config: TrainConfig, device: torch.device) ->
 
 
 def _parts(
-    images: list[Tensor], targets: list[Target] | list[RecordedAlone] | None, count: int
-) -> Iterator[tuple[bool, list[Tensor], list[Target] | list[RecordedAlone] | None]]:
+    images: list[Tensor],
+    targets: list[Target] | list[RecordedAlone] | None,
+    keys: list[str] | None,
+    count: int,
+) -> Iterator[tuple[bool, list[Tensor], list[Target] | list[RecordedAlone] | None, list[str] | None]]:
     """A process's batch in `count` parts of one size, each with whether it is the last."""
     size = len(images) // count
     for start in range(0, len(images), size):
-        own = None if targets is None else targets[start : start + size]
-        yield start + size == len(images), images[start : start + size], own
+        part = slice(start, start + size)
+        own = None if targets is None else targets[part]
+        yield start + size == len(images), images[part], own, None if keys is None else keys[part]
 
 
 def _values(

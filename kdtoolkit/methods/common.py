@@ -46,7 +46,11 @@ def at_levels(predictions: Predictions, levels: Sequence[int]) -> Predictions:
 
 def resize_like(x: Tensor, reference: Tensor) -> Tensor:
     """Resize maps (N, C, h, w) bilinearly to the (H, W) of `reference`. Maps of that size are returned unchanged."""
-    size = reference.shape[-2:]
+    return resize_to(x, (reference.shape[-2], reference.shape[-1]))
+
+
+def resize_to(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize maps (N, C, h, w) bilinearly to `size`, (H, W). Maps of that size are returned unchanged."""
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
@@ -74,6 +78,29 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, variance = channel_moments(x, correction=1)
     # Not x.std(): its gradient is 0 / 0 at a constant channel, and a single cell in all has no unbiased std.
     return mean, variance.clamp(min=1e-24).sqrt()
+
+
+def image_moments(x: Tensor) -> Tensor:
+    """Mean and variance of maps (N, C, H, W) per image and channel, (N, 2, C) float32; the variance divides by H * W.
+
+    The moments of all images together give the `channel_statistics` of the maps: see `joined_statistics`.
+    """
+    variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)
+    return torch.stack([mean, variance], 1)
+
+
+def joined_statistics(moments: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """The `channel_statistics` of maps (N, C, H, W), from their `image_moments`. `cells` is H * W."""
+    means, variances = moments.unbind(1)
+    count = len(moments) * cells
+    mean = means.mean(0)
+    freedom: Tensor | int = max(count - 1, 1)
+    if processes.count() > 1:  # each process may have images of a different size
+        sums = processes.total(torch.cat([cells * means.sum(0), means.new_full((1,), count)]))
+        mean, freedom = sums[:-1] / sums[-1], sums[-1].detach() - 1
+    squares = processes.total(cells * (variances + (means - mean).square()).sum(0))
+    std = (squares / freedom).clamp(min=1e-24).sqrt()
+    return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
 
 def standardise(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -10,7 +10,8 @@ settings are the published ones for GFL. `CrossKD.for_fcos()` has those for FCOS
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, cast
 
@@ -23,6 +24,7 @@ from kdtoolkit.contract import (
     Capability,
     DetectorSpec,
     Exchange,
+    HeadTrace,
     Matched,
     Method,
     Predictions,
@@ -31,7 +33,15 @@ from kdtoolkit.contract import (
     State,
     Whose,
 )
-from kdtoolkit.methods.common import channel_statistics, resize_like, rows_of_levels, standardise
+from kdtoolkit.methods.common import (
+    channel_statistics,
+    image_moments,
+    joined_statistics,
+    resize_like,
+    resize_to,
+    rows_of_levels,
+    standardise,
+)
 from kdtoolkit.methods.prediction_losses import BoxLoss, PredictionLosses
 
 
@@ -84,6 +94,11 @@ def state_projections(student: Sequence[int], teacher: Sequence[int]) -> nn.Modu
     pairs = list(zip(student, teacher, strict=True))
     shared = {(s, t): nn.Identity() if s == t else StateProjection(s, t) for s, t in dict.fromkeys(pairs)}
     return nn.ModuleList(shared[pair] for pair in pairs)
+
+
+def _activated(state: State, activation: Callable[[Tensor], Tensor] | None) -> State:
+    """The state with an activation applied to all its tensors; the state itself if there is none."""
+    return state if activation is None else {branch: tuple(map(activation, maps)) for branch, maps in state.items()}
 
 
 def keep_levels(assignment: Assignment, priors: Priors, levels: Collection[int]) -> Assignment:
@@ -224,17 +239,41 @@ class CrossKD(Method):
 
     def cross(self, pair: Matched) -> Predictions:
         """Cross-head predictions: the teacher's head runs from the student's state to its end."""
-        states = pair.student.states[self.joints[0]], pair.teacher.states[self.joints[1]]
-        student, teacher = (
-            state if act is None else {branch: tuple(map(act, maps)) for branch, maps in state.items()}
-            for state, act in zip(states, self.activations, strict=True)
-        )
+        student = _activated(pair.student.states[self.joints[0]], self.activations[0])
         project = cast(dict[str, nn.ModuleList], dict(self.project.items()))
-        return pair.finish_with_teacher(cross_state(student, teacher, project, self.levels), self.joints[1])
+        if self.all_levels and pair.teacher.predictions.priors.grid:
+            crossed = self._with_statistics(pair, student, project)
+        else:
+            teacher = _activated(pair.teacher.states[self.joints[1]], self.activations[1])
+            crossed = cross_state(student, teacher, project, self.levels)
+        return pair.finish_with_teacher(crossed, self.joints[1])
+
+    def _with_statistics(
+        self, pair: Matched, student: State, project: Mapping[str, nn.ModuleList]
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """`cross_state` on a grid whose levels all correspond: of the teacher's state it takes the statistics alone.
+
+        They are kept by image (`Matched.of_teacher`), which needs a small part of the state's memory.
+        """
+        grid, (stage, act) = pair.teacher.predictions.priors.grid, (self.joints[1], self.activations[1])
+        crossed = {}
+        for branch, modules in project.items():
+            tensors: dict[int, Tensor] = {}
+            for module, (ours, theirs) in zip(modules, self.levels, strict=True):
+
+                def moments(trace: HeadTrace, branch: str = branch, level: int = theirs) -> Tensor:
+                    own = trace.states[stage][branch][level]
+                    return image_moments(own if act is None else act(own))
+
+                name = f"CrossKD, moments {'before' if act is None else 'after'} activation {stage} {branch} {theirs}"
+                mean, std = joined_statistics(pair.of_teacher(name, moments), math.prod(grid[theirs]))
+                tensors[theirs] = standardise(resize_to(module(student[branch][ours]), grid[theirs])) * std + mean
+            crossed[branch] = tuple(tensors[level] for level in range(len(grid)))
+        return crossed
 
     def _across_memory(self, exchange: Exchange, pair: Matched) -> dict[str, Tensor]:
         """The terms of the teacher's decoder on the student's memory, added up over its layers."""
-        memories = {"memory": exchange.student.features}, {"memory": exchange.teacher.features}
+        memories = {"memory": tuple(exchange.student.features)}, {"memory": tuple(exchange.teacher.features)}
         project = cast(dict[str, nn.ModuleList], dict(self.project.items()))
         crossed = pair.teacher_on(cross_state(*memories, project, self.levels)["memory"])
         layers = [

@@ -110,7 +110,7 @@ class FeatureMethod(Method):
         students, teachers = self.pyramids(exchange)
         regions = self.regions(exchange)
         losses = []
-        with torch.autocast(teachers[0].device.type, enabled=False):  # sums over whole maps overflow in half precision
+        with torch.autocast(students[0].device.type, enabled=False):  # sums over whole maps overflow in half precision
             for index, ((s, t), align) in enumerate(zip(self.levels, self.align, strict=True)):
                 student, teacher = align(students[s].float()), teachers[t].detach().float()
                 if self.resize_student:

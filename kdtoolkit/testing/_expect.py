@@ -34,6 +34,18 @@ def expect_same(again: Mapping[str, Tensor], once: Mapping[str, Tensor], what: s
             raise AssertionError(f"{what}: {name} is off by up to {distance:g}; it must be equal to the bit")
 
 
+def expect_close(again: Mapping[str, Tensor], once: Mapping[str, Tensor], what: str) -> None:
+    """Expect equality within rounding: to 1e-4 of each tensor's largest value."""
+    expect(again.keys() == once.keys(), f"{what}: {sorted(again)} instead of {sorted(once)}")
+    for name, expected in once.items():
+        actual = again[name]
+        expect(actual.shape == expected.shape, f"{what}: {name} is {tuple(actual.shape)}, not {tuple(expected.shape)}")
+        if expected.numel():
+            distance = (actual.double() - expected.double()).abs().max().item()
+            largest = expected.double().abs().max().item()
+            expect(distance <= 1e-4 * largest, f"{what}: {name} is off by up to {distance:g} of {largest:g}")
+
+
 def expect_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Expect no NaN and no infinity."""
     for name, tensor in tensors.items():

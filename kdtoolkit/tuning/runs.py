@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,7 +28,7 @@ from kdtoolkit.words import counted, duration, seconds_of
 from kdtoolkit.workflow.batch import with_memory
 from kdtoolkit.workflow.detecting import found_device
 from kdtoolkit.workflow.display import Display
-from kdtoolkit.workflow.folder import RUN_FILE, given, going_on, hold_folder, made_of
+from kdtoolkit.workflow.folder import RUN_FILE, TEACHER_CACHE, given, going_on, hold_folder, made_of
 from kdtoolkit.workflow.measuring import check_teacher, measured_teacher
 from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions, TuneOptions, read_options
 from kdtoolkit.workflow.prepare import Prepared, prepare
@@ -164,9 +165,10 @@ class _Session:
         return report
 
     def finish(self, report: TuneReport) -> TuneReport:
-        """Note that all is done."""
+        """Note that all is done, and delete the teacher cache."""
         report = report.model_copy(update={"finished": True})
         report.write()
+        shutil.rmtree(report.folder / TEACHER_CACHE, ignore_errors=True)
         return report
 
     def _halving(self, report: TuneReport) -> Halving:

@@ -18,7 +18,7 @@ from kdtoolkit.engine.train import train
 from kdtoolkit.errors import NonFiniteLossError
 from kdtoolkit.models import Detector
 from kdtoolkit.tuning.space import Uses
-from kdtoolkit.workflow.folder import TRAINING, load_best
+from kdtoolkit.workflow.folder import TEACHER_CACHE, TRAINING, load_best
 from kdtoolkit.workflow.prepare import Prepared, with_methods
 
 SAVE_SECONDS = 60.0  # between two checkpoints
@@ -53,7 +53,7 @@ def train_to(
     CannotTrainError, and KDError.
     """
     student, distiller = with_methods(prepared, methods)
-    config, images = prepared.config, prepared.images
+    config, images, out = prepared.config, prepared.images, prepared.options.out
     every = math.ceil(config.steps / evaluations) if evaluations > 1 else None
     try:
         result = train(
@@ -62,7 +62,12 @@ def train_to(
             config,
             seed=prepared.options.seed,
             device=device,
-            folder=RunFolder(folder / TRAINING, save_seconds=SAVE_SECONDS, keep=1),
+            folder=RunFolder(
+                folder / TRAINING,
+                save_seconds=SAVE_SECONDS,
+                keep=1,
+                teacher_cache=None if out is None else out / TEACHER_CACHE,  # all trainings of a search share it
+            ),
             unlabelled=images.unlabelled if methods else None,
             validation=Validation(images.val, every_steps=every, batch_size=config.batch_size),
             report=show,

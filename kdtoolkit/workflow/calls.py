@@ -48,6 +48,8 @@ def distill(
     class_map: Mapping[str, str] | None = None,
     init: Literal["teacher"] | None = None,
     unlabelled: str | Path | None = None,
+    teacher_cache: Literal["off", "memory", "disk"] | None = None,
+    teacher_cache_gb: float | None = None,
     compare_baseline: bool | None = None,
     budget: str | None = None,
     allow_weak_teacher: bool | None = None,

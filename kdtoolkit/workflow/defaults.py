@@ -101,9 +101,14 @@ def learning_rate(about: Situation, batch_size: int) -> Choice:
     return Choice(float(f"{rate * math.sqrt(batch_size / BATCH_ON_CPU):.2g}"), f"{why}, batch {batch_size}")
 
 
-def training(about: Situation, steps: int, epochs: float) -> dict[str, Choice]:
-    """The further options of `TrainConfig`, for so many steps, which show each labelled image `epochs` times."""
-    if epochs >= LONG_EPOCHS:
+def training(about: Situation, steps: int, epochs: float, *, cached: bool = False) -> dict[str, Choice]:
+    """The further options of `TrainConfig`, for so many steps, which show each labelled image `epochs` times.
+
+    `cached`: whether the user asks for a teacher cache, so that images must come again with the same pixels.
+    """
+    if cached:
+        augmentation = Choice({"flip": 0.5}, "a teacher cache finds nothing if colour or size change")
+    elif epochs >= LONG_EPOCHS:
         augmentation = Choice({"flip": 0.5, "colour": 0.2, "zoom": [0.67, 1.5]}, f"{LONG_EPOCHS} epochs or more")
     else:
         augmentation = Choice({"flip": 0.5}, f"fewer than {LONG_EPOCHS} epochs")

@@ -15,6 +15,7 @@ from torch import Tensor
 from kdtoolkit.data.dataset import digest
 from kdtoolkit.engine import group
 from kdtoolkit.engine.checkpoint import to_bytes
+from kdtoolkit.engine.identity import FREE
 from kdtoolkit.errors import KDError
 from kdtoolkit.lock import hold
 from kdtoolkit.models import Detector
@@ -25,9 +26,19 @@ from kdtoolkit.workflow.report import JSON, Report
 RUN_FILE = "run.yaml"
 MODEL = "model"
 TRAINING, BASELINE = "training", "baseline"
+TEACHER_CACHE = "teacher_cache"
 FIRST_WEIGHTS = "the student's first weights"
-# Options that may change while a run goes on: none of them changes what it computes.
-_FREE = ("device", "allow_code", "quiet", "compare_baseline", "allow_weak_teacher", "out")
+# Options that may change while a run goes on: none of them changes what it computes, but for rounding.
+_FREE = (
+    "device",
+    "allow_code",
+    "quiet",
+    "compare_baseline",
+    "allow_weak_teacher",
+    "out",
+    "teacher_cache",
+    "teacher_cache_gb",
+)
 
 T = TypeVar("T", bound=RunOptions)
 
@@ -90,7 +101,7 @@ def made_of(prepared: Prepared) -> dict[str, str]:
     found = {
         "the training images": images.train.fingerprint(),
         "the validation images": images.val.fingerprint(),
-        "the settings that kdtoolkit chooses": digest(prepared.config.model_dump(mode="json", exclude={"workers"})),
+        "the settings that kdtoolkit chooses": digest(prepared.config.model_dump(mode="json", exclude={*FREE})),
         FIRST_WEIGHTS: _digest(prepared.student),
     }
     if images.unlabelled is not None:

@@ -18,8 +18,6 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.sections import Section, explain, parse, reason
 from kdtoolkit.words import seconds_of
 
-BESIDE_TRAIN = {"steps", "batch_size", "lr"}  # options of TrainConfig that are options of the run
-
 
 class RunOptions(Section):
     """What both commands take. None means that the command chooses, and says why."""
@@ -56,16 +54,11 @@ class RunOptions(Section):
     @field_validator("train")
     @classmethod
     def _check_train(cls, train: dict[str, Any]) -> dict[str, Any]:
-        if repeated := sorted(train.keys() & BESIDE_TRAIN):
+        if repeated := sorted(train.keys() & cls.model_fields.keys()):
             raise ValueError(
                 f"train: {repeated[0]} is an option of its own: write {repeated[0]} beside `train`, not in it"
             )
-        from kdtoolkit.engine.config import TrainConfig  # imports torch
-
-        try:
-            TrainConfig.model_validate({**train, "steps": 1, "batch_size": train.get("accumulation", 1)})
-        except ValidationError as error:
-            raise ValueError("; ".join(f"train: {explain(TrainConfig, each)}" for each in error.errors())) from None
+        _check_training(train)
         return train
 
     @model_validator(mode="after")
@@ -157,6 +150,14 @@ class DistillOptions(RunOptions):
     unlabelled: Path | None = Field(
         None, description="a folder of images without labels, from which the student learns by the methods alone"
     )
+    teacher_cache: Literal["off", "memory", "disk"] | None = Field(
+        None,
+        description="where to keep what the teacher shows of each image, so that it is asked once about the same "
+        "pixels: off, memory or disk (docs/teacher_cache.md); default: disk where it pays on a CPU",
+    )
+    teacher_cache_gb: float | None = Field(
+        None, gt=0, description="the most that the teacher cache takes, in 10^9 bytes; default: 4"
+    )
     compare_baseline: bool = Field(False, description="also train the same student without the teacher, to compare")
     budget: str | None = Field(
         None,
@@ -203,6 +204,12 @@ class DistillOptions(RunOptions):
         return budget
 
     @model_validator(mode="after")
+    def _cache_finds_views_again(self) -> Self:
+        if self.teacher_cache in ("memory", "disk"):
+            _check_training({**self.train, "teacher_cache": self.teacher_cache})
+        return self
+
+    @model_validator(mode="after")
     def _budget_decides_the_length(self) -> Self:
         if self.budget is not None and (self.epochs is not None or self.steps is not None):
             raise ValueError("budget decides how long to train: leave epochs and steps out, or leave budget out")
@@ -237,6 +244,8 @@ class ProbeOptions(DistillOptions):
     compare_baseline: bool = False
     budget: str | None = None
     allow_weak_teacher: bool = False
+    teacher_cache: Literal["off", "memory", "disk"] | None = None
+    teacher_cache_gb: float | None = None
 
 
 class TuneOptions(DistillOptions):
@@ -325,6 +334,16 @@ def check_options(kind: type[T], words: Mapping[str, Any], *, file: Path | None 
     except ValidationError as error:
         raise KDError("\n".join(_said(kind, each, dashes) for each in error.errors())) from None
     return _with_absolute_paths(options, Path())
+
+
+def _check_training(train: Mapping[str, Any]) -> None:
+    """Check options of TrainConfig. Raises ValueError that names the wrong ones."""
+    from kdtoolkit.engine.config import TrainConfig  # imports torch
+
+    try:
+        TrainConfig.model_validate({**train, "steps": 1, "batch_size": train.get("accumulation", 1)})
+    except ValidationError as error:
+        raise ValueError("; ".join(f"train: {explain(TrainConfig, each)}" for each in error.errors())) from None
 
 
 def _said(kind: type[RunOptions], error: ErrorDetails, dashes: bool) -> str:

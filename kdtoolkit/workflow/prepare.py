@@ -21,6 +21,7 @@ from kdtoolkit.data.opening import name_of
 from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine import group
+from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.engine.inputs import check_arguments, check_unlabelled
 from kdtoolkit.engine.mixture import share_without_labels, unlabelled_steps
@@ -35,6 +36,7 @@ from kdtoolkit.words import counted
 from kdtoolkit.workflow import defaults
 from kdtoolkit.workflow.auto import choose, scaled, teacher_scale
 from kdtoolkit.workflow.batch import fitting, trial_step
+from kdtoolkit.workflow.caching import with_cache
 from kdtoolkit.workflow.defaults import Begin, Choice, Situation
 from kdtoolkit.workflow.detecting import check_recorded
 from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions
@@ -140,11 +142,15 @@ def prepare(
     if batch.value == about.processes * training.config.accumulation:
         trial(1)  # not all detectors can be trained by single images
     distiller = _seeded(options, student, teacher, methods, class_map, scale.value)
-    distiller = _checked(distiller, training.config, images)
+    config = training.config
+    distiller = _checked(distiller, config, images)
 
     resolved: dict[str, Any] = {"image_size": size, **training.resolved}
+    cached: dict[str, Choice] = {}
     if isinstance(options, DistillOptions):
-        resolved |= {"method": methods, "teacher_scale": scale.value}
+        cache, config = with_cache(options, distiller, config, images, size, device)
+        cached = {} if cache is None else {"teacher cache": cache}
+        resolved |= {"method": methods, "teacher_scale": scale.value, "teacher_cache": config.teacher_cache}
     plan = _what(options, images, student, teacher, class_map, inherited, method)
     plan["image size"] = replace(image_size, value=f"{size} px")
     if scale.value != 1:
@@ -160,9 +166,9 @@ def prepare(
         methods=methods,
         factor=factor,
         distiller=distiller,
-        config=training.config,
+        config=config,
         evaluations=training.evaluations,
-        plan=plan | training.plan,
+        plan=plan | training.plan | cached | _arithmetic(config, distiller, device),
         notes=tuple(dict.fromkeys([*notes, *student.notes, *(teacher.notes if teacher else ())])),
     )
 
@@ -516,6 +522,12 @@ def _training(options: RunOptions, about: Situation, images: Images, batch: Choi
     return _Training(config, evaluations.value, resolved, plan)
 
 
+def _arithmetic(config: TrainConfig, distiller: Distiller, device: torch.device) -> dict[str, Choice]:
+    """The part of the plan that says how convolutions are computed."""
+    chosen = Arithmetic.of_config(distiller, config, device)
+    return {"convolutions": Choice(chosen.convolutions, chosen.why or _CHOSEN_BY_USER)}
+
+
 def _schedule(options: RunOptions, about: Situation) -> Choice:
     if options.steps is not None or options.epochs is not None:
         return Choice(options.epochs, _CHOSEN_BY_USER)
@@ -531,7 +543,8 @@ def _share_without_labels(options: RunOptions, images: Images) -> float:
 
 def _further(options: RunOptions, about: Situation, steps: int, epochs: float) -> dict[str, Choice]:
     """The further options of training: the user's, and for the rest what suits."""
-    chosen = defaults.training(about, steps, epochs)
+    cached = isinstance(options, DistillOptions) and options.teacher_cache in ("memory", "disk")
+    chosen = defaults.training(about, steps, epochs, cached=cached)
     for name, value in options.train.items():
         if isinstance(value, Mapping) and name in chosen and isinstance(chosen[name].value, Mapping):
             value = {**chosen[name].value, **value}

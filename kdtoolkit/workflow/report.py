@@ -12,9 +12,10 @@ from rich.table import Table
 
 from kdtoolkit.data.detections import is_detection_file
 from kdtoolkit.engine.evaluate import Evaluation
+from kdtoolkit.engine.result import CacheUse
 from kdtoolkit.errors import KDError, printable
 from kdtoolkit.files import write_atomic
-from kdtoolkit.words import duration
+from kdtoolkit.words import duration, size
 
 JSON, MARKDOWN = "report.json", "report.md"
 
@@ -22,7 +23,8 @@ JSON, MARKDOWN = "report.json", "report.md"
 class Trained(BaseModel):
     """One training: the AP of the weights that were kept, the step that they are of, and what it cost.
 
-    `metrics`: what the methods reported besides losses, as means of a step.
+    `metrics`: what the methods reported besides losses, as means of a step. `cache`: how the teacher cache was used, if
+    there was one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -33,6 +35,7 @@ class Trained(BaseModel):
     seconds: float
     warnings: tuple[str, ...] = ()
     metrics: dict[str, float] = {}
+    cache: CacheUse | None = None
 
 
 class Report(BaseModel):
@@ -139,6 +142,11 @@ class Report(BaseModel):
             yield (
                 f"Distillation added {self.added:+.1f} AP at equal steps. This is one seed: differences below about 1 "
                 "AP may be chance."
+            )
+        if self.student and (cache := self.student.cache):
+            yield (
+                f"The teacher was asked about {cache.misses:,} of {cache.hits + cache.misses:,} images shown; the rest "
+                f"was found in its cache of {size(cache.bytes)}."
             )
         for name, trained in (("Training", self.student), ("Without teacher it", self.baseline)):
             if trained:

@@ -35,6 +35,7 @@ from kdtoolkit.workflow.folder import (
     FIRST_WEIGHTS,
     MODEL,
     RUN_FILE,
+    TEACHER_CACHE,
     TRAINING,
     enter,
     given,
@@ -225,7 +226,7 @@ def _trained(
         config,
         seed=prepared.options.seed,
         device=device,
-        folder=RunFolder(report.folder / name, save_seconds=SAVE_SECONDS),
+        folder=RunFolder(report.folder / name, save_seconds=SAVE_SECONDS, teacher_cache=report.folder / TEACHER_CACHE),
         unlabelled=images.unlabelled if name == TRAINING else None,
         validation=Validation(images.val, every_steps=every, batch_size=config.batch_size),
         report=display.training("training" if name == TRAINING else "training without teacher", clock, another=another),
@@ -242,6 +243,7 @@ def _trained(
         seconds=result.seconds,
         warnings=tuple(result.warnings),
         metrics=result.metrics,
+        cache=result.cache,
     )
 
 
@@ -292,10 +294,10 @@ def _save(prepared: Prepared, report: Report) -> Report:
 
 
 def _finish(report: Report) -> None:
-    """Write the report, and delete the checkpoints, which take several times the space of the detector."""
+    """Write the report, and delete the checkpoints and the teacher cache: they take many times the detector's space."""
     report.write()
-    for name in (TRAINING, BASELINE):
-        shutil.rmtree(report.folder / name / "checkpoints", ignore_errors=True)
+    for name in (f"{TRAINING}/checkpoints", f"{BASELINE}/checkpoints", TEACHER_CACHE):
+        shutil.rmtree(report.folder / name, ignore_errors=True)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from kdtoolkit.benchmark.parcels import Parcel, cache_folder, cell_folder, pictures_folder, unpack
+from kdtoolkit.benchmark.parcels import Parcel, cache_folder, cell_folder, pictures_folder, teacher_cache_folder, unpack
 from kdtoolkit.benchmark.store import StoreError
 from kdtoolkit.errors import KDError
 
@@ -82,18 +82,21 @@ def test_what_no_cell_has_used_for_a_month_is_deleted_when_a_new_parcel_comes(fi
         (pictures_folder(cache, parcel.digest) / "decoded.rgb").write_bytes(b"x")
     for name in ("failed", "running"):
         (cell_folder(cache, name) / "seed0.log").write_text("log")
+        (teacher_cache_folder(cache, name) / "ab").mkdir()
     for folder in cache.glob("[!.]*"):
         for each in (folder, *folder.glob("*")):
             os.utime(each, (time.time() - 31 * 86400,) * 2)
     assert unpack(kept.digest, iter(()), cache).is_dir()  # used again
     pictures_folder(cache, kept.digest)
     cell_folder(cache, "running")
+    teacher_cache_folder(cache, "running")
     assert (cache / old.digest).is_dir()
     new = Parcel.of(files)
     unpack(new.digest, new.pieces(), cache)
-    found = {path.name for path in (cache, cache / "pictures", cache / "cells") for path in path.iterdir()}
+    kinds = cache, cache / "pictures", cache / "cells", cache / "teacher_cache"
+    found = {path.name for kind in kinds for path in kind.iterdir()}
     assert {name for name in found if not name.endswith(".lock")} == {
-        *(kept.digest, new.digest, "pictures", "cells", "running")
+        *(kept.digest, new.digest, "pictures", "cells", "teacher_cache", "running")
     }
     assert (cache / kept.digest / "kept").exists()
     assert (cache / "cells" / "running" / "seed0.log").exists()

@@ -103,3 +103,15 @@ def test_an_image_that_cannot_be_read_is_one_sentence_also_from_a_worker(tmp_pat
     assert str(tmp_path) in str(caught.value)
     assert "Caught KDError" not in str(caught.value)
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_keys_say_which_images_have_the_same_pixels(data, workers):
+    found = run(data, augment=Augmentation(), steps=10, keys=True, workers=workers)
+    assert same([batch[:2] for batch in found], run(data, augment=Augmentation(), steps=10))
+    pixels = {}
+    for images, _, keys in found:
+        for image, key in zip(images, keys, strict=True):
+            pixels.setdefault(key, set()).add(image.numpy().tobytes())
+    assert all(len(own) == 1 for own in pixels.values())
+    assert 10 < len(pixels) == len(set.union(*pixels.values())) <= 20  # each image, and its mirror image

@@ -35,6 +35,13 @@ CASES = {
     },
     "float16, accumulated": {"precision": "float16", "accumulation": 2, "channels_last": True},
     "shares that are held": {"methods": (lambda: PKD().held_at(share=0.1), lambda: FBKD().held_at(share=0.2))},
+    "teacher cache in memory": {"teacher_cache": "memory"},
+    "teacher cache on disk, accumulated": {
+        "teacher_cache": "disk",
+        "teacher_cache_precision": "bfloat16",
+        "accumulation": 2,
+        "workers": 1,
+    },
     "sizes and mixed images, read ahead": {
         "input_size": InputSize(short=(64, 96), long=128),
         "augmentation": Augmentation(mosaic=0.5, mixup=0.5, photometric=0.5),
@@ -279,6 +286,7 @@ def test_a_folder_of_an_earlier_version_goes_on(data, tmp_path):
     def shorten(facts):
         for name in ("method_settings", "teacher_scale", "validation", "processor", "threads", "precision"):
             del facts["made_of"][name]
+        del facts["made_of"]["config"]["teacher_cache"]
         del facts["cpu_seconds"]
 
     rewrite(tmp_path, shorten)

@@ -51,6 +51,24 @@ def test_a_torch_device_is_taken_like_its_name(data):
     assert torch.equal(*map(weights, students))
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"augmentation": {"colour": 0.2}}, "colour gives an image different pixels .* Leave it out"),
+        (
+            {"augmentation": {"zoom": (0.5, 1), "mixup": 0.1}, "input_size": {"short": (64, 96), "crop": 0.5}},
+            "zoom and augmentation.mixup and input_size.crop",
+        ),
+        ({"augmentation": {"photometric": 0.5, "mosaic": 1}}, "photometric and .*mosaic .* Leave them out"),
+    ],
+)
+def test_a_teacher_cache_is_refused_if_no_view_comes_again(changes, named):
+    with pytest.raises(ValidationError, match=f"teacher_cache is disk, and .*{named}"):
+        config(teacher_cache="disk", **changes)
+    assert config(**changes).never_repeat
+    assert not config(teacher_cache="disk", augmentation={"flip": 1}, input_size={"short": (64, 96)}).never_repeat
+
+
 class Counting(PKD):
     """Reports how many objects it has seen."""
 

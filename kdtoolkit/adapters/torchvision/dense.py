@@ -16,7 +16,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 from kdtoolkit.adapters.torchvision.base import DenseGraph, require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_fcos, tiny_retinanet
-from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
+from kdtoolkit.adapters.torchvision.grid import GridAdapter, flatten
 from kdtoolkit.adapters.torchvision.models import CoarserLevels
 from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.boxes import centres
@@ -126,14 +126,10 @@ class RetinaNetAdapter(TwoTowersAdapter):
         """The sum over images of max(positives, 1)."""
         return positive.sum(1).clamp(min=1).sum()
 
-    def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
+    def _predict(self, maps: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Tensor, None]:
         head = self.model.head
-        return Predictions(
-            logits=flatten([head.classification_head.cls_logits(x) for x in maps["cls"]], self._num_classes),
-            regression=flatten([head.regression_head.bbox_reg(x) for x in maps["reg"]], 4),
-            priors=priors,
-            decode=partial(decode_offsets, self.model.box_coder),
-        )
+        logits = flatten([head.classification_head.cls_logits(x) for x in maps["cls"]], self._num_classes)
+        return logits, flatten([head.regression_head.bbox_reg(x) for x in maps["reg"]], 4), None
 
 
 class FCOSAdapter(TwoTowersAdapter):
@@ -153,9 +149,9 @@ class FCOSAdapter(TwoTowersAdapter):
         """What the assignment depends on: the sampling radius, and the sides of the squares around the points."""
         return "torchvision FCOS", self.model.center_sampling_radius, self.model.anchor_generator.sizes
 
-    def _priors(self, features: tuple[Tensor, ...], batch: Batch) -> Priors:
+    def _priors(self, grid: tuple[tuple[int, int], ...], batch: Batch) -> Priors:
         """Points. Their `strides` are the sides of their squares, which are the unit of the regression."""
-        squares = super()._priors(features, batch)
+        squares = super()._priors(grid, batch)
         middle = centres(squares.boxes)
         sides = squares.boxes[:, 2] - squares.boxes[:, 0]
         return Priors(middle.repeat(1, 2), sides, squares.grid, per_cell=squares.per_cell)
@@ -164,16 +160,16 @@ class FCOSAdapter(TwoTowersAdapter):
         """The squares (A, 4) around points (A, 4)."""
         return _squares(priors)
 
-    def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
+    @property
+    def _decode(self) -> Callable[[Tensor, Priors], Tensor]:
+        return partial(_decode_sides, self.model.box_coder)
+
+    def _predict(self, maps: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         head = self.model.head
         regression_head = head.regression_head
-        return Predictions(
-            logits=flatten([head.classification_head.cls_logits(x) for x in maps["cls"]], self._num_classes),
-            regression=flatten([F.relu(regression_head.bbox_reg(x)) for x in maps["reg"]], 4),
-            priors=priors,
-            decode=partial(_decode_sides, self.model.box_coder),
-            quality=flatten([regression_head.bbox_ctrness(x) for x in maps["reg"]], 1)[..., 0],
-        )
+        logits = flatten([head.classification_head.cls_logits(x) for x in maps["cls"]], self._num_classes)
+        regression = flatten([F.relu(regression_head.bbox_reg(x)) for x in maps["reg"]], 4)
+        return logits, regression, flatten([regression_head.bbox_ctrness(x) for x in maps["reg"]], 1)[..., 0]
 
     def _outputs(self, predictions: Predictions) -> dict[str, Tensor]:
         assert predictions.quality is not None

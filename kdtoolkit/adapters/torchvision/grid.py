@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from kdtoolkit.contract import (
     Predictions,
     PriorKind,
     Priors,
+    Said,
     Stage,
     State,
     keep_states,
@@ -48,9 +50,17 @@ class GridAdapter(TorchvisionAdapter):
         """Each branch's tower on each level."""
         raise NotImplementedError
 
-    def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
-        """Run the predictors on their inputs."""
+    def _predict(self, maps: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run the predictors on their inputs: logits, regression and quality, as `Predictions` has them."""
         raise NotImplementedError
+
+    @property
+    def _decode(self) -> Callable[[Tensor, Priors], Tensor]:
+        """What turns the regression into boxes."""
+        return partial(decode_offsets, self.model.box_coder)
+
+    def _predictions(self, logits: Tensor, regression: Tensor, quality: Tensor | None, priors: Priors) -> Predictions:
+        return Predictions(logits, regression, priors, self._decode, quality, self.spec.activation)
 
     def describe(self) -> DetectorSpec:
         """Describe the detector."""
@@ -77,7 +87,8 @@ class GridAdapter(TorchvisionAdapter):
         states, last = keep_states(
             walk_towers(dict.fromkeys(towers, features), towers, activation=self.activation), stages
         )
-        return HeadTrace(states, self._finish(last, self._priors(features, batch)))
+        grid = tuple((x.shape[-2], x.shape[-1]) for x in features)
+        return HeadTrace(states, self._finish(last, self._priors(grid, batch)))
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
         """Run the rest of the towers, then the predictors."""
@@ -87,6 +98,11 @@ class GridAdapter(TorchvisionAdapter):
         }
         _, last = keep_states(walk_towers(state, towers, stage, self.activation), ())
         return self._finish(last, trace.predictions.priors)
+
+    def restored(self, said: Said, batch: Batch) -> HeadTrace:
+        """Make a pass again from its predictions."""
+        priors = self._priors(said.grid, batch)
+        return HeadTrace(said.states, self._predictions(said.logits, said.regression, said.quality, priors))
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
         """Assign by the library's own rule."""
@@ -111,14 +127,13 @@ class GridAdapter(TorchvisionAdapter):
             branch: [self.activation(x) if blocks else x for x, blocks in zip(maps, towers[branch], strict=True)]
             for branch, maps in state.items()
         }
-        return self._predict(activated, priors)
+        return self._predictions(*self._predict(activated), priors)
 
-    def _priors(self, features: tuple[Tensor, ...], batch: Batch) -> Priors:
+    def _priors(self, grid: tuple[tuple[int, int], ...], batch: Batch) -> Priors:
         """The anchors of one image. All images share them."""
-        # It only needs shapes, device and dtype. Of bfloat16 maps under autocast it would round anchors to bfloat16.
-        maps = [torch.zeros((), device=x.device).expand(x.shape) for x in features]
+        # The library takes the type of anchors from the maps: bfloat16 maps, as under autocast, would round them.
+        maps = [torch.zeros((), device=batch.images.device).expand(1, 1, *size) for size in grid]
         boxes = self._generator(ImageList(batch.images, [batch.sizes[0]]), maps)[0]
-        grid = tuple((x.shape[-2], x.shape[-1]) for x in features)
         per_cell = tuple(cast(Any, self._generator).num_anchors_per_location())
         counts = [height * width * each for (height, width), each in zip(grid, per_cell, strict=True)]
         strides = torch.cat(

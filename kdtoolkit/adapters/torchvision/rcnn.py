@@ -85,14 +85,14 @@ class RPNAdapter(GridAdapter):
     def _towers(self) -> Mapping[str, Sequence[Sequence[Block]]]:
         return {"rpn": [blocks_of(self.model.rpn.head.conv)] * len(self._levels.strides)}
 
-    def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
+    @property
+    def _decode(self) -> Callable[[Tensor, Priors], Tensor]:
+        return partial(decode_offsets, self.model.rpn.box_coder)
+
+    def _predict(self, maps: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Tensor, None]:
         head = self.model.rpn.head
-        return Predictions(
-            logits=flatten([head.cls_logits(x) for x in maps["rpn"]], 1),
-            regression=flatten([head.bbox_pred(x) for x in maps["rpn"]], 4),
-            priors=priors,
-            decode=partial(decode_offsets, self.model.rpn.box_coder),
-        )
+        logits = flatten([head.cls_logits(x) for x in maps["rpn"]], 1)
+        return logits, flatten([head.bbox_pred(x) for x in maps["rpn"]], 4), None
 
     def proposals(self, trace: HeadTrace, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
         """Boxes (P, 4) on the canvas and scores (P,) of each image, without gradient."""

@@ -12,10 +12,10 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 
 from kdtoolkit.adapters.torchvision.base import DenseGraph, each_image, require, thresholds
 from kdtoolkit.adapters.torchvision.examples import tiny_ssd
-from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
+from kdtoolkit.adapters.torchvision.grid import GridAdapter, flatten
 from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
 from kdtoolkit.canvas import Layout
-from kdtoolkit.contract import Assignment, Batch, ClassRows, Detections, HeadTrace, Predictions, Priors
+from kdtoolkit.contract import Assignment, Batch, ClassRows, Detections, HeadTrace, Predictions
 from kdtoolkit.graph import at_least_the_best
 
 
@@ -77,7 +77,7 @@ class SSDAdapter(GridAdapter):
             for branch, module in (("cls", head.classification_head), ("reg", head.regression_head))
         }
 
-    def _predict(self, maps: Mapping[str, Sequence[Tensor]], priors: Priors) -> Predictions:
+    def _predict(self, maps: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Tensor, None]:
         head = self.model.head
         logits, regression = (
             flatten(
@@ -85,13 +85,7 @@ class SSDAdapter(GridAdapter):
             )
             for branch, module in (("cls", head.classification_head), ("reg", head.regression_head))
         )
-        return Predictions(
-            logits=logits.roll(-1, -1),
-            regression=regression,
-            priors=priors,
-            decode=partial(decode_offsets, self.model.box_coder),
-            activation=self.spec.activation,
-        )
+        return logits.roll(-1, -1), regression, None
 
     def _outputs(self, trace: HeadTrace) -> dict[str, Tensor]:
         """The head's outputs as the library has them, background first."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from kdtoolkit.contract import Capability, Predictions
-from kdtoolkit.testing._expect import expect, expect_finite, expect_float32, expect_same, outputs
+from kdtoolkit.contract import Batch, Capability, HeadTrace, Predictions, PriorKind, RecalledView, View
+from kdtoolkit.contract.recalled import Parts
+from kdtoolkit.testing._expect import expect, expect_close, expect_finite, expect_float32, expect_same, outputs
 from kdtoolkit.testing.adapters._case import Case
 from kdtoolkit.testing.report import LeftOut, by_name
 
@@ -53,7 +54,7 @@ def _given_priors(case: Case) -> None:
     adapter = case.fresh()
     view = case.show(adapter)
     once = outputs(view.head.predictions)
-    again = adapter.head(view.features, view.batch, view.head.predictions.priors)
+    again = adapter.head(tuple(view.maps), view.batch, view.head.predictions.priors)
     expect_same(outputs(again.predictions), once, "with its own priors given")
     for i, _ in enumerate(case.spec.stages):
         resumed = adapter.resume(again.states[i], i, again)
@@ -83,6 +84,58 @@ def _layers(case: Case) -> None:
             expect(shape == tuple(value.shape), f"{name} of layer {i} is {shape}, of the head {tuple(value.shape)}")
         states = len(each.states)
         expect(states == i + 2, f"the pass of layer {i} has {states} states: it must end with the one after its layer")
+
+
+@torch.no_grad()
+def _recalled(case: Case) -> None:
+    """A pass made again from what was kept of it says the same; no network runs for images of which all was kept."""
+    if case.spec.priors is PriorKind.DETECTIONS:
+        raise LeftOut("a file of detections has no pass to keep")
+    adapter = case.fresh()
+    batch = adapter.prepare(case.images, case.targets)
+    live = View(adapter, batch, adapter.features(batch))
+    names = [f"image {i}" for i in range(len(case.images))]
+    kept = dict(zip(names, _with_all_asked(case, batch, names, {}).recall.fresh, strict=True))
+    again = _with_all_asked(case, batch, names, kept)
+    computed = sorted({part for parts in again.recall.fresh for part in parts})
+    expect(not computed, f"{', '.join(computed)} is computed although it was kept")
+    for view, what in (
+        (again, "made again"),
+        (_with_all_asked(case, batch, names, {names[0]: kept[names[0]]}), "made again of the first image alone"),
+    ):
+        levels = [{f"level {i}": x for i, x in enumerate(each.maps)} for each in (view, live)]
+        expect_close(levels[0], levels[1], what)
+        if case.spec.priors is not PriorKind.NONE:
+            _expect_same_pass(case, view, live, what)
+
+
+def _with_all_asked(case: Case, batch: Batch, names: Sequence[str], kept: Mapping[str, Parts]) -> RecalledView:
+    """The view of images of which some is kept, after every part has been asked for."""
+    view = RecalledView(case.fresh(), batch, names, lambda name: kept.get(name, {}))
+    for level, _ in enumerate(view.maps):
+        view.maps[level]
+    if case.spec.priors is not PriorKind.NONE:
+        for stage, _ in enumerate(view.head.states):
+            view.head.states[stage]
+    return view
+
+
+def _expect_same_pass(case: Case, view: View, live: View, what: str) -> None:
+    adapter, batch = live.adapter, live.batch
+
+    def compare(shown: Callable[[HeadTrace], Mapping[str, Tensor]], of_it: str) -> None:
+        expect_close(shown(view.head), shown(live.head), f"{what}, {of_it}")
+
+    compare(lambda trace: outputs(trace.predictions), "its predictions")
+    for i, stage in enumerate(case.spec.stages):
+        compare(
+            lambda trace, i=i: outputs(adapter.resume(trace.states[i], i, trace)),  # type: ignore[misc]
+            f"resumed from stage {i} ({stage.name})",
+        )
+    if case.spec.assigns:
+        compare(lambda trace: vars(adapter.assign(trace, batch)), "its assignment")
+    # Boxes of equal scores may change places.
+    compare(lambda trace: {str(i): x["scores"] for i, x in enumerate(adapter.detections(trace, batch))}, "its scores")
 
 
 def _placed_queries(case: Case) -> None:
@@ -163,4 +216,4 @@ def _reached(said: Sequence[Tensor], wrt: Sequence[Tensor]) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-CHECKS = by_name(_resume, _given_priors, _layers, _placed_queries, _shown)
+CHECKS = by_name(_resume, _given_priors, _layers, _recalled, _placed_queries, _shown)

@@ -1,0 +1,118 @@
+"""A run's teacher cache: opened for the time of the run; what it keeps of an image, and what it saves."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from kdtoolkit.contract import Capability, Method, PriorKind
+from kdtoolkit.data import DetectionDataset
+from kdtoolkit.data.recorded import Carrier
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.engine.precision import autocast_type, resolve_precision
+from kdtoolkit.errors import KDError
+from kdtoolkit.teacher_cache import TeacherCache
+
+FOLDER = "teacher_cache"
+_UNBOUNDED = 1e6  # gigabytes
+_TIMED = 5  # passes of the teacher whose median counts
+_TRIED = 50  # steps at which the methods at work are looked at
+
+
+def can_cache(distiller: Distiller) -> bool:
+    """Whether there is a teacher that is asked in a run, and that is not a file of detections."""
+    teacher = distiller.teacher_adapter
+    return teacher is not None and len(distiller.methods) > 0 and teacher.spec.priors is not PriorKind.DETECTIONS
+
+
+@contextmanager
+def teacher_cache(distiller: Distiller, config: TrainConfig, folder: Path | None) -> Iterator[TeacherCache | None]:
+    """The cache by which the teacher is asked in a block: the distiller's own if it has one, else the config's.
+
+    `folder`: where a cache on disk lies. Gives None if nothing is kept. Raises KDError if a cache on disk has none.
+    """
+    if distiller.teacher_cache is not None or config.teacher_cache == "off" or not can_cache(distiller):
+        yield distiller.teacher_cache if can_cache(distiller) else None
+        return
+    size, precision = config.teacher_cache_gb, config.teacher_cache_precision
+    if config.teacher_cache == "memory":
+        distiller.teacher_cache = TeacherCache.in_memory(size, precision)
+    elif folder is not None:
+        distiller.teacher_cache = TeacherCache.on_disk(folder, gigabytes=size, precision=precision)
+    else:
+        raise KDError(
+            "teacher_cache is disk, and the run has no folder to keep it in: name one, "
+            "train(..., folder=RunFolder(path)), or write teacher_cache: memory"
+        )
+    try:
+        yield distiller.teacher_cache
+    finally:
+        distiller.teacher_cache = None
+
+
+@contextmanager
+def without_cache(distiller: Distiller) -> Iterator[None]:
+    """A block in which the teacher is asked, whatever its cache holds; the block leaves no trace in the cache."""
+    kept, distiller.teacher_cache = distiller.teacher_cache, None
+    try:
+        yield
+    finally:
+        distiller.teacher_cache = kept
+
+
+def bytes_of_view(distiller: Distiller, dataset: DetectionDataset, config: TrainConfig, device: torch.device) -> int:
+    """How many bytes a teacher cache takes for one view, measured on the first image of a data set.
+
+    It is measured in a step in which most of the methods work. The distiller and its models stay as they are.
+    """
+    every = range(0, config.steps, max(1, config.steps // _TRIED))
+    kept, calls, training = distiller.teacher_cache, distiller.calls, distiller.training
+    cache = TeacherCache.in_memory(_UNBOUNDED, config.teacher_cache_precision)
+    image, sample = dataset[0]
+    try:
+        distiller.teacher_cache = cache
+        distiller.calls = distiller.accumulation * max(every, key=lambda step: len(distiller.active(step)))
+        with torch.no_grad(), _autocast(config, device):
+            distiller.eval()([image.to(device).float().div_(255)], [Carrier.unchanged(sample)])
+    finally:
+        distiller.teacher_cache, distiller.calls = kept, calls
+        distiller.train(training)
+    return cache.bytes
+
+
+def seconds_of_view(
+    distiller: Distiller, dataset: DetectionDataset, config: TrainConfig, device: torch.device
+) -> float:
+    """What the teacher's pass over one image costs, as a cache makes it: on a CPU CPU time, on a GPU time by the clock.
+
+    The median of some passes over the first image of a data set. The head runs if a method takes more than features.
+    """
+    image, sample = dataset[0]
+    images, targets = [image.to(device).float().div_(255)], [Carrier.unchanged(sample)]
+    teacher = distiller.seen[1]
+    with_head = any(isinstance(each, Method) and each.needs - {Capability.FEATURES} for each in distiller.methods)
+    on_cpu = device.type == "cpu"
+    found = []
+    with torch.no_grad(), _autocast(config, device):
+        like = distiller.student_adapter.prepare(images, targets)
+        for _ in range(1 + _TIMED):
+            begun = time.process_time() if on_cpu else time.perf_counter()
+            batch = distiller.teacher_batch(images, targets, like)
+            features = teacher.features(batch)
+            if with_head:
+                teacher.head(features, batch, stages=frozenset())
+            if not on_cpu:
+                torch.cuda.synchronize(device)
+            found.append((time.process_time() if on_cpu else time.perf_counter()) - begun)
+    return statistics.median(found[1:])
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    precision = resolve_precision(config.precision, device)
+    return torch.autocast(device.type, autocast_type(precision), enabled=precision != "float32")

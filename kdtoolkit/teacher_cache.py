@@ -1,0 +1,245 @@
+"""TeacherCache: what a teacher showed of an image, kept so that the teacher is not asked again (docs/teacher_cache.md).
+
+A key stands for the image's pixels, for where they lie on the teacher's canvas, for the teacher's weights and for the
+arithmetic. So a cache is never wrong: a changed image, teacher or size has a different key.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from kdtoolkit.contract import Batch, DetectorAdapter
+from kdtoolkit.errors import KDError
+from kdtoolkit.files import write_beside
+
+Precision = Literal["float32", "bfloat16"]
+GIGABYTE = 10**9
+DIGEST_SIZE = 16  # bytes
+HELD = GIGABYTE  # of what lies on disk, the most that a process also holds in memory
+_FORM = 1  # raise it when entries of older versions no longer fit
+
+
+class TeacherCache(ABC):
+    """What a teacher showed of images, by key: tensors by the name of the part, for one image.
+
+    `Distiller(teacher_cache=...)` fills and reads it. A full cache takes nothing new and throws nothing away. Training
+    goes round in a circle, so the images that it holds are found in every epoch. To throw out the oldest would miss
+    all of them.
+
+    Several teachers and several Distillers may share one cache. `in_memory` and `on_disk` make one.
+
+    Attributes:
+        hits: number of images that needed no pass of the teacher.
+        misses: number of images that needed one.
+        bytes: size of what is kept, in memory or in the folder.
+        notices: what a user should know, in sentences: that the cache is full, or that its disk is.
+    """
+
+    def __init__(self, gigabytes: float, precision: Precision) -> None:
+        if gigabytes <= 0:
+            raise KDError(f"gigabytes is {gigabytes}: the size of a teacher cache must be above 0")
+        if precision not in get_args(Precision):
+            raise KDError(f"precision is {precision!r}: a teacher cache keeps float32 or bfloat16")
+        self.precision = precision
+        self.limit = int(gigabytes * GIGABYTE)
+        self.hits = 0
+        self.misses = 0
+        self.bytes = 0
+        self.notices: list[str] = []
+
+    @staticmethod
+    def in_memory(gigabytes: float = 4, precision: Precision = "float32") -> TeacherCache:
+        """A cache in the memory of this process.
+
+        Args:
+            gigabytes: the most that it holds, in 10^9 bytes.
+            precision: how floats are kept. "bfloat16" needs half the memory, and rounds to 8 bits.
+
+        Raises KDError if an argument is none of these.
+        """
+        return _InMemory(gigabytes, precision)
+
+    @staticmethod
+    def on_disk(folder: str | Path, gigabytes: float = 20, precision: Precision = "float32") -> TeacherCache:
+        """A cache in a folder, which several processes may share, at one time or one after the other.
+
+        A process also holds in memory what it has read, up to 10^9 bytes.
+
+        Args:
+            folder: where the files lie; made if it is not there.
+            gigabytes: the most that the folder holds, in 10^9 bytes. If several processes write at one time, it may
+                hold a little more.
+            precision: how floats are kept. "bfloat16" needs half the space, and rounds to 8 bits.
+
+        Raises KDError if an argument is none of these, or if the folder cannot be written.
+        """
+        return _OnDisk(Path(folder), gigabytes, precision)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that floats are rounded to before they are kept; None keeps them as they are."""
+        return torch.bfloat16 if self.precision == "bfloat16" else None
+
+    @abstractmethod
+    def find(self, key: str) -> Mapping[str, Tensor]:
+        """What is known by this key; empty if nothing is."""
+
+    @abstractmethod
+    def keep(self, key: str, parts: Mapping[str, Tensor]) -> None:
+        """Add parts to what is known by this key, unless the cache is full."""
+
+    def _has_room(self, size: int) -> bool:
+        if self.bytes + size <= self.limit:
+            return True
+        self._notice(f"the teacher cache is full ({self.limit / GIGABYTE:g} GB): it takes no further images")
+        return False
+
+    def _notice(self, text: str) -> None:
+        if text not in self.notices:
+            self.notices.append(text)
+
+
+class _InMemory(TeacherCache):
+    def __init__(self, gigabytes: float, precision: Precision) -> None:
+        super().__init__(gigabytes, precision)
+        self._held: dict[str, dict[str, Tensor]] = {}
+
+    def find(self, key: str) -> Mapping[str, Tensor]:
+        return self._held.get(key, {})
+
+    def keep(self, key: str, parts: Mapping[str, Tensor]) -> None:
+        if self._has_room(size := _size(parts)):
+            copies = {name: part.detach().to("cpu", copy=True) for name, part in parts.items()}
+            self.bytes += size
+            self._held[key] = {**self._held.get(key, {}), **copies}
+
+
+class _OnDisk(TeacherCache):
+    """One file a key, in folders by the key's first two digits. A broken file counts as missing: it is written anew."""
+
+    def __init__(self, folder: Path, gigabytes: float, precision: Precision) -> None:
+        super().__init__(gigabytes, precision)
+        self.folder = folder
+        self._held: dict[str, dict[str, Tensor]] = {}
+        self._held_bytes = 0
+        self._since = 0  # bytes written since the folder was measured: other processes may write too
+        self._writes = True
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KDError(f"the teacher cache cannot use {folder}: {error.strerror or error}") from error
+        self._measure()
+
+    def find(self, key: str) -> Mapping[str, Tensor]:
+        if key not in self._held:
+            found = self._read(key)
+            if not found or self._held_bytes + _size(found) > HELD:
+                return found
+            self._held_bytes += _size(found)
+            self._held[key] = found
+        return self._held[key]
+
+    def keep(self, key: str, parts: Mapping[str, Tensor]) -> None:
+        if not self._writes:
+            return
+        size = _size(parts)
+        if self._since > self.limit // 20:
+            self._measure()
+        if not self._has_room(size):
+            return
+        copies = {name: part.detach().cpu().contiguous() for name, part in parts.items()}
+        try:
+            path = self._path(key)
+            path.parent.mkdir(exist_ok=True)
+            write_beside(path, save({**self._read(key), **copies}))
+        except OSError as error:
+            self._writes = False
+            self._notice(f"the teacher cache in {self.folder} takes no further images: {error.strerror or error}")
+            return
+        self._held_bytes -= _size(self._held.pop(key, {}))  # read anew when it is asked for
+        self.bytes += size
+        self._since += size
+
+    def _read(self, key: str) -> dict[str, Tensor]:
+        try:
+            return load(self._path(key).read_bytes())
+        except (OSError, SafetensorError):
+            return {}
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _measure(self) -> None:
+        """Add up the sizes of all files in the folder."""
+        self.bytes = 0
+        for here, _, names in os.walk(self.folder):
+            for name in names:
+                try:
+                    self.bytes += os.stat(os.path.join(here, name)).st_size
+                except OSError:  # renamed meanwhile
+                    continue
+        self._since = 0
+
+
+def _size(parts: Mapping[str, Tensor]) -> int:
+    return sum(part.numel() * part.element_size() for part in parts.values())
+
+
+def digest(image: Tensor) -> str:
+    """The digest of an image's values, type and shape, as hexadecimal digits. Waits for the device of the image."""
+    found = blake2b(f"{image.dtype} {tuple(image.shape)}".encode(), digest_size=DIGEST_SIZE)
+    found.update(_bytes(image))
+    return found.hexdigest()
+
+
+def teacher_digest(adapter: DetectorAdapter) -> str:
+    """The digest of a teacher: its adapter, its facts, and all its weights and buffers."""
+    spec = adapter.spec
+    facts = type(adapter).__qualname__, spec.name, spec.num_classes, spec.strides, spec.channels, _FORM
+    found = blake2b(repr(facts).encode(), digest_size=DIGEST_SIZE)
+    for name, x in _tensors(adapter.model):
+        found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        found.update(_bytes(x))
+    return found.hexdigest()
+
+
+def versions(model: nn.Module) -> tuple[int, ...]:
+    """Counts of how often each weight and buffer was written to. If a count changes, so may the digest."""
+    return tuple(x._version for _, x in _tensors(model))
+
+
+def view_keys(images: Sequence[str], batch: Batch, teacher: str, precision: Precision) -> list[str]:
+    """The key of each image of a teacher's batch.
+
+    Args:
+        images: digests of the images.
+        batch: what the teacher is shown: the canvas, and the sizes of the images on it.
+        teacher: the teacher's digest.
+        precision: how the cache keeps floats.
+    """
+    device, canvas = batch.images.device.type, tuple(batch.images.shape[-2:])
+    arithmetic = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
+    shared = f"{teacher} {canvas} {arithmetic} {precision}"
+    return [
+        blake2b(f"{shared} {sizes} {image}".encode(), digest_size=DIGEST_SIZE).hexdigest()
+        for image, *sizes in zip(images, batch.sizes, batch.padded_sizes, strict=True)
+    ]
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _bytes(x: Tensor) -> Any:
+    """The values of a tensor as a buffer of bytes."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

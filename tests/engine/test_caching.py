@@ -1,0 +1,95 @@
+"""A run that asks its teacher once: the same training, with few passes of the teacher."""
+
+import pytest
+import torch
+
+from kdtoolkit import Distiller, KDError
+from kdtoolkit.data import ProceduralShapes
+from kdtoolkit.engine.caching import bytes_of_view, seconds_of_view
+from kdtoolkit.engine.train import RunFolder, TrainConfig, train
+from kdtoolkit.methods import PKD, CrossKD
+from kdtoolkit.teacher_cache import TeacherCache
+from tests.conftest import tiny_gfl
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return ProceduralShapes(6, image_size=64, seed=0)
+
+
+def distiller_of(data, methods=(CrossKD, PKD), **settings):
+    classes = len(data.class_names)
+    torch.manual_seed(0)
+    teacher, student = tiny_gfl(seed=1, num_classes=classes), tiny_gfl(seed=2, num_classes=classes)
+    return Distiller(teacher, student, [method() for method in methods], **settings)
+
+
+def config(**changes):
+    return TrainConfig(**{"steps": 12, "batch_size": 4, "warmup_steps": 0, **changes})
+
+
+def trained(data, folder=None, distiller=None, **changes):
+    distiller = distiller or distiller_of(data)
+    result = train(distiller, data, config(**changes), seed=0, folder=None if folder is None else RunFolder(folder))
+    return torch.cat([p.detach().flatten() for p in distiller.student.parameters()]), result, distiller
+
+
+def test_a_run_with_a_cache_trains_as_one_without(data, tmp_path):
+    live, alone, _ = trained(data)
+    assert alone.cache is None
+    cached, result, distiller = trained(data, teacher_cache="memory")
+    torch.testing.assert_close(cached, live, rtol=1e-3, atol=1e-4)
+    views = result.cache.misses
+    assert 6 < views <= 12  # each image, and its mirror image
+    assert result.cache.hits == 48 - views
+    assert result.cache.bytes == views * bytes_of_view(distiller, data, config(), CPU)
+    assert distiller.teacher_cache is None
+    first, on_disk, _ = trained(data, tmp_path / "a", teacher_cache="disk")
+    assert torch.equal(first, cached)
+    assert (on_disk.cache.hits, on_disk.cache.misses) == (result.cache.hits, views)
+    assert sum(path.is_file() for path in (tmp_path / "a" / "teacher_cache").rglob("*")) == views
+
+
+def test_runs_that_share_a_folder_ask_once(data, tmp_path):
+    found = []
+    for name in "ab":
+        distiller = distiller_of(data)
+        folder = RunFolder(tmp_path / name, teacher_cache=tmp_path / "shared")
+        found.append(train(distiller, data, config(teacher_cache="disk"), seed=0, folder=folder).cache)
+    assert found[0].misses > found[1].misses == 0
+    assert found[1].hits == 48
+    assert 0 < found[0].bytes <= found[1].bytes  # of whole files, once they are there
+
+
+def test_a_cache_of_the_distiller_comes_first_and_stays(data):
+    cache = TeacherCache.in_memory()
+    distiller = distiller_of(data, teacher_cache=cache)
+    for hits in (True, False):
+        _, result, _ = trained(data, distiller=distiller)
+        assert (result.cache.misses > 0) is hits
+    assert distiller.teacher_cache is cache
+
+
+def test_without_a_teacher_there_is_nothing_to_keep(data):
+    alone = distiller_of(data, methods=())
+    _, result, _ = trained(data, distiller=alone, teacher_cache="disk")
+    assert result.cache is None
+
+
+def test_a_cache_on_disk_needs_a_folder(data):
+    with pytest.raises(KDError, match="teacher_cache is disk, and the run has no folder to keep it in"):
+        trained(data, teacher_cache="disk")
+
+
+def test_what_a_view_takes_is_measured_without_a_trace(data):
+    distiller = distiller_of(data, methods=(PKD, lambda: CrossKD().scheduled(start=6)))
+    before = {name: value.clone() for name, value in distiller.state_dict().items() if isinstance(value, torch.Tensor)}
+    size = bytes_of_view(distiller, data, config(), CPU)
+    assert size > bytes_of_view(distiller_of(data, methods=(PKD,)), data, config(), CPU)
+    assert bytes_of_view(distiller, data, config(teacher_cache_precision="bfloat16"), CPU) < 0.6 * size
+    assert seconds_of_view(distiller, data, config(), CPU) > 0
+    assert distiller.teacher_cache is None
+    assert distiller.calls == 0
+    assert all(torch.equal(distiller.state_dict()[name], value) for name, value in before.items())

@@ -1,0 +1,107 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kdtoolkit.engine.winograd import CHANNELS, FastConvolutions, gains
+
+large = pytest.mark.skipif(
+    not gains(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)), reason="this processor or torch has no such algorithm"
+)
+
+
+def maps(*shape, memory_format=torch.contiguous_format):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    return x.to(memory_format=memory_format).requires_grad_()
+
+
+def differs(found, expected):
+    """The largest difference, relative to the largest value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def results(conv, x, context):
+    with context:
+        y = conv(x)
+    gradients = torch.autograd.grad((y * torch.linspace(0.5, 1, y.shape[-1])).sum(), [x, *conv.parameters()])
+    return [y, *gradients]
+
+
+@large
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 64, 20, 20), (1, 64, 31, 23), (5, 64, 9, 17)])
+def test_values_and_gradients_are_those_of_the_direct_convolution(shape, memory_format, bias):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 72, 3, padding=1, bias=bias)
+    x = maps(*shape, memory_format=memory_format)
+    exact = results(conv.double(), x.double().detach().requires_grad_(), torch.enable_grad())
+    found = results(conv.float(), x, FastConvolutions())
+    assert "_Convolution" in type(found[0].grad_fn).__name__
+    assert found[0].is_contiguous(memory_format=memory_format)
+    for one, other in zip(found, exact, strict=True):
+        assert differs(one, other) < 1e-4
+
+
+@large
+def test_frozen_weights_and_inputs_get_no_gradient():
+    conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
+    x = maps(2, 64, 20, 20)
+    with FastConvolutions():
+        conv(x).sum().backward()
+        assert conv.weight.grad is None
+        assert x.grad is not None
+        assert not conv(x.detach()).requires_grad
+        trained = nn.Conv2d(64, 64, 3, padding=1)
+        trained(x.detach()).sum().backward()
+    assert trained.weight.grad is not None
+    assert trained.bias.grad is not None
+
+
+@large
+@pytest.mark.parametrize(
+    ("conv", "shape"),
+    [
+        (nn.Conv2d(64, 64, 3, padding=1), (2, 64, 8, 8)),  # too small
+        (nn.Conv2d(48, 64, 3, padding=1), (2, 48, 20, 20)),  # too narrow
+        (nn.Conv2d(64, 64, 3, padding=1, stride=2), (2, 64, 40, 40)),
+        (nn.Conv2d(64, 64, 3, padding=2, dilation=2), (2, 64, 20, 20)),
+        (nn.Conv2d(64, 64, 3, padding=1, groups=64), (2, 64, 20, 20)),
+        (nn.Conv2d(64, 64, 3, padding="same"), (2, 64, 20, 20)),
+        (nn.Conv2d(64, 64, 1), (2, 64, 20, 20)),
+        (nn.Conv2d(64, 64, 3, padding=1), (64, 30, 30)),  # a single image
+    ],
+)
+def test_other_convolutions_are_torchs_to_the_last_bit(conv, shape):
+    x = maps(*shape)
+    with FastConvolutions():
+        found = conv(x)
+    assert "_Convolution" not in type(found.grad_fn).__name__
+    assert torch.equal(found, conv(x))
+
+
+@large
+def test_autocast_has_its_own_convolutions():
+    conv, x = nn.Conv2d(64, 64, 3, padding=1), maps(2, 64, 20, 20)
+    with FastConvolutions(), torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.bfloat16
+
+
+@large
+def test_functional_calls_with_names_work():
+    x, weight = maps(2, 64, 20, 20), maps(64, 64, 3, 3)
+    with FastConvolutions():
+        found = F.conv2d(input=x, weight=weight, padding=(1, 1))
+    assert differs(found, F.conv2d(x, weight, padding=1)) < 1e-4
+
+
+@large
+def test_only_models_with_such_convolutions_gain():
+    narrow = nn.Sequential(nn.Conv2d(3, 64, 7), nn.Conv2d(16, 16, 3, padding=1))
+    assert not gains(narrow, nn.Linear(4, 4))
+    assert gains(narrow, nn.Sequential(nn.Conv2d(256, 256, 3, padding=1)))
+
+
+def test_processors_of_other_kinds_compute_directly(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert not gains(nn.Conv2d(256, 256, 3, padding=1))
