@@ -26,6 +26,8 @@ for line in sys.stdin.read().splitlines():
     ("code", "absent"),
     [
         ("import kdtoolkit; kdtoolkit.KDError", ("torch", "rich", "typer")),
+        # `kd --help` takes a quarter of a second, most of it for pydantic's models of the options.
+        ("import kdtoolkit.cli", ("torch", "numpy", "rich", "PIL", "multiprocessing", "scipy")),
         # torchvision brings torch's compiler (torch._dynamo, sympy): together they take as long as torch.
         (CORE, ("torchvision", "torch._dynamo", "sympy", "timm", "transformers", "ultralytics", "scipy", "pydantic")),
         (ALL, ("transformers", "ultralytics", "scipy", "optuna", "ray")),

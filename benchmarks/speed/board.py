@@ -1,9 +1,11 @@
-"""Where the time of a board goes: python benchmarks/speed/board.py [SUITE] [--steps 20] [--seeds 1] [--data FOLDER].
+"""Where the time of a board goes: python benchmarks/speed/board.py [SUITE] [--steps 160] [--seeds 1] [--data FOLDER].
 
 Runs a suite with few steps a cell, in this process, in one thread and a new folder, and computes from it what the whole
 suite costs: the time of a step times the suite's steps, everything else as measured. All numbers are CPU seconds, which
 programs that run beside it hardly change. Prints one table. "teacher" is the teacher's own pass in steps of methods;
-"KD" is what these steps cost beyond it and a plain step.
+"KD" is what these steps cost beyond it and a plain step. If the suite has a teacher cache, the teacher's pass counts
+once; the steps must be so many (four times the images, divided by the batch) that nearly all views are in it by half of
+them. The time of a step is that of the second half; what the first half took beyond it counts once for each cell.
 """
 
 from __future__ import annotations
@@ -32,8 +34,11 @@ def import_seconds(module: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", nargs="?", default="quick")
-    parser.add_argument("--steps", type=int, default=20, help="of each training; the first ones are the slowest")
+    parser.add_argument("--steps", type=int, default=160, help="of each training")
     parser.add_argument("--seeds", type=int, default=1, help="of each row; the suite's number is computed")
+    parser.add_argument(
+        "--images", type=int, help="for the student, instead of the suite's, so that fewer steps will do"
+    )
     parser.add_argument("--data", type=Path)
     args = parser.parse_args()
     spent = Counter({"import": sum(sorted(import_seconds(name) for _ in range(3))[1] for name in IMPORTS)})
@@ -43,11 +48,11 @@ def main() -> None:
 
     import kdtoolkit.benchmark.cell as cells
     from kdtoolkit.benchmark.cell import Report, Task
-    from kdtoolkit.benchmark.datasets import DataSets
+    from kdtoolkit.benchmark.datasets import DataSets, load_data
     from kdtoolkit.benchmark.executor import Ended, Hardware
     from kdtoolkit.benchmark.report import View, write_report
     from kdtoolkit.benchmark.runner import run_suite
-    from kdtoolkit.benchmark.store import read_result
+    from kdtoolkit.benchmark.store import Store, read_result
     from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, change
     from kdtoolkit.benchmark.suite_file import load_suite
     from kdtoolkit.distiller import Distiller
@@ -57,12 +62,15 @@ def main() -> None:
     whole = load_suite(args.suite)
     if args.data is not None:
         whole = change(whole, data={"root": args.data.resolve()})
+    if args.images is not None:
+        whole = change(whole, data={"student_images": args.images})
     sections = {
         name: section.model_copy(update={"train": section.train.model_copy(update={"steps": args.steps})})
         for name, section in (("teacher", whole.teacher), ("student", whole.student))
         if section.train is not None
     }
     suite = whole.model_copy(update={**sections, "seeds": args.seeds})
+    has_cache = getattr(whole.student.train, "teacher_cache", "off") != "off"
     own = Counter[str]()  # seconds inside the teacher's pass, by cell
     now: list[str] = []  # the cell that runs
 
@@ -96,6 +104,7 @@ def main() -> None:
     trained = Counter[str]()
     cells.Distiller, cells.train = Timed, training  # type: ignore[assignment, misc]
     phases: dict[str, Counter[str]] = {}  # of each cell, seconds by what it did
+    marks: dict[str, list[tuple[int, float]]] = {}  # of each cell, steps that were done at a time
 
     class Here:
         """Runs one cell at a time, in this process."""
@@ -107,10 +116,7 @@ def main() -> None:
             return self.task is not None
 
         def begin(self, sets: DataSets) -> None:
-            begun = time.process_time()
-            for images in (sets.teacher, sets.student, sets.val):
-                _ = images.in_memory()[0]
-            spent["drawing or decoding"] += time.process_time() - begun
+            pass  # they were made ready before
 
         def start(self, task: Task) -> None:
             self.task = task
@@ -126,6 +132,8 @@ def main() -> None:
             def report(seen: Report) -> None:
                 at = time.process_time()
                 seconds[str(last[0])] += at - float(last[1])
+                if seen.phase == "training":
+                    marks.setdefault(task.name, []).append((seen.step, at))
                 word = seen.phase.partition(" ")[0]
                 last[:] = ["start of a cell" if word == "reading" else word, at]
 
@@ -139,20 +147,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "runs" / suite.name
         begun = time.process_time()
+        sets = load_data(suite.data, Store(root).pictures)
+        for images in (sets.teacher, sets.student, sets.val):
+            _ = images.in_memory()[0]
+        spent["drawing or decoding"] += time.process_time() - begun
+        begun = time.process_time()
         outcome = run_suite(suite, root, console=Console(quiet=True), executor=Here())  # type: ignore[arg-type]
         assert not outcome.failures, outcome.failures
         in_all = time.process_time() - begun
+        spent["plan, boards, pictures"] = in_all - sum(sum(each.values()) for each in phases.values())
         rows = {name: read_result(path) for name, path in _results(root)}
         begun = time.process_time()
         write_report([View.of(root)], root)
         spent["report"] = time.process_time() - begun
-    # What the run did besides: its plan, boards in between, the gallery.
-    spent["plan, boards, pictures"] = in_all - sum(sum(each.values()) for each in phases.values())
-    spent["plan, boards, pictures"] -= spent["drawing or decoding"] + spent["report"]
+    spent["plan, boards, pictures"] -= spent["report"]
 
     def a_step(row: str) -> float:
-        found = [rows[name] for name in rows if name.partition(",")[0] == row]
-        return sum(each.cpu_seconds / each.steps for each in found) / len(found)
+        """Seconds of a step in the second half of a row's trainings."""
+        found = []
+        for name in [name for name in marks if name.partition(",")[0] == row]:
+            end, until = marks[name][-1]
+            half, since = next((mark for mark in marks[name] if end / 2 <= mark[0] < end), marks[name][0])
+            found.append((until - since) / (end - half))
+        return sum(found) / len(found)
 
     plain = a_step(BASELINE)
     steps = whole.student.train.steps
@@ -166,7 +183,8 @@ def main() -> None:
                 if what != "training":
                     spent[what] += share * seconds
             spent["start of a cell"] += share * max(0.0, phases[name]["training"] - trained[name])
-            spent["around the training"] += share * max(0.0, trained[name] - rows[name].cpu_seconds)
+            first = trained[name] - rows[name].steps * a_step(row) - (own[name] if has_cache else 0)
+            spent["first steps, checkpoints"] += share * max(0.0, first)
         if row == TEACHER:
             spent["training of the teacher"] += (
                 0 if whole.teacher.train is None else whole.teacher.train.steps * a_step(row)
@@ -176,8 +194,10 @@ def main() -> None:
         spent["students"] += in_row * plain
         if row in whole.entries:
             teacher = sum(own[name] / rows[name].steps for name in names) / len(names)
-            spent["teacher"] += in_row * teacher
+            spent["teacher"] += 0 if has_cache else in_row * teacher
             spent["KD"] += in_row * (a_step(row) - plain - teacher)
+    if has_cache:
+        spent["teacher"] = sum(own.values())
     total = sum(spent.values())
     print(f"{whole.name}: {total:.0f} CPU s; steps of {plain * 1000:.1f} ms, the slowest method's {stretch:.2f} of it")
     print("| part | CPU s | share |\n|---|--:|--:|")
