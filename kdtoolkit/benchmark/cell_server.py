@@ -6,7 +6,6 @@ This file imports nothing heavy, so that the server can start to import while it
 from __future__ import annotations
 
 import multiprocessing
-from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
 
@@ -20,8 +19,10 @@ def context() -> BaseContext:
 
 
 def start() -> None:
-    """Start the server, if cells are forked from one. It imports torch beside this process, which may go on."""
+    """Start the server, if cells are forked from one. It imports torch beside this process, which goes on."""
     if _has_server():
+        from multiprocessing import forkserver  # not on all systems
+
         context()
         forkserver.ensure_running()
 
