@@ -157,6 +157,7 @@ class Distiller(nn.Module):
         self.score = score
         self.teacher_cache = teacher_cache
         self._teacher_digest: tuple[tuple[int, ...], str] | None = None  # with the versions that it is of
+        self._taken: tuple[str, ...] = ()  # parts of the teacher's pass that the last step took
         self.calls = 0
         self.run_steps: int | None = None  # needed where schedules are given as shares of it
         self._names = _unique_names(methods)
@@ -238,7 +239,8 @@ class Distiller(nn.Module):
                 teacher_view = self._observe_teacher(images, targets, batch, recorded, keys, _stages(methods, 1))
             exchange = Exchange(student_view, teacher_view)
             found = [_checked_terms(method, method(exchange.at_strides(method.strides))) for method in methods]
-            self._remember(teacher_view)
+            if self.teacher_cache is not None:
+                self._remember(self.teacher_cache, teacher_view)
             if targets is not None and self.training and torch.is_grad_enabled():
                 self._hold_shares(step, losses.total, methods, [terms for terms, _ in found])
             device = batch.images.device
@@ -306,40 +308,52 @@ class Distiller(nn.Module):
         adapter.model.eval()  # the user may have called train() on a module that holds the teacher
         batch = self.teacher_batch(images, targets, like, recorded)
         if self.teacher_cache is not None and adapter.spec.priors is not PriorKind.DETECTIONS:
-            keys = self._view_keys([*map(digest, images)] if keys is None else keys, batch)
-            return RecalledView(
-                adapter,
-                batch,
-                keys,
-                self.teacher_cache.find,
-                stages=stages,
-                scale=self.teacher_scale,
-                dtype=self.teacher_cache.dtype,
-            )
+            view: View = self._recalled(self.teacher_cache, images, batch, keys, stages)
+            return view
         return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True, scale=self.teacher_scale)
 
-    def _view_keys(self, images: Sequence[str], batch: Batch) -> list[str]:
-        """The key of each image in the cache, from the images' digests."""
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _recalled(
+        self,
+        cache: TeacherCache,
+        images: Sequence[Tensor],
+        batch: Batch,
+        keys: Sequence[str] | None,
+        stages: frozenset[int] | None,
+    ) -> RecalledView:
+        """The teacher's view, with what the cache knows of the images."""
         assert self.teacher_adapter is not None
-        assert self.teacher_cache is not None
-        if len(images) != len(batch.sizes):
-            raise KDError(f"there are {len(batch.sizes)} images and {len(images)} keys: hand in one key for each image")
+        if keys is None:
+            keys = [*map(digest, images)]
+        if len(keys) != len(images):
+            raise KDError(f"there are {len(images)} images and {len(keys)} keys: hand in one key for each image")
         written = versions(self.teacher_adapter.model)
         if self._teacher_digest is None or self._teacher_digest[0] != written:
             self._teacher_digest = written, teacher_digest(self.teacher_adapter)
-        return view_keys(images, batch, self._teacher_digest[1], self.teacher_cache.precision)
+        view = RecalledView(
+            self.seen[1],
+            batch,
+            view_keys(keys, batch, self._teacher_digest[1], cache.precision),
+            cache.find,
+            stages=stages,
+            scale=self.teacher_scale,
+            dtype=cache.dtype,
+        )
+        view.recall.look_up(self._taken)
+        return view
 
-    def _remember(self, view: View) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _remember(self, cache: TeacherCache, view: View) -> None:
         """Keep what the teacher showed in this step and had not shown before."""
         if not isinstance(view, RecalledView):
             return
-        assert self.teacher_cache is not None
         for key, parts in zip(view.keys, view.recall.fresh, strict=True):
             if parts:
-                self.teacher_cache.keep(key, parts)
+                cache.keep(key, parts)
         missed = sum(map(bool, view.recall.fresh))
-        self.teacher_cache.misses += missed
-        self.teacher_cache.hits += len(view.keys) - missed
+        cache.misses += missed
+        cache.hits += len(view.keys) - missed
+        self._taken = tuple(view.recall.parts)
 
     def teacher_batch(
         self,

@@ -451,7 +451,7 @@ def main() -> None:
     parser.add_argument("--pair", choices=PAIRS, default="gfl-r50-r101")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--measure", action="store_true", help="measure on this CPU and compare, in place of GPUs")
-    parser.add_argument("--settings", choices=SETTINGS, default="direct", help="of --measure")
+    parser.add_argument("--settings", choices=SETTINGS, default="channels-last", help="of --measure")
     parser.add_argument("--rounds", type=int, default=2, help="of --measure")
     parser.add_argument("--small", action="store_true", help="small scenes and a short run, to try the script")
     parser.add_argument("--out", type=Path, help="folder for scale.md and scale.json")
@@ -479,7 +479,7 @@ def main() -> None:
         every: dict[str, dict[str, Form]] = {}
         for precision, (live, warm) in {
             "bfloat16": ("bfloat16", "bfloat16-cache"),
-            "tf32": ("direct", "direct-cache"),
+            "tf32": ("channels-last", "channels-last-cache"),
         }.items():
             every[precision] = forms(pair, live, args.methods, scenes)
             every[f"{precision} cache"] = forms(pair, warm, args.methods, scenes)

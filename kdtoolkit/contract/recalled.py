@@ -12,7 +12,7 @@ stopped and goes on, and runs that share a cache, then have the same values to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Recall:
             pass too, and come back as float32.
 
     Attributes:
+        parts: what was asked for so far, of all images, by name.
         fresh: for each image the parts that were asked for and not known.
     """
 
@@ -56,7 +57,7 @@ class Recall:
         self._stages = stages
         self._dtype = dtype
         self._format = _format_of(adapter.model)
-        self._parts: dict[str, Tensor] = {}
+        self.parts: dict[str, Tensor] = {}
         self._passes: dict[int, View] = {}
         device = batch.images.device.type
         # A part may be asked for where a method has switched autocast off for its own loss.
@@ -64,11 +65,21 @@ class Recall:
 
     def part(self, name: str, of: Callable[[View], Tensor], *, rounded: bool = True) -> Tensor:
         """The part of all images, (N, ...). `of` takes it from a pass over an image of which it is not known."""
-        if name not in self._parts:
-            device, dtype, enabled = self._autocast
-            with torch.no_grad(), torch.autocast(device, dtype, enabled):
-                self._parts[name] = self._stacked([self._found(i, name, of, rounded) for i in range(len(self._known))])
-        return self._parts[name]
+        if name not in self.parts:
+            self._take(name, of, rounded)
+        return self.parts[name]
+
+    def look_up(self, names: Collection[str]) -> None:
+        """Take these parts at once, as far as they are known of all images."""
+        for name in names:
+            if all(name in known for known in self._known):
+                self.parts[name] = self._stacked([known[name] for known in self._known])
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _take(self, name: str, of: Callable[[View], Tensor], rounded: bool) -> None:
+        device, dtype, enabled = self._autocast
+        with torch.no_grad(), torch.autocast(device, dtype, enabled):
+            self.parts[name] = self._stacked([self._found(i, name, of, rounded) for i in range(len(self._known))])
 
     def _found(self, image: int, name: str, of: Callable[[View], Tensor], rounded: bool) -> Tensor:
         """The part of one image, without the dimension of images."""
@@ -83,8 +94,14 @@ class Recall:
     def _stacked(self, tensors: list[Tensor]) -> Tensor:
         if not tensors[0].is_floating_point():
             return torch.stack([x.cpu() for x in tensors])
-        device = self._batch.images.device
-        whole = torch.stack([x.to(device, non_blocking=True) for x in tensors])
+        device, on_host = self._batch.images.device, all(x.device.type == "cpu" for x in tensors)
+        if device.type == "cuda" and on_host:
+            # One copy for all images, from pinned memory: the host does not wait for it.
+            shape, dtype = (len(tensors), *tensors[0].shape), tensors[0].dtype
+            pinned = torch.empty(shape, dtype=dtype, pin_memory=True)
+            whole = torch.stack(tensors, out=pinned).to(device, non_blocking=True)
+        else:
+            whole = torch.stack([x.to(device) for x in tensors])
         if self._dtype is not None:
             whole = whole.float()
         return whole.contiguous(memory_format=self._format) if whole.ndim == 4 else whole

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from kdtoolkit.contract import Capability, Method, PriorKind
+from kdtoolkit.contract import Capability, Method, PriorKind, Target
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.recorded import Carrier
+from kdtoolkit.data.resize import with_boxes
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
@@ -74,12 +76,12 @@ def bytes_of_view(distiller: Distiller, dataset: DetectionDataset, config: Train
     every = range(0, config.steps, max(1, config.steps // _TRIED))
     kept, calls, training = distiller.teacher_cache, distiller.calls, distiller.training
     cache = TeacherCache.in_memory(_UNBOUNDED, config.teacher_cache_precision)
-    image, sample = dataset[0]
+    images, targets = _first(dataset, config, device)
     try:
         distiller.teacher_cache = cache
         distiller.calls = distiller.accumulation * max(every, key=lambda step: len(distiller.active(step)))
         with torch.no_grad(), _autocast(config, device):
-            distiller.eval()([image.to(device).float().div_(255)], [Carrier.unchanged(sample)])
+            distiller.eval()(images, targets)
     finally:
         distiller.teacher_cache, distiller.calls = kept, calls
         distiller.train(training)
@@ -93,8 +95,7 @@ def seconds_of_view(
 
     The median of some passes over the first image of a data set. The head runs if a method takes more than features.
     """
-    image, sample = dataset[0]
-    images, targets = [image.to(device).float().div_(255)], [Carrier.unchanged(sample)]
+    images, targets = _first(dataset, config, device)
     teacher = distiller.seen[1]
     with_head = any(isinstance(each, Method) and each.needs - {Capability.FEATURES} for each in distiller.methods)
     on_cpu = device.type == "cpu"
@@ -111,6 +112,14 @@ def seconds_of_view(
                 torch.cuda.synchronize(device)
             found.append((time.process_time() if on_cpu else time.perf_counter()) - begun)
     return statistics.median(found[1:])
+
+
+def _first(dataset: DetectionDataset, config: TrainConfig, device: torch.device) -> tuple[list[Tensor], list[Target]]:
+    """The first image of a data set as evaluation shows it, and its ground truth."""
+    image, sample = dataset[0]
+    shown = image if config.input_size is None else config.input_size.apply(image)
+    target = with_boxes(Carrier.unchanged(sample), image, shown)
+    return [shown.to(device).float().div_(255)], [target]
 
 
 def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
