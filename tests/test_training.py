@@ -226,14 +226,14 @@ def test_compiled(names, batch, monkeypatch):
     assert names["losses"].total.item() == pytest.approx(plain.total.item(), rel=1e-5)
 
 
-def test_channels_last(names, batch):
+def test_what_the_hardware_is_fastest_with(names, batch):
+    names["loader"] = [batch]
     plain = names["distiller"](*batch)
-    torch.manual_seed(0)
-    exec(BLOCKS["channels_last"][0], names)
+    before = run(BLOCKS["What the hardware is fastest with"][0], names)
+    assert changed(before, names["student"])
     for model in (names["teacher"], names["student"]):
         weight = model.backbone.conv1[0].weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
-    losses = names["distiller"](*batch)
-    losses.total.backward()
-    assert losses["task/cls"].item() == pytest.approx(plain["task/cls"].item(), rel=1e-4)
-    assert losses["pkd/feature"].item() == pytest.approx(plain["pkd/feature"].item(), rel=1e-4)
+    rel = 1e-4 if names["arithmetic"].precision == "float32" else 0.1
+    for name in ("task/cls", "pkd/feature"):
+        assert names["losses"][name].item() == pytest.approx(plain[name].item(), rel=rel)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ from kdtoolkit import Distiller, IncompatibleError, adapt
 from kdtoolkit.build import build_model
 from kdtoolkit.contract import Capability, Exchange, Method, Target, View
 from kdtoolkit.distiller import Losses
-from kdtoolkit.engine.precision import Precision, autocast_type
+from kdtoolkit.engine.arithmetic import Arithmetic
+from kdtoolkit.engine.precision import Precision
+from kdtoolkit.engine.winograd import gains
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import CrossKD, all_methods, published_settings
 from kdtoolkit.options import did_you_mean
@@ -118,6 +121,7 @@ class Settings:
 
     precision: Precision = "float32"
     channels_last: bool = False
+    winograd: bool = False
     compile: bool = False
     cache: bool = False  # the teacher's answers are kept in memory, and all are there
 
@@ -126,8 +130,10 @@ SETTINGS = {
     # Measured equal to the published code of CrossKD in time, with the same losses.
     "reference": Settings(),
     "channels-last": Settings(channels_last=True),
-    "cache": Settings(channels_last=True, cache=True),
+    "default": Settings(channels_last=True, winograd=True),  # what `train` chooses on a CPU without bfloat16
+    "cache": Settings(channels_last=True, winograd=True, cache=True),
     "bfloat16": Settings("bfloat16", channels_last=True),
+    "bfloat16-cache": Settings("bfloat16", channels_last=True, cache=True),
     "compiled": Settings(channels_last=True, compile=True),
     "bfloat16-compiled": Settings("bfloat16", channels_last=True, compile=True),
 }
@@ -193,7 +199,8 @@ class Parts:
             model = model.to(device)
             models.append(model.to(memory_format=torch.channels_last) if settings.channels_last else model)
         self.teacher, self.student = map(adapt, models)
-        self.cache = TeacherCache.in_memory(CACHE_GIGABYTES) if settings.cache else None
+        kept: Literal["float32", "bfloat16"] = "bfloat16" if settings.precision == "bfloat16" else "float32"
+        self.cache = TeacherCache.in_memory(CACHE_GIGABYTES, kept) if settings.cache else None
         self.keys = [*map(digest, self.images)] if settings.cache else None  # a loader's workers compute them
         self.teacher.model.eval().requires_grad_(False)
         self.weights_mb = tuple(sum(p.nbytes for p in model.parameters()) / 2**20 for model in models)
@@ -222,9 +229,10 @@ class Parts:
         torch.manual_seed(2)  # of what methods learn
         return Distiller(self.teacher, self.student, methods, teacher_cache=self.cache)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        precision = self.settings.precision
-        return torch.autocast(self.device.type, autocast_type(precision), enabled=precision != "float32")
+    def _forward_pass(self) -> AbstractContextManager[object]:
+        settings = self.settings
+        winograd = settings.winograd and self.device.type == "cpu" and gains(self.student.model, self.teacher.model)
+        return Arithmetic(self.device.type, settings.precision, settings.channels_last, winograd, "").forward_pass()
 
     def _step(self, distiller: Distiller) -> Work:
         distiller.train()
@@ -236,7 +244,7 @@ class Parts:
             run = distiller
 
         def step() -> Losses:
-            with self._autocast():
+            with self._forward_pass():
                 losses = run(self.images, self.targets, self.keys)
             losses.total.backward()
             return losses
@@ -249,7 +257,7 @@ class Parts:
 
         @torch.no_grad()
         def run(head: bool) -> None:
-            with self._autocast():
+            with self._forward_pass():
                 batch = adapter.prepare(self.images, self.targets, like=like)
                 features = adapter.features(batch)
                 if head:
@@ -262,7 +270,7 @@ class Parts:
         """The continuation of a CrossKD that is set up: the teacher's own state stands for the student's."""
         assert method.stages is not None
         stage = method.stages[1]
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._forward_pass():
             batch = self.student.prepare(self.images, self.targets)
             features = self.student.features(batch)
             student_view = View(self.student, batch, features, self.student.head(features, batch, stages=()))
@@ -274,7 +282,7 @@ class Parts:
 
         def run() -> None:
             state = {branch: tuple(x.detach().requires_grad_() for x in maps) for branch, maps in own.items()}
-            with self._autocast():
+            with self._forward_pass():
                 found = pair.finish_with_teacher(state, stage)
             outputs = [x for x in (found.logits, found.regression, found.quality) if x is not None]
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])

@@ -364,7 +364,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--boxes", type=int, default=7, help="of each image")
     parser.add_argument("--methods", nargs="+", help="combinations such as CrossKD+PKD; left out: those of the pair")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["reference", "channels-last"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["reference", "default"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")

@@ -21,6 +21,8 @@ from torch import Tensor
 import kdtoolkit
 from kdtoolkit.benchmark.suite import DetectorSection
 from kdtoolkit.engine.checkpoint import to_bytes
+from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.engine.identity import FREE
 from kdtoolkit.libraries import library_of_name
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import content_of
@@ -94,13 +96,14 @@ def same_settings(old: Mapping[str, str], new: Mapping[str, str], *, any_precisi
 def settings_of(parts: Mapping[str, str], *, any_precision: bool = False) -> dict[str, str]:
     """The parts of a cell's key that a user has chosen; the detector with all its options, in one order.
 
-    `any_precision`: without the precision.
+    Options that change nothing but rounding have their defaults. `any_precision`: without the precision.
     """
     chosen = {name: value for name, value in parts.items() if name not in _CIRCUMSTANCES}
     if any_precision:
         chosen.pop("precision", None)
     with suppress(ValidationError):  # an option has been removed since, or the result is older than the settings in it
         section = DetectorSection.model_validate_json(parts.get("detector", ""))
+        section = _with(section, {name: TrainConfig.model_fields[name].default for name in FREE})
         if any_precision:
             section = in_precision(section, "auto")
         chosen["detector"] = json.dumps(section.model_dump(mode="json"), sort_keys=True)
@@ -109,9 +112,14 @@ def settings_of(parts: Mapping[str, str], *, any_precision: bool = False) -> dic
 
 def in_precision(section: DetectorSection, precision: str) -> DetectorSection:
     """The section with a precision; as it is if it is not trained."""
+    return _with(section, {"precision": precision})
+
+
+def _with(section: DetectorSection, options: Mapping[str, Any]) -> DetectorSection:
+    """The section with options of its training; as it is if it is not trained."""
     if section.train is None:
         return section
-    return section.model_copy(update={"train": section.train.model_copy(update={"precision": precision})})
+    return section.model_copy(update={"train": section.train.model_copy(update=options)})
 
 
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:

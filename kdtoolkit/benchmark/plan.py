@@ -283,8 +283,10 @@ class Plan:
         return slowest, costs[slowest] if costs[slowest] > stored * STRETCH_SLACK else stored
 
 
-def check_methods(suite: Suite, sets: DataSets, rows: Iterable[str]) -> None:
+def check_methods(suite: Suite, sets: DataSets, rows: Iterable[str]) -> Distiller:
     """Build every detector and the pairs of these rows once, before anything is trained.
+
+    Returns the distiller of the last row; without such rows, one of the student alone.
 
     Raises KDError that names the section or entry of the suite.
     """
@@ -313,6 +315,7 @@ def check_methods(suite: Suite, sets: DataSets, rows: Iterable[str]) -> None:
         if suite.init is not None:
             where = "init"
             inherit(student, teacher, class_map)
+        distiller = Distiller(None, student)
         for where in (row for row in suite.entries if row in rows):
             methods = [use.build() for use in suite.entries[where]]
             distiller = Distiller(teacher, student, methods, teacher_scale=suite.teacher_scale, class_map=class_map)
@@ -322,6 +325,7 @@ def check_methods(suite: Suite, sets: DataSets, rows: Iterable[str]) -> None:
                 unlabelled_steps(distiller, suite.student.train, sets.student, sets.unlabelled)
     except KDError as error:
         raise KDError(f"suite {suite.name}, {where}: {error}") from error
+    return distiller
 
 
 def _check_recorded(teacher: nn.Module, suite: Suite, sets: DataSets) -> None:

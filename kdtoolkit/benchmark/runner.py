@@ -37,6 +37,8 @@ from kdtoolkit.benchmark.store import (
 )
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, Suite
 from kdtoolkit.benchmark.workers import Workers
+from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.log import check_trackers
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
@@ -141,12 +143,12 @@ def run_suite(
     if not fresh and plan.complete(rows, long_baselines=long_baselines):
         console.print(Text(f"{root}: all cells are done, so nothing is run (--fresh runs them again)"), soft_wrap=True)
         return Outcome()
-    check_methods(suite, sets, rows)
+    checked = check_methods(suite, sets, rows)
     with store.lock(), Display(console) as display:
         for notice in sets.notices:
             display.line(f"note: {notice}", "yellow")
         stale = (list(only) or [TEACHER, BASELINE, EQUAL_TIME, TWICE, *suite.entries]) if fresh else []
-        return _Run(plan, sets, display, executor, rows, stale, long_baselines, end).run()
+        return _Run(plan, sets, display, executor, rows, stale, long_baselines, end, checked).run()
 
 
 class _Run:
@@ -160,6 +162,7 @@ class _Run:
         fresh: list[str],
         long_baselines: bool,
         end: float | None,
+        pair: Distiller,
     ) -> None:
         self.plan = plan
         self.sets = sets
@@ -169,6 +172,7 @@ class _Run:
         self.fresh = fresh  # rows whose results are deleted first
         self.long_baselines = long_baselines
         self.end = end  # by time.monotonic
+        self.pair = pair  # a student and its teacher with random weights
         self.costs = Costs()
         self.outcome = Outcome()
         self.pending: list[Task] = []
@@ -285,6 +289,7 @@ class _Run:
             display.line("then the baseline again, with a schedule that takes as long as the slowest method")
         threads = f"{counted(self.plan.threads, 'thread')} each"
         display.line(f"on {self.plan.hardware}: {self.executor.slots} at a time, {threads}, {self._precision()}")
+        display.line(f"convolutions: {self._convolutions()}")
         display.line(f"results: {self.plan.store.root}; after Ctrl-C, run the same command to continue")
 
     def _precision(self) -> str:
@@ -294,6 +299,13 @@ class _Run:
         if any(train is not None and train.precision != "auto" for train in sections):
             return precision
         return f"{precision}, because this hardware has {'' if precision == 'bfloat16' else 'no '}bfloat16"
+
+    def _convolutions(self) -> str:
+        """How the cells compute convolutions and, if the hardware chose it, why."""
+        section = self.plan.cell(BASELINE, 0).detector
+        assert section.train is not None  # students are trained
+        found = Arithmetic.of_config(self.pair, section.train, torch.device(self.plan.device))
+        return f"{found.convolutions} ({found.why})" if found.why else found.convolutions
 
     def _plan_equal_time(self) -> None:
         self.later = []
@@ -367,7 +379,7 @@ class _Run:
         self.done += 1
         self.costs.finished(task.entry, result.seconds_per_step)
         if last.phase == "storing":  # else another run trained it
-            self.costs.ended(time.monotonic() - self.begun[task] - result.train_seconds)
+            self.costs.ended(task, time.monotonic() - self.begun[task], result.train_seconds)
         ap = result.evaluation["ap"]
         shown = "undefined" if ap is None else f"{ap:.1f}"
         cost = f"{result.cost_ms or 0:.0f} ms/step, {duration(result.train_seconds)}" if result.steps else "not trained"

@@ -99,14 +99,13 @@ class Arithmetic:
         return f"{how}, Winograd's algorithm for large 3x3 ones" if self.winograd else how
 
     def __str__(self) -> str:
-        because = f" ({self.why})" if self.why else ""
-        return f"{self.precision}; convolutions: {self.convolutions}{because}"
+        return f"{self.precision}; convolutions: {self.convolutions}" + (f" ({self.why})" if self.why else "")
 
 
 def _channels_last(device: str, precision: Precision) -> tuple[bool, str]:
     """Whether the channels are last on a kind of device, and why, as the end of a sentence."""
     if device == "cpu":
-        return True, "convolutions on a CPU are as fast or faster in this format"
+        return True, "as fast or faster on a CPU"
     if device == "cuda" and precision != "float32":
         return True, "tensor cores take half precision in this format"
     return False, "no different format was found faster"

@@ -50,7 +50,7 @@ def build_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Op
         {"params": members, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), members in groups.items()
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(described, momentum=config.momentum)
+        return torch.optim.SGD(described, momentum=config.momentum, fused=True)
     return torch.optim.AdamW(described, fused=True)
 
 

@@ -21,8 +21,7 @@ from torch.overrides import TorchFunctionMode
 # much as several channels. Below these sizes the direct way is as fast.
 CELLS = 600
 CHANNELS = 64
-# The same for gradients of weights: cells, and channels of input and result multiplied.
-WEIGHT_CELLS, WEIGHT_CHANNELS = 2000, 128 * 128
+WEIGHT_CHANNELS = 128 * 128  # of input and result multiplied, for gradients of weights
 
 
 def gains(*models: nn.Module) -> bool:
@@ -125,7 +124,7 @@ class _Convolution(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         of_input, of_weight, of_bias = ctx.needs_input_grad
         found: list[Tensor | None] = [None, None, None]
-        if of_weight and _is_large(gradient, weight):
+        if of_weight and weight[..., 0, 0].numel() >= WEIGHT_CHANNELS:
             found[1] = _weight_gradient(input, gradient)
             of_weight = False
         if of_weight or of_bias:
@@ -159,11 +158,6 @@ def _by_winograd(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         flat = found.view(len(weight), -1).t().contiguous().view(count, rows, width, -1)
         return flat[:, :height].contiguous().permute(0, 3, 1, 2)
     return found.view(-1, count, rows, width)[:, :, :height].transpose(0, 1).contiguous()
-
-
-def _is_large(gradient: Tensor, weight: Tensor) -> bool:
-    """Whether the gradient of the weights is faster by `_weight_gradient`."""
-    return gradient.numel() // gradient.shape[1] >= WEIGHT_CELLS and weight[..., 0, 0].numel() >= WEIGHT_CHANNELS
 
 
 def _weight_gradient(input: Tensor, gradient: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def run():
     methods = ["CrossKD", "PKD", "KDDETR"]
-    return step.measure("tiny", PAIR, SCENE, ["reference", "channels-last", "cache"], methods, rounds=2, device=CPU)
+    return step.measure("tiny", PAIR, SCENE, ["reference", "default", "cache"], methods, rounds=2, device=CPU)
 
 
 def test_a_step_computes_what_its_parts_compute():
@@ -43,7 +43,7 @@ def test_settings_compute_the_same_losses(run):
 
 
 def test_a_warm_cache_asks_the_teacher_nothing(run):
-    assert run.arithmetic("cache") == "channels-last"
+    assert run.arithmetic("cache") == "default"
     assert ("cache", PLAIN) not in run.measured
     parts = Parts(PAIR, SCENE, SETTINGS["cache"], ["CrossKD"], CPU)
     parts.warm_up(parts.works["CrossKD"])
@@ -74,9 +74,7 @@ def test_ratios_are_of_the_rounds(run):
 
 def test_a_table_has_a_row_for_each_combination_and_setting(run):
     head, *rows = step.steps_table(run)
-    assert [row[:2] for row in rows] == [
-        [m, s] for m in ("CrossKD", "PKD") for s in ("reference", "channels-last", "cache")
-    ]
+    assert [row[:2] for row in rows] == [[m, s] for m in ("CrossKD", "PKD") for s in ("reference", "default", "cache")]
     assert {len(row) for row in [head, *rows]} == {len(head)}
     assert "queries" in run.refused["KDDETR"]
 

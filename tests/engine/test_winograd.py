@@ -44,6 +44,18 @@ def test_values_and_gradients_are_those_of_the_direct_convolution(shape, memory_
 
 
 @large
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 128, 40, 30), (3, 128, 27, 26)])
+def test_gradients_of_wide_weights_are_those_of_the_direct_convolution(shape, memory_format):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(128, 128, 3, padding=1)
+    x = maps(*shape, memory_format=memory_format)
+    exact = results(conv.double(), x.double().detach().requires_grad_(), torch.enable_grad())
+    for one, other in zip(results(conv.float(), x, FastConvolutions()), exact, strict=True):
+        assert differs(one, other) < 1e-4
+
+
+@large
 def test_frozen_weights_and_inputs_get_no_gradient():
     conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
     x = maps(2, 64, 20, 20)
