@@ -101,7 +101,8 @@ class Recall:
             pinned = torch.empty(shape, dtype=dtype, pin_memory=True)
             whole = torch.stack(tensors, out=pinned).to(device, non_blocking=True)
         else:
-            whole = torch.stack([x.to(device) for x in tensors])
+            with torch.autocast(device.type, enabled=False):  # in float16 it stacks no bfloat16
+                whole = torch.stack([x.to(device) for x in tensors])
         return whole if self._dtype is None else whole.float()
 
     def _pass(self, image: int) -> View:
