@@ -1,5 +1,7 @@
 """Tiny detectors and batches: a step takes milliseconds."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -47,16 +49,30 @@ def tiny_of(family, *, seed, num_classes=3):
     return families()[family](num_classes)
 
 
+@cache
 def first_of_each_kind():
     """A family of each kind that a method can tell apart: to methods, families of one kind are one."""
     found = {}
     for family in families():
         spec = adapt(tiny_of(family, seed=0)).spec
         found.setdefault((spec.priors, spec.activation, bool(spec.bins), spec.first_stage is not None), family)
-    return list(found.values())
+    return tuple(found.values())
 
 
 DENSE = (tiny_gfl, tiny_atss, tiny_retinanet, tiny_fcos)
+
+
+def cases_of(argument, cases, quick):
+    """Parametrises by `cases`, a mapping from names or some names. All but the `quick` ones are slow tests."""
+    values = cases if isinstance(cases, dict) else {name: name for name in cases}
+    assert quick <= values.keys()
+    return pytest.mark.parametrize(
+        argument,
+        [
+            pytest.param(value, id=name, marks=() if name in quick else pytest.mark.slow)
+            for name, value in values.items()
+        ],
+    )
 
 
 @pytest.fixture

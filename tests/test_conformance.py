@@ -8,7 +8,7 @@ from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import all_methods
 from kdtoolkit.testing import check_adapter, check_method
-from tests.conftest import first_of_each_kind
+from tests.conftest import cases_of, first_of_each_kind
 
 FAMILIES = families()
 METHODS = all_methods()
@@ -58,22 +58,11 @@ def own_of(library):
     }[library]
 
 
-def rarely(families, often):
-    """The families as parameters, all but some of them marked slow."""
-    return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in families]
-
-
 KNOWN_OF_ADAPTERS = {"YOLO26": {"sources": "it detects with its second head, and learns with both"}}
+KINDS = first_of_each_kind()
 
 
-def first_of_each_adapter():
-    found = {}
-    for family in FAMILIES:
-        found.setdefault(type(adapt(build(family))), family)
-    return found.values()
-
-
-@pytest.mark.parametrize("family", rarely(FAMILIES, first_of_each_adapter()))
+@cases_of("family", FAMILIES.keys(), set(KINDS))
 def test_adapter(family):
     model = build(family)
     own, own_losses = own_of(library(model))
@@ -86,19 +75,21 @@ def test_adapter(family):
         assert report.results[check].outcome == ("passed" if callable(function) else "left out")
 
 
-KINDS = first_of_each_kind()
 TWINS = [(family, family) for family in KINDS]
 MIXED = list(zip(KINDS[::3], KINDS[1::3], strict=False))
 
 
 def cases():
-    """Of each method a pair, and of each pair a method; the slow ones are every method on all of these pairs.
+    """Of each method a pair; the slow ones are every method on twins of each kind and on mixed pairs.
 
-    CrossKD, which depends the most on what an adapter does, comes on twins of every family. tests/test_matrix.py runs
-    one step of everything.
+    CrossKD, which depends the most on what an adapter does, comes on twins of every kind of priors, slowly of every
+    family. tests/test_matrix.py runs one step of everything.
     """
     specs = {family: adapt(build(family)).spec for family in KINDS}
-    often = {("PKD", *pair) for pair in MIXED} | {("CrossKD", *pair) for pair in TWINS + MIXED[:1]}
+    of_priors = {}
+    for family, spec in specs.items():
+        of_priors.setdefault(spec.priors, family)
+    often = {("PKD", *MIXED[0]), ("CrossKD", *MIXED[0]), *(("CrossKD", f, f) for f in of_priors.values())}
     for name, method in METHODS.items():
         often.add(next((name, f, f) for f, spec in specs.items() if why_refused(method, spec, spec) is None))
     every = [(name, *pair) for name in METHODS for pair in TWINS + MIXED]
@@ -123,7 +114,11 @@ def test_method(method, student, teacher):
     assert report.refused == why_refused(METHODS[method], *(adapt(model).spec for model in pair))
 
 
+@pytest.fixture(scope="module")
+def specs():
+    return [adapt(build(family)).spec for family in FAMILIES]
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_works_somewhere(method):
-    specs = [adapt(build(family)).spec for family in FAMILIES]
+def test_every_method_works_somewhere(method, specs):
     assert any(why_refused(METHODS[method], spec, spec) is None for spec in specs)

@@ -26,10 +26,14 @@ for line in sys.stdin.read().splitlines():
     ("code", "absent"),
     [
         ("import kdtoolkit; kdtoolkit.KDError", ("torch", "rich", "typer")),
-        (CORE, ("timm", "transformers", "ultralytics", "pydantic", "pycocotools")),
+        # `kd --help` takes a quarter of a second, most of it for pydantic's models of the options.
+        ("import kdtoolkit.cli", ("torch", "numpy", "rich", "PIL", "multiprocessing", "scipy")),
+        # torchvision brings torch's compiler (torch._dynamo, sympy): together they take as long as torch.
+        (CORE, ("torchvision", "torch._dynamo", "sympy", "timm", "transformers", "ultralytics", "scipy", "pydantic")),
         (ALL, ("transformers", "ultralytics", "scipy", "optuna", "ray")),
-        ("import kdtoolkit.benchmark.runner", ("ray",)),
-        ("import kdtoolkit.engine.train", ("accelerate", "tensorboard")),
+        # It imports kdtoolkit.engine.train too.
+        ("import kdtoolkit.benchmark.runner", ("ray", "scipy.stats", "scipy.optimize", "accelerate", "tensorboard")),
+        ("import kdtoolkit.benchmark.cell_server", ("torch", "pydantic", "rich")),
     ],
 )
 def test_importing_brings_no_library_that_is_not_needed(code, absent):

@@ -7,12 +7,10 @@ import subprocess
 import sys
 import time
 
-RUNS = 11
-TORCH = "import torch, torchvision"
+RUNS = 5
+IMPORTS = ("torch", "torch, torchvision", "kdtoolkit", "kdtoolkit.distiller", "kdtoolkit.benchmark.runner")
 STATEMENTS = {
-    TORCH: ["-c", TORCH],
-    "import torch, torchvision, kdtoolkit.distiller": ["-c", f"{TORCH}, kdtoolkit.distiller"],
-    "import kdtoolkit": ["-c", "import kdtoolkit"],
+    **{f"import {names}": ["-c", f"import {names}"] for names in IMPORTS},
     "kd --help": ["-m", "kdtoolkit", "--help"],
     "kd --version": ["-m", "kdtoolkit", "--version"],
     "kd methods": ["-m", "kdtoolkit", "methods"],

@@ -14,7 +14,6 @@ from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata, studentized_range
 
 from kdtoolkit.benchmark.board import Board, Row
 from kdtoolkit.benchmark.stats import LEVEL
@@ -84,6 +83,8 @@ def across(boards: Sequence[Board]) -> Across:
             for rows, common in zip(ranked, seeds, strict=True)
         ]
     )
+    from scipy.stats import rankdata  # imported late: it takes half a second, and single boards do without
+
     ranks = rankdata(-aps, axis=1)
     found = [
         AcrossRow(
@@ -115,6 +116,8 @@ def friedman_p(aps: NDArray[np.float64]) -> float | None:
     which few boards do not follow: of four boards with three equal rows it rejects 7 %. Source: Friedman, The use of
     ranks to avoid the assumption of normality, JASA 1937.
     """
+    from scipy.stats import rankdata
+
     if aps.shape[1] < 3:
         return None
     ranks = rankdata(aps, axis=1)
@@ -129,6 +132,8 @@ def critical_difference(rows: int, boards: int) -> float:
     If all rows are equally good, one of all pairs differs by that much with a probability of 5 % or less. Source:
     Nemenyi, Distribution-free multiple comparisons, Princeton 1963, as in Demsar 2006.
     """
+    from scipy.stats import studentized_range
+
     quantile = float(studentized_range.ppf(1 - LEVEL, rows, math.inf)) / math.sqrt(2)
     return quantile * math.sqrt(rows * (rows + 1) / (6 * boards))
 

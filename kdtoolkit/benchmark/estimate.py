@@ -27,9 +27,15 @@ class Costs:
         """A cell of the row has finished, at this cost."""
         self._measured.setdefault(row, []).append(seconds_per_step)
 
-    def ended(self, seconds_around: float) -> None:
-        """A cell has spent this much time outside training: start, reading of data, evaluation."""
-        self._around.append(seconds_around)
+    def ended(self, task: Task, seconds: float, trained: float) -> None:
+        """A cell has ended after `seconds`; it has trained for `trained` seconds.
+
+        The rest went into its start, reading of data and evaluation. A training that went on from a checkpoint has
+        seconds of an earlier run, which are not part of `seconds`.
+        """
+        first = self._first.get(task)
+        earlier = first.seconds if first is not None and first.step > 1 else 0.0
+        self._around.append(max(0.0, seconds - (trained - earlier)))
 
     def running(self, task: Task, report: Report, seconds: float) -> None:
         """A cell is running, for `seconds` so far."""

@@ -2,8 +2,11 @@
 
 import atexit
 import os
+import signal
 
-import kdtoolkit.benchmark.workers  # noqa: F401 - so that each worker has torch already
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the run; the parent ends its workers
+
+import kdtoolkit.benchmark.workers  # noqa: E402, F401 - so that each worker has torch already
 
 
 def _end_at_once(server: int) -> None:

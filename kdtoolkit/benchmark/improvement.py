@@ -8,7 +8,6 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 from kdtoolkit.benchmark.stats import LEVEL, Probability
 
@@ -56,6 +55,8 @@ def _interval(xs: int, ys: int, wins: float) -> tuple[float, float]:
 
 def _root(tail: Callable[[float], float]) -> float:
     """The P(X > Y) at which a tail of the number of wins has a probability of 2.5 %. `tail`: of the odds of X > Y."""
+    from scipy.optimize import brentq  # imported late: a run begins without it
+
     log = brentq(lambda log: tail(math.exp(log)) - LEVEL / 2, *_ENDS)
     return 1 / (1 + math.exp(-log))
 

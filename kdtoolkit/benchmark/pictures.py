@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -157,7 +158,8 @@ class _Making:
         all_rows = [*([teacher] if teacher else []), *rows]
         pixels = {place: images[place][0] for place in chosen}
         maps = self._score_maps(all_rows, images, pixels)
-        items = tuple(self._item(place, pixels[place], all_rows, rows, maps[place]) for place in chosen)
+        with ThreadPoolExecutor() as pool:  # a picture that is encoded holds up no other thread
+            items = tuple(pool.map(lambda place: self._item(place, pixels[place], all_rows, rows, maps[place]), chosen))
         return Gallery(items=items, note=" ".join([self._note(rows, chosen), *self.missing])), not self.missing
 
     def _row(self, name: str, results: Sequence[CellResult]) -> _Shown | None:

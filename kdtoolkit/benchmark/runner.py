@@ -379,7 +379,7 @@ class _Run:
         self.done += 1
         self.costs.finished(task.entry, result.seconds_per_step)
         if last.phase == "storing":  # else another run trained it
-            self.costs.ended(time.monotonic() - self.begun[task] - result.train_seconds)
+            self.costs.ended(task, time.monotonic() - self.begun[task], result.train_seconds)
         ap = result.evaluation["ap"]
         shown = "undefined" if ap is None else f"{ap:.1f}"
         cost = f"{result.cost_ms or 0:.0f} ms/step, {duration(result.train_seconds)}" if result.steps else "not trained"

@@ -14,6 +14,9 @@ from kdtoolkit.libraries import adapt
 
 _SHADES = (0.0, 0.35, 0.7, 1.0)
 _COLOURS = ((20, 10, 60), (150, 30, 110), (240, 120, 40), (255, 245, 160))  # lighter means a higher score
+_PALETTE = np.stack(  # (256, 3) from 0 to 1: many times as fast as interpolating at each pixel
+    [np.interp(np.linspace(0, 1, 256), _SHADES, channel) for channel in zip(*_COLOURS, strict=True)], -1
+).astype(np.float32)
 
 
 def score_map(detector: nn.Module, image: Tensor) -> Floats | None:
@@ -54,7 +57,7 @@ def draw_map(picture: Image.Image, scores: Floats) -> Image.Image:
     """A map (H, W) of scores in [0, 1] over a dark, grey copy of a picture. Lighter means a higher score."""
     shade = np.asarray(Image.fromarray(scores.astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR))
     shade = np.sqrt(shade.clip(0, 1))  # so that low scores can be seen
-    colours = np.stack([np.interp(shade, _SHADES, channel) for channel in zip(*_COLOURS, strict=True)], -1)
-    grey = np.asarray(picture.convert("L"), np.float64)[..., None] * 0.5
+    colours = _PALETTE[(shade * (len(_PALETTE) - 1)).round().astype(np.uint8)]
+    grey = np.asarray(picture.convert("L"), np.float32)[..., None] * np.float32(0.5)
     cover = 0.25 + 0.75 * shade[..., None]
     return Image.fromarray((cover * colours + (1 - cover) * grey).round().astype(np.uint8))

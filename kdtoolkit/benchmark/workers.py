@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import threading
@@ -13,10 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
 from kdtoolkit.benchmark.cell import Failure, Report, Task, run
+from kdtoolkit.benchmark.cell_server import context
 from kdtoolkit.benchmark.datasets import DataSets
 from kdtoolkit.benchmark.executor import Ended, Hardware
 from kdtoolkit.benchmark.store import StoreError, writing
@@ -43,7 +42,7 @@ class Workers:
         self.slots = slots or (max(1, cores() // (threads or 1)) if device == "cpu" else 1)
         self.threads = threads or max(1, cores() // self.slots)
         self._device = device
-        self._context = _context()
+        self._context = context()
         self._running: list[_Running] = []
 
     @cached_property
@@ -132,12 +131,3 @@ def _death(exitcode: int | None) -> Failure | None:
         hint = " (out of memory? try a smaller --jobs)" if exitcode == -signal.SIGKILL else ""
         return Failure(f"its process was ended by {signal.Signals(-exitcode).name}{hint}", died=True)
     return Failure(f"its process ended with exit code {exitcode}", died=True)
-
-
-def _context() -> BaseContext:
-    """How processes start: forked from a server that has imported torch once; spawned on systems without fork."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kdtoolkit.benchmark.fork_server"])
-    return context

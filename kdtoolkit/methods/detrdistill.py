@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import sigmoid_focal_loss
 
 from kdtoolkit import processes
 from kdtoolkit.boxes import elementwise_giou, pairwise_iou
@@ -148,6 +147,9 @@ def detection_losses(
         entropy = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         cls = (weight * entropy).sum() / processes.share(weight.sum(), at_least=BACKGROUND)
     else:
+        # Imported late: torchvision brings torch's compiler, and both take longer than torch itself.
+        from torchvision.ops import sigmoid_focal_loss
+
         target = F.one_hot(labels, logits.shape[-1] + 1)[..., :-1].to(logits)
         focal = sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2)
         cls = (focal * assignment.weights[..., None]).sum() / assignment.normaliser

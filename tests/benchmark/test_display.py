@@ -73,8 +73,17 @@ def test_the_time_left_by_hand(plan):
     assert costs.remaining([baseline, pkd], {}, 2, [], []) == (20 + 60) / 2
     assert costs.remaining([], {pkd: Report("training", 1, {}, 30.0)}, 1, later, ["PKD"]) == 30 + 4 * 30
     assert costs.remaining([teacher, pkd], {}, 4, [], []) == 90 + 60 / 4  # methods wait for the teacher
-    costs.ended(5.0)
+    costs.ended(pkd, 65.0, 60.0)
     assert costs.remaining([teacher], {}, 1, later, []) == 90 + 3 * 5  # each cell also reads data and is scored
+
+
+def test_a_training_that_went_on_from_a_checkpoint_is_not_subtracted_as_a_whole(plan):
+    costs = Costs()
+    pkd, baseline = plan.cell("PKD", 0), plan.cell(BASELINE, 0)
+    costs.finished(BASELINE, 10.0)
+    costs.running(pkd, Report("training", 2, {}, 900.0), 4.0)  # 900 s of it in an earlier run
+    costs.ended(pkd, 50.0, 945.0)
+    assert costs.remaining([baseline], {}, 1, [], []) == 20 + 5
 
 
 def test_the_first_steps_of_a_running_cell_tell_its_cost(plan):

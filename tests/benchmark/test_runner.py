@@ -183,11 +183,11 @@ def test_a_run_folder_that_a_killed_run_left_beside_its_result_is_deleted(finish
 
 
 def test_the_first_lines_say_what_will_be_done_and_how_long_it_takes(tmp_path):
-    suite = tiny(("train: {steps: 3,", "train: {steps: 40, precision: auto,"), ("seeds: 2", "seeds: 1"))
-    suite = change(suite, student={**suite.student.model_dump(), "train": {"steps": 40, "batch_size": 2}})
+    suite = tiny(("train: {steps: 3,", "train: {steps: 12, precision: auto,"), ("seeds: 2", "seeds: 1"))
+    suite = change(suite, student={**suite.student.model_dump(), "train": {"steps": 12, "batch_size": 2}})
     _, text = run(suite, tmp_path / "tiny", only=["PKD"])
     first = text.partition("started")[0]
-    for part in ("kdtoolkit/gfl, 40 steps", "1 seed each of baseline, PKD", "2 at a time, 1 thread each", "float32"):
+    for part in ("kdtoolkit/gfl, 12 steps", "1 seed each of baseline, PKD", "2 at a time, 1 thread each", "float32"):
         assert part in first
     assert f"results: {tmp_path / 'tiny'}" in first
     assert "took " in text.splitlines()[-1]
@@ -489,6 +489,7 @@ def wait_until_gone(leader):
     return session(leader)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")
 def test_killing_the_run_leaves_no_process_and_no_lost_cell(endless, tmp_path):
     assert len(session(endless.pid)) >= 3

@@ -144,6 +144,10 @@ def run(
     from kdtoolkit.listing import suite_path
 
     suite_path(suite)  # a name that does not exist is told before torch is imported
+    if executor is Where.LOCAL and "torch" not in sys.modules:
+        from kdtoolkit.benchmark import cell_server
+
+        cell_server.start()  # it imports torch on a second core, while this process does
 
     from rich.console import Console
 

@@ -25,7 +25,7 @@ from kdtoolkit.methods import PKD, CrossKD
 from kdtoolkit.models import open_detector
 from tests._narrow import check_gradients_of_narrow_images
 from tests._traced import traced
-from tests.conftest import tiny_gfl
+from tests.conftest import cases_of, tiny_gfl
 
 torch.set_num_threads(1)
 
@@ -62,10 +62,11 @@ CASES = {
     for name, (cls, make) in VARIANTS.items()
     for auxiliary in (False, True)
 }
-EACH = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-PLAIN = pytest.mark.parametrize("case", VARIANTS.values(), ids=VARIANTS)
+QUICK = {"detr", "conditional", "dab", "deformable-two-stage"}  # one of each kind of decoder
+EACH = cases_of("case", CASES, QUICK | {"detr-auxiliary", "deformable-two-stage-auxiliary"})
+PLAIN = cases_of("case", VARIANTS, QUICK)
 FAMILIES = ("detr", "conditional", "dab", "deformable", "deformable-refine", "deformable-two-stage")
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
+FAMILY = cases_of("family", FAMILIES, QUICK)
 
 
 def build(case, seed=0, **changes):

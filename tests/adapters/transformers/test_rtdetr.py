@@ -24,7 +24,7 @@ from kdtoolkit.libraries import adapt, adapter_classes
 from kdtoolkit.methods import PKD, CrossKD
 from tests._narrow import check_gradients_of_narrow_images
 from tests._traced import traced
-from tests.conftest import tiny_gfl
+from tests.conftest import cases_of, tiny_gfl
 
 torch.set_num_threads(1)
 
@@ -58,8 +58,9 @@ VARIANTS = {
     "lw-detr-one-level": (LwDetrAdapter, partial(tiny_lw_detr, 3, projector_scale_factors=[1.0], num_queries=10)),
 }
 CASES = {**FAMILIES, **VARIANTS}
-EACH = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
+QUICK = {"rt-detr", "d-fine", "rf-detr"}  # one of each kind of head
+EACH = cases_of("case", CASES, QUICK)
+FAMILY = cases_of("family", list(FAMILIES), QUICK)
 
 
 def build(case, seed=0, **changes):
