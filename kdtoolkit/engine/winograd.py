@@ -69,7 +69,7 @@ class FastConvolutions(TorchFunctionMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         torch.backends.nnpack.is_available()  # type: ignore[no-untyped-call]  # makes it ready in this process
 
     def __torch_function__(
