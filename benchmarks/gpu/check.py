@@ -314,11 +314,18 @@ def main() -> None:
 def run_apart(name: str, args: argparse.Namespace, limit: float) -> tuple[str, bool]:
     """Run a part in its own process: what it printed, and whether it ended well."""
     command = [sys.executable, __file__, "--part", name, "--device", args.device, "--suite", args.suite]
-    log = args.out / f"{name}.log"
+    return run_command([*command, "--out", str(args.out)], args.out / f"{name}.log", limit)
+
+
+def run_command(command: list[str], log: Path, limit: float) -> tuple[str, bool]:
+    """Run a command for at most `limit` seconds: what it printed and the end of its errors; whether it ended well.
+
+    `log`: where its errors are kept.
+    """
     begun = time.monotonic()
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
-            [*command, "--out", str(args.out)], stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True, cwd=ROOT
         )
         try:
             text, _ = process.communicate(timeout=limit)

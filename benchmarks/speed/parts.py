@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,8 +26,7 @@ from kdtoolkit.build import build_model
 from kdtoolkit.contract import Capability, Exchange, Method, Target, View
 from kdtoolkit.distiller import Losses
 from kdtoolkit.engine.arithmetic import Arithmetic
-from kdtoolkit.engine.precision import Precision
-from kdtoolkit.engine.winograd import gains
+from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import CrossKD, all_methods, published_settings
 from kdtoolkit.options import did_you_mean
@@ -117,25 +116,32 @@ PAIRS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How the arithmetic is done."""
+    """How a step is computed: options of TrainConfig that differ from its defaults.
 
-    precision: Precision = "float32"
-    channels_last: bool = False
-    winograd: bool = False
-    compile: bool = False
-    cache: bool = False  # the teacher's answers are kept in memory, and all are there
+    `cache`: the teacher's answers are kept in memory, and all are there.
+    """
+
+    options: Mapping[str, object] = field(default_factory=dict)
+    cache: bool = False
+
+    @property
+    def config(self) -> TrainConfig:
+        return TrainConfig(steps=1, **dict(self.options))
 
 
+_CHANNELS_LAST = {"channels_last": True, "winograd": False}
+_BFLOAT16 = {"precision": "bfloat16"}
 SETTINGS = {
     # Measured equal to the published code of CrossKD in time, with the same losses.
-    "reference": Settings(),
-    "channels-last": Settings(channels_last=True),
-    "default": Settings(channels_last=True, winograd=True),  # what `train` chooses on a CPU without bfloat16
-    "cache": Settings(channels_last=True, winograd=True, cache=True),
-    "bfloat16": Settings("bfloat16", channels_last=True),
-    "bfloat16-cache": Settings("bfloat16", channels_last=True, cache=True),
-    "compiled": Settings(channels_last=True, compile=True),
-    "bfloat16-compiled": Settings("bfloat16", channels_last=True, compile=True),
+    "reference": Settings({"channels_last": False, "winograd": False}),
+    "default": Settings(),
+    "cache": Settings(cache=True),
+    "channels-last": Settings(_CHANNELS_LAST),
+    "channels-last-cache": Settings(_CHANNELS_LAST, cache=True),
+    "bfloat16": Settings(_BFLOAT16),
+    "bfloat16-cache": Settings(_BFLOAT16, cache=True),
+    "compiled": Settings({"compile": True}),
+    "bfloat16-compiled": Settings({**_BFLOAT16, "compile": True}),
 }
 
 
@@ -196,10 +202,12 @@ class Parts:
         for seed, detector in enumerate((pair.teacher, pair.student)):
             torch.manual_seed(seed)
             model = build_model(detector.name, scene.classes, {**detector.args, **_keeping_size(detector, scene)})
-            model = model.to(device)
-            models.append(model.to(memory_format=torch.channels_last) if settings.channels_last else model)
+            models.append(model.to(device))
         self.teacher, self.student = map(adapt, models)
-        kept: Literal["float32", "bfloat16"] = "bfloat16" if settings.precision == "bfloat16" else "float32"
+        both = Distiller(self.teacher, self.student)
+        self.arithmetic = Arithmetic.of_config(both, settings.config, device)
+        self.arithmetic.lay_out(both)
+        kept: Literal["float32", "bfloat16"] = "bfloat16" if self.arithmetic.precision == "bfloat16" else "float32"
         self.cache = TeacherCache.in_memory(CACHE_GIGABYTES, kept) if settings.cache else None
         self.keys = [*map(digest, self.images)] if settings.cache else None  # a loader's workers compute them
         self.teacher.model.eval().requires_grad_(False)
@@ -229,14 +237,9 @@ class Parts:
         torch.manual_seed(2)  # of what methods learn
         return Distiller(self.teacher, self.student, methods, teacher_cache=self.cache)
 
-    def _forward_pass(self) -> AbstractContextManager[object]:
-        settings = self.settings
-        winograd = settings.winograd and self.device.type == "cpu" and gains(self.student.model, self.teacher.model)
-        return Arithmetic(self.device.type, settings.precision, settings.channels_last, winograd, "").forward_pass()
-
     def _step(self, distiller: Distiller) -> Work:
         distiller.train()
-        if self.settings.compile:
+        if self.settings.config.compile:
             # Without a GPU the graph is only traced: to compile it takes a CPU minutes.
             backend = "inductor" if self.device.type == "cuda" else "aot_eager"
             run: Callable[..., Losses] = torch.compile(distiller, backend=backend)
@@ -244,7 +247,7 @@ class Parts:
             run = distiller
 
         def step() -> Losses:
-            with self._forward_pass():
+            with self.arithmetic.forward_pass():
                 losses = run(self.images, self.targets, self.keys)
             losses.total.backward()
             return losses
@@ -257,7 +260,7 @@ class Parts:
 
         @torch.no_grad()
         def run(head: bool) -> None:
-            with self._forward_pass():
+            with self.arithmetic.forward_pass():
                 batch = adapter.prepare(self.images, self.targets, like=like)
                 features = adapter.features(batch)
                 if head:
@@ -270,7 +273,7 @@ class Parts:
         """The continuation of a CrossKD that is set up: the teacher's own state stands for the student's."""
         assert method.stages is not None
         stage = method.stages[1]
-        with torch.no_grad(), self._forward_pass():
+        with torch.no_grad(), self.arithmetic.forward_pass():
             batch = self.student.prepare(self.images, self.targets)
             features = self.student.features(batch)
             student_view = View(self.student, batch, features, self.student.head(features, batch, stages=()))
@@ -282,7 +285,7 @@ class Parts:
 
         def run() -> None:
             state = {branch: tuple(x.detach().requires_grad_() for x in maps) for branch, maps in own.items()}
-            with self._forward_pass():
+            with self.arithmetic.forward_pass():
                 found = pair.finish_with_teacher(state, stage)
             outputs = [x for x in (found.logits, found.regression, found.quality) if x is not None]
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
@@ -291,7 +294,7 @@ class Parts:
 
     def warm_up(self, work: Work) -> None:
         """Run a part before it is measured if its first run does more than others: it compiles, or fills a cache."""
-        if self.settings.compile or self.settings.cache:
+        if self.settings.config.compile or self.settings.cache:
             self.reset()
             work()
 
@@ -316,12 +319,11 @@ class Observed:
 
 
 def observe(parts: Parts, work: Work) -> Observed:
-    """Run a part once and look at it."""
-    parts.reset()
+    """Run a part once and look at it. Call `parts.reset` before, or the gradients of the run before are there."""
     if parts.device.type == "cuda":
         return _observe_on_cuda(work, parts.device)
     with ExitStack() as stack:
-        found = None if parts.settings.compile else stack.enter_context(count_syncs())
+        found = None if parts.settings.config.compile else stack.enter_context(count_syncs())
         with profiling([ProfilerActivity.CPU], memory=True) as profiled:
             losses = work()
     return Observed(_values(losses), peak_mb(profiled), None if found is None else found.total())

@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from benchmarks.speed.parts import PAIRS, PLAIN, SETTINGS, Pair, Parts, Scene, observe
+from benchmarks.speed.parts import PAIRS, PLAIN, SETTINGS, TEACHER, Pair, Parts, Scene, observe
 from benchmarks.speed.step import ALONE, facts, markdown, sample
 
 GIGA = 1e9
@@ -53,8 +53,8 @@ class Counts:
     """What a part of a step does once.
 
     `flops`: of convolutions and matrix products. `bytes`: read and written by all other operations. `calls`: number of
-    operations that are no views. `peak`: bytes of memory above what was there before. `kept`: bytes that a teacher's
-    cache holds of all images of the batch.
+    operations that are no views. `kept`: bytes that a teacher's cache holds of all images of the batch. `peak`: bytes
+    of memory above what was there before, where the gradients were. `gradients`: bytes of all gradients.
     """
 
     flops: float
@@ -62,9 +62,15 @@ class Counts:
     calls: float
     peak: float = 0.0
     kept: float = 0.0
+    gradients: float = 0.0
+
+    @property
+    def memory(self) -> float:
+        """Bytes that a step needs. Of large images all maps, before the first gradient; of small ones all gradients."""
+        return max(self.peak, self.gradients)
 
 
-FIELDS = ("flops", "bytes", "calls", "peak", "kept")
+FIELDS = ("flops", "bytes", "calls", "peak", "kept", "gradients")
 
 
 class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -149,9 +155,13 @@ def forms(pair: Pair, settings: str, methods: Sequence[str], scenes: Iterable[Sc
                 parts.warm_up(work)
                 assert parts.cache is not None
                 kept = parts.cache.bytes
+            work()  # gradients are there after it
             peak = observe(parts, work).peak_mb * 2**20
+            gradients = float(sum(p.grad.nbytes for p in parts.parameters if p.grad is not None))
             parts.reset()
-            points.setdefault(name, []).append((scene, replace(count(work), peak=peak, kept=float(kept))))
+            found = replace(count(work), peak=peak, kept=float(kept), gradients=gradients)
+            parts.reset()
+            points.setdefault(name, []).append((scene, found))
     return {name: Form.through(each) for name, each in points.items()}
 
 
@@ -233,8 +243,9 @@ class Training:
     """A training run on several GPUs.
 
     `batch`: images of one GPU. `views`: how many different pictures an image has (2 if it is flipped at random).
-    `live` and `warm`: seconds of a GPU's step if the teacher sees all images, or none. `kept`: bytes that the cache has
-    of a view. `disk`: bytes a second, of reading and of writing; `room`: bytes that the cache may have.
+    `live`: seconds of a GPU's step without a cache. With a cache: `warm` if it knows all images, and `miss` more for
+    each image that it does not know, since the teacher sees these one by one. `kept`: bytes that the cache has of a
+    view. `disk`: bytes a second, of reading and of writing; `room`: bytes that the cache may have.
     """
 
     images: int
@@ -242,7 +253,8 @@ class Training:
     gpus: int
     batch: int
     live: float
-    warm: float
+    warm: float = 0.0
+    miss: float = 0.0
     views: int = 2
     kept: float = 0.0
     disk: float = np.inf
@@ -274,8 +286,8 @@ def simulate(run: Training, seed: int = 0) -> Outcome:
         for start in range(0, run.images - together + 1, together):
             each, seen = order[start : start + together], views[start : start + together]
             hits = stored[each, seen] & run.cached
-            slowest = hits.reshape(run.gpus, run.batch).sum(1).min()
-            computed = run.warm + (run.live - run.warm) * (1 - slowest / run.batch)
+            most = run.batch - hits.reshape(run.gpus, run.batch).sum(1).min()
+            computed = run.warm + run.miss * most if run.cached else run.live
             fresh = np.flatnonzero(~hits)[: int(min(limit - held, together))] if run.cached else []
             stored[each[fresh], seen[fresh]] = True
             held += len(fresh)
@@ -309,14 +321,15 @@ def coco(found: Mapping[str, Mapping[str, Form]], cards: Mapping[str, Device], i
         scene = at_scale(8)
         for name in (PLAIN, *(each for each in warm if each not in ALONE)):
             seconds = card.seconds(live[name](scene))
-            run = Training(images, epochs, 8, scene.images, seconds, seconds, cached=False)
+            run = Training(images, epochs, 8, scene.images, seconds, cached=False)
             row = [f"{name}, {precision}", f"{scene.images / seconds:.0f}", f"{simulate(run).hours:.1f}"]
             if name == PLAIN:
                 rows.append([*row, *["-"] * 5])
                 continue
             counts = warm[name](scene)
             kept, known = counts.kept / scene.images, card.seconds(counts)
-            cached = replace(run, warm=min(known, seconds), kept=kept, cached=True)
+            miss = card.seconds(live[TEACHER](replace(scene, images=1)))
+            cached = replace(run, warm=known, miss=miss, kept=kept, cached=True)
             free, slow = simulate(cached), simulate(replace(cached, disk=2 * GIGA))
             reading = 8 * scene.images * kept / known
             saved = seconds - known
@@ -349,20 +362,21 @@ def slopes(live: Mapping[str, Form], card: Device, base: Scene, name: str) -> li
     for title, scene in cases.items():
         counts, plain = live[name](scene), live[PLAIN](scene)
         ms, plain_ms = (1000 * card.seconds(each) for each in (counts, plain))
-        memory = [f"{each.peak / GIGA:.1f}" for each in (counts, plain)]
+        memory = [f"{each.memory / GIGA:.1f}" for each in (counts, plain)]
         rows.append([title, f"{ms:.1f}", f"{plain_ms:.1f}", f"{ms / plain_ms:.2f}", *memory])
     return rows
 
 
-def gpus(card: Device, live: Form, warm: Form, images: int, epochs: int) -> list[Row]:
+def gpus(card: Device, live: Form, warm: Form, teacher: Form, images: int, epochs: int) -> list[Row]:
     """Hours by the number of GPUs, and what a cache's disk must read a second."""
     rows = [["GPUs", "hours", "hours, cache", "read, GB/s"]]
     scene = at_scale(8)
     seconds, counts = card.seconds(live(scene)), warm(scene)
+    miss = card.seconds(teacher(replace(scene, images=1)))
     for number in (1, 2, 4, 8, 16, 64):
-        run = Training(images, epochs, number, scene.images, seconds, seconds, cached=False)
+        run = Training(images, epochs, number, scene.images, seconds, cached=False)
         known = card.seconds(counts)
-        cached = replace(run, warm=min(known, seconds), kept=counts.kept / scene.images, cached=True)
+        cached = replace(run, warm=known, miss=miss, kept=counts.kept / scene.images, cached=True)
         reading = number * counts.kept / known
         rows.append(
             [f"{number}", f"{simulate(run).hours:.1f}", f"{simulate(cached).hours:.1f}", f"{reading / GIGA:.1f}"]
@@ -399,7 +413,10 @@ def measured(pair: Pair, settings: str, methods: Sequence[str], small: bool, rou
     for scene, fitted in scenes_to_measure(small):
         parts = Parts(pair, scene, SETTINGS[settings], methods, torch.device("cpu"))
         found: dict[str, list[float]] = {name: [] for name in parts.works}
-        peaks = {name: observe(parts, work).peak_mb * 2**20 for name, work in parts.works.items()}
+        peaks = {}
+        for name, work in parts.works.items():
+            parts.reset()
+            peaks[name] = observe(parts, work).peak_mb * 2**20
         for _ in range(rounds):
             for name, work in parts.works.items():
                 found[name].append(sample(parts, work, torch.get_num_threads())[0] / 1000)
@@ -412,7 +429,7 @@ def beside(found: Mapping[str, Form], points: Sequence[Compared], card: Device) 
     rows = [["part", "scene", "measured, ms", "model, ms", "off", "measured, MB", "model, MB", "off"]]
     for point in points:
         counts, scene = found[point.part](point.scene), point.scene
-        ms, peak = 1000 * card.seconds(counts), counts.peak / 2**20
+        ms, peak = 1000 * card.seconds(counts), counts.memory / 2**20
         title = f"{scene.size[0]} px, {scene.classes} classes, {scene.boxes} boxes, {scene.images} image(s)"
         rows.append(
             [
@@ -462,7 +479,7 @@ def main() -> None:
         every: dict[str, dict[str, Form]] = {}
         for precision, (live, warm) in {
             "bfloat16": ("bfloat16", "bfloat16-cache"),
-            "tf32": ("channels-last", "cache"),
+            "tf32": ("channels-last", "channels-last-cache"),
         }.items():
             every[precision] = forms(pair, live, args.methods, scenes)
             every[f"{precision} cache"] = forms(pair, warm, args.methods, scenes)
@@ -474,7 +491,12 @@ def main() -> None:
         )
         tables[f"{args.pair}: a step in bfloat16"] = slopes(every["bfloat16"], cards["bfloat16"], at_scale(8), name)
         tables[f"{args.pair}: {name} in bfloat16, by GPUs"] = gpus(
-            cards["bfloat16"], every["bfloat16"][name], every["bfloat16 cache"][name], images, epochs
+            cards["bfloat16"],
+            every["bfloat16"][name],
+            every["bfloat16 cache"][name],
+            every["bfloat16"][TEACHER],
+            images,
+            epochs,
         )
         stored = {
             "devices": [asdict(card) for card in cards.values()],

@@ -47,6 +47,7 @@ from benchmarks.speed.parts import (
     profiling,
 )
 from kdtoolkit.engine.hardware import machine
+from kdtoolkit.engine.precision import has_bfloat16
 from kdtoolkit.errors import KDError
 
 SHOWN_OPERATIONS = 12
@@ -160,6 +161,7 @@ def measure(
                 continue
             known = (parts.continued.get(part, 0), parts.beyond_features.get(part, True))
             parts.warm_up(work)
+            parts.reset()
             found = Measured(name, scene.size, setting, part, observe(parts, work), *known)
             run.measured[setting, part] = found
             works.append((found, parts, work))
@@ -298,6 +300,7 @@ def facts(device: torch.device, rounds: int) -> str:
     else:
         clock = "CPU time" if torch.get_num_threads() == 1 else "wall time"
         where = f"{machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+        where += "" if has_bfloat16() else ", no bfloat16"
         where += f", oneDNN held to {isa}" if (isa := os.environ.get("ONEDNN_MAX_CPU_ISA")) else ""
     return f"{where}; torch {torch.__version__}, Python {platform.python_version()}; {clock}, {rounds} rounds"
 
@@ -364,7 +367,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--boxes", type=int, default=7, help="of each image")
     parser.add_argument("--methods", nargs="+", help="combinations such as CrossKD+PKD; left out: those of the pair")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["reference", "default"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["reference", "default", "cache"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
@@ -400,6 +403,8 @@ def main() -> None:
                 )
             except KDError as error:
                 parser.exit(1, f"error: {error}\n")
+            except torch.OutOfMemoryError:
+                parser.exit(1, f"error: {name} needs more memory than the device has: hand in fewer --images\n")
             runs[name, size] = run
             show(console, name, run)
             if args.out:
