@@ -118,10 +118,11 @@ class _InMemory(TeacherCache):
         return self._held.get(key, {})
 
     def keep(self, key: str, parts: Mapping[str, Tensor]) -> None:
-        if self._has_room(size := _size(parts)):
-            copies = {name: part.detach().to("cpu", copy=True) for name, part in parts.items()}
+        known = self._held.get(key, {})
+        new = {name: part for name, part in parts.items() if name not in known}
+        if self._has_room(size := _size(new)):
             self.bytes += size
-            self._held[key] = {**self._held.get(key, {}), **copies}
+            self._held[key] = known | {name: part.detach().to("cpu", copy=True) for name, part in new.items()}
 
 
 class _OnDisk(TeacherCache):
@@ -152,16 +153,16 @@ class _OnDisk(TeacherCache):
     def keep(self, key: str, parts: Mapping[str, Tensor]) -> None:
         if not self._writes:
             return
-        size = _size(parts)
+        known = self._read(key)
+        new = {name: part for name, part in parts.items() if name not in known}
         if self._since > self.limit // 20:
             self._measure()
-        if not self._has_room(size):
+        if not new or not self._has_room(size := _size(new)):
             return
-        copies = {name: part.detach().cpu().contiguous() for name, part in parts.items()}
         try:
             path = self._path(key)
             path.parent.mkdir(exist_ok=True)
-            write_beside(path, save({**self._read(key), **copies}))
+            write_beside(path, save(known | {name: part.detach().cpu().contiguous() for name, part in new.items()}))
         except OSError as error:
             self._writes = False
             self._notice(f"the teacher cache in {self.folder} takes no further images: {error.strerror or error}")

@@ -176,7 +176,7 @@ def test_values_do_not_depend_on_when_an_image_was_shown_first(precision):
     teacher, student = (model.to(memory_format=torch.channels_last) for model in (tiny_gfl(seed=1), tiny_gfl(seed=0)))
     found = []
     for first in ([], IMAGES[:1], IMAGES):
-        distiller = distiller_of(teacher, student, [CrossKD, PKD], TeacherCache.in_memory(precision=precision))
+        distiller = distiller_of(teacher, student, [CrossKD, PKD, LD], TeacherCache.in_memory(precision=precision))
         if first:
             step(distiller, first, TARGETS[: len(first)])
         found.append(step(distiller))
@@ -222,6 +222,18 @@ def test_a_changed_teacher_is_asked_again():
     teacher.load_state_dict(tiny_gfl(seed=5).state_dict())
     torch.testing.assert_close(step(distiller), step(distiller_of(teacher, student, [PKD])))
     assert cache.misses == 4
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_an_image_that_is_twice_in_a_batch_is_kept_once(kind, tmp_path):
+    cache = TeacherCache.in_memory() if kind == "memory" else TeacherCache.on_disk(tmp_path)
+    sizes = []
+    for images in (IMAGES[:1], IMAGES[:1] * 2):
+        distiller = distiller_of(tiny_gfl(seed=len(sizes)), tiny_gfl(seed=3), [PKD], cache)
+        before = cache.bytes
+        step(distiller, images, TARGETS[:1] * len(images))
+        sizes.append(cache.bytes - before)
+    assert sizes[0] == sizes[1]
 
 
 def test_a_full_cache_takes_no_more_and_says_so_once():

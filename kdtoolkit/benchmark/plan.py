@@ -134,10 +134,11 @@ class Plan:
 
     @property
     def teacher_cache(self) -> Path | None:
-        """The folder that all cells keep in what the teacher shows; None if the suite asks for no cache on disk."""
+        """The folder in which all cells keep what the teacher shows; None if the suite asks for no cache on disk."""
         train = self._student_section.train
         assert train is not None  # a student's section has it
-        return self.store.teacher_cache(self.teacher_task().result.stem) if train.teacher_cache == "disk" else None
+        on_disk = train.teacher_cache in ("auto", "disk")
+        return self.store.teacher_cache(self.teacher_task().result.stem) if on_disk else None
 
     def cell(self, row: str, seed: int, stretch: float = 1.0) -> Task:
         """The task of a row and seed."""

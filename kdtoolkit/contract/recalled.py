@@ -102,9 +102,7 @@ class Recall:
             whole = torch.stack(tensors, out=pinned).to(device, non_blocking=True)
         else:
             whole = torch.stack([x.to(device) for x in tensors])
-        if self._dtype is not None:
-            whole = whole.float()
-        return whole.contiguous(memory_format=self._format) if whole.ndim == 4 else whole
+        return whole if self._dtype is None else whole.float()
 
     def _pass(self, image: int) -> View:
         """The teacher's pass over one of the images."""
@@ -114,9 +112,14 @@ class Recall:
             self._passes[image] = View(self._adapter, batch, maps, stages=self._stages, frozen=True)
         return self._passes[image]
 
+    def _map(self, name: str, of: Callable[[View], Tensor]) -> Tensor:
+        """A part that is a map, or vectors: a map has the memory format in which the teacher makes it."""
+        x = self.part(name, of)
+        return x.contiguous(memory_format=self._format) if x.ndim == 4 else x
+
     def level(self, index: int) -> Tensor:
         """The map (N, C, H, W) of a level."""
-        return self.part(f"level {index}", lambda view: view.maps[index])
+        return self._map(f"level {index}", lambda view: view.maps[index])
 
     def state(self, index: int) -> State:
         """The hidden state at a stage; empty if it is not one of `stages`."""
@@ -124,7 +127,7 @@ class Recall:
             return {}
 
         def tensor(branch: str, i: int) -> Tensor:
-            return self.part(f"state {index} {branch} {i}", lambda view: view.head.states[index][branch][i])
+            return self._map(f"state {index} {branch} {i}", lambda view: view.head.states[index][branch][i])
 
         channels = self._adapter.spec.stages[index].channels
         return {branch: tuple(tensor(branch, i) for i in range(len(each))) for branch, each in channels.items()}

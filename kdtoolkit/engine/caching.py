@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,15 +16,18 @@ from kdtoolkit.contract import Capability, Method, PriorKind, Target
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.recorded import Carrier
 from kdtoolkit.data.resize import with_boxes
+from kdtoolkit.data.views import Views, count_views
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.errors import KDError
-from kdtoolkit.teacher_cache import TeacherCache
+from kdtoolkit.teacher_cache import GIGABYTE, TeacherCache
+from kdtoolkit.words import size
 
-FOLDER = "teacher_cache"
+COUNTED = 300_000  # images shown; a longer run is counted in its first steps
+PAYS_FROM = 4.0  # how often a view is shown, on average: alone, an image may cost four times its share of a batch
 _UNBOUNDED = 1e6  # gigabytes
-_TIMED = 5  # passes of the teacher whose median counts
+_TIMED = 3  # passes of the teacher whose median counts
 _TRIED = 50  # steps at which the methods at work are looked at
 
 
@@ -31,6 +35,73 @@ def can_cache(distiller: Distiller) -> bool:
     """Whether there is a teacher that is asked in a run, and that is not a file of detections."""
     teacher = distiller.teacher_adapter
     return teacher is not None and len(distiller.methods) > 0 and teacher.spec.priors is not PriorKind.DETECTIONS
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a teacher cache would do in a run: the views that the run shows, and how many bytes each takes."""
+
+    views: Views
+    bytes_of_view: int
+
+    @property
+    def bytes(self) -> int:
+        """What all views take."""
+        return self.views.different * self.bytes_of_view
+
+    def why_not(self, gigabytes: float) -> str | None:
+        """Why a cache of this size does not pay, in words; None if it does."""
+        if self.views.repeats < PAYS_FROM:
+            return f"a view is shown {self.views.repeats:.1f} times on average: too seldom to pay"
+        return None if self.bytes <= gigabytes * GIGABYTE else f"more than {size(int(gigabytes * GIGABYTE))}"
+
+
+def forecast(
+    distiller: Distiller,
+    dataset: DetectionDataset,
+    config: TrainConfig,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    seed: int,
+    device: torch.device,
+) -> Forecast:
+    """Count the views of a run, and measure what one of them takes. No option may be on that never repeats a view.
+
+    `sizes`: (height, width) of each image of the run. Images without labels count as if they were among the others.
+    """
+    views = count_views(
+        sizes,
+        batch_size=config.batch_size,
+        steps=max(1, min(config.steps, COUNTED // config.batch_size)),
+        seed=seed,
+        augment=config.augmentation,
+        input_size=config.input_size,
+    )
+    return Forecast(views, bytes_of_view(distiller, dataset, config, device))
+
+
+def resolve_cache(
+    distiller: Distiller,
+    dataset: DetectionDataset,
+    unlabelled: DetectionDataset | None,
+    config: TrainConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    has_folder: bool,
+) -> TrainConfig:
+    """The config with what `auto` means for its teacher cache. The images must be in memory."""
+    if config.teacher_cache != "auto":
+        return config
+    chosen = "off"
+    if has_folder and device.type == "cpu" and can_cache(distiller) and not config.never_repeat:
+        images = [dataset, *([] if unlabelled is None else [unlabelled])]
+        shapes = [each[place][0].shape for each in images for place in range(len(each))]
+        found = forecast(
+            distiller, dataset, config, [(height, width) for _, height, width in shapes], seed=seed, device=device
+        )
+        chosen = "off" if found.why_not(config.teacher_cache_gb) else "disk"
+    return config.model_copy(update={"teacher_cache": chosen})
 
 
 @contextmanager
@@ -42,11 +113,11 @@ def teacher_cache(distiller: Distiller, config: TrainConfig, folder: Path | None
     if distiller.teacher_cache is not None or config.teacher_cache == "off" or not can_cache(distiller):
         yield distiller.teacher_cache if can_cache(distiller) else None
         return
-    size, precision = config.teacher_cache_gb, config.teacher_cache_precision
+    most, precision = config.teacher_cache_gb, config.teacher_cache_precision
     if config.teacher_cache == "memory":
-        distiller.teacher_cache = TeacherCache.in_memory(size, precision)
+        distiller.teacher_cache = TeacherCache.in_memory(most, precision)
     elif folder is not None:
-        distiller.teacher_cache = TeacherCache.on_disk(folder, gigabytes=size, precision=precision)
+        distiller.teacher_cache = TeacherCache.on_disk(folder, gigabytes=most, precision=precision)
     else:
         raise KDError(
             "teacher_cache is disk, and the run has no folder to keep it in: name one, "

@@ -78,10 +78,10 @@ class TrainConfig(BaseModel):
         description="float32 on a GPU in TF32; auto: as torch has it, which is convolutions alone",
     )
     compile: bool = Field(default=False, description="run the step through torch.compile")
-    teacher_cache: Literal["off", "memory", "disk"] = Field(
+    teacher_cache: Literal["auto", "off", "memory", "disk"] = Field(
         default="off",
         description="where to keep what the teacher shows of each image, so that it is asked once about the same "
-        "pixels (docs/teacher_cache.md)",
+        "pixels (docs/teacher_cache.md); auto: disk where that pays on a CPU, else off",
     )
     teacher_cache_gb: float = Field(
         default=4.0, gt=0, description="the most that the teacher cache takes, in 10^9 bytes; in memory of each process"
@@ -106,7 +106,7 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _cache_finds_views_again(self) -> TrainConfig:
-        if self.teacher_cache != "off" and (never := self.never_repeat):
+        if self.teacher_cache in ("memory", "disk") and (never := self.never_repeat):
             raise ValueError(
                 f"teacher_cache is {self.teacher_cache}, and {' and '.join(never)} gives an image different pixels "
                 f"each time, so nothing would be found in it. Leave {'it' if len(never) == 1 else 'them'} out (flip "

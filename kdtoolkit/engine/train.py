@@ -21,7 +21,7 @@ from kdtoolkit.data import DetectionDataset, batches, check_same_classes
 from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.engine import group
 from kdtoolkit.engine.arithmetic import Arithmetic, tensor_float32
-from kdtoolkit.engine.caching import teacher_cache
+from kdtoolkit.engine.caching import resolve_cache, teacher_cache
 from kdtoolkit.engine.checkpoint import Checkpoint
 from kdtoolkit.engine.config import TrainConfig, Validation
 from kdtoolkit.engine.folder import Keeper, RunFolder, opened
@@ -122,6 +122,9 @@ def train(
     arithmetic = Arithmetic.of_config(distiller, config, device)
     precision = arithmetic.precision
     seed_step(seed, 0, rank)
+    config = resolve_cache(
+        distiller, dataset, unlabelled, config, seed=seed, device=device, has_folder=folder is not None
+    )
     student = distiller.student
     distiller.accumulation = config.accumulation
     distiller.restart()  # schedules and shares of methods begin with this run

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kdtoolkit.data.views import Views, count_views
 from kdtoolkit.distiller import Distiller
-from kdtoolkit.engine.caching import bytes_of_view, can_cache
+from kdtoolkit.engine.caching import can_cache, forecast
 from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.teacher_cache import GIGABYTE
 from kdtoolkit.words import size
 from kdtoolkit.workflow.defaults import Choice
 from kdtoolkit.workflow.options import DistillOptions
@@ -17,8 +17,7 @@ from kdtoolkit.workflow.options import DistillOptions
 if TYPE_CHECKING:
     from kdtoolkit.workflow.prepare import Images
 
-COUNTED = 300_000  # images shown; a longer run is counted in its first steps
-PAYS_FROM = 2.0  # how often a view is shown, on average, for a cache to be chosen where the user says nothing
+_CHOSEN_BY_USER = "you chose it"
 _PLACES = {"memory": "in memory", "disk": "on disk"}
 
 
@@ -32,49 +31,34 @@ def with_cache(
 ) -> tuple[Choice | None, TrainConfig]:
     """The line of the plan about the teacher cache, and the config with what was chosen.
 
-    Where the user says nothing, a cache on disk is chosen on a CPU, if it finds views again and takes no more than it
-    may. There is no line if there is no teacher that could be asked less often.
+    `auto` is a cache on disk on a CPU, if it finds views again and takes no more than it may. There is no line if there
+    is no teacher that could be asked less often.
 
     `longest`: the longest side of an image as it is shown, in pixels.
     """
     if not can_cache(distiller):
         return None, config
-    given = options.teacher_cache
+    given, off = options.teacher_cache, config.model_copy(update={"teacher_cache": "off"})
     if given == "off":
-        return Choice("off", "you chose it"), config
-    if given is None and device.type != "cpu":
-        return None, config
+        return Choice("off", _CHOSEN_BY_USER), off
+    if given == "auto" and device.type != "cpu":
+        return None, off
     if config.never_repeat:
         never = " and ".join(name.removeprefix("augmentation.") for name in config.never_repeat)
-        return Choice("off", f"{never}: images never come again with the same pixels"), config
+        return Choice("off", f"{never}: images never come again with the same pixels"), off
     if options.teacher_cache_gb is not None:
         config = config.model_copy(update={"teacher_cache_gb": options.teacher_cache_gb})
-    views = _views(options, config, images, longest)
-    bytes_each = bytes_of_view(distiller, images.train, config, device)
-    whole, limit = views.different * bytes_each, config.teacher_cache_gb * 1e9
-    found = f"{views.different:,} views of {size(bytes_each)}: {size(whole)}"
-    often = f"each is shown {views.repeats:.1f} times"
-    if given is None and views.repeats < PAYS_FROM:
-        return Choice("off", f"{found}, and {often} on average: too seldom to pay"), config
-    if given is None and whole > limit:
-        return Choice("off", f"{found}, more than {size(int(limit))} (--teacher-cache-gb)"), config
-    chosen = given or "disk"
-    room = "" if whole <= limit else f"; the first {size(int(limit))} are kept (--teacher-cache-gb)"
-    line = Choice(f"{_PLACES[chosen]}, {found}{room}", f"{often} on average{', you chose it' if given else ''}")
-    return line, config.model_copy(update={"teacher_cache": chosen})
-
-
-def _views(options: DistillOptions, config: TrainConfig, images: Images, longest: int) -> Views:
-    """The views of the run. Images without labels count as if they were among the others."""
     files = [*images.train.coco()["images"], *([] if images.unlabelled is None else images.unlabelled.coco()["images"])]
-    return count_views(
-        [_shown_size(file["height"], file["width"], longest) for file in files],
-        batch_size=config.batch_size,
-        steps=max(1, min(config.steps, COUNTED // config.batch_size)),
-        seed=options.seed,
-        augment=config.augmentation,
-        input_size=config.input_size,
-    )
+    sizes = [_shown_size(file["height"], file["width"], longest) for file in files]
+    found = forecast(distiller, images.train, config, sizes, seed=options.seed, device=device)
+    told = f"{found.views.different:,} views of {size(found.bytes_of_view)}: {size(found.bytes)}"
+    if given == "auto" and (reason := found.why_not(config.teacher_cache_gb)):
+        return Choice("off", f"{told}; {reason}"), off
+    chosen, limit = ("disk" if given == "auto" else given), int(config.teacher_cache_gb * GIGABYTE)
+    room = "" if found.bytes <= limit else f"; the first {size(limit)} are kept (--teacher-cache-gb)"
+    why = f"each is shown {found.views.repeats:.1f} times on average"
+    line = Choice(f"{_PLACES[chosen]}, {told}{room}", why if given == "auto" else f"{_CHOSEN_BY_USER}; {why}")
+    return line, config.model_copy(update={"teacher_cache": chosen})
 
 
 def _shown_size(height: int, width: int, longest: int) -> tuple[int, int]:

@@ -48,7 +48,7 @@ def distill(
     class_map: Mapping[str, str] | None = None,
     init: Literal["teacher"] | None = None,
     unlabelled: str | Path | None = None,
-    teacher_cache: Literal["off", "memory", "disk"] | None = None,
+    teacher_cache: Literal["auto", "off", "memory", "disk"] | None = None,
     teacher_cache_gb: float | None = None,
     compare_baseline: bool | None = None,
     budget: str | None = None,

@@ -150,10 +150,10 @@ class DistillOptions(RunOptions):
     unlabelled: Path | None = Field(
         None, description="a folder of images without labels, from which the student learns by the methods alone"
     )
-    teacher_cache: Literal["off", "memory", "disk"] | None = Field(
-        None,
+    teacher_cache: Literal["auto", "off", "memory", "disk"] = Field(
+        "auto",
         description="where to keep what the teacher shows of each image, so that it is asked once about the same "
-        "pixels: off, memory or disk (docs/teacher_cache.md); default: disk where it pays on a CPU",
+        "pixels: off, memory or disk (docs/teacher_cache.md); default: auto, which is disk where that pays on a CPU",
     )
     teacher_cache_gb: float | None = Field(
         None, gt=0, description="the most that the teacher cache takes, in 10^9 bytes; default: 4"
@@ -244,7 +244,7 @@ class ProbeOptions(DistillOptions):
     compare_baseline: bool = False
     budget: str | None = None
     allow_weak_teacher: bool = False
-    teacher_cache: Literal["off", "memory", "disk"] | None = None
+    teacher_cache: Literal["auto", "off", "memory", "disk"] = "auto"
     teacher_cache_gb: float | None = None
 
 

@@ -33,6 +33,7 @@ def planned(root):
     return plan, sets
 
 
+@pytest.mark.slow
 def test_cells_share_a_folder_beside_the_teachers(tmp_path):
     plan, _ = planned(tmp_path)
     folder = tmp_path / "teacher_cache" / plan.teacher_task().result.stem

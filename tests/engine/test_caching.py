@@ -5,7 +5,7 @@ import torch
 
 from kdtoolkit import Distiller, KDError
 from kdtoolkit.data import InputSize, ProceduralShapes
-from kdtoolkit.engine.caching import bytes_of_view, seconds_of_view
+from kdtoolkit.engine.caching import bytes_of_view, resolve_cache, seconds_of_view
 from kdtoolkit.engine.train import RunFolder, TrainConfig, train
 from kdtoolkit.methods import PKD, CrossKD
 from kdtoolkit.teacher_cache import TeacherCache
@@ -36,6 +36,7 @@ def trained(data, folder=None, distiller=None, **changes):
     return torch.cat([p.detach().flatten() for p in distiller.student.parameters()]), result, distiller
 
 
+@pytest.mark.slow
 def test_a_run_with_a_cache_trains_as_one_without(data, tmp_path):
     live, alone, _ = trained(data)
     assert alone.cache is None
@@ -90,8 +91,28 @@ def test_what_a_view_takes_is_measured_without_a_trace(data):
     assert size > bytes_of_view(distiller_of(data, methods=(PKD,)), data, config(), CPU)
     assert bytes_of_view(distiller, data, config(teacher_cache_precision="bfloat16"), CPU) < 0.6 * size
     large = config(input_size=InputSize(short=(128, 128)))
-    assert bytes_of_view(distiller, data, large, CPU) == pytest.approx(4 * size, rel=0.01)
+    assert bytes_of_view(distiller, data, large, CPU) == pytest.approx(4 * size, rel=0.1)
     assert seconds_of_view(distiller, data, config(), CPU) > 0
     assert distiller.teacher_cache is None
     assert distiller.calls == 0
     assert all(torch.equal(distiller.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, "disk"),
+        ({"steps": 4}, "off"),  # views are shown too seldom
+        ({"teacher_cache_gb": 1e-4}, "off"),  # 12 views take 300 kB
+        ({"augmentation": {"zoom": (0.5, 1)}}, "off"),
+        ({"teacher_cache": "memory"}, "memory"),
+    ],
+)
+def test_auto_is_a_cache_on_disk_where_that_pays(data, changes, chosen):
+    options = config(**{"teacher_cache": "auto", **changes})
+    words = {"seed": 0, "device": CPU, "has_folder": True}
+    assert resolve_cache(distiller_of(data), data, None, options, **words).teacher_cache == chosen
+    if chosen == "disk":
+        assert resolve_cache(distiller_of(data, ()), data, None, options, **words).teacher_cache == "off"
+        words["has_folder"] = False
+        assert resolve_cache(distiller_of(data), data, None, options, **words).teacher_cache == "off"

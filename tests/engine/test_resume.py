@@ -26,22 +26,22 @@ from tests.conftest import tiny_gfl
 CLASSES = len(ProceduralShapes(1).class_names)
 CASES = {
     "methods that learn and draw": {"methods": (FBKD, MGD)},
-    "sgd, moving average, frozen parts": {
+    "sgd, moving average, frozen parts, teacher cache in memory": {
+        "teacher_cache": "memory",
         "optimizer": "sgd",
         "lr": 0.01,
         "ema": 0.9,
         "frozen": ("backbone.conv1",),
         "frozen_statistics": ("backbone",),
     },
-    "float16, accumulated": {"precision": "float16", "accumulation": 2, "channels_last": True},
-    "shares that are held": {"methods": (lambda: PKD().held_at(share=0.1), lambda: FBKD().held_at(share=0.2))},
-    "teacher cache in memory": {"teacher_cache": "memory"},
-    "teacher cache on disk, accumulated": {
+    "float16, accumulated, teacher cache on disk": {
+        "precision": "float16",
+        "accumulation": 2,
+        "channels_last": True,
         "teacher_cache": "disk",
         "teacher_cache_precision": "bfloat16",
-        "accumulation": 2,
-        "workers": 1,
     },
+    "shares that are held": {"methods": (lambda: PKD().held_at(share=0.1), lambda: FBKD().held_at(share=0.2))},
     "sizes and mixed images, read ahead": {
         "input_size": InputSize(short=(64, 96), long=128),
         "augmentation": Augmentation(mosaic=0.5, mixup=0.5, photometric=0.5),

@@ -34,7 +34,7 @@ def test_a_cache_on_disk_is_chosen_where_views_come_again(pair):
     found = prepared(pair, epochs=20)
     line = found.plan["teacher cache"]
     assert (found.config.teacher_cache, found.options.teacher_cache) == ("disk", "disk")
-    assert found.run_file.teacher_cache is None
+    assert "teacher_cache" not in found.run_file.to_yaml()
     size = 8 * sum((64 // stride) ** 2 for stride in (8, 16, 32)) * 4  # channels, cells, bytes
     # 12 images, and their mirror images
     assert line.value == f"on disk, 24 views of {size / 1e3:.0f} kB: {24 * size / 1e3:.0f} kB"
@@ -45,13 +45,13 @@ def test_a_cache_on_disk_is_chosen_where_views_come_again(pair):
     ("words", "value", "why"),
     [
         ({"epochs": 40}, "off", "colour and zoom: images never come again with the same pixels"),
-        ({"epochs": 2}, "off", "views of 3 kB: .* each is shown 1.[0-9] times on average: too seldom to pay"),
-        ({"epochs": 20, "teacher_cache_gb": 1e-5}, "off", "24 views of 3 kB: 65 kB, more than 10 kB"),
+        ({"epochs": 2}, "off", "views of 3 kB: .* a view is shown 1.[0-9] times on average: too seldom to pay"),
+        ({"epochs": 20, "teacher_cache_gb": 1e-5}, "off", "24 views of 3 kB: 65 kB; more than 10 kB"),
         ({"epochs": 20, "teacher_cache": "off"}, "off", "you chose it"),
         (
             {"epochs": 2, "teacher_cache": "memory"},
             "in memory, .* views",
-            "each is shown .* times on average, you chose",
+            "you chose it; each is shown .* times on average",
         ),
         (
             {"epochs": 20, "teacher_cache": "disk", "teacher_cache_gb": 1e-5},
@@ -78,8 +78,14 @@ def test_a_cache_that_is_asked_for_leaves_colours_and_sizes_as_they_are(pair):
         prepared(pair, train={"teacher_cache": "memory"})
 
 
-def test_photos_of_different_sizes_are_counted_as_they_are_shown(pair, monkeypatch):
-    sizes = []
-    monkeypatch.setattr(caching, "count_views", lambda found, **rest: sizes.extend(found) or caching.Views(10, 1))
+def test_photos_are_counted_at_the_size_at_which_they_are_shown(pair, monkeypatch):
+    counted = []
+    whole = caching.forecast
+
+    def counting(distiller, dataset, config, sizes, **rest):
+        counted.extend(sizes)
+        return whole(distiller, dataset, config, sizes, **rest)
+
+    monkeypatch.setattr(caching, "forecast", counting)
     prepared(pair, epochs=20, image_size=48)
-    assert sizes == [(48, 48)] * 12
+    assert counted == [(48, 48)] * 12
