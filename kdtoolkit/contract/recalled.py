@@ -101,7 +101,9 @@ class Recall:
             pinned = torch.empty(shape, dtype=dtype, pin_memory=True)
             whole = torch.stack(tensors, out=pinned).to(device, non_blocking=True)
         else:
-            whole = torch.stack([x.to(device) for x in tensors])
+            kept = [x.to(device) for x in tensors]
+            # Autocast to float16 stacks no bfloat16.
+            whole = torch.stack(kept if self._dtype is None else [x.float() for x in kept])
         return whole if self._dtype is None else whole.float()
 
     def _pass(self, image: int) -> View:

@@ -68,6 +68,10 @@ class FastConvolutions(TorchFunctionMode):
     computed directly. All other convolutions, and all under autocast, are computed as without the context.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        torch.backends.nnpack.is_available()  # type: ignore[no-untyped-call]  # makes it ready in this process
+
     def __torch_function__(
         self,
         func: Callable[..., Any],

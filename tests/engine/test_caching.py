@@ -91,7 +91,7 @@ def test_what_a_view_takes_is_measured_without_a_trace(data):
     assert size > bytes_of_view(distiller_of(data, methods=(PKD,)), data, config(), CPU)
     assert bytes_of_view(distiller, data, config(teacher_cache_precision="bfloat16"), CPU) < 0.6 * size
     large = config(input_size=InputSize(short=(128, 128)))
-    assert bytes_of_view(distiller, data, large, CPU) == pytest.approx(4 * size, rel=0.1)
+    assert bytes_of_view(distiller, data, large, CPU) == pytest.approx(4 * size, rel=0.1)  # statistics of channels stay
     assert seconds_of_view(distiller, data, config(), CPU) > 0
     assert distiller.teacher_cache is None
     assert distiller.calls == 0
