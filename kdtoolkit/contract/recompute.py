@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def recomputed(run: Callable[[], T], model: nn.Module) -> T:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _unchanged(buffers)
 
-    return cast(T, checkpoint(run, use_reentrant=False, context_fn=contexts))
+    return checkpoint(run, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
