@@ -77,6 +77,10 @@ class TrainConfig(BaseModel):
         default="auto",
         description="float32 on a GPU in TF32; auto: as torch has it, which is convolutions alone",
     )
+    recompute: bool = Field(
+        default=False,
+        description="compute the heads' passes again in the backward pass, to save memory; losses stay the same",
+    )
     compile: bool = Field(default=False, description="run the step through torch.compile")
     teacher_cache: Literal["auto", "off", "memory", "disk"] = Field(
         default="off",

@@ -127,6 +127,7 @@ def train(
     )
     student = distiller.student
     distiller.accumulation = config.accumulation
+    distiller.recompute |= config.recompute
     distiller.restart()  # schedules and shares of methods begin with this run
     arithmetic.lay_out(distiller)
 
