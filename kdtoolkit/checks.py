@@ -16,6 +16,7 @@ LOWEST, HIGHEST = -0.5, 1.5  # allowed in images: resizing and changes of colour
 SMALLEST = 16  # px; if images are larger and all boxes lie within 0..1, the boxes are not in pixels
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def checked_images(images: Sequence[Tensor] | Tensor, model: nn.Module) -> list[Tensor]:
     """Check images without ground truth, as `checked_batch` does. Returns them as `model` needs them."""
     images = _images(images, next(model.parameters()))
@@ -24,6 +25,7 @@ def checked_images(images: Sequence[Tensor] | Tensor, model: nn.Module) -> list[
     return images
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def checked_batch(
     images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Any]], model: nn.Module, spec: DetectorSpec
 ) -> tuple[list[Tensor], list[Target]]:
@@ -82,6 +84,7 @@ def without_recorded(
     return labelled if has_labels else None, [target["recorded"] for target in targets]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def checked_recorded(recorded: Sequence[Recorded], images: Sequence[Tensor], spec: DetectorSpec) -> list[Recorded]:
     """Recorded detections on the images' device. `spec` is that of the teacher that they are of.
 

@@ -32,31 +32,42 @@ class Matched:
         self._rows = teacher_view.shown_rows(passes[1].predictions.priors)
         self.student = passes[0]
         self.teacher = teacher_view.cut_trace(passes[1], self._rows)
+        # Up to Python 3.11 functools.cached_property takes a lock, which breaks a compiled step into parts.
+        self._assignments: dict[Whose, Assignment] = {}
 
-    @cached_property
+    @property
     def student_assignment(self) -> Assignment:
         """Ground truth assigned to these priors by the student's own rule."""
-        view, trace = self._views[0], self._passes[0]
-        if trace is view.trace:
-            return view.own_assignment
-        with torch.no_grad():
-            return view.adapter.assign(trace, view.batch)
+        if "student" not in self._assignments:
+            self._assignments["student"] = self._assigned_by_student()
+        return self._assignments["student"]
 
-    @cached_property
+    @property
     def teacher_assignment(self) -> Assignment:
         """Ground truth assigned to these priors by the rule of the detector that the priors come from.
 
         Cross-head losses use it. On a grid, and for the teacher's own proposals or queries, it is the teacher's rule.
         For the student's proposals or queries it is the student's rule.
         """
+        if "teacher" not in self._assignments:
+            self._assignments["teacher"] = self._assigned_by_teacher()
+        return self._assignments["teacher"]
+
+    def _assigned_by_student(self) -> Assignment:
+        view, trace = self._views[0], self._passes[0]
+        if trace is view.trace:
+            return view.own_assignment
+        with torch.no_grad():
+            return view.adapter.assign(trace, view.batch)
+
+    def _assigned_by_teacher(self) -> Assignment:
         student_view, teacher_view = self._views
         ours, theirs = (trace.predictions.priors for trace in self._passes)
         if not theirs.grid and self._passes[1] is not teacher_view.trace:
             return self.student_assignment
         one_rule = student_view.adapter.assigner == teacher_view.adapter.assigner
         one_geometry = student_view.batch.sizes == teacher_view.batch.sizes and ours.grid == theirs.grid
-        # Detectors cache their anchors, so the tensors are often identical. Comparing values makes a GPU's host wait.
-        if one_rule and one_geometry and (ours.boxes is theirs.boxes or torch.equal(ours.boxes, theirs.boxes)):
+        if one_rule and one_geometry and _equal(ours.boxes, theirs.boxes):
             return self.student_assignment
         with torch.no_grad():
             found = teacher_view.adapter.assign(self._passes[1], teacher_view.batch)
@@ -186,6 +197,12 @@ def _first_stage(view: View) -> View | None:
         return None
     first = None if trace is None else trace.first
     return View(adapter, view.batch, view.maps, first, frozen=view.frozen, scale=view.scale)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are known to be equal. A compiler compares no values: a result would break its graph."""
+    # Detectors cache their anchors, so the tensors are often identical. Comparing values makes a GPU's host wait.
+    return a is b or (not torch.compiler.is_compiling() and torch.equal(a, b))
 
 
 def _priors_for(view: View, source: View) -> Priors:
