@@ -16,7 +16,6 @@ LOWEST, HIGHEST = -0.5, 1.5  # allowed in images: resizing and changes of colour
 SMALLEST = 16  # px; if images are larger and all boxes lie within 0..1, the boxes are not in pixels
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def checked_images(images: Sequence[Tensor] | Tensor, model: nn.Module) -> list[Tensor]:
     """Check images without ground truth, as `checked_batch` does. Returns them as `model` needs them."""
     images = _images(images, next(model.parameters()))
@@ -25,7 +24,6 @@ def checked_images(images: Sequence[Tensor] | Tensor, model: nn.Module) -> list[
     return images
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def checked_batch(
     images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Any]], model: nn.Module, spec: DetectorSpec
 ) -> tuple[list[Tensor], list[Target]]:

@@ -209,29 +209,14 @@ class Distiller(nn.Module):
         Raises KDError if images or ground truth are clearly wrong (shape, range, labels), if there are no labels and
         no method that works without them, or if the number of keys is not that of the images.
         """
-        for adapter in (self.student_adapter, self.teacher_adapter):
-            # The user may have called half(), which converts all parameters; to look at each takes a millisecond.
-            if adapter is not None and _first_type(adapter.model) != torch.float32:
-                check_precision(adapter.model)
-        targets, recorded = without_recorded(targets)
-        if targets is None:
-            images = checked_images(images, self.student)
-        else:
-            images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
-        step = self.step
-        active = self.active(step, labelled=targets is not None)
-        if targets is None and not active:
-            reason = self.why_not_unlabelled() or (
-                "no method that can work without labels is at work in it: hand in images with labels"
-            )
-            raise KDError(f"the images of step {step + 1} have no labels, and {reason}")
-        self.calls += self.training
+        ground_truth: Sequence[Target] | None
+        images, ground_truth, recorded, step, active = self._begun(images, targets)
         adapter, methods = self.student_adapter, [method for _, method, _ in active]
-        batch = adapter.prepare(images, targets)
+        batch = adapter.prepare(images, ground_truth)
         teacher_view = None
         if active:  # The teacher is first: what its pass needs is freed before the student's pass keeps its own.
-            teacher_view = self._observe_teacher(images, targets, batch, recorded, keys, _stages(methods, 1))
-            if targets is None and any(method.unlabelled == "detections" for method in methods):
+            teacher_view = self._observe_teacher(images, ground_truth, batch, recorded, keys, _stages(methods, 1))
+            if ground_truth is None and any(method.unlabelled == "detections" for method in methods):
                 teacher_view, batch = self._with_detections(teacher_view, batch)
             elif teacher_view.spec.priors.on_grid and any(Capability.PREDICTIONS in each.needs for each in methods):
                 _ = teacher_view.head  # on a grid a method asks for this pass, and for no pass with different priors
@@ -242,7 +227,7 @@ class Distiller(nn.Module):
         else:
             trace = adapter.head(features, batch, stages=stages)
         losses, assignment = Losses(), None
-        if targets is not None:
+        if ground_truth is not None:
             own, assignment = adapter.task_losses(trace, batch)
             losses.update({f"task/{name}": loss for name, loss in own.items()})
         if teacher_view is not None:
@@ -252,7 +237,7 @@ class Distiller(nn.Module):
             found = [_checked_terms(method, method(exchange.at_strides(method.strides))) for method in methods]
             if self.teacher_cache is not None:
                 self._remember(self.teacher_cache, teacher_view)
-            if targets is not None and self.training and torch.is_grad_enabled():
+            if self.held and ground_truth is not None and self.training and torch.is_grad_enabled():
                 self._hold_shares(step, losses, methods, [terms for terms, _ in found])
             device = batch.images.device
             for (name, method, factor), (terms, metrics) in zip(active, found, strict=True):
@@ -271,6 +256,31 @@ class Distiller(nn.Module):
             name = next(iter(losses))
             losses[name] = processes.reach(losses[name], [p for p in self.parameters() if p.requires_grad])
         return losses
+
+    # Uncompiled: a compiler takes `calls` for a constant, and would compile each step anew. The checks read values.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begun(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | Sequence[RecordedAlone] | None
+    ) -> tuple[Sequence[Tensor], Sequence[Target] | None, list[Recorded] | None, int, list[tuple[str, Method, float]]]:
+        """Check a batch and count the call: images, ground truth, recorded detections, step, methods at work."""
+        for adapter in (self.student_adapter, self.teacher_adapter):
+            # The user may have called half(), which converts all parameters; to look at each takes a millisecond.
+            if adapter is not None and _first_type(adapter.model) != torch.float32:
+                check_precision(adapter.model)
+        targets, recorded = without_recorded(targets)
+        if targets is None:
+            images = checked_images(images, self.student)
+        else:
+            images, targets = checked_batch(images, targets, self.student, self.student_adapter.spec)
+        step = self.step
+        active = self.active(step, labelled=targets is not None)
+        if targets is None and not active:
+            reason = self.why_not_unlabelled() or (
+                "no method that can work without labels is at work in it: hand in images with labels"
+            )
+            raise KDError(f"the images of step {step + 1} have no labels, and {reason}")
+        self.calls += self.training
+        return images, targets, recorded, step, active
 
     def _hold_shares(
         self, step: int, own_losses: Losses, methods: Sequence[Method], found: Sequence[dict[str, Tensor]]

@@ -479,3 +479,34 @@ def test_ground_truth_may_stay_on_the_host_whatever_its_numbers_are(batch):
     doubles = [{"boxes": t["boxes"].double(), "labels": t["labels"].int()} for t in targets]
     losses = [Distiller(None, tiny_gfl(seed=2))(images, each) for each in (targets, doubles)]
     assert losses[0].total == losses[1].total
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_compiled_for_different_numbers_of_boxes_once():
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, inputs):  # traced as for any other backend, and run as it is
+        compiled.append(graph)
+        return graph.forward
+
+    def batch(*counts):
+        generator = torch.Generator().manual_seed(sum(counts))
+        corners = [20 * torch.rand(count, 4, generator=generator) for count in counts]
+        targets = [
+            {"boxes": x + torch.tensor([0.0, 0.0, 30.0, 30.0]), "labels": torch.arange(len(x)) % 3} for x in corners
+        ]
+        return [torch.rand(3, 64, 64, generator=generator) for _ in counts], targets
+
+    distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [CrossKD(), PKD()])
+    distiller.student.backbone.eval()  # batch norm's statistics move with each call
+    step, graphs = torch.compile(distiller, backend=backend), []
+    for counts in ((3, 2), (2, 4), (4, 6), (7, 3)):
+        plain = distiller(*batch(*counts))
+        losses = step(*batch(*counts))
+        losses.total.backward()
+        graphs.append(len(compiled))
+        for name, loss in plain.items():
+            torch.testing.assert_close(losses[name], loss, rtol=1e-5, atol=1e-6)
+    assert graphs[0] == 4
+    assert graphs[1] == graphs[2] == graphs[3] == 8
