@@ -32,9 +32,9 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_beside(path: Path, content: bytes) -> None:
-    """Write a file that other processes see complete or not at all. After a failure of the machine it may be broken.
+    """Write a file that other processes see complete or not at all, and do not wait for the disk.
 
-    It is for many small files that can be made again: `write_atomic` waits for the disk. Raises OSError.
+    A power failure may leave it broken: use it for files that can be made again, else `write_atomic`. Raises OSError.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

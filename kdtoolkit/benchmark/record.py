@@ -111,7 +111,7 @@ def _cached(found: CachedTeacher) -> str:
     """How a cell used its teacher cache."""
     return (
         f"{found.hits} images found, {found.misses} asked about, of {found.views} different ones; a pass over one "
-        f"costs {1000 * found.seconds_of_view:.1f} ms, so different cells have spared it "
+        f"costs {1000 * found.seconds_of_view:.1f} ms, so cells that ran before saved it "
         f"{duration(found.seconds_spared)}"
     )
 

@@ -305,8 +305,7 @@ class _Run:
         """How the cells compute convolutions and, if the hardware chose it, why."""
         section = self.plan.cell(BASELINE, 0).detector
         assert section.train is not None  # students are trained
-        found = Arithmetic.of_config(self.pair, section.train, torch.device(self.plan.device))
-        return f"{found.convolutions} ({found.why})" if found.why else found.convolutions
+        return Arithmetic.of_config(self.pair, section.train, torch.device(self.plan.device)).convolutions_and_why
 
     def _plan_equal_time(self) -> None:
         self.later = []
