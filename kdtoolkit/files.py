@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -80,6 +80,16 @@ def remove_partial(folder: Path) -> None:
         for name in files:
             if fnmatch(name, _PARTIAL):
                 Path(here, name).unlink(missing_ok=True)
+
+
+def bytes_in(folder: Path) -> int:
+    """What the files in a folder and its subfolders take. Other processes may write and rename files there."""
+    found = 0
+    for here, _, files in os.walk(folder):
+        for name in files:
+            with suppress(OSError):  # renamed or deleted meanwhile
+                found += os.stat(os.path.join(here, name)).st_size
+    return found
 
 
 def _flush_names(folder: Path) -> None:

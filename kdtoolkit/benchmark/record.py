@@ -81,6 +81,7 @@ def _facts(path: Path, result: CellResult) -> Iterator[tuple[str, str]]:
         yield "training", f"{result.steps} steps in {duration(result.train_seconds)}{longer}"
         cost = "not measured" if result.cost_ms is None else f"{result.cost_ms:.0f} ms a step"
         yield "cost", f"{cost}, median by the clock {result.step_ms:.0f} ms, memory {result.peak_memory_mb:.0f} MB"
+        yield "computed", str(result.computed)
         if result.cached is not None:
             yield "teacher cache", _cached(result.cached)
         yield "losses", "; ".join(_losses(result))
