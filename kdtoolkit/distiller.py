@@ -38,6 +38,7 @@ from kdtoolkit.contract import (
     check_precision,
 )
 from kdtoolkit.contract.held import HELD_METRICS
+from kdtoolkit.contract.recompute import recomputed
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.gradients import Gradient, norms
 from kdtoolkit.libraries import adapt
@@ -108,6 +109,8 @@ class Distiller(nn.Module):
         score: in batches without labels, the teacher's detections with at least this score stand for objects.
         teacher_cache: what the teacher showed of images is kept in it and taken from it (docs/teacher_cache.md). A
             teacher that is a file of detections needs none: then nothing is kept.
+        recompute: compute the passes of heads through which gradients flow again in the backward pass, instead of
+            keeping what they computed. It saves memory and costs time; losses and gradients stay the same.
 
     Raises:
         IncompatibleError: a method cannot work between the two. The message says why, and which methods can.
@@ -128,6 +131,7 @@ class Distiller(nn.Module):
         class_map: ClassMap | None = None,
         score: float = 0.5,
         teacher_cache: TeacherCache | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if accumulation < 1:
@@ -155,6 +159,7 @@ class Distiller(nn.Module):
         self.teacher_scale = teacher_scale
         self.class_map = class_map
         self.score = score
+        self.recompute = recompute
         self.teacher_cache = teacher_cache
         self._teacher_digest: tuple[tuple[int, ...], str] | None = None  # with the versions that it is of
         self._taken: tuple[str, ...] = ()  # parts of the teacher's pass that the last step took
@@ -204,8 +209,9 @@ class Distiller(nn.Module):
         Raises KDError if images or ground truth are clearly wrong (shape, range, labels), if there are no labels and
         no method that works without them, or if the number of keys is not that of the images.
         """
-        for adapter in (self.student_adapter, self.teacher_adapter):  # the user may have called half()
-            if adapter is not None:
+        for adapter in (self.student_adapter, self.teacher_adapter):
+            # The user may have called half(), which converts all parameters; to look at each takes a millisecond.
+            if adapter is not None and _first_type(adapter.model) != torch.float32:
                 check_precision(adapter.model)
         targets, recorded = without_recorded(targets)
         if targets is None:
@@ -223,32 +229,37 @@ class Distiller(nn.Module):
         adapter, methods = self.student_adapter, [method for _, method, _ in active]
         batch = adapter.prepare(images, targets)
         teacher_view = None
-        if targets is None:
-            teacher_view = self._observe_teacher(images, None, batch, recorded, keys, _stages(methods, 1))
-            if any(method.unlabelled == "detections" for method in methods):
+        if active:  # The teacher is first: what its pass needs is freed before the student's pass keeps its own.
+            teacher_view = self._observe_teacher(images, targets, batch, recorded, keys, _stages(methods, 1))
+            if targets is None and any(method.unlabelled == "detections" for method in methods):
                 teacher_view, batch = self._with_detections(teacher_view, batch)
+            elif teacher_view.spec.priors.on_grid and any(Capability.PREDICTIONS in each.needs for each in methods):
+                _ = teacher_view.head  # on a grid a method asks for this pass, and for no pass with different priors
         features = adapter.features(batch)
-        trace = adapter.head(features, batch, stages=_stages(methods, 0))
+        stages = _stages(methods, 0)
+        if self.recompute:
+            trace = recomputed(lambda: adapter.head(features, batch, stages=stages), adapter.model)
+        else:
+            trace = adapter.head(features, batch, stages=stages)
         losses, assignment = Losses(), None
         if targets is not None:
             own, assignment = adapter.task_losses(trace, batch)
             losses.update({f"task/{name}": loss for name, loss in own.items()})
-        if active:
+        if teacher_view is not None:
             student_view = self._student_view(batch, features, trace, assignment)
-            if teacher_view is None:
-                teacher_view = self._observe_teacher(images, targets, batch, recorded, keys, _stages(methods, 1))
+            student_view.recompute = teacher_view.recompute = self.recompute
             exchange = Exchange(student_view, teacher_view)
             found = [_checked_terms(method, method(exchange.at_strides(method.strides))) for method in methods]
             if self.teacher_cache is not None:
                 self._remember(self.teacher_cache, teacher_view)
             if targets is not None and self.training and torch.is_grad_enabled():
-                self._hold_shares(step, losses.total, methods, [terms for terms, _ in found])
+                self._hold_shares(step, losses, methods, [terms for terms, _ in found])
             device = batch.images.device
             for (name, method, factor), (terms, metrics) in zip(active, found, strict=True):
                 if method.held is not None:
                     factor *= method.held.factor
                     metrics |= {key: torch.full((), x, device=device) for key, x in method.held.metrics.items()}
-                losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
+                losses.update({f"{name}/{term}": _times(factor, loss) for term, loss in terms.items()})
                 losses.metrics.update({f"{name}/{metric}": value for metric, value in metrics.items()})
         if not losses:  # then there are no labels either
             names = ", ".join(type(method).__name__ for method in methods)
@@ -262,7 +273,7 @@ class Distiller(nn.Module):
         return losses
 
     def _hold_shares(
-        self, step: int, task: Tensor, methods: Sequence[Method], found: Sequence[dict[str, Tensor]]
+        self, step: int, own_losses: Losses, methods: Sequence[Method], found: Sequence[dict[str, Tensor]]
     ) -> None:
         """Set the factors of methods whose share is held, where that is due; `found` are the methods' terms."""
         due = [
@@ -272,7 +283,7 @@ class Distiller(nn.Module):
         ]
         if not due:
             return
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        parameters, task = [p for p in self.student.parameters() if p.requires_grad], own_losses.total
         tasks: dict[float, Gradient] = {}
         for held, loss in due:
             for scale in SCALES:
@@ -305,7 +316,8 @@ class Distiller(nn.Module):
     ) -> View:
         """The teacher's view of the images that the student saw. Its head runs when a method asks for it."""
         adapter = self.seen[1]
-        adapter.model.eval()  # the user may have called train() on a module that holds the teacher
+        if adapter.model.training:  # the user may have called train() on a module that holds the teacher
+            adapter.model.eval()
         batch = self.teacher_batch(images, targets, like, recorded)
         if self.teacher_cache is not None and adapter.spec.priors is not PriorKind.DETECTIONS:
             view: View = self._recalled(self.teacher_cache, images, batch, keys, stages)
@@ -505,6 +517,16 @@ class Distiller(nn.Module):
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Continue at the step of a saved state."""
         self.calls = state["step"] * self.accumulation
+
+
+def _times(factor: float, loss: Tensor) -> Tensor:
+    return loss if factor == 1 else factor * loss
+
+
+def _first_type(model: nn.Module) -> torch.dtype:
+    """The type of a model's first parameter; float32 if it has none."""
+    first = next(model.parameters(), None)
+    return torch.float32 if first is None else first.dtype
 
 
 def _stages(methods: Sequence[Method], role: int) -> frozenset[int] | None:

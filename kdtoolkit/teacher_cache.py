@@ -6,7 +6,6 @@ So a changed image, teacher or size has a different key. `versions` says which c
 
 from __future__ import annotations
 
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.contract import Batch, DetectorAdapter
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import is_partial, write_beside
+from kdtoolkit.files import bytes_in, write_beside
 
 Precision = Literal["float32", "bfloat16"]
 GIGABYTE = 10**9
@@ -204,16 +203,8 @@ class _OnDisk(TeacherCache):
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _measure(self) -> None:
-        """Add up the sizes of all files in the folder, without those that a killed process left half-written."""
-        self.bytes = 0
-        for here, _, names in os.walk(self.folder):
-            for name in names:
-                if is_partial(name):
-                    continue
-                try:
-                    self.bytes += os.stat(os.path.join(here, name)).st_size
-                except OSError:  # renamed meanwhile
-                    continue
+        """Add up the sizes of all files in the folder, without half-written ones."""
+        self.bytes = bytes_in(self.folder)
         self._since = 0
 
 

@@ -89,7 +89,7 @@ class Matched:
         if self._rows is not None:
             own = trace.states[stage]
             state = {branch: tuple(map(_laid_over, own[branch], maps)) for branch, maps in state.items()}
-        return view.cut_predictions(view.adapter.resume(state, stage, trace), self._rows)
+        return view.cut_predictions(view.computed(lambda: view.adapter.resume(state, stage, trace)), self._rows)
 
     def teacher_on(self, maps: Sequence[Tensor]) -> tuple[HeadTrace, ...]:
         """Run the teacher's whole head on a student's maps, with the same priors: the pass after each decoder layer.
@@ -100,7 +100,7 @@ class Matched:
         """
         view, priors = self._views[1], self._passes[1].predictions.priors
         given = tuple(map(_laid_over, view.maps, maps))
-        return view.adapter.layers(view.adapter.head(given, view.batch, priors, ()))
+        return view.computed(lambda: view.adapter.layers(view.adapter.head(given, view.batch, priors, ())))
 
     @property
     def teacher_layers(self) -> tuple[HeadTrace, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdtoolkit.contract.adapter import DetectorAdapter
 from kdtoolkit.contract.data import Assignment, Batch, HeadTrace, Predictions, Priors, State
+from kdtoolkit.contract.recompute import recomputed
 from kdtoolkit.contract.spec import DetectorSpec
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ class View:
     """
 
     _sequence = staticmethod(_at_once)  # how sequences of tensors are made
+    recompute = False  # whether passes of the head are computed again in the backward pass, to save memory
 
     def __init__(
         self,
@@ -85,12 +87,16 @@ class View:
     def run_head(self, priors: Priors | None = None) -> HeadTrace:
         """Run the head once more, with `priors` instead of its own."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.adapter.head(tuple(self.maps), self.batch, priors, self._stages)
+            return self.computed(lambda: self.adapter.head(tuple(self.maps), self.batch, priors, self._stages))
 
     def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
         """What the head would have said after each decoder layer, in this pass of it; the last is the pass itself."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.adapter.layers(trace)
+
+    def computed(self, run: Callable[[], T]) -> T:
+        """The result of `run`, a pass of the head; computed again in the backward pass if `recompute` is set."""
+        return recomputed(run, self.adapter.model) if self.recompute else run()
 
     @property
     def own_assignment(self) -> Assignment:

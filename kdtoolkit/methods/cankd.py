@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit.contract import DetectorSpec
-from kdtoolkit.methods.common import channel_moments
+from kdtoolkit.methods.common import batch_norm
 from kdtoolkit.methods.features import FeatureMethod, Level
 
 
@@ -60,9 +60,7 @@ class CrossAttention(nn.Module):
         mixing = values @ keys.mT / keys.shape[2]  # (N, C', C')
         added = self.out((mixing @ self.theta(student).flatten(2)).unflatten(2, student.shape[2:]))
         # Batch normalisation by the batch's own statistics: it runs in training alone.
-        mean, variance = channel_moments(added, correction=0)
-        normed: Tensor = (added - mean) / (variance + 1e-5).sqrt()
-        return student + self.scale * normed
+        return student + self.scale * batch_norm(added, 1e-5)
 
 
 class CanKD(FeatureMethod):

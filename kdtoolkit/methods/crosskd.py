@@ -63,8 +63,7 @@ def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Ten
     Gradient flows through the student's statistics. Stds are unbiased; `eps` is added to the student's std only. If a
     channel of the student does not vary, its values become the teacher's mean.
     """
-    mean, std = channel_statistics(teacher.float())
-    return standardise(student, eps) * std + mean
+    return standardise(student, eps, to=channel_statistics(teacher.detach().float()))
 
 
 def cross_state(
@@ -266,8 +265,8 @@ class CrossKD(Method):
                     return image_moments(own if act is None else act(own))
 
                 name = f"CrossKD, moments {'before' if act is None else 'after'} activation {stage} {branch} {theirs}"
-                mean, std = joined_statistics(pair.of_teacher(name, moments), math.prod(grid[theirs]))
-                tensors[theirs] = standardise(resize_to(module(student[branch][ours]), grid[theirs])) * std + mean
+                statistics = joined_statistics(pair.of_teacher(name, moments), math.prod(grid[theirs]))
+                tensors[theirs] = standardise(resize_to(module(student[branch][ours]), grid[theirs]), to=statistics)
             crossed[branch] = tuple(tensors[level] for level in range(len(grid)))
         return crossed
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kdtoolkit import processes
 from kdtoolkit.contract import DetectorSpec
-from kdtoolkit.methods.common import channel_moments
+from kdtoolkit.methods.common import batch_norm
 from kdtoolkit.methods.features import FeatureMethod, Level
 
 
@@ -62,9 +62,7 @@ class NonLocal(nn.Module):
         relation = torch.bmm(value, key.transpose(1, 2)) / key.shape[2]
         gathered = self.out(torch.bmm(relation, query.flatten(2)).view_as(query))
         # Batch normalisation in training mode. It also takes a single cell in all, which nn.BatchNorm2d refuses.
-        mean, variance = channel_moments(gathered, correction=0)
-        normed: Tensor = (gathered - mean) * (variance + 1e-5).rsqrt() * self.scale + self.shift
-        return x + normed
+        return x + batch_norm(gathered, 1e-5) * self.scale + self.shift
 
 
 class Connector(nn.Module):

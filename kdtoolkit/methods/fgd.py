@@ -15,10 +15,11 @@ more for the gradient. No step writes another map of that size, and the masks ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
@@ -58,11 +59,12 @@ def region_masks(cells: Tensor, height: int, width: int) -> tuple[Tensor, Tensor
     """
     # One more that is no box, so that there is something to take the maximum of. NaN lies over no cell.
     cells = torch.cat([cells, cells.new_full((len(cells), 1, 4), torch.nan)], 1)
-    x1, y1, x2, y2 = cells.unbind(-1)
-    x1, y1, x2, y2 = (side[..., None] for side in (x1.floor(), y1.floor(), x2.ceil(), y2.ceil()))
+    first, last = cells[..., :2].floor(), cells[..., 2:].ceil()
+    share = 1 / (last + 1 - first).prod(-1, keepdim=True)
+    (x1, y1), (x2, y2) = (corner.unsqueeze(-1).unbind(2) for corner in (first, last))
     x, y = torch.arange(width, device=cells.device), torch.arange(height, device=cells.device)
     columns = ((x >= x1) & (x <= x2)).float()
-    rows = torch.where((y >= y1) & (y <= y2), 1 / ((y2 + 1 - y1) * (x2 + 1 - x1)), 0.0)
+    rows = torch.where((y >= y1) & (y <= y2), share, 0.0)
     foreground = (rows[..., :, None] * columns[..., None, :]).amax(1)
     background = (foreground == 0).float()
     return foreground, background / background.sum((1, 2), keepdim=True).clamp(min=1)
@@ -97,13 +99,12 @@ def _strengths(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _over_cells(x: Tensor, weight: Tensor) -> Tensor:
     """Sum over the cells of maps (N, C, P), weighted by (N, P): (N, C)."""
-    # Image by image: batched products of matrix and vector are slow, and less precise.
-    return torch.stack([image @ each for image, each in zip(x, weight, strict=True)])
+    return torch.bmm(weight[:, None], x.mT)[:, 0]
 
 
 def _over_channels(x: Tensor, weight: Tensor) -> Tensor:
     """Sum over the channels of maps (N, C, P), weighted by (N, C): (N, P)."""
-    return torch.stack([image.T @ each for image, each in zip(x, weight, strict=True)])
+    return torch.bmm(weight[:, None], x)[:, 0]
 
 
 class _Compare(torch.autograd.Function):
@@ -258,8 +259,11 @@ class ContextBlock(nn.Module):
 
     def added(self, context: Tensor) -> Tensor:
         """What a context (N, C) adds to each cell: (N, C)."""
-        found: Tensor = self.add(context[:, :, None, None])
-        return found.flatten(1)
+        # Of a single cell, so the 1x1 convolutions are products of matrices, which cost less to start.
+        first, norm, activation, last = cast(Any, self.add)
+        inner = F.linear(context, first.weight.flatten(1), first.bias)
+        inner = F.layer_norm(inner, inner.shape[1:], norm.weight.flatten(), norm.bias.flatten(), norm.eps)
+        return F.linear(activation(inner), last.weight.flatten(1), last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) in, the same out."""
@@ -331,17 +335,23 @@ class FGD(FeatureMethod):
         self.student_context = nn.ModuleList(map(ContextBlock, channels))
         self.teacher_context = nn.ModuleList(map(ContextBlock, channels))
 
-    def masks(self, batch: Batch, stride: int, height: int, width: int) -> Tensor:
-        """Foreground and background weights (2, N, height, width) of the cells of one level; `stride` is in pixels."""
+    def masks(self, batch: Batch, sizes: Mapping[int, tuple[int, int]]) -> list[Tensor]:
+        """Foreground and background weights (2, N, H, W) of the cells of each level.
+
+        `sizes` are (H, W) by the level's stride in pixels.
+        """
         boxes = pad_sequence(list(batch.boxes), batch_first=True, padding_value=torch.nan).float()
-        cells = cells_of_content(boxes, batch.sizes, height, width) if self.published_masks else boxes / stride
-        return torch.stack(region_masks(cells, height, width))
+        found = []
+        for stride, (height, width) in sizes.items():
+            cells = cells_of_content(boxes, batch.sizes, height, width) if self.published_masks else boxes / stride
+            found.append(torch.stack(region_masks(cells, height, width)))
+        return found
 
     def regions(self, exchange: Exchange) -> list[Tensor]:
         """The masks (2, N, H, W) of each pair of levels, in the teacher's cells."""
         view = exchange.teacher
-        sizes = [(t, view.features[t].shape[2], view.features[t].shape[3]) for _, t in self.levels]
-        return [self.masks(view.batch, view.spec.strides[t], height, width) for t, height, width in sizes]
+        maps = {view.spec.strides[t]: view.features[t] for _, t in self.levels}
+        return self.masks(view.batch, {stride: (x.shape[2], x.shape[3]) for stride, x in maps.items()})
 
     def loss(self, student: Tensor, teacher: Tensor, level: Level) -> Tensor:
         """The four terms of one level (4,)."""

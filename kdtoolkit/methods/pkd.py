@@ -7,6 +7,7 @@ matter, and detectors of different kinds can be paired (section 3.3, equations 4
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdtoolkit.methods.common import resize_like, standardise
@@ -24,7 +25,7 @@ def pkd_loss(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
         student = resize_like(student, teacher)
     else:
         teacher = resize_like(teacher, student)
-    return (standardise(student, eps) - standardise(teacher, eps)).square().mean() / 2
+    return F.mse_loss(standardise(student, eps), standardise(teacher, eps)) / 2
 
 
 class PKD(FeatureMethod):

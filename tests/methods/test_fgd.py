@@ -74,7 +74,7 @@ def _near_a_border(boxes, size, height, width):
 @pytest.mark.parametrize(("stride", "height", "width"), [(8, 8, 6), (16, 4, 3), (32, 2, 2)])
 def test_masks_lie_where_the_boxes_are_on_padded_images(stride, height, width):
     seen = batch([[4, 4, 30, 40]], [[10, 12, 24, 30]])  # the second image fills 40 x 30 of 64 x 48
-    foreground, _ = FGD().masks(seen, stride, height, width)
+    ((foreground, _),) = FGD().masks(seen, {stride: (height, width)})
     for mask, ((x1, y1, x2, y2),) in zip(foreground, (b.tolist() for b in seen.boxes), strict=True):
         rows, columns = mask.any(1).nonzero() * stride, mask.any(0).nonzero() * stride
         assert rows.min() <= y1 < rows.min() + stride
@@ -86,11 +86,12 @@ def test_masks_lie_where_the_boxes_are_on_padded_images(stride, height, width):
 
 def test_published_masks_differ_on_padded_images_alone():
     seen, published = batch([[4, 4, 30, 40]], [[10, 12, 24, 30]]), FGD(published_masks=True)
-    for ours, theirs in zip(FGD().masks(seen, 8, 8, 6), published.masks(seen, 8, 8, 6), strict=True):
+    (own,), (found,) = (method.masks(seen, {8: (8, 6)}) for method in (FGD(), published))
+    for ours, theirs in zip(own, found, strict=True):
         torch.testing.assert_close(ours[0], theirs[0])
         assert not torch.equal(ours[1], theirs[1])
     naive = naive_masks(seen.boxes, seen.sizes, 8, 6)
-    for theirs, expected in zip(published.masks(seen, 8, 8, 6), naive, strict=True):
+    for theirs, expected in zip(found, naive, strict=True):
         torch.testing.assert_close(theirs, expected)
 
 

@@ -311,7 +311,7 @@ def fgd(z: Golden) -> Iterator[Check]:
         parameters[name].data = tensor(z, key)
 
     batch = batch_of(z, len(student))
-    masks = method.masks(batch, specs[1].strides[0], teacher.shape[2], teacher.shape[3])
+    (masks,) = method.masks(batch, {specs[1].strides[0]: (teacher.shape[2], teacher.shape[3])})
     yield Check("mid.mask_fg", masks[0], z["mid.mask_fg"])
     yield Check("mid.mask_bg", masks[1], z["mid.mask_bg"])
     aligned = method.align[0](student)
