@@ -9,7 +9,7 @@ and the compiled step. Each part is a call of `benchmarks/speed/step.py` in its 
 that fails or hangs does not stop the others. If a batch of 16 does not fit, 8 and 4 are tried. The report is printed as
 it grows, and is written to OUT/speed.md; each part's samples lie in OUT/PART/step.json.
 
-It has never run on a GPU. On a CPU (the second command), where there are no time limits, the parts `step` and `two` have
+It has never run on a GPU. On a CPU (the second command), without time limits, the parts `step` and `two` have
 run to their end.
 """
 
