@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -32,9 +32,9 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_beside(path: Path, content: bytes) -> None:
-    """Write a file that other processes see complete or not at all. After a failure of the machine it may be broken.
+    """Write a file that other processes see complete or not at all, and do not wait for the disk.
 
-    It is for many small files that can be made again: `write_atomic` waits for the disk. Raises OSError.
+    A power failure may leave it broken: use it for files that can be made again, else `write_atomic`. Raises OSError.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -80,6 +80,16 @@ def remove_partial(folder: Path) -> None:
         for name in files:
             if fnmatch(name, _PARTIAL):
                 Path(here, name).unlink(missing_ok=True)
+
+
+def bytes_in(folder: Path) -> int:
+    """What the files in a folder and its subfolders take. Other processes may write and rename files there."""
+    found = 0
+    for here, _, files in os.walk(folder):
+        for name in files:
+            with suppress(OSError):  # renamed or deleted meanwhile
+                found += os.stat(os.path.join(here, name)).st_size
+    return found
 
 
 def _flush_names(folder: Path) -> None:

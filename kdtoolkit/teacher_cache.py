@@ -6,7 +6,6 @@ arithmetic. So a cache is never wrong: a changed image, teacher or size has a di
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.contract import Batch, DetectorAdapter
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import write_beside
+from kdtoolkit.files import bytes_in, write_beside
 
 Precision = Literal["float32", "bfloat16"]
 GIGABYTE = 10**9
@@ -182,13 +181,7 @@ class _OnDisk(TeacherCache):
 
     def _measure(self) -> None:
         """Add up the sizes of all files in the folder."""
-        self.bytes = 0
-        for here, _, names in os.walk(self.folder):
-            for name in names:
-                try:
-                    self.bytes += os.stat(os.path.join(here, name)).st_size
-                except OSError:  # renamed meanwhile
-                    continue
+        self.bytes = bytes_in(self.folder)
         self._since = 0
 
 

@@ -332,3 +332,26 @@ def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(KDError, match=r"cannot use .*file.*: "):
         TeacherCache.on_disk(tmp_path / "file" / "cache")
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_not_compiled_anew_for_the_keys_of_each_batch():
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    cache = TeacherCache.in_memory()
+    distiller = distiller_of(*pair("GFL"), [PKD], cache)
+    compiled, counts = torch.compile(distiller, backend=backend), []
+    for place in range(4):
+        shown = [image * 0.9**place for image in IMAGES]
+        for _ in range(2):
+            distiller.calls = 0  # the step's number is compiled in
+            compiled(shown, TARGETS, [*map(digest, shown)])
+        counts.append(len(graphs))
+    assert (cache.hits, cache.misses) == (4 * len(IMAGES),) * 2
+    assert counts[0] > 0
+    assert counts[1:] == counts[1:2] * 3

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from kdtoolkit import Distiller, IncompatibleError, adapt
 from kdtoolkit.build import build_model
 from kdtoolkit.contract import Capability, Exchange, Method, Target, View
+from kdtoolkit.detectors.dense import DenseDetector
 from kdtoolkit.distiller import Losses
 from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.config import TrainConfig
@@ -186,6 +187,19 @@ def _keeping_size(detector: Detector, scene: Scene) -> Mapping[str, object]:
     return {"min_size": min(scene.size), "max_size": max(scene.size)}
 
 
+def _freeze_as_published(student: DenseDetector) -> None:
+    """Freeze the ResNet's stem, its first stage and its batch norms, as the recipes of GFL, FCOS and RetinaNet do.
+
+    The recipes also train scale and shift of the later batch norms, which takes no measurable time.
+    """
+    for name, parameter in student.backbone.named_parameters():
+        if name.startswith(("conv1", "bn1", "layer1")):
+            parameter.requires_grad_(False)
+    for module in student.backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+
+
 class Parts:
     """A pair in one setting, and the parts of its steps by name: `works`.
 
@@ -211,6 +225,8 @@ class Parts:
         self.cache = TeacherCache.in_memory(CACHE_GIGABYTES, kept) if settings.cache else None
         self.keys = [*map(digest, self.images)] if settings.cache else None  # a loader's workers compute them
         self.teacher.model.eval().requires_grad_(False)
+        if isinstance(self.student.model, DenseDetector):
+            _freeze_as_published(self.student.model)
         self.weights_mb = tuple(sum(p.nbytes for p in model.parameters()) / 2**20 for model in models)
         self.parameters = [p for p in self.student.model.parameters() if p.requires_grad]
         self.works: dict[str, Work] = {PLAIN: self._step(Distiller(None, self.student))}
