@@ -89,7 +89,10 @@ def remove_partial(folder: Path) -> None:
 
 
 def bytes_in(folder: Path) -> int:
-    """What the files in a folder and below take, without half-written ones. Other processes may write there."""
+    """What the files in a folder and its subfolders take. Other processes may write and rename files there.
+
+    Files that are half-written do not count.
+    """
     found = 0
     for here, _, files in os.walk(folder):
         for name in files:

@@ -203,7 +203,7 @@ class _OnDisk(TeacherCache):
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _measure(self) -> None:
-        """Add up the sizes of all files in the folder, without half-written ones."""
+        """Add up the sizes of all files in the folder, without those that a killed process left half-written."""
         self.bytes = bytes_in(self.folder)
         self._since = 0
 
@@ -269,12 +269,20 @@ def view_keys(images: Sequence[str], batch: Batch, teacher: str, precision: Prec
         precision: how the cache keeps floats.
     """
     device, canvas = batch.images.device.type, tuple(batch.images.shape[-2:])
-    arithmetic = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
-    shared = f"{teacher} {canvas} {arithmetic} {precision}"
+    shared = f"{teacher} {canvas} {_arithmetic(device)} {precision}"
     return [
         blake2b(f"{shared} {sizes} {image}".encode(), digest_size=DIGEST_SIZE).hexdigest()
         for image, *sizes in zip(images, batch.sizes, batch.padded_sizes, strict=True)
     ]
+
+
+def _arithmetic(device: str) -> str:
+    """What products are computed in, as far as it changes more than rounding of float32."""
+    dtype = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
+    if device != "cuda":
+        return dtype
+    # TF32 has 10 bits of mantissa. Matrix products and convolutions have a switch each.
+    return f"{dtype} {torch.backends.cuda.matmul.allow_tf32} {torch.backends.cudnn.allow_tf32}"
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -71,7 +71,7 @@ class Computed(BaseModel):
     winograd: bool = False
 
     def __str__(self) -> str:
-        layout = "channels_last" if self.channels_last else "channels first"
+        layout = "channels last" if self.channels_last else "channels first"
         return f"{self.precision}, {layout}{', Winograd' if self.winograd else ''}"
 
 

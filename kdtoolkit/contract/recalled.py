@@ -168,8 +168,6 @@ class RecalledView(View):
         dtype: the type that floats are kept in, if it is a narrower one.
     """
 
-    _sequence = Lazy
-
     def __init__(
         self,
         adapter: DetectorAdapter,

@@ -80,7 +80,6 @@ def test_the_cost_of_a_cell_has_each_view_once():
     assert on_gpu.model_copy(update={"cached": None}).cost_ms == 200
 
 
-@pytest.mark.slow
 def test_a_run_tells_the_size_of_a_cache_that_others_write_to(tmp_path):
     suite, store, workers = tiny(CACHED), Store(tmp_path / "run"), Workers("cpu", 1)
     console = Console(file=io.StringIO(), width=200)

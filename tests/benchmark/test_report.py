@@ -143,7 +143,7 @@ def test_cells_that_were_computed_in_different_ways_are_named(tmp_path):
     computed = Computed(precision="float32", channels_last=True, winograd=True)
     store_result(Store(root).result_path("PKD", 1), made_up("PKD", 1, 24.2, computed=computed))
     board = build_board(root)
-    assert "float32, channels_last, Winograd: PKD (seed 1)" in board.facts["computed"]
+    assert "float32, channels last, Winograd: PKD (seed 1)" in board.facts["computed"]
     assert "float32, channels first: baseline (seed 0, 1, 2), PKD (seed 0, 2)" in board.facts["computed"]
     rows = {row.entry: row for row in board.rows}
     assert (rows["PKD"].step_ms, rows[BASELINE].step_ms) == (None, 200.0)
