@@ -161,7 +161,7 @@ class Distiller(nn.Module):
         self.score = score
         self.recompute = recompute
         self.teacher_cache = teacher_cache
-        self._teacher_digest: tuple[tuple[int, ...], str] | None = None  # with the versions that it is of
+        self._teacher_digest: tuple[tuple[tuple[int, int], ...], str] | None = None  # with the versions that it is of
         self._taken: tuple[str, ...] = ()  # parts of the teacher's pass that the last step took
         self.calls = 0
         self.run_steps: int | None = None  # needed where schedules are given as shares of it

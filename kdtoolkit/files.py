@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from uuid import uuid4
 
 LOCK = ".lock"  # the file by which a process holds a folder
 _PARTIAL = ".*.partial"
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file or folder of this name is half-written: by a process that works on it now, or that was killed."""
+    return fnmatch(name, _PARTIAL)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -19,7 +25,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     The content goes to a second file beside it, which is flushed to the disk and then renamed. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -32,11 +38,11 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_beside(path: Path, content: bytes) -> None:
-    """Write a file that other processes see complete or not at all. After a failure of the machine it may be broken.
+    """Write a file that other processes see complete or not at all, and do not wait for the disk.
 
-    It is for many small files that can be made again: `write_atomic` waits for the disk. Raises OSError.
+    A power failure may leave it broken: use it for files that can be made again, else `write_atomic`. Raises OSError.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         partial.write_bytes(content)
         partial.replace(path)
@@ -52,7 +58,7 @@ def written_together(folder: Path) -> Iterator[Path]:
     fails, `folder` stays as it was. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{os.getpid()}.partial"
+    partial = _partial(folder / "files")
     try:
         partial.mkdir(exist_ok=True)
         yield partial
@@ -75,11 +81,31 @@ def remove_partial(folder: Path) -> None:
     for here, below, files in os.walk(folder):
         below[:] = [name for name in below if not Path(here, name, LOCK).exists()]
         for name in below:
-            if fnmatch(name, _PARTIAL):
+            if is_partial(name):
                 shutil.rmtree(Path(here, name), ignore_errors=True)
         for name in files:
-            if fnmatch(name, _PARTIAL):
+            if is_partial(name):
                 Path(here, name).unlink(missing_ok=True)
+
+
+def bytes_in(folder: Path) -> int:
+    """What the files in a folder and its subfolders take. Other processes may write and rename files there.
+
+    Files that are half-written do not count.
+    """
+    found = 0
+    for here, _, files in os.walk(folder):
+        for name in files:
+            if is_partial(name):
+                continue
+            with suppress(OSError):  # renamed or deleted meanwhile
+                found += os.stat(os.path.join(here, name)).st_size
+    return found
+
+
+def _partial(path: Path) -> Path:
+    """A name beside `path` that no thread or process has, on whatever machine: they may share the folder."""
+    return path.with_name(f".{path.name}.{uuid4().hex}.partial")
 
 
 def _flush_names(folder: Path) -> None:

@@ -14,6 +14,7 @@ from kdtoolkit.adapters import torchvision
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import BCKD, CWD, FGD, LD, PKD, CrossKD, DeFeat, FitNet, LogitKD, Mimic, ObjectKD
+from kdtoolkit.teacher_cache import TeacherCache
 from tests.conftest import tiny_atss, tiny_fcos, tiny_gfl, tiny_retinanet
 
 NATIVE = {"GFL": tiny_gfl, "ATSS": tiny_atss, "FCOS": tiny_fcos, "RetinaNet": tiny_retinanet}
@@ -116,6 +117,20 @@ def unlabelled(rank=None):
     return gradients(distiller)
 
 
+def cached(rank, folder):
+    """Gradients of a step that fills a cache on disk, and of one that finds what the other process kept; the cache."""
+    cache = TeacherCache.on_disk(Path(folder, "teacher_cache"))
+    found = []
+    for half in (rank, 1 - rank):
+        distiller = distiller_of("GFL", [CrossKD(), PKD()])
+        distiller.teacher_cache = cache
+        model = DistributedDataParallel(distiller)
+        model(*halves()[half]).total.backward()
+        found.append(gradients(distiller))
+        dist.barrier()
+    return {"cold": found[0], "warm": found[1], "hits": cache.hits, "misses": cache.misses}
+
+
 def methods_alone(losses):
     return torch.stack([loss for name, loss in losses.items() if not name.startswith("task/")]).sum()
 
@@ -194,6 +209,7 @@ def _work(rank, folder, families, with_ways, kind):
         found["held"] = held(halves()[rank], DistributedDataParallel)
         found["uneven"] = uneven(rank)
         found["unlabelled"] = unlabelled(rank)
+        found["cached"] = cached(rank, folder)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

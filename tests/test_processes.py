@@ -81,3 +81,14 @@ def test_shares_are_held_alike_in_all_processes_and_as_in_one(pair):
     assert first == second
     for name, expected in _pair.held(_pair.whole()).items():
         assert first[name] == pytest.approx(expected, rel=1e-3)
+
+
+def test_processes_share_a_teacher_cache_on_disk(pair):
+    distiller = _pair.distiller_of("GFL", [_pair.CrossKD(), _pair.PKD()])
+    distiller(*_pair.whole()).total.backward()
+    live = _pair.gradients(distiller)
+    for found in (each["cached"] for each in pair):
+        assert (found["hits"], found["misses"]) == (2, 2)
+        same(found["cold"], pair[0]["cached"]["cold"], 0)
+        same(found["cold"], live, 1e-5)
+        same(found["warm"], live, 1e-5)

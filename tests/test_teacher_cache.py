@@ -1,17 +1,22 @@
 """A teacher that is asked once: with a warm cache, a step has the values that it has with a live teacher."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load
 
-from kdtoolkit import Distiller, KDError
+from kdtoolkit import Distiller, KDError, teacher_cache
+from kdtoolkit.adapters.timm import FoundationAdapter
 from kdtoolkit.classes import ClassMap
 from kdtoolkit.compatibility import why_refused
+from kdtoolkit.contract import Batch
+from kdtoolkit.contract.recalled import Recall
 from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import FGD, LD, PKD, Cosine, CrossKD, LogitKD, ObjectKD, all_methods
 from kdtoolkit.models import open_detector
-from kdtoolkit.teacher_cache import TeacherCache, digest
+from kdtoolkit.teacher_cache import TeacherCache, digest, teacher_digest
 from kdtoolkit.testing._batch import example_batch
 from kdtoolkit.testing._doubles import transformed
 from tests._foundation import foundation
@@ -224,6 +229,55 @@ def test_a_changed_teacher_is_asked_again():
     assert cache.misses == 4
 
 
+def test_weights_that_were_put_in_the_place_of_others_are_noticed():
+    teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=0)
+    cache = TeacherCache.in_memory()
+    distiller = distiller_of(teacher, student, [PKD], cache)
+    step(distiller)
+    for p, other in zip(teacher.parameters(), tiny_gfl(seed=5).parameters(), strict=True):
+        p.data = other.data
+    torch.testing.assert_close(step(distiller), step(distiller_of(teacher, student, [PKD])))
+    assert cache.misses == 4
+
+
+def test_a_new_distiller_notices_every_change_of_weights():
+    teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=0)
+    cache = TeacherCache.in_memory()
+    step(distiller_of(teacher, student, [PKD], cache))
+    next(teacher.parameters()).data.mul_(2)
+    step(distiller_of(teacher, student, [PKD], cache))
+    assert cache.misses == 4
+
+
+def test_teachers_of_equal_weights_and_different_settings_have_different_digests():
+    def ssd():
+        return adapt(build("torchvision SSD", 0))
+
+    teachers = [ssd() for _ in range(2)] + [adapt(tiny_gfl(seed=0)) for _ in range(2)]
+    teachers[1].model.transform.image_mean = [0.1, 0.2, 0.3]
+    next(m for m in teachers[3].model.modules() if hasattr(m, "eps")).eps = 0.1
+    found = [teacher_digest(teacher) for teacher in teachers]
+    assert len({*found}) == len(found)
+    assert found[0] == teacher_digest(ssd())
+
+
+def test_what_an_adapter_does_to_images_is_in_the_digest():
+    teacher = foundation()
+    adapters = [FoundationAdapter(teacher) for _ in range(2)]
+    assert teacher_digest(adapters[0]) == teacher_digest(adapters[1])
+    adapters[1]._mean = (0.1, 0.2, 0.3)
+    assert teacher_digest(adapters[0]) != teacher_digest(adapters[1])
+
+
+def test_addresses_in_the_description_of_a_layer_are_not_in_the_digest():
+    found = []
+    for _ in range(2):
+        teacher = tiny_gfl(seed=0)
+        teacher.extra_repr = lambda: repr(lambda x: x)
+        found.append(teacher_digest(adapt(teacher)))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_an_image_that_is_twice_in_a_batch_is_kept_once(kind, tmp_path):
     cache = TeacherCache.in_memory() if kind == "memory" else TeacherCache.on_disk(tmp_path)
@@ -314,6 +368,60 @@ def test_a_broken_file_counts_as_missing_and_is_written_anew(tmp_path, content):
     torch.testing.assert_close(load(first.read_bytes()), load(whole))
 
 
+def test_a_file_with_changed_values_counts_as_missing_and_is_written_anew(tmp_path):
+    teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=0)
+    live = step(distiller_of(teacher, student, [PKD], TeacherCache.on_disk(tmp_path)))
+    first = folder_of(tmp_path)[0]
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-4000] + bytes(4000))  # what a failure of power leaves
+    cache = TeacherCache.on_disk(tmp_path)
+    distiller = distiller_of(teacher, student, [PKD], cache)
+    for _ in range(2):
+        torch.testing.assert_close(step(distiller), live, rtol=0, atol=0)
+    assert (cache.hits, cache.misses) == (3, 1)
+    assert cache.notices == [f"the teacher cache in {tmp_path} had broken files: their images are shown again"]
+    assert first.read_bytes() == whole
+
+
+def test_a_file_is_checked_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdtoolkit.teacher_cache.HELD", 0)  # so that each step reads the files
+    teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=0)
+    step(distiller_of(teacher, student, [PKD], TeacherCache.on_disk(tmp_path)))
+    checked = []
+    own = teacher_cache._digest_of
+    monkeypatch.setattr("kdtoolkit.teacher_cache._digest_of", lambda parts: checked.append(1) or own(parts))
+    cache = TeacherCache.on_disk(tmp_path)
+    distiller = distiller_of(teacher, student, [PKD], cache)
+    for _ in range(3):
+        step(distiller)
+    assert (len(checked), cache.hits) == (2, 6)
+
+
+def test_the_copy_of_a_distiller_shares_the_cache():
+    distiller = distiller_of(tiny_gfl(seed=1), tiny_gfl(seed=0), [PKD], cache := TeacherCache.in_memory())
+    step(distiller)
+    step(copy.deepcopy(distiller))
+    assert (cache.hits, cache.misses) == (2, 2)
+
+
+def test_half_written_files_do_not_count(tmp_path):
+    (tmp_path / "ab").mkdir()
+    (tmp_path / "ab" / ".abc.safetensors.123.partial").write_bytes(bytes(5000))
+    assert TeacherCache.on_disk(tmp_path).bytes == 0
+
+
+def test_labels_that_a_method_keeps_are_on_the_device_of_the_batch(monkeypatch):
+    size = ((64, 64),) * 2
+    batch = Batch(torch.empty(2, 3, 64, 64, device="meta"), size, size, size)
+    known = [{"labels": torch.tensor([i]), "grid": torch.tensor([[8, 8]])} for i in range(2)]
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which does not know this device
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    recall = Recall(adapt(tiny_gfl(seed=0)), batch, known, None, torch.bfloat16)
+    recall.look_up(["labels", "grid"])
+    assert (recall.parts["labels"].device.type, recall.parts["labels"].dtype) == ("meta", torch.int64)
+    assert recall.parts["grid"].tolist() == [[[8, 8]]] * 2
+
+
 def test_a_full_disk_ends_the_taking_and_not_the_run(tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
@@ -330,5 +438,29 @@ def test_a_full_disk_ends_the_taking_and_not_the_run(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(KDError, match=r"cannot use .*file.*: "):
-        TeacherCache.on_disk(tmp_path / "file" / "cache")
+    for folder in (tmp_path / "file" / "cache", tmp_path / "file"):
+        with pytest.raises(KDError, match=r"cannot use .*file.* as its folder: .*\. Name a folder"):
+            TeacherCache.on_disk(folder)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_not_compiled_anew_for_the_keys_of_each_batch():
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    cache = TeacherCache.in_memory()
+    distiller = distiller_of(*pair("GFL"), [PKD], cache)
+    compiled, counts = torch.compile(distiller, backend=backend), []
+    for place in range(4):
+        shown = [image * 0.9**place for image in IMAGES]
+        for _ in range(2):
+            distiller.calls = 0  # the step's number is compiled in
+            compiled(shown, TARGETS, [*map(digest, shown)])
+        counts.append(len(graphs))
+    assert (cache.hits, cache.misses) == (4 * len(IMAGES),) * 2
+    assert counts[0] > 0
+    assert counts[1:] == counts[1:2] * 3

@@ -1121,6 +1121,24 @@ class KeepsWhatItSawFirst(Squares):
         return (self.project(exchange.student.features[0]) - self.first).square().mean()
 
 
+class TakesFeaturesAsATuple(Squares):
+    """warm_cache"""
+
+    def loss(self, exchange):
+        return super().loss(exchange) + torch._foreach_norm(exchange.teacher.features)[0]
+
+
+class TakesASumOverTheTeachersImages(Squares):
+    """warm_cache"""
+
+    def loss(self, exchange):
+        def of(trace):
+            logits = trace.predictions.logits
+            return logits.abs().sum().expand(len(logits))
+
+        return super().loss(exchange) * exchange.matched().of_teacher("a sum over the batch", of).mean()
+
+
 class CountsItsOwnObjects(Squares):
     """two_processes"""
 

@@ -3,14 +3,14 @@
     python benchmarks/gpu/speed.py                             # on a GPU; installed with the dev extra
     python benchmarks/gpu/speed.py --device cpu --small        # the script itself, on a tiny pair
 
-Compared are our modules in eager float32 with the channels first and the teacher asked in each step (`reference`, which
+It compares our modules in eager float32 with the channels first and the teacher asked in each step (`reference`, which
 was measured equal to the published code), the defaults of training, bfloat16, a warm cache of the teacher's answers,
 and the compiled step. Each part is a call of `benchmarks/speed/step.py` in its own process, with a time limit: a part
 that fails or hangs does not stop the others. If a batch of 16 does not fit, 8 and 4 are tried. The report is printed as
 it grows, and is written to OUT/speed.md; each part's samples lie in OUT/PART/step.json.
 
-It has never run on a GPU. On a CPU (the second command), where there are no time limits, all parts but the compiled one
-have run to their end.
+It has never run on a GPU. On a CPU (the second command), without time limits, the parts `step` and `two` have
+run to their end.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python benchmarks/speed/step.py --pair all --size 128
     python benchmarks/speed/step.py --device cuda --pair gfl-r50-r101 --size 800x1216 --images 16 --profile
 
-Measured are the plain step (a), the teacher's pass (b), the continuation through the teacher's head (c) and the KD step
+It measures the plain step (a), the teacher's pass (b), the continuation through the teacher's head (c) and the KD step
 (d) of each combination of methods, in each setting; `parts.py` says what each is. All parts run in turn in one process,
 round by round, so drift of the machine cancels: a ratio is the median over the rounds, with the smallest and the
 largest in brackets. Losses are compared with those of the first setting.

@@ -139,7 +139,7 @@ def _aps(results: Iterable[CellResult]) -> dict[int, float]:
 
 def _row(suite: Suite, entry: str, results: list[CellResult], compared: Compared) -> Row:
     def cost(name: str) -> float | None:
-        if len({result.hardware for result in results}) > 1:
+        if len({(result.hardware, result.way) for result in results}) > 1:
             return None
         found = spread(getattr(result, name) for result in results)
         return None if found is None else found.mean
@@ -240,6 +240,8 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
         "teacher": training(suite.teacher),
         "precision": distinct(result.key_parts.get("precision", suite.student.train.precision) for result in done),
     }
+    if ways := _ways(cells):
+        facts["computed"] = ways
     if equal := cells[EQUAL_TIME]:
         steps = distinct(str(result.steps) for result in equal)
         stretch = distinct(f"{result.stretch:.2f}" for result in equal)
@@ -259,6 +261,21 @@ def _facts(suite: Suite, cells: Mapping[str, list[CellResult]], done: list[CellR
     dates = sorted(result.date for result in done)
     facts["run"] = f"{dates[0]} to {dates[-1]}" if dates else "-"
     return facts
+
+
+def _ways(cells: Mapping[str, list[CellResult]]) -> str:
+    """In which ways the cells were computed, if these differ between the cells or between their teachers' caches."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row, results in cells.items():
+        for result in results:
+            found.setdefault(result.way, {}).setdefault(row, []).append(str(result.seed))
+    taught = {result.way for results in cells.values() for result in results if result.teacher_key}
+    if len({result.computed for results in cells.values() for result in results}) < 2 and len(taught) < 2:
+        return ""
+    return "in different ways. " + "; ".join(
+        f"{way}: " + ", ".join(f"{row} (seed {', '.join(seeds)})" for row, seeds in at.items())
+        for way, at in found.items()
+    )
 
 
 def _cached(done: Iterable[CellResult]) -> str:

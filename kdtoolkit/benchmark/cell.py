@@ -21,6 +21,7 @@ from kdtoolkit.benchmark.store import (
     FORMAT,
     CachedTeacher,
     CellResult,
+    Computed,
     discard,
     discard_runs,
     holding,
@@ -35,6 +36,7 @@ from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import own_ids
 from kdtoolkit.data.views import count_views
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.breakdown import breakdown
 from kdtoolkit.engine.caching import seconds_of_view
 from kdtoolkit.engine.config import TrainConfig
@@ -48,6 +50,7 @@ from kdtoolkit.engine.mixture import unlabelled_steps
 from kdtoolkit.engine.result import TrainResult
 from kdtoolkit.engine.scoring import Found
 from kdtoolkit.engine.train import Progress, Validation, train
+from kdtoolkit.engine.winograd import gains
 from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.inherit import inherit
 from kdtoolkit.libraries import adapt
@@ -306,7 +309,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
             inherited = inherit(student, teacher, class_map).describe()
 
     if task.steps == 0:
-        trained, cached = TrainResult(0, 0.0, 0.0), None
+        trained, cached, computed = TrainResult(0, 0.0, 0.0), None, Computed(precision="float32")
     else:
         distiller = Distiller(
             teacher if task.methods else None,
@@ -317,6 +320,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         )
         trained = _train(task, distiller, images, sets, report)
         cached = _cached(task, distiller, images, sets, trained)
+        computed = _computed(task, distiller)
     memory = trained.peak_memory_mb or peak_memory_mb(task.device)
 
     def evaluating(done: int, total: int) -> None:
@@ -376,6 +380,7 @@ def _run(task: Task, report: Callable[[Report], None]) -> None:
         fingerprints={**task.fingerprints, **taught_by},
         inference=cost,
         cached=cached,
+        computed=computed,
     )
     if detections:
         truth = GroundTruth(task.fingerprints["val_data"], sets.val.in_memory().coco())
@@ -453,6 +458,19 @@ def _train(
         kept = task.result.with_suffix(".last-good.pt")
         write_weights(kept, distiller.student)
         raise NonFiniteLossError(f"{error} The student's weights before that step are in {kept}") from error
+
+
+def _computed(task: Task, distiller: Distiller) -> Computed:
+    """How the steps were computed. Where the teacher alone is large enough for Winograd's algorithm, none is told.
+
+    The costs of a step are compared with those of a student alone.
+    """
+    found = Arithmetic.of_config(distiller, _config(task), torch.device(task.device))
+    return Computed(
+        precision=found.precision,
+        channels_last=found.channels_last,
+        winograd=found.winograd and gains(distiller.student),
+    )
 
 
 def _cached(

@@ -132,7 +132,7 @@ def _curve(values: Mapping[float, list[float]]) -> Curve:
 
 
 def _cost(results: Sequence[CellResult], latency: float | None) -> RowCost:
-    alike = len({result.hardware for result in results}) == 1
+    alike = len({(result.hardware, result.way) for result in results}) == 1
 
     def mean(values: Iterable[float | None]) -> float | None:
         known = [value for value in values if value is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from kdtoolkit.benchmark.store import CellResult
+from kdtoolkit.benchmark.store import CellResult, Computed
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TWICE
 
 STRETCH_SLACK = 1.05  # the stored row of equal time is kept until it would have to be longer by more than this factor
@@ -14,17 +14,24 @@ STRETCH_SLACK = 1.05  # the stored row of equal time is kept until it would have
 def relative_costs(cells: Mapping[str, Sequence[CellResult]]) -> dict[str, float]:
     """What a step of each method costs, in steps of the baseline: at least 1, since a schedule is never shortened.
 
-    Only costs on the same hardware are compared, and the largest factor counts. A method whose cost was not measured on
-    the baseline's hardware is left out. Where the baseline's cost was not measured (earlier versions did not measure
+    Only costs on the same hardware, of steps that were computed alike, are compared. A row's cells with a teacher cache
+    and its cells without one count apart. The largest factor counts. A method whose cost was not measured beside the
+    baseline's is left out. Where the baseline's cost was not measured (earlier versions did not measure
     CPU time), the baseline with twice the steps stands in for it.
     """
     found: dict[str, float] = {}
-    for hardware in {result.hardware for results in cells.values() for result in results}:
-        costs = {row: cost for row, results in cells.items() if (cost := _cost(results, hardware))}
-        plain = costs.get(BASELINE, costs.get(TWICE))
+    for alike in {(result.hardware, result.computed) for results in cells.values() for result in results}:
+        costs = {
+            (row, cached): cost
+            for row, results in cells.items()
+            for cached in (False, True)
+            if (cost := _cost(result for result in results if _group(result) == (*alike, cached)))
+        }
+        plain = costs.get((BASELINE, False), costs.get((TWICE, False)))
         if plain is not None:
-            for row in (row for row in costs if row not in (BASELINE, TWICE, EQUAL_TIME)):
-                found[row] = max(found.get(row, 1.0), costs[row] / plain)
+            for (row, _), cost in costs.items():
+                if row not in (BASELINE, TWICE, EQUAL_TIME):
+                    found[row] = max(found.get(row, 1.0), cost / plain)
     return found
 
 
@@ -36,7 +43,7 @@ def warnings(cells: Mapping[str, Sequence[CellResult]]) -> Iterable[str]:
         yield (
             f"the time of {', '.join(unknown)} was not measured beside the baseline's, so the baseline at equal time "
             "may be too short for a fair comparison. `--fresh`, with `--only` for the baseline and each of these rows, "
-            "runs them again and measures them on the same hardware"
+            "runs them again, and measures them on the same hardware and computed alike"
         )
     if len({result.steps for result in cells[EQUAL_TIME]}) > 1:
         told = ", ".join(f"seed {result.seed}: {result.steps} steps" for result in cells[EQUAL_TIME])
@@ -54,7 +61,11 @@ def warnings(cells: Mapping[str, Sequence[CellResult]]) -> Iterable[str]:
         )
 
 
-def _cost(results: Iterable[CellResult], hardware: str) -> float | None:
-    """The mean cost of a step on this hardware; None if it was not measured."""
-    known = [cost for result in results if result.hardware == hardware and (cost := result.cost_per_step)]
+def _group(result: CellResult) -> tuple[str, Computed, bool]:
+    return result.hardware, result.computed, result.cached is not None
+
+
+def _cost(results: Iterable[CellResult]) -> float | None:
+    """The mean cost of a step; None if it was not measured."""
+    known = [cost for result in results if (cost := result.cost_per_step)]
     return statistics.fmean(known) if known else None

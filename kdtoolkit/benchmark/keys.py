@@ -22,7 +22,7 @@ import kdtoolkit
 from kdtoolkit.benchmark.suite import DetectorSection
 from kdtoolkit.engine.checkpoint import to_bytes
 from kdtoolkit.engine.config import TrainConfig
-from kdtoolkit.engine.identity import FREE
+from kdtoolkit.engine.identity import ONLY_SPEED
 from kdtoolkit.libraries import library_of_name
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import content_of
@@ -103,7 +103,7 @@ def settings_of(parts: Mapping[str, str], *, any_precision: bool = False) -> dic
         chosen.pop("precision", None)
     with suppress(ValidationError):  # an option has been removed since, or the result is older than the settings in it
         section = DetectorSection.model_validate_json(parts.get("detector", ""))
-        section = _with(section, {name: TrainConfig.model_fields[name].default for name in FREE})
+        section = _with(section, {name: TrainConfig.model_fields[name].default for name in ONLY_SPEED})
         if any_precision:
             section = in_precision(section, "auto")
         chosen["detector"] = json.dumps(section.model_dump(mode="json"), sort_keys=True)

@@ -81,6 +81,7 @@ def _facts(path: Path, result: CellResult) -> Iterator[tuple[str, str]]:
         yield "training", f"{result.steps} steps in {duration(result.train_seconds)}{longer}"
         cost = "not measured" if result.cost_ms is None else f"{result.cost_ms:.0f} ms a step"
         yield "cost", f"{cost}, median by the clock {result.step_ms:.0f} ms, memory {result.peak_memory_mb:.0f} MB"
+        yield "computed", str(result.computed)
         if result.cached is not None:
             yield "teacher cache", _cached(result.cached)
         yield "losses", "; ".join(_losses(result))
@@ -110,7 +111,7 @@ def _cached(found: CachedTeacher) -> str:
     """How a cell used its teacher cache."""
     return (
         f"{found.hits} images found, {found.misses} asked about, of {found.views} different ones; a pass over one "
-        f"costs {1000 * found.seconds_of_view:.1f} ms, so different cells have spared it "
+        f"costs {1000 * found.seconds_of_view:.1f} ms, so cells that ran before saved it "
         f"{duration(found.seconds_spared)}"
     )
 

@@ -41,6 +41,7 @@ from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.log import check_trackers
 from kdtoolkit.errors import KDError
+from kdtoolkit.files import bytes_in
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.words import counted, duration, size
 
@@ -304,8 +305,7 @@ class _Run:
         """How the cells compute convolutions and, if the hardware chose it, why."""
         section = self.plan.cell(BASELINE, 0).detector
         assert section.train is not None  # students are trained
-        found = Arithmetic.of_config(self.pair, section.train, torch.device(self.plan.device))
-        return f"{found.convolutions} ({found.why})" if found.why else found.convolutions
+        return Arithmetic.of_config(self.pair, section.train, torch.device(self.plan.device)).convolutions_and_why
 
     def _plan_equal_time(self) -> None:
         self.later = []
@@ -418,8 +418,8 @@ class _Run:
         """Say where the teacher cache lies, and how large it is."""
         folder = self.plan.teacher_cache
         if folder is not None and folder.is_dir():
-            taken = sum(file.stat().st_size for file in folder.rglob("*"))
-            self.display.line(f"teacher cache: {folder}, {size(taken)}; it may be deleted, and then is made again")
+            taken = size(bytes_in(folder))
+            self.display.line(f"teacher cache: {folder}, {taken}; it may be deleted, and then is made again")
 
     def _teacher_result(self) -> CellResult:
         result = read_result(self.plan.teacher_task().result)

@@ -57,6 +57,24 @@ class CachedTeacher(BaseModel):
         return max(0, self.views - self.misses) * self.seconds_of_view
 
 
+class Computed(BaseModel):
+    """How a cell's steps were computed: their costs can be compared with those of cells that were computed alike.
+
+    `precision`: what the forward pass computes in. `channels_last`: whether the channels lie last in memory.
+    `winograd`: whether the student's large 3x3 convolutions were computed by Winograd's algorithm.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    precision: str
+    channels_last: bool = False
+    winograd: bool = False
+
+    def __str__(self) -> str:
+        layout = "channels last" if self.channels_last else "channels first"
+        return f"{self.precision}, {layout}{', Winograd' if self.winograd else ''}"
+
+
 class CellResult(BaseModel):
     """What one cell measured: one training of a row with one seed.
 
@@ -75,8 +93,9 @@ class CellResult(BaseModel):
     where the suite has a `probe`, `conflict/METHOD`, the cosine of the method's gradient with the task's, and
     `share/METHOD`, its share of both gradients; `conflict/task` is the cosine between the task's gradients of two
     batches, to compare with. `breakdown`: where the AP comes from. `inference`: what one image costs the trained
-    detector. `cached`: how a teacher cache was used, if there was one. All of these are empty in results of earlier
-    versions, but for the fingerprints of data, which their key holds.
+    detector. `cached`: how a teacher cache was used, if there was one. `computed`: how the steps were computed. All of
+    these are empty in results of earlier versions, but for the fingerprints of data, which their key holds, and for
+    `computed`: their channels were first, and no convolution was computed by Winograd's algorithm.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -112,6 +131,15 @@ class CellResult(BaseModel):
     breakdown: Breakdown | None = None
     inference: InferenceCost | None = None
     cached: CachedTeacher | None = None
+    computed: Computed = Computed(precision="float32")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_precision(cls, raw: Any) -> Any:
+        """Results of earlier versions have the precision in the parts of their key alone."""
+        if not isinstance(raw, dict) or "computed" in raw or not isinstance(raw.get("key_parts"), dict):
+            return raw
+        return {**raw, "computed": {"precision": raw["key_parts"].get("precision", "float32")}}
 
     @model_validator(mode="before")
     @classmethod
@@ -163,8 +191,11 @@ class CellResult(BaseModel):
 
     @property
     def cost_ms(self) -> float | None:
-        """What a training step costs, in milliseconds: on a CPU `cost_per_step`, on a GPU the median step."""
-        if self.device != "cpu":
+        """What a training step costs, in milliseconds: `cost_per_step`, but on a GPU without cache the median step.
+
+        With a cache the median step asks the teacher nothing, so it is less than what a step costs.
+        """
+        if self.device != "cpu" and self.cached is None:
             return self.step_ms
         return None if self.cost_per_step is None else 1000 * self.cost_per_step
 
@@ -173,6 +204,11 @@ class CellResult(BaseModel):
         """What it was measured on, in words. Times on different hardware cannot be compared."""
         where = self.machine if self.device == "cpu" else f"{self.device} ({self.machine})"
         return f"{where}, {counted(self.threads, 'thread')} a cell"
+
+    @property
+    def way(self) -> str:
+        """How its steps were computed, and whether its teacher had a cache, in words."""
+        return str(self.computed) if self.cached is None else f"{self.computed}, teacher cache"
 
 
 def cell_name(row: str, seed: int) -> str:

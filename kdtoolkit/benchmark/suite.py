@@ -133,6 +133,11 @@ class Suite(Section):
             )
         if self.teacher.train is not None and self.teacher.train.unlabelled_share is not None:
             raise ValueError("the teacher is trained on labels alone: delete its unlabelled_share")
+        if self.teacher.train is not None and self.teacher.train.teacher_cache != "off":
+            raise ValueError(
+                "teacher_cache: only a student with a teacher has one: delete it in the teacher's `train`, or move it "
+                "to the student's"
+            )
         if self.student.train.unlabelled_share is not None and self.data.unlabelled is None:
             raise ValueError("unlabelled_share needs images without labels: name their folder, `unlabelled`, in `data`")
         return self

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar, overload
+from typing import TypeVar, overload
 
 T = TypeVar("T")
 
 
-class Lazy(Sequence[T], Generic[T]):
+class Lazy(Sequence[T]):
     """A sequence of `count` items, each made by `make(index)` when it is first asked for, and kept."""
 
     def __init__(self, count: int, make: Callable[[int], T]) -> None:

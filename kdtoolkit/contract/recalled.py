@@ -25,6 +25,8 @@ from kdtoolkit.contract.view import View
 Parts = Mapping[str, Tensor]
 """What is known of one image: tensors without the dimension of images, by the name of the part."""
 
+_GRID = "grid"  # the part that stays on the host
+
 
 class Recall:
     """Parts of a teacher's pass over a batch, from what is known of each image, or else from a pass.
@@ -73,13 +75,13 @@ class Recall:
         """Take these parts at once, as far as they are known of all images."""
         for name in names:
             if all(name in known for known in self._known):
-                self.parts[name] = self._stacked([known[name] for known in self._known])
+                self.parts[name] = self._stacked(name, [known[name] for known in self._known])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _take(self, name: str, of: Callable[[View], Tensor], rounded: bool) -> None:
         device, dtype, enabled = self._autocast
         with torch.no_grad(), torch.autocast(device, dtype, enabled):
-            self.parts[name] = self._stacked([self._found(i, name, of, rounded) for i in range(len(self._known))])
+            self.parts[name] = self._stacked(name, [self._found(i, name, of, rounded) for i in range(len(self._known))])
 
     def _found(self, image: int, name: str, of: Callable[[View], Tensor], rounded: bool) -> Tensor:
         """The part of one image, without the dimension of images."""
@@ -91,9 +93,10 @@ class Recall:
         self.fresh[image][name] = found
         return found
 
-    def _stacked(self, tensors: list[Tensor]) -> Tensor:
-        if not tensors[0].is_floating_point():
+    def _stacked(self, name: str, tensors: list[Tensor]) -> Tensor:
+        if name == _GRID:  # the host computes with it
             return torch.stack([x.cpu() for x in tensors])
+        widened = self._dtype is not None and tensors[0].is_floating_point()
         device, on_host = self._batch.images.device, all(x.device.type == "cpu" for x in tensors)
         if device.type == "cuda" and on_host:
             # One copy for all images, from pinned memory: the host does not wait for it.
@@ -103,8 +106,8 @@ class Recall:
         else:
             kept = [x.to(device) for x in tensors]
             # Autocast to float16 stacks no bfloat16.
-            whole = torch.stack(kept if self._dtype is None else [x.float() for x in kept])
-        return whole if self._dtype is None else whole.float()
+            whole = torch.stack([x.float() for x in kept] if widened else kept)
+        return whole.float() if widened else whole
 
     def _pass(self, image: int) -> View:
         """The teacher's pass over one of the images."""
@@ -138,7 +141,7 @@ class Recall:
         """The pass of a head that the adapter can restore."""
         adapter = self._adapter
         quality = self.part("quality", lambda view: _quality(adapter.said(view.head)))
-        grid = self.part("grid", lambda view: _each(adapter.said(view.head).priors.grid, len(view.batch.sizes)))
+        grid = self.part(_GRID, lambda view: _each(adapter.said(view.head).priors.grid, len(view.batch.sizes)))
         said = Said(
             logits=self.part("logits", lambda view: adapter.said(view.head).logits),
             regression=self.part("regression", lambda view: adapter.said(view.head).regression),
@@ -164,8 +167,6 @@ class RecalledView(View):
         scale: size of the images on the teacher's canvas, relative to the student's.
         dtype: the type that floats are kept in, if it is a narrower one.
     """
-
-    _sequence = Lazy
 
     def __init__(
         self,

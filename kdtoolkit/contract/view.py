@@ -13,14 +13,11 @@ from torch import Tensor
 
 from kdtoolkit.contract.adapter import DetectorAdapter
 from kdtoolkit.contract.data import Assignment, Batch, HeadTrace, Predictions, Priors, State
+from kdtoolkit.contract.lazy import Lazy
 from kdtoolkit.contract.recompute import recomputed
 from kdtoolkit.contract.spec import DetectorSpec
 
 T = TypeVar("T")
-
-
-def _at_once(count: int, make: Callable[[int], T]) -> Sequence[T]:
-    return tuple(map(make, range(count)))
 
 
 class View:
@@ -40,7 +37,6 @@ class View:
         scale: size of the images on this detector's canvas, relative to the student's.
     """
 
-    _sequence = staticmethod(_at_once)  # how sequences of tensors are made
     recompute = False  # whether passes of the head are computed again in the backward pass, to save memory
 
     def __init__(
@@ -117,7 +113,7 @@ class View:
             return self
         part = copy.copy(self)
         levels = [i for i, stride in enumerate(self.spec_in_student_pixels.strides) if stride in strides]
-        part.features = self._sequence(len(levels), lambda i: self.features[levels[i]])
+        part.features = Lazy(len(levels), lambda i: self.features[levels[i]])
         part.spec = self.spec.at_levels(levels)
         return part
 
@@ -141,7 +137,7 @@ class View:
             return self
         part = copy.copy(self)
         part.shown = height, width
-        part.features = self._sequence(len(self.features), lambda i: part.cut(self.features[i], i))
+        part.features = Lazy(len(self.features), lambda i: part.cut(self.features[i], i))
         return part
 
     def cut(self, x: Tensor, level: int) -> Tensor:
@@ -197,5 +193,5 @@ class View:
             own = trace.states[stage]
             return {branch: tuple(self.cut(x, i) for i, x in enumerate(maps)) for branch, maps in own.items()}
 
-        states = self._sequence(len(trace.states), state)
+        states = Lazy(len(trace.states), state)
         return replace(trace, states=states, predictions=self.cut_predictions(trace.predictions, rows))

@@ -1,7 +1,7 @@
 """Changes of an image's colours with the values of torchvision's `adjust_*`, within one step of uint8, but faster.
 
-Between two changes a picture (3, H, W) is uint8, int16 with the same values, or float32 whose fractions do not count:
-torchvision's changes cut them off. A change may write into a picture that it is given as floats.
+A change takes and returns a picture (3, H, W) as uint8, int16 or float32. Fractions of float32 are cut off before the
+next change, as in torchvision. A change may overwrite a float32 picture.
 """
 
 from __future__ import annotations
@@ -81,5 +81,5 @@ def _floats(picture: Tensor) -> Tensor:
 
 
 def _grey(picture: Tensor) -> Tensor:
-    """The grey (H, W) of each pixel of a picture that has no fractions, without its own."""
+    """The grey (H, W) of each pixel of a picture that has no fractions, without fractions."""
     return (_GREY @ picture.flatten(1)).view(picture.shape[1:]).floor_()

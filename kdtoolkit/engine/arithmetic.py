@@ -95,11 +95,16 @@ class Arithmetic:
     @property
     def convolutions(self) -> str:
         """How convolutions are computed, in words."""
-        how = "channels_last" if self.channels_last else "channels first"
+        how = "channels last" if self.channels_last else "channels first"
         return f"{how}, Winograd's algorithm for large 3x3 ones" if self.winograd else how
 
+    @property
+    def convolutions_and_why(self) -> str:
+        """How convolutions are computed and, if the hardware decided it, why."""
+        return f"{self.convolutions} ({self.why})" if self.why else self.convolutions
+
     def __str__(self) -> str:
-        return f"{self.precision}; convolutions: {self.convolutions}" + (f" ({self.why})" if self.why else "")
+        return f"{self.precision}; convolutions: {self.convolutions_and_why}"
 
 
 def _channels_last(device: str, precision: Precision) -> tuple[bool, str]:
@@ -108,7 +113,7 @@ def _channels_last(device: str, precision: Precision) -> tuple[bool, str]:
         return True, "as fast or faster on a CPU"
     if device == "cuda" and precision != "float32":
         return True, "tensor cores take half precision in this format"
-    return False, "no different format was found faster"
+    return False, "not measured on this device: torch's own format"
 
 
 @contextmanager

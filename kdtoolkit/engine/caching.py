@@ -18,8 +18,8 @@ from kdtoolkit.data.recorded import Carrier
 from kdtoolkit.data.resize import with_boxes
 from kdtoolkit.data.views import Views, count_views
 from kdtoolkit.distiller import Distiller
+from kdtoolkit.engine.arithmetic import Arithmetic, tensor_float32
 from kdtoolkit.engine.config import TrainConfig
-from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.errors import KDError
 from kdtoolkit.teacher_cache import GIGABYTE, TeacherCache
 from kdtoolkit.words import size
@@ -151,7 +151,7 @@ def bytes_of_view(distiller: Distiller, dataset: DetectionDataset, config: Train
     try:
         distiller.teacher_cache = cache
         distiller.calls = distiller.accumulation * max(every, key=lambda step: len(distiller.active(step)))
-        with torch.no_grad(), _autocast(config, device):
+        with torch.no_grad(), Arithmetic.of_config(distiller, config, device).forward_pass():
             distiller.eval()(images, targets)
     finally:
         distiller.teacher_cache, distiller.calls = kept, calls
@@ -164,14 +164,16 @@ def seconds_of_view(
 ) -> float:
     """What the teacher's pass over one image costs, as a cache makes it: on a CPU CPU time, on a GPU time by the clock.
 
-    The median of some passes over the first image of a data set. The head runs if a method takes more than features.
+    The median of some passes over the first image of a data set, computed as the run computes them. The head runs if a
+    method takes more than features.
     """
     images, targets = _first(dataset, config, device)
     teacher = distiller.seen[1]
     with_head = any(isinstance(each, Method) and each.needs - {Capability.FEATURES} for each in distiller.methods)
     on_cpu = device.type == "cpu"
     found = []
-    with torch.no_grad(), _autocast(config, device):
+    arithmetic = Arithmetic.of_config(distiller, config, device)
+    with torch.no_grad(), tensor_float32(config.tf32), arithmetic.forward_pass():
         like = distiller.student_adapter.prepare(images, targets)
         for _ in range(1 + _TIMED):
             begun = time.process_time() if on_cpu else time.perf_counter()
@@ -191,8 +193,3 @@ def _first(dataset: DetectionDataset, config: TrainConfig, device: torch.device)
     shown = image if config.input_size is None else config.input_size.apply(image)
     target = with_boxes(Carrier.unchanged(sample), image, shown)
     return [shown.to(device).float().div_(255)], [target]
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    precision = resolve_precision(config.precision, device)
-    return torch.autocast(device.type, autocast_type(precision), enabled=precision != "float32")

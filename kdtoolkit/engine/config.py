@@ -84,8 +84,8 @@ class TrainConfig(BaseModel):
     compile: bool = Field(default=False, description="run the step through torch.compile")
     teacher_cache: Literal["auto", "off", "memory", "disk"] = Field(
         default="off",
-        description="where to keep what the teacher shows of each image, so that it is asked once about the same "
-        "pixels (docs/teacher_cache.md); auto: disk where that pays on a CPU, else off",
+        description="keep what the teacher computes for each image, and reuse it in later epochs: off, memory, disk or "
+        "auto, which is disk where that pays on a CPU, else off (docs/teacher_cache.md)",
     )
     teacher_cache_gb: float = Field(
         default=4.0, gt=0, description="the most that the teacher cache takes, in 10^9 bytes; in memory of each process"
@@ -111,10 +111,11 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _cache_finds_views_again(self) -> TrainConfig:
         if self.teacher_cache in ("memory", "disk") and (never := self.never_repeat):
+            several = len(never) > 1
             raise ValueError(
-                f"teacher_cache is {self.teacher_cache}, and {' and '.join(never)} gives an image different pixels "
-                f"each time, so nothing would be found in it. Leave {'it' if len(never) == 1 else 'them'} out (flip "
-                "and a range of sizes may stay), or write teacher_cache: off"
+                f"teacher_cache is {self.teacher_cache}, and {' and '.join(never)} {'give' if several else 'gives'} an "
+                "image different pixels each time, so nothing would be found in it. Leave "
+                f"{'them' if several else 'it'} out (flip and a range of sizes may stay), or write teacher_cache: off"
             )
         return self
 

@@ -23,6 +23,7 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.files import write_atomic
 from kdtoolkit.lock import hold
 
+TEACHER_CACHE = "teacher_cache"
 _MENDED_BY = {
     errno.ENOSPC: "Free space",
     errno.EDQUOT: "Free space, or raise your quota",
@@ -61,6 +62,11 @@ class RunFolder:
     trackers: tuple[str, ...] = ()
     tracked_in: Path | None = None
     teacher_cache: Path | None = None
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where a teacher cache on disk lies."""
+        return self.path / TEACHER_CACHE if self.teacher_cache is None else self.teacher_cache
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))

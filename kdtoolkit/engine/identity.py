@@ -35,8 +35,10 @@ _SETTINGS = (
     "class_map",
     "score",
 )
-# Options that change how fast a run is, and nothing that it computes but for rounding.
-FREE = frozenset({"workers", "teacher_cache", "teacher_cache_gb", "channels_last", "winograd"})
+# Options that change how fast a run is. What it computes they change by rounding at most.
+ONLY_SPEED = frozenset({"workers", "teacher_cache", "teacher_cache_gb", "channels_last", "winograd"})
+# How versions trained that had no such option and kept no such circumstance.
+_BEFORE = {"channels_last": False, "winograd": False, "teacher_cache": "off"}
 _CIRCUMSTANCES = ("torch", "device", "processor", "threads", "precision", "channels_last", "winograd", "processes")
 
 
@@ -83,16 +85,16 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> lis
     A folder of an earlier version may lack some of the names in `old`. These are not compared.
     """
     now = new["config"]
-    # An earlier version may not have had an option. It then trained as the option's default does.
-    before = TrainConfig.model_construct(steps=now["steps"]).model_dump(mode="json") | old["config"]
-    changed = [name for name in now if name not in FREE and before[name] != now[name]]
+    # An earlier version may not have had an option. It then trained as the option's default does, or as `_BEFORE` says.
+    before = TrainConfig.model_construct(steps=now["steps"]).model_dump(mode="json") | _BEFORE | old["config"]
+    changed = [name for name in now if name not in ONLY_SPEED and before[name] != now[name]]
     changed += [name for name in _SETTINGS if name in old and old[name] != new[name]]
     if changed:
         raise KDError(
             f"{folder} holds a run that began with different settings ({', '.join(changed)}): choose another folder, "
             "or delete this one"
         )
-    old = {"channels_last": before["channels_last"] is True, "winograd": False, **old}  # as earlier versions trained
+    old = {name: before[name] for name in _BEFORE} | dict(old)
     differing = [(name, old[name], new[name]) for name in _CIRCUMSTANCES if name in old and old[name] != new[name]]
     caches = before["teacher_cache"], now["teacher_cache"]
     if caches[0] != caches[1] and "off" in caches:  # in memory and on disk it gives the same bits

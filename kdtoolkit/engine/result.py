@@ -51,7 +51,7 @@ class TrainResult:
     `seconds` is training time over all starts of the run, `cpu_seconds` the process's CPU time in it, over all its
     threads (None if an earlier version, which did not measure it, began the run); `step_ms` the median step of this
     start, 0 if it had none. `peak_memory_mb`: of this start's training. Evaluations and probes count in none of these.
-    `cache`: None if nothing the teacher shows was kept.
+    `cache`: None if the run had no teacher cache.
     """
 
     steps: int

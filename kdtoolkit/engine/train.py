@@ -152,7 +152,7 @@ def train(
 
         if folder is not None and (found := group.from_first(enter)) is not None:
             state.load(found)
-        place = None if folder is None else folder.teacher_cache or folder.path / "teacher_cache"
+        place = None if folder is None else folder.cache_folder
         cache = stack.enter_context(teacher_cache(distiller, config, place))
         model = _wrapped(distiller, config, device)
         optimizer, average, scaler = state.optimizer, state.average, state.scaler

@@ -1,20 +1,23 @@
 """3x3 convolutions by Winograd's algorithm, on a CPU in float32: fewer multiplications for the same result.
 
 Torch computes them directly. The algorithm F(6x6, 3x3) (Lavin and Gray, CVPR 2016, arXiv 1509.09308) needs a fifth of
-the multiplications, and its results differ by rounding alone: by up to 2e-5 of the largest value. Torch has it in
-NNPACK, which it does not choose by itself.
+the multiplications, and its results differ by rounding alone: by up to 2e-5 of the largest value of the batch. Torch
+has it in NNPACK, which it does not choose by itself.
+
+The tiles cross the borders between the images of a batch. So one image's rounding depends on its neighbours: if an
+image has values 10,000 times as large, the results of the next one are off by 1 % at their border. An infinite value in
+one image makes results of the next one infinite or NaN. Activations of one detector are all of about one size.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 # The transformation of a kernel costs as much as the direct computation of about 150 cells, and that of an image as
@@ -65,12 +68,14 @@ class FastConvolutions(TorchFunctionMode):
     """Context in which `F.conv2d`, and so each `nn.Conv2d`, computes large 3x3 convolutions by Winograd's algorithm.
 
     Gradients of their inputs are computed in the same way, wherever `backward` is called; gradients of weights are
-    computed directly. All other convolutions, and all under autocast, are computed as without the context.
+    computed directly. All other convolutions are computed as without the context, and so are all under autocast, in
+    transforms of `torch.func`, in `torch.export`, and on processors without the algorithm.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.backends.nnpack.is_available()  # type: ignore[no-untyped-call]  # makes it ready in this process
+    def __enter__(self) -> Self:
+        self._works = _is_available()  # the question also makes NNPACK ready in this process
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_function__(
         self,
@@ -81,7 +86,7 @@ class FastConvolutions(TorchFunctionMode):
     ) -> Any:
         """Call a function of torch."""
         kwargs = kwargs or {}
-        if func is F.conv2d and _suits(*args, **kwargs):
+        if func is F.conv2d and self._works and _suits(*args, **kwargs):
             return _convolve(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -96,7 +101,10 @@ def _suits(
     groups: int = 1,
 ) -> bool:
     return (
-        input.ndim == 4
+        type(input) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)  # those of torch.export and the like have no values
+        and torch._C._functorch.peek_interpreter_stack() is None  # not in torch.func.grad, vmap and the like
+        and input.ndim == 4
         and input.shape[0] * input.shape[2] * input.shape[3] >= CELLS
         and _has_shape(weight, stride, padding, dilation, groups)
         and input.device.type == "cpu"
@@ -123,23 +131,32 @@ class _Convolution(torch.autograd.Function):
         return _by_winograd(input, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         input, weight = ctx.saved_tensors
         of_input, of_weight, of_bias = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: a gradient that is itself differentiated
+            return _direct_gradients(gradient, input, weight, [of_input, of_weight, of_bias])
         found: list[Tensor | None] = [None, None, None]
         if of_weight and weight[..., 0, 0].numel() >= WEIGHT_CHANNELS:
             found[1] = _weight_gradient(input, gradient)
             of_weight = False
         if of_weight or of_bias:
-            mask = [False, of_weight, of_bias]
-            _, direct, found[2] = torch.ops.aten.convolution_backward(
-                gradient, input, weight, weight.shape[:1], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
-            )
+            _, direct, found[2] = _direct_gradients(gradient, input, weight, [False, of_weight, of_bias])
             found[1] = direct if of_weight else found[1]
         if of_input:  # the convolution of the gradient with the mirrored kernel
             found[0] = _by_winograd(gradient, weight.transpose(0, 1).flip(2, 3), None)
         return found[0], found[1], found[2]
+
+
+def _direct_gradients(
+    gradient: Tensor, input: Tensor, weight: Tensor, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Torch's own gradients of input, weight and bias; None where the mask is False."""
+    ones = [1, 1]
+    found = torch.ops.aten.convolution_backward(
+        gradient, input, weight, weight.shape[:1], ones, ones, ones, False, [0, 0], 1, mask
+    )
+    return cast(tuple[Tensor | None, Tensor | None, Tensor | None], found)
 
 
 def _by_winograd(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

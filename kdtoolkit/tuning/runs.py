@@ -14,6 +14,7 @@ from rich.console import Console
 
 from kdtoolkit.data.opening import name_of
 from kdtoolkit.engine import group
+from kdtoolkit.engine.folder import TEACHER_CACHE
 from kdtoolkit.errors import KDError, printable
 from kdtoolkit.tuning.budget import Wanted, fit
 from kdtoolkit.tuning.confirm import Confirming, begin_confirmation, further_data
@@ -28,7 +29,7 @@ from kdtoolkit.words import counted, duration, seconds_of
 from kdtoolkit.workflow.batch import with_memory
 from kdtoolkit.workflow.detecting import found_device
 from kdtoolkit.workflow.display import Display
-from kdtoolkit.workflow.folder import RUN_FILE, TEACHER_CACHE, given, going_on, hold_folder, made_of
+from kdtoolkit.workflow.folder import RUN_FILE, given, going_on, hold_folder, made_of
 from kdtoolkit.workflow.measuring import check_teacher, measured_teacher
 from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions, TuneOptions, read_options
 from kdtoolkit.workflow.prepare import Prepared, prepare

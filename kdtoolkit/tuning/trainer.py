@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from kdtoolkit.engine.config import Validation
-from kdtoolkit.engine.folder import RunFolder
+from kdtoolkit.engine.folder import TEACHER_CACHE, RunFolder
 from kdtoolkit.engine.result import Progress
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import NonFiniteLossError
 from kdtoolkit.models import Detector
 from kdtoolkit.tuning.space import Uses
-from kdtoolkit.workflow.folder import TEACHER_CACHE, TRAINING, load_best
+from kdtoolkit.workflow.folder import TRAINING, load_best
 from kdtoolkit.workflow.prepare import Prepared, with_methods
 
 SAVE_SECONDS = 60.0  # between two checkpoints

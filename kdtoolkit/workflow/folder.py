@@ -15,7 +15,7 @@ from torch import Tensor
 from kdtoolkit.data.dataset import digest
 from kdtoolkit.engine import group
 from kdtoolkit.engine.checkpoint import to_bytes
-from kdtoolkit.engine.identity import FREE
+from kdtoolkit.engine.identity import ONLY_SPEED
 from kdtoolkit.errors import KDError
 from kdtoolkit.lock import hold
 from kdtoolkit.models import Detector
@@ -26,9 +26,9 @@ from kdtoolkit.workflow.report import JSON, Report
 RUN_FILE = "run.yaml"
 MODEL = "model"
 TRAINING, BASELINE = "training", "baseline"
-TEACHER_CACHE = "teacher_cache"
 FIRST_WEIGHTS = "the student's first weights"
-# Options that may change while a run goes on: none of them changes what it computes, but for rounding.
+# Options that may change while a run goes on: none of them changes what it computes, but for rounding. `teacher_cache`
+# is not among them: it decides which augmentation is chosen.
 _FREE = (
     "device",
     "allow_code",
@@ -36,7 +36,6 @@ _FREE = (
     "compare_baseline",
     "allow_weak_teacher",
     "out",
-    "teacher_cache",
     "teacher_cache_gb",
 )
 
@@ -101,7 +100,7 @@ def made_of(prepared: Prepared) -> dict[str, str]:
     found = {
         "the training images": images.train.fingerprint(),
         "the validation images": images.val.fingerprint(),
-        "the settings that kdtoolkit chooses": digest(prepared.config.model_dump(mode="json", exclude={*FREE})),
+        "the settings that kdtoolkit chooses": digest(prepared.config.model_dump(mode="json", exclude={*ONLY_SPEED})),
         FIRST_WEIGHTS: _digest(prepared.student),
     }
     if images.unlabelled is not None:

@@ -110,6 +110,12 @@ class TrainOptions(RunOptions):
         None, description="what it begins with: a file, pretrained, or none; default: pretrained if they can be had"
     )
 
+    @model_validator(mode="after")
+    def _has_no_teacher(self) -> Self:
+        if self.train.get("teacher_cache", "off") != "off":
+            raise ValueError("train: teacher_cache: only a student with a teacher has one: leave teacher_cache out")
+        return self
+
     @property
     def models(self) -> dict[str, str]:
         """The name of the detector."""
@@ -152,8 +158,8 @@ class DistillOptions(RunOptions):
     )
     teacher_cache: Literal["auto", "off", "memory", "disk"] = Field(
         "auto",
-        description="where to keep what the teacher shows of each image, so that it is asked once about the same "
-        "pixels: off, memory or disk (docs/teacher_cache.md); default: auto, which is disk where that pays on a CPU",
+        description="keep what the teacher computes for each image, and reuse it in later epochs: off, memory or disk "
+        "(docs/teacher_cache.md); default: auto, which is disk where that pays on a CPU",
     )
     teacher_cache_gb: float | None = Field(
         None, gt=0, description="the most that the teacher cache takes, in 10^9 bytes; default: 4"

@@ -39,7 +39,7 @@ from kdtoolkit.workflow.batch import fitting, trial_step
 from kdtoolkit.workflow.caching import with_cache
 from kdtoolkit.workflow.defaults import Begin, Choice, Situation
 from kdtoolkit.workflow.detecting import check_recorded
-from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions
+from kdtoolkit.workflow.options import DistillOptions, ProbeOptions, RunOptions, TrainOptions
 
 _CHOSEN_BY_USER = "you chose it"
 
@@ -148,8 +148,9 @@ def prepare(
     resolved: dict[str, Any] = {"image_size": size, **training.resolved}
     cached: dict[str, Choice] = {}
     if isinstance(options, DistillOptions):
-        cache, config = with_cache(options, distiller, config, images, size, device)
-        cached = {} if cache is None else {"teacher cache": cache}
+        if not isinstance(options, ProbeOptions):  # it trains nothing with a teacher
+            cache, config = with_cache(options, distiller, config, images, size, device)
+            cached = {} if cache is None else {"teacher cache": cache}
         resolved |= {"method": methods, "teacher_scale": scale.value, "teacher_cache": config.teacher_cache}
     plan = _what(options, images, student, teacher, class_map, inherited, method)
     plan["image size"] = replace(image_size, value=f"{size} px")

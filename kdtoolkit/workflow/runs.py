@@ -21,7 +21,7 @@ from kdtoolkit.data.opening import name_of
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine import group
 from kdtoolkit.engine.config import Validation
-from kdtoolkit.engine.folder import RunFolder
+from kdtoolkit.engine.folder import TEACHER_CACHE, RunFolder
 from kdtoolkit.engine.train import train
 from kdtoolkit.errors import KDError, printable
 from kdtoolkit.models import Detector, save_detector
@@ -35,7 +35,6 @@ from kdtoolkit.workflow.folder import (
     FIRST_WEIGHTS,
     MODEL,
     RUN_FILE,
-    TEACHER_CACHE,
     TRAINING,
     enter,
     given,

@@ -1,9 +1,11 @@
 """Cells that share what their teacher showed: each is charged for the views it was shown, whoever asked."""
 
+import io
 from dataclasses import replace
 from functools import partial
 
 import pytest
+from rich.console import Console
 
 from kdtoolkit.benchmark import cell
 from kdtoolkit.benchmark.board import build_board
@@ -13,8 +15,10 @@ from kdtoolkit.benchmark.parcels import cache_folder
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.record import record
 from kdtoolkit.benchmark.remote import Sent, run_shipped
+from kdtoolkit.benchmark.runner import run_suite
 from kdtoolkit.benchmark.store import CachedTeacher, Store, read_result, write_atomic, write_result
 from kdtoolkit.benchmark.suite import BASELINE
+from kdtoolkit.benchmark.workers import Workers
 from tests.benchmark._suite import made_up, tiny
 from tests.benchmark.test_remote import node  # noqa: F401
 
@@ -72,6 +76,19 @@ def test_the_cost_of_a_cell_has_each_view_once():
     assert alone.model_copy(update={"cached": again}).cost_per_step == pytest.approx(0.15)
     on_gpu = alone.model_copy(update={"cached": found, "device": "a GPU"})
     assert on_gpu.cost_per_step == pytest.approx((20 + 40 * 0.5) / 100)
+    assert on_gpu.cost_ms == pytest.approx(1000 * on_gpu.cost_per_step)  # the median step, 200 ms, lacks the passes
+    assert on_gpu.model_copy(update={"cached": None}).cost_ms == 200
+
+
+def test_a_run_tells_the_size_of_a_cache_that_others_write_to(tmp_path):
+    suite, store, workers = tiny(CACHED), Store(tmp_path / "run"), Workers("cpu", 1)
+    console = Console(file=io.StringIO(), width=200)
+    plan = Plan(suite, store, load_data(suite.data, store.pictures), device="cpu", threads=workers.threads)
+    plan.teacher_cache.mkdir(parents=True)
+    (plan.teacher_cache / "view").write_bytes(bytes(3000))
+    (plan.teacher_cache / ".gone.1.partial").symlink_to(tmp_path / "nothing")  # listed, and its size cannot be read
+    run_suite(suite, store.root, console=console, executor=workers, seconds=0)
+    assert f"teacher cache: {plan.teacher_cache}, 3 kB;" in console.file.getvalue()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from kdtoolkit.benchmark.cell import build_detector
 from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.detections_file import detections_path, read_detections
 from kdtoolkit.benchmark.plan import Plan
-from kdtoolkit.benchmark.store import Store, discard_runs, read_result, write_weights
+from kdtoolkit.benchmark.store import Computed, Store, discard_runs, read_result, write_weights
 from kdtoolkit.benchmark.suite import BASELINE, change
 from kdtoolkit.engine import measuring
 from kdtoolkit.engine.breakdown import breakdown
@@ -64,6 +64,7 @@ def test_a_cell_stores_where_its_ap_comes_from_and_what_an_image_costs(tmp_path)
     assert sum(each.count for each in result.breakdown.calibration) == len(found.scores) > 0
     assert result.inference.size == (64, 64)
     assert result.inference.parameters == result.parameters
+    assert result.computed == Computed(precision=result.key_parts["precision"], channels_last=True)  # as on any CPU
 
 
 def test_an_interrupted_cell_goes_on_within_its_training(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 
 from kdtoolkit.benchmark import equal_time
 from kdtoolkit.benchmark.equal_time import relative_costs
+from kdtoolkit.benchmark.store import CachedTeacher, Computed
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TWICE
 from tests.benchmark._suite import made_up
 
@@ -24,6 +25,28 @@ def test_the_baseline_with_twice_the_steps_stands_in_for_a_baseline_without_cost
     cells = {BASELINE: measured(BASELINE, None), TWICE: measured(TWICE, 4.0, steps=200), "a": measured("a", 3.0)}
     assert relative_costs(cells) == pytest.approx({"a": 1.5})
     assert relative_costs(cells | {BASELINE: measured(BASELINE, 1.0)}) == pytest.approx({"a": 3.0})
+
+
+def test_costs_are_compared_between_cells_that_were_computed_alike():
+    fast, half = Computed(precision="float32", channels_last=True, winograd=True), Computed(precision="bfloat16")
+    old = {BASELINE: measured(BASELINE, 2.0), EQUAL_TIME: measured(EQUAL_TIME, 3.0, stretch=1.5), TWICE: []}
+    cells = old | {
+        "a": measured("a", 3.0),
+        "b": measured("b", 2.5, computed=fast),
+        "c": measured("c", 1, computed=half),
+    }
+    assert relative_costs(cells) == pytest.approx({"a": 1.5})
+    (unknown,) = equal_time.warnings(cells)
+    assert "the time of b, c was not measured beside the baseline's" in unknown
+    both = {BASELINE: [*old[BASELINE], *measured(BASELINE, 1.0, computed=fast)]}
+    assert relative_costs(cells | both) == pytest.approx({"a": 1.5, "b": 2.5})
+
+
+def test_of_cells_with_a_live_teacher_and_with_a_cache_the_dearer_ones_count():
+    kept = CachedTeacher(hits=9, misses=1, views=1, seconds_of_view=0.1)
+    row = [*measured("a", 5.0), *measured("a", 3.0, cached=kept)]
+    assert relative_costs({BASELINE: measured(BASELINE, 2.0), "a": row}) == pytest.approx({"a": 2.5})
+    assert relative_costs({BASELINE: measured(BASELINE, 2.0), "a": row[1:]}) == pytest.approx({"a": 1.5})
 
 
 def test_rows_that_the_factor_does_not_cover_are_named():

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.report import View, print_board, to_csv, to_markdown, write_report
-from kdtoolkit.benchmark.store import Store, write_atomic
+from kdtoolkit.benchmark.store import Computed, Store, write_atomic
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE
 from kdtoolkit.errors import KDError
 from tests.benchmark._suite import made_up, store_result, tiny
@@ -135,6 +135,18 @@ def test_times_of_different_hardware_are_neither_averaged_nor_unnamed(tmp_path):
     assert "| 3 | 100 | - | - | - | 12,345 |" in text
     assert "different hardware" in text
     assert ",100,,,,12345" in to_csv([View.of(root)])
+
+
+def test_cells_that_were_computed_in_different_ways_are_named(tmp_path):
+    root = make_run(tmp_path)
+    assert "computed" not in build_board(root).facts
+    computed = Computed(precision="float32", channels_last=True, winograd=True)
+    store_result(Store(root).result_path("PKD", 1), made_up("PKD", 1, 24.2, computed=computed))
+    board = build_board(root)
+    assert "float32, channels last, Winograd: PKD (seed 1)" in board.facts["computed"]
+    assert "float32, channels first: baseline (seed 0, 1, 2), PKD (seed 0, 2)" in board.facts["computed"]
+    rows = {row.entry: row for row in board.rows}
+    assert (rows["PKD"].step_ms, rows[BASELINE].step_ms) == (None, 200.0)
 
 
 def test_failed_cells_are_on_the_board(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from kdtoolkit.benchmark.store import (
     FORMAT,
+    Computed,
     DamagedError,
     Store,
     StoreError,
@@ -36,6 +37,14 @@ def test_results_read_back(tmp_path):
     weights = torch.load(path.with_suffix(".pt"), weights_only=True)
     assert torch.equal(weights["weight"], model.weight)
     assert sorted(file.name for file in path.parent.iterdir()) == ["seed1.json", "seed1.pt"]
+
+
+def test_a_result_of_an_earlier_version_counts_as_computed_plainly(tmp_path):
+    path = tmp_path / "seed0.json"
+    stored = made_up("PKD", 0, 12.5, key_parts={"precision": "bfloat16"}).model_dump(mode="json")
+    del stored["computed"]
+    path.write_text(json.dumps(stored))
+    assert read_result(path).computed == Computed(precision="bfloat16", channels_last=False, winograd=False)
 
 
 @pytest.mark.parametrize("size", [0, 10, -1])

@@ -119,6 +119,10 @@ def test_first_weights_and_class_maps_are_parts_of_keys(folder, tmp_path):
         ((MAPPED,), "class_map is for a teacher that keeps the classes of its weights"),
         (((STUDENT, STUDENT.replace("steps: 2", "steps: 2, unlabelled_share: 0.5")),), "unlabelled_share needs images"),
         (((TRAIN, TRAIN.replace("steps: 3", "steps: 3, unlabelled_share: 0.5")),), "trained on labels alone"),
+        (
+            ((TRAIN, TRAIN.replace("steps: 3", "steps: 3, teacher_cache: disk")),),
+            "only a student with a teacher has one",
+        ),
         ((("entries:", "init: pretrained\nentries:"),), "init = 'pretrained': input should be 'teacher'"),
     ],
 )

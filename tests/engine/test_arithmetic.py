@@ -54,10 +54,11 @@ def test_on_a_gpu_half_precision_has_the_channels_last(narrow):
     assert Arithmetic.of(narrow, "cuda", precision="float16").channels_last
     assert not Arithmetic.of(narrow, "cuda").channels_last
     assert not Arithmetic.of(narrow, "mps").channels_last
+    assert Arithmetic.of(narrow, "cuda").why == "not measured on this device: torch's own format"
 
 
 def test_it_says_what_and_why(narrow):
-    assert str(Arithmetic.of(narrow)) == ("float32; convolutions: channels_last (as fast or faster on a CPU)")
+    assert str(Arithmetic.of(narrow)) == "float32; convolutions: channels last (as fast or faster on a CPU)"
     assert str(Arithmetic("cpu", "float32", False, True, "")) == (
         "float32; convolutions: channels first, Winograd's algorithm for large 3x3 ones"
     )

@@ -1,10 +1,13 @@
 """A run that asks its teacher once: the same training, with few passes of the teacher."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from kdtoolkit import Distiller, KDError
 from kdtoolkit.data import InputSize, ProceduralShapes
+from kdtoolkit.engine import arithmetic
 from kdtoolkit.engine.caching import bytes_of_view, resolve_cache, seconds_of_view
 from kdtoolkit.engine.train import RunFolder, TrainConfig, train
 from kdtoolkit.methods import PKD, CrossKD
@@ -96,6 +99,25 @@ def test_what_a_view_takes_is_measured_without_a_trace(data):
     assert distiller.teacher_cache is None
     assert distiller.calls == 0
     assert all(torch.equal(distiller.state_dict()[name], value) for name, value in before.items())
+
+
+def test_the_pass_that_is_charged_is_computed_as_the_run_computes_it(data, monkeypatch):
+    inside = []
+
+    @contextmanager
+    def fast():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(arithmetic, "gains", lambda *models: True)  # as on a processor that has the algorithm
+    monkeypatch.setattr(arithmetic, "FastConvolutions", fast)
+    distiller, passes = distiller_of(data), []
+    distiller.teacher_adapter.model.backbone.register_forward_hook(lambda *_: passes.append(bool(inside)))
+    for winograd in (True, False):
+        passes.clear()
+        assert seconds_of_view(distiller, data, config(winograd=winograd), CPU) > 0
+        assert set(passes) == {winograd}
 
 
 @pytest.mark.parametrize(

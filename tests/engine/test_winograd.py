@@ -1,3 +1,7 @@
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,3 +121,61 @@ def test_only_models_with_such_convolutions_gain():
 def test_processors_of_other_kinds_compute_directly(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     assert not gains(nn.Conv2d(256, 256, 3, padding=1))
+
+
+def test_a_processor_without_the_algorithm_computes_directly_in_the_context(monkeypatch):
+    context = FastConvolutions()
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    conv, x = nn.Conv2d(64, 64, 3, padding=1), maps(2, 64, 20, 20)
+    with context:
+        assert torch.equal(conv(x), conv.forward(x))
+        assert "_Convolution" not in type(conv(x).grad_fn).__name__
+
+
+@large
+@pytest.mark.slow
+def test_a_context_that_was_sent_to_a_new_process_works_there():
+    code = (
+        "import pickle, sys, torch\n"
+        "with pickle.load(sys.stdin.buffer): torch.nn.Conv2d(64, 64, 3, padding=1)(torch.rand(2, 64, 20, 20))"
+    )
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(FastConvolutions()), check=True)
+
+
+@large
+def test_transforms_of_torch_func_compute_directly():
+    conv, x = nn.Conv2d(64, 64, 3, padding=1), maps(2, 64, 20, 20).detach()
+
+    def loss(weight):
+        return torch.func.functional_call(conv, {"weight": weight}, x).square().mean()
+
+    weight = conv.weight.detach()
+    with FastConvolutions():
+        found = torch.func.grad(loss)(weight)
+        _, tangent = torch.func.jvp(loss, (weight,), (weight,))
+        mapped = torch.func.vmap(conv)(x[None])
+    torch.testing.assert_close(found, torch.func.grad(loss)(weight))
+    torch.testing.assert_close(tangent, (found * weight).sum())
+    torch.testing.assert_close(mapped[0], conv(x))
+
+
+@large
+def test_export_computes_directly():
+    conv, x = nn.Conv2d(64, 64, 3, padding=1), maps(2, 64, 20, 20).detach()
+    with FastConvolutions():
+        program = torch.export.export(conv, (x,))
+    torch.testing.assert_close(program.module()(x), conv(x))
+
+
+@large
+def test_a_gradient_can_be_differentiated():
+    conv, x = nn.Conv2d(128, 128, 3, padding=1), maps(2, 128, 20, 20)
+
+    def penalty(context):
+        with context:
+            y = conv(x)
+        (gradient,) = torch.autograd.grad(y.square().mean(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), [x, *conv.parameters()])
+
+    for found, expected in zip(penalty(FastConvolutions()), penalty(torch.enable_grad()), strict=True):
+        assert differs(found, expected) < 1e-4

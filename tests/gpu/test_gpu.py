@@ -18,6 +18,7 @@ from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.train import TrainConfig, train
 from kdtoolkit.matrix import families
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD, all_methods
+from kdtoolkit.teacher_cache import TeacherCache
 from kdtoolkit.testing import example_batch
 from tests import _pair
 from tests.conftest import tiny_gfl, tiny_of
@@ -122,6 +123,17 @@ def test_training_and_evaluation(precision):
     assert result.steps == 6
     found = evaluate(distiller.student, data, device=DEVICE, precision=precision)
     assert 0 <= found.ap <= 100
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no TF32")
+@pytest.mark.parametrize("switch", [torch.backends.cuda.matmul, torch.backends.cudnn])
+def test_what_a_teacher_shows_in_tf32_is_kept_apart(switch, monkeypatch):
+    cache, models = TeacherCache.in_memory(), [tiny_gfl(seed=seed).to(DEVICE) for seed in (1, 0)]
+    distiller, batch = Distiller(*models, [PKD()], teacher_cache=cache), on_device(*example_batch(3))
+    for choice in (True, False, True):
+        monkeypatch.setattr(switch, "allow_tf32", choice)
+        distiller(*batch)
+    assert (cache.hits, cache.misses) == (2, 4)
 
 
 def test_one_process_by_distributed_data_parallel(tmp_path):

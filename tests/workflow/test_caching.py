@@ -7,7 +7,7 @@ import torch
 
 from kdtoolkit.errors import KDError
 from kdtoolkit.workflow import caching
-from kdtoolkit.workflow.options import DistillOptions, check_options
+from kdtoolkit.workflow.options import DistillOptions, ProbeOptions, TrainOptions, check_options
 from kdtoolkit.workflow.prepare import prepare
 from tests.workflow._data import TINY
 
@@ -26,8 +26,8 @@ def pair(teacher, shapes):
     }
 
 
-def prepared(pair, **words):
-    return prepare(check_options(DistillOptions, pair | words), CPU, lambda _: lambda done, total: None)
+def prepared(pair, kind=DistillOptions, **words):
+    return prepare(check_options(kind, pair | words), CPU, lambda _: lambda done, total: None)
 
 
 def test_a_cache_on_disk_is_chosen_where_views_come_again(pair):
@@ -89,3 +89,14 @@ def test_photos_are_counted_at_the_size_at_which_they_are_shown(pair, monkeypatc
     monkeypatch.setattr(caching, "forecast", counting)
     prepared(pair, epochs=20, image_size=48)
     assert counted == [(48, 48)] * 12
+
+
+def test_a_probe_has_no_cache(pair):
+    found = prepared(pair, ProbeOptions, epochs=20)
+    assert "teacher cache" not in found.plan
+    assert found.config.teacher_cache == "off"
+
+
+def test_a_detector_without_a_teacher_has_no_cache(shapes):
+    with pytest.raises(KDError, match="teacher_cache: only a student with a teacher has one: leave teacher_cache out"):
+        check_options(TrainOptions, {"model": TINY, "data": shapes, "train": {"teacher_cache": "disk"}})

@@ -81,6 +81,7 @@ def test_the_run_file_goes_on(tmp_path, first):
         ({"batch_size": 8}, {}, "batch_size: 8 there, left out now"),
         ({}, {"batch_size": 4}, "batch_size: 8 there, 4 now"),
         ({}, {"init": "teacher"}, "init: None there, teacher now"),
+        ({}, {"teacher_cache": "disk"}, "teacher_cache: auto there, disk now"),
         ({}, {"lr": 0.1}, "lr: None there, 0.1 now"),
     ],
 )

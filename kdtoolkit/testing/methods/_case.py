@@ -14,6 +14,7 @@ from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import DetectorAdapter, Method, Target
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError
+from kdtoolkit.teacher_cache import TeacherCache
 from kdtoolkit.testing.report import SEED
 
 MethodFactory = Callable[[], Method]
@@ -46,13 +47,15 @@ class Case:
         factory: MethodFactory | None = None,
         change_student: Change = lambda adapter: adapter,
         change_teacher: Change = lambda adapter: adapter,
+        teacher_cache: TeacherCache | None = None,
     ) -> Distiller:
         """A distiller with a new method; no model has gradients. `change_...`: what they show instead."""
         ours, theirs, _ = self._copies
         for model in (ours.model, theirs.model):
             model.zero_grad(set_to_none=True)
         torch.manual_seed(seed)
-        return Distiller(change_teacher(theirs), change_student(ours), [(factory or self.factory)()]).train()
+        methods = [(factory or self.factory)()]
+        return Distiller(change_teacher(theirs), change_student(ours), methods, teacher_cache=teacher_cache).train()
 
     @cached_property
     def usual(self) -> dict[str, Tensor]:

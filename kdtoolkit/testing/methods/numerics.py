@@ -9,7 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kdtoolkit.contract import PriorKind
 from kdtoolkit.errors import IncompatibleError, KDError
+from kdtoolkit.teacher_cache import TeacherCache
 from kdtoolkit.testing._batch import without_objects
 from kdtoolkit.testing._doubles import transformed
 from kdtoolkit.testing._expect import expect, expect_backward, expect_losses, expect_same, total, without_onednn
@@ -110,6 +112,23 @@ def _repeatable(case: Case) -> None:
     expect_same(case.terms(distiller), case.usual, "a run after another batch")
 
 
+def _warm_cache(case: Case) -> None:
+    """With a teacher cache that knows the images, terms are those with a live teacher, within rounding."""
+    if case.teacher.spec.priors is PriorKind.DETECTIONS:
+        raise LeftOut("a file of detections needs no cache")
+    cache = TeacherCache.in_memory()
+    try:
+        _, terms = (case.terms(case.fresh(teacher_cache=cache)) for _ in range(2))
+    except Exception as error:
+        raise AssertionError(
+            f"a step with a teacher cache fails with {type(error).__name__}: {error}. `features` and `states` are "
+            "sequences: write tuple(...) where a tuple is needed"
+        ) from error
+    for name, value in case.usual.items():
+        near = abs(terms[name] - value) <= LAYOUT * (abs(value) + total(case.usual).abs()) + ROUNDING
+        expect(bool(near), f"{name} is {terms[name].item():g} with a teacher cache, and {value.item():g} without")
+
+
 def _round_trip(case: Case) -> None:
     """The method's state dict, loaded into one set up afresh, gives equal terms."""
     distiller, other = case.fresh(), case.fresh(seed=SEED + 1)
@@ -124,4 +143,4 @@ def _copies(case: Case) -> None:
     expect_same(case.terms(distiller), case.usual, "a pickled copy")
 
 
-CHECKS = by_name(_two_processes, _channels_last, _mixed_precision, _repeatable, _round_trip, _copies)
+CHECKS = by_name(_two_processes, _channels_last, _mixed_precision, _repeatable, _warm_cache, _round_trip, _copies)
