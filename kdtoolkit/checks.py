@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdtoolkit.canvas import check_images
 from kdtoolkit.contract import DetectorSpec, Recorded, RecordedAlone, Target
 from kdtoolkit.errors import KDError
+from kdtoolkit.uncompiled import uncompiled
 
 LOWEST, HIGHEST = -0.5, 1.5  # allowed in images: resizing and changes of colour may leave [0, 1] by a little
 SMALLEST = 16  # px; if images are larger and all boxes lie within 0..1, the boxes are not in pixels
@@ -82,7 +83,7 @@ def without_recorded(
     return labelled if has_labels else None, [target["recorded"] for target in targets]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def checked_recorded(recorded: Sequence[Recorded], images: Sequence[Tensor], spec: DetectorSpec) -> list[Recorded]:
     """Recorded detections on the images' device. `spec` is that of the teacher that they are of.
 

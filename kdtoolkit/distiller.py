@@ -44,6 +44,7 @@ from kdtoolkit.gradients import Gradient, norms
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import all_methods
 from kdtoolkit.teacher_cache import TeacherCache, digest, teacher_digest, versions, view_keys
+from kdtoolkit.uncompiled import uncompiled
 
 TEACHER_SCALES = (1.0, 0.5, 0.25)  # others would turn no stride into one of the student's
 # Of losses whose gradients are measured, tried in turn until they are finite: a large scale keeps gradients of float16
@@ -258,7 +259,7 @@ class Distiller(nn.Module):
         return losses
 
     # Uncompiled: a compiler takes `calls` for a constant, and would compile each step anew. The checks read values.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def _begun(
         self, images: Sequence[Tensor], targets: Sequence[Target] | Sequence[RecordedAlone] | None
     ) -> tuple[Sequence[Tensor], Sequence[Target] | None, list[Recorded] | None, int, list[tuple[str, Method, float]]]:
@@ -334,7 +335,7 @@ class Distiller(nn.Module):
             return view
         return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True, scale=self.teacher_scale)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def _recalled(
         self,
         cache: TeacherCache,
@@ -364,7 +365,7 @@ class Distiller(nn.Module):
         view.recall.look_up(self._taken)
         return view
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def _remember(self, cache: TeacherCache, view: View) -> None:
         """Keep what the teacher showed in this step and had not shown before."""
         if not isinstance(view, RecalledView):

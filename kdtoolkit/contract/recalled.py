@@ -21,6 +21,7 @@ from kdtoolkit.contract.adapter import DetectorAdapter
 from kdtoolkit.contract.data import Batch, HeadTrace, Predictions, Said, State
 from kdtoolkit.contract.lazy import Lazy
 from kdtoolkit.contract.view import View
+from kdtoolkit.uncompiled import uncompiled
 
 Parts = Mapping[str, Tensor]
 """What is known of one image: tensors without the dimension of images, by the name of the part."""
@@ -77,7 +78,7 @@ class Recall:
             if all(name in known for known in self._known):
                 self.parts[name] = self._stacked(name, [known[name] for known in self._known])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def _take(self, name: str, of: Callable[[View], Tensor], rounded: bool) -> None:
         device, dtype, enabled = self._autocast
         with torch.no_grad(), torch.autocast(device, dtype, enabled):
