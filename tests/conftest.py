@@ -1,6 +1,7 @@
 """Tiny detectors and batches: a step takes milliseconds."""
 
 from functools import cache
+from multiprocessing.util import get_temp_dir
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 
 torch.set_num_threads(1)
+# The folder of a process's sockets is made once. Tests change where temporary files go, and a path of theirs is too long
+# for a socket: readers of images would then hang.
+get_temp_dir()
 
 BACKBONE = {"channels": (8, 8, 16, 16), "stem_width": 4}
 TINY = {
