@@ -11,7 +11,7 @@ from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 
 torch.set_num_threads(1)
-# The folder of a process's sockets is made once. Tests change where temporary files go, and a path of theirs is too long
+# The folder of a process's sockets is made once. Tests change where temporary files go, and their paths are too long
 # for a socket: readers of images would then hang.
 get_temp_dir()
 
