@@ -56,9 +56,11 @@ def test_torchvision_detectors_train_as_in_one_process(torchvision_pair, family)
     same(first["methods"], second["methods"], 0)
     if family not in RANDOM:
         expected = _pair.alone(family)
-        same(first["methods"], expected["methods"], 1e-5)
+        # One process takes statistics of channels by batch norm's kernel, several by sums over their parts. On the
+        # coarsest level, which has a few cells, the two round differently.
+        same(first["methods"], expected["methods"], 1e-4)
         if family not in OWN_LOSS_PER_PROCESS:
-            same(first["all"], expected["all"], 1e-5)
+            same(first["all"], expected["all"], 1e-4)
 
 
 @pytest.mark.parametrize("static", [False, True])

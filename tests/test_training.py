@@ -1,4 +1,4 @@
-"""docs/training.md: each of its code blocks does what the page says."""
+"""docs/training.md, and the loop of docs/speed.md: each code block does what the page says."""
 
 import copy
 import json
@@ -18,11 +18,17 @@ from kdtoolkit.engine.train import TrainConfig, train
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD
 from tests.conftest import tiny_gfl
 
-PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text("utf-8")
-BLOCKS = {
-    title: re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    for title, section in re.findall(r"^## (.*?)$(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
-}
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "training.md").read_text("utf-8")
+
+
+def blocks(page):
+    """The code blocks of a page by the title of their section."""
+    sections = re.findall(r"^## (.*?)$(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+    return {title: re.findall(r"```python\n(.*?)```", section, re.DOTALL) for title, section in sections}
+
+
+BLOCKS = blocks(PAGE)
 
 
 @pytest.fixture
@@ -226,10 +232,10 @@ def test_compiled(names, batch, monkeypatch):
     assert names["losses"].total.item() == pytest.approx(plain.total.item(), rel=1e-5)
 
 
-def test_what_the_hardware_is_fastest_with(names, batch):
+def test_the_loop_that_the_hardware_is_fastest_with(names, batch):
     names["loader"] = [batch]
     plain = names["distiller"](*batch)
-    before = run(BLOCKS["What the hardware is fastest with"][0], names)
+    before = run(blocks((DOCS / "speed.md").read_text("utf-8"))["In a loop of your own"][0], names)
     assert changed(before, names["student"])
     for model in (names["teacher"], names["student"]):
         weight = model.backbone.conv1[0].weight

@@ -52,7 +52,7 @@ def test_changes_follow_each_other_as_torchvisions_do(image, changes):
     theirs = image
     for change, amount in changes:
         theirs = THEIRS[change](theirs, amount)
-    assert furthest(recoloured(image, changes), theirs) <= 3  # later changes enlarge a difference
+    assert furthest(recoloured(image, changes), theirs) <= 6  # later changes enlarge a difference
 
 
 def test_without_changes_the_image_is_the_same():
