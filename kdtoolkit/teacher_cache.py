@@ -70,7 +70,7 @@ class TeacherCache(ABC):
             gigabytes: the most that it holds, in 10^9 bytes.
             precision: how floats are kept. "bfloat16" needs half the memory, and rounds to 8 bits.
 
-        Raises KDError if an argument is none of these.
+        Raises KDError if `gigabytes` is not above 0, or if `precision` is unknown.
         """
         return _InMemory(gigabytes, precision)
 
@@ -86,7 +86,7 @@ class TeacherCache(ABC):
                 hold a little more.
             precision: how floats are kept. "bfloat16" needs half the space, and rounds to 8 bits.
 
-        Raises KDError if an argument is none of these, or if the folder cannot be written.
+        Raises KDError if `gigabytes` is not above 0, if `precision` is unknown, or if the folder cannot be written.
         """
         return _OnDisk(Path(folder), gigabytes, precision)
 

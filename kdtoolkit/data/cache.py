@@ -7,10 +7,7 @@ Files are mapped into memory, so all processes use the same pages.
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import threading
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from kdtoolkit.data.pictures import VERSION
 from kdtoolkit.errors import KDError
+from kdtoolkit.files import write_beside
 
 SPARE = 2  # new images may take half of what the disk has left
 
@@ -68,15 +66,10 @@ class PictureCache:
 
     def write(self, picture: CachedPicture, pixels: Tensor) -> None:
         """Store an image. Raises KDError if the folder cannot be written."""
-        path = picture.path
-        beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(pixels.contiguous().numpy().tobytes())
-            beside.replace(path)
+            picture.path.parent.mkdir(parents=True, exist_ok=True)
+            write_beside(picture.path, pixels.contiguous().numpy().tobytes())
         except OSError as error:
-            with suppress(OSError):
-                beside.unlink()
             raise KDError(
                 f"cannot write decoded images to {self._folder} ({error.strerror}); free some space, or choose a "
                 "different folder for results"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kdtoolkit.data.dataset import DetectionDataset, Sample, digest
 from kdtoolkit.errors import KDError
+from kdtoolkit.files import write_beside
 
 VERSION = 1  # raise it with any change of what is drawn
 CLASS_NAMES = ("disc", "square", "triangle", "star", "ring", "gapped ring")
@@ -80,14 +80,10 @@ class ProceduralShapes(DetectionDataset):
         with suppress(FileNotFoundError, SafetensorError):  # a damaged file is written again
             return load_file(path)
         pictures = self._drawn()
-        beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            save_file(pictures, beside)
-            beside.replace(path)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                beside.unlink()
+            write_beside(path, save(pictures))
+        except OSError as error:
             raise KDError(f"cannot write the drawn pictures to {path}: {error}") from error
         return load_file(path)
 
