@@ -20,11 +20,11 @@ from kdtoolkit.contract import (
     Detections,
     DetectorAdapter,
     DetectorSpec,
+    HeadOutputs,
     HeadTrace,
     Predictions,
     Priors,
     Recorded,
-    Said,
     State,
     Target,
 )
@@ -247,13 +247,13 @@ class SharedClasses(DetectorAdapter):
         """Run the head from `state` to its end."""
         return self._seen_predictions(self._inner.resume(state, stage, _own(trace)))
 
-    def restored(self, said: Said, batch: Batch) -> HeadTrace:
+    def rebuild(self, outputs: HeadOutputs, batch: Batch) -> HeadTrace:
         """Make a pass of the wrapped detector's head again, from the predictions of all its classes."""
-        return self.seen_trace(self._inner.restored(said, _whole(batch)))
+        return self.seen_trace(self._inner.rebuild(outputs, _whole(batch)))
 
-    def said(self, trace: HeadTrace) -> Predictions:
+    def own_predictions(self, trace: HeadTrace) -> Predictions:
         """The predictions of all classes of the wrapped detector."""
-        return self._inner.said(_own(trace))
+        return self._inner.own_predictions(_own(trace))
 
     def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
         """The pass after each decoder layer."""

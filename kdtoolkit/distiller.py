@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import chain, islice
@@ -19,18 +18,16 @@ from kdtoolkit.checks import checked_batch, checked_images, checked_recorded, wi
 from kdtoolkit.classes import ClassMap, SharedClasses, with_objects, with_recorded
 from kdtoolkit.compatibility import why_no_student, why_refused
 from kdtoolkit.contract import (
-    Assignment,
     Batch,
+    CachedView,
     Capability,
     Detections,
     DetectorAdapter,
     DetectorSpec,
     Exchange,
-    HeadTrace,
     HeldShare,
     Method,
     PriorKind,
-    RecalledView,
     Recorded,
     RecordedAlone,
     Target,
@@ -38,19 +35,17 @@ from kdtoolkit.contract import (
     check_precision,
 )
 from kdtoolkit.contract.held import HELD_METRICS
-from kdtoolkit.contract.recompute import recomputed
+from kdtoolkit.contract.method import checked_terms
 from kdtoolkit.errors import IncompatibleError, KDError
-from kdtoolkit.gradients import Gradient, norms
+from kdtoolkit.gradients import scaled_norms
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import all_methods
-from kdtoolkit.teacher_cache import TeacherCache, digest, teacher_digest, versions, view_keys
+from kdtoolkit.teacher_cache import TeacherCache
+from kdtoolkit.teacher_lookup import TeacherLookup
 from kdtoolkit.uncompiled import uncompiled
 
 TEACHER_SCALES = (1.0, 0.5, 0.25)  # others would turn no stride into one of the student's
-# Of losses whose gradients are measured, tried in turn until they are finite: a large scale keeps gradients of float16
-# above zero, a small one keeps large ones from overflowing. It changes no share.
-SCALES = (2.0**10, 2.0**5, 1.0)
-SMALLEST_OBJECT = 1.0  # px; smaller detections do not stand for objects
+_SMALLEST_OBJECT = 1.0  # px; smaller detections do not stand for objects
 
 
 class Losses(dict[str, Tensor]):
@@ -108,8 +103,8 @@ class Distiller(nn.Module):
             costs less. The teacher's level of stride 8 then stands beside the student's of stride 16 or 32.
         class_map: which classes the two share, if their class lists differ. Methods then compare these classes only.
         score: in batches without labels, the teacher's detections with at least this score stand for objects.
-        teacher_cache: what the teacher showed of images is kept in it and taken from it (docs/teacher_cache.md). A
-            teacher that is a file of detections needs none: then nothing is kept.
+        teacher_cache: keeps what the teacher computes for an image, so that later epochs need no pass of the teacher
+            (docs/teacher_cache.md). A teacher that is a file of detections needs none.
         recompute: compute the passes of heads through which gradients flow again in the backward pass, instead of
             keeping what they computed. It saves memory and costs time; losses and gradients stay the same.
 
@@ -162,8 +157,7 @@ class Distiller(nn.Module):
         self.score = score
         self.recompute = recompute
         self.teacher_cache = teacher_cache
-        self._teacher_digest: tuple[tuple[tuple[int, int], ...], str] | None = None  # with the versions that it is of
-        self._taken: tuple[str, ...] = ()  # parts of the teacher's pass that the last step took
+        self._shared: tuple[SharedClasses, SharedClasses] | None = None
         self.calls = 0
         self.run_steps: int | None = None  # needed where schedules are given as shares of it
         self._names = _unique_names(methods)
@@ -176,6 +170,7 @@ class Distiller(nn.Module):
                 f"{self.teacher_adapter.spec.name} is a file of detections and sees no images: leave teacher_scale out"
             )
         _check_models(self.teacher_adapter.model, self.student)
+        self._lookup = TeacherLookup(self.teacher_adapter)
         self._shared = _shared(self.student_adapter, self.teacher_adapter, class_map)
         specs = self.seen[0].spec, self.seen[1].spec.on_images_scaled_by(teacher_scale)
         for name, method in zip(self._names, methods, strict=True):
@@ -210,36 +205,22 @@ class Distiller(nn.Module):
         Raises KDError if images or ground truth are clearly wrong (shape, range, labels), if there are no labels and
         no method that works without them, or if the number of keys is not that of the images.
         """
-        ground_truth: Sequence[Target] | None
         images, ground_truth, recorded, step, active = self._begun(images, targets)
-        adapter, methods = self.student_adapter, [method for _, method, _ in active]
-        batch = adapter.prepare(images, ground_truth)
+        methods = [method for _, method, _ in active]
+        batch = self.student_adapter.prepare(images, ground_truth)
         teacher_view = None
         if active:  # The teacher is first: what its pass needs is freed before the student's pass keeps its own.
-            teacher_view = self._observe_teacher(images, ground_truth, batch, recorded, keys, _stages(methods, 1))
+            teacher_view = self._teacher_view(images, ground_truth, batch, recorded, keys, methods)
             if ground_truth is None and any(method.unlabelled == "detections" for method in methods):
                 teacher_view, batch = self._with_detections(teacher_view, batch)
-            elif teacher_view.spec.priors.on_grid and any(Capability.PREDICTIONS in each.needs for each in methods):
-                _ = teacher_view.head  # on a grid a method asks for this pass, and for no pass with different priors
-        features = adapter.features(batch)
-        stages = _stages(methods, 0)
-        if self.recompute:
-            trace = recomputed(lambda: adapter.head(features, batch, stages=stages), adapter.model)
-        else:
-            trace = adapter.head(features, batch, stages=stages)
-        losses, assignment = Losses(), None
-        if ground_truth is not None:
-            own, assignment = adapter.task_losses(trace, batch)
-            losses.update({f"task/{name}": loss for name, loss in own.items()})
+        student_view, losses = self._student_view(batch, methods, labelled=ground_truth is not None)
         if teacher_view is not None:
-            student_view = self._student_view(batch, features, trace, assignment)
-            student_view.recompute = teacher_view.recompute = self.recompute
             exchange = Exchange(student_view, teacher_view)
-            found = [_checked_terms(method, method(exchange.at_strides(method.strides))) for method in methods]
-            if self.teacher_cache is not None:
-                self._remember(self.teacher_cache, teacher_view)
+            found = [checked_terms(method, method(exchange.at_strides(method.strides))) for method in methods]
+            if self.teacher_cache is not None and isinstance(teacher_view, CachedView):
+                self._lookup.keep(self.teacher_cache, teacher_view)
             if self.held and ground_truth is not None and self.training and torch.is_grad_enabled():
-                self._hold_shares(step, losses, methods, [terms for terms, _ in found])
+                self._hold_shares(step, losses.total, methods, [terms for terms, _ in found])
             device = batch.images.device
             for (name, method, factor), (terms, metrics) in zip(active, found, strict=True):
                 if method.held is not None:
@@ -283,100 +264,60 @@ class Distiller(nn.Module):
         self.calls += self.training
         return images, targets, recorded, step, active
 
-    def _hold_shares(
-        self, step: int, own_losses: Losses, methods: Sequence[Method], found: Sequence[dict[str, Tensor]]
-    ) -> None:
-        """Set the factors of methods whose share is held, where that is due; `found` are the methods' terms."""
-        due = [
-            (method.held, reduce(torch.add, terms.values()))
-            for method, terms in zip(methods, found, strict=True)
-            if method.held is not None and method.held.is_due(step) and terms
-        ]
-        if not due:
-            return
-        parameters, task = [p for p in self.student.parameters() if p.requires_grad], own_losses.total
-        tasks: dict[float, Gradient] = {}
-        for held, loss in due:
-            for scale in SCALES:
-                if scale not in tasks:
-                    tasks[scale] = Gradient.of(scale * task, parameters)
-                own, its = torch.stack(norms(Gradient.of(scale * loss, parameters), tasks[scale])).tolist()
-                if math.isfinite(own) and math.isfinite(its):
-                    break
-            held.set(step, own, its)
-
-    def _student_view(
-        self, batch: Batch, features: tuple[Tensor, ...], trace: HeadTrace, assignment: Assignment | None
-    ) -> View:
-        """What methods see of the student's pass."""
-        if self._shared is None:
-            return View(self.student_adapter, batch, features, trace, assignment)
-        seen = self._shared[0]
-        shown = None if assignment is None else seen.seen_assignment(assignment)
-        return View(seen, seen.seen(batch), features, seen.seen_trace(trace), shown)
-
     @torch.no_grad()
-    def _observe_teacher(
+    def _teacher_view(
         self,
         images: Sequence[Tensor],
         targets: Sequence[Target] | None,
         like: Batch,
         recorded: Sequence[Recorded] | None,
         keys: Sequence[str] | None,
-        stages: frozenset[int] | None,
+        methods: Sequence[Method],
     ) -> View:
-        """The teacher's view of the images that the student saw. Its head runs when a method asks for it."""
-        adapter = self.seen[1]
+        """What methods see of the teacher's pass. Its head runs when a method asks for it."""
+        adapter, stages, scale = self.seen[1], _stages(methods, 1), self.teacher_scale
         if adapter.model.training:  # the user may have called train() on a module that holds the teacher
             adapter.model.eval()
         batch = self.teacher_batch(images, targets, like, recorded)
-        if self.teacher_cache is not None and adapter.spec.priors is not PriorKind.DETECTIONS:
-            view: View = self._recalled(self.teacher_cache, images, batch, keys, stages)
-            return view
-        return View(adapter, batch, adapter.features(batch), stages=stages, frozen=True, scale=self.teacher_scale)
-
-    @uncompiled
-    def _recalled(
-        self,
-        cache: TeacherCache,
-        images: Sequence[Tensor],
-        batch: Batch,
-        keys: Sequence[str] | None,
-        stages: frozenset[int] | None,
-    ) -> RecalledView:
-        """The teacher's view, with what the cache knows of the images."""
-        assert self.teacher_adapter is not None
-        if keys is None:
-            keys = [*map(digest, images)]
-        if len(keys) != len(images):
-            raise KDError(f"there are {len(images)} images and {len(keys)} keys: hand in one key for each image")
-        written = versions(self.teacher_adapter.model)
-        if self._teacher_digest is None or self._teacher_digest[0] != written:
-            self._teacher_digest = written, teacher_digest(self.teacher_adapter)
-        view = RecalledView(
-            self.seen[1],
-            batch,
-            view_keys(keys, batch, self._teacher_digest[1], cache.precision),
-            cache.find,
-            stages=stages,
-            scale=self.teacher_scale,
-            dtype=cache.dtype,
-        )
-        view.recall.look_up(self._taken)
+        view: View
+        if self.teacher_cache is None or adapter.spec.priors is PriorKind.DETECTIONS:
+            view = View(adapter, batch, adapter.features(batch), stages=stages, frozen=True, scale=scale)
+        else:
+            view = self._lookup.view(self.teacher_cache, adapter, batch, images, keys, stages=stages, scale=scale)
+        view.recompute = self.recompute
+        if adapter.spec.priors.on_grid and any(Capability.PREDICTIONS in m.needs for m in methods):
+            _ = view.head  # on a grid a method asks for this pass, and for no pass with different priors
         return view
 
-    @uncompiled
-    def _remember(self, cache: TeacherCache, view: View) -> None:
-        """Keep what the teacher showed in this step and had not shown before."""
-        if not isinstance(view, RecalledView):
-            return
-        for key, parts in zip(view.keys, view.recall.fresh, strict=True):
-            if parts:
-                cache.keep(key, parts)
-        missed = sum(map(bool, view.recall.fresh))
-        cache.misses += missed
-        cache.hits += len(view.keys) - missed
-        self._taken = tuple(view.recall.parts)
+    def _student_view(self, batch: Batch, methods: Sequence[Method], *, labelled: bool) -> tuple[View, Losses]:
+        """What methods see of the student's pass, and the student's own losses; without labels it has none."""
+        adapter, stages, losses = self.student_adapter, _stages(methods, 0), Losses()
+        view = View(adapter, batch, adapter.features(batch), stages=stages)
+        view.recompute = self.recompute
+        trace = view.head
+        if labelled:
+            own, view.assignment = adapter.task_losses(trace, batch)
+            losses.update({f"task/{name}": loss for name, loss in own.items()})
+        if self._shared is not None and methods:
+            seen, assignment = self._shared[0], view.assignment
+            shown = None if assignment is None else seen.seen_assignment(assignment)
+            view = View(seen, seen.seen(batch), view.maps, seen.seen_trace(trace), shown, stages=stages)
+            view.recompute = self.recompute
+        return view, losses
+
+    def _hold_shares(
+        self, step: int, task: Tensor, methods: Sequence[Method], found: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Set the factors of methods whose share is held, where that is due; `found` are the methods' terms."""
+        due = {
+            method.held: reduce(torch.add, terms.values())
+            for method, terms in zip(methods, found, strict=True)
+            if method.held is not None and method.held.is_due(step) and terms
+        }
+        if due:
+            parameters = [p for p in self.student.parameters() if p.requires_grad]
+            for held, (own, its) in zip(due, scaled_norms([*due.values()], task, parameters), strict=True):
+                held.set(step, own, its)
 
     def teacher_batch(
         self,
@@ -563,7 +504,7 @@ def _as_objects(found: Detections, size: tuple[int, int], score: float) -> Targe
     limit = found["boxes"].new_tensor([width, height, width, height])
     boxes = torch.minimum(found["boxes"].clamp(min=0), limit)
     sides = boxes[:, 2:] - boxes[:, :2]
-    keep = (found["scores"] >= score) & (sides >= SMALLEST_OBJECT).all(1)
+    keep = (found["scores"] >= score) & (sides >= _SMALLEST_OBJECT).all(1)
     return Target(boxes=boxes[keep].float(), labels=found["labels"][keep])
 
 
@@ -579,29 +520,6 @@ def _checked(methods: Sequence[Method]) -> list[Method]:
             "for each Distiller"
         )
     return list(methods)
-
-
-def _checked_terms(method: Method, found: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The terms and metrics that a method's forward returned. Raises TypeError that says how it breaks the contract."""
-    name = type(method).__name__
-    if not isinstance(found, dict):
-        raise TypeError(f"{name}.forward must return a dict of loss terms; it returned a {type(found).__name__}")
-    terms: dict[str, Tensor] = {}
-    metrics: dict[str, Tensor] = {}
-    for term, value in found.items():
-        if term not in method.terms + method.metrics:
-            metrics_too = f", {name}.metrics {method.metrics}" if method.metrics else ""
-            raise TypeError(
-                f"{name}.forward returned the term {term!r}, and {name}.terms declares {method.terms}{metrics_too}"
-            )
-        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-            what = f"a {value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise TypeError(f"{name}.forward returned {what} as {term!r}: it must be a scalar float tensor")
-        if term in method.terms:
-            terms[term] = value
-        else:
-            metrics[term] = value.detach()
-    return terms, metrics
 
 
 def _unique_names(methods: Sequence[Method]) -> list[str]:

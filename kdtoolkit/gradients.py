@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit import processes
+
+# Losses are multiplied by one of these, tried in turn until the gradients are finite. A large scale keeps gradients of
+# float16 above zero, a small one keeps large ones from overflowing.
+_SCALES = (2.0**10, 2.0**5, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +56,28 @@ class Gradient:
         return torch.stack(torch._foreach_norm(self.parts)).float().square()
 
 
-def norms(gradient: Gradient, task: Gradient) -> tuple[Tensor, Tensor]:
+def _norms(gradient: Gradient, task: Gradient) -> tuple[Tensor, Tensor]:
     """The norms of a gradient and of the task's, both at the parameters that both losses reach."""
     both = gradient.reached & task.reached
     own, its = (torch.where(both, each.squares(), 0.0).sum().sqrt() for each in (gradient, task))
     return own, its
+
+
+def scaled_norms(
+    losses: Sequence[Tensor], task: Tensor, parameters: Sequence[nn.Parameter]
+) -> list[tuple[float, float]]:
+    """For each loss the norms of its gradient and of the task's, at the parameters that both reach.
+
+    Both norms of a pair are multiplied by the same scale, so their ratio is that of the gradients.
+    """
+    tasks: dict[float, Gradient] = {}
+    found = []
+    for loss in losses:
+        for scale in _SCALES:
+            if scale not in tasks:
+                tasks[scale] = Gradient.of(scale * task, parameters)
+            own, its = torch.stack(_norms(Gradient.of(scale * loss, parameters), tasks[scale])).tolist()
+            if math.isfinite(own) and math.isfinite(its):
+                break
+        found.append((own, its))
+    return found

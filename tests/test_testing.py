@@ -650,19 +650,19 @@ class EndsAfterNoLayer(DenseAdapter):
 
 
 class MakesPriorsAgainElsewhere(DenseAdapter):
-    """recalled"""
+    """cached"""
 
-    def restored(self, said, batch):
-        trace = super().restored(said, batch)
+    def rebuild(self, outputs, batch):
+        trace = super().rebuild(outputs, batch)
         priors = replace(trace.predictions.priors, boxes=trace.predictions.priors.boxes + 1)
         return replace(trace, predictions=replace(trace.predictions, priors=priors))
 
 
 class ForgetsStates(DenseAdapter):
-    """recalled"""
+    """cached"""
 
-    def restored(self, said, batch):
-        return replace(super().restored(said, batch), states=())
+    def rebuild(self, outputs, batch):
+        return replace(super().rebuild(outputs, batch), states=())
 
 
 class HeadOnAGridTakesNoQueries(DenseAdapter):

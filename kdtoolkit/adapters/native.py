@@ -18,10 +18,10 @@ from kdtoolkit.contract import (
     Detections,
     DetectorAdapter,
     DetectorSpec,
+    HeadOutputs,
     HeadTrace,
     Predictions,
     Priors,
-    Said,
     Stage,
     State,
     Target,
@@ -112,11 +112,13 @@ class DenseAdapter(DetectorAdapter):
         _, last = keep_states(self.model.walk_towers(state, stage), ())
         return self.model.predict(last)
 
-    def restored(self, said: Said, batch: Batch) -> HeadTrace:
+    def rebuild(self, outputs: HeadOutputs, batch: Batch) -> HeadTrace:
         """Make a pass again from its predictions."""
         model = self.model
-        priors = model.priors(said.grid)
-        return HeadTrace(said.states, Predictions(said.logits, said.regression, priors, model.decode, said.quality))
+        priors = model.priors(outputs.grid)
+        return HeadTrace(
+            outputs.states, Predictions(outputs.logits, outputs.regression, priors, model.decode, outputs.quality)
+        )
 
     def task_losses(self, trace: HeadTrace, batch: Batch) -> tuple[dict[str, Tensor], Assignment]:
         """Compute the detector's own losses."""

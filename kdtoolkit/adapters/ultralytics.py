@@ -48,11 +48,11 @@ from kdtoolkit.contract import (
     Detections,
     DetectorAdapter,
     DetectorSpec,
+    HeadOutputs,
     HeadTrace,
     Predictions,
     PriorKind,
     Priors,
-    Said,
     Stage,
     State,
     Target,
@@ -224,10 +224,12 @@ class UltralyticsAdapter(DetectorAdapter):
         points, strides = _tal.make_anchors(_as_maps(grid, like), self._strides)
         return Priors((points * strides).repeat(1, 2), strides[:, 0], grid)
 
-    def restored(self, said: Said, batch: Batch) -> HeadTrace:
+    def rebuild(self, outputs: HeadOutputs, batch: Batch) -> HeadTrace:
         """Make a pass again from its predictions."""
-        priors = self._priors(said.grid, said.logits)
-        return HeadTrace(said.states, Predictions(said.logits, said.regression, priors, _decode), said.features)
+        priors = self._priors(outputs.grid, outputs.logits)
+        return HeadTrace(
+            outputs.states, Predictions(outputs.logits, outputs.regression, priors, _decode), outputs.features
+        )
 
     def detecting(self, trace: HeadTrace) -> Predictions:
         """The predictions that detections come from: of the one-to-one towers if the model is end-to-end."""

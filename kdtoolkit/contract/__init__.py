@@ -11,29 +11,29 @@ Boxes are xyxy in pixels of the batch's canvas; labels are int64 in [0, K).
 An adapter's author writes `DetectorAdapter`; a method's author writes `Method`. Neither knows the other.
 
 Each file is one idea, and imports only those above it: `spec` (facts), `data` (what passes), `adapter` (a detector),
-`lazy` (sequences made when asked for), `view` (what it shows in a step), `recalled` (what of it
-is known from earlier steps), `exchange` (what two of them show), `schedule`, `held`, `method`. All names
-are imported from here.
+`lazy` (sequences made when asked for), `recompute` (passes computed again in the backward pass), `view`
+(what a detector shows in a step), `cached` (the same, with parts that a cache knows), `exchange` (what two
+detectors show), `schedule`, `held`, `method`. All names are imported from here.
 """
 
 from kdtoolkit.contract.adapter import DetectorAdapter, check_precision, keep_states
+from kdtoolkit.contract.cached import CachedView
 from kdtoolkit.contract.data import (
     Assignment,
     Batch,
     Detections,
+    HeadOutputs,
     HeadTrace,
     Predictions,
     Priors,
     Recorded,
     RecordedAlone,
-    Said,
     State,
     Target,
 )
 from kdtoolkit.contract.exchange import Exchange, Matched, Whose
 from kdtoolkit.contract.held import HeldShare
 from kdtoolkit.contract.method import Method, Unlabelled
-from kdtoolkit.contract.recalled import Recall, RecalledView
 from kdtoolkit.contract.schedule import Schedule
 from kdtoolkit.contract.spec import Capability, ClassRows, DetectorSpec, PriorKind, Stage
 from kdtoolkit.contract.view import View
@@ -41,12 +41,14 @@ from kdtoolkit.contract.view import View
 __all__ = [
     "Assignment",
     "Batch",
+    "CachedView",
     "Capability",
     "ClassRows",
     "Detections",
     "DetectorAdapter",
     "DetectorSpec",
     "Exchange",
+    "HeadOutputs",
     "HeadTrace",
     "HeldShare",
     "Matched",
@@ -54,11 +56,8 @@ __all__ = [
     "Predictions",
     "PriorKind",
     "Priors",
-    "Recall",
-    "RecalledView",
     "Recorded",
     "RecordedAlone",
-    "Said",
     "Schedule",
     "Stage",
     "State",

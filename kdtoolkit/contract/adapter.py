@@ -9,7 +9,17 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from kdtoolkit.contract.data import Assignment, Batch, Detections, HeadTrace, Predictions, Priors, Said, State, Target
+from kdtoolkit.contract.data import (
+    Assignment,
+    Batch,
+    Detections,
+    HeadOutputs,
+    HeadTrace,
+    Predictions,
+    Priors,
+    State,
+    Target,
+)
 from kdtoolkit.contract.spec import ClassRows, DetectorSpec
 from kdtoolkit.errors import KDError
 
@@ -37,7 +47,7 @@ class DetectorAdapter(ABC):
             self.describe(),
             assigns=type(self).assign is not DetectorAdapter.assign,
             places_queries=type(self).queries_at is not DetectorAdapter.queries_at,
-            restores=type(self).restored is not DetectorAdapter.restored,
+            rebuilds=type(self).rebuild is not DetectorAdapter.rebuild,
             first_stage=None if first is None else first.spec,
         )
 
@@ -127,16 +137,19 @@ class DetectorAdapter(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} declares no stages")
 
-    def restored(self, said: Said, batch: Batch) -> HeadTrace:
+    def rebuild(self, outputs: HeadOutputs, batch: Batch) -> HeadTrace:
         """Make a pass of the head again from its predictions, without running it: for a head on a grid.
 
-        `resume`, `assign` and `detections` must do with the result what they do with the pass itself. An adapter
-        without `restored` loses no value: a teacher's head then runs on the maps that are known.
+        `resume`, `assign` and `detections` must do with the result what they do with the pass itself. Without
+        `rebuild` the values are the same: a teacher's head then runs on the maps that a cache knows.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no restored")
+        raise NotImplementedError(f"{type(self).__name__} has no rebuild")
 
-    def said(self, trace: HeadTrace) -> Predictions:
-        """The predictions of a pass that `restored` needs: those of `trace`, unless an adapter shows different ones."""
+    def own_predictions(self, trace: HeadTrace) -> Predictions:
+        """The predictions as the detector's own head made them, from which `rebuild` makes a pass again.
+
+        They are those of `trace`, unless the adapter shows methods different ones: `SharedClasses` shows fewer classes.
+        """
         return trace.predictions
 
     def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:

@@ -194,8 +194,8 @@ class HeadTrace:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a head on a grid said in an earlier pass, of which `DetectorAdapter.restored` makes the pass again.
+class HeadOutputs:
+    """What a cache keeps of a pass of a head on a grid. `DetectorAdapter.rebuild` makes the `HeadTrace` from it.
 
     Attributes:
         logits: as in `Predictions`.

@@ -87,7 +87,7 @@ class Matched:
         """
         view, trace = self._views[1], self._passes[1]
         if self._rows is None and trace is view.trace:
-            return view.kept(name, lambda whole: of(whole.head))
+            return view.part(name, lambda whole: of(whole.head))
         return of(self.teacher)
 
     def finish_with_teacher(self, state: State, stage: int) -> Predictions:

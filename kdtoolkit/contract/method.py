@@ -126,6 +126,29 @@ class Method(nn.Module, ABC):
         """
 
 
+def checked_terms(method: Method, found: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The terms and metrics that a method's forward returned. Raises TypeError that says how it breaks the contract."""
+    name = type(method).__name__
+    if not isinstance(found, dict):
+        raise TypeError(f"{name}.forward must return a dict of loss terms; it returned a {type(found).__name__}")
+    terms: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
+    for term, value in found.items():
+        if term not in method.terms + method.metrics:
+            metrics_too = f", {name}.metrics {method.metrics}" if method.metrics else ""
+            raise TypeError(
+                f"{name}.forward returned the term {term!r}, and {name}.terms declares {method.terms}{metrics_too}"
+            )
+        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+            what = f"a {value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(f"{name}.forward returned {what} as {term!r}: it must be a scalar float tensor")
+        if term in method.terms:
+            terms[term] = value
+        else:
+            metrics[term] = value.detach()
+    return terms, metrics
+
+
 def _checking_options(init: Callable[..., None]) -> Callable[..., None]:
     @wraps(init)
     def checked(self: Method, *args: Any, **kwargs: Any) -> None:

@@ -92,7 +92,7 @@ class DetectorSpec:
             if their forms are equal. Empty if the priors lie on a grid.
         assigns: whether the adapter has `assign`. `DetectorAdapter.spec` fills it in.
         places_queries: whether the adapter has `queries_at`. `DetectorAdapter.spec` fills it in.
-        restores: whether the adapter has `restored`. `DetectorAdapter.spec` fills it in.
+        rebuilds: whether the adapter has `rebuild`. `DetectorAdapter.spec` fills it in.
         first_stage: the spec of the adapter's `first_stage`. `DetectorAdapter.spec` fills it in.
     """
 
@@ -108,7 +108,7 @@ class DetectorSpec:
     prior_form: str = ""
     assigns: bool = True
     places_queries: bool = False
-    restores: bool = False
+    rebuilds: bool = False
     first_stage: DetectorSpec | None = None
 
     @property

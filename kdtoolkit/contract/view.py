@@ -75,7 +75,7 @@ class View:
             self._own.append(self.run_head())
         return self._own[0]
 
-    def kept(self, name: str, of: Callable[[View], Tensor]) -> Tensor:
+    def part(self, name: str, of: Callable[[View], Tensor]) -> Tensor:
         """What `of` computes of the whole view, of each image alone: (N, ...). A cache keeps it under `name`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return of(self)
@@ -86,7 +86,7 @@ class View:
             return self.computed(lambda: self.adapter.head(tuple(self.maps), self.batch, priors, self._stages))
 
     def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
-        """What the head would have said after each decoder layer, in this pass of it; the last is the pass itself."""
+        """The pass as it would be if the decoder ended after each of its layers; the last is the pass itself."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.adapter.layers(trace)
 
@@ -135,9 +135,10 @@ class View:
             height, width = (min(own, round(its * own_sum / its_sum)) for own, its, own_sum, its_sum in sides)
         if (height, width) == canvases[0]:
             return self
-        part = copy.copy(self)
-        part.shown = height, width
-        part.features = Lazy(len(self.features), lambda i: part.cut(self.features[i], i))
+        shown = copy.copy(self)
+        shown.shown = height, width
+        part = copy.copy(shown)  # `part` itself in its maps would be a cycle, which stays in memory for some time
+        part.features = Lazy(len(self.features), lambda i: shown.cut(self.features[i], i))
         return part
 
     def cut(self, x: Tensor, level: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A run's teacher cache: opened for the time of the run; what it keeps of an image, and what it saves."""
+"""A run's teacher cache: opened for the time of the run; how many bytes a view takes, and how much time it saves."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.teacher_cache import GIGABYTE, TeacherCache
 from kdtoolkit.words import size
 
-COUNTED = 300_000  # images shown; a longer run is counted in its first steps
-PAYS_FROM = 4.0  # how often a view is shown, on average: alone, an image may cost four times its share of a batch
+_COUNTED = 300_000  # images shown; a longer run is counted in its first steps
+_PAYS_FROM = 4.0  # how often a view is shown, on average: alone, an image may cost four times its share of a batch
 _UNBOUNDED = 1e6  # gigabytes
 _TIMED = 3  # passes of the teacher whose median counts
 _TRIED = 50  # steps at which the methods at work are looked at
 
 
 def can_cache(distiller: Distiller) -> bool:
-    """Whether there is a teacher that is asked in a run, and that is not a file of detections."""
+    """Whether a run has a teacher whose passes a cache can keep: one that methods use, and no file of detections."""
     teacher = distiller.teacher_adapter
     return teacher is not None and len(distiller.methods) > 0 and teacher.spec.priors is not PriorKind.DETECTIONS
 
@@ -51,7 +51,7 @@ class Forecast:
 
     def why_not(self, gigabytes: float) -> str | None:
         """Why a cache of this size does not pay, in words; None if it does."""
-        if self.views.repeats < PAYS_FROM:
+        if self.views.repeats < _PAYS_FROM:
             return f"a view is shown {self.views.repeats:.1f} times on average: too seldom to pay"
         return None if self.bytes <= gigabytes * GIGABYTE else f"more than {size(int(gigabytes * GIGABYTE))}"
 
@@ -72,7 +72,7 @@ def forecast(
     views = count_views(
         sizes,
         batch_size=config.batch_size,
-        steps=max(1, min(config.steps, COUNTED // config.batch_size)),
+        steps=max(1, min(config.steps, _COUNTED // config.batch_size)),
         seed=seed,
         augment=config.augmentation,
         input_size=config.input_size,
@@ -106,7 +106,7 @@ def resolve_cache(
 
 @contextmanager
 def teacher_cache(distiller: Distiller, config: TrainConfig, folder: Path | None) -> Iterator[TeacherCache | None]:
-    """The cache by which the teacher is asked in a block: the distiller's own if it has one, else the config's.
+    """The cache that a distiller uses in a block: its own if it has one, else the config's.
 
     `folder`: where a cache on disk lies. Gives None if nothing is kept. Raises KDError if a cache on disk has none.
     """
@@ -115,46 +115,44 @@ def teacher_cache(distiller: Distiller, config: TrainConfig, folder: Path | None
         return
     most, precision = config.teacher_cache_gb, config.teacher_cache_precision
     if config.teacher_cache == "memory":
-        distiller.teacher_cache = TeacherCache.in_memory(most, precision)
+        cache = TeacherCache.in_memory(most, precision)
     elif folder is not None:
-        distiller.teacher_cache = TeacherCache.on_disk(folder, gigabytes=most, precision=precision)
+        cache = TeacherCache.on_disk(folder, most, precision)
     else:
         raise KDError(
             "teacher_cache is disk, and the run has no folder to keep it in: name one, "
             "train(..., folder=RunFolder(path)), or write teacher_cache: memory"
         )
-    try:
-        yield distiller.teacher_cache
-    finally:
-        distiller.teacher_cache = None
+    with with_cache(distiller, cache):
+        yield cache
 
 
 @contextmanager
-def without_cache(distiller: Distiller) -> Iterator[None]:
-    """A block in which the teacher is asked, whatever its cache holds; the block leaves no trace in the cache."""
-    kept, distiller.teacher_cache = distiller.teacher_cache, None
+def with_cache(distiller: Distiller, cache: TeacherCache | None) -> Iterator[None]:
+    """A block in which a distiller uses `cache` in place of its own; with None its teacher computes everything."""
+    own, distiller.teacher_cache = distiller.teacher_cache, cache
     try:
         yield
     finally:
-        distiller.teacher_cache = kept
+        distiller.teacher_cache = own
 
 
 def bytes_of_view(distiller: Distiller, dataset: DetectionDataset, config: TrainConfig, device: torch.device) -> int:
     """How many bytes a teacher cache takes for one view, measured on the first image of a data set.
 
-    It is measured in a step in which most of the methods work. The distiller and its models stay as they are.
+    The step that counts is one in which most of the methods work. The distiller and its models stay as they are.
     """
     every = range(0, config.steps, max(1, config.steps // _TRIED))
-    kept, calls, training = distiller.teacher_cache, distiller.calls, distiller.training
+    calls, training = distiller.calls, distiller.training
     cache = TeacherCache.in_memory(_UNBOUNDED, config.teacher_cache_precision)
     images, targets = _first(dataset, config, device)
+    arithmetic = Arithmetic.of_config(distiller, config, device)
     try:
-        distiller.teacher_cache = cache
         distiller.calls = distiller.accumulation * max(every, key=lambda step: len(distiller.active(step)))
-        with torch.no_grad(), Arithmetic.of_config(distiller, config, device).forward_pass():
+        with torch.no_grad(), arithmetic.forward_pass(), with_cache(distiller, cache):
             distiller.eval()(images, targets)
     finally:
-        distiller.teacher_cache, distiller.calls = kept, calls
+        distiller.calls = calls
         distiller.train(training)
     return cache.bytes
 

@@ -11,7 +11,7 @@ from kdtoolkit.contract import Method
 from kdtoolkit.data import DetectionDataset, batches
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine import group
-from kdtoolkit.engine.caching import without_cache
+from kdtoolkit.engine.caching import with_cache
 from kdtoolkit.engine.config import TrainConfig, Validation
 from kdtoolkit.engine.evaluate import METRICS, evaluate
 from kdtoolkit.engine.folder import Keeper
@@ -103,7 +103,7 @@ def probe_batches(
         input_size=config.input_size,
     )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-    with autocast, single_values_told(), without_cache(distiller):
+    with autocast, single_values_told(), with_cache(distiller, None):
         return probe(distiller, shown, share)
 
 

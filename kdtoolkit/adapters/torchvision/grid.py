@@ -19,11 +19,11 @@ from kdtoolkit.contract import (
     Assignment,
     Batch,
     DetectorSpec,
+    HeadOutputs,
     HeadTrace,
     Predictions,
     PriorKind,
     Priors,
-    Said,
     Stage,
     State,
     keep_states,
@@ -99,10 +99,10 @@ class GridAdapter(TorchvisionAdapter):
         _, last = keep_states(walk_towers(state, towers, stage, self.activation), ())
         return self._finish(last, trace.predictions.priors)
 
-    def restored(self, said: Said, batch: Batch) -> HeadTrace:
+    def rebuild(self, outputs: HeadOutputs, batch: Batch) -> HeadTrace:
         """Make a pass again from its predictions."""
-        priors = self._priors(said.grid, batch)
-        return HeadTrace(said.states, self._predictions(said.logits, said.regression, said.quality, priors))
+        priors = self._priors(outputs.grid, batch)
+        return HeadTrace(outputs.states, self._predictions(outputs.logits, outputs.regression, outputs.quality, priors))
 
     def assign(self, trace: HeadTrace, batch: Batch) -> Assignment:
         """Assign by the library's own rule."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kdtoolkit.contract import Batch, Capability, HeadTrace, Predictions, PriorKind, RecalledView, View
-from kdtoolkit.contract.recalled import Parts
+from kdtoolkit.contract import Batch, CachedView, Capability, HeadTrace, Predictions, PriorKind, View
+from kdtoolkit.contract.cached import ImageParts
 from kdtoolkit.testing._expect import expect, expect_close, expect_finite, expect_float32, expect_same, outputs
 from kdtoolkit.testing.adapters._case import Case
 from kdtoolkit.testing.report import LeftOut, by_name
@@ -87,17 +87,17 @@ def _layers(case: Case) -> None:
 
 
 @torch.no_grad()
-def _recalled(case: Case) -> None:
-    """A pass made again from what was kept of it says the same; no network runs for images of which all was kept."""
+def _cached(case: Case) -> None:
+    """A pass from the parts that a cache kept equals the pass itself. If all parts were kept, no network runs."""
     if case.spec.priors is PriorKind.DETECTIONS:
         raise LeftOut("a file of detections has no pass to keep")
     adapter = case.fresh()
     batch = adapter.prepare(case.images, case.targets)
     live = View(adapter, batch, adapter.features(batch))
     names = [f"image {i}" for i in range(len(case.images))]
-    kept = dict(zip(names, _with_all_asked(case, batch, names, {}).recall.fresh, strict=True))
+    kept = dict(zip(names, _with_all_asked(case, batch, names, {}).parts.computed, strict=True))
     again = _with_all_asked(case, batch, names, kept)
-    computed = sorted({part for parts in again.recall.fresh for part in parts})
+    computed = sorted({part for parts in again.parts.computed for part in parts})
     expect(not computed, f"{', '.join(computed)} is computed although it was kept")
     for view, what in (
         (again, "made again"),
@@ -109,9 +109,9 @@ def _recalled(case: Case) -> None:
             _expect_same_pass(case, view, live, what)
 
 
-def _with_all_asked(case: Case, batch: Batch, names: Sequence[str], kept: Mapping[str, Parts]) -> RecalledView:
+def _with_all_asked(case: Case, batch: Batch, names: Sequence[str], kept: Mapping[str, ImageParts]) -> CachedView:
     """The view of images of which some is kept, after every part has been asked for."""
-    view = RecalledView(case.fresh(), batch, names, lambda name: kept.get(name, {}))
+    view = CachedView(case.fresh(), batch, names, lambda name: kept.get(name, {}))
     for level, _ in enumerate(view.maps):
         view.maps[level]
     if case.spec.priors is not PriorKind.NONE:
@@ -216,4 +216,4 @@ def _reached(said: Sequence[Tensor], wrt: Sequence[Tensor]) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-CHECKS = by_name(_resume, _given_priors, _layers, _recalled, _placed_queries, _shown)
+CHECKS = by_name(_resume, _given_priors, _layers, _cached, _placed_queries, _shown)
