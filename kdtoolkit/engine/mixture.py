@@ -10,13 +10,10 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from kdtoolkit.contract import RecordedAlone, Target
-from kdtoolkit.data import DetectionDataset
+from kdtoolkit.data import DetectionDataset, LoadedBatch
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
-
-Labelled = tuple[list[Tensor], list[Target], list[str] | None]
-"""Images, their targets, and the digests of their pixels; None where no teacher cache needs these."""
 
 LARGEST_SHARE = 0.5  # of the steps, if the config names none
 
@@ -57,7 +54,7 @@ def unlabelled_steps(
 
 
 def alternate(
-    without: Iterable[bool], labelled: Iterator[Labelled], unlabelled: Iterator[Labelled]
+    without: Iterable[bool], labelled: Iterator[LoadedBatch], unlabelled: Iterator[LoadedBatch]
 ) -> Iterator[tuple[list[Tensor], list[Target] | list[RecordedAlone] | None, list[str] | None]]:
     """Yield a batch for each step: in the steps `without` labels one of `unlabelled`, without labels in its targets."""
     for none in without:
