@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -23,18 +23,24 @@ def recomputed(run: Callable[[], T], model: nn.Module) -> T:
         return run()
     buffers = [buffer for buffer in model.buffers() if model.training]
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _unchanged(buffers)
+    def contexts() -> tuple[AbstractContextManager[None], _Unchanged]:
+        return nullcontext(), _Unchanged(buffers)
 
     return checkpoint(run, use_reentrant=False, context_fn=contexts)
 
 
-@contextmanager
-def _unchanged(buffers: Sequence[Tensor]) -> Iterator[None]:
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(buffers, before, strict=True):
+class _Unchanged:
+    """A block after which buffers have the values that they had before it. Each backward pass enters it once."""
+
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        self._buffers = buffers
+        self._before: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def __exit__(self, *error: object) -> None:
+        for buffer, value in zip(self._buffers, self._before, strict=True):
             # To autograd a change would be an error. But no gradient depends on statistics that a forward pass updates.
             buffer.data.copy_(value)
+        self._before = []
