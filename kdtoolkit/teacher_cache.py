@@ -99,9 +99,10 @@ class TeacherCache(ABC):
     def _has_room(self, size: int) -> bool:
         if self.bytes + size <= self._limit:
             return True
+        most = f"{self._limit / GIGABYTE:g} GB"
         self._notice(
-            f"the teacher cache is full ({self._limit / GIGABYTE:g} GB): it takes what still fits, and the teacher runs "
-            "on all further images in each epoch"
+            f"the teacher cache is full ({most}): it takes what still fits, and the teacher runs on all further images "
+            "in each epoch"
         )
         return False
 

@@ -21,7 +21,7 @@ def pair(*methods, **changes):
 def shown(count=2):
     data = ProceduralShapes(4 * count, image_size=64, seed=0)
     generator = torch.Generator().manual_seed(0)
-    for images, targets in batches(data, batch_size=2, steps=count, seed=0, augment=Augmentation()):
+    for images, targets, _ in batches(data, batch_size=2, steps=count, seed=0, augment=Augmentation()):
         for target in targets:
             target["labels"] = torch.randint(3, target["labels"].shape, generator=generator)
         yield images, targets

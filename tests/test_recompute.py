@@ -4,9 +4,16 @@ import pytest
 import torch
 
 from kdtoolkit import Distiller, adapt
+from kdtoolkit.contract.recompute import recomputed
+from kdtoolkit.engine.winograd import CHANNELS, FastConvolutions, gains
 from kdtoolkit.methods import CrossKD
 from kdtoolkit.testing.memory import peak_bytes
 from tests.conftest import tiny_gfl, tiny_of
+
+large = pytest.mark.skipif(
+    not gains(torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)),
+    reason="this processor or torch has no such algorithm",
+)
 
 
 def test_allocations_add_up():
@@ -50,6 +57,36 @@ def test_losses_gradients_and_buffers_are_equal(family, batch):
             torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_pass_is_computed_again_in_the_context_of_the_first_one():
+    conv, modes = torch.nn.Conv2d(3, 4, 1), []
+
+    class Noticed(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.conv2d:
+                modes.append(self)
+            return func(*args, **(kwargs or {}))
+
+    with Noticed():
+        y = recomputed(lambda: conv(torch.ones(1, 3, 2, 2)).square(), conv)
+    assert len(modes) == 1
+    y.sum().backward()
+    assert len(modes) == 2
+
+
+@large
+def test_convolutions_by_winograd_are_computed_again_in_the_same_way():
+    x, found = torch.randn(2, 64, 20, 20, generator=torch.Generator().manual_seed(0)), []
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(*(torch.nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))).requires_grad_(False)
+    for recompute in (False, True):
+        state = x.clone().requires_grad_()
+        with FastConvolutions():
+            y = recomputed(lambda state=state: head(state).relu(), head) if recompute else head(state).relu()
+        y.sum().backward()
+        found.append(state.grad)
+    assert torch.equal(*found)
+
+
 @pytest.fixture(scope="module")
 def steps():
     """Two detectors whose heads are large, as published ones are, and the peaks of their steps in bytes."""
@@ -84,3 +121,15 @@ def test_a_step_needs_the_plain_step_the_teacher_and_one_state(steps):
     plain, crossed, weights, state = steps
     assert crossed[True] + sum(weights) <= 1.1 * (plain + sum(weights) + state)
     assert crossed[True] < 0.9 * crossed[False]
+
+
+@pytest.mark.slow
+def test_it_works_in_a_compiled_step(batch):
+    found = []
+    for recompute in (False, True):
+        distiller = of("GFL", [CrossKD()], recompute=recompute)
+        losses = torch.compile(distiller, backend="eager")(*batch)
+        losses.total.backward()
+        found.append((losses.total, next(p.grad for p in distiller.student.parameters())))
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain)

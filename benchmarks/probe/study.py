@@ -28,13 +28,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from kdtoolkit import Distiller, KDError, probe
 from kdtoolkit.benchmark.datasets import DataSets, load_data
 from kdtoolkit.benchmark.suite import DataSection
-from kdtoolkit.contract import Target
-from kdtoolkit.data import Augmentation, batches
+from kdtoolkit.data import Augmentation, LoadedBatch, batches
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.folder import RunFolder
@@ -242,7 +241,8 @@ def _train(
 ) -> dict[str, dict[str, Any]]:
     """Train as `kdtoolkit.engine.train.train` does, and probe `watched` before some steps. Gives the probes by step."""
     config, probes = setting.config, {}
-    shown = list(_batches(sets, config, seed + 1000, PROBE_BATCHES))  # the same images for all probes
+    # The same images for all probes.
+    shown = [(batch.images, batch.targets) for batch in _batches(sets, config, seed + 1000, PROBE_BATCHES)]
     with frozen(distiller.student, config) as set_training:
         optimizer = build_optimizer(distiller, config)
         set_training(distiller)
@@ -252,17 +252,17 @@ def _train(
                 probes[str(step)] = _facts(probe(watched, shown, SHARE), distiller)
             if step == config.steps:
                 return probes
-            images, targets = next(stream)
+            batch = next(stream)
             seed_step(seed, step, 0)
             set_rates(optimizer, step, config)
             optimizer.zero_grad(set_to_none=True)
-            distiller(images, targets).total.backward()
+            distiller(batch.images, batch.targets).total.backward()
             nn.utils.clip_grad_norm_([p for p in distiller.parameters() if p.requires_grad], config.clip_norm)
             optimizer.step()
     return probes
 
 
-def _batches(sets: DataSets, config: TrainConfig, seed: int, steps: int) -> Iterator[tuple[list[Tensor], list[Target]]]:
+def _batches(sets: DataSets, config: TrainConfig, seed: int, steps: int) -> Iterator[LoadedBatch]:
     return batches(sets.student, batch_size=config.batch_size, steps=steps, seed=seed, augment=config.augmentation)
 
 

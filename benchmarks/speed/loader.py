@@ -16,7 +16,7 @@ import torch
 
 from kdtoolkit.benchmark.suite import DetectorSection
 from kdtoolkit.benchmark.suite_file import load_suite
-from kdtoolkit.data import Augmentation, DetectionDataset, ProceduralShapes, batches
+from kdtoolkit.data import Augmentation, DetectionDataset, LoadedBatch, ProceduralShapes, batches
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.train import train
 from kdtoolkit.models import build_model
@@ -44,12 +44,12 @@ def rate(images: DetectionDataset, augment: Augmentation, seconds: float) -> flo
         next(read)
         begun, count = time.process_time(), 0
         while time.process_time() - begun < seconds:
-            count += len(next(read)[0])
+            count += len(next(read).images)
         found.append(count / (time.process_time() - begun))
     return statistics.median(found)
 
 
-def _batches(images: DetectionDataset, augment: Augmentation, seed: int) -> Iterator[tuple[list[torch.Tensor], object]]:
+def _batches(images: DetectionDataset, augment: Augmentation, seed: int) -> Iterator[LoadedBatch]:
     return batches(images, batch_size=BATCH, steps=10**6, seed=seed, augment=augment)
 
 

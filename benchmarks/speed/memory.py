@@ -31,8 +31,10 @@ def peak_mb(parts: Parts, step: Callable[[], object]) -> float:
 
 
 def step_of(distiller: Distiller, parts: Parts) -> None:
-    """Forward and backward of a step."""
-    distiller(parts.images, parts.targets).total.backward()
+    """Forward and backward of a step, computed as training does by default."""
+    with parts.arithmetic.forward_pass():
+        losses = distiller(parts.images, parts.targets)
+    losses.total.backward()
 
 
 def main() -> None:
@@ -46,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     scene = Scene(size=(args.size, args.size), images=args.images)
-    parts = Parts(PAIRS[args.pair], scene, SETTINGS["reference"], ["CrossKD"], torch.device(args.device))
+    parts = Parts(PAIRS[args.pair], scene, SETTINGS["default"], ["CrossKD"], torch.device(args.device))
     plain, weights = peak_mb(parts, parts.works[PLAIN]), sum(parts.weights_mb)
     print(f"{args.pair}, {args.size} px, {args.images} images, {args.device}: plain step {plain:.1f} MB")
     print(f"weights {weights:.1f} MB, state {parts.state_mb:.1f} MB\n")

@@ -34,7 +34,7 @@ from kdtoolkit.classes import ClassMap
 from kdtoolkit.compatibility import why_no_student
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import own_ids
-from kdtoolkit.data.views import count_views
+from kdtoolkit.data.views import sizes_of
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.breakdown import breakdown
@@ -46,7 +46,7 @@ from kdtoolkit.engine.hardware import device_name, machine
 from kdtoolkit.engine.inference_cost import InferenceCost, measure
 from kdtoolkit.engine.measuring import equal_shares
 from kdtoolkit.engine.memory import peak_memory_mb
-from kdtoolkit.engine.mixture import unlabelled_steps
+from kdtoolkit.engine.mixture import views_of_run
 from kdtoolkit.engine.result import TrainResult
 from kdtoolkit.engine.scoring import Found
 from kdtoolkit.engine.train import Progress, Validation, train
@@ -480,10 +480,8 @@ def _cached(
     if trained.cache is None:
         return None
     config = _config(task)
-    without = unlabelled_steps(distiller, config, images, sets.unlabelled)
-    views = _views(images, config, without.count(False), task.seed)
-    if sets.unlabelled is not None:
-        views += _views(sets.unlabelled, config, without.count(True), task.seed)
+    unlabelled = None if sets.unlabelled is None else sizes_of(sets.unlabelled)
+    views = views_of_run(distiller, config, sizes_of(images), unlabelled, seed=task.seed).different
     asked = trained.cache.hits + trained.cache.misses  # fewer than were shown if no method works in some steps
     return CachedTeacher(
         hits=trained.cache.hits,
@@ -491,20 +489,6 @@ def _cached(
         views=min(views, asked),
         seconds_of_view=seconds_of_view(distiller, images, config, torch.device(task.device)),
     )
-
-
-def _views(images: DetectionDataset, config: TrainConfig, steps: int, seed: int) -> int:
-    """How many different views of the images so many steps show."""
-    kept = images.in_memory()
-    shapes = [kept[place][0].shape for place in range(len(kept))]
-    return count_views(
-        [(height, width) for _, height, width in shapes],
-        batch_size=config.batch_size,
-        steps=steps,
-        seed=seed,
-        augment=config.augmentation,
-        input_size=config.input_size,
-    ).different
 
 
 def _ap_at(step: int, trained: TrainResult) -> float | None:

@@ -306,8 +306,9 @@ class RayWorkers:
                 f"a node of the Ray cluster cannot run cells ({_last_line(error)}): install kdtoolkit on all nodes, "
                 "with the same version and extras as here"
             ) from error
-        finally:
-            ray.cancel(asked)
+        except BaseException:
+            ray.cancel(asked)  # never after its answer: Ray 2.60 aborts this process if a task ends as it is cancelled
+            raise
         nodes = counted(len(_nodes()), "node")
         return Hardware(found.device, found.device_name, f"a Ray cluster of {nodes}, {found.machine}", found.precision)
 

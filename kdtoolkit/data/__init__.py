@@ -3,7 +3,7 @@
 from kdtoolkit.data.augment import Augmentation
 from kdtoolkit.data.dataset import DetectionDataset, Sample, check_same_classes
 from kdtoolkit.data.detections import read_detections
-from kdtoolkit.data.loader import batches
+from kdtoolkit.data.loader import LoadedBatch, batches
 from kdtoolkit.data.opening import CocoDetection, open_dataset
 from kdtoolkit.data.photos import PhotoDataset
 from kdtoolkit.data.recorded import attach
@@ -16,6 +16,7 @@ __all__ = [
     "CocoDetection",
     "DetectionDataset",
     "InputSize",
+    "LoadedBatch",
     "PhotoDataset",
     "ProceduralShapes",
     "Sample",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from itertools import islice
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,49 +29,23 @@ class Draw(NamedTuple):
     short: int | None
 
 
+class LoadedBatch(NamedTuple):
+    """Images (3, H, W) float32 in [0, 1], their targets, and the digests of their pixels; None if none are wanted.
+
+    `Distiller` takes all three in this order: `distiller(*batch)`.
+    """
+
+    images: list[Tensor]
+    targets: list[Target]
+    keys: list[str] | None
+
+
 class _Item(NamedTuple):
-    """An image as it is shown, its ground truth, and the digest of its pixels; empty if no digests are wanted."""
+    """An image as it is shown, its ground truth, and the digest of its pixels; None if no digests are wanted."""
 
     image: Tensor
     target: Target
-    key: str
-
-
-_Batch = tuple[list[Tensor], list[Target], list[str]]
-
-
-@overload
-def batches(
-    dataset: DetectionDataset,
-    *,
-    batch_size: int,
-    steps: int,
-    seed: int,
-    augment: Augmentation,
-    input_size: InputSize | None = None,
-    workers: int = 0,
-    start: int = 0,
-    share: tuple[int, int] = (0, 1),
-    pin: bool = False,
-    keys: Literal[False] = False,
-) -> Iterator[tuple[list[Tensor], list[Target]]]: ...
-
-
-@overload
-def batches(
-    dataset: DetectionDataset,
-    *,
-    batch_size: int,
-    steps: int,
-    seed: int,
-    augment: Augmentation,
-    input_size: InputSize | None = None,
-    workers: int = 0,
-    start: int = 0,
-    share: tuple[int, int] = (0, 1),
-    pin: bool = False,
-    keys: Literal[True],
-) -> Iterator[_Batch]: ...
+    key: str | None
 
 
 def batches(
@@ -87,8 +61,8 @@ def batches(
     share: tuple[int, int] = (0, 1),
     pin: bool = False,
     keys: bool = False,
-) -> Iterator[tuple[list[Tensor], list[Target]]] | Iterator[_Batch]:
-    """Yield the batches of the steps `start` to `steps`: images (3, H, W) float32 in [0, 1] and their targets.
+) -> Iterator[LoadedBatch]:
+    """Yield the batches of the steps `start` to `steps`.
 
     Epochs follow each other without a break, each shuffled anew, so a batch may hold the end of one and the beginning
     of the next. The batch of a step depends on `seed` and the step, and on nothing else: not on where a run began, on
@@ -107,8 +81,8 @@ def batches(
         share: place and number of the processes that train together; each yields its part of each batch.
         pin: whether workers' images are in pinned memory, from which they are copied to a GPU faster. Without workers
             the images are in ordinary memory.
-        keys: also yield the digest of each image as it is shown, as the third part of a batch. By these a teacher cache
-            finds what the teacher showed of the same pixels before.
+        keys: whether a batch has the digest of each image as it is shown. By these a teacher cache finds what the
+            teacher showed of the same pixels before.
 
     Raises KDError, also from a worker, if an image cannot be read.
     """
@@ -119,11 +93,10 @@ def batches(
         draws[len(draws) * place // count : len(draws) * (place + 1) // count]
         for draws in islice(draws_of(len(dataset), batch_size, steps, seed, input_size), start, None)
     )
-    found = _read(_Presented(dataset, augment, input_size, keys), plan, workers, pin)
-    return found if keys else ((images, targets) for images, targets, _ in found)
+    return _read(_Presented(dataset, augment, input_size, keys), plan, workers, pin)
 
 
-def _read(presented: _Presented, plan: Iterator[list[Draw]], workers: int, pin: bool) -> Iterator[_Batch]:
+def _read(presented: _Presented, plan: Iterator[list[Draw]], workers: int, pin: bool) -> Iterator[LoadedBatch]:
     """The batches of a plan. Raises KDError, also from a worker, if an image cannot be read."""
     if workers == 0:
         for draws in plan:
@@ -190,7 +163,7 @@ class _Presented(Dataset[_Item | KDError]):
             return read(int(torch.randint(len(self._dataset), (), generator=generator)))
 
         image, target = self._augment.of(read(draw.image), another, generator)
-        key = digest(image) if self._keys else ""
+        key = digest(image) if self._keys else None
         return _Item(image.float().div_(255), carrier.unladen(target), key)
 
     def _read(self, index: int, short: int | None, generator: torch.Generator, carrier: Carrier) -> Item:
@@ -203,17 +176,18 @@ class _Presented(Dataset[_Item | KDError]):
         return resized, with_boxes(target, image, resized)
 
 
-def _collate(items: list[_Item | KDError]) -> _Batch | KDError:
+def _collate(items: list[_Item | KDError]) -> LoadedBatch | KDError:
     """A batch, or the first error."""
     whole: list[_Item] = []
     for item in items:
         if isinstance(item, KDError):
             return item
         whole.append(item)
-    return [item.image for item in whole], [item.target for item in whole], [item.key for item in whole]
+    keys = [item.key for item in whole if item.key is not None]
+    return LoadedBatch([item.image for item in whole], [item.target for item in whole], keys or None)
 
 
-def _whole(batch: _Batch | KDError) -> _Batch:
+def _whole(batch: LoadedBatch | KDError) -> LoadedBatch:
     if isinstance(batch, KDError):
         raise batch
     return batch

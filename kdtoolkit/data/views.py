@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from kdtoolkit.data.augment import Augmentation
+from kdtoolkit.data.dataset import DetectionDataset
 from kdtoolkit.data.loader import draws_of
 from kdtoolkit.data.resize import InputSize
+
+Sizes = Sequence[tuple[int, int]]
+"""The (height, width) of each image of a data set."""
 
 _GRID = 32  # pixels: canvases that differ by less are taken for one, because detectors pad them
 
@@ -30,8 +34,15 @@ class Views:
         return self.shown / self.different
 
 
+def sizes_of(images: DetectionDataset) -> Sizes:
+    """The sizes of images as a run reads them; it reads all of them."""
+    kept = images.in_memory()
+    shapes = [kept[place][0].shape for place in range(len(kept))]
+    return [(height, width) for _, height, width in shapes]
+
+
 def count_views(
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sizes,
     *,
     batch_size: int,
     steps: int,
@@ -41,8 +52,8 @@ def count_views(
 ) -> Views:
     """Count the views of the run that `batches` makes of these arguments. No change but `flip` may be on.
 
-    `sizes`: (height, width) of each image of the data set. A teacher's maps depend on the canvas too, which is as large
-    as the largest image of a batch. So images of different sizes give more different views.
+    A teacher's maps depend on the canvas too, which is as large as the largest image of a batch. So images of different
+    sizes give more different views.
     """
     generator = torch.Generator()
     found = set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,11 @@ from kdtoolkit.contract import Capability, Method, PriorKind, Target
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.recorded import Carrier
 from kdtoolkit.data.resize import with_boxes
-from kdtoolkit.data.views import Views, count_views
+from kdtoolkit.data.views import Sizes, Views, sizes_of
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.arithmetic import Arithmetic, tensor_float32
 from kdtoolkit.engine.config import TrainConfig
+from kdtoolkit.engine.mixture import views_of_run
 from kdtoolkit.errors import KDError
 from kdtoolkit.teacher_cache import GIGABYTE, TeacherCache
 from kdtoolkit.words import size
@@ -60,23 +61,17 @@ def forecast(
     distiller: Distiller,
     dataset: DetectionDataset,
     config: TrainConfig,
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sizes,
+    unlabelled: Sizes | None,
     *,
     seed: int,
     device: torch.device,
 ) -> Forecast:
     """Count the views of a run, and measure what one of them takes. No option may be on that never repeats a view.
 
-    `sizes`: (height, width) of each image of the run. Images without labels count as if they were among the others.
+    `sizes`, `unlabelled`: those of the images with labels, and of those without.
     """
-    views = count_views(
-        sizes,
-        batch_size=config.batch_size,
-        steps=max(1, min(config.steps, _COUNTED // config.batch_size)),
-        seed=seed,
-        augment=config.augmentation,
-        input_size=config.input_size,
-    )
+    views = views_of_run(distiller, config, sizes, unlabelled, seed=seed, most=_COUNTED)
     return Forecast(views, bytes_of_view(distiller, dataset, config, device))
 
 
@@ -95,11 +90,8 @@ def resolve_cache(
         return config
     chosen = "off"
     if has_folder and device.type == "cpu" and can_cache(distiller) and not config.never_repeat:
-        images = [dataset, *([] if unlabelled is None else [unlabelled])]
-        shapes = [each[place][0].shape for each in images for place in range(len(each))]
-        found = forecast(
-            distiller, dataset, config, [(height, width) for _, height, width in shapes], seed=seed, device=device
-        )
+        others = None if unlabelled is None else sizes_of(unlabelled)
+        found = forecast(distiller, dataset, config, sizes_of(dataset), others, seed=seed, device=device)
         chosen = "off" if found.why_not(config.teacher_cache_gb) else "disk"
     return config.model_copy(update={"teacher_cache": chosen})
 

@@ -104,7 +104,7 @@ def probe_batches(
     )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     with autocast, single_values_told(), with_cache(distiller, None):
-        return probe(distiller, shown, share)
+        return probe(distiller, ((batch.images, batch.targets) for batch in shown), share)
 
 
 def _effects(found: Probe, distiller: Distiller, step: int) -> Iterator[tuple[str, float]]:

@@ -1,22 +1,20 @@
-"""Steps with labels and steps without: which step of a run is which, and the batches of both.
+"""Steps with labels and steps without: which step of a run is which, the batches of both, and how many views they show.
 
-Both depend only on the run's settings and the step, so a run that was stopped goes on with the same batches.
+All depend only on the run's settings and the step, so a run that was stopped goes on with the same batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 
 from torch import Tensor
 
 from kdtoolkit.contract import RecordedAlone, Target
-from kdtoolkit.data import DetectionDataset
+from kdtoolkit.data import LoadedBatch
+from kdtoolkit.data.views import Sizes, Views, count_views
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.errors import KDError
-
-Labelled = tuple[list[Tensor], list[Target], list[str] | None]
-"""Images, their targets, and the digests of their pixels; None where no teacher cache needs these."""
 
 LARGEST_SHARE = 0.5  # of the steps, if the config names none
 
@@ -30,7 +28,7 @@ def share_without_labels(given: float | None, labelled: int, unlabelled: int) ->
 
 
 def unlabelled_steps(
-    distiller: Distiller, config: TrainConfig, labelled: DetectionDataset, unlabelled: DetectionDataset | None
+    distiller: Distiller, config: TrainConfig, labelled: Sized, unlabelled: Sized | None
 ) -> list[bool]:
     """For each step of a run, whether its images have no labels. These steps are spread evenly over the run.
 
@@ -56,8 +54,38 @@ def unlabelled_steps(
     return found
 
 
+def views_of_run(
+    distiller: Distiller,
+    config: TrainConfig,
+    labelled: Sizes,
+    unlabelled: Sizes | None,
+    *,
+    seed: int,
+    most: int | None = None,
+) -> Views:
+    """Count the views of a run by the sizes of its images. No option may be on that never repeats a view.
+
+    `most`: how many of the images shown are counted; a longer run is counted in its first steps. None counts all.
+    Raises the errors of `unlabelled_steps`.
+    """
+    steps = None if most is None else max(1, most // config.batch_size)
+    without = unlabelled_steps(distiller, config, labelled, unlabelled)[:steps]
+    found = [
+        count_views(
+            sizes,
+            batch_size=config.batch_size,
+            steps=without.count(chosen),
+            seed=seed,
+            augment=config.augmentation,
+            input_size=config.input_size,
+        )
+        for sizes, chosen in ((labelled, False), (unlabelled or [], True))
+    ]
+    return Views(sum(views.shown for views in found), sum(views.different for views in found))
+
+
 def alternate(
-    without: Iterable[bool], labelled: Iterator[Labelled], unlabelled: Iterator[Labelled]
+    without: Iterable[bool], labelled: Iterator[LoadedBatch], unlabelled: Iterator[LoadedBatch]
 ) -> Iterator[tuple[list[Tensor], list[Target] | list[RecordedAlone] | None, list[str] | None]]:
     """Yield a batch for each step: in the steps `without` labels one of `unlabelled`, without labels in its targets."""
     for none in without:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdtoolkit import processes
 from kdtoolkit.checks import without_recorded
 from kdtoolkit.contract import RecordedAlone, Target
-from kdtoolkit.data import DetectionDataset, batches, check_same_classes
+from kdtoolkit.data import DetectionDataset, LoadedBatch, batches, check_same_classes
 from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.engine import group
 from kdtoolkit.engine.arithmetic import Arithmetic, tensor_float32
@@ -39,7 +38,7 @@ from kdtoolkit.engine.inputs import (
 from kdtoolkit.engine.locate import locate_non_finite
 from kdtoolkit.engine.measuring import evaluate_now, probe_now
 from kdtoolkit.engine.memory import PeakMemory
-from kdtoolkit.engine.mixture import Labelled, alternate, unlabelled_steps
+from kdtoolkit.engine.mixture import alternate, unlabelled_steps
 from kdtoolkit.engine.optim import frozen, lr_factor, set_rates
 from kdtoolkit.engine.result import CacheUse, Progress, TrainResult, mean_metrics
 from kdtoolkit.engine.state import RunState, Window, seed_step
@@ -161,9 +160,8 @@ def train(
         first = state.step
         set_training(distiller)
 
-        def read(images: DetectionDataset, chosen: bool) -> Iterator[Labelled]:
-            shown: Callable[..., Iterator[Any]] = partial(
-                batches,
+        def read(images: DetectionDataset, chosen: bool) -> Iterator[LoadedBatch]:
+            return batches(
                 images,
                 batch_size=config.batch_size,
                 steps=without.count(chosen),
@@ -174,8 +172,8 @@ def train(
                 start=without[:first].count(chosen),
                 share=(rank, count),
                 pin=device.type == "cuda",
+                keys=cache is not None,
             )
-            return ((*batch, None) for batch in shown()) if cache is None else shown(keys=True)
 
         data = alternate(without[first:], read(dataset, False), read(unlabelled, True) if unlabelled else iter(()))
         images_in_all = len(dataset) + (0 if unlabelled is None else len(unlabelled))

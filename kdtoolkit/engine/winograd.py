@@ -123,11 +123,15 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any
 
 
 class _Convolution(torch.autograd.Function):
-    """3x3 convolution of stride 1 and padding 1, of (N, C, H, W) float32."""
+    """3x3 convolution of stride 1 and padding 1, of (N, C, H, W) float32.
+
+    It keeps its input only if the weight is trained. Torch's own convolution keeps it always, and so also where a
+    gradient goes through a frozen teacher.
+    """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
         return _by_winograd(input, weight, bias)
 
     @staticmethod
@@ -149,10 +153,16 @@ class _Convolution(torch.autograd.Function):
 
 
 def _direct_gradients(
-    gradient: Tensor, input: Tensor, weight: Tensor, mask: list[bool]
+    gradient: Tensor, input: Tensor | None, weight: Tensor, mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Torch's own gradients of input, weight and bias; None where the mask is False."""
+    """Torch's own gradients of input, weight and bias; None where the mask is False.
+
+    Only the gradient of the weight needs the input; for the others its shape is enough.
+    """
     ones = [1, 1]
+    if input is None:
+        shape = (gradient.shape[0], weight.shape[1], *gradient.shape[2:])
+        input = gradient.new_empty(()).expand(shape)
     found = torch.ops.aten.convolution_backward(
         gradient, input, weight, weight.shape[:1], ones, ones, ones, False, [0, 0], 1, mask
     )

@@ -45,9 +45,9 @@ def spend(options: DistillOptions) -> Report:
         soft_wrap=True,
     )
     found = tune(_search_options(options, search, SEARCH * budget))
-    trained, note = _training_options(options, folder, budget, found)
+    trained, why, note = _training_options(options, folder, budget, found)
     console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
-    return run(trained)
+    return run(trained, {"method": "the search chose it", "schedule": why})
 
 
 def _search_options(options: DistillOptions, folder: Path, seconds: float) -> TuneOptions:
@@ -57,11 +57,11 @@ def _search_options(options: DistillOptions, folder: Path, seconds: float) -> Tu
 
 def _training_options(
     options: DistillOptions, folder: Path, budget: float, found: TuneReport
-) -> tuple[DistillOptions, str]:
-    """The run that uses what is left, and a sentence about its length.
+) -> tuple[DistillOptions, str, str]:
+    """The run that uses what is left, the reason of its length for the plan, and a sentence about it.
 
     It has at least the steps of a training in the search, which the best trial was chosen for: if the time is too short
-    for them, the budget is exceeded, and the sentence says so. Both depend on the finished search alone, so that the
+    for them, the budget is exceeded, and the sentence says so. All depend on the finished search alone, so that the
     run can go on.
     """
     best = found.best
@@ -79,9 +79,10 @@ def _training_options(
     taken = f"the search took {duration(found.seconds)} of {options.budget}"
     each = "" if trainings == 1 else " each with and without teacher"
     if steps >= found.steps:
+        why = "as many steps as the search left time for"
         note = f"{taken}; in the rest {best.name} is trained for {counted(steps, 'step')}{each}"
     else:
-        steps = found.steps
+        steps, why = found.steps, "as many steps as a training of the search"
         needed = trainings * (steps * step + evaluating)
         note = (
             f"note: {taken}, and {duration(max(0.0, left))} are left. {best.name} is trained for "
@@ -90,4 +91,4 @@ def _training_options(
         )
     kept = options.model_dump(exclude_unset=True, exclude={"budget"})
     fields = {**kept, "method": list(best.methods), "steps": steps, "out": folder}
-    return DistillOptions.model_validate(fields), note
+    return DistillOptions.model_validate(fields), why, note

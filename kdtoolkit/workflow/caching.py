@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kdtoolkit.data import PhotoDataset
+from kdtoolkit.data.views import Sizes
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.caching import can_cache, forecast
 from kdtoolkit.engine.config import TrainConfig
@@ -48,9 +50,9 @@ def with_cache(
         return Choice("off", f"{never}: images never come again with the same pixels"), off
     if options.teacher_cache_gb is not None:
         config = config.model_copy(update={"teacher_cache_gb": options.teacher_cache_gb})
-    files = [*images.train.coco()["images"], *([] if images.unlabelled is None else images.unlabelled.coco()["images"])]
-    sizes = [_shown_size(file["height"], file["width"], longest) for file in files]
-    found = forecast(distiller, images.train, config, sizes, seed=options.seed, device=device)
+    sizes = _shown_sizes(images.train, longest)
+    unlabelled = None if images.unlabelled is None else _shown_sizes(images.unlabelled, longest)
+    found = forecast(distiller, images.train, config, sizes, unlabelled, seed=options.seed, device=device)
     told = f"{found.views.different:,} views of {size(found.bytes_of_view)}: {size(found.bytes)}"
     if given == "auto" and (reason := found.why_not(config.teacher_cache_gb)):
         return Choice("off", f"{told}; {reason}"), off
@@ -59,6 +61,11 @@ def with_cache(
     why = f"each is shown {found.views.repeats:.1f} times on average"
     line = Choice(f"{_PLACES[chosen]}, {told}{room}", why if given == "auto" else f"{_CHOSEN_BY_USER}; {why}")
     return line, config.model_copy(update={"teacher_cache": chosen})
+
+
+def _shown_sizes(images: PhotoDataset, longest: int) -> Sizes:
+    """The sizes of images that are scaled down to a longest side. Nothing is decoded."""
+    return [_shown_size(file["height"], file["width"], longest) for file in images.coco()["images"]]
 
 
 def _shown_size(height: int, width: int, longest: int) -> tuple[int, int]:

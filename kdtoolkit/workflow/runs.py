@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -50,11 +50,13 @@ from kdtoolkit.workflow.report import Report, Trained, print_report, write_file
 SAVE_SECONDS = 60.0  # between two checkpoints
 
 
-def run(options: RunOptions) -> Report:
+def run(options: RunOptions, reasons: Mapping[str, str] | None = None) -> Report:
     """Train as the options say, in the folder that they name, and return what was found out.
 
     The same options go on with a run that was stopped, and show the results of one that is finished. Several processes
     that torchrun started train as one.
+
+    `reasons`: by the names of the plan, why an option has its value where the user did not choose it.
 
     Raises KDError if something in the options or the data is wrong, if the folder holds a different run, if the teacher
     is bad on this data, or if the memory is too small.
@@ -83,6 +85,8 @@ def run(options: RunOptions) -> Report:
         if report is None:
             console.print(printable(_title(options)), style="bold", markup=False, highlight=False, soft_wrap=True)
         prepared = prepare(options, device, display.counting)
+        why = {name: replace(prepared.plan[name], why=reason) for name, reason in (reasons or {}).items()}
+        prepared = replace(prepared, plan=prepared.plan | why)
         if began:
             display.line(f"{folder} holds this run, and it goes on from its last checkpoint")
         else:

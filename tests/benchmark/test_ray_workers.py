@@ -172,6 +172,16 @@ def test_impossible_demands_are_refused_in_words(cluster, tmp_path):
         RayWorkers(threads=3)
 
 
+def test_a_node_that_has_answered_is_not_cancelled(cluster, monkeypatch):
+    """To cancel a task that is just ending aborts the process in Ray itself."""
+    from kdtoolkit.benchmark.ray_workers import RayWorkers
+
+    cancelled = []
+    monkeypatch.setattr(ray, "cancel", cancelled.append)
+    RayWorkers(threads=1)
+    assert cancelled == []
+
+
 class ToldError(Exception):
     pass
 

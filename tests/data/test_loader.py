@@ -23,7 +23,7 @@ def run(data, **changes):
 def same(one, other):
     return all(
         torch.equal(a, b) and torch.equal(s["boxes"], t["boxes"]) and torch.equal(s["labels"], t["labels"])
-        for (images_a, targets_a), (images_b, targets_b) in zip(one, other, strict=True)
+        for (images_a, targets_a, _), (images_b, targets_b, _) in zip(one, other, strict=True)
         for a, b, s, t in zip(images_a, images_b, targets_a, targets_b, strict=True)
     )
 
@@ -31,14 +31,16 @@ def same(one, other):
 def places(data, found):
     """Which image of the data set each one of the unchanged batches is."""
     known = {data[i][0].numpy().tobytes(): i for i in range(len(data))}
-    return [known[(image * 255).round().byte().numpy().tobytes()] for images, _ in found for image in images]
+    return [known[(image * 255).round().byte().numpy().tobytes()] for images, *_ in found for image in images]
 
 
 def test_images_are_floats_in_the_unit_range_with_their_targets(data):
     found = run(data, augment=PLAIN)
-    assert [len(images) for images, _ in found] == [4] * 7
+    assert [len(batch.images) for batch in found] == [4] * 7
     for index, (image, target) in zip(
-        places(data, found), [pair for batch in found for pair in zip(*batch, strict=True)], strict=True
+        places(data, found),
+        [pair for batch in found for pair in zip(batch.images, batch.targets, strict=True)],
+        strict=True,
     ):
         assert image.dtype == torch.float32
         assert 0 <= image.min() < image.max() <= 1
@@ -76,7 +78,7 @@ def test_a_longer_run_begins_like_a_shorter_one(data):
 
 def test_an_image_is_changed_otherwise_each_time(data):
     one = data.subset(1, seed=0)
-    images = [images[0] for images, _ in run(one, batch_size=1, steps=5)]
+    images = [batch.images[0] for batch in run(one, batch_size=1, steps=5)]
     assert len({image.numpy().tobytes() for image in images}) == 5
 
 
@@ -108,7 +110,9 @@ def test_an_image_that_cannot_be_read_is_one_sentence_also_from_a_worker(tmp_pat
 @pytest.mark.parametrize("workers", [0, 1])
 def test_keys_say_which_images_have_the_same_pixels(data, workers):
     found = run(data, augment=Augmentation(), steps=10, keys=True, workers=workers)
-    assert same([batch[:2] for batch in found], run(data, augment=Augmentation(), steps=10))
+    without = run(data, augment=Augmentation(), steps=10)
+    assert same(found, without)
+    assert {batch.keys for batch in without} == {None}
     pixels = {}
     for images, _, keys in found:
         for image, key in zip(images, keys, strict=True):

@@ -121,7 +121,7 @@ def test_without_crops_the_images_are_the_same_whatever_the_sides():
     options = {"batch_size": 4, "steps": 4, "seed": 0, "augment": Augmentation(mosaic=0.5, colour=0.1)}
     plain = batches(data, **options, input_size=InputSize(short=(64, 96)))
     off = batches(data, **options, input_size=InputSize(short=(64, 96), crop=0, crop_short=(64,), crop_sides=(32, 48)))
-    for (images, targets), (same, also) in zip(plain, off, strict=True):
+    for (images, targets, _), (same, also, _) in zip(plain, off, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(images, same, strict=True))
         assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, also, strict=True))
 
@@ -148,8 +148,8 @@ def test_a_step_has_one_size_and_the_order_stays():
     options = {"batch_size": 4, "steps": 6, "seed": 0, "augment": Augmentation()}
     plain = list(batches(data, **options))
     sized = list(batches(data, **options, input_size=InputSize(short=(64, 128))))
-    assert len({image.shape for images, _ in sized for image in images}) > 1
-    for (images, targets), (_, same) in zip(sized, plain, strict=True):
+    assert len({image.shape for batch in sized for image in batch.images}) > 1
+    for (images, targets, _), (_, same, _) in zip(sized, plain, strict=True):
         assert len({image.shape for image in images}) == 1
         for one, two, image in zip(targets, same, images, strict=True):
             torch.testing.assert_close(one["boxes"], two["boxes"] * image.shape[1] / 64)
@@ -179,6 +179,6 @@ def test_a_run_may_begin_at_any_step_and_be_shared(start, workers):
     }
     whole = list(batches(data, **options))
     parts = [list(batches(data, **options, start=start, share=(place, 2), workers=workers)) for place in range(2)]
-    for (images, targets), (first, here), (second, there) in zip(whole[start:], *parts, strict=True):
+    for (images, targets, _), (first, here, _), (second, there, _) in zip(whole[start:], *parts, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(images, first + second, strict=True))
         assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, here + there, strict=True))

@@ -200,5 +200,5 @@ def test_faults_of_pixels_and_of_the_cache_are_told(tmp_path, monkeypatch):
 def test_loader_workers_read_from_the_cache(tmp_path):
     data = open_dataset(_coco.write(tmp_path), "train", cache=tmp_path / "cache")
     options = {"batch_size": 2, "steps": 2, "seed": 0, "augment": Augmentation()}
-    for (images, _), (others, _) in zip(batches(data, **options), batches(data, **options, workers=2), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(images, others, strict=True))
+    for batch, other in zip(batches(data, **options), batches(data, **options, workers=2), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch.images, other.images, strict=True))

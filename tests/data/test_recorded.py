@@ -94,7 +94,7 @@ def test_detections_that_are_the_labels_stay_the_labels(tmp_path, data, changes,
     options = {"batch_size": 2, "steps": 12, "seed": 3, "augment": Augmentation(**changes), "input_size": input_size}
     seen = 0
     for plain, laden in zip(batches(data, **options), batches(attach(data, file), **options), strict=True):
-        for image, target, other, carried in zip(*plain, *laden, strict=True):
+        for image, target, other, carried in zip(*plain[:2], *laden[:2], strict=True):
             assert torch.equal(image, other)
             assert torch.equal(target["boxes"], carried["boxes"])
             assert torch.equal(target["labels"], carried["labels"])

@@ -28,7 +28,7 @@ def test_all_images_below_a_folder_are_read_without_labels(folder):
     assert images.class_names == ()
     assert len(images.subset(2, seed=0)) == 2
     found = next(batches(images, batch_size=3, steps=1, seed=0, augment=Augmentation(mosaic=1.0)))
-    assert [len(target["boxes"]) for target in found[1]] == [0, 0, 0]
+    assert [len(target["boxes"]) for target in found.targets] == [0, 0, 0]
 
 
 def test_images_are_scaled_down_and_kept_as_those_of_data_sets(folder, tmp_path):

@@ -17,7 +17,7 @@ def test_views_are_counted_as_a_run_shows_them(flip, input_size):
         "augment": Augmentation(flip=flip),
         "input_size": input_size,
     }
-    keys = [key for _, _, keys in batches(data, **options, keys=True) for key in keys]
+    keys = [key for batch in batches(data, **options, keys=True) for key in batch.keys]
     found = count_views([(32, 32)] * 6, **options)
     assert (found.shown, found.different) == (80, len(set(keys)))
     assert found.repeats == 80 / len(set(keys))

@@ -8,7 +8,8 @@ import torch
 from kdtoolkit import Distiller, KDError
 from kdtoolkit.contract import Capability, Method
 from kdtoolkit.data import ProceduralShapes
-from kdtoolkit.engine.mixture import unlabelled_steps
+from kdtoolkit.data.views import sizes_of
+from kdtoolkit.engine.mixture import unlabelled_steps, views_of_run
 from kdtoolkit.engine.train import RunFolder, TrainConfig, train
 from kdtoolkit.methods import PKD, CrossKD
 from tests.conftest import tiny_gfl
@@ -87,6 +88,17 @@ def test_the_log_tells_which_steps_had_no_labels(labelled, unlabelled, tmp_path)
     train(distiller, labelled, config(), unlabelled=unlabelled, seed=0)
     assert [without for without, _ in seen] == [False, False, True] * 3
     assert all(any(name.startswith("task/") for name in terms) != without for without, terms in seen)
+
+
+def test_views_are_counted_as_a_teacher_cache_meets_them(labelled, unlabelled):
+    # No batch has an image twice: a cache is asked about both before it keeps one.
+    options = config(teacher_cache="memory", unlabelled_share=0.5, batch_size=3)
+    distiller = distiller_with(PKD())
+    counted = views_of_run(distiller, options, sizes_of(labelled), sizes_of(unlabelled), seed=0)
+    met = train(distiller, labelled, options, unlabelled=unlabelled, seed=0).cache
+    assert (counted.shown, counted.different) == (met.hits + met.misses, met.misses)
+    first = views_of_run(distiller, options, sizes_of(labelled), sizes_of(unlabelled), seed=0, most=8)
+    assert first.shown == 6
 
 
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2, "workers": 1, "unlabelled_share": 0.4}])

@@ -168,14 +168,28 @@ def test_export_computes_directly():
 
 
 @large
-def test_a_gradient_can_be_differentiated():
-    conv, x = nn.Conv2d(128, 128, 3, padding=1), maps(2, 128, 20, 20)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_can_be_differentiated(frozen):
+    conv, x = nn.Conv2d(128, 128, 3, padding=1).requires_grad_(not frozen), maps(2, 128, 20, 20)
 
     def penalty(context):
         with context:
-            y = conv(x)
+            y = conv(x.square())
         (gradient,) = torch.autograd.grad(y.square().mean(), x, create_graph=True)
-        return torch.autograd.grad(gradient.square().sum(), [x, *conv.parameters()])
+        return torch.autograd.grad(gradient.square().sum(), [x, *([] if frozen else conv.parameters())])
 
     for found, expected in zip(penalty(FastConvolutions()), penalty(torch.enable_grad()), strict=True):
         assert differs(found, expected) < 1e-4
+
+
+@large
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_input_is_kept_only_for_a_weight_that_is_trained(frozen):
+    conv, x = nn.Conv2d(64, 64, 3, padding=1, bias=False).requires_grad_(not frozen), maps(2, 64, 20, 20)
+    kept = []
+    with FastConvolutions(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = conv(x)
+    assert any(t is x for t in kept) != frozen
+    (found,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(conv(x).sum(), x)
+    assert differs(found, expected) < 1e-4

@@ -23,7 +23,7 @@ def test_a_third_is_for_the_search_and_the_rest_for_the_best(teacher, shapes, tm
     # As on a machine that takes seconds for a step; its search is short.
     monkeypatch.setattr(runs, "measured", lambda *_: Costs(step=2.0, image=0.5))
     trained = []
-    monkeypatch.setattr(spend, "run", trained.append)
+    monkeypatch.setattr(spend, "run", lambda options, reasons: trained.append(options))
     for baseline in (False, True):
         distill(teacher, shapes, tmp_path / "student", budget="20m", compare_baseline=baseline)
     found = TuneReport.read(tmp_path / "student-search")
@@ -41,30 +41,34 @@ def test_a_third_is_for_the_search_and_the_rest_for_the_best(teacher, shapes, tm
     assert 2 * (compared.steps * step + evaluations) == pytest.approx(1200 - found.seconds, abs=4 * step)
 
 
-@pytest.mark.parametrize(("took", "baseline"), [(50, False), (50, True), (85, False)])
-def test_the_student_has_the_steps_of_a_trial_even_if_the_search_took_too_long(
-    teacher, shapes, tmp_path, monkeypatch, capsys, took, baseline
-):
-    best = Trial(number=0, methods=(MethodUse.model_validate("PKD"),), scores={120: 9.0}, seconds=60, state="finished")
-    found = TuneReport(
+def searched(folder, *, steps, seconds):
+    """A finished search whose best trial has trained `steps` steps of half a second each."""
+    methods = (MethodUse.model_validate("PKD"),)
+    return TuneReport(
         title="",
-        folder=tmp_path,
+        folder=folder,
         plan={},
         given={},
         made_of={},
         candidates=(),
-        steps=120,
+        steps=steps,
         planned=1,
         val_images=4,
         costs=Costs(step=0.5, image=0.5),
-        trials=[best],
-        seconds=took,
+        trials=[Trial(number=0, methods=methods, scores={steps: 9.0}, seconds=steps / 2, state="finished")],
+        seconds=seconds,
         searched=True,
         finished=True,
     )
+
+
+@pytest.mark.parametrize(("took", "baseline"), [(50, False), (50, True), (85, False)])
+def test_the_student_has_the_steps_of_a_trial_even_if_the_search_took_too_long(
+    teacher, shapes, tmp_path, monkeypatch, capsys, took, baseline
+):
     trained = []
-    monkeypatch.setattr(spend, "tune", lambda options: found)
-    monkeypatch.setattr(spend, "run", trained.append)
+    monkeypatch.setattr(spend, "tune", lambda options: searched(tmp_path, steps=120, seconds=took))
+    monkeypatch.setattr(spend, "run", lambda options, reasons: trained.append(options))
     distill(teacher, shapes, tmp_path / "student", budget="80s", compare_baseline=baseline, quiet=False)
     assert [options.steps for options in trained] == [120]
     printed = " ".join(capsys.readouterr().out.split())
@@ -73,6 +77,17 @@ def test_the_student_has_the_steps_of_a_trial_even_if_the_search_took_too_long(
     )
     needed = "2.9 min, 52 s" if baseline else "86 s, 26 s"
     assert f"That takes about {needed} of it for evaluations, so the budget is exceeded" in printed
+
+
+@pytest.mark.parametrize(("left", "why"), [(0, "a training of the search"), (27, "the search left time for")])
+def test_the_report_says_that_the_search_chose(teacher, shapes, tmp_path, monkeypatch, left, why):
+    found = searched(tmp_path, steps=1, seconds=80 - left)  # 26 s are for evaluations
+    monkeypatch.setattr(spend, "tune", lambda options: found)
+    report = distill(teacher, shapes, tmp_path / "student", budget="80s")
+    assert report.plan["method"] == "PKD (the search chose it)"
+    assert f"(as many steps as {why})" in report.plan["schedule"]
+    assert report.plan["batch"] == "4 images (you chose it)"
+    assert "the search chose it" in (tmp_path / "student" / "report.md").read_text()
 
 
 def test_a_search_without_a_result_ends_the_run(teacher, shapes, tmp_path, monkeypatch):

@@ -82,9 +82,9 @@ def test_photos_are_counted_at_the_size_at_which_they_are_shown(pair, monkeypatc
     counted = []
     whole = caching.forecast
 
-    def counting(distiller, dataset, config, sizes, **rest):
+    def counting(distiller, dataset, config, sizes, unlabelled, **rest):
         counted.extend(sizes)
-        return whole(distiller, dataset, config, sizes, **rest)
+        return whole(distiller, dataset, config, sizes, unlabelled, **rest)
 
     monkeypatch.setattr(caching, "forecast", counting)
     prepared(pair, epochs=20, image_size=48)
