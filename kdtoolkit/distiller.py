@@ -213,9 +213,16 @@ class Distiller(nn.Module):
             teacher_view = self._teacher_view(images, ground_truth, batch, recorded, keys, methods)
             if ground_truth is None and any(method.unlabelled == "detections" for method in methods):
                 teacher_view, batch = self._with_detections(teacher_view, batch)
-        student_view, losses = self._student_view(batch, methods, labelled=ground_truth is not None)
+        # All in this function: what interrupts a compiled step would cut a function of its own into more graphs.
+        student = self.student_adapter
+        student_view = View(student, batch, student.features(batch), stages=_stages(methods, 0))
+        student_view.recompute = self.recompute
+        trace, losses = student_view.head, Losses()
+        if ground_truth is not None:
+            own, student_view.assignment = student.task_losses(trace, batch)
+            losses.update({f"task/{name}": loss for name, loss in own.items()})
         if teacher_view is not None:
-            exchange = Exchange(student_view, teacher_view)
+            exchange = Exchange(self._with_shared_classes(student_view, methods), teacher_view)
             found = [checked_terms(method, method(exchange.at_strides(method.strides))) for method in methods]
             if self.teacher_cache is not None and isinstance(teacher_view, CachedView):
                 self._lookup.keep(self.teacher_cache, teacher_view)
@@ -289,21 +296,17 @@ class Distiller(nn.Module):
             _ = view.head  # on a grid a method asks for this pass, and for no pass with different priors
         return view
 
-    def _student_view(self, batch: Batch, methods: Sequence[Method], *, labelled: bool) -> tuple[View, Losses]:
-        """What methods see of the student's pass, and the student's own losses; without labels it has none."""
-        adapter, stages, losses = self.student_adapter, _stages(methods, 0), Losses()
-        view = View(adapter, batch, adapter.features(batch), stages=stages)
-        view.recompute = self.recompute
-        trace = view.head
-        if labelled:
-            own, view.assignment = adapter.task_losses(trace, batch)
-            losses.update({f"task/{name}": loss for name, loss in own.items()})
-        if self._shared is not None and methods:
-            seen, assignment = self._shared[0], view.assignment
-            shown = None if assignment is None else seen.seen_assignment(assignment)
-            view = View(seen, seen.seen(batch), view.maps, seen.seen_trace(trace), shown, stages=stages)
-            view.recompute = self.recompute
-        return view, losses
+    def _with_shared_classes(self, view: View, methods: Sequence[Method]) -> View:
+        """What methods see of the student's pass: the classes that it shares with the teacher."""
+        if self._shared is None:
+            return view
+        seen, assignment = self._shared[0], view.assignment
+        shown = None if assignment is None else seen.seen_assignment(assignment)
+        part = View(
+            seen, seen.seen(view.batch), view.maps, seen.seen_trace(view.head), shown, stages=_stages(methods, 0)
+        )
+        part.recompute = self.recompute
+        return part
 
     def _hold_shares(
         self, step: int, task: Tensor, methods: Sequence[Method], found: Sequence[Mapping[str, Tensor]]
