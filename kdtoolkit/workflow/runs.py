@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.opening import name_of
@@ -111,7 +112,8 @@ def print_plan(plan: dict[str, Choice], console: Console) -> None:
     table.add_column(ratio=3, overflow="fold")
     table.add_column(ratio=2, style="dim", overflow="fold")
     for name, choice in plan.items():
-        table.add_row(name, printable(str(choice.value)), printable(choice.why))
+        # As text: words in brackets, as a folder may have them, are no markup.
+        table.add_row(name, Text(printable(str(choice.value))), Text(printable(choice.why)))
     console.print()
     console.print(table)
     console.print()

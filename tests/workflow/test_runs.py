@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 import subprocess
@@ -6,6 +7,7 @@ import sys
 import pytest
 import timm
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import kdtoolkit
@@ -15,6 +17,7 @@ from kdtoolkit.engine.evaluate import Evaluation, evaluate
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import open_detector
 from kdtoolkit.workflow import measuring, runs
+from kdtoolkit.workflow.defaults import Choice
 from kdtoolkit.workflow.options import DistillOptions, check_options
 from kdtoolkit.workflow.report import Report
 from tests.workflow._data import TINY, write_shapes
@@ -310,6 +313,17 @@ def test_the_plan_fits_80_columns(shapes, tmp_path, capsys, monkeypatch):
     for name in ("data", "model", "image size", "schedule", "batch", "learning rate", "augmentation", "evaluation"):
         assert f" {name} " in plan
     assert max(map(len, plan.splitlines())) <= 80
+
+
+def test_nothing_of_a_long_name_is_lost_in_80_columns():
+    folder, classes = "runs/" + "birds-" * 20 + "[red]", "[bold]owl[/bold], " + "parrot" * 20
+    console = Console(width=80, file=io.StringIO())
+    runs.print_plan({"data": Choice(folder, classes), "teacher's images": Choice(folder, classes)}, console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) == 80
+    values, reasons = lines[1].index("runs/"), lines[1].index("[bold]")
+    for what, column in ((folder, slice(values, reasons)), (classes, slice(reasons, None))):
+        assert "".join(line[column] for line in lines).replace(" ", "") == 2 * what.replace(" ", "")
 
 
 @pytest.mark.slow
