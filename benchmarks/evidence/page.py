@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtoolkit.benchmark.report import View, write_report
-from kdtoolkit.benchmark.stats import Difference
+from kdtoolkit.benchmark.stats import Difference, judged_together
 from kdtoolkit.words import counted
 
 ROOT = Path(__file__).parents[2]
@@ -43,8 +43,10 @@ small sets, small images and short schedules, because they were measured mostly 
 benchmarks/evidence/page.py` writes this page from the boards. No number on it is typed by hand.
 
 Each difference is taken seed by seed, with a 95 % t-interval in brackets. A difference is *shown* if it is above 0, and
-if the p of the paired t-test, corrected by Holm's procedure for the number of methods of the board, is below 0.05. It
-*hurts* if it is below 0 with such a p. Else it is *not shown*. A row with fewer than 3 seeds is not judged.
+if the p of the paired t-test, after Holm's correction, is below 0.05. It *hurts* if it is below 0 with such a p. Else
+it is *not shown*. The three main rows (CrossKD, PKD, CrossKD+PKD), which have more seeds by plan, are corrected
+together, and so are all other rows of a board. The boards themselves correct all their rows together, and so show less
+where they have many rows. A row with fewer than 3 seeds is not judged.
 [board.md](../board.md) explains the columns.
 """
 
@@ -70,13 +72,21 @@ NOT_SHOWN = """\
 """
 
 
-def verdict(difference: Mapping[str, Any] | None) -> str:
-    """`shown`, `not shown`, `hurts`, or empty if there are too few seeds."""
-    if difference is None or difference["pairs"] < ENOUGH:
-        return ""
-    # Boards of earlier versions have no p: `--runs` takes them again.
-    found = Difference(**difference).verdict
-    return "shown" if found == "holds" else found
+def verdicts(board: Board, against: str) -> dict[str, str]:
+    """`shown`, `not shown` or `hurts` for each method of a board, or empty if it has too few seeds.
+
+    The main rows are corrected together, and all other rows together.
+    """
+    found = {
+        row["entry"]: Difference(**row[against])
+        for row in _methods(board)
+        if row[against] is not None and row[against]["pairs"] >= ENOUGH
+    }
+    main = judged_together({entry: each for entry, each in found.items() if entry in MAIN})
+    others = judged_together({entry: each for entry, each in found.items() if entry not in MAIN})
+    words = {"holds": "shown", "not shown": "not shown", "hurts": "hurts"}
+    judged = {entry: words[each.verdict] for entry, each in (main | others).items()}
+    return {row["entry"]: judged.get(row["entry"], "") for row in _methods(board)}
 
 
 def difference_text(difference: Mapping[str, Any] | None) -> str:
@@ -118,19 +128,18 @@ def _named(board: Board, entry: str) -> Row | None:
 def _summary(boards: Mapping[str, Board]) -> Iterator[str]:
     """How often each entry is above the baselines, over all boards."""
     entries = dict.fromkeys([*MAIN, *(row["entry"] for board in boards.values() for row in _methods(board))])
+    judged = {
+        against: {name: verdicts(board, against) for name, board in boards.items()}
+        for against in ("versus_baseline", "versus_equal_time")
+    }
     yield "## In short\n"
     yield "| entry | at equal steps: shown | not shown | hurts | at equal time: shown | not shown | hurts |"
     yield "|---|---|---|---|---|---|---|"
     for entry in entries:
         cells = []
-        for against in ("versus_baseline", "versus_equal_time"):
-            verdicts = {
-                name: verdict(row[against])
-                for name, board in boards.items()
-                if (row := _named(board, entry)) is not None
-            }
+        for found in judged.values():
             for word in ("shown", "not shown", "hurts"):
-                names = [name for name, found in verdicts.items() if found == word]
+                names = [name for name, each in found.items() if each.get(entry) == word]
                 cells.append(f"{len(names)}: {', '.join(names)}" if names else "-")
         if set(cells) != {"-"}:
             yield f"| {entry} | {' | '.join(cells)} |"
@@ -140,13 +149,13 @@ def _summary(boards: Mapping[str, Board]) -> Iterator[str]:
 def _combination(boards: Mapping[str, Board]) -> Iterator[str]:
     """The combination against each single method, on the boards that have both with enough seeds."""
     lines: list[str] = []
-    verdicts: dict[str, list[str]] = {name: [] for name in boards}
+    of_boards: dict[str, list[str]] = {name: [] for name in boards}
     for name, board in boards.items():
         for row in _methods(board):
             found = board.get("pairs", {}).get(COMBINATION, {}).get(row["entry"])
             if found is not None and found["p"] is not None and found["pairs"] >= ENOUGH:
                 verdict = "above" if found["low"] > 0 else "below" if found["high"] < 0 else "not shown"
-                verdicts[name].append(verdict)
+                of_boards[name].append(verdict)
                 cells = (name, row["entry"], difference_text(found), f"{found['p']:.3f}", str(found["pairs"]), verdict)
                 lines.append(f"| {' | '.join(cells)} |")
     if not lines:
@@ -157,7 +166,7 @@ def _combination(boards: Mapping[str, Board]) -> Iterator[str]:
         "any of these boards was run. Its verdict here is that of one 95 % interval, and p is that of one paired "
         "t-test: neither is corrected for the number of lines. To say that it is above *every* method of a board needs "
         "no correction, since all lines must show it. "
-        f"It is: {_above_all(verdicts)}.\n"
+        f"It is: {_above_all(of_boards)}.\n"
     )
     yield f"| board | method | {COMBINATION} minus the method | p | seeds | verdict |"
     yield "|---|---|---:|---:|---:|---|"
@@ -165,10 +174,10 @@ def _combination(boards: Mapping[str, Board]) -> Iterator[str]:
     yield ""
 
 
-def _above_all(verdicts: Mapping[str, Sequence[str]]) -> str:
+def _above_all(of_boards: Mapping[str, Sequence[str]]) -> str:
     """`on bccd (6 of 6 methods), not on chess (2 of 3 methods)`."""
     told = []
-    for name, each in verdicts.items():
+    for name, each in of_boards.items():
         above = each.count("above")
         where = "on" if above == len(each) else "not on"
         told += [f"{where} {name} ({above} of {counted(len(each), 'method')})"] if each else []
@@ -230,10 +239,10 @@ def _section(name: str, board: Board) -> Iterator[str]:
 def _claims(board: Board) -> Iterator[str]:
     """What is shown on this board and what is not, a line for each verdict."""
     for against, budget in (("versus_baseline", "equal steps"), ("versus_equal_time", "equal time")):
-        verdicts = {row["entry"]: verdict(row[against]) for row in _methods(board)}
+        found = verdicts(board, against)
         words = {"shown": "Above the baseline", "not shown": "Not shown", "hurts": "Below the baseline"}
         for word, text in words.items():
-            if names := [entry for entry, found in verdicts.items() if found == word]:
+            if names := [entry for entry, judged in found.items() if judged == word]:
                 yield f"- {text} at {budget}: {', '.join(names)}."
 
 

@@ -126,6 +126,14 @@ def t_quantile(degrees: int) -> float:
     return float(stdtrit(degrees, 1 - LEVEL / 2))
 
 
+def smallest_shown(deviation: float, pairs: int, together: int) -> float:
+    """The smallest mean difference over so many pairs, at least 2, that is shown whatever the others are.
+
+    `deviation`: the standard deviation of the pairs' differences. `together`: how many differences are judged together.
+    """
+    return float(stdtrit(pairs - 1, 1 - LEVEL / 2 / together)) * deviation / math.sqrt(pairs)
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """Holm's corrected p of each test: below 5 % in all tests together with at most 5 % of false alarms.
 

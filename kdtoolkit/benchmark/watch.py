@@ -204,7 +204,7 @@ def _details(seen: Seen, console: Console) -> Iterator[RenderableType]:
     if not rows:
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("finished so far")
+    table.add_column("finished so far", overflow="fold")
     for heading in ("seeds", "AP", "lowest to highest"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row, found in rows:

@@ -57,13 +57,3 @@ def check_known(names: Collection[str], known: Collection[str], what: str) -> No
 def chosen(known: Mapping[str, T], names: Collection[str] | None) -> dict[str, T]:
     """The items of `known` that `names` lists; all items if it lists none."""
     return {name: known[name] for name in names or known}
-
-
-def device_name(device: Device) -> str:
-    """`cpu` or `cuda`. Raises KDError if CUDA is asked for and absent."""
-    import torch
-
-    available = torch.cuda.is_available()
-    if device is Device.CUDA and not available:
-        raise KDError("there is no CUDA device: use --device cpu, or install a torch build with CUDA")
-    return "cpu" if device is Device.CPU or not available else "cuda"

@@ -87,7 +87,7 @@ class Keeper:
         """Note that a step of `images` took `busy` seconds, after `waited` seconds for its images."""
 
     def save(self, state: RunState, *, last: bool = False) -> None:
-        """Store a checkpoint if it is time for one, or if this step is the `last`."""
+        """Store a checkpoint if it is time for one, or if this step is the `last` for now."""
 
     def weights(self, name: str, student: nn.Module, *, last: bool = False) -> bool:
         """Store the detector's weights. Returns whether that worked; raises KDError if it did not and the run ends."""

@@ -35,6 +35,7 @@ from kdtoolkit.engine.inputs import (
     resolve_device,
     single_values_told,
 )
+from kdtoolkit.engine.interrupt import Interrupt, deferred
 from kdtoolkit.engine.locate import locate_non_finite
 from kdtoolkit.engine.measuring import evaluate_now, probe_now
 from kdtoolkit.engine.memory import PeakMemory
@@ -87,6 +88,9 @@ def train(
             step, or with None, goes on from there in the folder. None trains to the end.
 
     Several processes, started by torchrun, train as one: call `kdtoolkit.engine.group.join` before.
+
+    Ctrl-C in a run with a folder ends it after the step that has begun, with a checkpoint; a second Ctrl-C ends it at
+    once. If several processes train together, and without a folder, the first one ends it at once.
 
     Raises KDError before the first step if an argument has a wrong type, if all of the student is frozen, if its number
     of classes differs from that of a data set, if the two data sets have different classes, if the models lie on
@@ -181,6 +185,7 @@ def train(
             earlier = state.cache_hits - cache.hits, state.cache_misses - cache.misses  # a cache may be older
         watch = Stopwatch(state.seconds, state.cpu_seconds or 0.0)
         memory = PeakMemory(device)
+        interrupt = stack.enter_context(deferred()) if folder is not None and count == 1 else Interrupt()
         reported = ended = time.perf_counter()
         for step, (images, targets, keys) in enumerate(data, first):
             begun = time.perf_counter()
@@ -245,7 +250,9 @@ def train(
             if step + 1 in probe_at:
                 with watch.paused(), memory.paused():
                     probe_now(state, dataset, seed=seed, precision=precision, device=device, keeper=keeper)
-            keeper.save(state, last=last)
+            keeper.save(state, last=last or interrupt.asked)
+            if interrupt.asked:
+                raise KeyboardInterrupt
             if report is not None and rank == 0 and (now - reported > 1 or step == first or last):
                 warnings = (*state.silence.warnings(), *state.dead.warnings(), *_not_held(distiller))
                 warnings += (*keeper.notices, *(() if cache is None else cache.notices))

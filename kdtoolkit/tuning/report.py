@@ -299,7 +299,7 @@ def _print_table(head: list[str], rows: list[list[str]], console: Console) -> No
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 1))
     table.add_column(Text(printable(head[0])), overflow="fold")
     for name in head[1:]:
-        table.add_column(Text(printable(name)), justify="right")
+        table.add_column(Text(printable(name)), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))  # words in brackets are no markup
     console.print()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -11,17 +10,13 @@ from pathlib import Path
 
 import torch
 
-from kdtoolkit.engine.config import Validation
-from kdtoolkit.engine.folder import TEACHER_CACHE, RunFolder
 from kdtoolkit.engine.result import Progress
-from kdtoolkit.engine.train import train
 from kdtoolkit.errors import NonFiniteLossError
 from kdtoolkit.models import Detector
 from kdtoolkit.tuning.space import Uses
 from kdtoolkit.workflow.folder import TRAINING, load_best
 from kdtoolkit.workflow.prepare import Prepared, with_methods
-
-SAVE_SECONDS = 60.0  # between two checkpoints
+from kdtoolkit.workflow.training import train_in
 
 
 class CannotTrainError(Exception):
@@ -53,25 +48,9 @@ def train_to(
     CannotTrainError, and KDError.
     """
     student, distiller = with_methods(prepared, methods)
-    config, images, out = prepared.config, prepared.images, prepared.options.out
-    every = math.ceil(config.steps / evaluations) if evaluations > 1 else None
     try:
-        result = train(
-            distiller,
-            images.train,
-            config,
-            seed=prepared.options.seed,
-            device=device,
-            folder=RunFolder(
-                folder / TRAINING,
-                save_seconds=SAVE_SECONDS,
-                keep=1,
-                teacher_cache=None if out is None else out / TEACHER_CACHE,  # all trainings of a search share it
-            ),
-            unlabelled=images.unlabelled if methods else None,
-            validation=Validation(images.val, every_steps=every, batch_size=config.batch_size),
-            report=show,
-            until=until,
+        result = train_in(
+            folder / TRAINING, prepared, distiller, device, evaluations=evaluations, keep=1, until=until, report=show
         )
     except NonFiniteLossError as error:
         raise CannotTrainError(str(error)) from error

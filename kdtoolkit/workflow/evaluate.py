@@ -147,7 +147,7 @@ def print_evaluated(found: Evaluated, console: Console) -> None:
 
     line(f"{found.model} on {found.data}: {found.scores.images} images")
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("class")
+    table.add_column("class", overflow="fold")
     for head in HEADS:
         table.add_column(head, justify="right")
     table.add_row("all", *(_percent(getattr(found.scores, metric)) for metric in METRICS))

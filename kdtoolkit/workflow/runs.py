@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,14 +14,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.opening import name_of
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine import group
-from kdtoolkit.engine.config import Validation
-from kdtoolkit.engine.folder import TEACHER_CACHE, RunFolder
-from kdtoolkit.engine.train import train
+from kdtoolkit.engine.folder import TEACHER_CACHE
 from kdtoolkit.errors import KDError, printable
 from kdtoolkit.models import Detector, save_detector
 from kdtoolkit.workflow.batch import with_memory
@@ -46,8 +44,7 @@ from kdtoolkit.workflow.measuring import check_teacher, evaluated, in_words, mea
 from kdtoolkit.workflow.options import DistillOptions, RunOptions, TrainOptions
 from kdtoolkit.workflow.prepare import Prepared, prepare
 from kdtoolkit.workflow.report import Report, Trained, print_report, write_file
-
-SAVE_SECONDS = 60.0  # between two checkpoints
+from kdtoolkit.workflow.training import train_in
 
 
 def run(options: RunOptions, reasons: Mapping[str, str] | None = None) -> Report:
@@ -111,7 +108,8 @@ def print_plan(plan: dict[str, Choice], console: Console) -> None:
     table.add_column(ratio=3, overflow="fold")
     table.add_column(ratio=2, style="dim", overflow="fold")
     for name, choice in plan.items():
-        table.add_row(name, printable(str(choice.value)), printable(choice.why))
+        # As text: words in brackets, as a folder may have them, are no markup.
+        table.add_row(name, Text(printable(str(choice.value))), Text(printable(choice.why)))
     console.print()
     console.print(table)
     console.print()
@@ -219,19 +217,14 @@ def _trained(
     display: Display,
 ) -> Trained:
     """One training; the student then has its best weights."""
-    config, images = prepared.config, prepared.images
-    every = math.ceil(config.steps / prepared.evaluations)
     another = name == TRAINING and prepared.options.with_baseline and report.baseline is None
-    clock = Clock(config.steps, prepared.evaluations, display.evaluation_seconds)
-    result = train(
+    clock = Clock(prepared.config.steps, prepared.evaluations, display.evaluation_seconds)
+    result = train_in(
+        report.folder / name,
+        prepared,
         distiller,
-        images.train,
-        config,
-        seed=prepared.options.seed,
-        device=device,
-        folder=RunFolder(report.folder / name, save_seconds=SAVE_SECONDS, teacher_cache=report.folder / TEACHER_CACHE),
-        unlabelled=images.unlabelled if name == TRAINING else None,
-        validation=Validation(images.val, every_steps=every, batch_size=config.batch_size),
+        device,
+        evaluations=prepared.evaluations,
         report=display.training("training" if name == TRAINING else "training without teacher", clock, another=another),
     )
     for warning in result.warnings:

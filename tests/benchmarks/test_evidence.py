@@ -1,14 +1,11 @@
 """The evidence suites, the order in which their cells are run, and the page that is made of their boards."""
 
 import io
-import json
-from dataclasses import asdict
 
 import pytest
 from rich.console import Console
 
 from benchmarks.evidence import page, run
-from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.store import Store, write_atomic
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER
 from kdtoolkit.benchmark.suite_file import load_suite
@@ -115,12 +112,18 @@ def test_one_method_is_compared_over_all_boards(boards):
     assert "- Warning: the teacher is no better.\n" in text
 
 
-def test_a_stored_board_is_judged_as_the_board_judges_itself(boards, tmp_path):
-    board = build_board(tmp_path / "runs" / "evidence-bccd")
-    words = {"holds": "shown", "not shown": "not shown", "hurts": "hurts"}
-    pkd = next(row for row in board.rows if row.entry == "PKD")
-    for difference in (pkd.versus_baseline, pkd.versus_equal_time):
-        assert page.verdict(json.loads(json.dumps(asdict(difference)))) == words[difference.verdict]
+def test_main_rows_are_judged_apart_from_all_others():
+    def row(entry, p, mean=1.0, pairs=5):
+        found = {"mean": mean, "low": None, "high": None, "pairs": pairs, "p": p, "p_holm": 1.0, "over": "seeds"}
+        return {"entry": entry, "methods": ["some"], "versus_baseline": found, "versus_equal_time": None}
+
+    main = [row("CrossKD", 0.01), row("PKD", 0.02), row("CrossKD+PKD", 0.01, mean=-1.0)]
+    others = [row(f"other {i}", 0.02) for i in range(9)]
+    found = page.verdicts({"rows": [*main, *others, row("few", 0.001, pairs=2)]}, "versus_baseline")
+    # Both directions of three rows are six tests: 0.005 * 6 and 0.01 * 4 are below 0.05. Of nine rows 0.01 * 18 is not.
+    assert [found[name] for name in ("CrossKD", "PKD", "CrossKD+PKD", "few")] == ["shown", "shown", "hurts", ""]
+    assert {found[f"other {i}"] for i in range(9)} == {"not shown"}
+    assert set(page.verdicts({"rows": main}, "versus_equal_time").values()) == {""}
 
 
 def test_the_combination_is_compared_with_each_method_that_has_enough_seeds(boards):

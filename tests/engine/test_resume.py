@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def run(
     folder,
     *,
     stop=None,
+    by=None,
     seed=0,
     methods=(CrossKD, PKD),
     saves=2,
@@ -73,13 +75,15 @@ def run(
     until=None,
     **changes,
 ):
-    """Train; `stop` is the step in which it is interrupted. Gives the student and the result."""
+    """Train; `stop` is the step that is interrupted, by an exception if `by` is None. Gives student and result."""
     teacher = tiny_gfl(seed=1, num_classes=CLASSES, neck_channels=8)
     student = tiny_gfl(seed=2, num_classes=CLASSES)
 
     def interrupt(module, args):
-        if stop is not None and distiller.training and distiller.calls > (stop - 1) * distiller.accumulation:
-            raise Stopped
+        if stop is not None and student.training and distiller.calls > (stop - 1) * distiller.accumulation:
+            if by is None:
+                raise Stopped
+            by()
 
     student.neck.register_forward_pre_hook(interrupt)
     config = TrainConfig(**{"steps": steps, "batch_size": 4, "warmup_steps": 2, **changes})
@@ -87,6 +91,14 @@ def run(
     where = None if folder is None else RunFolder(folder, save_steps=saves)
     found = train(distiller, data, config, seed=seed, folder=where, validation=evaluated, until=until)
     return student, found
+
+
+@pytest.fixture
+def ctrl_c():
+    """What Ctrl-C does in a program of its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield partial(signal.raise_signal, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def stopped(data, folder, step, **changes):
@@ -355,6 +367,37 @@ def test_a_checkpoint_that_is_larger_than_may_be_written_is_told(data, tmp_path)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoints(tmp_path) == []  # nothing half written
     assert digest(run(data, tmp_path)[0]) == digest(run(data, None)[0])
+
+
+def test_ctrl_c_is_followed_by_a_checkpoint_of_the_step(data, tmp_path, ctrl_c, caplog):
+    changes = {"saves": None, "evaluated": Validation(data, every_steps=3)}
+    whole, _ = run(data, tmp_path / "whole", **changes)
+    for step in (3, 5, 7):  # 3 and 7 are evaluated, and 7 is the last one
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "stopped", stop=step, by=ctrl_c, **changes)
+        assert checkpoints(tmp_path / "stopped")[-1] == f"step-0000000{step}.safetensors"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "Ctrl-C again ends at once" in caplog.text
+    student, _ = run(data, tmp_path / "stopped", **changes)
+    assert digest(student) == digest(whole)
+    assert (tmp_path / "stopped" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+
+
+def test_a_second_ctrl_c_ends_at_once(data, tmp_path, ctrl_c):
+    def twice():
+        ctrl_c()
+        ctrl_c()
+        raise AssertionError("it goes on")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path, stop=3, by=twice, saves=None)
+    assert checkpoints(tmp_path) == []
+
+
+def test_a_run_without_a_folder_has_nothing_to_save(data, ctrl_c, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        run(data, None, stop=3, by=ctrl_c)
+    assert not caplog.text
 
 
 def killed_while_it_writes(folder, writes):

@@ -11,8 +11,9 @@ import kdtoolkit
 from kdtoolkit.data import open_dataset
 from kdtoolkit.engine import train as loop
 from kdtoolkit.errors import KDError, NonFiniteLossError
-from kdtoolkit.tuning import runs, trainer
+from kdtoolkit.tuning import runs
 from kdtoolkit.tuning.report import TuneReport
+from kdtoolkit.workflow import training
 from kdtoolkit.workflow.options import DistillOptions, check_options
 from tests.workflow._data import TINY
 
@@ -41,7 +42,7 @@ def trainings(monkeypatch):
         )
         return loop.train(distiller, images, config, folder=folder, until=until, validation=validation, **rest)
 
-    monkeypatch.setattr(trainer, "train", spied)
+    monkeypatch.setattr(training, "train", spied)
     return begun
 
 
@@ -87,10 +88,10 @@ def test_a_search_from_its_trials_to_its_confirmation(teacher, shapes, tmp_path,
         return stopped
 
     for after in (2, 3, 2):
-        trainer.train = stopping(after)
+        training.train = stopping(after)
         with pytest.raises(KeyboardInterrupt):
             full(teacher, shapes, tmp_path / "stopped")
-    trainer.train = loop.train
+    training.train = loop.train
     again = full(teacher, shapes, tmp_path / "stopped")
     for one, two in zip(found.trials, again.trials, strict=True):
         assert (one.name, one.scores, one.state) == (two.name, two.scores, two.state)
@@ -124,7 +125,7 @@ def test_a_search_leaves_its_trials_a_report_and_a_run_file_of_kd_distill(finish
 
 
 def test_a_finished_search_is_shown_again(finished, teacher, shapes, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "train", None)  # nothing is trained
+    monkeypatch.setattr(training, "train", None)  # nothing is trained
     assert tune(teacher, shapes, finished.folder) == finished
     out = capsys.readouterr().out
     assert "finished" in out
@@ -158,7 +159,7 @@ def test_a_trial_that_cannot_be_trained_does_not_end_the_search(teacher, shapes,
             raise NonFiniteLossError("step 1: pkd/feature = nan")
         return loop.train(distiller, *args, **rest)
 
-    monkeypatch.setattr(trainer, "train", trained)
+    monkeypatch.setattr(training, "train", trained)
     found = tune(teacher, shapes, tmp_path / "tuned", method=["PKD", "CWD"], trials=3, steps=3, quiet=False)
     assert [(trial.name, trial.state) for trial in found.trials] == [
         ("PKD", "failed"),
@@ -183,7 +184,7 @@ def test_a_trial_that_cannot_be_trained_does_not_end_the_search(teacher, shapes,
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(teacher, shapes, tmp_path, monkeypatch, words, message):
-    monkeypatch.setattr(trainer, "train", None)
+    monkeypatch.setattr(training, "train", None)
     with pytest.raises(KDError) as caught:
         tune(teacher, shapes, tmp_path / "tuned", **words)
     assert message in str(caught.value)
@@ -206,7 +207,7 @@ def test_a_confirmation_goes_on_after_a_training_that_fails(teacher, shapes, tmp
             raise NonFiniteLossError("step 1: pkd/feature = nan")
         return loop.train(distiller, *args, seed=seed, **rest)
 
-    monkeypatch.setattr(trainer, "train", trained)
+    monkeypatch.setattr(training, "train", trained)
     found = tune(teacher, shapes, out, steps=3, seeds=2, quiet=False)
     assert seen == [True]  # the search's results are there before the confirmation begins
     assert (found.finished, found.winner) == (True, None)
@@ -219,7 +220,7 @@ def test_a_confirmation_goes_on_after_a_training_that_fails(teacher, shapes, tmp
 
 
 def test_further_data_never_takes_the_place_of_the_validation_images(teacher, shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "train", None)
+    monkeypatch.setattr(training, "train", None)
     no_test = shutil.copytree(shapes, tmp_path / "shapes")
     Path(no_test, "annotations", "test.json").unlink()
     link = tmp_path / "link"

@@ -1,7 +1,12 @@
+import io
+import re
+
 import pytest
+from rich.console import Console
 
 import kdtoolkit
 from kdtoolkit import KDError
+from kdtoolkit.workflow.evaluate import print_evaluated
 from tests.workflow._blobs import BOX, FAR, dataset, detector, right
 
 
@@ -42,6 +47,14 @@ def test_classes_in_a_different_order_are_compared_by_name(tmp_path):
     data = dataset(tmp_path, [right("red", 0.9), right("blue", 0.9)], class_names=("blue", "red", "green"))
     found = kdtoolkit.evaluate(detector(), data)
     assert found.scores.per_class == pytest.approx({"blue": 100, "red": 100, "green": None})
+
+
+def test_a_long_name_of_a_class_is_printed_whole(tmp_path):
+    names = ("red", "green" * 30, "blue")
+    data = dataset(tmp_path, [([("green", 0.9, BOX)], [(names[1], BOX)])], class_names=names)
+    console = Console(width=80, file=io.StringIO())
+    print_evaluated(kdtoolkit.evaluate(detector(names), data), console)
+    assert "green" * 30 in re.sub(r"[\s\d.-]", "", console.file.getvalue())
 
 
 def test_missed_and_false_detections_cost(tmp_path):

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 import subprocess
@@ -6,6 +7,7 @@ import sys
 import pytest
 import timm
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import kdtoolkit
@@ -14,7 +16,8 @@ from kdtoolkit.engine import train as loop
 from kdtoolkit.engine.evaluate import Evaluation, evaluate
 from kdtoolkit.errors import KDError
 from kdtoolkit.models import open_detector
-from kdtoolkit.workflow import measuring, runs
+from kdtoolkit.workflow import measuring, runs, training
+from kdtoolkit.workflow.defaults import Choice
 from kdtoolkit.workflow.options import DistillOptions, check_options
 from kdtoolkit.workflow.report import Report
 from tests.workflow._data import TINY, write_shapes
@@ -80,7 +83,7 @@ def test_the_baseline_is_the_same_training_without_teacher(distilled):
 
 
 def test_a_finished_run_is_shown_again(distilled, teacher, shapes, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "train", None)  # nothing is trained
+    monkeypatch.setattr(training, "train", None)  # nothing is trained
     assert distil(teacher, shapes, distilled.folder, compare_baseline=True) == distilled
     out = capsys.readouterr().out
     assert "finished" in out
@@ -97,7 +100,7 @@ def test_the_comparison_may_be_asked_for_later(distilled, teacher, shapes, tmp_p
     shutil.rmtree(out / "training")  # the detector itself is in model/
     trained = []
     monkeypatch.setattr(
-        runs, "train", lambda *args, **rest: trained.append(rest["folder"].path) or loop.train(*args, **rest)
+        training, "train", lambda *args, **rest: trained.append(rest["folder"].path) or loop.train(*args, **rest)
     )
     later = distil(teacher, shapes, out, compare_baseline=True)
     assert trained == [out / "baseline"]
@@ -130,7 +133,7 @@ def test_ctrl_c_in_a_comparison_that_was_asked_for_later(copied, teacher, shapes
         raise KeyboardInterrupt
 
     out = copied(baseline=None)
-    monkeypatch.setattr(runs, "train", interrupted)
+    monkeypatch.setattr(training, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         distil(teacher, shapes, out, compare_baseline=True)
     assert "interrupted: the same command goes on from the last checkpoint" in capsys.readouterr().err
@@ -196,7 +199,7 @@ def test_a_run_that_is_stopped_goes_on_and_ends_alike(distilled, teacher, shapes
             raise KeyboardInterrupt
         seed_step(seed, step, rank)
 
-    monkeypatch.setattr(runs, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
     monkeypatch.setattr(loop, "seed_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         distil(teacher, shapes, out)
@@ -258,7 +261,7 @@ def test_images_without_labels_are_shown_in_steps_of_their_own(teacher, shapes, 
 
 
 def test_a_weak_teacher_is_told_before_training(teacher, shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "train", None)
+    monkeypatch.setattr(training, "train", None)
     monkeypatch.setattr(measuring, "WEAK_AP", 101.0)
     with pytest.raises(
         KDError, match=r"the teacher has .* AP on the validation images of shapes.*--allow-weak-teacher"
@@ -310,6 +313,17 @@ def test_the_plan_fits_80_columns(shapes, tmp_path, capsys, monkeypatch):
     for name in ("data", "model", "image size", "schedule", "batch", "learning rate", "augmentation", "evaluation"):
         assert f" {name} " in plan
     assert max(map(len, plan.splitlines())) <= 80
+
+
+def test_nothing_of_a_long_name_is_lost_in_80_columns():
+    folder, classes = "runs/" + "birds-" * 20 + "[red]", "[bold]owl[/bold], " + "parrot" * 20
+    console = Console(width=80, file=io.StringIO())
+    runs.print_plan({"data": Choice(folder, classes), "teacher's images": Choice(folder, classes)}, console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) == 80
+    values, reasons = lines[1].index("runs/"), lines[1].index("[bold]")
+    for what, column in ((folder, slice(values, reasons)), (classes, slice(reasons, None))):
+        assert "".join(line[column] for line in lines).replace(" ", "") == 2 * what.replace(" ", "")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kdtoolkit.engine import train as loop
-from kdtoolkit.workflow import runs
+from kdtoolkit.workflow import training
 from tests.test_cli import kd
 from tests.workflow._data import TINY, write_shapes
 
@@ -164,7 +164,7 @@ def test_a_gpu_without_memory_is_told(run, shapes, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(runs, "train", full)
+    monkeypatch.setattr(training, "train", full)
     check(
         run("train", "--model", TINY, "--data", shapes, "--weights", "none", *FAST),
         "the GPU is out of memory: use half the --batch-size or a smaller --image-size",
@@ -193,7 +193,7 @@ def test_ctrl_c_before_the_first_checkpoint(run, shapes, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "train", interrupted)
+    monkeypatch.setattr(training, "train", interrupted)
     code, _, err = run("train", "--model", TINY, "--data", shapes, "--weights", "none", *FAST)
     assert code == 130
     assert "interrupted: the same command starts again, because there was no checkpoint yet" in err

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdtoolkit.benchmark.across import Across
+from kdtoolkit.benchmark.advice import more_seeds
 from kdtoolkit.benchmark.board import Board
 from kdtoolkit.benchmark.report.columns import Column, columns_of, table_rows
 
@@ -17,7 +18,10 @@ SPACE = 2  # characters between columns
 
 
 def print_board(board: Board, console: Console) -> None:
-    """Print table, claims and warnings. A narrow terminal gets few columns; the files have all of them."""
+    """Print table, claims, what more seeds would show, and warnings.
+
+    A narrow terminal gets few columns; the files have all of them.
+    """
     title = Text(f"{board.title}: {board.description}", style="table.title")
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
     shown = _fitting(board, console.width)
@@ -33,6 +37,8 @@ def print_board(board: Board, console: Console) -> None:
     colours = {"holds": "green", "not shown": "yellow", "hurts": "red"}
     for claim in board.claims:
         console.print(Text(claim.text, style=colours[claim.verdict]))
+    if advice := more_seeds(board):
+        console.print(Text(advice))
     for warning in board.warnings:
         console.print(Text(f"WARNING  {warning}", style="bold red"))
 

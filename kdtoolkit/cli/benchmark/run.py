@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdtoolkit.cli._common import Device, device_name
+from kdtoolkit.cli._common import Device
 from kdtoolkit.errors import KDError
 
 if TYPE_CHECKING:
@@ -207,10 +207,11 @@ def _executor(
     """Where the cells run. A Ray cluster that was started for them ends with the context. Raises KDError."""
     if where is Where.LOCAL:
         from kdtoolkit.benchmark.workers import Workers
+        from kdtoolkit.workflow.detecting import found_device
 
         if address is not None:
             raise KDError("--ray-address is for cells on a Ray cluster: add --executor ray")
-        yield Workers(device_name(device), jobs, threads)
+        yield Workers(str(found_device(device.value)), jobs, threads)
         return
     try:
         from kdtoolkit.benchmark.ray_workers import RayWorkers

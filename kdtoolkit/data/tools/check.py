@@ -281,7 +281,7 @@ def _table_of_splits(splits: dict[str, SplitReport]) -> Table:
 
 def _table_of_classes(splits: dict[str, SplitReport]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("boxes of class")
+    table.add_column("boxes of class", overflow="fold")
     for split in splits:
         table.add_column(split, justify="right")
     for name in dict.fromkeys(name for split in splits.values() for name in split.per_class):

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -189,3 +190,9 @@ def test_names_are_no_markup(tmp_path):
     doc = _coco.document()
     doc["categories"][0]["name"] = "[red]cube[/red]"
     assert "[red]cube[/red]" in printed(run(_coco.write(tmp_path, doc)))
+
+
+def test_long_names_are_whole(tmp_path):
+    doc = _coco.document()
+    doc["categories"][0]["name"] = "cube" * 50
+    assert "cube" * 50 in re.sub(r"[\s\d]", "", printed(run(_coco.write(tmp_path, doc))))
