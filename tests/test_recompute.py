@@ -57,22 +57,6 @@ def test_losses_gradients_and_buffers_are_equal(family, batch):
             torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_pass_is_computed_again_in_the_context_of_the_first_one():
-    conv, modes = torch.nn.Conv2d(3, 4, 1), []
-
-    class Noticed(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is torch.nn.functional.conv2d:
-                modes.append(self)
-            return func(*args, **(kwargs or {}))
-
-    with Noticed():
-        y = recomputed(lambda: conv(torch.ones(1, 3, 2, 2)).square(), conv)
-    assert len(modes) == 1
-    y.sum().backward()
-    assert len(modes) == 2
-
-
 @large
 def test_convolutions_by_winograd_are_computed_again_in_the_same_way():
     x, found = torch.randn(2, 64, 20, 20, generator=torch.Generator().manual_seed(0)), []

@@ -12,13 +12,16 @@ one image makes results of the next one infinite or NaN. Activations of one dete
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from kdtoolkit.contract.recompute import entered_again
 
 # The transformation of a kernel costs as much as the direct computation of about 150 cells, and that of an image as
 # much as several channels. Below these sizes the direct way is as fast.
@@ -38,7 +41,10 @@ def gains(*models: nn.Module) -> bool:
 
 
 def _is_available() -> bool:
-    """Whether this processor and this torch have the algorithm. Only x86 processors count: no other was measured."""
+    """Whether this processor and this torch have the algorithm. Only x86 processors count: no other was measured.
+
+    The question also makes NNPACK ready in this process.
+    """
     known = platform.machine().lower() in ("x86_64", "amd64")
     has_it: bool = torch.backends.nnpack.is_available()  # type: ignore[no-untyped-call]
     return known and has_it and hasattr(torch, "_nnpack_spatial_convolution")
@@ -64,31 +70,49 @@ _OF_IMAGE, _OF_KERNEL, _OF_RESULT = (
 )
 
 
-class FastConvolutions(TorchFunctionMode):
+class FastConvolutions:
     """Context in which `F.conv2d`, and so each `nn.Conv2d`, computes large 3x3 convolutions by Winograd's algorithm.
 
-    Gradients of their inputs are computed in the same way, wherever `backward` is called; gradients of weights are
-    computed directly. All other convolutions are computed as without the context, and so are all under autocast, in
-    transforms of `torch.func`, in `torch.export`, and on processors without the algorithm.
+    It holds for this thread. Gradients of the convolutions' inputs are computed in the same way, wherever `backward` is
+    called. All other convolutions are computed as without the context, and so are all under autocast, in transforms of
+    `torch.func`, in `torch.export`, and on processors without the algorithm.
+
+    `F.conv2d` is a different function while any thread is in the context. A `TorchFunctionMode` of torch does without,
+    but Python then looks at each operation: on small images that took 13 % of a step.
     """
 
     def __enter__(self) -> Self:
-        self._works = _is_available()  # the question also makes NNPACK ready in this process
-        super().__enter__()  # type: ignore[no-untyped-call]
+        global _entered, _direct
+        with _lock:
+            _entered += 1
+            if _entered == 1:
+                _direct, F.conv2d = F.conv2d, _conv2d
+        _works.set((*_works.get(), _is_available()))
+        entered_again.set((*entered_again.get(), self))
         return self
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call a function of torch."""
-        kwargs = kwargs or {}
-        if func is F.conv2d and self._works and _suits(*args, **kwargs):
-            return _convolve(*args, **kwargs)
-        return func(*args, **kwargs)
+    def __exit__(self, *error: object) -> None:
+        global _entered
+        entered_again.set(entered_again.get()[:-1])
+        _works.set(_works.get()[:-1])
+        with _lock:
+            _entered -= 1
+            if not _entered:
+                F.conv2d = _direct
+
+
+_lock = threading.Lock()
+_entered = 0  # in all threads
+_direct = F.conv2d
+# For each time that this thread has entered, whether the processor has the algorithm.
+_works: ContextVar[tuple[bool, ...]] = ContextVar("works", default=())
+
+
+def _conv2d(*args: Any, **kwargs: Any) -> Tensor:
+    """`F.conv2d`."""
+    if any(_works.get()) and _suits(*args, **kwargs):
+        return _convolve(*args, **kwargs)
+    return _direct(*args, **kwargs)
 
 
 def _suits(

@@ -1,6 +1,7 @@
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -180,6 +181,22 @@ def test_a_gradient_can_be_differentiated(frozen):
 
     for found, expected in zip(penalty(FastConvolutions()), penalty(torch.enable_grad()), strict=True):
         assert differs(found, expected) < 1e-4
+
+
+@large
+def test_the_context_holds_for_its_thread_and_leaves_nothing_behind():
+    own, conv, x = F.conv2d, nn.Conv2d(64, 64, 3, padding=1), maps(2, 64, 20, 20).detach()
+    direct, found = conv(x), []
+    with FastConvolutions(), FastConvolutions():
+        thread = threading.Thread(target=lambda: found.append(conv(x)))
+        thread.start()
+        thread.join()
+        assert not torch.equal(conv(x), direct)
+    assert torch.equal(found[0], direct)
+    with pytest.raises(ZeroDivisionError), FastConvolutions():
+        _ = 1 / 0
+    assert F.conv2d is own
+    assert torch.equal(conv(x), direct)
 
 
 @large
