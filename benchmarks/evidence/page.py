@@ -226,7 +226,7 @@ def _section(name: str, board: Board) -> Iterator[str]:
     yield f"- Data: {board['facts']['data']}. {OF_SETS.get(_set_of(name), '')}".rstrip()
     few = [f"{row['entry']} ({len(row['seeds'])})" for row in _methods(board) if len(row["seeds"]) < ENOUGH]
     if few:
-        yield f"- Not judged yet, with fewer than {ENOUGH} seeds: {', '.join(few)}."
+        yield f"- Not judged yet, with fewer than {ENOUGH} seeds: {'; '.join(few)}."
     if (equal := _named(board, EQUAL_TIME)) is None or len(equal["seeds"]) < ENOUGH:
         yield "- The baseline at equal time has not been run with enough seeds, so nothing is said at equal time."
     yield from (
@@ -243,7 +243,7 @@ def _claims(board: Board) -> Iterator[str]:
         words = {"shown": "Above the baseline", "not shown": "Not shown", "hurts": "Below the baseline"}
         for word, text in words.items():
             if names := [entry for entry, judged in found.items() if judged == word]:
-                yield f"- {text} at {budget}: {', '.join(names)}."
+                yield f"- {text} at {budget}: {'; '.join(names)}."
 
 
 def _plateau(board: Board) -> str:
