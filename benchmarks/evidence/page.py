@@ -149,13 +149,13 @@ def _summary(boards: Mapping[str, Board]) -> Iterator[str]:
 def _combination(boards: Mapping[str, Board]) -> Iterator[str]:
     """The combination against each single method, on the boards that have both with enough seeds."""
     lines: list[str] = []
-    of_boards: dict[str, list[str]] = {name: [] for name in boards}
+    of_boards: dict[str, list[str]] = {}
     for name, board in boards.items():
         for row in _methods(board):
             found = board.get("pairs", {}).get(COMBINATION, {}).get(row["entry"])
             if found is not None and found["p"] is not None and found["pairs"] >= ENOUGH:
                 verdict = "above" if found["low"] > 0 else "below" if found["high"] < 0 else "not shown"
-                of_boards[name].append(verdict)
+                of_boards.setdefault(name, []).append(verdict)
                 cells = (name, row["entry"], difference_text(found), f"{found['p']:.3f}", str(found["pairs"]), verdict)
                 lines.append(f"| {' | '.join(cells)} |")
     if not lines:
@@ -180,7 +180,7 @@ def _above_all(of_boards: Mapping[str, Sequence[str]]) -> str:
     for name, each in of_boards.items():
         above = each.count("above")
         where = "on" if above == len(each) else "not on"
-        told += [f"{where} {name} ({above} of {counted(len(each), 'method')})"] if each else []
+        told.append(f"{where} {name} ({above} of {counted(len(each), 'method')})")
     return ", ".join(told)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import Any, Self, cast
 
 import torch
@@ -87,14 +86,12 @@ class FastConvolutions:
             _entered += 1
             if _entered == 1:
                 _direct, F.conv2d = F.conv2d, _conv2d
-        _works.set((*_works.get(), _is_available()))
         entered_again.set((*entered_again.get(), self))
         return self
 
     def __exit__(self, *error: object) -> None:
         global _entered
         entered_again.set(entered_again.get()[:-1])
-        _works.set(_works.get()[:-1])
         with _lock:
             _entered -= 1
             if not _entered:
@@ -104,13 +101,12 @@ class FastConvolutions:
 _lock = threading.Lock()
 _entered = 0  # in all threads
 _direct = F.conv2d
-# For each time that this thread has entered, whether the processor has the algorithm.
-_works: ContextVar[tuple[bool, ...]] = ContextVar("works", default=())
 
 
 def _conv2d(*args: Any, **kwargs: Any) -> Tensor:
     """`F.conv2d`."""
-    if any(_works.get()) and _suits(*args, **kwargs):
+    in_context = any(isinstance(each, FastConvolutions) for each in entered_again.get())
+    if in_context and _suits(*args, **kwargs) and _is_available():
         return _convolve(*args, **kwargs)
     return _direct(*args, **kwargs)
 
