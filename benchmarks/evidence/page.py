@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from kdtoolkit.benchmark.report import View, write_report
-from kdtoolkit.benchmark.stats import Difference, judged_together
+from kdtoolkit.benchmark.stats import Difference, judged_together, p_text, paired_difference
 from kdtoolkit.words import counted
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +35,30 @@ OF_SETS = {
 
 Board = Mapping[str, Any]
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice that a user has, and the two rows that differ by nothing else.
+
+    A row is named by what follows the name of the data set in its board's name, and by its entry.
+    """
+
+    text: str
+    row: tuple[str, str]
+    instead_of: tuple[str, str]
+
+
+CHOICES = (
+    Choice("ImageNet weights, not random ones; student alone", ("", BASELINE), ("-scratch", BASELINE)),
+    Choice("ImageNet weights, not random ones; CrossKD", ("", "CrossKD"), ("-scratch", "CrossKD")),
+    Choice("a teacher one size up (lite1), not two (lite2); CrossKD", ("-lite1", "CrossKD"), ("", "CrossKD")),
+    Choice("a student as wide as the teacher, not half as wide; CrossKD", ("-wide", "CrossKD"), ("", "CrossKD")),
+    Choice("the teacher's neck and head to begin with; student alone", ("-inherit", BASELINE), ("-wide", BASELINE)),
+    Choice("the teacher's neck and head to begin with; CrossKD", ("-inherit", "CrossKD"), ("-wide", "CrossKD")),
+    Choice("CrossKD left out in the last tenth of the steps", ("", "CrossKD, stop 0.9"), ("", "CrossKD")),
+    Choice("the teacher asked once for each view; CrossKD", ("-cache", "CrossKD"), ("", "CrossKD")),
+)
 
 INTRODUCTION = """\
 # Evidence on real photographs
@@ -111,7 +137,7 @@ def gap_text(row: Row) -> str:
 
 def page(boards: Mapping[str, Board]) -> str:
     """The page, from boards by the name of their folder."""
-    parts = [INTRODUCTION, *_summary(boards), *_combination(boards), *_pairs(boards)]
+    parts = [INTRODUCTION, *_summary(boards), *_combination(boards), *_choices(boards), *_pairs(boards)]
     for name, board in boards.items():
         parts.append("\n".join(_section(name, board)))
     return "\n".join([*parts, NOT_SHOWN])
@@ -184,9 +210,45 @@ def _above_all(of_boards: Mapping[str, Sequence[str]]) -> str:
     return ", ".join(told)
 
 
+def _choices(boards: Mapping[str, Board]) -> Iterator[str]:
+    """What each choice adds on each set, of those whose two rows have enough seeds in common."""
+    compared: dict[tuple[str, str], tuple[float, float]] = {}
+    differences: dict[tuple[str, str], Difference] = {}
+    for choice in CHOICES:
+        for name in OF_SETS:
+            with_it, without = (_aps(boards, name + end, entry) for end, entry in (choice.row, choice.instead_of))
+            difference = paired_difference(with_it, without)
+            if difference is not None and difference.pairs >= ENOUGH:
+                both = with_it.keys() & without.keys()
+                first, second = (fmean(aps[seed] for seed in both) for aps in (with_it, without))
+                compared[choice.text, name] = first, second
+                differences[choice.text, name] = difference
+    if not compared:
+        return
+    yield "## Weights to begin with, teacher, and schedule\n"
+    yield (
+        "Each line compares two rows that differ by one choice, over the seeds that both have. All lines are corrected "
+        "together: *above* and *below* have a p below 0.05 after Holm's correction.\n"
+    )
+    yield "| choice | set | AP | AP without it | difference | p | seeds | verdict |"
+    yield "|---|---|---:|---:|---:|---:|---:|---|"
+    words = {"holds": "above", "not shown": "not shown", "hurts": "below"}
+    for (text, name), found in judged_together(differences).items():
+        aps = (f"{ap:.1f}" for ap in compared[text, name])
+        p = "-" if found.p is None else p_text(found.p)
+        yield f"| {' | '.join((text, name, *aps, found.text, p, str(found.pairs), words[found.verdict]))} |"
+    yield ""
+
+
+def _aps(boards: Mapping[str, Board], name: str, entry: str) -> dict[int, float]:
+    """The AP of a row for each seed; empty if there is no such board or row."""
+    row = _named(boards[name], entry) if name in boards else None
+    return {} if row is None else {int(seed): ap for seed, ap in row["aps"].items()}
+
+
 def _pairs(boards: Mapping[str, Board]) -> Iterator[str]:
     """One method on all boards: what teacher, first weights and kind of detector change."""
-    yield "## One method, all pairs and schedules\n"
+    yield "## One method, all pairs of detectors\n"
     yield "CrossKD needs heads that fit each other; where they do not, ObjectKD stands in for it.\n"
     yield "| board | teacher | baseline | method | AP | vs baseline | gap recovered | seeds |"
     yield "|---|---:|---:|---|---:|---:|---:|---:|"

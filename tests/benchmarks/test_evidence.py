@@ -133,3 +133,20 @@ def test_the_combination_is_compared_with_each_method_that_has_enough_seeds(boar
     text = page.page({"bccd": board | {"pairs": {"CrossKD+PKD": {"PKD": found, BASELINE: found}}}})
     assert "| bccd | PKD | +1.2 [+0.3, +2.1] | 0.021 | 4 | above |" in text
     assert f"| bccd | {BASELINE} |" not in text
+
+
+def test_a_choice_is_judged_by_the_seeds_that_both_of_its_rows_have(boards):
+    board = page.stored(boards)["bccd"]
+
+    def with_crosskd(aps):
+        row = next(row for row in board["rows"] if row["entry"] == "PKD")
+        changed = {"entry": "CrossKD", "aps": {str(seed): ap for seed, ap in enumerate(aps)}}
+        return board | {"rows": [*board["rows"], row | changed]}
+
+    two = {"bccd": with_crosskd([30.0, 31.0, 32.0, 40.0]), "bccd-lite1": with_crosskd([31.0, 32.1, 32.9])}
+    text = page.page(two)
+    line = "| a teacher one size up (lite1), not two (lite2); CrossKD | bccd | 32.0 | 31.0 | +1.0 [+0.8, +1.2] |"
+    assert f"{line} 0.003 | 3 | above |" in text
+    assert "as wide as the teacher" not in text  # there is no such board
+    two["bccd-lite1"] = with_crosskd([31.0, 32.1])  # too few seeds
+    assert "a teacher one size up" not in page.page(two)
