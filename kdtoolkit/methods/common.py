@@ -97,18 +97,19 @@ def image_moments(x: Tensor) -> Tensor:
     return torch.stack([mean[:, :, 0, 0], variance], 1)
 
 
-def joined_statistics(moments: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-    """The `channel_statistics` of maps (N, C, H, W), from their `image_moments`. `cells` is H * W."""
+def joined_statistics(moments: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """The `channel_statistics` (C,) of maps (N, C, H, W), from their `image_moments`. `cells` (C,) is H * W, as float.
+
+    Moments of several maps may be joined along C, and then need one pass for all of them.
+    """
     means, variances = moments.unbind(1)
-    count = len(moments) * cells
+    counts = len(moments) * cells
     mean = means.mean(0)
-    freedom: Tensor | int = max(count - 1, 1)
     if processes.count() > 1:  # each process may have images of a different size
-        sums = processes.total(torch.cat([cells * means.sum(0), means.new_full((1,), count)]))
-        mean, freedom = sums[:-1] / sums[-1], sums[-1].detach() - 1
+        sums, counts = processes.total(torch.stack([cells * means.sum(0), counts])).unbind()
+        mean = sums / counts
     squares = processes.total(cells * (variances + (means - mean).square()).sum(0))
-    std = (squares / freedom).clamp(min=SMALLEST_VARIANCE).sqrt()
-    return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+    return mean, (squares / (counts - 1).clamp(min=1)).clamp(min=SMALLEST_VARIANCE).sqrt()
 
 
 def batch_norm(x: Tensor, eps: float) -> Tensor:
@@ -125,19 +126,18 @@ def batch_norm(x: Tensor, eps: float) -> Tensor:
 def standardise(x: Tensor, eps: float = 1e-6, to: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Standardise (N, C, ...) per channel over all else, by the unbiased std + `eps`, in float32.
 
-    `to`: the mean and std (1, C, 1, ...) that channels get instead of 0 and 1. They have no gradient.
+    `to`: the mean and std that channels get instead of 0 and 1, C values each. They have no gradient.
 
     A channel that is constant except for rounding becomes 0 (or the mean in `to`) and gets no gradient. Otherwise its
     gradient would be 1 / `eps` times that of the loss.
     """
     x = x.float()
+    to_mean, to_std = (None, None) if to is None else (each.flatten() for each in to)
     if processes.count() == 1:
-        return cast(
-            Tensor, _Standardise.apply(x, eps, *(None, None) if to is None else (each.flatten() for each in to))
-        )
+        return cast(Tensor, _Standardise.apply(x, eps, to_mean, to_std))
     mean, std = channel_statistics(x)
     found = (x - mean) * torch.where(_varies(mean, std, eps), 1 / (std + eps), 0.0)
-    return found if to is None else found * to[1] + to[0]
+    return found if to_mean is None or to_std is None else found * _beside(to_std, x) + _beside(to_mean, x)
 
 
 def _varies(mean: Tensor, std: Tensor, eps: float) -> Tensor:

@@ -231,6 +231,7 @@ class CrossKD(Method):
                 for branch, channels in theirs.channels.items()
             }
         )
+        self.widths = [width for channels in theirs.channels.values() for width in channels]
         self.activations = (ours.activation, theirs.activation) if self.tap == "after" else (None, None)
         if self.proposal_weight and student_spec.first_stage is not None and teacher_spec.first_stage is not None:
             self.proposals = CrossKD(beta=self.distances.beta, box_loss=self.distances.box_loss)
@@ -254,20 +255,24 @@ class CrossKD(Method):
 
         They are kept by image (`Matched.of_teacher`), which needs a small part of the state's memory.
         """
-        grid, (stage, act) = pair.teacher.predictions.priors.grid, (self.joints[1], self.activations[1])
+        grid, stage, act = pair.teacher.predictions.priors.grid, self.joints[1], self.activations[1]
+
+        def moments(trace: HeadTrace) -> Tensor:
+            """Those of all branches and levels, one after the other: (N, 2, the sum of their channels)."""
+            maps = [x for branch in project for x in trace.states[stage][branch]]
+            return torch.cat([image_moments(x if act is None else act(x)) for x in maps], 2)
+
+        found = pair.of_teacher(f"CrossKD, moments {'before' if act is None else 'after'} activation {stage}", moments)
+        sizes = [math.prod(cells) for _ in project for cells in grid]
+        cells = torch.cat([found.new_full((width,), size) for width, size in zip(self.widths, sizes, strict=True)])
+        of_maps = zip(*(torch.split(each, self.widths) for each in joined_statistics(found, cells)), strict=True)
         crossed = {}
         for branch, modules in project.items():
-            tensors: dict[int, Tensor] = {}
-            for module, (ours, theirs) in zip(modules, self.levels, strict=True):
-
-                def moments(trace: HeadTrace, branch: str = branch, level: int = theirs) -> Tensor:
-                    own = trace.states[stage][branch][level]
-                    return image_moments(own if act is None else act(own))
-
-                name = f"CrossKD, moments {'before' if act is None else 'after'} activation {stage} {branch} {theirs}"
-                statistics = joined_statistics(pair.of_teacher(name, moments), math.prod(grid[theirs]))
-                tensors[theirs] = standardise(resize_to(module(student[branch][ours]), grid[theirs]), to=statistics)
-            crossed[branch] = tuple(tensors[level] for level in range(len(grid)))
+            resized = [
+                resize_to(module(student[branch][ours]), grid[theirs])
+                for module, (ours, theirs) in zip(modules, self.levels, strict=True)
+            ]
+            crossed[branch] = tuple(standardise(x, to=next(of_maps)) for x in resized)
         return crossed
 
     def _across_memory(self, exchange: Exchange, pair: Matched) -> dict[str, Tensor]:
