@@ -6,9 +6,13 @@ teacher's best prediction for the object is the one with the largest p * IoU, wh
 class, and IoU compares its box with the object's box. So dense detectors, detectors of two stages and DETR's relatives
 teach each other in any mix. For each of the student's predictions of an object:
 
-    cls           BCE(s, p), where s is the student's score for the object's class
+    cls           BCE(s, p * min(1, o / IoU)), where s is the student's score for the object's class, and o is the IoU
+                  of its box with the object's box
     box           L1 + 2 (1 - GIoU); L1 is that of (centre, size) in shares of the image
     distribution  KL(teacher's || student's box sides) * T^2, the mean of four sides
+
+The teacher's score belongs to the teacher's box. A prediction whose box is worse by some factor is taught a score that
+is lower by this factor. If all predictions of an object learned the same score, the best box would no longer win.
 
 An object's predictions are averaged, so objects with many predictions count as much as objects with one. Each object
 has the weight p * IoU of the teacher's prediction: what the teacher hardly finds hardly counts. The sum over objects is
@@ -35,12 +39,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdtoolkit import processes
-from kdtoolkit.boxes import pairwise_iou
+from kdtoolkit.boxes import elementwise_iou, pairwise_iou
 from kdtoolkit.contract import Capability, DetectorSpec, Exchange, Method, Predictions
 from kdtoolkit.methods.queries import box_distances
 
 GIOU = 2.0  # weight of 1 - GIoU beside the L1 of boxes, as in DETR's matching
 COVERING = 0.05, 0.5  # least score and IoU of a teacher's prediction that covers an object, for the counts alone
+SMALLEST_IOU = 1e-6  # of a teacher's box; below it nothing is divided
 STEEP = 1e4  # a logit so far below the others has the probability 0 in float32
 FLAT = 1e-4  # px; the least width of a bin
 
@@ -208,7 +213,10 @@ class ObjectKD(Method):
         terms = {}
         if self.cls_weight:
             logits = class_logit(student.logits[rows], labels[owner], student.activation)
-            cls = F.binary_cross_entropy_with_logits(logits, score[owner], reduction="none")
+            own = elementwise_iou(student.boxes[rows].detach(), objects[owner])
+            # An infinite box has an IoU of NaN.
+            worse = torch.where(own > 0, own / iou[owner].clamp(min=SMALLEST_IOU), 0.0).clamp(max=1)
+            cls = F.binary_cross_entropy_with_logits(logits, score[owner] * worse, reduction="none")
             terms["cls"] = self.cls_weight * (weight * cls).sum()
         if self.box_weight:
             sizes = objects.new_tensor([(width, height) * 2 for height, width in batch.sizes])

@@ -118,6 +118,7 @@ def naive(student, teacher, rows, scale=1.0):
     for image in range(2):
         for index in range(len(BOXES[image])):
             quality, _, their_box, score, iou = naive_best(teacher, theirs, image, index)
+            object_box = BOXES[image][index].double().tolist()
             own = [prior for i, prior, object_ in rows if (i, object_) == (image, index)]
             covers = score >= 0.05 and iou >= 0.5
             counts["missed" if not covers else "covered" if own else "unassigned"] += 1
@@ -127,8 +128,9 @@ def naive(student, teacher, rows, scale=1.0):
             height, width = SIZES[image]
             for prior in own:
                 s = probability(student, image, prior, LABELS[image][index].item())
-                cls -= quality / len(own) * (score * math.log(s) + (1 - score) * math.log(1 - s))
                 our_box = ours[image, prior].double().tolist()
+                target = score * min(1, overlaps(our_box, object_box)[0] / iou)
+                cls -= quality / len(own) * (target * math.log(s) + (1 - target) * math.log(1 - s))
                 l1 = 0.0
                 for low, size in ((0, width), (1, height)):
                     (a, b), (c, d) = ((x[low], x[low + 2]) for x in (our_box, their_box))
