@@ -6,13 +6,14 @@ teacher's best prediction for the object is the one with the largest p * IoU, wh
 class, and IoU compares its box with the object's box. So dense detectors, detectors of two stages and DETR's relatives
 teach each other in any mix. For each of the student's predictions of an object:
 
-    cls           BCE(s, p * min(1, o / IoU)), where s is the student's score for the object's class, and o is the IoU
-                  of its box with the object's box
-    box           L1 + 2 (1 - GIoU); L1 is that of (centre, size) in shares of the image
-    distribution  KL(teacher's || student's box sides) * T^2, the mean of four sides
+    cls           BCE(s, p * r), where s is the student's score for the object's class
+    box           r * (L1 + 2 (1 - GIoU)); L1 is that of (centre, size) in shares of the image
+    distribution  r * KL(teacher's || student's box sides) * T^2, the mean of four sides
 
-The teacher's score belongs to the teacher's box. A prediction whose box is worse by some factor is taught a score that
-is lower by this factor. If all predictions of an object learned the same score, the best box would no longer win.
+r = min(1, o / IoU) says how good the prediction's box is beside the teacher's box: o is its own IoU with the object's
+box. It has no gradient. The teacher's score belongs to the teacher's box, so a prediction with a worse box is taught a
+lower score. If all predictions of an object learned the same score, the best box would no longer win. And a prediction
+far from the object would take as much of the box terms as the one that detects it.
 
 An object's predictions are averaged, so objects with many predictions count as much as objects with one. Each object
 has the weight p * IoU of the teacher's prediction: what the teacher hardly finds hardly counts. The sum over objects is
@@ -25,8 +26,8 @@ So the teacher's distribution is first carried to the student's bins: each of it
 probability is divided between the two nearest bins of the student. Bins may differ in number and kind.
 
 Source of the idea: object distillation of D-FINE's relatives, which compares predictions that are matched to the same
-object. The terms and the weights are those of KD-DETR (arXiv 2211.08071). No paper has this form of it, so there are no
-published numbers.
+object. The terms and the weights are those of KD-DETR (arXiv 2211.08071), where r is 1. No paper has this form of it,
+so there are no published numbers. docs/choosing.md has what r changed.
 """
 
 from __future__ import annotations
@@ -210,19 +211,18 @@ class ObjectKD(Method):
 
         # What does not count must be finite too: an object that nothing overlaps is its own teacher.
         their_boxes = torch.where((quality > 0)[:, None], teacher_boxes[image, best], objects)
+        own = elementwise_iou(student.boxes[rows].detach(), objects[owner])  # NaN for an infinite box
+        good = torch.where(own > 0, own / iou[owner].clamp(min=SMALLEST_IOU), 0.0).clamp(max=1)
         terms = {}
         if self.cls_weight:
             logits = class_logit(student.logits[rows], labels[owner], student.activation)
-            own = elementwise_iou(student.boxes[rows].detach(), objects[owner])
-            # An infinite box has an IoU of NaN.
-            worse = torch.where(own > 0, own / iou[owner].clamp(min=SMALLEST_IOU), 0.0).clamp(max=1)
-            cls = F.binary_cross_entropy_with_logits(logits, score[owner] * worse, reduction="none")
+            cls = F.binary_cross_entropy_with_logits(logits, score[owner] * good, reduction="none")
             terms["cls"] = self.cls_weight * (weight * cls).sum()
         if self.box_weight:
             sizes = objects.new_tensor([(width, height) * 2 for height, width in batch.sizes])
             scale = sizes[rows[0]]
             distance, overlap = box_distances(student.boxes[rows] / scale, their_boxes[owner] / scale)
-            terms["box"] = self.box_weight * (weight * (4 * distance + GIOU * overlap)).sum()
+            terms["box"] = self.box_weight * (weight * good * (4 * distance + GIOU * overlap)).sum()
         bins = view.spec.bins, exchange.teacher.spec.bins
         if self.distribution_weight and all(bins):
             theirs = image[owner], best[owner]
@@ -232,7 +232,7 @@ class ObjectKD(Method):
                 target = carried((teacher.regression[theirs] / self.temperature).softmax(-1), places, ours)
             scores = (student.regression[rows] / self.temperature).log_softmax(-1)
             kl = (torch.xlogy(target, target) - target * scores).sum(-1).mean(-1) * self.temperature**2
-            terms["distribution"] = self.distribution_weight * (weight * kl).sum()
+            terms["distribution"] = self.distribution_weight * (weight * good * kl).sum()
         covers = (score >= COVERING[0]) & (iou >= COVERING[1])
         told = {"covered": covers & (answers > 0), "missed": ~covers, "unassigned": covers & (answers == 0)}
         return terms | {name: which.sum().float() * processes.count() for name, which in told.items()}

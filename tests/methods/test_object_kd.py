@@ -129,13 +129,14 @@ def naive(student, teacher, rows, scale=1.0):
             for prior in own:
                 s = probability(student, image, prior, LABELS[image][index].item())
                 our_box = ours[image, prior].double().tolist()
-                target = score * min(1, overlaps(our_box, object_box)[0] / iou)
+                good = min(1, overlaps(our_box, object_box)[0] / iou)
+                target = score * good
                 cls -= quality / len(own) * (target * math.log(s) + (1 - target) * math.log(1 - s))
                 l1 = 0.0
                 for low, size in ((0, width), (1, height)):
                     (a, b), (c, d) = ((x[low], x[low + 2]) for x in (our_box, their_box))
                     l1 += (abs(a + b - c - d) / 2 + abs(b - a - d + c)) / size
-                box += quality / len(own) * (l1 + 2 * (1 - overlaps(our_box, their_box)[1]))
+                box += good * quality / len(own) * (l1 + 2 * (1 - overlaps(our_box, their_box)[1]))
     return cls / max(total, 1), box / max(total, 1), counts
 
 
@@ -209,9 +210,11 @@ def test_the_distribution_term_equals_a_loop(bins, scale):
     for image in range(2):
         for index in range(len(BOXES[image])):
             own = [prior for i, prior, object_ in ROWS if (i, object_) == (image, index)]
-            quality, best, *_ = naive_best(teacher, teacher.boxes.detach() / scale, image, index)
+            quality, best, _, _, iou = naive_best(teacher, teacher.boxes.detach() / scale, image, index)
             total += bool(own)
             for prior in own:
+                boxes = student.boxes.detach()[image, prior].double().tolist(), BOXES[image][index].double().tolist()
+                weight = quality / len(own) * min(1, overlaps(*boxes)[0] / iou) if quality else 0.0
                 heads = ((student, prior, BINS, 1.0), (teacher, best, bins, scale))
                 ours, theirs = (
                     places(
@@ -226,7 +229,7 @@ def test_the_distribution_term_equals_a_loop(bins, scale):
                     )
                     target = spread(t, theirs[side], ours[side])
                     kl = sum(a * math.log(a / b) for a, b in zip(target, s, strict=True) if a)
-                    expected += quality / len(own) * kl / 4 * temperature**2
+                    expected += weight * kl / 4 * temperature**2
     assert found.item() == pytest.approx(3.0 * expected / max(total, 1), rel=1e-3)
 
 
