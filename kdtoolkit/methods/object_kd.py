@@ -211,7 +211,8 @@ class ObjectKD(Method):
 
         # What does not count must be finite too: an object that nothing overlaps is its own teacher.
         their_boxes = torch.where((quality > 0)[:, None], teacher_boxes[image, best], objects)
-        own = elementwise_iou(student.boxes[rows].detach(), objects[owner])  # NaN for an infinite box
+        our_boxes = student.boxes[rows]
+        own = elementwise_iou(our_boxes.detach(), objects[owner])  # NaN for an infinite box
         good = torch.where(own > 0, own / iou[owner].clamp(min=SMALLEST_IOU), 0.0).clamp(max=1)
         terms = {}
         if self.cls_weight:
@@ -221,7 +222,7 @@ class ObjectKD(Method):
         if self.box_weight:
             sizes = objects.new_tensor([(width, height) * 2 for height, width in batch.sizes])
             scale = sizes[rows[0]]
-            distance, overlap = box_distances(student.boxes[rows] / scale, their_boxes[owner] / scale)
+            distance, overlap = box_distances(our_boxes / scale, their_boxes[owner] / scale)
             terms["box"] = self.box_weight * (weight * good * (4 * distance + GIOU * overlap)).sum()
         bins = view.spec.bins, exchange.teacher.spec.bins
         if self.distribution_weight and all(bins):

@@ -100,6 +100,11 @@ def overlaps(a, b):
     return both / union, both / union - (hull - union) / hull
 
 
+def beside(box, object_box, iou):
+    """How good a prediction's box is beside the teacher's, whose IoU with the object is given."""
+    return min(1, overlaps(box, object_box)[0] / iou)
+
+
 def naive_best(teacher, boxes, image, index):
     """The teacher's best prediction for an object: prior, box, score, IoU; a weight of 0 if none overlaps."""
     best = (0.0, None, None, 0.0, 0.0)
@@ -129,7 +134,7 @@ def naive(student, teacher, rows, scale=1.0):
             for prior in own:
                 s = probability(student, image, prior, LABELS[image][index].item())
                 our_box = ours[image, prior].double().tolist()
-                good = min(1, overlaps(our_box, object_box)[0] / iou)
+                good = beside(our_box, object_box, iou)
                 target = score * good
                 cls -= quality / len(own) * (target * math.log(s) + (1 - target) * math.log(1 - s))
                 l1 = 0.0
@@ -214,7 +219,7 @@ def test_the_distribution_term_equals_a_loop(bins, scale):
             total += bool(own)
             for prior in own:
                 boxes = student.boxes.detach()[image, prior].double().tolist(), BOXES[image][index].double().tolist()
-                weight = quality / len(own) * min(1, overlaps(*boxes)[0] / iou) if quality else 0.0
+                weight = quality / len(own) * beside(*boxes, iou) if quality else 0.0
                 heads = ((student, prior, BINS, 1.0), (teacher, best, bins, scale))
                 ours, theirs = (
                     places(
