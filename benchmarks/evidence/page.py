@@ -251,8 +251,8 @@ def _pairs(boards: Mapping[str, Board]) -> Iterator[str]:
     yield "## One method, all pairs of detectors\n"
     yield (
         "CrossKD needs heads that fit each other; where they do not, ObjectKD stands in for it. ObjectKD weighs a "
-        "prediction by its box. This was chosen by two seeds of bccd, so the boards of bccd say a little too much for "
-        "it.\n"
+        "prediction by its box. This was chosen by two seeds of bccd. Two of its boards have five seeds, and the last "
+        "two were added after the first three had been seen. So the boards of bccd say a little too much for it.\n"
     )
     yield "| board | teacher | baseline | method | AP | vs baseline | gap recovered | seeds |"
     yield "|---|---:|---:|---|---:|---:|---:|---:|"
