@@ -528,4 +528,18 @@ def test_wrong_names_and_arguments_are_named():
         build_model("retinanet", K, {"backbone": "resnet18x"})
     with pytest.raises(KDError, match=r"\[4\] missing"):
         build_model("fasterrcnn", K, {"backbone": "resnet10t", "backbone_args": {"out_indices": [2, 3, 4]}})
+    with pytest.raises(
+        KDError, match=r"detector_args takes no argument 'box_nms_tresh' \(did you mean 'box_nms_thresh'"
+    ):
+        build_model("fasterrcnn", K, {"backbone": "resnet10t", "detector_args": {"box_nms_tresh": 0.3}})
+    with pytest.raises(KDError, match=r"detector_args takes no argument 'min_size'"):
+        build_model("fasterrcnn", K, {"backbone": "resnet10t", "detector_args": {"min_size": 64}})
+    with pytest.raises(KDError, match=r"'torchvision/fasterrcnn' cannot be built from .*detector_args=3"):
+        build_model("fasterrcnn", K, {"backbone": "resnet10t", "detector_args": 3})
     assert isinstance(build_model("fcos", K, {"backbone": "resnet10t", "out_channels": 32}), FCOS)
+
+
+def test_a_detector_on_timm_takes_arguments_of_torchvision():
+    args = {"backbone": "test_resnet", "out_channels": 32, "detector_args": {"box_batch_size_per_image": 16}}
+    model = build_model("fasterrcnn", K, args)
+    assert model.roi_heads.fg_bg_sampler.batch_size_per_image == 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,8 @@ from kdtoolkit.libraries import adapt
 from kdtoolkit.options import did_you_mean
 
 _EPS = 1e-5  # of torch's and torchvision's batch norms
+# The arguments of torchvision's classes that `on_timm` sets.
+_OF_ON_TIMM = {"backbone", "num_classes", "min_size", "max_size", "image_mean", "image_std", "kwargs"}
 
 
 class TimmPyramid(nn.Module):
@@ -91,6 +93,7 @@ def on_timm(
     out_channels: int = 256,
     min_size: int = 800,
     max_size: int = 1333,
+    detector_args: Mapping[str, object] | None = None,
 ) -> nn.Module:
     """Build one of torchvision's detectors on a timm backbone: `on_timm(FCOS, 20, backbone="resnet18")`.
 
@@ -104,16 +107,22 @@ def on_timm(
         out_channels: of the feature pyramid's levels.
         min_size: the detector scales images until their shorter side has this length, in pixels.
         max_size: the largest length of the longer side, in pixels. It takes precedence over `min_size`.
+        detector_args: further arguments of torchvision's class, such as `box_batch_size_per_image` of FasterRCNN.
 
     Raises:
-        KDError: timm has no such model, or the model has no such levels or takes images of one size only.
+        KDError: timm has no such model, the model has no such levels or takes images of one size only, or torchvision's
+            class has no such argument.
     """
+    further = dict(detector_args or {})
+    _check_names("detector_args", further, inspect.signature(detector).parameters.keys() - _OF_ON_TIMM)
     two_stage = issubclass(detector, FasterRCNN)
     strides = (4, 8, 16, 32) if two_stage else (8, 16, 32)
     extra = LastLevelMaxPool() if two_stage else CoarserLevels(out_channels, out_channels)
     levels = TimmPyramid(backbone, strides, out_channels, extra, pretrained=pretrained, args=backbone_args)
     build = cast(Callable[..., nn.Module], detector)
-    return build(levels, num_classes + two_stage, min_size=min_size, max_size=max_size, **levels.normalisation)
+    return build(
+        levels, num_classes + two_stage, min_size=min_size, max_size=max_size, **levels.normalisation, **further
+    )
 
 
 _ON_TIMM: Mapping[str, Callable[..., nn.Module]] = {
@@ -160,12 +169,8 @@ def _built(name: str, args: Mapping[str, Any]) -> nn.Module:
     full, builder = f"torchvision/{name}", LIBRARY.get_model_builder(name)
     # The transform ignores arguments that it does not know, so names are checked here.
     taken = {**inspect.signature(builder).parameters, **inspect.signature(_detector(name).__init__).parameters}
-    allowed = sorted(taken.keys() - {"self", "kwargs", "backbone", "num_classes", "size"})
-    if unknown := sorted(args.keys() - {*allowed, "num_classes"}):
-        raise KDError(
-            f"model {full!r} takes no argument {unknown[0]!r}{did_you_mean(unknown[0], allowed)}. Its arguments are "
-            f"{', '.join(allowed)}"
-        )
+    further = {key: value for key, value in args.items() if key != "num_classes"}
+    _check_names(f"model {full!r}", further, taken.keys() - {"self", "kwargs", "backbone", "num_classes", "size"})
     try:
         return cast(nn.Module, builder(**args))
     except (
@@ -175,6 +180,15 @@ def _built(name: str, args: Mapping[str, Any]) -> nn.Module:
         OSError,
     ) as error:  # weights that are unknown or for other classes, or no network
         raise KDError(f"model {full!r}: {error}") from error
+
+
+def _check_names(what: str, args: Mapping[str, object], allowed: Set[str]) -> None:
+    """Raise KDError that names the first of `args` that is not `allowed`; `what`: which takes the arguments."""
+    if unknown := sorted(args.keys() - allowed):
+        raise KDError(
+            f"{what} takes no argument {unknown[0]!r}{did_you_mean(unknown[0], sorted(allowed))}. Its arguments are "
+            f"{', '.join(sorted(allowed))}"
+        )
 
 
 def open_published(name: str, args: Mapping[str, object], weights: str | None) -> Opened | None:
