@@ -21,6 +21,7 @@ from kdtoolkit.words import counted
 ROOT = Path(__file__).parents[2]
 BOARDS = ROOT / "docs" / "results" / "evidence"
 PAGE = ROOT / "docs" / "results" / "evidence.md"
+_WORDS = {"holds": "shown"}  # of this page for verdicts that are named differently elsewhere
 ENOUGH = 3  # seeds that a row needs before the page judges it
 MAIN = ("CrossKD", "PKD", "CrossKD+PKD")
 COMBINATION = "CrossKD+PKD"  # the best row of the board on drawn shapes, docs/results/quick
@@ -110,17 +111,13 @@ def verdicts(board: Board, against: str) -> dict[str, str]:
     }
     main = judged_together({entry: each for entry, each in found.items() if entry in MAIN})
     others = judged_together({entry: each for entry, each in found.items() if entry not in MAIN})
-    words = {"holds": "shown", "not shown": "not shown", "hurts": "hurts"}
-    judged = {entry: words[each.verdict] for entry, each in (main | others).items()}
+    judged = {entry: _WORDS.get(each.verdict, each.verdict) for entry, each in (main | others).items()}
     return {row["entry"]: judged.get(row["entry"], "") for row in _methods(board)}
 
 
 def difference_text(difference: Mapping[str, Any] | None) -> str:
     """`+1.2 [+0.3, +2.1]`, or `-`."""
-    if difference is None:
-        return "-"
-    mean = f"{difference['mean']:+.1f}"
-    return mean if difference["low"] is None else f"{mean} [{difference['low']:+.1f}, {difference['high']:+.1f}]"
+    return "-" if difference is None else Difference(**difference).text
 
 
 def spread_text(spread: Mapping[str, Any] | None) -> str:
@@ -182,7 +179,7 @@ def _combination(boards: Mapping[str, Board]) -> Iterator[str]:
             if found is not None and found["p"] is not None and found["pairs"] >= ENOUGH:
                 verdict = "above" if found["low"] > 0 else "below" if found["high"] < 0 else "not shown"
                 of_boards.setdefault(name, []).append(verdict)
-                cells = (name, row["entry"], difference_text(found), f"{found['p']:.3f}", str(found["pairs"]), verdict)
+                cells = (name, row["entry"], difference_text(found), p_text(found["p"]), str(found["pairs"]), verdict)
                 lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return
