@@ -310,9 +310,13 @@ def _claims(board: Board) -> Iterator[str]:
 
 
 def _plateau(board: Board) -> str:
-    """How far the baseline is from its plateau, in words."""
-    known = board["facts"].get("plateau")
-    return "not measured on this board" if known is None else known
+    """How far the baseline is from its plateau, in words: what its last steps add, and what further ones would."""
+    known = [board["facts"]["plateau"]] if "plateau" in board["facts"] else []
+    baseline, equal = _named(board, BASELINE), _named(board, EQUAL_TIME)
+    if baseline is not None and equal is not None and equal["steps"] > baseline["steps"]:
+        added = difference_text(equal["versus_baseline"])
+        known.append(f"{equal['steps'] / baseline['steps']:.1f} times the steps (equal time) add {added} AP")
+    return ", ".join(known) or "not measured on this board"
 
 
 def _is_gfl(board: Board) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 
 from kdtoolkit.benchmark.cells import Cells
 from kdtoolkit.benchmark.stats import paired_difference
@@ -103,13 +103,16 @@ def _teacher(suite: Suite) -> Iterable[str]:
 
 
 def _plateau(rows: Mapping[str, Sequence[CellResult]]) -> Iterable[str]:
-    baseline = rows.get(BASELINE, ())
+    baseline, equal = rows.get(BASELINE, ()), rows.get(EQUAL_TIME, ())
     final = _aps(baseline)
     early = {result.seed: ap for result in baseline if (ap := result.ap_at_four_fifths) is not None}
     measured = {
         "twice the steps add": paired_difference(_aps(rows.get(TWICE, ())), final),
         "the last fifth of its steps adds": paired_difference(final, early),
     }
+    lengths = [fmean(each.steps for each in row) for row in (baseline, equal) if row]
+    if len(lengths) == 2 and (times := lengths[1] / lengths[0]) > 1:
+        measured[f"{times:.1f} times the steps (equal time) add"] = paired_difference(_aps(equal), final)
     known = {words: found.mean for words, found in measured.items() if found is not None}
     if not known:
         yield (

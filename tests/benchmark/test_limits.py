@@ -51,6 +51,9 @@ def test_the_distance_from_the_plateau_is_told():
     assert "was not measured (`plateau: true` in the suite)" in said()
     rising = {BASELINE: [20.0, 21.0], TWICE: [22.0, 24.0], "PKD": [22.0, 23.0]}
     assert "still rising: twice the steps add +2.5 AP" in said(rows=rising)
+    longer = made_up(EQUAL_TIME, 0, 22.0, steps=2 * made_up(BASELINE, 0, 20.0).steps)
+    cells = Cells({BASELINE: [made_up(BASELINE, 0, 20.0)], EQUAL_TIME: [longer]}, None, ())
+    assert "still rising: 2.0 times the steps (equal time) add +2.0 AP" in " ".join(limits_of(tiny(), cells))
     flat = {BASELINE: [20.0, 21.0], TWICE: [20.1, 21.1], "PKD": [22.0, 23.0]}
     assert not any(words in said(rows=flat) for words in ("rising", "plateau"))
 
