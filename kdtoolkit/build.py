@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from urllib.parse import parse_qsl, quote
 
-import yaml
 from torch import nn
 
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import LIBRARIES, library_of_name
-from kdtoolkit.options import did_you_mean
+from kdtoolkit.options import check_options, did_you_mean
+from kdtoolkit.yaml_text import split_name, with_arguments
 
 
 def build_model(name: str, num_classes: int, args: Mapping[str, object] | None = None) -> nn.Module:
@@ -70,17 +68,6 @@ def is_code(name: str) -> bool:
     return re.fullmatch(r"[\w.]+:\w+", path) is not None and not os.path.exists(path)
 
 
-def split_name(name: str, args: Mapping[str, object] | None = None) -> tuple[str, dict[str, object]]:
-    """Split a model's name from its arguments. `args` override those in the name."""
-    path, _, query = name.partition("?")
-    return path, {**_arguments(name, query), **(args or {})}
-
-
-def with_arguments(path: str, args: Mapping[str, object]) -> str:
-    """Write a model's name with its arguments, as `build_model` takes it."""
-    return "?".join([path, *(["&".join(f"{key}={_written(value)}" for key, value in args.items())] if args else [])])
-
-
 _WEIGHTS = ("pretrained", "weights", "weights_backbone")  # arguments by which libraries load weights
 
 
@@ -101,12 +88,6 @@ def architecture(name: str) -> str:
     return with_arguments(path, args)
 
 
-def _written(value: object) -> str:
-    """The value as YAML on one line, with the characters escaped that separate arguments."""
-    text = value if isinstance(value, str) and yaml.safe_load(value) == value else json.dumps(value)
-    return quote(text, safe="[]{}(),:\"'/ ")
-
-
 def construct(factory: Callable[..., object], name: str, num_classes: int, args: Mapping[str, object]) -> nn.Module:
     """Call `factory` with `num_classes` and `args`. Raises KDError if it does not take such arguments, or values."""
     signature = inspect.signature(factory)
@@ -117,6 +98,7 @@ def construct(factory: Callable[..., object], name: str, num_classes: int, args:
         unknown = next((each for each in args if each not in known), "")
         hint = did_you_mean(unknown, known)
         raise KDError(f"model {name!r}: {error}{hint}. Its arguments are {', '.join(known) or 'none'}") from error
+    args = check_options(name.partition("?")[0], factory, args)
     try:
         model = factory(num_classes=num_classes, **args)
     except KDError:
@@ -131,15 +113,6 @@ def construct(factory: Callable[..., object], name: str, num_classes: int, args:
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _arguments(name: str, query: str) -> dict[str, object]:
-    if not query:
-        return {}
-    try:
-        return {key: yaml.safe_load(value) for key, value in parse_qsl(query, strict_parsing=True)}
-    except (ValueError, yaml.YAMLError) as error:
-        raise KDError(f"model {name!r}: write arguments as ?name=value&name=value ({error})") from error
 
 
 def _imported(name: str) -> Callable[..., object]:

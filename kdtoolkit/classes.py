@@ -67,7 +67,7 @@ class ClassMap:
         given: Mapping[str, str] | None = None,
         roles: tuple[str, str] = ("student", "teacher"),
     ) -> ClassMap:
-        """Pair the classes that have the same name, without regard to case, spaces, `-` and `_`.
+        """Pair the classes that have the same name, or a name that differs by case, spaces, `-` and `_` alone.
 
         Args:
             student: the student's class names, label 0 first.
@@ -79,26 +79,36 @@ class ClassMap:
             KDError: a name in `given` is not in its list, a list has a name twice, two classes of the student would be
                 one class of the teacher, or no class is shared.
         """
-        ours, theirs = _by_plain_name(student, roles[0]), _by_plain_name(teacher, roles[1])
-        given = given or {}
-        pairs = {name: name for name in ours if name in theirs}
-        for own, its in given.items():
-            for role, name, names, known in zip(roles, (own, its), (student, teacher), (ours, theirs), strict=True):
-                if _plain(name) not in known:
+        lists = (student, teacher)
+        for role, names in zip(roles, lists, strict=True):
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise KDError(f"the {role} has two classes {twice[0]!r}: give each class a name of its own")
+        pairs: dict[int, int] = {}
+        for own, its in (given or {}).items():
+            found: list[int] = []
+            for role, name, names in zip(roles, (own, its), lists, strict=True):
+                if not (alike := _alike(name, names)):
                     raise KDError(
                         f"the class map says {own!r}: {its!r}, and the {role} has no class {name!r}"
                         f"{did_you_mean(name, names)}: it has {_listed(names)}"
                     )
-            pairs[_plain(own)] = _plain(its)
-        taken: dict[str, str] = {}
-        for own, its in pairs.items():
-            if its in taken:
+                found.append(_only(alike, names, role))
+            pairs[found[0]] = found[1]
+        for label, name in enumerate(student):
+            if label not in pairs and (alike := _alike(name, teacher)):
+                if teacher[alike[0]] != name:
+                    _only(_folded(name, student), student, roles[0])
+                pairs[label] = _only(alike, teacher, roles[1])
+        taken: dict[int, int] = {}
+        for own_label, its_label in pairs.items():
+            if its_label in taken:
+                first, second = sorted((taken[its_label], own_label))
                 raise KDError(
-                    f"the {roles[0]}'s classes {student[ours[taken[its]]]!r} and {student[ours[own]]!r} would both be "
-                    f"the {roles[1]}'s {teacher[theirs[its]]!r}: give the {roles[0]} one class for both, or map only "
+                    f"the {roles[0]}'s classes {student[first]!r} and {student[second]!r} would both be "
+                    f"the {roles[1]}'s {teacher[its_label]!r}: give the {roles[0]} one class for both, or map only "
                     "one of them"
                 )
-            taken[its] = own
+            taken[its_label] = own_label
         if not pairs:
             likely = [f"{name!r}{hint}" for name in student if (hint := did_you_mean(name, teacher))]
             raise KDError(
@@ -106,8 +116,7 @@ class ClassMap:
                 f"{_listed(teacher)}. Write which are the same, as in class_map {{{_example(student)}: "
                 f"{_example(teacher)}}}" + (f". Similar are {', '.join(likely[:3])}" if likely else "")
             )
-        ordered = sorted(pairs.items(), key=lambda pair: ours[pair[0]])
-        return cls(tuple(ours[own] for own, _ in ordered), tuple(theirs[its] for _, its in ordered))
+        return cls(tuple(sorted(pairs)), tuple(pairs[label] for label in sorted(pairs)))
 
     def is_identity(self, student_classes: int, teacher_classes: int) -> bool:
         """Whether two detectors with these numbers of classes have the same classes in the same order."""
@@ -357,17 +366,23 @@ def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
-def _by_plain_name(names: Sequence[str], role: str) -> dict[str, int]:
-    """The label of each class by its name without case and spaces. Raises KDError where two names are one."""
-    found: dict[str, int] = {}
-    for label, name in enumerate(names):
-        if _plain(name) in found:
-            raise KDError(
-                f"the {role}'s classes {names[found[_plain(name)]]!r} and {name!r} cannot be told apart by name: write "
-                "the labels, ClassMap(student=(...), teacher=(...))"
-            )
-        found[_plain(name)] = label
-    return found
+def _alike(name: str, names: Sequence[str]) -> list[int]:
+    """The label of the class with this name; else of all classes that differ by case, spaces, `-` and `_` alone."""
+    return [names.index(name)] if name in names else _folded(name, names)
+
+
+def _folded(name: str, names: Sequence[str]) -> list[int]:
+    return [label for label, each in enumerate(names) if _plain(each) == _plain(name)]
+
+
+def _only(labels: Sequence[int], names: Sequence[str], role: str) -> int:
+    """The one label. Raises KDError if there are more."""
+    if len(labels) > 1:
+        raise KDError(
+            f"the {role}'s classes {names[labels[0]]!r} and {names[labels[1]]!r} cannot be told apart by a name that "
+            "is written differently: write the names alike in both lists, or say in class_map which is which"
+        )
+    return labels[0]
 
 
 def _plain(name: str) -> str:

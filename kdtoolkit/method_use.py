@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
-from urllib.parse import parse_qsl
 
-import yaml
 from pydantic import Field, ValidationError, model_serializer, model_validator
 
 from kdtoolkit.contract import Method
@@ -16,6 +13,7 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.methods import all_methods, published_settings
 from kdtoolkit.options import check_options, did_you_mean
 from kdtoolkit.sections import Section, reason, unknown_key
+from kdtoolkit.yaml_text import dump_arguments, load_arguments
 
 
 class _Extras(Section):
@@ -67,7 +65,7 @@ class MethodUse(Section):
         if unknown := [unknown_key(str(key), allowed) for key in own if key not in allowed]:
             raise ValueError("; ".join(f"{name}: {problem}" for problem in unknown))
         try:
-            own = check_options(name, methods[name], {key: _number(value) for key, value in own.items()})
+            own = check_options(name, methods[name], own)
             method = methods[name](**own)
         except KDError as error:
             raise ValueError(str(error)) from None
@@ -87,8 +85,7 @@ class MethodUse(Section):
 
     def __str__(self) -> str:
         """As the command line takes it: `PKD?weight=6`."""
-        args = [f"{name}={_word(value)}" for name, value in self.args.items()]
-        return f"{self.name}?{'&'.join(args)}" if args else self.name
+        return f"{self.name}?{dump_arguments(self.args)}" if self.args else self.name
 
     @property
     def method(self) -> type[Method]:
@@ -123,22 +120,6 @@ def _from_words(words: str) -> dict[str, dict[str, Any]]:
     """`{PKD: {weight: 6}}` from `PKD?weight=6`. Raises ValueError."""
     name, _, query = words.partition("?")
     try:
-        return {name: {key: yaml.safe_load(value) for key, value in parse_qsl(query, strict_parsing=True)}}
-    except (ValueError, yaml.YAMLError):
-        raise ValueError(f"method '{words}': write arguments as {name}?name=value&name=value") from None
-
-
-def _word(value: Any) -> str:
-    """A value as YAML, on one line."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    plain = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n").strip()
-
-
-def _number(value: Any) -> Any:
-    """The number, if YAML reads a number as text, as it does with 1e-3."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
-    return value
+        return {name: load_arguments(query)}
+    except ValueError as error:
+        raise ValueError(f"method '{words}': {error}; write arguments as {name}?name=value&name=value") from None

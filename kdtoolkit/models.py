@@ -25,8 +25,6 @@ from kdtoolkit.build import (
     build_model,
     is_code,
     library_module,
-    split_name,
-    with_arguments,
 )
 from kdtoolkit.contract import Capability
 from kdtoolkit.data.detections import is_detection_file, read_detections
@@ -36,6 +34,7 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.files import written_together
 from kdtoolkit.libraries import adapt, library_of_model, library_of_name
 from kdtoolkit.weights import Checkpoint, aligned, holds_yolo, load_state, load_weights, read_checkpoint
+from kdtoolkit.yaml_text import dump, load, split_name, with_arguments
 
 __all__ = [
     "Detector",
@@ -188,7 +187,7 @@ def save_detector(detector: Detector, folder: str | Path, *, card: str | None = 
             }
             if card is not None:
                 (partial / "README.md").write_bytes(card.encode())
-            text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=120)
+            text = dump(about)
             text = f"# A detector that kdtoolkit saved: `kd inspect .` shows it.\n{text}"
             (partial / DESCRIPTION).write_bytes(text.encode())
     except (OSError, RuntimeError, SafetensorError) as error:  # the writers of torch and safetensors raise their own
@@ -340,7 +339,7 @@ def _open_saved(folder: Path) -> Opened:
 def _description(folder: Path) -> dict[str, Any]:
     """The content of a folder's `detector.yaml`; empty if there is none."""
     try:
-        content = yaml.safe_load((folder / DESCRIPTION).read_text("utf-8"))
+        content = load((folder / DESCRIPTION).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -30,9 +31,11 @@ def check_options(owner: str, function: Callable[..., Any], options: Mapping[str
 
     Raises KDError that names the owner, the option, its value and what is allowed.
     """
+    if isinstance(function, partial):
+        function = function.func
     try:
         hints = typing.get_type_hints(getattr(function, "__init__") if isinstance(function, type) else function)  # noqa: B009
-    except NameError:  # hints that are only imported for type checkers
+    except (NameError, TypeError):  # hints that are only imported for type checkers; an object that can be called
         hints = {}
     checked = {}
     for name, value in options.items():

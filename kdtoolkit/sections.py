@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
+from kdtoolkit.yaml_text import Loader, load
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -29,8 +30,7 @@ def parse(kind: type[T], text: str, source: str, what: str) -> T:
     error.
     """
     try:
-        tree = yaml.compose(text, yaml.SafeLoader)
-        raw = yaml.safe_load(text)
+        tree, raw = yaml.compose(text, Loader), load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -193,6 +193,13 @@ def test_classes_are_paired_by_name_and_by_hand():
     assert "2 of the teacher's classes are left out (person, bird)" in said
 
 
+def test_classes_whose_names_differ_by_case_alone_are_paired_by_their_exact_names():
+    letters = ["A", "a", "car-1", "car 1"]
+    assert ClassMap.by_name(letters, letters) == ClassMap((0, 1, 2, 3), (0, 1, 2, 3))
+    assert ClassMap.by_name(["a", "A"], letters) == ClassMap((0, 1), (1, 0))
+    assert ClassMap.by_name(["cat", "Cat"], ["cat", "tiger"], {"Cat": "tiger"}) == ClassMap((0, 1), (0, 1))
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "given", "says"),
     [
@@ -200,7 +207,10 @@ def test_classes_are_paired_by_name_and_by_hand():
         (["cat"], ["cat"], {"kat": "cat"}, r"the student has no class 'kat' \(did you mean 'cat'\?\): it has cat"),
         (["fox"], ["cat", "dog"], {"fox": "dgo"}, r"the teacher has no class 'dgo' \(did you mean 'dog'\?\)"),
         (["cat", "lion"], ["cat"], {"lion": "cat"}, "'cat' and 'lion' would both be the teacher's 'cat'"),
-        (["cat", "Cat"], ["cat"], {}, "'cat' and 'Cat' cannot be told apart"),
+        (["cat", "Cat"], ["cat"], {}, "the student's classes 'cat' and 'Cat' cannot be told apart"),
+        (["CAT"], ["cat", "Cat"], {}, "the teacher's classes 'cat' and 'Cat' cannot be told apart"),
+        (["cat"], ["Dog", "dog"], {"cat": "DOG"}, "the teacher's classes 'Dog' and 'dog' cannot be told apart"),
+        (["cat", "cat"], ["cat"], {}, "the student has two classes 'cat'"),
     ],
 )
 def test_class_lists_that_cannot_be_paired_are_errors(student, teacher, given, says):

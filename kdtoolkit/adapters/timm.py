@@ -33,6 +33,7 @@ from kdtoolkit.detectors.backbone import IMAGENET_MEAN, IMAGENET_STD, check_down
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.weights import aligned, fitted, read_weights
+from kdtoolkit.yaml_text import with_arguments
 
 # Options by which timm's models take images of any size. A model has one of the first two, or needs none.
 _ANY_SIZE: tuple[dict[str, object], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
@@ -180,8 +181,6 @@ def open_weights(name: str, args: Mapping[str, object], file: Path) -> Opened:
 
 
 def _opened(model: nn.Module, name: str, args: Mapping[str, object], source: str) -> Opened:
-    from kdtoolkit.build import with_arguments
-
     licence = _config(model).get("license")
     return Opened(
         model,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
 from kdtoolkit.benchmark.board import METRICS
 from kdtoolkit.benchmark.detections_file import detections_path, read_detections
 from kdtoolkit.benchmark.runs import Run
@@ -15,6 +13,7 @@ from kdtoolkit.benchmark.suite import TEACHER
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.words import counted, duration
+from kdtoolkit.yaml_text import dump
 
 
 def cell_path(run: Run, row: str, seed: int) -> Path:
@@ -57,7 +56,7 @@ def record(path: Path, result: CellResult) -> dict[str, str]:
 
 def settings_text(result: CellResult) -> str:
     """The resolved configuration of a cell as YAML; empty for results of earlier versions."""
-    return yaml.safe_dump(result.settings, sort_keys=False, allow_unicode=True, width=100) if result.settings else ""
+    return dump(result.settings, width=100) if result.settings else ""
 
 
 def percent(value: float | None) -> str:

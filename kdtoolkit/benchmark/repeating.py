@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kdtoolkit.benchmark.keys import in_precision
 from kdtoolkit.benchmark.store import CellResult
 from kdtoolkit.benchmark.suite import TEACHER, DetectorSection, Suite
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import is_code
+from kdtoolkit.yaml_text import dump
 
 
 def command(suite: Suite, row: str, results: Sequence[CellResult]) -> str:
@@ -52,7 +51,7 @@ def configuration(suite: Suite, row: str, results: Sequence[CellResult], teacher
         }
     )
     fields = _beside(alone.model_dump(mode="json"))
-    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=120)
+    text = dump(fields)
     versions = ", ".join(f"{name} {version}" for name, version in results[0].versions.items())
     comments = [f"{row}, run with {versions}", *(_defaults(use) for use in suite.methods(row))]
     return "".join(f"# {comment}\n" for comment in comments) + text

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from kdtoolkit.distiller import TEACHER_SCALES
@@ -16,6 +15,7 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import is_code
 from kdtoolkit.sections import Section
+from kdtoolkit.yaml_text import dump
 
 BASELINE = "baseline"
 EQUAL_TIME = "baseline (equal time)"
@@ -149,7 +149,7 @@ class Suite(Section):
     def to_yaml(self) -> str:
         """The suite as YAML, which `load_suite` can read."""
         fields = self.model_dump(mode="json", exclude_unset=True)
-        return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=120)
+        return dump(fields)
 
 
 def change(suite: Suite, data: Mapping[str, Any] | None = None, **fields: Any) -> Suite:

@@ -10,6 +10,7 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.listing import SUITES, suite_path
 from kdtoolkit.models import is_place
 from kdtoolkit.sections import parse
+from kdtoolkit.yaml_text import split_name
 
 
 def load_suite(name_or_path: str) -> Suite:
@@ -34,6 +35,8 @@ def _located(section: DetectorSection, folder: Path) -> dict[str, Any]:
     def place(name: object) -> object:
         return str((folder / name).resolve()) if isinstance(name, str) and is_place(name, folder) else name
 
+    if "?" in section.model and "pretrained" in (named := split_name(section.model, section.args))[1]:
+        fields["model"], fields["args"] = named
     if "args" in fields and "pretrained" in fields["args"]:
         fields["args"] = {**fields["args"], "pretrained": place(fields["args"]["pretrained"])}
     return {**fields, **{key: place(fields[key]) for key in ("model", "weights") if key in fields}}

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdtoolkit.build import with_arguments
 from kdtoolkit.detectors.dense import BACKBONE_STRIDES, DenseDetector
 from kdtoolkit.weights import load_state, read_weights
+from kdtoolkit.yaml_text import with_arguments
 
 # (published name, our name); the first that fits counts.
 _RENAMINGS = (

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from kdtoolkit.errors import KDError
 from kdtoolkit.sections import Section, explain, parse, reason
 from kdtoolkit.words import seconds_of
+from kdtoolkit.yaml_text import dump, split_name, with_arguments
 
 
 class RunOptions(Section):
@@ -95,7 +95,7 @@ class RunOptions(Section):
     def to_yaml(self) -> str:
         """The options as YAML, which `read_options` can read."""
         fields = self.model_dump(mode="json", exclude_unset=True, exclude={"quiet", "allow_code"})
-        return self.heading() + _ABOUT_THE_REST + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
+        return self.heading() + _ABOUT_THE_REST + dump(fields, width=100)
 
 
 class TrainOptions(RunOptions):
@@ -377,8 +377,13 @@ def _with_absolute_paths(options: T, folder: Path) -> T:
         place = _absolute(folder / value)
         if name in _PATHS:
             changes[name] = place
-        elif os.path.exists(place):  # all else is the name of a model, or a word
+        elif os.path.exists(place):
             changes[name] = str(place)
+        elif "pretrained=" in value:  # all else is the name of a model, or a word
+            path, args = split_name(value)
+            weights = _absolute(folder / str(args["pretrained"]))
+            if os.path.exists(weights):
+                changes[name] = with_arguments(path, args | {"pretrained": str(weights)})
     return options.model_copy(update=changes)
 
 

@@ -40,6 +40,7 @@ from kdtoolkit.workflow.caching import with_cache
 from kdtoolkit.workflow.defaults import Begin, Choice, Situation
 from kdtoolkit.workflow.detecting import check_recorded
 from kdtoolkit.workflow.options import DistillOptions, ProbeOptions, RunOptions, TrainOptions
+from kdtoolkit.yaml_text import split_name
 
 _CHOSEN_BY_USER = "you chose it"
 
@@ -350,7 +351,8 @@ def _opened(name: str, names: tuple[str, ...], weights: str | None, size: int) -
     args: dict[str, object] = {}
     if not is_place(name):
         library = _library(name)
-        if library == "torchvision" and "ssd" not in name and "min_size" not in name:
+        path, given = split_name(name)
+        if library == "torchvision" and not path.startswith("torchvision/ssd") and "min_size" not in given:
             args = {"min_size": size, "max_size": size}  # it resizes images itself, and would enlarge them
         if library == "kdtoolkit" and weights == "pretrained":
             args, weights = {"pretrained": True}, None  # a backbone's: there are no others

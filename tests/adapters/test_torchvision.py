@@ -534,6 +534,12 @@ def test_wrong_names_and_arguments_are_named():
         build_model("fasterrcnn", K, {"backbone": "resnet10t", "detector_args": {"box_nms_tresh": 0.3}})
     with pytest.raises(KDError, match=r"detector_args takes no argument 'min_size'"):
         build_model("fasterrcnn", K, {"backbone": "resnet10t", "detector_args": {"min_size": 64}})
+    with pytest.raises(KDError, match=r"detector_args: score_thresh is 'high': it must be a number"):
+        build_model("fcos", K, {"backbone": "resnet10t", "detector_args": {"score_thresh": "high"}})
+    with pytest.raises(KDError, match=r"'torchvision/fcos_resnet50_fpn': score_thresh is 'high': it must be a number"):
+        build_model("fcos_resnet50_fpn", K, {"score_thresh": "high"})
+    with pytest.raises(KDError, match=r"torchvision/fcos\(min_size='a'\): must be a whole number"):
+        build_model("fcos", K, {"min_size": "a"})
     with pytest.raises(KDError, match=r"'torchvision/fasterrcnn' cannot be built from .*detector_args=3"):
         build_model("fasterrcnn", K, {"backbone": "resnet10t", "detector_args": 3})
     assert isinstance(build_model("fcos", K, {"backbone": "resnet10t", "out_channels": 32}), FCOS)

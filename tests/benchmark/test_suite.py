@@ -137,3 +137,16 @@ def test_change_leaves_the_rest(tmp_path):
     assert (changed.seeds, changed.data.root, changed.data.image_size) == (7, tmp_path, 128)
     assert changed.data.val_images == 4
     assert changed.entries == suite.entries
+
+
+def test_weights_of_a_backbone_that_a_model_names_count_from_the_folder_of_the_suite(tmp_path):
+    (tmp_path / "r.safetensors").touch()
+    file = tmp_path / "suite.yaml"
+    file.write_text(
+        TINY.replace(
+            "model: kdtoolkit/gfl\n", "model: kdtoolkit/gfl?pretrained=r.safetensors&score_threshold=1e-2\n", 1
+        )
+    )
+    suite = load_suite(str(file))
+    assert (suite.teacher.model, suite.teacher.args["score_threshold"]) == ("kdtoolkit/gfl", 0.01)
+    assert suite.teacher.args["pretrained"] == str(tmp_path / "r.safetensors")

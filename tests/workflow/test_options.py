@@ -116,6 +116,17 @@ def test_a_run_file_does_not_allow_its_own_code(tmp_path):
     assert "allow_code" not in allowed.to_yaml()
 
 
+def test_the_weights_of_a_backbone_are_found_from_every_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "r.safetensors").touch()
+    file = tmp_path / "run.yaml"
+    file.write_text("model: kdtoolkit/gfl?backbone=resnet18&pretrained=weights/r.safetensors\ndata: shapes\n")
+    assert read_options(TrainOptions, file).model.endswith(f"&pretrained={tmp_path}/weights/r.safetensors")
+    monkeypatch.chdir(tmp_path)
+    for name in ("kdtoolkit/gfl?pretrained=true", "kdtoolkit/gfl?pretrained=no/such.file"):
+        assert check_options(TrainOptions, {"model": name, "data": "shapes"}).model == name
+
+
 def test_a_long_name_is_no_path():
     name = f"kdtoolkit/gfl?backbone={'x' * 300}"
     assert check_options(TrainOptions, {"model": name, "data": "shapes"}).model == name

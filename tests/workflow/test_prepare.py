@@ -45,6 +45,15 @@ def test_a_run_file_does_the_same_again_and_what_is_changed_in_it_changes_what_d
     assert longer.config.augmentation != first.config.augmentation
 
 
+def test_the_image_size_of_a_detector_of_torchvision_does_not_depend_on_where_its_weights_lie(shapes, tmp_path):
+    file = tmp_path / "ssd" / "weights.pth"
+    file.parent.mkdir()
+    torch.save(timm.create_model("resnet10t").state_dict(), file)
+    name = f"torchvision/fcos?backbone=resnet10t&out_channels=8&pretrained={file}"
+    found = prepared(TrainOptions, model=name, data=shapes, image_size=96)
+    assert found.student.model.transform.max_size == 96
+
+
 @pytest.mark.parametrize(
     ("train", "steps"), [({}, 120), ({"unlabelled_share": 0.25}, 80), ({"unlabelled_share": 0.75}, 240)]
 )

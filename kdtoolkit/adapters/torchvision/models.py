@@ -17,13 +17,14 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from kdtoolkit.adapters.torchvision.base import LIBRARY
-from kdtoolkit.build import architecture, construct, split_name, with_arguments
+from kdtoolkit.build import architecture, construct
 from kdtoolkit.detector import Detector, Opened, named
 from kdtoolkit.detectors.backbone import Pyramid, build_backbone
 from kdtoolkit.detectors.precision import without_autocast
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.options import did_you_mean
+from kdtoolkit.yaml_text import split_name, with_arguments
 
 _EPS = 1e-5  # of torch's and torchvision's batch norms
 # The arguments of torchvision's classes that `on_timm` sets.
@@ -114,7 +115,7 @@ def on_timm(
             class has no such argument.
     """
     further = dict(detector_args or {})
-    _check_names("detector_args", further, inspect.signature(detector).parameters.keys() - _OF_ON_TIMM)
+    _check("detector_args", further, inspect.signature(detector).parameters, without=_OF_ON_TIMM)
     two_stage = issubclass(detector, FasterRCNN)
     strides = (4, 8, 16, 32) if two_stage else (8, 16, 32)
     extra = LastLevelMaxPool() if two_stage else CoarserLevels(out_channels, out_channels)
@@ -170,7 +171,7 @@ def _built(name: str, args: Mapping[str, Any]) -> nn.Module:
     # The transform ignores arguments that it does not know, so names are checked here.
     taken = {**inspect.signature(builder).parameters, **inspect.signature(_detector(name).__init__).parameters}
     further = {key: value for key, value in args.items() if key != "num_classes"}
-    _check_names(f"model {full!r}", further, taken.keys() - {"self", "kwargs", "backbone", "num_classes", "size"})
+    _check(f"model {full!r}", further, taken, without={"self", "kwargs", "backbone", "num_classes", "size"})
     try:
         return cast(nn.Module, builder(**args))
     except (
@@ -182,13 +183,22 @@ def _built(name: str, args: Mapping[str, Any]) -> nn.Module:
         raise KDError(f"model {full!r}: {error}") from error
 
 
-def _check_names(what: str, args: Mapping[str, object], allowed: Set[str]) -> None:
-    """Raise KDError that names the first of `args` that is not `allowed`; `what`: which takes the arguments."""
-    if unknown := sorted(args.keys() - allowed):
+def _check(
+    what: str, args: Mapping[str, object], parameters: Mapping[str, inspect.Parameter], *, without: Set[str]
+) -> None:
+    """Raise KDError if `what` has no such argument, or if one of them is text where the library takes a number.
+
+    `parameters`: what the library takes, and `without`: what cannot be chosen. The library has no type hints.
+    """
+    allowed = sorted(parameters.keys() - without)
+    if unknown := sorted(args.keys() - {*allowed}):
         raise KDError(
-            f"{what} takes no argument {unknown[0]!r}{did_you_mean(unknown[0], sorted(allowed))}. Its arguments are "
-            f"{', '.join(sorted(allowed))}"
+            f"{what} takes no argument {unknown[0]!r}{did_you_mean(unknown[0], allowed)}. Its arguments are "
+            f"{', '.join(allowed)}"
         )
+    for name, value in args.items():
+        if isinstance(value, str) and isinstance(parameters[name].default, int | float):
+            raise KDError(f"{what}: {name} is {value!r}: it must be a number")
 
 
 def open_published(name: str, args: Mapping[str, object], weights: str | None) -> Opened | None:

@@ -27,11 +27,11 @@ from kdtoolkit.adapters.transformers.detr import DetrAdapter
 from kdtoolkit.adapters.transformers.dfine import Deimv2Adapter, DFineAdapter
 from kdtoolkit.adapters.transformers.rfdetr import LwDetrAdapter, RfDetrAdapter
 from kdtoolkit.adapters.transformers.rtdetr import RTDetrAdapter, RTDetrV2Adapter
-from kdtoolkit.build import with_arguments
 from kdtoolkit.contract import DetectorAdapter
 from kdtoolkit.detector import Detector, Opened, named
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
+from kdtoolkit.yaml_text import with_arguments
 
 ADAPTERS: tuple[type[TransformersAdapter], ...] = (
     DetrAdapter,

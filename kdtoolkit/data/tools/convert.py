@@ -11,12 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from xml.sax.saxutils import escape
 
-import yaml
-
 from kdtoolkit.data.opening import locate
 from kdtoolkit.data.records import ENDINGS, Box, Photo, Progress, Reading, settle, shown
 from kdtoolkit.data.yolo import label_file
 from kdtoolkit.errors import KDError
+from kdtoolkit.yaml_text import dump
 
 Write = Callable[[Path, dict[str, Reading], dict[str, dict[int, str]]], None]
 
@@ -194,7 +193,7 @@ def _write_yolo(root: Path, readings: dict[str, Reading], names: dict[str, dict[
     # Without `path`: Ultralytics would take a relative one as relative to where it is started.
     described: dict[str, Any] = {split: f"images/{split}" for split in readings}
     described |= {"names": {label: category.name for label, category in enumerate(classes)}}
-    _write_text(root / "data.yaml", yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
+    _write_text(root / "data.yaml", dump(described))
 
 
 def _yolo_line(box: Box, photo: Photo) -> str:
