@@ -1,10 +1,10 @@
-"""Files that are complete, or not there at all."""
+"""Files that are complete, or not there at all; the files below a folder."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -86,6 +86,32 @@ def remove_partial(folder: Path) -> None:
         for name in files:
             if is_partial(name):
                 Path(here, name).unlink(missing_ok=True)
+
+
+def walk(folder: Path, enters: Callable[[Path], bool] = lambda below: True) -> Iterator[Path]:
+    """The files in a folder and its subfolders, in the same order each time; none if there is no such folder.
+
+    Links to folders are followed. Each folder is entered once, so that a loop of links ends: links come last, and a
+    folder that lies in `folder` is found by its own name. `enters` says whether to enter a subfolder. Raises OSError if
+    a folder may not be read.
+    """
+    seen: set[tuple[int, int]] = set()
+    starts = [folder]
+    for start in starts:
+        for here, below, files in os.walk(start, onerror=_raise_unless_gone):
+            about = os.stat(here)
+            if (about.st_dev, about.st_ino) in seen:
+                below.clear()
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            below[:] = [name for name in sorted(below) if enters(Path(here, name))]
+            starts += [Path(here, name) for name in below if os.path.islink(os.path.join(here, name))]
+            yield from (Path(here, name) for name in sorted(files))
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def bytes_in(folder: Path) -> int:

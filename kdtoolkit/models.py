@@ -31,7 +31,7 @@ from kdtoolkit.data.detections import is_detection_file, read_detections
 from kdtoolkit.detector import Detector, Opened, SavedDetector
 from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import written_together
+from kdtoolkit.files import walk, written_together
 from kdtoolkit.libraries import adapt, library_of_model, library_of_name
 from kdtoolkit.weights import Checkpoint, aligned, holds_yolo, load_state, load_weights, read_checkpoint
 from kdtoolkit.yaml_text import dump, load, split_name, with_arguments
@@ -465,7 +465,7 @@ def content_of(name: str, args: Mapping[str, object] | None = None, weights: str
     found = [_commit_of(place)] if library == "hf" and not Path(place).exists() else []
     named = [place if library == "hf" else path, weights, args.get("pretrained")]
     places = [Path(each) for each in named if isinstance(each, str) and not is_code(each) and Path(each).exists()]
-    files = [path for each in places for path in (sorted(each.rglob("*")) if each.is_dir() else [each])]
+    files = [path for each in places for path in (sorted(walk(each)) if each.is_dir() else [each])]
     if chosen := [path for path in files if path.suffix in FILES]:
         digest = hashlib.sha256()
         for file in chosen:

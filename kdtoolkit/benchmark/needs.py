@@ -16,7 +16,9 @@ from kdtoolkit.benchmark.suite import DataSection, DetectorSection
 from kdtoolkit.data import ProceduralShapes
 from kdtoolkit.data.opening import locate
 from kdtoolkit.data.photos import PhotoDataset
+from kdtoolkit.data.yolo import label_file
 from kdtoolkit.errors import KDError
+from kdtoolkit.files import walk
 from kdtoolkit.models import FILES
 
 TRACKED = "tracked"
@@ -68,7 +70,7 @@ def place_of(path: Path) -> Place:
     """The place of a file, or of a folder with a detector. Raises KDError if it cannot be read."""
     if path.is_file():
         return Place(path, Parcel.of({path.name: path}), path.name)
-    files = (each for each in path.rglob("*") if each.suffix in FILES and each.is_file())
+    files = (each for each in walk(path) if each.suffix in FILES and each.is_file())
     return Place(path, Parcel.of(dict(_named(files, path))))
 
 
@@ -108,9 +110,13 @@ def _place_of_photos(root: Path, splits: list[PhotoDataset]) -> Place:
     form, place = locate(root)
     folder = Path(os.path.abspath(splits[0].root))
     named = Path(os.path.abspath(root))
-    files = dict(_named((Path(file) for split in splits for file in split.files()), folder))
-    labels = (Path(here, name) for here, _, names in os.walk(folder) for name in names if name.endswith(_LABELS))
-    files |= dict(_named(labels, folder))
+    images = [Path(file) for split in splits for file in split.files()]
+    # Each subfolder is walked alone, because readers open a linked one by the link's name, and `walk` by one name.
+    below = (file for each in sorted(folder.iterdir()) for file in (walk(each) if each.is_dir() else [each]))
+    labels = [file for file in below if file.name.endswith(_LABELS)]
+    if form.name == "YOLO":
+        labels += [label for label in map(label_file, images) if label.is_file()]
+    files = dict(_named(iter([*images, *labels]), folder))
     if form.name != "YOLO":
         return Place(root, Parcel.of(files), named.relative_to(folder).as_posix())
     # The YAML file finds the folder by `path`, relative to itself. If it is absolute, there is no such folder on a

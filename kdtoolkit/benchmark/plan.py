@@ -16,9 +16,9 @@ from kdtoolkit.benchmark.executor import Hardware
 from kdtoolkit.benchmark.keys import cell_parts, difference, in_precision, key_of, package_digest, same_settings
 from kdtoolkit.benchmark.store import CellResult, Store, are_whole, intact_result, set_aside, usable_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
-from kdtoolkit.data import DetectionDataset, open_dataset
+from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.dataset import own_ids
-from kdtoolkit.data.opening import splits_of
+from kdtoolkit.data.opening import open_all
 from kdtoolkit.data.recorded import attach, check_images
 from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.distiller import Distiller
@@ -334,9 +334,7 @@ def _check_recorded(teacher: nn.Module, suite: Suite, sets: DataSets) -> None:
     if not isinstance(teacher, RecordedDetector):
         return
     if (root := suite.data.root) is not None:
-        parts: dict[str, DetectionDataset] = {
-            split: open_dataset(root, split, on_bad="skip") for split in splits_of(root)
-        }
+        parts: dict[str, DetectionDataset] = {**open_all(root)}
         if sets.unlabelled is not None:
             parts["the images without labels"] = sets.unlabelled
         check_images(teacher.file, parts, dict)

@@ -12,6 +12,7 @@ from kdtoolkit.benchmark.store import CellResult, Store
 from kdtoolkit.benchmark.suite import EQUAL_TIME, TWICE, Suite
 from kdtoolkit.benchmark.suite_file import load_suite
 from kdtoolkit.errors import KDError
+from kdtoolkit.files import walk
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def seeds_asked_for(root: Path) -> int:
 
 def find_runs(folder: Path) -> list[Path]:
     """The folders of all runs in `folder`, in order; `folder` itself if it is one. Raises KDError if there is none."""
-    found = [folder] if _is_run(folder) else sorted(path.parent for path in folder.rglob("suite.yaml"))
+    found = [folder] if _is_run(folder) else sorted(path.parent for path in walk(folder) if path.name == "suite.yaml")
     runs = [path for path in found if _is_run(path)]
     if not runs:
         raise KDError(f"there is no run of `kd benchmark run` in {folder}: name the folder that its --out named")

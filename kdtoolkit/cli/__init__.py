@@ -5,6 +5,7 @@ Nothing here imports torch before a command needs it, so that help, lists and mo
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated, Any
 
@@ -90,6 +91,8 @@ app.command(
 
 # What typer raises for wrong arguments; the class itself has no public name.
 _UsageError: Any = typer.BadParameter.__mro__[1]
+# What is wrong with a path that was named, where nobody else tells it.
+_OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
 def main() -> None:
@@ -103,6 +106,13 @@ def main() -> None:
         sys.exit(2)
     except KDError as error:
         sys.stderr.write(f"error: {printable(str(error))}\n")
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _OF_PATHS or error.filename is None:
+            raise
+        sys.stderr.write(
+            f"error: {printable(str(error.filename))}: {error.strerror}; correct the path, or its permissions\n"
+        )
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

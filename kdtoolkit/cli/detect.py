@@ -35,6 +35,7 @@ ClassMap = Annotated[
 ClassesAsIn = Annotated[
     Path | None, typer.Option(metavar="PATH", help="A data set with the detector's classes, if it does not know them.")
 ]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 ImageSize = Annotated[
     int | None,
     typer.Option(help="Longest side of images in pixels; none is enlarged. Default: as the detector was trained."),
@@ -61,7 +62,7 @@ def evaluate(
     class_map: ClassMap = None,
     classes_as_in: ClassesAsIn = None,
     image_size: ImageSize = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
+    batch_size: BatchSize = 8,
     max_detections: Annotated[
         int, typer.Option(min=1, help="Detections of an image and class that count: COCO's 100, or LVIS's 300.")
     ] = 100,
@@ -116,7 +117,7 @@ def predict(
     weights: Weights = None,
     classes_as_in: ClassesAsIn = None,
     image_size: ImageSize = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 1,
+    batch_size: BatchSize = 1,
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -167,7 +168,7 @@ def pseudo_label(
     class_map: ClassMap = None,
     classes_as_in: ClassesAsIn = None,
     image_size: ImageSize = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 1,
+    batch_size: BatchSize = 1,
     device: DeviceName = "auto",
     skip_bad: SkipBad = False,
     quiet: Quiet = False,

@@ -25,7 +25,7 @@ def export(
         int | None,
         typer.Option(help="Longest side of images in pixels. Default: as the detector was trained, or 640."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time, where the file has one batch size.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, where the file has one batch size.")] = 1,
     fixed: Annotated[
         bool, typer.Option("--fixed", help="One batch size and one image size, --image-size x --image-size.")
     ] = False,

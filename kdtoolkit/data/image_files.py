@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from kdtoolkit.data.records import ENDINGS, telling_what_is_unreadable
 from kdtoolkit.errors import KDError
+from kdtoolkit.files import walk
 
 
 @telling_what_is_unreadable()
 def image_files(path: Path, without: Path | None = None) -> list[Path]:
     """The image files in a folder and its subfolders, in the order of their paths; or the one file that `path` is.
 
-    Files and folders whose names begin with a dot are left out, and the subfolder `without`. Raises KDError if there is
-    no image.
+    Links to folders are followed. Files and folders whose names begin with a dot are left out, and the subfolder
+    `without`. Raises KDError if there is no image.
     """
     if path.is_file():
         if path.suffix.lower() not in ENDINGS:
@@ -22,11 +22,9 @@ def image_files(path: Path, without: Path | None = None) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise KDError(f"there is no file or folder {path}; name an image, or a folder of images")
-    found: list[Path] = []
     left_out = None if without is None else without.resolve()
-    for here, below, files in os.walk(path):
-        below[:] = [name for name in below if not name.startswith(".") and Path(here, name).resolve() != left_out]
-        found += [Path(here, name) for name in files if not name.startswith(".")]
+    files = walk(path, lambda below: not below.name.startswith(".") and below.resolve() != left_out)
+    found = [file for file in files if not file.name.startswith(".")]
     images = sorted(file for file in found if file.suffix.lower() in ENDINGS)
     if not images:
         held = f"it holds {len(found)} files of different kinds" if found else "it is empty"

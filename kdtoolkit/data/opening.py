@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
 from kdtoolkit.data import coco, voc, yolo
 from kdtoolkit.data.photos import MEMORY_BYTES, PhotoDataset
-from kdtoolkit.data.records import Form, Progress, Reading, telling_what_is_unreadable
+from kdtoolkit.data.records import Form, Progress, Reading, is_spare, telling_what_is_unreadable
 from kdtoolkit.errors import KDError
 
 FORMS = (coco.FORM, yolo.FORM, voc.FORM)
@@ -101,6 +101,23 @@ def open_dataset(
         memory_bytes=memory_bytes,
         cache=cache,
     )
+
+
+def open_all(path: Path, without: Collection[str] = ()) -> dict[str, PhotoDataset]:
+    """All splits of a data set but some, without their bad entries.
+
+    A split that training does not open is left out if it cannot be read. Raises KDError as `open_dataset` does.
+    """
+    splits = splits_of(path)
+    found: dict[str, PhotoDataset] = {}
+    for split in splits:
+        if split not in without:
+            try:
+                found[split] = open_dataset(path, split, on_bad="skip")
+            except KDError:
+                if not is_spare(split, splits):
+                    raise
+    return found
 
 
 class CocoDetection(PhotoDataset):

@@ -21,6 +21,7 @@ VERSION = 1  # of what `decode` makes of a file; raise it with any change
 DEPTHS = (8, 10, 12, 14, 16)  # bits a pixel of sensors; files hold them in 16 bits
 JPEG = ("JPEG", "MPO")  # an MPO file holds several JPEG images
 ORIENTATION = 0x0112  # a tag of EXIF, and of TIFF itself
+CHECKED = 8, 8  # JPEG is decoded at an eighth of its size, which shows broken data as well
 QUARTER_TURNS = (5, 6, 7, 8)
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257
 TIFF_PIECES = ((273, 279), (324, 325))  # offsets and byte counts of strips, of tiles
@@ -73,6 +74,11 @@ def decode(path: Path, size: tuple[int, int]) -> Tensor:
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)  # Pillow's is antialiased
     pixels: Tensor = pil_to_tensor(picture.convert("RGB"))
     return pixels
+
+
+def check_whole(path: Path) -> None:
+    """Decode an image as small as can be. Raises PictureError if that fails."""
+    decode(path, CHECKED)
 
 
 @contextmanager

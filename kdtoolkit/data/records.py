@@ -11,7 +11,7 @@ import os
 import reprlib
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -21,6 +21,7 @@ from kdtoolkit.data.pictures import MAX_PIXELS, PictureError, seen_size
 from kdtoolkit.errors import KDError
 
 SPLITS = ("train", "val", "test")
+OPENED = ("train", "val")  # what training opens
 # What Pillow reads of the endings that Ultralytics' reader looks for in folders, in lower case.
 ENDINGS = (".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
 MAX_OVERHANG = 1.0  # pixels that a box may reach beyond its image; annotation tools round that much. It is cut there.
@@ -209,6 +210,11 @@ class Files:
             names = os.listdir(folder) if os.path.isdir(folder) else []
             self._listings[folder] = {_plain(name): name for name in names}
         return self._listings[folder]
+
+
+def is_spare(split: str, splits: Collection[str]) -> bool:
+    """Whether training does not open a split of a data set, so that it may be bad: it opens train and val."""
+    return split not in OPENED and any(each in splits for each in OPENED)
 
 
 def leads_out(name: str) -> bool:

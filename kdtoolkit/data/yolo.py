@@ -38,6 +38,7 @@ from kdtoolkit.data.records import (
     whole,
 )
 from kdtoolkit.errors import KDError
+from kdtoolkit.files import walk
 
 LINE = "class, centre x, centre y, width, height, each but the class divided by the image's width or height"
 RULE = f"these are pixels: x, y, width, height; a line is {LINE}"
@@ -222,7 +223,7 @@ def _images(layout: _Layout, split: str, reading: Reading) -> list[tuple[Path, s
     for entry in entries:
         target = _target(layout, split, entry)
         if target.is_dir():
-            files = sorted(each for each in target.rglob("*") if each.suffix.lower() in ENDINGS and each.is_file())
+            files = sorted(each for each in walk(target) if each.suffix.lower() in ENDINGS and each.is_file())
             found += [(each, _short(each, target if len(entries) == 1 else root)) for each in files]
         else:
             found += _of_list(target, layout, reading)
@@ -248,12 +249,13 @@ def _target(layout: _Layout, split: str, entry: str) -> Path:
         inside = entry.replace("\\", "/")
         while inside.startswith("../"):
             inside = inside[3:]
-        if inside == entry or leads_out(inside) or not os.path.exists(root / inside):
+        if inside != entry and not leads_out(inside) and os.path.exists(root / inside):
+            target = root / inside
+        elif os.path.exists(target):
             raise KDError(
                 f"{place}: {split}: {entry} lies outside of the data set's folder {root}; set `path` to a folder that "
                 "holds all of the data"
             )
-        target = root / inside
     if not target.is_dir() and not (target.is_file() and target.suffix.lower() == ".txt"):
         lost = (
             f" (path, {layout.lost_path}, is no folder, so the folder of the file was taken)"

@@ -221,9 +221,11 @@ def _stem(model: str | Path | Detector) -> str:
 
 def _check_writable(file: Path) -> None:
     """Raise KDError at once for a place where the file could not be written in the end."""
-    if file.suffix != ".onnx" or file.is_dir():
-        raise KDError(f"{file} must be a file that ends in .onnx: write --out {file.with_suffix('.onnx')}")
     try:
+        is_folder = file.is_dir()
+        if is_folder or file.suffix != ".onnx":
+            better = file / "model.onnx" if is_folder else file.with_suffix(".onnx")
+            raise KDError(f"{file} must be a file that ends in .onnx: write --out {better}")
         file.parent.mkdir(parents=True, exist_ok=True)
         probe = file.with_name(f".{file.stem}.{os.getpid()}.partial.onnx")
         probe.touch()
@@ -275,7 +277,7 @@ def _photo(file: Path, size: int) -> Tensor:
         factor = min(1.0, size / max(height, width))
         return decode(file, (max(1, round(height * factor)), max(1, round(width * factor)))).float() / 255
     except PictureError as error:
-        raise KDError(f"{error}: leave this image out of the folder") from error
+        raise KDError(f"{file}: {error}, or leave this image out of the folder") from error
 
 
 def _written(

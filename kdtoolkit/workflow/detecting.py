@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from kdtoolkit.classes import ClassMap
-from kdtoolkit.data import DetectionDataset, open_dataset
+from kdtoolkit.data import DetectionDataset
 from kdtoolkit.data.detections import is_detection_file
-from kdtoolkit.data.opening import categories_of, class_names_of, splits_of
+from kdtoolkit.data.opening import categories_of, class_names_of, open_all
 from kdtoolkit.data.recorded import check_images
 from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.engine.detect import Runner
@@ -141,11 +141,7 @@ def check_recorded(
     """
     if not isinstance(model, RecordedDetector):
         return ()
-    return check_images(
-        model.file,
-        parts,
-        lambda: {split: open_dataset(data, split, on_bad="skip") for split in splits_of(data) if split not in parts},
-    )
+    return check_images(model.file, parts, lambda: open_all(data, without=parts))
 
 
 def _opened_with(model: str | Path, weights: str | Path | None, data: Path) -> Detector:

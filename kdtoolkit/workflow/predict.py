@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdtoolkit.data.drawing import draw_boxes
 from kdtoolkit.data.image_files import image_files
-from kdtoolkit.data.pictures import PictureError, decode, seen_size
+from kdtoolkit.data.pictures import PictureError, check_whole, decode, seen_size
 from kdtoolkit.data.recorded import found_on_files
 from kdtoolkit.data.records import Progress
 from kdtoolkit.detectors.recorded import RecordedDetector
@@ -152,7 +152,12 @@ def predict(
 
 def _check_new(folder: Path) -> None:
     """Raise KDError if the folder has what would be written already: of an earlier call, or of a data set."""
-    if there := [name for name in ("pictures", "labels", "predictions.json") if (folder / name).exists()]:
+    names = ("pictures", "labels", "predictions.json", "classes.txt")
+    try:
+        there = [name for name in names if (folder / name).exists()]
+    except OSError as error:
+        raise KDError(f"cannot write to {folder}: {error.strerror or error}") from None
+    if there:
         raise KDError(
             f"{folder} has {' and '.join(there)} already, perhaps of an earlier call: choose a new folder by --out, or "
             "delete them"
@@ -202,7 +207,9 @@ def _recorded_on(
     sizes: dict[Path, tuple[int, int]] = {}
     for done, path in enumerate(files, 1):
         try:
-            sizes[path] = seen_size(path)[:2]
+            size = seen_size(path)[:2]
+            check_whole(path)  # what cannot be decoded can neither be drawn nor learnt from
+            sizes[path] = size
         except PictureError as error:
             skipped[path] = str(error)
         if progress is not None:

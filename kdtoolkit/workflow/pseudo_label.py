@@ -15,7 +15,7 @@ from kdtoolkit.classes import ClassMap
 from kdtoolkit.data import DetectionDataset, open_dataset
 from kdtoolkit.data.image_files import image_files
 from kdtoolkit.data.records import Box, Category, Photo, Progress, Reading
-from kdtoolkit.data.tools.convert import check_new, write
+from kdtoolkit.data.tools.convert import check_names, check_new, write
 from kdtoolkit.engine.evaluate import find, of_shared_classes
 from kdtoolkit.engine.scoring import Floats
 from kdtoolkit.engine.thresholds import Threshold, at_score, best_thresholds
@@ -127,9 +127,14 @@ def pseudo_label(
         raise KDError(f"score is {score}; scores lie between 0 and 1, so it must too")
     if format not in ("coco", "yolo"):
         raise KDError(f"format is {format!r}; write 'coco' or 'yolo'")
+    if batch_size < 1:
+        raise KDError(f"batch_size is {batch_size}; it must be at least 1")
     folder = Path(out)
     check_new(folder)
     files = image_files(Path(images))
+    root = Path(images) if Path(images).is_dir() else Path(images).parent
+    names = [_name(file, root) for file in files]
+    check_names(((name, f"image {name}") for name in names), Path(images), format)
     ready = make_ready(
         model,
         weights=weights,
@@ -156,7 +161,6 @@ def pseudo_label(
         if (lowest := chosen[ours.index(label)].score) is not None:
             least[theirs] = lowest
     skipped: dict[Path, str] = {}
-    root = Path(images) if Path(images).is_dir() else Path(images).parent
     photos = [
         _photo(number, image, labels, root)
         for number, image in enumerate(detect_on(files, ready, least, batch_size, skipped, progress), 1)
@@ -191,9 +195,14 @@ def _about_unlabelled(class_names: Sequence[str], labels: Sequence[int], chosen:
         )
 
 
+def _name(file: Path, root: Path) -> str:
+    """The name of an image in the new data set."""
+    return file.relative_to(root).as_posix()
+
+
 def _photo(number: int, image: ImageDetections, labels: Mapping[int, int], root: Path) -> Photo:
     """An image with its detections as boxes."""
-    name = image.path.relative_to(root).as_posix()
+    name = _name(image.path, root)
     boxes = []
     for (x1, y1, x2, y2), label in zip(image.boxes.tolist(), image.labels.tolist(), strict=True):
         width, height = x2 - x1, y2 - y1

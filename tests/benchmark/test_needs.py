@@ -44,6 +44,15 @@ def yolo_beside(root, path):
     return root / "files" / "birds.yaml"
 
 
+def linked(root, *folders):
+    """A data set that has folders as links to different places in it."""
+    for folder in folders:
+        place = root / f"real_{folder.replace('/', '_')}"
+        (root / folder).rename(place)
+        (root / folder).symlink_to(place)
+    return root
+
+
 def coco(root):
     _coco.write(root)
     return _coco.write(root, split="val")
@@ -52,7 +61,10 @@ def coco(root):
 FORMATS = {
     "COCO": coco,
     "COCO, by its folder of annotations": lambda root: coco(root) / "annotations",
+    "COCO, linked folders": lambda root: linked(coco(root), "annotations", "images"),
     "VOC": _voc.write,
+    "VOC, linked folders": lambda root: linked(_voc.write(root), "Annotations", "JPEGImages"),
+    "YOLO, linked folders": lambda root: linked(_yolo.write(root), "images/train", "labels/train"),
     "YOLO": _yolo.write,
     "YOLO, by its file": lambda root: _yolo.write(root) / "data.yaml",
     "YOLO, absolute path": lambda root: _yolo.write(root, _yolo.YAML.replace("path: .", f"path: {root}")),

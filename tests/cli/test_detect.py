@@ -1,4 +1,6 @@
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,7 +91,7 @@ def test_predict_writes_and_tells_where(run, places, tmp_path):
     assert run(*command, "--out", tmp_path / "labels") == (0, "", "")
     assert (tmp_path / "labels" / "labels" / "a.txt").is_file()
     code, _, err = run(*command, "--out", tmp_path / "labels")
-    assert (code, "labels already, perhaps of an earlier call" in err) == (2, True)
+    assert (code, "labels and classes.txt already, perhaps of an earlier call" in err) == (2, True)
 
 
 def test_images_that_cannot_be_read_are_named_and_counted(run, places, tmp_path):
@@ -144,7 +146,8 @@ WRONG = [
     ([*PREDICT, "--score", "2"], "score is 2.0; scores lie between 0 and 1"),
     ([*PREDICT, "--score", "high"], "Invalid value for '--score'"),
     ([*PREDICT, "--format", "voc"], "'voc' is not one of 'coco', 'yolo'"),
-    ([*PREDICT, "--batch-size", "0"], "batch_size is 0; it must be at least 1"),
+    ([*PREDICT, "--batch-size", "0"], "Invalid value for '--batch-size'"),
+    (["predict", "model", "x" * 300], "File name too long; correct the path, or its permissions"),
     ([*PREDICT, "--image-size", "8"], "image_size is 8 px; it must be at least 32"),
     ([*PREDICT, "--device", "gpu"], "device='gpu' is no device"),
     ([*PREDICT, "--weights", "weights.pth"], "has its own weights and arguments: leave out"),
@@ -160,10 +163,11 @@ WRONG = [
     ([*EVAL, "--class-map", "red=red", "--class-map", "red=blue"], "--class-map names red twice"),
     ([*EVAL, "--class-map", "owl=red"], "has no class 'owl'"),
     ([*EVAL, "--classes-as-in", "none"], "there is no file or folder"),
-    ([*EVAL, "--batch-size", "0"], "batch_size must be at least 1"),
+    ([*EVAL, "--batch-size", "0"], "Invalid value for '--batch-size'"),
     (["pseudo-label", "model", "none", "--data", "data"], "there is no file or folder"),
     (["pseudo-label", "model", "photos", "--data", "none"], "there is no file or folder"),
     (["pseudo-label", "model", "photos", "--data", "data", "--out", "photos"], "is there already; name a new folder"),
+    ([*LABEL, "--batch-size", "0"], "Invalid value for '--batch-size'"),
     ([*LABEL, "--score", "1"], "finds nothing in"),
     ([*LABEL, "--score", "-1"], "score is -1.0"),
     ([*LABEL, "--split", "test"], "test.json"),
@@ -179,3 +183,13 @@ def test_wrong_uses_are_one_error_without_a_traceback(run, places, monkeypatch, 
     assert len(err.splitlines()) == 1
     assert "Traceback" not in err
     assert not (places / "out").exists()
+
+
+def test_a_path_in_a_folder_that_may_not_be_entered_is_one_error(run, places, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    code, out, err = run("predict", "model", "private/photos")
+    assert (code, out) == (2, "")
+    assert err == "error: private/photos: Permission denied; correct the path, or its permissions\n"

@@ -14,6 +14,17 @@ def test_images_are_found_in_the_order_of_their_paths(tmp_path):
     assert image_files(tmp_path / "a.png") == [tmp_path / "a.png"]
 
 
+def test_images_of_linked_folders_are_found(tmp_path):
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "a.png").touch()
+    (tmp_path / "photos").mkdir()
+    for name in ("link", ".hidden"):
+        (tmp_path / "photos" / name).symlink_to(tmp_path / "away")
+    assert image_files(tmp_path / "photos") == [tmp_path / "photos" / "link" / "a.png"]
+    with pytest.raises(KDError, match="has no images: it is empty"):
+        image_files(tmp_path / "photos", without=tmp_path / "away")
+
+
 @pytest.mark.parametrize(
     ("name", "part"),
     [

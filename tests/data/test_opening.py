@@ -12,7 +12,7 @@ from PIL import Image
 from kdtoolkit import KDError
 from kdtoolkit.data import PhotoDataset, batches, check_same_classes, coco, open_dataset, opening, photos, voc, yolo
 from kdtoolkit.data.augment import Augmentation
-from kdtoolkit.data.opening import locate, name_of
+from kdtoolkit.data.opening import locate, name_of, open_all
 from tests.data import _coco, _voc, _yolo
 
 WRITERS = {"COCO": _coco.write, "YOLO": _yolo.write, "VOC": _voc.write}
@@ -202,3 +202,12 @@ def test_loader_workers_read_from_the_cache(tmp_path):
     options = {"batch_size": 2, "steps": 2, "seed": 0, "augment": Augmentation()}
     for batch, other in zip(batches(data, **options), batches(data, **options, workers=2), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch.images, other.images, strict=True))
+
+
+def test_all_splits_that_training_needs_are_opened(tmp_path):
+    _yolo.write(tmp_path, f"{_yolo.YAML}test: ../test/images\n")
+    assert list(open_all(tmp_path)) == ["train", "val"]
+    assert list(open_all(tmp_path, without=["train"])) == ["val"]
+    _yolo.write(tmp_path, "train: none\nval: images/train\nnames: [ball, cube]")
+    with pytest.raises(KDError, match="train: there is no folder"):
+        open_all(tmp_path)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdtoolkit.data.pictures import PictureError, decode, seen_size
+from kdtoolkit.data.pictures import PictureError, check_whole, decode, seen_size
 
 HEIGHT, WIDTH = 30, 40
 
@@ -204,3 +204,13 @@ def test_a_library_that_replaces_pillows_open_changes_nothing(tmp_path, monkeypa
     path = save(Image.fromarray(pixels()), tmp_path / "a.png")
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("replaced"))
     assert np.array_equal(read(path), pixels())
+
+
+def test_pixels_are_looked_at(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)).save(path)
+    check_whole(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes(50) + whole[250:])  # both ends are good
+    with pytest.raises(PictureError, match="cannot be decoded"):
+        check_whole(path)

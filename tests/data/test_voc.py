@@ -216,3 +216,14 @@ def test_what_cannot_be_used_at_all(tmp_path):
     (tmp_path / "JPEGImages").rmdir()
     with pytest.raises(KDError, match=r"there is no folder .*JPEGImages. Expected are"):
         open_dataset(tmp_path, "train")
+
+
+def test_linked_folders_are_read(tmp_path):
+    write(tmp_path, listed="sub/7\nsub/9")
+    for folder in ("Annotations", "JPEGImages"):
+        (tmp_path / folder).rename(tmp_path / f"away_{folder}")
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "sub").symlink_to(tmp_path / f"away_{folder}")
+    data = open_dataset(tmp_path, "train")
+    assert data.class_names == ("ball", "cube")
+    assert [image["file_name"] for image in data.coco()["images"]] == ["sub/7.png", "sub/9.png"]

@@ -134,7 +134,8 @@ FATAL = {
         "train: there is no folder and no .txt list",
     ),
     "a lost path": ("path: gone\ntrain: none\nnames: [a]", r"\(path, gone, is no folder, so the folder of the file"),
-    "a folder outside": ("train: ../../etc\nnames: [a]", "train: ../../etc lies outside of the data set's folder"),
+    "a folder outside": ("train: ..\nnames: [a]", r"train: \.\. lies outside of the data set's folder"),
+    "no folder outside": ("train: ../none\nnames: [a]", "train: there is no folder and no .txt list .*none; correct"),
     "an absolute folder outside": ("train: /etc\nnames: [a]", "train: /etc lies outside of the data set's folder"),
     "a folder without images": ("train: labels\nnames: [a]", "train: there are no images in labels"),
     "no names": ("train: images/train", "has no names; write them as a list"),
@@ -254,3 +255,13 @@ def test_turned_images_have_the_size_that_one_sees(tmp_path):
     image, sample = open_dataset(tmp_path, "train")[0]
     assert sample["original_size"] == image.shape[1:] == (40, 30)
     assert sample["boxes"].tolist() == [[0, 0, 30, 40]]
+
+
+def test_linked_folders_are_read(tmp_path):
+    write(tmp_path, images="images/train/sub")
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "train" / "sub").rename(tmp_path / f"away_{kind}")
+        (tmp_path / kind / "train" / "sub").symlink_to(tmp_path / f"away_{kind}")
+    data = open_dataset(tmp_path, "train")
+    assert [image["file_name"] for image in data.coco()["images"]] == ["sub/7.png", "sub/9.png"]
+    assert labels(data) == [[0], [1]]

@@ -199,10 +199,14 @@ def run(monkeypatch, capsys):
         (["--images", "nowhere"], "there is no file or folder nowhere"),
         (["--images", "empty"], "empty has no images"),
         (["--out", "a.pt"], "a.pt must be a file that ends in .onnx"),
+        (["--out", "."], ". must be a file that ends in .onnx: write --out model.onnx"),
+        (["--out", "empty"], "write --out empty/model.onnx"),
+        (["--out", "x" * 300], "cannot write xxx"),
         (["--out", "file/a.onnx"], "cannot write file/a.onnx"),
         (["--opset", "11"], "opset 11 is too old"),
         (["--image-size", "8"], "at least 32 px"),
-        (["--batch-size", "0"], "batch_size is 0"),
+        (["--batch-size", "0"], "Invalid value for '--batch-size'"),
+        (["--images", "broken"], "broken/a.png: the file cannot be decoded"),
         (["--data", "data", "--images", "empty"], "leave out one"),
         (["--data", "others", "--int8"], "whose classes are"),
     ],
@@ -213,6 +217,8 @@ def test_wrong_uses_are_one_sentence(run, exported, tmp_path, monkeypatch, argum
     save_detector(detector, "model")
     Path("empty").mkdir()
     Path("file").touch()
+    Path("broken").mkdir()
+    Path("broken/a.png").write_text("no image")
     for name, classes in (("data", COLOURS), ("others", ("cat", "dog", "owl"))):
         for split in ("train", "val"):
             dataset(Path(name), [([("red", 0.9, BOX)], [(classes[0], BOX)])], classes, split=split)

@@ -120,6 +120,14 @@ def test_detections_of_an_earlier_call_are_not_mixed_with_new_ones(photos, tmp_p
         kdtoolkit.predict(detector(), photos, out=tmp_path / "out")
 
 
+def test_names_of_classes_of_an_earlier_call_are_kept(photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "classes.txt").write_text("owl\n")
+    with pytest.raises(KDError, match=r"has classes.txt already"):
+        kdtoolkit.predict(detector(), photos, out=tmp_path / "out", format="yolo")
+    assert (tmp_path / "out" / "classes.txt").read_text() == "owl\n"
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
@@ -129,6 +137,8 @@ def test_detections_of_an_earlier_call_are_not_mixed_with_new_ones(photos, tmp_p
         ({"images": "none"}, "there is no file or folder .*none; name an image"),
         ({"images": "broken"}, "none of the 1 images in .*broken can be read .*cannot be decoded"),
         ({"out": "broken/x.png"}, "cannot write to .*x.png: "),
+        ({"out": "x" * 300}, "cannot write to .*name too long"),
+        ({"images": "x" * 300}, "name too long"),
         ({"model": detector(trained=False)}, "Name a file or the library's own weights: --weights FILE"),
     ],
 )

@@ -78,8 +78,25 @@ def test_a_class_without_a_right_detection_gets_no_label(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("a.jpg", "image a.jpg and image a.png would both be a in the new data set"),
+        (" e.png", "image  e.png: readers of YOLO look for images by their endings"),
+    ],
+)
+def test_names_are_checked_before_the_teacher_runs(data, photos, tmp_path, name, part):
+    (photos / name).write_bytes((photos / "a.png").read_bytes())
+    teacher = detector()
+    teacher.model.forward = None
+    with pytest.raises(KDError, match=part):
+        kdtoolkit.pseudo_label(teacher, photos, data, out=tmp_path / "out", format="yolo")
+
+
+@pytest.mark.parametrize(
     ("options", "part"),
     [
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"batch_size": -1}, "batch_size is -1; it must be at least 1"),
         ({"score": -1}, "score is -1; scores lie between 0 and 1"),
         ({"score": 1.0}, "finds nothing in .* that scores enough"),
         ({"format": "voc"}, "format is 'voc'"),

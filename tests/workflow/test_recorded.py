@@ -3,14 +3,16 @@
 import json
 
 import pytest
+from PIL import Image
 
 import kdtoolkit
 from kdtoolkit import KDError
 from kdtoolkit.data import open_dataset
 from kdtoolkit.workflow.options import ProbeOptions, check_options
 from kdtoolkit.workflow.probe import run as run_probe
+from tests.data._coco import pixels
 from tests.data._results import entry, found_in, write
-from tests.workflow._blobs import BOX, FAR, dataset, detector, picture, right
+from tests.workflow._blobs import BOX, COLOURS, FAR, dataset, detector, picture, right
 from tests.workflow._data import TINY
 
 XYWH = (BOX[0], BOX[1], BOX[2] - BOX[0], BOX[3] - BOX[1])
@@ -120,6 +122,25 @@ def test_a_photo_named_as_a_labelled_image_is_refused(tmp_path, data):
         each["image_id"] = f"images/{each['image_id']}"
     made = kdtoolkit.pseudo_label(write(path, found), tmp_path / "photos", data, out=tmp_path / "out")
     assert made.boxes == {"red": 1, "green": 1, "blue": 1}
+
+
+def test_images_that_cannot_be_decoded_are_left_out_and_named(tmp_path, data):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels(1)).save(photos / name)
+    whole = (photos / "b.png").read_bytes()
+    (photos / "b.png").write_bytes(whole[:200] + bytes(50) + whole[250:])  # both ends are good
+    more = [entry(name, 1, (1, 1, 9, 9), 0.95) for name in ("a.png", "b.png")]
+    categories = [{"id": number, "name": name} for number, name in enumerate(COLOURS, 1)]
+    content = {"categories": categories, "annotations": entries(0.9, 0.8, 0.7) + more}
+    path = write(tmp_path / "d.json", content)
+    found = kdtoolkit.predict(path, photos, out=tmp_path / "seen")
+    labelled = kdtoolkit.pseudo_label(path, photos, data, out=tmp_path / "out")
+    for skipped in (found.skipped, labelled.skipped):
+        ((file, reason),) = skipped.items()
+        assert (file, "cannot be decoded" in reason) == (photos / "b.png", True)
+    assert len(found.images) == labelled.images == 1
 
 
 def test_detections_can_be_drawn(tmp_path, data):

@@ -16,12 +16,12 @@ from rich.text import Text
 
 from kdtoolkit.data.opening import locate
 from kdtoolkit.data.photos import SCORED_DETECTIONS
-from kdtoolkit.data.pictures import decode
-from kdtoolkit.data.records import Fault, Photo, Progress, Reading, naming
+from kdtoolkit.data.pictures import check_whole
+from kdtoolkit.data.records import OPENED, Fault, Photo, Progress, Reading, is_spare, naming
 from kdtoolkit.errors import KDError, printable
+from kdtoolkit.words import counted
 
 SMALL, MEDIUM = 32**2, 96**2  # square pixels: the bounds of COCO's sizes
-DECODED = 8, 8  # JPEG is decoded at an eighth of its size, which shows broken data as well
 NAMED = 3  # examples in a warning
 
 
@@ -63,8 +63,10 @@ class Report:
 
     @property
     def is_good(self) -> bool:
-        """Whether training takes the data as they are."""
-        return not self.refusals and not any(split.faults or split.error for split in self.splits.values())
+        """Whether training takes the data as they are. Splits that it does not open do not count."""
+        return not self.refusals and not any(
+            split.faults or split.error for name, split in self.splits.items() if not is_spare(name, self.splits)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values; `loses` says what --skip-bad leaves out for a fault."""
@@ -93,8 +95,10 @@ def check(path: Path, *, image_size: int, stride: int, queries: int, progress: P
         _decode(reading, progress)
         readings[split] = reading
         splits[split] = _summary(reading)
+    refused = list(_refusals(readings))
     warnings = [
         *_of_splits(splits),
+        *(f"{split}, which training does not open: {text}" for split, text in refused if is_spare(split, splits)),
         *_of_classes(readings),
         *(
             each
@@ -104,7 +108,8 @@ def check(path: Path, *, image_size: int, stride: int, queries: int, progress: P
         *_of_duplicates(readings),
         *(f"{split}: {remark}" for split, reading in readings.items() for remark in reading.remarks),
     ]
-    return Report(str(path), form.name, splits, tuple(_refusals(readings)), tuple(warnings))
+    refusals = tuple(text for split, text in refused if not is_spare(split, splits))
+    return Report(str(path), form.name, splits, refusals, tuple(warnings))
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -120,14 +125,15 @@ def print_report(report: Report, console: Console) -> None:
         console.print(_table_of_classes(readable))
     for warning in report.warnings:
         line(f"warning: {warning}", "yellow")
+    decisive = {name: split for name, split in report.splits.items() if not is_spare(name, report.splits)}
     for name, split in report.splits.items():
-        if split.error:
+        if split.error and name in decisive:
             line(f"{name}: cannot be read: {split.error}", "red")
         for fault in split.faults:
-            line(f"{name}: {fault.text}", "red")
+            line(f"{name}: {fault.text}", "red" if name in decisive else "yellow")
     for refusal in report.refusals:
         line(f"training refuses this: {refusal}", "red")
-    lost = Counter(fault.loses for split in report.splits.values() for fault in split.faults)
+    lost = Counter(fault.loses for split in decisive.values() for fault in split.faults)
     if lost:
         line(
             f"{lost.total()} faults. Training stops at them; with --skip-bad it leaves out {lost['image']} images with "
@@ -135,7 +141,8 @@ def print_report(report: Report, console: Console) -> None:
             "bold red",
         )
     elif report.is_good:
-        line("No faults.", "green")
+        spoilt = [name for name, split in report.splits.items() if split.error or split.faults]
+        line(f"No faults but those of {', '.join(spoilt)}." if spoilt else "No faults.", "green")
 
 
 def _decode(reading: Reading, progress: Progress) -> None:
@@ -143,7 +150,7 @@ def _decode(reading: Reading, progress: Progress) -> None:
     good = []
     for done, photo in enumerate(reading.photos, 1):
         with reading.noting(photo.path, "image"), naming(photo.title):
-            decode(photo.path, DECODED)
+            check_whole(photo.path)
             good.append(photo)
         progress(done, len(reading.photos))
     reading.photos = good
@@ -177,24 +184,32 @@ def _size(photo: Photo) -> str:
 
 
 def _of_splits(splits: dict[str, SplitReport]) -> Iterator[str]:
-    for needed in ("train", "val"):
+    for needed in OPENED:
         if needed not in splits:
             yield f"there is no split {needed}; `kd benchmark run` needs train and val"
+    for name, split in splits.items():
+        if is_spare(name, splits) and split.error:
+            yield f"{name}, which training does not open, cannot be read: {split.error}"
+        if is_spare(name, splits) and split.faults:
+            yield f"{name}, which training does not open, has {counted(len(split.faults), 'fault')}"
 
 
-def _refusals(readings: dict[str, Reading]) -> Iterator[str]:
+def _refusals(readings: dict[str, Reading]) -> Iterator[tuple[str, str]]:
+    """Splits that cannot be used, and why."""
     names = {split: _class_names(reading) for split, reading in readings.items()}
     first = next(iter(names), "")
     for split, reading in readings.items():
         if names[split] != names[first]:
             yield (
+                split,
                 f"the classes of {first} and {split} differ: {', '.join(names[first])}; {', '.join(names[split])}. "
-                "Give all splits the same ones, in the same order"
+                "Give all splits the same ones, in the same order",
             )
         if all(box.crowd for photo in reading.photos for box in photo.boxes):
             yield (
+                split,
                 f"{split} has no usable box, so nothing can be trained or scored on it. Add boxes, or move images with "
-                "boxes into it"
+                "boxes into it",
             )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from xml.sax.saxutils import escape
 
 from kdtoolkit.data.opening import locate
-from kdtoolkit.data.records import ENDINGS, Box, Photo, Progress, Reading, settle, shown
+from kdtoolkit.data.records import ENDINGS, Box, Photo, Progress, Reading, is_spare, settle, shown
 from kdtoolkit.data.yolo import label_file
 from kdtoolkit.errors import KDError
 from kdtoolkit.yaml_text import dump
@@ -39,12 +39,21 @@ def convert(
 ) -> Outcome:
     """Write all splits of a data set into the new folder `target`, which appears only when it is complete.
 
-    Raises KDError if the data are bad (unless `on_bad` is `skip`), cannot be told apart in the new format, or cannot be
-    written.
+    A split that training does not open is left out if it cannot be read, and told as a loss. Raises KDError if the data
+    are bad (unless `on_bad` is `skip`), cannot be told apart in the new format, or cannot be written.
     """
     check_new(target)
     form, place = locate(source)
-    readings = {split: form.read(place, split, progress) for split in form.splits(place)}
+    splits = form.splits(place)
+    readings: dict[str, Reading] = {}
+    unread: list[str] = []
+    for split in splits:
+        try:
+            readings[split] = form.read(place, split, progress)
+        except KDError as error:
+            if not is_spare(split, splits):
+                raise
+            unread.append(f"the split {split}, which cannot be read: {error}")
     for reading in readings.values():
         settle(reading.faults, reading.source, on_bad)
     classes = {tuple(category.name for category in reading.categories) for reading in readings.values()}
@@ -54,13 +63,38 @@ def convert(
     write(readings, target, to)
     photos = [photo for reading in readings.values() for photo in reading.photos]
     kept = [box for photo in photos for box in photo.boxes if not (to == "yolo" and box.crowd)]
-    return Outcome(len(photos), len(kept), tuple(_losses(readings, form.name, to)))
+    return Outcome(len(photos), len(kept), (*unread, *_losses(readings, form.name, to)))
 
 
 def check_new(target: Path) -> None:
-    """Raise KDError if a folder to write into is there already, and not empty."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    """Raise KDError if a folder to write into is there already, and not empty, or cannot be looked for."""
+    try:
+        is_taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:
+        raise KDError(f"cannot write {target}: {error.strerror or error}; name a different folder") from None
+    if is_taken:
         raise KDError(f"{target} is there already; name a new folder")
+
+
+def check_names(named: Iterable[tuple[str, str]], source: Path, to: Literal["coco", "yolo", "voc"]) -> None:
+    """Check the names of a split's images, each with what messages call it, for a new data set of them.
+
+    Raises KDError if two images would have one name or one file of annotations, or if readers of the format would not
+    find an image.
+    """
+    titles: dict[str, str] = {}
+    for name, title in named:
+        if to != "coco" and (PurePosixPath(name).suffix.lower() not in ENDINGS or name != name.strip()):
+            raise KDError(
+                f"{title}: readers of {to.upper()} look for images by their endings, {', '.join(ENDINGS)}; rename "
+                f"{shown(name)}, or store it in a different form"
+            )
+        if (key := _key(name, to)) in titles:
+            raise KDError(
+                f"{source}: {titles[key]} and {title} would both be {key} in the new data set, and share their "
+                "annotations; rename one of the files"
+            )
+        titles[key] = title
 
 
 def write(
@@ -108,17 +142,12 @@ def _losses(readings: dict[str, Reading], form: str, to: str) -> Iterator[str]:
         yield f"{count} areas of masks: AP of small, medium and large objects will go by boxes"
 
 
-def _names(readings: dict[str, Reading], to: str) -> dict[str, dict[int, str]]:
+def _names(readings: dict[str, Reading], to: Literal["coco", "yolo", "voc"]) -> dict[str, dict[int, str]]:
     """The name of each photo in the new data set, by split and place.
 
     Splits share a folder in COCO's and VOC's format. If they have different images of one name there, all names begin
-    with the split. Raises KDError if two images of a split would have one name or one file of annotations, or if
-    readers of the new format would not find an image.
+    with the split. Raises KDError as `check_names` does.
     """
-
-    def key(name: str) -> str:
-        return name if to == "coco" else PurePosixPath(name).with_suffix("").as_posix()
-
     names = {
         split: {index: photo.name.replace("\\", "/") for index, photo in enumerate(reading.photos)}
         for split, reading in readings.items()
@@ -126,25 +155,20 @@ def _names(readings: dict[str, Reading], to: str) -> dict[str, dict[int, str]]:
     taken: dict[str, Path] = {}
     collide = False
     for split, reading in readings.items():
-        within: dict[str, Photo] = {}
-        for index, photo in enumerate(reading.photos):
-            name = names[split][index]
-            if to != "coco" and (PurePosixPath(name).suffix.lower() not in ENDINGS or name != name.strip()):
-                raise KDError(
-                    f"{photo}: readers of {to.upper()} look for images by their endings, {', '.join(ENDINGS)}; rename "
-                    f"{shown(name)}, or store it in a different form"
-                )
-            if (other := within.setdefault(key(name), photo)) is not photo:
-                raise KDError(
-                    f"{reading.source}: {other} and {photo} would both be {key(name)} in the new data set, and share "
-                    "their annotations; rename one of the files"
-                )
+        check_names(zip(names[split].values(), map(str, reading.photos), strict=True), reading.source, to)
+        for name, photo in zip(names[split].values(), reading.photos, strict=True):
             if to != "yolo":
-                first = taken.setdefault(key(name), photo.path)
+                first = taken.setdefault(_key(name, to), photo.path)
                 collide |= first != photo.path and not filecmp.cmp(first, photo.path, shallow=False)
     if collide:
         return {split: {i: f"{split}/{name}" for i, name in found.items()} for split, found in names.items()}
     return names
+
+
+def _key(name: str, to: str) -> str:
+    """What images of a new data set may not share: a file's name, or that of its annotations without the ending."""
+    name = name.replace("\\", "/")
+    return name if to == "coco" else PurePosixPath(name).with_suffix("").as_posix()
 
 
 def _copy(photo: Photo, path: Path) -> None:

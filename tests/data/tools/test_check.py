@@ -84,6 +84,30 @@ def test_a_split_that_cannot_be_read_does_not_hide_the_others(tmp_path):
         run(tmp_path / "images")
 
 
+def test_a_test_split_decides_nothing(tmp_path):
+    _yolo.write(tmp_path / "y", f"{_yolo.YAML}test: ../test/images\n")
+    report = run(tmp_path / "y")
+    assert report.is_good
+    text = printed(report)
+    assert "warning: test, which training does not open, cannot be read: " in text
+    assert f"there is no folder and no .txt list {tmp_path}/test/images; correct test, or path" in text
+    assert "No faults but those of test." in text
+    test = _coco.document()
+    test["categories"].pop()
+    test["annotations"] = [{"id": 1, "image_id": 7, "category_id": 8, "bbox": [0, 0, 0, 0]}]
+    _coco.write(distinct(tmp_path / "c"), test, "test")
+    report = run(tmp_path / "c")
+    assert report.is_good
+    assert report.refusals == ()
+    text = printed(report)
+    for part in (", has 1 fault", ": the classes of train and test differ", ": test has no usable box"):
+        assert f"warning: test, which training does not open{part}" in text
+    assert "test: annotation 1 (image 7): bbox [0, 0, 0, 0] has no area" in text
+    (tmp_path / "c" / "annotations" / "train.json").unlink()
+    (tmp_path / "c" / "annotations" / "val.json").unlink()
+    assert not run(tmp_path / "c").is_good
+
+
 def warnings(root, **options):
     return "\n".join(run(root, **options).warnings)
 

@@ -204,6 +204,21 @@ def test_what_is_lost_is_told(tmp_path):
     assert losses == ("2 polygons (the boxes around them are read)",)
 
 
+def test_a_test_split_that_cannot_be_read_is_left_out_and_told(tmp_path):
+    root = _yolo.write(tmp_path / "y", f"{_yolo.YAML}test: ../test/images\n")
+    (loss,) = run(root, tmp_path / "out", "coco").losses
+    assert loss.startswith("the split test, which cannot be read: ")
+    assert open_dataset(tmp_path / "out", "val").class_names == ("ball", "cube")
+    _yolo.write(root, _yolo.YAML.replace("train: images/train", "train: none"))
+    with pytest.raises(KDError, match="train: there is no folder"):
+        run(root, tmp_path / "more", "coco")
+
+
+def test_a_folder_that_cannot_be_looked_for(tmp_path):
+    with pytest.raises(KDError, match=r"cannot write .*name too long; name a different folder"):
+        run(_yolo.write(tmp_path / "y"), tmp_path / ("x" * 300), "coco")
+
+
 def test_images_of_one_name_in_two_splits(tmp_path):
     yaml = "train: images/a\nval: images/b\nnames: [ball, cube]"
     root = _yolo.write(tmp_path / "source", yaml, images="images/a")
