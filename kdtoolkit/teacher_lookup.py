@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kdtoolkit.contract import Batch, CachedView, DetectorAdapter
 from kdtoolkit.errors import KDError
 from kdtoolkit.teacher_cache import TeacherCache, digest, digest_of
+from kdtoolkit.tf32 import in_tf32
 from kdtoolkit.uncompiled import uncompiled
 
 _FORM = 2  # raise it when entries of older versions no longer fit
@@ -136,5 +137,5 @@ def _arithmetic(device: str) -> str:
     dtype = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
     if device != "cuda":
         return dtype
-    # TF32 has 10 bits of mantissa. Matrix products and convolutions have a switch each.
-    return f"{dtype} {torch.backends.cuda.matmul.allow_tf32} {torch.backends.cudnn.allow_tf32}"
+    matmul, convolutions = in_tf32()
+    return f"{dtype} {matmul} {convolutions}"

@@ -18,12 +18,13 @@ from kdtoolkit.data.recorded import Carrier
 from kdtoolkit.data.resize import with_boxes
 from kdtoolkit.data.views import Sizes, Views, sizes_of
 from kdtoolkit.distiller import Distiller
-from kdtoolkit.engine.arithmetic import Arithmetic, tensor_float32
+from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.engine.mixture import views_of_run
 from kdtoolkit.errors import KDError
 from kdtoolkit.modes import in_eval_mode
 from kdtoolkit.teacher_cache import GIGABYTE, TeacherCache
+from kdtoolkit.tf32 import tensor_float32
 from kdtoolkit.words import size
 
 _COUNTED = 300_000  # images shown; a longer run is counted in its first steps
