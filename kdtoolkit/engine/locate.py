@@ -62,7 +62,7 @@ def _first_non_finite(adapter: DetectorAdapter, batch: Batch) -> str:
     return f"all finite, the largest value is {largest:.3g} ({place})"
 
 
-def _of_head(adapter: DetectorAdapter, features: Sequence[Tensor], batch: Batch) -> Iterator[tuple[str, Tensor]]:
+def _of_head(adapter: DetectorAdapter, features: tuple[Tensor, ...], batch: Batch) -> Iterator[tuple[str, Tensor]]:
     """The hidden states and predictions of a head, in the order in which they are computed, with their names."""
     strides = adapter.spec.strides
     trace = adapter.head(features, batch)

@@ -303,8 +303,8 @@ def test_a_folder_of_an_earlier_version_goes_on(data, tmp_path):
     stopped(data, tmp_path, 4)
 
     def shorten(facts):
-        made_later = "method_settings", "held_shares", "teacher_scale", "validation", "processor", "threads", "precision"
-        for name in made_later:
+        later = "method_settings held_shares teacher_scale validation processor threads precision"
+        for name in later.split():
             del facts["made_of"][name]
         del facts["made_of"]["config"]["teacher_cache"]
         del facts["cpu_seconds"]
