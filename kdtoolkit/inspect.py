@@ -18,6 +18,7 @@ from kdtoolkit.contract import Capability, DetectorAdapter, DetectorSpec, PriorK
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.listing import columns, definitions
+from kdtoolkit.modes import in_eval_mode
 from kdtoolkit.verdicts import Verdict, judge_pair
 
 
@@ -57,13 +58,12 @@ def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) 
     Raises KDError if no adapter knows the model's class, or if the detector cannot run on such an image.
     """
     adapter = adapt(model)
-    training = adapter.model.training
     learned = [p for p in adapter.model.parameters() if p.requires_grad]
-    adapter.model.eval().requires_grad_(False)  # with gradients, the counter fails on windowed attention
+    adapter.model.requires_grad_(False)  # with gradients, the counter fails on windowed attention
     try:
         device = next(chain(adapter.model.parameters(), adapter.model.buffers())).device
         image = torch.rand(3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
-        with FlopCounterMode(display=False) as counter:
+        with in_eval_mode(adapter.model), FlopCounterMode(display=False) as counter:
             batch = adapter.prepare([image])
             if adapter.spec.priors is PriorKind.DETECTIONS:  # a file has none of this image
                 none = Recorded(boxes=image.new_zeros(0, 4), probabilities=image.new_zeros(0, adapter.spec.num_classes))
@@ -79,7 +79,6 @@ def inspect_detector(model: nn.Module | DetectorAdapter, image_size: int = 256) 
             f"({type(error).__name__}: {str(error)[:300]}): check the detector's arguments and the image size"
         ) from error
     finally:
-        adapter.model.train(training)
         for parameter in learned:
             parameter.requires_grad_(True)
     return Inspection(

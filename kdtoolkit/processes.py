@@ -72,7 +72,7 @@ class _Reach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
         ctx.parameters = len(parameters)
-        return loss.view_as(loss)
+        return loss.clone()  # a view could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -160,6 +160,8 @@ class _OnDisk(TeacherCache):
         return self._held[key]
 
     def keep(self, key: str, parts: Mapping[str, Tensor]) -> None:
+        # What is held lacks these parts, and the file may have them from another process: read it when it is asked for.
+        self._held_bytes -= _size(self._held.pop(key, {}))
         if not self._writes:
             return
         known = self._read(key)
@@ -171,13 +173,15 @@ class _OnDisk(TeacherCache):
         try:
             path = self._path(key)
             path.parent.mkdir(exist_ok=True)
-            whole = known | {name: part.detach().cpu().contiguous() for name, part in new.items()}
+            contiguous = torch.contiguous_format
+            # Copies, because `save` refuses parts that share memory, such as a map that is also a head's first state.
+            copies = {name: part.detach().to("cpu", copy=True, memory_format=contiguous) for name, part in new.items()}
+            whole = known | copies
             write_beside(path, save(whole | {_DIGEST: _digest_of_parts(whole)}))
         except OSError as error:
             self._writes = False
             self._notice(f"the teacher cache in {self.folder} takes no further images: {error.strerror or error}")
             return
-        self._held_bytes -= _size(self._held.pop(key, {}))  # read anew when it is asked for
         self.bytes += size
         self._since += size
 

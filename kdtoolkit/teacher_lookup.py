@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kdtoolkit.contract import Batch, CachedView, DetectorAdapter
 from kdtoolkit.errors import KDError
 from kdtoolkit.teacher_cache import TeacherCache, digest, digest_of
+from kdtoolkit.tf32 import in_tf32
 from kdtoolkit.uncompiled import uncompiled
 
 _FORM = 2  # raise it when entries of older versions no longer fit
@@ -101,7 +102,8 @@ def _prepared(adapter: DetectorAdapter) -> Tensor:
 def _versions(model: nn.Module) -> list[tuple[int, int]]:
     """Of each weight and buffer, how often it was written to, and where it lies. If they change, so may the digest.
 
-    A write through `.data` or a numpy view changes neither. Nor does a different setting of a layer, such as `eps`.
+    A write through `.data` or a numpy view changes neither, nor does one to a tensor of `torch.inference_mode`, which
+    torch does not count. Nor does a different setting of a layer, such as `eps`.
     """
     # Each step comes here, so it walks the tree itself: `named_parameters` and `named_buffers` take four times as long.
     modules: list[nn.Module | None] = [model]
@@ -111,7 +113,7 @@ def _versions(model: nn.Module) -> list[tuple[int, int]]:
             tensors += module._parameters.values()
             tensors += module._buffers.values()
             modules += module._modules.values()
-    return [(x._version, x.data_ptr()) for x in tensors if x is not None]
+    return [(0 if x.is_inference() else x._version, x.data_ptr()) for x in tensors if x is not None]
 
 
 def _view_keys(digests: Sequence[str], batch: Batch, teacher: str, precision: str) -> list[str]:
@@ -136,5 +138,5 @@ def _arithmetic(device: str) -> str:
     dtype = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
     if device != "cuda":
         return dtype
-    # TF32 has 10 bits of mantissa. Matrix products and convolutions have a switch each.
-    return f"{dtype} {torch.backends.cuda.matmul.allow_tf32} {torch.backends.cudnn.allow_tf32}"
+    matmul, convolutions = in_tf32()
+    return f"{dtype} {matmul} {convolutions}"

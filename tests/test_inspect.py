@@ -69,6 +69,9 @@ def test_names_are_not_read_as_markup():
 def test_every_family_is_shown_and_left_as_it_was():
     for name, build in families().items():
         model = build(3)
+        next(iter(model.children())).eval()
         learned = [p.requires_grad for p in model.parameters()]
+        modes = [module.training for module in model.modules()]
         assert inspect_detector(model, 64).multiply_adds > 0, name
         assert [p.requires_grad for p in model.parameters()] == learned
+        assert [module.training for module in model.modules()] == modes

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kdtoolkit.processes import reach
 from tests import _pair
 
 # Their own losses are divided by what one process has, and they choose proposals or background for it.
@@ -46,6 +47,14 @@ def test_steps_without_labels_train_as_in_one_process(pair):
     first, second = (found["unlabelled"] for found in pair)
     same(first, second, 0)
     same(first, _pair.unlabelled(), 1e-5)
+
+
+def test_a_loss_with_all_parameters_in_its_graph_can_be_changed_in_place():
+    x, unused = torch.ones((), requires_grad=True), torch.ones((), requires_grad=True)
+    loss = reach(3 * x, [unused])
+    loss *= 2
+    loss.backward()
+    assert (loss.item(), x.grad.item(), unused.grad) == (6, 6, None)
 
 
 @pytest.mark.slow

@@ -339,6 +339,24 @@ def test_a_cache_on_disk_serves_a_second_process_with_the_same_bits(tmp_path):
     torch.testing.assert_close(found, warm, rtol=0, atol=0)
 
 
+def test_parts_that_share_memory_are_kept_on_disk(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    parts = {"map": whole, "state": whole, "turned": whole.t(), "row": whole[1]}
+    TeacherCache.on_disk(tmp_path).keep("ab", parts)
+    torch.testing.assert_close(dict(TeacherCache.on_disk(tmp_path).find("ab")), parts, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_parts_that_a_second_process_adds_are_found(tmp_path, writes):
+    first, second = TeacherCache.on_disk(tmp_path), TeacherCache.on_disk(tmp_path)
+    first.keep("ab", {"map": torch.ones(2)})
+    first.find("ab")
+    first._writes = writes
+    second.keep("ab", {"state": torch.ones(2)})
+    first.keep("ab", {"state": torch.ones(2)})  # computed, because it was not found
+    assert first.find("ab").keys() == {"map", "state"}
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff" * 100], ids=["empty", "cut", "garbage"])
 def test_a_broken_file_counts_as_missing_and_is_written_anew(tmp_path, content):
     teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=0)

@@ -62,6 +62,15 @@ def test_changes_of_a_teacher_in_use_are_noticed(change):
     assert not set(keys_of(lookup, teacher)) & set(before)
 
 
+def test_a_teacher_of_inference_mode_is_like_any_other():
+    with torch.inference_mode():
+        teacher = tiny_gfl(seed=1)
+    lookup, other = TeacherLookup(adapt(teacher)), tiny_gfl(seed=1)
+    assert keys_of(lookup, teacher) == keys_of(TeacherLookup(adapt(other)), other)
+    replace_module(teacher, tiny_gfl(seed=5))
+    assert keys_of(lookup, teacher) != keys_of(TeacherLookup(adapt(other)), other)
+
+
 def test_teachers_of_equal_weights_and_different_settings_have_different_digests():
     def ssd():
         torch.manual_seed(0)

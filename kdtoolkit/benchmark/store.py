@@ -82,9 +82,9 @@ class CellResult(BaseModel):
     undefined. `ap_at_four_fifths`: AP after four fifths of the steps, where the suite asks for it. `train_seconds`: the
     whole training by the clock. `cpu_seconds`: CPU time of the training, over all threads; None in results of earlier
     versions. `step_ms`: the median step by the clock. `peak_memory_mb`: peak memory of the process until the end of
-    training; on a GPU, of its tensors. `stretch`: the factor by which the schedule was stretched. `history`: loss terms
-    and the methods' metrics by step. `inherited`: what the student took from its teacher before training, in words;
-    empty if nothing.
+    training; on a GPU, of its tensors in the training. `stretch`: the factor by which the schedule was stretched.
+    `history`: loss terms and the methods' metrics by step. `inherited`: what the student took from its teacher before
+    training, in words; empty if nothing.
 
     `format`: the version of this record. `suite`: the name of the suite that ran it. `settings`: all that repeats it:
     `detector`, `methods`, `data`, `seed`, `steps`, and `teacher` if it had one. `fingerprints`: digests of the content

@@ -49,20 +49,25 @@ def count_views(
     seed: int,
     augment: Augmentation,
     input_size: InputSize | None = None,
+    parts: int = 1,
 ) -> Views:
     """Count the views of the run that `batches` makes of these arguments. No change but `flip` may be on.
 
     A teacher's maps depend on the canvas too, which is as large as the largest image of a batch. So images of different
-    sizes give more different views.
+    sizes give more different views. A batch that is shown in several `parts` has a canvas for each.
     """
+    in_part = max(1, batch_size // parts)
     generator = torch.Generator()
     found = set()
     for draws in draws_of(len(sizes), batch_size, steps, seed, input_size):
         resized = [sizes[draw.image] for draw in draws]
         if input_size is not None:
             resized = [input_size.size_of(*size, draw.short) for size, draw in zip(resized, draws, strict=True)]
-        canvas = tuple(-(-max(side) // _GRID) for side in zip(*resized, strict=True))
-        for draw, size in zip(draws, resized, strict=True):
+        canvases = [
+            tuple(-(-max(side) // _GRID) for side in zip(*resized[start : start + in_part], strict=True))
+            for start in range(0, batch_size, in_part)
+        ]
+        for place, (draw, size) in enumerate(zip(draws, resized, strict=True)):
             mirrored = augment.mirrors(generator.manual_seed(draw.seed))
-            found.add((draw.image, mirrored, size, canvas))
+            found.add((draw.image, mirrored, size, canvases[place // in_part]))
     return Views(steps * batch_size, len(found))

@@ -36,6 +36,7 @@ from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.models import Detector, has_classes, open_detector
+from kdtoolkit.modes import in_eval_mode
 from kdtoolkit.options import did_you_mean
 
 FORMATS = ("onnx",)
@@ -157,23 +158,21 @@ def export(
     shown, which = _images(dataset, images, size)
     about = metadata(detector.name, detector.class_names, (size, size), version("kdtoolkit"))
     plan = _Plan((size, size), batch_size, fixed, opset, about)
-    modes = [(part, part.training) for part in adapter.model.modules()]
     device = next(adapter.model.parameters()).device
-    adapter.model.cpu().eval()
+    adapter.model.cpu()
     partial = file.with_name(f".{file.stem}.{os.getpid()}.partial.onnx")
     try:
-        freedom, check, notes = _written(adapter, partial, shown, plan, say)
         found = None
-        if train is not None and dataset is not None:
-            found = _quantised(partial, file, train, dataset, say)
+        with in_eval_mode(adapter.model):
+            freedom, check, notes = _written(adapter, partial, shown, plan, say)
+            if train is not None and dataset is not None:
+                found = _quantised(partial, file, train, dataset, say)
         partial.replace(file)
     except OSError as error:
         raise KDError(f"cannot write {file}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
         adapter.model.to(device)
-        for part, training in modes:
-            part.training = training
     return Exported(file, str(freedom), which, check, (*detector.notes, *notes), found)
 
 

@@ -114,18 +114,3 @@ def _channels_last(device: str, precision: Precision) -> tuple[bool, str]:
     if device == "cuda" and precision != "float32":
         return True, "tensor cores take half precision in this format"
     return False, "not measured on this device: torch's own format"
-
-
-@contextmanager
-def tensor_float32(choice: Literal["auto"] | bool) -> Iterator[None]:
-    """Context in which float32 products on a GPU are computed in TF32 or not; "auto" leaves it to torch's settings."""
-    if choice == "auto":
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = choice
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before

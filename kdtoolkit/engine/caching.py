@@ -18,11 +18,13 @@ from kdtoolkit.data.recorded import Carrier
 from kdtoolkit.data.resize import with_boxes
 from kdtoolkit.data.views import Sizes, Views, sizes_of
 from kdtoolkit.distiller import Distiller
-from kdtoolkit.engine.arithmetic import Arithmetic, tensor_float32
+from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.engine.mixture import views_of_run
 from kdtoolkit.errors import KDError
+from kdtoolkit.modes import in_eval_mode
 from kdtoolkit.teacher_cache import GIGABYTE, TeacherCache
+from kdtoolkit.tf32 import tensor_float32
 from kdtoolkit.words import size
 
 _COUNTED = 300_000  # images shown; a longer run is counted in its first steps
@@ -135,17 +137,16 @@ def bytes_of_view(distiller: Distiller, dataset: DetectionDataset, config: Train
     The step that counts is one in which most of the methods work. The distiller and its models stay as they are.
     """
     every = range(0, config.steps, max(1, config.steps // _TRIED))
-    calls, training = distiller.calls, distiller.training
+    calls = distiller.calls
     cache = TeacherCache.in_memory(_UNBOUNDED, config.teacher_cache_precision)
     images, targets = _first(dataset, config, device)
     arithmetic = Arithmetic.of_config(distiller, config, device)
     try:
         distiller.calls = distiller.accumulation * max(every, key=lambda step: len(distiller.active(step)))
-        with torch.no_grad(), arithmetic.forward_pass(), with_cache(distiller, cache):
-            distiller.eval()(images, targets)
+        with in_eval_mode(distiller), torch.no_grad(), arithmetic.forward_pass(), with_cache(distiller, cache):
+            distiller(images, targets)
     finally:
         distiller.calls = calls
-        distiller.train(training)
     return cache.bytes
 
 

@@ -18,6 +18,7 @@ from kdtoolkit.engine.precision import autocast_type, resolve_precision
 from kdtoolkit.engine.scoring import Found
 from kdtoolkit.errors import KDError, UnknownDetectorError
 from kdtoolkit.libraries import adapt
+from kdtoolkit.modes import in_eval_mode
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -59,7 +60,7 @@ class Runner:
     @contextmanager
     def in_eval_mode(self) -> Iterator[None]:
         """Put the detector into eval mode; afterwards each of its modules has the mode that it had."""
-        with _in_eval_mode(self.module):
+        with in_eval_mode(self.module):
             yield
 
     def __call__(
@@ -99,17 +100,6 @@ class Runner:
         return Found(where, labels, xywh, scores.numpy().astype(np.float64))
 
 
-@contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
 def _detector(
     model: nn.Module | DetectorAdapter, labels_from: int | None, like: DetectorAdapter | None
 ) -> tuple[nn.Module, Callable[[Sequence[Tensor]], Sequence[Detections]], DetectorSpec | None]:
@@ -134,7 +124,7 @@ def _detector(
         if like is None:
             batch = adapter.prepare(images)
         else:
-            with _in_eval_mode(like.model):  # in train mode some detectors draw a size
+            with in_eval_mode(like.model):  # in train mode some detectors draw a size
                 batch = adapter.prepare(images, like=like.prepare(images))
         return adapter.detections(adapter.head(adapter.features(batch), batch), batch)
 

@@ -29,6 +29,7 @@ _SETTINGS = (
     "teacher_scale",
     "methods",
     "method_settings",
+    "held_shares",
     "data",
     "validation",
     "unlabelled",
@@ -68,6 +69,7 @@ def identity(
         "score": float(distiller.score),
         "methods": [type(method).__name__ for method in methods],
         "method_settings": [_settings(method) for method in methods],
+        "held_shares": [None if method.held is None else float(method.held.share) for method in methods],
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": processor_name(),
@@ -107,7 +109,10 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> lis
 
 
 def _settings(method: Method) -> str:
-    """What a user has chosen for a method: its arguments, which it keeps as public values, its schedule and strides."""
+    """What a user has chosen for a method: its arguments, which it keeps as public values, its schedule and strides.
+
+    A held share is a module and no value: `held_shares` has it.
+    """
     kept = {name: value for name, value in vars(method).items() if not name.startswith("_")}
     kept |= {"schedule": method.schedule, "strides": method.strides}
     return repr({name: _plain(kept[name]) for name in sorted(kept.keys() - {"training", "in_use"})})

@@ -25,15 +25,16 @@ def peak_memory_mb(device: str | torch.device) -> float:
 
 
 class PeakMemory:
-    """The peak memory of a training, without what the process does in between (`paused`).
+    """The peak memory of a training that begins now, without what the process does in between (`paused`).
 
-    A process cannot forget the peak of its resident memory. So on a CPU the peak of the time before the first pause
-    stands for the whole training, whose steps are alike.
+    A process cannot forget the peak of its resident memory. So on a CPU it has the time before the training too, and
+    the peak of the time before the first pause stands for the whole training, whose steps are alike.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._before: float | None = None  # the peak of the training before the last pause
+        self._begin_anew()
 
     def read(self) -> float:
         """The peak so far, in MB."""
@@ -46,5 +47,8 @@ class PeakMemory:
         """A block whose memory does not count."""
         self._before = self.read()
         yield
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)

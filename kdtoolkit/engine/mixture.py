@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sized
 
 from torch import Tensor
 
+from kdtoolkit import processes
 from kdtoolkit.contract import RecordedAlone, Target
 from kdtoolkit.data import LoadedBatch
 from kdtoolkit.data.views import Sizes, Views, count_views
@@ -78,6 +79,7 @@ def views_of_run(
             seed=seed,
             augment=config.augmentation,
             input_size=config.input_size,
+            parts=config.accumulation * processes.count(),
         )
         for sizes, chosen in ((labelled, False), (unlabelled or [], True))
     ]

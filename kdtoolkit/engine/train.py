@@ -19,7 +19,7 @@ from kdtoolkit.contract import RecordedAlone, Target
 from kdtoolkit.data import DetectionDataset, LoadedBatch, batches, check_same_classes
 from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.engine import group
-from kdtoolkit.engine.arithmetic import Arithmetic, tensor_float32
+from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.caching import resolve_cache, teacher_cache
 from kdtoolkit.engine.checkpoint import Checkpoint
 from kdtoolkit.engine.config import TrainConfig, Validation
@@ -46,6 +46,7 @@ from kdtoolkit.engine.state import RunState, Window, seed_step
 from kdtoolkit.engine.stopwatch import Stopwatch
 from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.probing import check_can_probe
+from kdtoolkit.tf32 import tensor_float32
 
 __all__ = ["Progress", "RunFolder", "TrainConfig", "TrainResult", "Validation", "lr_factor", "train"]
 

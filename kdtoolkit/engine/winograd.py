@@ -127,8 +127,9 @@ def _suits(
         and input.ndim == 4
         and input.shape[0] * input.shape[2] * input.shape[3] >= CELLS
         and _has_shape(weight, stride, padding, dilation, groups)
-        and input.device.type == "cpu"
-        and input.dtype == weight.dtype == torch.float32
+        and input.shape[1] == weight.shape[1]  # torch's own convolution says what does not fit
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (input, weight, bias) if x is not None)
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -205,10 +206,10 @@ def _by_winograd(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     found = torch._nnpack_spatial_convolution(
         tall.view(1, channels, count * rows, width), weight.contiguous(), bias, [1, 1], [1, 1]
     )[0]
-    if last:
-        flat = found.view(len(weight), -1).t().contiguous().view(count, rows, width, -1)
-        return flat[:, :height].contiguous().permute(0, 3, 1, 2)
-    return found.view(-1, count, rows, width)[:, :, :height].transpose(0, 1).contiguous()
+    images = found.view(-1, count, rows, width)[:, :, :height].transpose(0, 1)
+    # A new tensor: autograd forbids to change a view in place that a Function made, as `F.relu_` does.
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty_like(images, memory_format=memory_format).copy_(images)
 
 
 def _weight_gradient(input: Tensor, gradient: Tensor) -> Tensor:

@@ -29,3 +29,7 @@ def test_batches_of_different_canvases_show_different_views():
     assert count_views(sizes, **options, batch_size=1).different == 3
     assert count_views(sizes, **options, batch_size=2).different > 3
     assert count_views(sizes, **options, batch_size=3).different == 3  # each batch has all of them
+    for parts, alike in ((3, 1), (2, 1), (1, 3)):  # a part is a batch of its own, as far as its canvas goes
+        found = count_views(sizes, **options, batch_size=3, parts=parts)
+        alone = count_views(sizes, **{**options, "steps": 30 * 3 // alike}, batch_size=alike)
+        assert found.different == alone.different

@@ -5,7 +5,7 @@ from torch import nn
 from kdtoolkit import Distiller, KDError
 from kdtoolkit.data import ProceduralShapes
 from kdtoolkit.detectors import GFL
-from kdtoolkit.engine.arithmetic import Arithmetic, tensor_float32
+from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.engine.train import train
 from kdtoolkit.engine.winograd import gains
@@ -97,14 +97,3 @@ def test_train_brings_the_models_into_the_format(data, choice, last):
     distiller = Distiller(None, tiny_gfl(seed=2, num_classes=len(data.class_names)))
     train(distiller, data, TrainConfig(steps=1, batch_size=2, channels_last=choice), seed=0)
     assert in_last_format(distiller.student) == last
-
-
-def test_tf32_is_set_for_the_run_alone():
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    with tensor_float32("auto"):
-        assert (matmul.allow_tf32, cudnn.allow_tf32) == before
-    for choice in (True, False):
-        with tensor_float32(choice):
-            assert (matmul.allow_tf32, cudnn.allow_tf32) == (choice, choice)
-        assert (matmul.allow_tf32, cudnn.allow_tf32) == before

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import nn
 
 from kdtoolkit import Distiller, KDError
 from kdtoolkit.data import InputSize, ProceduralShapes
@@ -99,6 +100,16 @@ def test_what_a_view_takes_is_measured_without_a_trace(data):
     assert distiller.teacher_cache is None
     assert distiller.calls == 0
     assert all(torch.equal(distiller.state_dict()[name], value) for name, value in before.items())
+
+
+def test_batch_norms_that_learn_no_parameter_keep_their_mode(data):
+    distiller = distiller_of(data, methods=(PKD,)).train()
+    norms = [module for module in distiller.student.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.requires_grad_(False)
+    norms[0].eval()
+    bytes_of_view(distiller, data, config(), CPU)
+    assert [norm.training for norm in norms] == [False] + [True] * (len(norms) - 1)
 
 
 def test_the_pass_that_is_charged_is_computed_as_the_run_computes_it(data, monkeypatch):

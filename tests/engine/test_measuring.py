@@ -190,11 +190,13 @@ def test_peak_memory_is_that_of_the_training(data, monkeypatch):
     assert result.peak_memory_mb == 100.0
 
 
-def test_on_a_gpu_the_peak_begins_anew_after_each_pause(monkeypatch):
-    peak = [100.0]
+def test_on_a_gpu_the_peak_begins_anew_with_the_training_and_after_each_pause(monkeypatch):
+    peak = [500.0]  # of what the process did before
     monkeypatch.setattr("kdtoolkit.engine.memory.peak_memory_mb", lambda device: peak[0])
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: peak.__setitem__(0, 50.0))
     memory = PeakMemory(torch.device("cuda"))
+    assert memory.read() == 50.0
+    peak[0] = 100.0
     with memory.paused():
         peak[0] = 900.0
     assert memory.read() == 100.0

@@ -101,6 +101,17 @@ def test_views_are_counted_as_a_teacher_cache_meets_them(labelled, unlabelled):
     assert first.shown == 6
 
 
+def test_each_part_of_a_batch_has_a_canvas_of_its_own():
+    distiller, sizes = distiller_with(PKD()), [(64, 96), (96, 64), (64, 64)]
+    found = [
+        views_of_run(
+            distiller, config(steps=30, batch_size=2, accumulation=n, augmentation={"flip": 0}), sizes, None, seed=0
+        )
+        for n in (1, 2)
+    ]
+    assert found[0].different > found[1].different == 3
+
+
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2, "workers": 1, "unlabelled_share": 0.4}])
 def test_a_stopped_run_ends_like_one_that_was_not(labelled, unlabelled, tmp_path, changes):
     whole = distiller_with(CrossKD(), PKD())

@@ -274,6 +274,13 @@ def test_another_run_does_not_go_on_in_its_folder(data, tmp_path, changes, named
         run(data, tmp_path, **changes)
 
 
+def test_a_run_goes_on_with_the_share_that_it_held(data, tmp_path):
+    stopped(data, tmp_path, 4, methods=(lambda: PKD().held_at(share=0.1),))
+    with pytest.raises(KDError, match=r"different settings \(held_shares\)"):
+        run(data, tmp_path, methods=(lambda: PKD().held_at(share=0.9),))
+    run(data, tmp_path, methods=(lambda: PKD().held_at(share=0.1),))
+
+
 def test_nested_arguments_and_whole_numbers_are_compared_by_value(data, tmp_path):
     stopped(data, tmp_path, 4, methods=(lambda: CrossKD(box_weight=2.0),))
     with pytest.raises(KDError, match=r"different settings \(method_settings\)"):
@@ -296,7 +303,8 @@ def test_a_folder_of_an_earlier_version_goes_on(data, tmp_path):
     stopped(data, tmp_path, 4)
 
     def shorten(facts):
-        for name in ("method_settings", "teacher_scale", "validation", "processor", "threads", "precision"):
+        later = "method_settings held_shares teacher_scale validation processor threads precision"
+        for name in later.split():
             del facts["made_of"][name]
         del facts["made_of"]["config"]["teacher_cache"]
         del facts["cpu_seconds"]

@@ -12,6 +12,7 @@ from kdtoolkit.contract import Capability, Method
 from kdtoolkit.data import ProceduralShapes, check_same_classes
 from kdtoolkit.engine.train import RunFolder, TrainConfig, Validation, lr_factor, train
 from kdtoolkit.methods import FGD, PKD, CrossKD
+from tests._foundation import foundation
 from tests.conftest import tiny_gfl
 
 CLASSES = len(ProceduralShapes(1).class_names)
@@ -222,6 +223,30 @@ def test_the_search_for_that_place_shows_the_teacher_what_the_step_showed_it(dat
         train(distiller, data, config(), seed=0)
     assert sizes == ([] if start else 2 * [(32, 32)])  # in the step, and in the search
     assert ("teacher: " in str(caught.value)) != bool(start)
+
+
+def test_a_teacher_that_shows_features_alone_is_searched_too(data):
+    distiller = Distiller(foundation(), model(2), [Broken(lambda step, x: x.mean() * math.nan)])
+    with pytest.raises(NonFiniteLossError, match=r"broken/term = nan \(student: all finite.*; teacher: all finite"):
+        train(distiller, data, config(), seed=0)
+
+
+def test_a_search_that_fails_does_not_hide_the_error(data):
+    student, teacher = model(2), model(1)
+    passes = []
+
+    def fail(*_):
+        passes.append(1)
+        if len(passes) == 2:
+            raise RuntimeError("no")
+
+    teacher.backbone.register_forward_hook(fail)
+    distiller = Distiller(teacher, student, [Broken(lambda step, x: x.mean() * math.nan)])
+    buffers = copy.deepcopy(dict(student.named_buffers()))
+    says = r"broken/term = nan \(student: all finite.*; the search for the place ended with RuntimeError: no\)"
+    with pytest.raises(NonFiniteLossError, match=says):
+        train(distiller, data, config(), seed=0)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in student.named_buffers())
 
 
 def test_a_gradient_that_is_not_finite_stops_too(data):

@@ -50,6 +50,18 @@ def test_values_and_gradients_are_those_of_the_direct_convolution(shape, memory_
 
 @large
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 64, 31, 23), (2, 64, 20, 20)])
+def test_a_result_can_be_changed_in_place(shape, memory_format):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(inplace=True))
+    x = maps(*shape, memory_format=memory_format)
+    exact = results(model.double(), x.double().detach().requires_grad_(), torch.enable_grad())
+    for one, other in zip(results(model.float(), x, FastConvolutions()), exact, strict=True):
+        assert differs(one, other) < 1e-4
+
+
+@large
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(2, 128, 40, 30), (3, 128, 27, 26)])
 def test_gradients_of_wide_weights_are_those_of_the_direct_convolution(shape, memory_format):
     torch.manual_seed(0)
@@ -95,6 +107,19 @@ def test_other_convolutions_are_torchs_to_the_last_bit(conv, shape):
         found = conv(x)
     assert "_Convolution" not in type(found.grad_fn).__name__
     assert torch.equal(found, conv(x))
+
+
+@large
+@pytest.mark.parametrize(
+    ("channels", "bias"), [(32, torch.zeros(64)), (64, torch.zeros(32)), (64, torch.zeros(64, dtype=torch.float64))]
+)
+def test_what_does_not_fit_is_torchs_own_error(channels, bias):
+    arguments = maps(2, channels, 20, 20), maps(64, 64, 3, 3), bias, 1, 1
+    with pytest.raises(RuntimeError) as expected:
+        F.conv2d(*arguments)
+    with FastConvolutions(), pytest.raises(RuntimeError) as found:
+        F.conv2d(*arguments)
+    assert str(found.value) == str(expected.value)
 
 
 @large
