@@ -62,6 +62,38 @@ def _given_priors(case: Case) -> None:
 
 
 @torch.no_grad()
+def _alone(case: Case) -> None:
+    """An image has the same predictions and states whatever lies beside it: what fills gaps between images is nothing.
+
+    Images may have different numbers of predictions. So those of an image are compared as sums of probabilities.
+    """
+    if case.spec.priors is PriorKind.NONE:
+        raise LeftOut("the detector shows no predictions")
+    adapter = case.fresh()
+    batch = adapter.prepare(case.images, case.targets)
+    batches = [batch, *(batch.at_images([i]) for i in range(len(case.images)))]
+    whole, *alone = (adapter.head(adapter.features(each), each) for each in batches)
+    for i, trace in enumerate(alone):
+        found, own = (each.probabilities.sum(1) for each in (whole.predictions, trace.predictions))
+        off = (found[i] - own[0]).abs().max().item()
+        expect(
+            off <= 1e-3 * own.abs().max().item() + 1e-4,
+            f"beside other images, the class probabilities of image {i} differ by up to {off:g} in sum: predictions "
+            "that fill gaps between images must have the probability 0",
+        )
+    if case.spec.priors is not PriorKind.PROPOSALS:
+        return
+    for i, stage in enumerate(case.spec.stages):
+        for branch, tensors in whole.states[i].items():
+            counts = len(tensors[0]), sum(len(trace.states[i][branch][0]) for trace in alone)
+            expect(
+                counts[0] == counts[1],
+                f"{stage.name} has {counts[0]} vectors of branch {branch} for a batch, and {counts[1]} for its images "
+                "alone: states must have none for proposals that fill gaps",
+            )
+
+
+@torch.no_grad()
 def _layers(case: Case) -> None:
     """There is a pass for each decoder layer. Its predictions have the head's shapes; the last is the head's own."""
     adapter = case.fresh()
@@ -216,4 +248,4 @@ def _reached(said: Sequence[Tensor], wrt: Sequence[Tensor]) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-CHECKS = by_name(_resume, _given_priors, _layers, _cached, _placed_queries, _shown)
+CHECKS = by_name(_resume, _given_priors, _alone, _layers, _cached, _placed_queries, _shown)
