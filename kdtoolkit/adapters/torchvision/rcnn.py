@@ -22,6 +22,7 @@ from kdtoolkit.adapters.torchvision.base import Graph, TorchvisionAdapter, each_
 from kdtoolkit.adapters.torchvision.examples import tiny_fasterrcnn, tiny_fasterrcnn_v2, tiny_maskrcnn
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
 from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
+from kdtoolkit.canvas import round_up
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -249,7 +250,8 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         blocks = self._blocks() if priors is None else [block.still() for block in self._blocks()]
         # The pooler derives strides from the size of images. The library gives it the size of the content, which would
         # be wrong if much of a canvas is padding for another detector.
-        shown = list(batch.sizes) if priors is None else [tuple(batch.images.shape[-2:])]
+        canvas = [tuple(batch.images.shape[-2:])]
+        shown = list(batch.sizes) if priors is None and self._is_own_canvas(batch) else canvas
         if priors is None:
             first = self._rpn.head(features, batch, stages=None if stages is None else ())
             proposals, _ = self._rpn.proposals(first, batch)
@@ -268,6 +270,12 @@ class FasterRCNNAdapter(TorchvisionAdapter):
             class_logits[: rows.count], box_regression[: rows.count], matches, labels, targets, rpn_losses
         )
         return HeadTrace(states, self._predictions(class_logits, box_regression, priors, rows), outputs, first)
+
+    def _is_own_canvas(self, batch: Batch) -> bool:
+        """Whether the canvas is the one that the detector would choose itself for images of these sizes."""
+        divisor = self.model.transform.size_divisible
+        own = [round_up(max(sides), divisor) for sides in zip(*batch.sizes, strict=True)]
+        return own == [*batch.images.shape[-2:]]
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
         """Run the rest of the box head."""

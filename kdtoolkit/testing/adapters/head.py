@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdtoolkit.contract import Batch, CachedView, Capability, HeadTrace, Predictions, PriorKind, View
@@ -48,17 +50,22 @@ def _moved(predictions: Predictions, once: Mapping[str, Tensor]) -> bool:
 
 @torch.no_grad()
 def _given_priors(case: Case) -> None:
-    """Given its own proposals or queries, the head gives the same predictions to the bit."""
+    """Given its own proposals or queries, the head gives the same predictions to the bit, on a large canvas too."""
     if case.spec.priors.on_grid:
         raise LeftOut("the detector's priors lie on a grid: its head never gets another detector's")
     adapter = case.fresh()
-    view = case.show(adapter)
-    once = outputs(view.head.predictions)
-    again = adapter.head(tuple(view.maps), view.batch, view.head.predictions.priors)
-    expect_same(outputs(again.predictions), once, "with its own priors given")
-    for i, _ in enumerate(case.spec.stages):
-        resumed = adapter.resume(again.states[i], i, again)
-        expect_same(outputs(resumed), once, f"with given priors, resumed from stage {i}")
+    batch = adapter.prepare(case.images, case.targets)
+    higher = F.pad(batch.images, (0, 0, 0, batch.images.shape[-2]))  # as a student's square canvas is for wide images
+    like = adapter.prepare(case.images, case.targets, like=replace(batch, images=higher))
+    for seen, where in ((batch, ""), (like, ", on a canvas of twice the height")):
+        features = adapter.features(seen)
+        own = adapter.head(features, seen)
+        once = outputs(own.predictions)
+        again = adapter.head(features, seen, own.predictions.priors)
+        expect_same(outputs(again.predictions), once, f"with its own priors given{where}")
+        for i, _ in enumerate(case.spec.stages):
+            resumed = adapter.resume(again.states[i], i, again)
+            expect_same(outputs(resumed), once, f"with given priors, resumed from stage {i}{where}")
 
 
 @torch.no_grad()
