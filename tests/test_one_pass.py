@@ -111,6 +111,16 @@ def test_proposals_are_pooled_where_they_are_although_most_of_the_canvas_is_padd
     torch.testing.assert_close(pair.teacher.states[0]["box"][0][: len(boxes[0])], expected)
 
 
+def test_the_teachers_own_proposals_are_pooled_where_they_are_on_a_students_square_canvas():
+    """The library takes 32 rows of cells for 64 px of content to be of stride 2."""
+    exchange = exchange_of(rcnn(32, 1), tiny_of("RF-DETR", seed=2), photos((64, 128), (64, 128)))
+    teacher = exchange.teacher
+    assert teacher.batch.images.shape[-2:] == (128, 128)
+    boxes = [teacher.head.predictions.priors.boxes[0, : teacher.head.predictions.priors.context[0]]]
+    expected = roi_align(teacher.maps[0][:1], boxes, 7, spatial_scale=0.25, sampling_ratio=2)
+    torch.testing.assert_close(teacher.head.states[0]["box"][0][: len(boxes[0])], expected)
+
+
 @pytest.mark.parametrize("teacher", ["torchvision FCOS", "torchvision RetinaNet"])
 def test_on_grids_cells_of_unlike_canvases_correspond(teacher):
     """150 x 200 px: 160 x 224 in the student, 256 x 256 in the teacher, which pads to 128."""

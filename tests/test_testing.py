@@ -642,6 +642,15 @@ class HeadOnAGridTakesNoPriors(DenseAdapter):
         return HeadTrace(trace.states, replace(trace.predictions, logits=trace.predictions.logits + 1))
 
 
+class TellsImagesBesideEachOther(DenseAdapter):
+    """alone"""
+
+    def head(self, features, batch, priors=None, stages=None):
+        trace = super().head(features, batch)
+        logits = trace.predictions.logits
+        return replace(trace, predictions=replace(trace.predictions, logits=logits + len(logits)))
+
+
 class EndsAfterNoLayer(DenseAdapter):
     """layers"""
 

@@ -106,8 +106,8 @@ class Batch:
 class Priors:
     """What predictions are relative to.
 
-    Proposals may be fewer in some images of a batch. The gaps are filled with boxes of the whole image, and assignments
-    give them weight 0.
+    Proposals may be fewer in some images of a batch. The gaps are filled with boxes of the whole image. These predict
+    background with certainty, assignments give them weight 0, and states have no rows for them.
 
     Attributes:
         boxes: (A, 4), or (N, A, 4) if each image has its own. A point is (x, y, x, y).

@@ -47,7 +47,8 @@ class Stage:
             are compared branch by branch, so similar heads must use the same names: `cls` and `reg` in dense heads,
             `box` in two-stage heads, `decoder` in DETR's relatives.
         spatial: True if each tensor is a map (N, C, H, W), one per level. False if there is one tensor of vectors:
-            (M, C) for the M proposals of the batch, or (N, C, Q) for the Q queries of each image.
+            (M, C) for the M proposals of the batch, without those that fill gaps (`Priors`), or (N, C, Q) for the Q
+            queries of each image.
         activation: the function between this joint and the next layer. The state is taken before it, and `resume`
             applies it. So it must be idempotent, as ReLU is. For any other function (SiLU), take the state after it and
             leave `activation` None.

@@ -263,8 +263,11 @@ def test_images_with_fewer_proposals_are_filled_up(family, batch):
         assert priors.boxes[i, count:].tolist() == [[0, 0, width, height]] * (longest - count)
         assert (assignment.labels[i, count:] == K).all()
         assert not assignment.weights[i, count:].any()
+        said = trace.predictions
+        assert (said.probabilities[i, count:] == 0).all()
+        torch.testing.assert_close(said.boxes[i, count:], priors.boxes[i, count:])
     for state, stage in zip(trace.states, adapter.spec.stages, strict=True):
-        assert state["box"][0].shape[:2] == (2 * longest, stage.channels["box"][0])
+        assert state["box"][0].shape[:2] == (sum(counts), stage.channels["box"][0])
     again = adapter.head(adapter.features(prepared), prepared, priors)
     assert again.predictions.priors is priors
     torch.testing.assert_close(again.predictions.logits, trace.predictions.logits)
@@ -287,6 +290,7 @@ def test_without_any_proposal_nothing_is_detected(batch):
     prepared, _, trace = traced(adapter, batch)
     assert trace.predictions.priors.context == (0, 0)
     assert trace.predictions.boxes.isfinite().all()
+    assert not trace.predictions.probabilities.any()
     assert [len(found["scores"]) for found in adapter.detections(trace, prepared)] == [0, 0]
     assert adapter.assign(trace, prepared).normaliser.item() == 1
 

@@ -202,6 +202,30 @@ def test_whose_proposals_go_through_both_heads(priors, batch):
     assert asked == [priors]
 
 
+def test_statistics_are_of_real_proposals_alone(batch):
+    """One image has few proposals beside the other, and boxes of the whole image fill its gap."""
+    teacher, student = (tiny_of("torchvision Faster R-CNN", seed=seed).eval() for seed in (1, 2))
+    images = [batch[0][0], batch[0][1][:, :, :8]]
+    targets = [{"boxes": torch.tensor([[1.0, 1.0, 7.0, 40.0]]), "labels": torch.tensor([1])}] * 2
+    exchange = exchange_of(teacher, student, images, targets)
+    pair = exchange.matched()
+    priors, method = pair.student.predictions.priors, CrossKD()
+    assert priors.context[0] != priors.context[1]
+    method.setup(exchange.student.spec, exchange.teacher.spec)
+    crossed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair, "finish_with_teacher", lambda state, stage: crossed.append(state))
+        method.cross(pair)
+    heads = [adapt(model).model.roi_heads for model in (student, teacher)]
+    alone = []
+    for view, head in zip((exchange.student, exchange.teacher), heads, strict=True):
+        maps = dict(zip(adapt(view.adapter.model).level_names, view.maps, strict=True))
+        proposals = [boxes[:count] for boxes, count in zip(priors.boxes, priors.context, strict=True)]
+        pooled = head.box_roi_pool(maps, proposals, [tuple(view.batch.images.shape[-2:])])
+        alone.append(head.box_head.fc6(pooled.flatten(1)).relu())
+    torch.testing.assert_close(crossed[0]["box"][0], align_statistics(*alone))
+
+
 def test_proposal_terms_are_those_of_the_first_stage_weighted(batch):
     teacher, student = (tiny_of("torchvision Faster R-CNN", seed=seed) for seed in (1, 2))
     losses = []

@@ -107,6 +107,7 @@ def tiny_fasterrcnn(num_classes: int, *, kind: Callable[..., FasterRCNN] = Faste
         "box_head": library.faster_rcnn.TwoMLPHead(16 * 7 * 7, 24),
         "box_predictor": library.faster_rcnn.FastRCNNPredictor(24, num_classes + 1),
         **{f"rpn_{when}_nms_top_n_{mode}": 50 for when in ("pre", "post") for mode in ("train", "test")},
+        "rpn_post_nms_top_n_test": 250,  # more than there are, so that images have different numbers of proposals
         "box_batch_size_per_image": 32,
         "box_score_thresh": 0.01,
         **_TINY_SIZES,

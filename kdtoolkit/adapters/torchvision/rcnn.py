@@ -22,6 +22,7 @@ from kdtoolkit.adapters.torchvision.base import Graph, TorchvisionAdapter, each_
 from kdtoolkit.adapters.torchvision.examples import tiny_fasterrcnn, tiny_fasterrcnn_v2, tiny_maskrcnn
 from kdtoolkit.adapters.torchvision.grid import GridAdapter, decode_offsets, flatten
 from kdtoolkit.adapters.torchvision.towers import Block, blocks_of
+from kdtoolkit.canvas import round_up
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -42,6 +43,7 @@ from kdtoolkit.graph import Detected, at_least_the_best, best, clip_to, pool, su
 
 MIN_SIDE = 1e-2  # of detected boxes, in pixels; the library has no name for it
 LEVEL_EPS = 1e-6  # of the library's rule that chooses a proposal's level
+CERTAIN = 128.0  # a logit so far below another has the probability 0 in float32
 
 
 class RPNAdapter(GridAdapter):
@@ -248,7 +250,8 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         blocks = self._blocks() if priors is None else [block.still() for block in self._blocks()]
         # The pooler derives strides from the size of images. The library gives it the size of the content, which would
         # be wrong if much of a canvas is padding for another detector.
-        shown = list(batch.sizes) if priors is None else [tuple(batch.images.shape[-2:])]
+        canvas = [tuple(batch.images.shape[-2:])]
+        shown = list(batch.sizes) if priors is None and self._is_own_canvas(batch) else canvas
         if priors is None:
             first = self._rpn.head(features, batch, stages=None if stages is None else ())
             proposals, _ = self._rpn.proposals(first, batch)
@@ -266,15 +269,20 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         outputs = BoxOutputs(
             class_logits[: rows.count], box_regression[: rows.count], matches, labels, targets, rpn_losses
         )
-        spread = tuple({branch: tuple(map(rows.spread, x)) for branch, x in state.items()} for state in states)
-        return HeadTrace(spread, self._predictions(class_logits, box_regression, priors, rows), outputs, first)
+        return HeadTrace(states, self._predictions(class_logits, box_regression, priors, rows), outputs, first)
+
+    def _is_own_canvas(self, batch: Batch) -> bool:
+        """Whether the canvas is the one that the detector would choose itself for images of these sizes."""
+        divisor = self.model.transform.size_divisible
+        own = [round_up(max(sides), divisor) for sides in zip(*batch.sizes, strict=True)]
+        return own == [*batch.images.shape[-2:]]
 
     def resume(self, state: State, stage: int, trace: HeadTrace) -> Predictions:
         """Run the rest of the box head."""
         priors = trace.predictions.priors
         rows = _Rows.of(priors)
-        taken, towers = {"box": (rows.take(state["box"][0]),)}, {"box": [[block.still() for block in self._blocks()]]}
-        _, last = keep_states(walk_towers(taken, towers, stage, F.relu), ())
+        towers = {"box": [[block.still() for block in self._blocks()]]}
+        _, last = keep_states(walk_towers(state, towers, stage, F.relu), ())
         return self._predictions(*self._outputs(last["box"][0]), priors, rows)
 
     def _outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,14 +291,15 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         return class_logits.float(), box_regression.float()
 
     def _predictions(self, class_logits: Tensor, box_regression: Tensor, priors: Priors, rows: _Rows) -> Predictions:
-        shape = priors.boxes.shape[:2]
         # Each class has its own offsets. The box is their mean, weighted by the probabilities of all classes but
         # background. The probabilities get no gradient from boxes.
         shares = class_logits.detach()[:, 1:].softmax(-1)[..., None]
         regression = (torch.unflatten(box_regression, -1, (-1, 4))[:, 1:] * shares).sum(1)
+        # A row that fills a gap is background, at its own box. So no method takes it for a prediction.
+        background = F.pad(class_logits.new_full((self._num_classes,), -CERTAIN), (0, 1))
         return Predictions(
-            logits=torch.unflatten(rows.spread(class_logits.roll(-1, -1)), 0, shape),
-            regression=torch.unflatten(rows.spread(regression), 0, shape),
+            logits=rows.spread(class_logits.roll(-1, -1), background),
+            regression=rows.spread(regression, regression.new_zeros(4)),
             priors=priors,
             decode=partial(decode_offsets, self.model.roi_heads.box_coder),
             activation=self.spec.activation,
@@ -431,39 +440,35 @@ class _Graph(Graph):
 class _Rows:
     """The real proposals among the N * P of a batch, one after the other.
 
-    Only they go through the box head, because its batch norm and its losses must not see proposals that fill up. In
-    states and predictions, a row that fills up repeats the last real row before it.
+    Only they go through the box head, because its batch norm, its losses and the statistics of its states must not see
+    proposals that fill up.
     """
 
     boxes: list[Tensor]  # of each image (P_i, 4)
     count: int  # of all images
+    shape: tuple[int, int]  # N, P
     index: Tensor | None  # (R,) rows of the real ones; None where all are
-    source: Tensor | None  # (N * P,) which of them each row shows
 
     @classmethod
     def of(cls, priors: Priors) -> _Rows:
         images, longest = priors.boxes.shape[:2]
-        counts = _counts(priors)
-        run = (
-            counts if any(counts) else (longest,) * images
-        )  # without proposals: run the boxes that fill up, and detect nothing
+        counts, shape = _counts(priors), (images, longest)
+        if min(counts) == longest:
+            return cls(list(priors.boxes), sum(counts), shape, None)
+        # Without proposals: run the boxes that fill up, and predict nothing.
+        run = counts if any(counts) else (longest,) * images
         boxes = [image[:count] for image, count in zip(priors.boxes, run, strict=True)]
-        if min(run) == longest:
-            return cls(boxes, sum(counts), None, None)
         # On the host, where the numbers are known.
-        index = torch.tensor([i * longest + j for i, count in enumerate(run) for j in range(count)])
-        real = torch.zeros(images * longest, dtype=torch.long).index_fill(0, index, 1)
-        source = (real.cumsum(0) - 1).clamp(min=0)
-        device = priors.boxes.device
-        return cls(boxes, sum(counts), index.to(device), source.to(device))
+        index = torch.tensor(
+            [i * longest + j for i, count in enumerate(counts) for j in range(count)], dtype=torch.long
+        )
+        return cls(boxes, sum(counts), shape, index.to(priors.boxes.device))
 
-    def take(self, x: Tensor) -> Tensor:
-        """(N * P, ...) -> (R, ...)."""
-        return x if self.index is None else x[self.index]
-
-    def spread(self, x: Tensor) -> Tensor:
-        """(R, ...) -> (N * P, ...)."""
-        return x if self.source is None else x[self.source]
+    def spread(self, x: Tensor, filler: Tensor) -> Tensor:
+        """(R, C) -> (N, P, C), with `filler` (C,) in rows that fill up."""
+        if self.index is not None:
+            x = filler.repeat(math.prod(self.shape), 1).index_copy(0, self.index, x[: self.count])
+        return torch.unflatten(x, 0, self.shape)
 
 
 def _counts(priors: Priors) -> tuple[int, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdtoolkit.contract import Batch, CachedView, Capability, HeadTrace, Predictions, PriorKind, View
@@ -48,17 +50,54 @@ def _moved(predictions: Predictions, once: Mapping[str, Tensor]) -> bool:
 
 @torch.no_grad()
 def _given_priors(case: Case) -> None:
-    """Given its own proposals or queries, the head gives the same predictions to the bit."""
+    """Given its own proposals or queries, the head gives the same predictions to the bit, on a large canvas too."""
     if case.spec.priors.on_grid:
         raise LeftOut("the detector's priors lie on a grid: its head never gets another detector's")
     adapter = case.fresh()
-    view = case.show(adapter)
-    once = outputs(view.head.predictions)
-    again = adapter.head(tuple(view.maps), view.batch, view.head.predictions.priors)
-    expect_same(outputs(again.predictions), once, "with its own priors given")
-    for i, _ in enumerate(case.spec.stages):
-        resumed = adapter.resume(again.states[i], i, again)
-        expect_same(outputs(resumed), once, f"with given priors, resumed from stage {i}")
+    batch = adapter.prepare(case.images, case.targets)
+    higher = F.pad(batch.images, (0, 0, 0, batch.images.shape[-2]))  # as a student's square canvas is for wide images
+    like = adapter.prepare(case.images, case.targets, like=replace(batch, images=higher))
+    for seen, where in ((batch, ""), (like, ", on a canvas of twice the height")):
+        features = adapter.features(seen)
+        own = adapter.head(features, seen)
+        once = outputs(own.predictions)
+        again = adapter.head(features, seen, own.predictions.priors)
+        expect_same(outputs(again.predictions), once, f"with its own priors given{where}")
+        for i, _ in enumerate(case.spec.stages):
+            resumed = adapter.resume(again.states[i], i, again)
+            expect_same(outputs(resumed), once, f"with given priors, resumed from stage {i}{where}")
+
+
+@torch.no_grad()
+def _alone(case: Case) -> None:
+    """An image has the same predictions and states whatever lies beside it: what fills gaps between images is nothing.
+
+    Images may have different numbers of predictions. So those of an image are compared as sums of probabilities.
+    """
+    if case.spec.priors is PriorKind.NONE:
+        raise LeftOut("the detector shows no predictions")
+    adapter = case.fresh()
+    batch = adapter.prepare(case.images, case.targets)
+    batches = [batch, *(batch.at_images([i]) for i in range(len(case.images)))]
+    whole, *alone = (adapter.head(adapter.features(each), each) for each in batches)
+    for i, trace in enumerate(alone):
+        found, own = (each.probabilities.sum(1) for each in (whole.predictions, trace.predictions))
+        off = (found[i] - own[0]).abs().max().item()
+        expect(
+            off <= 1e-3 * own.abs().max().item() + 1e-4,
+            f"beside other images, the class probabilities of image {i} differ by up to {off:g} in sum: predictions "
+            "that fill gaps between images must have the probability 0",
+        )
+    if case.spec.priors is not PriorKind.PROPOSALS:
+        return
+    for i, stage in enumerate(case.spec.stages):
+        for branch, tensors in whole.states[i].items():
+            counts = len(tensors[0]), sum(len(trace.states[i][branch][0]) for trace in alone)
+            expect(
+                counts[0] == counts[1],
+                f"{stage.name} has {counts[0]} vectors of branch {branch} for a batch, and {counts[1]} for its images "
+                "alone: states must have none for proposals that fill gaps",
+            )
 
 
 @torch.no_grad()
@@ -216,4 +255,4 @@ def _reached(said: Sequence[Tensor], wrt: Sequence[Tensor]) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-CHECKS = by_name(_resume, _given_priors, _layers, _cached, _placed_queries, _shown)
+CHECKS = by_name(_resume, _given_priors, _alone, _layers, _cached, _placed_queries, _shown)
