@@ -27,7 +27,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _each in (Loader, _Dumper):
-    _each.add_implicit_resolver(_FLOAT, re.compile(f"(?:{_EXPONENT.pattern})$"), list("-+.0123456789"))  # type: ignore[no-untyped-call]
+    _each.add_implicit_resolver(_FLOAT, re.compile(f"(?:{_EXPONENT.pattern})$"), list("-+.0123456789"))
 
 
 def load(text: str) -> Any:
