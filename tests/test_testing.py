@@ -674,6 +674,23 @@ class ForgetsStates(DenseAdapter):
         return replace(super().rebuild(outputs, batch), states=())
 
 
+class HidesTensorsInPriors(DenseAdapter):
+    """crossing"""
+
+    def describe(self):
+        return replace(super().describe(), priors=PriorKind.QUERIES, prior_form="points")
+
+    def head(self, features, batch, priors=None, stages=None):
+        trace = super().head(features, batch)
+        context = {"content": features[0].mean()} if priors is None else priors.context
+        priors = replace(trace.predictions.priors, context=context)
+        return replace(trace, predictions=replace(trace.predictions, priors=priors))
+
+    def resume(self, state, stage, trace):
+        found = super().resume(state, stage, trace)
+        return replace(found, logits=found.logits + trace.predictions.priors.context["content"])
+
+
 class HeadOnAGridTakesNoQueries(DenseAdapter):
     """placed_queries"""
 

@@ -77,7 +77,8 @@ def _expect_sources(case: Case, view: View, where: str) -> None:
             what = f"box {[round(x, 1) for x in each['boxes'][at].tolist()]}, label {int(each['labels'][at])}"
             what = f"detection {at} of image {i}{where} ({what}, score {each['scores'][at]:.3f})"
             raise AssertionError(
-                f"{what} is not in the predictions: no prior has this box (in pixels of the original image) and this probability of this class"
+                f"{what} is not in the predictions: no prior has this box (in pixels of the original image) and this "
+                "probability of this class"
             )
 
 
