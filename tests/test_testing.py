@@ -957,6 +957,16 @@ class OverflowsInHalfPrecision(Squares):
         return super().loss(exchange) * (1 if level.dtype == torch.float32 else 2)
 
 
+class RoundsItsProducts(Squares):
+    """own_precision"""
+
+    def loss(self, exchange):
+        level = exchange.student.features[0].float().flatten(2)
+        product = (level @ level.mT).float()
+        exact = (level[:, :, None] * level[:, None]).sum(-1)
+        return super().loss(exchange) + 1000 * (product - exact).abs().mean() / exact.abs().mean()
+
+
 class Random(Squares):
     """repeatable"""
 
