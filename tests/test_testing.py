@@ -674,6 +674,23 @@ class ForgetsStates(DenseAdapter):
         return replace(super().rebuild(outputs, batch), states=())
 
 
+class HidesTensorsInPriors(DenseAdapter):
+    """crossing"""
+
+    def describe(self):
+        return replace(super().describe(), priors=PriorKind.QUERIES, prior_form="points")
+
+    def head(self, features, batch, priors=None, stages=None):
+        trace = super().head(features, batch)
+        context = {"content": features[0].mean()} if priors is None else priors.context
+        priors = replace(trace.predictions.priors, context=context)
+        return replace(trace, predictions=replace(trace.predictions, priors=priors))
+
+    def resume(self, state, stage, trace):
+        found = super().resume(state, stage, trace)
+        return replace(found, logits=found.logits + trace.predictions.priors.context["content"])
+
+
 class HeadOnAGridTakesNoQueries(DenseAdapter):
     """placed_queries"""
 
@@ -938,6 +955,16 @@ class OverflowsInHalfPrecision(Squares):
     def loss(self, exchange):
         level = self.project(exchange.student.features[0])
         return super().loss(exchange) * (1 if level.dtype == torch.float32 else 2)
+
+
+class RoundsItsProducts(Squares):
+    """own_precision"""
+
+    def loss(self, exchange):
+        level = exchange.student.features[0].float().flatten(2)
+        product = (level @ level.mT).float()
+        exact = (level[:, :, None] * level[:, None]).sum(-1)
+        return super().loss(exchange) + 1000 * (product - exact).abs().mean() / exact.abs().mean()
 
 
 class Random(Squares):

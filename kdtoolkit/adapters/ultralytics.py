@@ -40,7 +40,7 @@ from ultralytics.utils.nms import non_max_suppression
 from kdtoolkit import processes
 from kdtoolkit.adapters.yolo_file import checked_config, tensors_of
 from kdtoolkit.build import construct
-from kdtoolkit.canvas import Layout, lay_out
+from kdtoolkit.canvas import Layout, lay_out, scaled
 from kdtoolkit.contract import (
     Assignment,
     Batch,
@@ -341,8 +341,12 @@ class UltralyticsAdapter(DetectorAdapter):
             end2end=end_to_end,
         )
         return [
-            {"boxes": _ops.clip_boxes(each[:, :4], size), "scores": each[:, 4], "labels": each[:, 5].long()}
-            for each, size in zip(kept, batch.original_sizes, strict=True)
+            {
+                "boxes": scaled(_ops.clip_boxes(each[:, :4], size), original, size),
+                "scores": each[:, 4],
+                "labels": each[:, 5].long(),
+            }
+            for each, size, original in zip(kept, batch.sizes, batch.original_sizes, strict=True)
         ]
 
     def graph(self) -> nn.Module:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NotRequired, Self, TypedDict
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from torch import Tensor
 
@@ -113,7 +113,8 @@ class Priors:
         boxes: (A, 4), or (N, A, 4) if each image has its own. A point is (x, y, x, y).
         strides: (A,) in pixels if the priors lie on a grid, else empty.
         grid: (H, W) of each level if the priors lie on a grid, else empty.
-        context: what a detector of the same `prior_form` needs besides the boxes, such as query embeddings.
+        context: what a detector of the same `prior_form` needs besides the boxes, such as query embeddings. It is a
+            tensor or a dataclass of tensors, or has no tensors in it: see `detached`.
         per_cell: number of priors in a cell of each level. Empty if all levels have the same number, or no grid.
     """
 
@@ -132,6 +133,19 @@ class Priors:
         cells = [height * width for height, width in self.grid]
         per_cell = self.per_cell or (total // sum(cells),) * len(cells)
         return tuple(count * each for count, each in zip(cells, per_cell, strict=True))
+
+    def detached(self) -> Priors:
+        """The same priors without gradient: neither boxes nor the tensors of the context have any."""
+        return replace(self, boxes=self.boxes.detach(), context=_detached(self.context))
+
+
+def _detached(x: Any) -> Any:
+    """A tensor, or a dataclass with all its tensors, without gradient. Everything else stays as it is."""
+    if isinstance(x, Tensor):
+        return x.detach()
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{field.name: _detached(getattr(x, field.name)) for field in fields(x) if field.init})
+    return x
 
 
 @dataclass(frozen=True)

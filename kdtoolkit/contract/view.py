@@ -81,7 +81,12 @@ class View:
             return of(self)
 
     def run_head(self, priors: Priors | None = None) -> HeadTrace:
-        """Run the head once more, with `priors` instead of its own."""
+        """Run the head once more, with `priors` instead of its own.
+
+        A frozen view detaches them. The head may be resumed with gradient, which would else flow to whose they are.
+        """
+        if priors is not None and self.frozen:
+            priors = priors.detached()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.computed(lambda: self.adapter.head(tuple(self.maps), self.batch, priors, self._stages))
 

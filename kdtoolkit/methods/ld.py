@@ -44,7 +44,8 @@ def side_divergence(
     """
     if matching is None:
         return distribution_kl(student, teacher, temperature).mean(-1) / student.shape[-1]
-    target = torch.einsum("rst,stb->rsb", (teacher.detach().float() / temperature).softmax(-1), matching)
+    with torch.autocast(student.device.type, enabled=False):  # it would round the target
+        target = torch.einsum("rst,stb->rsb", (teacher.detach().float() / temperature).softmax(-1), matching)
     scores = (student.float() / temperature).log_softmax(-1)
     kl = (torch.xlogy(target, target) - target * scores).sum(-1) * temperature**2
     return kl.mean(-1) / student.shape[-1]

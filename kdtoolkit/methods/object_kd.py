@@ -141,7 +141,8 @@ def carried(probabilities: Tensor, teacher: Sides, student: Sides) -> Tensor:
     values, bins = student.values_at(teacher.places)[..., None], student.bins
     passed = ((values - bins[:-1]) / (bins[1:] - bins[:-1])).clamp(0, 1)  # the share of each gap that lies below
     shares = F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1))  # (R, 4, B, B')
-    return torch.einsum("rsb,rsbc->rsc", probabilities, shares)
+    with torch.autocast(shares.device.type, enabled=False):  # it would round the target
+        return torch.einsum("rsb,rsbc->rsc", probabilities, shares)
 
 
 class ObjectKD(Method):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,13 +43,17 @@ def transformed(
     predictions: Callable[[Predictions], Predictions] = lambda predictions: predictions,
     note: Callable[[str], None] = lambda what: None,
     padding: int = 0,
+    exact: bool = False,
 ) -> DetectorAdapter:
     """A second adapter of the same model, which changes what it shows.
 
     `levels`, `predictions`: functions that each level and all predictions go through. `note`: called with "features" or
     "head" at each pass. `padding`: how many pixels it pads the canvas further when it is prepared like another batch.
+    `exact`: whether the model computes in float32 under autocast too.
     """
     cls: Any = type(adapter)
+    device = next(adapter.model.parameters()).device.type
+    precision = partial(torch.autocast, device, enabled=False) if exact else nullcontext
 
     class Transformed(cls):  # type: ignore[misc]
         def prepare(
@@ -60,19 +66,23 @@ def transformed(
 
         def features(self, batch: Batch) -> tuple[Tensor, ...]:
             note("features")
-            return tuple(map(levels, super().features(batch)))
+            with precision():
+                return tuple(map(levels, super().features(batch)))
 
         def head(self, *args: Any, **kwargs: Any) -> HeadTrace:
             note("head")
-            trace: HeadTrace = super().head(*args, **kwargs)
+            with precision():
+                trace: HeadTrace = super().head(*args, **kwargs)
             return replace(trace, predictions=predictions(trace.predictions))
 
         def layers(self, trace: HeadTrace) -> tuple[HeadTrace, ...]:
-            *inner, last = super().layers(trace)
+            with precision():
+                *inner, last = super().layers(trace)
             return (*(replace(each, predictions=predictions(each.predictions)) for each in inner), last)
 
         def resume(self, *args: Any, **kwargs: Any) -> Predictions:
-            return predictions(super().resume(*args, **kwargs))
+            with precision():
+                return predictions(super().resume(*args, **kwargs))
 
     second = copy.copy(adapter)
     second.__class__ = Transformed

@@ -236,6 +236,14 @@ def test_matching_equal_bins_changes_nothing():
     torch.testing.assert_close(side_divergence(student, teacher, 10.0, matching), side_divergence(student, teacher))
 
 
+def test_autocast_does_not_round_the_target():
+    student, teacher = torch.randn(6, 4, 5), torch.randn(6, 4, 7)
+    matching = match_bins(range(5), range(7), (0.5, 0.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = side_divergence(student, teacher, 10.0, matching)
+    assert torch.equal(found, side_divergence(student, teacher, 10.0, matching))
+
+
 def test_a_softmax_over_one_class_is_refused():
     one = spec(num_classes=1)
     assert LD().refuses(one, one) is None

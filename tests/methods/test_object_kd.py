@@ -248,6 +248,14 @@ def test_distributions_over_the_same_bins_stay_as_they_are():
     assert torch.allclose(carried(probabilities, flat, sides).sum(-1), torch.ones(6, 4), atol=1e-5)
 
 
+def test_autocast_does_not_round_the_carried_distributions():
+    probabilities, bins = random(6, 4, 5, seed=1).softmax(-1), torch.arange(5.0)
+    ours, theirs = (Sides(torch.full((6, 4), at), torch.full((6, 4), 2.0), bins) for at in (0.0, 0.5))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = carried(probabilities, theirs, ours)
+    assert torch.equal(found, carried(probabilities, theirs, ours))
+
+
 def test_there_is_no_distribution_term_unless_both_have_bins():
     assert "distribution" not in step(dense(1), dense(4, bins=()), bins=(BINS, ()))
     assert "distribution" not in step(dense(1, bins=()), dense(4), bins=((), BINS))

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kdtoolkit.contract import Detections, DetectorAdapter, DetectorSpec, Target, View
+from kdtoolkit.canvas import scaled
+from kdtoolkit.contract import Batch, Detections, DetectorAdapter, DetectorSpec, Target, View
 from kdtoolkit.testing._batch import observe
 
 Own = Callable[[Any, Sequence[Tensor]], list[Detections]]
@@ -42,6 +43,27 @@ class Case:
     def show(self, adapter: DetectorAdapter | None = None, targets: Sequence[Target] | None = None) -> View:
         """What the adapter shows of the batch; by default a fresh adapter in eval mode."""
         return observe(adapter or self.fresh(), self.images, self.targets if targets is None else targets)
+
+    @property
+    def like(self) -> Batch:
+        """A student's batch of the images: they have other sizes and proportions there, and the canvas more padding."""
+        originals = tuple((image.shape[-2], image.shape[-1]) for image in self.images)
+        sizes = tuple((height + 9, 2 * width) for height, width in originals)
+        padded = tuple(max(sides) + 23 for sides in zip(*sizes, strict=True))
+        boxes = tuple(
+            scaled(target["boxes"], size, original)
+            for target, size, original in zip(self.targets, sizes, originals, strict=True)
+        )
+        return Batch(self.images[0].new_zeros(len(sizes), 3, *padded), sizes, sizes, originals, boxes)
+
+    def shows(self, adapter: DetectorAdapter) -> dict[str, View]:
+        """What the adapter shows of the images as it prepares them itself, and beside a student. In words, by which."""
+        beside = adapter.prepare(self.images, like=self.like)
+        features = adapter.features(beside)
+        return {
+            "": observe(adapter, self.images),
+            ", prepared like a student's batch": View(adapter, beside, features, adapter.head(features, beside)),
+        }
 
     def losses(self, adapter: DetectorAdapter, targets: Sequence[Target] | None = None) -> dict[str, Tensor]:
         view = self.show(adapter, targets)

@@ -6,8 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from kdtoolkit.contract import PriorKind
-from kdtoolkit.testing._batch import observe
+from kdtoolkit.contract import Detections, PriorKind, View
 from kdtoolkit.testing._expect import expect
 from kdtoolkit.testing.adapters._case import PIXELS, Case
 from kdtoolkit.testing.report import LeftOut, by_name
@@ -21,8 +20,14 @@ LOOKED_AT = 20  # detections of an image that are traced back to predictions
 @torch.no_grad()
 def _detections(case: Case) -> None:
     """Detections are well formed, in pixels of the original images."""
-    found, classes = case.detections(case.fresh()), case.spec.num_classes
-    expect(len(found) == len(case.images), f"{len(found)} lists of detections for {len(case.images)} images")
+    adapter = case.fresh()
+    for where, view in case.shows(adapter).items():
+        _expect_well_formed(case, adapter.detections(view.head, view.batch), where)
+
+
+def _expect_well_formed(case: Case, found: list[Detections], where: str) -> None:
+    classes = case.spec.num_classes
+    expect(len(found) == len(case.images), f"{len(found)} lists of detections for {len(case.images)} images{where}")
     for image, each in zip(case.images, found, strict=True):
         boxes, scores, labels = each["boxes"], each["scores"], each["labels"]
         count = len(scores)
@@ -37,15 +42,19 @@ def _detections(case: Case) -> None:
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         limits = boxes.new_tensor([image.shape[-1], image.shape[-2]]) + 1
         inside = bool(((centres >= -1) & (centres <= limits)).all())
-        expect(inside, f"detections lie outside of their image of {tuple(image.shape[-2:])} pixels")
+        expect(inside, f"detections lie outside of their image of {tuple(image.shape[-2:])} pixels{where}")
 
 
 @torch.no_grad()
 def _sources(case: Case) -> None:
     """Each detection is a prediction with its class, its score and (not with proposals) its box."""
     adapter = case.fresh()
-    view = observe(adapter, case.images)
-    found, predictions = adapter.detections(view.head, view.batch), view.head.predictions
+    for where, view in case.shows(adapter).items():
+        _expect_sources(case, view, where)
+
+
+def _expect_sources(case: Case, view: View, where: str) -> None:
+    found, predictions = view.adapter.detections(view.head, view.batch), view.head.predictions
     if not any(len(each["scores"]) for each in found):
         raise LeftOut("the model detects nothing: hand in one with a lower score threshold")
     probabilities, boxes = predictions.probabilities, predictions.boxes
@@ -66,9 +75,10 @@ def _sources(case: Case) -> None:
         if not bool(fits.any(1).all()):
             at = int((~fits.any(1)).nonzero()[0])
             what = f"box {[round(x, 1) for x in each['boxes'][at].tolist()]}, label {int(each['labels'][at])}"
+            what = f"detection {at} of image {i}{where} ({what}, score {each['scores'][at]:.3f})"
             raise AssertionError(
-                f"detection {at} of image {i} ({what}, score {each['scores'][at]:.3f}) is not in the predictions: "
-                "no prior has this box (in pixels of the original image) and this probability of this class"
+                f"{what} is not in the predictions: no prior has this box (in pixels of the original image) and this "
+                "probability of this class"
             )
 
 

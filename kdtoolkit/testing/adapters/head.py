@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdtoolkit.contract import Batch, CachedView, Capability, HeadTrace, Predictions, PriorKind, View
+from kdtoolkit.contract import (
+    Batch,
+    CachedView,
+    Capability,
+    Exchange,
+    HeadTrace,
+    Predictions,
+    PriorKind,
+    View,
+)
 from kdtoolkit.contract.cached import ImageParts
 from kdtoolkit.testing._expect import expect, expect_close, expect_finite, expect_float32, expect_same, outputs
 from kdtoolkit.testing.adapters._case import Case
@@ -241,6 +250,38 @@ def _shown(case: Case) -> None:
     _expect_unwritten(seen)
 
 
+def _crossing(case: Case) -> None:
+    """Of what a student shows, only the state that crosses gets a gradient through a teacher's head.
+
+    None flows through proposals or queries, which both heads share.
+    """
+    if not case.spec.stages:
+        raise LeftOut("the spec has no stages")
+    student, teacher = case.fresh(train=True), case.fresh()
+    teacher.model.requires_grad_(False)
+    batch = student.prepare(case.images, case.targets)
+    views = [View(each, batch, each.features(batch), frozen=each is teacher) for each in (student, teacher)]
+    pair = Exchange(*views).matched()
+    learned = [(name, p) for name, p in student.model.named_parameters() if p.requires_grad]
+
+    def expect_none(said: Sequence[Predictions], what: str) -> None:
+        value = torch.stack([x.square().sum() for each in said for x in outputs(each).values()]).sum()
+        gradients = torch.autograd.grad(value, [p for _, p in learned], retain_graph=True, allow_unused=True)
+        reached = [name for (name, _), each in zip(learned, gradients, strict=True) if each is not None and each.any()]
+        expect(
+            not reached,
+            f"{what}, a gradient also flows to {', '.join(reached[:3])} of the student: Priors.context must "
+            "be a tensor or a dataclass of tensors, so that it can be detached",
+        )
+
+    for i, (stage, state) in enumerate(zip(case.spec.stages, pair.student.states, strict=True)):
+        crossing = {branch: tuple(x.detach().requires_grad_() for x in tensors) for branch, tensors in state.items()}
+        expect_none([pair.finish_with_teacher(crossing, i)], f"where the state of stage {i} ({stage.name}) crosses")
+    if case.spec.priors is PriorKind.QUERIES:
+        maps = [x.detach().requires_grad_() for x in views[0].maps]
+        expect_none([each.predictions for each in pair.teacher_on(maps)], "where the memory crosses")
+
+
 def _expect_unwritten(seen: Sequence[tuple[str, Tensor, int]]) -> None:
     written = sorted({name for name, x, version in seen if x._version != version})
     expect(not written, f"{', '.join(written)} is written to after it was shown, so methods see the changed values")
@@ -255,4 +296,4 @@ def _reached(said: Sequence[Tensor], wrt: Sequence[Tensor]) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-CHECKS = by_name(_resume, _given_priors, _alone, _layers, _cached, _placed_queries, _shown)
+CHECKS = by_name(_resume, _given_priors, _alone, _layers, _cached, _placed_queries, _shown, _crossing)

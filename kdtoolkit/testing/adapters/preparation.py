@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.contract import Batch
+from kdtoolkit.canvas import scaled
 from kdtoolkit.testing._expect import expect, expect_finite, outputs
 from kdtoolkit.testing.adapters._case import PIXELS, Case
 from kdtoolkit.testing.report import by_name
@@ -59,14 +59,8 @@ def _batch(case: Case) -> None:
 @torch.no_grad()
 def _beside(case: Case) -> None:
     """With `like=` images have the same proportions as in the student's batch, on a canvas that is large enough."""
-    originals = tuple((image.shape[-2], image.shape[-1]) for image in case.images)
-    sizes = tuple((height + 9, 2 * width) for height, width in originals)
-    padded = tuple(max(sides) + 23 for sides in zip(*sizes, strict=True))
-    boxes = tuple(
-        target["boxes"] * _factors(size, original, target["boxes"])
-        for target, size, original in zip(case.targets, sizes, originals, strict=True)
-    )
-    like = Batch(case.images[0].new_zeros(len(sizes), 3, *padded), sizes, sizes, originals, boxes)
+    like, sizes = case.like, case.like.sizes
+    padded = like.images.shape[-2:]
     adapter = case.fresh()
     batch = adapter.prepare(case.images, case.targets, like=like)
     scale = [sum(size[i] for size in batch.sizes) / sum(size[i] for size in sizes) for i in range(2)]
@@ -77,18 +71,15 @@ def _beside(case: Case) -> None:
         )
     canvas = tuple(batch.images.shape[-2:])
     missing = [side for side, other, factor in zip(canvas, padded, scale, strict=True) if side < other * factor - 1]
-    expect(not missing, f"the canvas {canvas}, scaled by {scale}, is too small for the student's canvas of {padded}")
+    expect(
+        not missing, f"the canvas {canvas}, scaled by {scale}, is too small for the student's canvas of {tuple(padded)}"
+    )
     for i, (own, seen) in enumerate(zip(batch.boxes, like.boxes, strict=True)):
-        distance = (own - seen * _factors(batch.sizes[i], sizes[i], seen)).abs()
+        distance = (own - scaled(seen, batch.sizes[i], sizes[i])).abs()
         off = distance.max().item() if len(own) else 0.0
         expect(off <= PIXELS * max(canvas), f"boxes of image {i} are off by {off:g} pixels from where the image lies")
     predictions = adapter.head(adapter.features(batch), batch).predictions
     expect_finite(outputs(predictions), "beside a student's batch")
-
-
-def _factors(size: tuple[int, int], original: tuple[int, int], like: Tensor) -> Tensor:
-    """(4,): factors by which xyxy boxes change when an image of `original` (height, width) gets `size`."""
-    return like.new_tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
 
 
 CHECKS = by_name(_matches, _batch, _beside)

@@ -102,6 +102,22 @@ def _mixed_precision(case: Case) -> None:
         expect(bool(near), f"{found} (if that is about 0, perturb the detectors' weights)")
 
 
+@without_onednn()
+def _own_precision(case: Case) -> None:
+    """Where the detectors compute in float32, so does the method under bfloat16 autocast: terms hardly change."""
+    exact = partial(transformed, exact=True)
+    distiller = case.fresh(change_student=exact, change_teacher=exact)
+    with torch.autocast(case.images[0].device.type, torch.bfloat16):
+        terms = case.terms(distiller)
+    for name, value in case.usual.items():
+        near = abs(terms[name] - value) <= LAYOUT * abs(value) + ROUNDING
+        expect(
+            bool(near),
+            f"{name} is {terms[name].item():g} under autocast, and {value.item():g} without, although the detectors "
+            "compute alike: autocast rounds products of matrices (@, einsum) and layers. Switch it off around them",
+        )
+
+
 def _repeatable(case: Case) -> None:
     """A second run with the same seed is equal to the bit, also after a different batch: nothing is kept."""
     expect_same(case.terms(case.fresh()), case.usual, "the second run")
@@ -143,4 +159,6 @@ def _copies(case: Case) -> None:
     expect_same(case.terms(distiller), case.usual, "a pickled copy")
 
 
-CHECKS = by_name(_two_processes, _channels_last, _mixed_precision, _repeatable, _warm_cache, _round_trip, _copies)
+CHECKS = by_name(
+    _two_processes, _channels_last, _mixed_precision, _own_precision, _repeatable, _warm_cache, _round_trip, _copies
+)
