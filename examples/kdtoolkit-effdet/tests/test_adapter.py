@@ -93,6 +93,8 @@ def test_the_adapter_keeps_the_contract(model):
     assert {name for name, result in report.results.items() if result.outcome != "passed"} == {
         "given_priors",
         "first_stage",
+        "layers",
+        "placed_queries",
     }
 
 

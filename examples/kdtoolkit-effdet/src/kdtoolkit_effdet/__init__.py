@@ -22,6 +22,7 @@ from effdet.config import get_efficientdet_config
 from effdet.data import resolve_input_config
 from effdet.data.transforms import resolve_fill_color
 from effdet.loss import DetectionLoss
+from kdtoolkit import processes
 from kdtoolkit.canvas import Layout, check_images
 from kdtoolkit.contract import (
     Assignment,
@@ -261,7 +262,7 @@ class EfficientDetAdapter(DetectorAdapter):
             labels=flat.where(flat >= 0, self.model.config.num_classes),
             boxes=decode(regression, self._priors(flat.device)),
             weights=torch.ones_like(flat, dtype=torch.float32),
-            normaliser=positives.sum() + 1,
+            normaliser=processes.share(positives.sum() + 1 / processes.count()),  # the library's own adds 1
         )
 
     def _fit(self, size: tuple[int, int]) -> tuple[int, int]:
