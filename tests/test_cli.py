@@ -312,7 +312,7 @@ def test_options_of_the_matrix_alone_are_not_ignored(run):
 
 
 def test_inspect_names_arguments_that_a_library_does_not_check(run):
-    code, _, err = run("inspect", "torchvision/fcos?backbone=resnet10t&min_size=abc", "--image-size", 64)
+    code, _, err = run("inspect", "torchvision/fcos_resnet50_fpn?min_size=[abc]", "--image-size", 64)
     assert (code, "cannot be run on an image of 64 x 64 px" in err) == (2, True)
 
 

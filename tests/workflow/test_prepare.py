@@ -49,7 +49,7 @@ def test_the_image_size_of_a_detector_of_torchvision_does_not_depend_on_where_it
     file = tmp_path / "ssd" / "weights.pth"
     file.parent.mkdir()
     torch.save(timm.create_model("resnet10t").state_dict(), file)
-    name = f"torchvision/fcos?backbone=resnet10t&out_channels=8&pretrained={file}"
+    name = f"torchvision/fcos?backbone=resnet10t&out_channels=32&pretrained={file}"
     found = prepared(TrainOptions, model=name, data=shapes, image_size=96)
     assert found.student.model.transform.max_size == 96
 
