@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdtoolkit.engine.scoring import MAX_DETECTIONS, Floats, Found, Ints, matched
+from kdtoolkit.engine.scoring import MAX_DETECTIONS, Floats, Found, Ints, matched, ranks
 
 _RECALLS: Floats = np.linspace(0, 1, 101)
 _AT_ONCE = 50  # samples that a table of samples and detections holds at a time
@@ -55,7 +55,7 @@ class _Class:
 
 def _classes(truth: Mapping[str, Any], found: Found, max_detections: int) -> Iterator[_Class]:
     """The matches of each class that has objects."""
-    places = {image["id"]: place for place, image in enumerate(truth["images"])}
+    places = {rank: place for place, rank in enumerate(ranks(truth["images"]).values())}
     scoring = matched(truth, found, max_detections, by_area=False)
     by_class: dict[int, list[dict[str, Any]]] = {}
     for each in scoring.evalImgs:

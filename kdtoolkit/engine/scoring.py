@@ -67,14 +67,26 @@ def matched(truth: Mapping[str, Any], found: Found, max_detections: int, *, by_a
     """COCO's evaluation after its first part: detections and objects are matched in each image, for each class.
 
     `by_area`: whether also for small, medium and large objects alone.
+
+    Images and categories are numbered anew in it, by the order of their ids: `ranks`.
     """
-    images, classes = (np.array([entry["id"] for entry in truth[name]], np.int64) for name in ("images", "categories"))
-    rows = np.column_stack([images[found.images], found.boxes, found.scores, classes[found.classes]])
-    # Numbered anew: pycocotools takes a match with an annotation of id 0 for none.
-    annotations = [{**annotation, "id": number} for number, annotation in enumerate(truth["annotations"], 1)]
+    images, classes = ranks(truth["images"]), ranks(truth["categories"])
+    image_ranks, class_ranks = (np.array([*each.values()], np.int64) for each in (images, classes))
+    # These are floats, which cannot hold every id.
+    rows = np.column_stack([image_ranks[found.images], found.boxes, found.scores, class_ranks[found.classes]])
+    # Numbered anew too: pycocotools takes a match with an annotation of id 0 for none.
+    annotations = [
+        {**each, "id": number, "image_id": images[each["image_id"]], "category_id": classes[each["category_id"]]}
+        for number, each in enumerate(truth["annotations"], 1)
+        if each["image_id"] in images and each["category_id"] in classes
+    ]
+    numbered = {
+        "images": [{**image, "id": images[image["id"]]} for image in truth["images"]],
+        "categories": [{**category, "id": classes[category["id"]]} for category in truth["categories"]],
+    }
     with _silence():
-        expected = _index({**truth, "annotations": annotations})
-        detections = expected.loadRes(rows) if len(rows) else _index({**truth, "annotations": []})
+        expected = _index({**truth, **numbered, "annotations": annotations})
+        detections = expected.loadRes(rows) if len(rows) else _index({**truth, **numbered, "annotations": []})
         scoring = COCOeval(expected, detections, "bbox")
         scoring.params.maxDets = [max_detections]
         if not by_area:
@@ -84,6 +96,12 @@ def matched(truth: Mapping[str, Any], found: Found, max_detections: int, *, by_a
             )
         scoring.evaluate()
     return scoring
+
+
+def ranks(entries: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """The place of each entry's id among all ids in ascending order, for the entries of a list in COCO's format."""
+    rank = {each: place for place, each in enumerate(sorted(entry["id"] for entry in entries))}
+    return {entry["id"]: rank[entry["id"]] for entry in entries}
 
 
 def mean_precision(precision: Floats) -> float | None:

@@ -128,3 +128,15 @@ def test_boxes_at_the_very_threshold_and_equal_overlaps():
     boxes = np.array([[0.0, 0, 10, 20], [5.0, 0, 10, 10], [5.0, 0, 10, 10], [2.5, 0, 10, 10], [0.0, 0, 0, 10]])
     found = Found(np.zeros(5, int), np.zeros(5, int), boxes, np.array([0.5, 0.9, 0.5, 0.5, 0.9]))
     assert np.array_equal(precisions(truth, found), by_pycocotools(truth, found))
+
+
+@pytest.mark.parametrize("above", [1, 2**60])
+def test_ids_of_any_size_count(above):
+    truth, found = scene(0)
+    expected = precisions(truth, found)
+    for entry in (*truth["images"], *truth["categories"]):
+        entry["id"] += above
+    for annotation in truth["annotations"]:
+        annotation["image_id"] += above
+        annotation["category_id"] += above
+    assert np.array_equal(precisions(truth, found), expected)
