@@ -452,6 +452,12 @@ class Distiller(nn.Module):
         return frozenset(f"{name}/{term}" for name, method in methods for term in method.vanishing)
 
     @property
+    def terms(self) -> list[str]:
+        """Names (`pkd/feature`) of all loss terms that the methods may have, at work or not."""
+        methods = zip(self._names, self._methods, strict=True)
+        return [f"{name}/{term}" for name, method in methods for term in method.terms]
+
+    @property
     def metrics(self) -> list[str]:
         """Names (`objectkd/covered`, `pkd/factor`) of what is reported besides losses."""
         methods = zip(self._names, self._methods, strict=True)

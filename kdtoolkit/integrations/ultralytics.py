@@ -190,6 +190,7 @@ class TaughtModel(DetectionModel):
         self.__dict__.update(vars(model))
         self.steps = 0
         self._distiller: tuple[Distiller, ...] = ()  # not a submodule: the distiller holds this model
+        self._metrics: dict[str, Tensor] = {}  # the last finite value of each
 
     def learn_from(self, distiller: Distiller) -> None:
         """From now on, losses in training are the distiller's. Its student must be this model."""
@@ -200,7 +201,9 @@ class TaughtModel(DetectionModel):
     def loss(self, batch: dict[str, Any], preds: Any = None) -> Loss:
         """The library's losses; in training with the methods' added to them.
 
-        Returns the terms times the batch size, which the trainer sums up, and each term for its logs.
+        Returns the terms times the batch size, which the trainer sums up, and each term and metric for its logs.
+        The logs need the same names in each step. So a term that is not at work is 0 there, and a metric keeps its last
+        value; it is NaN before the first one.
         """
         if not (self._distiller and self.training) or preds is not None:
             own: Loss = super().loss(batch, preds)
@@ -215,7 +218,13 @@ class TaughtModel(DetectionModel):
         plain = {name for name in terms if "/" in name and name.partition("/")[0] not in distiller.held}
         terms = {name: value * count if name in plain else value for name, value in terms.items()}
         shown = {name: value.detach() / count for name, value in terms.items()}
-        return torch.stack([*terms.values()]), shown | losses.metrics
+        shown |= {name: images.new_zeros(()) for term in distiller.terms if (name := f"{term}_loss") not in shown}
+        order = [name for name in shown if "/" not in name] + [f"{term}_loss" for term in distiller.terms]
+        for name in distiller.metrics:
+            known = self._metrics.get(name, images.new_full((), torch.nan))
+            value = losses.metrics.get(name, known)
+            self._metrics[name] = torch.where(value.isfinite(), value, known)
+        return torch.stack([*terms.values()]), {name: shown[name] for name in order} | self._metrics
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state. If it is a plain student's, what the methods have learned stays as it is."""
@@ -223,7 +232,7 @@ class TaughtModel(DetectionModel):
         return super().load_state_dict({**learned, **state_dict}, strict, assign)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DetectionModel:
-        state = {name: value for name, value in vars(self).items() if name not in ("steps", "_distiller")}
+        state = {name: value for name, value in vars(self).items() if name not in ("steps", "_distiller", "_metrics")}
         state["_modules"] = {name: module for name, module in self._modules.items() if name != "methods"}
         plain: DetectionModel = DetectionModel.__new__(DetectionModel)
         memo[id(self)] = plain

@@ -198,6 +198,22 @@ def test_a_share_is_held_beside_the_librarys_losses(batch):
     assert logged["pkd/factor"] > 0
 
 
+@pytest.mark.parametrize(
+    ("schedule", "works"),
+    [({"start": 1}, [False, True, True]), ({"every": 2}, [True, False, True]), ({"stop": 1}, [True, False, False])],
+)
+def test_the_log_has_the_same_names_in_each_step(schedule, works, batch):
+    model = taught([PKD().scheduled(**schedule).held_at(share=0.2)], guide=teacher())
+    found = []
+    for step in range(3):
+        model.steps = step
+        found.append(model(library_batch(batch))[1])
+    own = ["box_loss", "cls_loss", "dfl_loss"]
+    assert all([*items] == [*own, "pkd/feature_loss", "pkd/factor", "pkd/share"] for items in found)
+    assert [float(items["pkd/feature_loss"]) > 0 for items in found] == works
+    assert [bool(items["pkd/share"].isfinite()) for items in found] == [any(works[: i + 1]) for i in range(3)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_reach_the_student_and_what_methods_learn(dtype, batch):
     model = taught([PKD()])
