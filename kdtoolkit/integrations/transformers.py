@@ -42,8 +42,8 @@ class DistillationTrainer(Trainer):
     `methods.safetensors`; to resume, the trainer reads both. Evaluation runs the plain student, with its own loss.
 
     Raises:
-        KDError: the model is no Distiller, its student is not of transformers, or the distiller counts accumulation
-            itself, which is the Trainer's part here.
+        KDError: the model is no Distiller, its student is not of transformers, the distiller counts accumulation
+            itself, which is the Trainer's part here, or the Trainer would use several GPUs in one process.
     """
 
     model: Distiller
@@ -68,6 +68,11 @@ class DistillationTrainer(Trainer):
                 "(gradient_accumulation_steps) and tells the distiller its steps"
             )
         super().__init__(model, *args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise KDError(
+                f"the Trainer sees {self.args.n_gpu} GPUs in one process, and a distiller trains on one: start your "
+                "script with torchrun --nproc-per-node, or let it see one GPU, as in CUDA_VISIBLE_DEVICES=0"
+            )
         self.label_names = ["labels"]
         processing = None if self.processing_class is None else Processing(self.processing_class)
         self._mean = torch.tensor(adapter.image_mean if processing is None else processing.mean).view(3, 1, 1)
@@ -82,10 +87,17 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The sum of the distiller's losses; in evaluation, the student's own loss and its outputs."""
+        """The sum of the distiller's losses; in evaluation, the student's own loss and its outputs.
+
+        Raises KDError if boxes are relative to images that are smaller than the canvas, and the student masks no
+        padding: to the library, its boxes are relative to the canvas.
+        """
+        if not self._masked:
+            self._check_sizes(inputs)
         if model is self.model.student:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.model.set_extra_state({"step": self.state.global_step})
+        self.model.run_steps = self.state.max_steps or self.model.run_steps
         losses: Losses = model(*self._unprocessed(inputs))
         for name, value in {**losses, **losses.metrics}.items():
             known, count = self._terms.get(name, (torch.zeros_like(value), 0))
@@ -113,12 +125,24 @@ class DistillationTrainer(Trainer):
         pixels = pixels * self._std.to(pixels.device) + self._mean.to(pixels.device)
         images = [image[:, :height, :width] for image, (height, width) in zip(pixels, sizes, strict=True)]
         targets = []
-        for label, size in zip(inputs["labels"], sizes, strict=True):
-            height, width = size if self._masked else canvas
+        for label, content in zip(inputs["labels"], sizes, strict=True):
+            # Boxes are shares of `size`: the image, or the canvas where the library's processor has padded.
+            size = torch.as_tensor(label.get("size", content if self._masked else canvas))
             boxes = box_convert(label["boxes"].float().reshape(-1, 4), "cxcywh", "xyxy")
-            boxes = boxes * boxes.new_tensor([width, height, width, height])
-            targets.append(Target(boxes=boxes, labels=label["class_labels"]))
+            targets.append(Target(boxes=boxes * size.to(boxes).flip(0).repeat(2), labels=label["class_labels"]))
         return images, targets
+
+    def _check_sizes(self, inputs: Mapping[str, Any]) -> None:
+        """Raise KDError if boxes of a batch are relative to anything but the canvas."""
+        canvas = tuple(inputs["pixel_values"].shape[-2:])
+        for label in inputs["labels"]:
+            size = tuple(torch.as_tensor(label.get("size", canvas)).tolist())
+            if size != canvas:
+                raise KDError(
+                    f"an image of {size} pixels (height, width) is padded to {canvas}, and "
+                    f"{type(self.model.student).__name__} does not mask padding: let the image processor resize all "
+                    "images to one size, as in size={'height': 640, 'width': 640}"
+                )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the plain student; into a checkpoint also what the methods have learned."""
@@ -152,7 +176,8 @@ class DistillationTrainer(Trainer):
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Make a batch of what an image processor gave for single images, for `data_collator`.
 
-    Images of different sizes are padded at the right and bottom, and `pixel_mask` says where they are.
+    Images of different sizes are padded at the right and bottom, and `pixel_mask` says where they are. Boxes stay as
+    they are; `size` of an image's labels is what they are relative to.
     """
     images = [torch.as_tensor(item["pixel_values"]) for item in items]
     height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
@@ -160,8 +185,11 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     mask = torch.zeros(len(images), height, width, dtype=torch.int64)
     for i, image in enumerate(images):
         pixels[i, :, : image.shape[-2], : image.shape[-1]] = image
-        mask[i, : image.shape[-2], : image.shape[-1]] = 1
-    return {"pixel_values": pixels, "pixel_mask": mask, "labels": [item["labels"] for item in items]}
+        mask[i, : image.shape[-2], : image.shape[-1]] = torch.as_tensor(items[i].get("pixel_mask", 1))
+    labels = [
+        {"size": torch.tensor(image.shape[-2:]), **item["labels"]} for image, item in zip(images, items, strict=True)
+    ]
+    return {"pixel_values": pixels, "pixel_mask": mask, "labels": labels}
 
 
 def _sizes(mask: Tensor) -> list[tuple[int, int]]:

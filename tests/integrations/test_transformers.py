@@ -38,7 +38,7 @@ def examples(processor, boxes, pictures):
     for i, (picture, (label, *box)) in enumerate(zip(pictures, boxes, strict=True)):
         annotation = {"bbox": box, "category_id": label, "area": box[2] * box[3], "iscrowd": 0}
         given = processor(images=picture, annotations={"image_id": i, "annotations": [annotation]}, return_tensors="pt")
-        found.append({"pixel_values": given["pixel_values"][0], "labels": given["labels"][0]})
+        found.append({name: value[0] for name, value in given.items()})
     return found
 
 
@@ -103,6 +103,22 @@ def test_without_methods_the_loss_is_the_librarys(normalised, boxes, pictures, t
     torch.manual_seed(0)
     theirs = plain(**batch).loss
     torch.testing.assert_close(ours, theirs)
+
+
+def test_boxes_lie_where_the_objects_are_whoever_pads_the_images(boxes, pictures, tmp_path):
+    small = [picture[: 64 - 8 * i] for i, picture in enumerate(pictures[:2])]  # of two sizes
+    apart = DetrImageProcessor(do_resize=False)
+    padding = DetrImageProcessor(do_resize=False, pad_size={"height": 80, "width": 96})
+    run = trainer(tmp_path, [], apart, methods=[], student=detector(DETR))
+    run.model.eval()
+    losses = [run.compute_loss(run.model, collate(examples(each, boxes[:2], small))) for each in (apart, padding)]
+    torch.testing.assert_close(*losses)
+
+
+def test_schedules_in_shares_know_the_number_of_steps_of_the_run(tmp_path, data, processor):
+    run = trainer(tmp_path, data, processor, [PKD().scheduled(stop=0.5)], save_strategy="no")
+    run.train()
+    assert [entry["step"] for entry in run.state.log_history if "pkd/feature" in entry] == [1, 2]
 
 
 def test_losses_fall_and_stand_in_the_log(tmp_path, data, processor):
@@ -200,10 +216,19 @@ def test_evaluation_runs_the_plain_student_and_the_best_is_loaded(tmp_path, data
     assert plain.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
 
 
-def test_what_cannot_work_is_refused(tmp_path, data, processor):
+def test_what_cannot_work_is_refused(tmp_path, data, processor, boxes, pictures):
     with pytest.raises(KDError, match="hand in a distiller"):
         DistillationTrainer(detector(), settings(tmp_path))
     with pytest.raises(KDError, match="not of transformers"):
         trainer(tmp_path, data, processor, student=tiny_gfl(seed=2, num_classes=2))
+    run = trainer(tmp_path, data, processor)
+    unequal = collate(examples(processor, boxes[:2], [pictures[0], pictures[1][:56]]))
+    for model in (run.model, run.model.student):  # in training and in evaluation
+        with pytest.raises(KDError, match=r"an image of \(56, 64\) pixels"):
+            run.compute_loss(model, unequal)
+    several = settings(tmp_path)
+    several._n_gpu = 2
+    with pytest.raises(KDError, match="start your script with torchrun"):
+        DistillationTrainer(run.model, several)
     with pytest.raises(KDError, match="accumulation=2"):
         DistillationTrainer(Distiller(detector(seed=1), detector(seed=2), [PKD()], accumulation=2), settings(tmp_path))
