@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +56,12 @@ class DistillationModule(LightningModule):
         adapter = self.distiller.student_adapter
         batch = adapter.prepare(images)
         return adapter.detections(adapter.head(adapter.features(batch), batch), batch)
+
+    def on_train_start(self) -> None:
+        """Tell the methods' schedules the number of steps of the run, if the Trainer knows it."""
+        steps = self.trainer.estimated_stepping_batches
+        if math.isfinite(steps):
+            self.distiller.run_steps = int(steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of all losses."""

@@ -2,7 +2,8 @@
 
 Ultralytics is AGPL-3.0, which binds what is built with it. kdtoolkit contains none of its code. This follows
 ultralytics 8.4.190. Undocumented names used: `_load_checkpoint_state`, which the trainer calls to resume and to recover
-from losses that are not finite; a checkpoint's `epoch`; a model's `criterion`.
+from losses that are not finite; a checkpoint's `epoch`; a model's `criterion`; `_build_train_pipeline` and
+`_get_warmup_iterations`, which settle the number of steps.
 
 The trainer trains, averages, validates, saves and exports one module, the model. Here this module is a
 `TaughtModel`: the library's DetectionModel, whose `loss` asks the distiller. Copies of it are plain DetectionModels, so
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
@@ -94,6 +96,11 @@ class DistillationTrainer(DetectionTrainer):
             raise KDError(
                 "DistillationTrainer does not train for int8 (quantize=8): leave it out, and quantise at export"
             )
+        if self.args.time and (shares := [m for m in self.methods if m.schedule.has_shares]):
+            raise KDError(
+                f"the schedule of {type(shares[0]).__name__} has shares of the run, and with time={self.args.time} its "
+                "number of steps is not known: give the schedule in steps, or epochs in place of time"
+            )
 
     def get_model(self, *args: Any, **kwargs: Any) -> TaughtModel:
         """Build the library's model, with its weights."""
@@ -115,6 +122,13 @@ class DistillationTrainer(DetectionTrainer):
             class_map=self._shared_classes(_class_names(teacher)),
         )
         self.model.learn_from(self.distiller)
+
+    def _build_train_pipeline(self) -> None:
+        """Build data loaders and optimiser. From then on the schedules know the number of steps of the run."""
+        super()._build_train_pipeline()
+        batches = len(self.train_loader)
+        warmup = self._get_warmup_iterations(batches)
+        self.distiller.run_steps = _optimizer_steps(batches * self.epochs, warmup, self.accumulate)
 
     def _shared_classes(self, names: tuple[str, ...] | None) -> ClassMap | None:
         """The classes that the data and the teacher share. None if no method needs them, or if they are the same."""
@@ -238,6 +252,16 @@ class TaughtModel(DetectionModel):
         memo[id(self)] = plain
         plain.__dict__.update(copy.deepcopy(state, memo))
         return plain
+
+
+def _optimizer_steps(batches: int, warmup: int, accumulate: int) -> int:
+    """The number of optimiser steps of a run, whose steps grow from 1 to `accumulate` batches in the warm-up."""
+    steps, last = 0, -1
+    for batch in range(batches):
+        wanted = round(np.interp(batch, [0, warmup], [1, accumulate])) if batch < warmup else accumulate
+        if batch - last >= wanted:
+            steps, last = steps + 1, batch
+    return steps
 
 
 def _class_names(teacher: nn.Module | DetectorAdapter | Detector) -> tuple[str, ...] | None:

@@ -87,6 +87,12 @@ def test_schedules_count_optimiser_steps(batch, tmp_path):
     assert taught.distiller.step == 3  # the last of two batches of step 2, and the call itself
 
 
+def test_schedules_in_shares_know_the_number_of_steps_of_the_run(batch, tmp_path):
+    taught = module([PKD().scheduled(stop=0.5)])
+    fit(taught, batch, tmp_path, steps=-1, max_epochs=3, accumulate_grad_batches=2)
+    assert taught.distiller.run_steps == 3  # each epoch has two batches
+
+
 def test_the_averaged_student_learns_too(batch, tmp_path):
     taught = module()
     begun = {name: value.clone() for name, value in taught.student.state_dict().items()}

@@ -327,6 +327,21 @@ def test_classes_are_matched_by_name_with_a_teacher_from_a_file(opened, trained,
         )
 
 
+def test_schedules_in_shares_know_the_number_of_steps_of_the_run(student_file, yolo_data, tmp_path):
+    model = YOLO(student_file)
+    model.train(
+        trainer=DistillationTrainer.of(teacher(), [PKD().scheduled(start=0.3, stop=0.6)]),
+        **settings(yolo_data, tmp_path, batch=2, nbs=6, warmup_epochs=1, val=False),
+    )
+    assert model.trainer.distiller.run_steps == model.trainer.taught.steps == 5  # 1 + 1 + 2 + 3 + 3 of 12 batches
+    assert [float(row["train/pkd/feature_loss"]) > 0 for row in log(tmp_path)] == [True, True, False]
+    with pytest.raises(KDError, match="with time=1.0 its number of steps is not known"):
+        model.train(
+            trainer=DistillationTrainer.of(teacher(), [PKD().scheduled(stop=0.6)]),
+            **settings(yolo_data, tmp_path, time=1.0),
+        )
+
+
 @pytest.mark.parametrize(
     ("option", "reason"),
     [({"distill_model": "x.pt"}, "distill_model=x.pt"), ({"compile": True}, "compile"), ({"quantize": 8}, "int8")],
