@@ -138,6 +138,16 @@ class ClassMap:
         return text
 
 
+def check_labels(adapter: DetectorAdapter, labels: Sequence[int]) -> None:
+    """Raise KDError if a class map names a class that the detector does not have."""
+    classes = adapter.spec.num_classes
+    if wrong := [label for label in labels if not 0 <= label < classes]:
+        raise KDError(
+            f"the class map names the class {wrong[0]} of {adapter.spec.name}, which has {classes} classes: labels "
+            f"must lie in 0..{classes - 1}"
+        )
+
+
 class SharedClasses(DetectorAdapter):
     """A detector that shows some of its classes: class k is the wrapped detector's class `labels[k]`.
 
@@ -157,15 +167,10 @@ class SharedClasses(DetectorAdapter):
 
     def __init__(self, adapter: DetectorAdapter, labels: Sequence[int]) -> None:
         super().__init__(adapter.model)
-        classes = adapter.spec.num_classes
-        if wrong := [label for label in labels if not 0 <= label < classes]:
-            raise KDError(
-                f"the class map names the class {wrong[0]} of {adapter.spec.name}, which has {classes} classes: labels "
-                f"must lie in 0..{classes - 1}"
-            )
+        check_labels(adapter, labels)
         self._inner = adapter
         self._labels = tuple(labels)
-        self._hidden = tuple(label for label in range(classes) if label not in labels)
+        self._hidden = tuple(label for label in range(adapter.spec.num_classes) if label not in labels)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.classes import ClassMap
+from kdtoolkit.classes import ClassMap, check_labels
 from kdtoolkit.contract import Capability, ClassRows, DetectorAdapter
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
@@ -66,8 +66,9 @@ def inherit(
         class_map: which classes the two share, if their class lists differ. Rows of all other classes stay as they are.
 
     Raises:
-        KDError: the teacher is no whole detector, nothing fits, the class counts differ and there is no `class_map`, or
-            the adapter of such a detector does not say which weights belong to classes.
+        KDError: the teacher is no whole detector, nothing fits, the class counts differ and there is no `class_map`,
+            `class_map` names a class that a detector does not have, or the adapter of detectors whose classes differ
+            does not say which weights belong to classes.
     """
     ours, theirs = adapt(student), adapt(teacher)
     if not {Capability.FEATURES, Capability.PREDICTIONS} <= theirs.spec.capabilities:
@@ -82,6 +83,8 @@ def inherit(
                 "inherit(student, teacher, ClassMap.by_name(STUDENT'S NAMES, TEACHER'S NAMES))"
             )
         class_map = ClassMap(tuple(range(counts[0])), tuple(range(counts[0])))
+    check_labels(ours, class_map.student)
+    check_labels(theirs, class_map.teacher)
     layers = ours.class_layers
     if layers is None and not class_map.is_identity(*counts):
         raise KDError(

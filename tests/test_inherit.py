@@ -90,6 +90,16 @@ def test_what_cannot_be_taken_is_an_error(teacher, says):
         inherit(tiny_gfl(seed=2), teacher())
 
 
+@pytest.mark.parametrize("class_map", [ClassMap((0, 3), (0, 1)), ClassMap((0, 1), (0, 3))])
+def test_a_class_that_a_detector_does_not_have_is_an_error_before_anything_is_taken(class_map):
+    family = "torchvision Faster R-CNN"  # its rows have one more, of background
+    student, teacher = (tiny_of(family, seed=seed, num_classes=3) for seed in (2, 1))
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    with pytest.raises(KDError, match="the class map names the class"):
+        inherit(student, teacher, class_map)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
 def test_an_adapter_that_does_not_name_its_class_layers_takes_all_or_is_refused():
     class Silent(type(adapt(tiny_fcos(seed=0)))):
         class_layers = None
