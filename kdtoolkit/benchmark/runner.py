@@ -413,6 +413,7 @@ class _Run:
         else:
             discard(detections_path(copy))  # those of an earlier teacher
         write_result(copy, self._teacher_result())
+        discard(copy.with_suffix(".error"))  # it may have failed here, and another run has trained it
 
     def _tell_cache(self) -> None:
         """Say where the teacher cache lies, and how large it is."""
