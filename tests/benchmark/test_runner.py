@@ -27,7 +27,7 @@ from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
 from kdtoolkit.benchmark.runs import open_run
 from kdtoolkit.benchmark.status import read_status
-from kdtoolkit.benchmark.store import Store, read_result
+from kdtoolkit.benchmark.store import Store, read_result, write_atomic
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TWICE, change
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.hardware import cores
@@ -165,6 +165,21 @@ def test_what_is_done_is_not_run_again(finished, monkeypatch):
     assert dates(finished) == before
     assert text.strip() == f"{finished}: all cells are done, so nothing is run (--fresh runs them again)"
     assert outcome.failures == {}
+
+
+def test_a_run_that_was_killed_before_its_last_board_gets_it_from_the_next_call(finished, tmp_path):
+    store = Store(shutil.copytree(finished.parent, tmp_path / "runs") / finished.name)
+    ended = read_status(store.status_path)
+    write_atomic(store.status_path, ended.model_copy(update={"ended": "", "done": 0}).model_dump_json().encode())
+    (store.root / "leaderboard.md").unlink()
+    fewer = tiny(("  PKD: [PKD]\n", ""))
+    outcome, text = run(fewer, store.root)
+    assert outcome.failures == {}
+    assert "all cells are done" in text
+    assert "CrossKD+PKD" in (store.root / "leaderboard.md").read_text()
+    assert {row.entry for row in build_board(store.root).rows} == {BASELINE, "CrossKD+PKD", EQUAL_TIME}
+    status = read_status(store.status_path)
+    assert (status.ended, status.done, status.cells) == ("with all its cells done", 6, 6)
 
 
 def test_a_run_folder_that_a_killed_run_left_beside_its_result_is_deleted(finished, tmp_path):
