@@ -150,8 +150,11 @@ class RayWorkers:
         return len(self._cells)
 
     def begin(self, sets: DataSets) -> None:
-        """Take note of the data, which is sent with the first task. The nodes decode photos."""
-        self._sets = sets
+        """Take note of the data, which is sent with the first task. The nodes decode photos.
+
+        What an earlier run has sent is forgotten: its data may be other data, and its teacher's file other weights.
+        """
+        self._sets, self._data, self._sent = sets, [], {}
 
     def start(self, task: Task) -> None:
         """Start a cell on the cluster."""

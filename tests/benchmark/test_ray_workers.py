@@ -14,9 +14,10 @@ from rich.console import Console
 
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.datasets import load_data
+from kdtoolkit.benchmark.keys import digest_of
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
-from kdtoolkit.benchmark.store import Store, holding, read_result
+from kdtoolkit.benchmark.store import Store, holding, read_result, write_result
 from kdtoolkit.benchmark.suite import BASELINE, change
 from kdtoolkit.errors import KDError
 from tests.benchmark._suite import tiny
@@ -101,6 +102,24 @@ def test_a_killed_worker_is_replaced_and_the_board_equals_the_local_one(cluster,
     assert not list(cluster.glob("kdtoolkit-*/cells/*"))
     _, text = run(suite, there.root, long_baselines=False)  # the same cells, on this machine
     assert "all cells are done" in text
+
+
+def test_a_second_run_of_the_same_workers_sends_the_teacher_as_it_is_then(cluster, tmp_path):
+    from kdtoolkit.benchmark.ray_workers import RayWorkers
+
+    suite, store = tiny(("seeds: 2", "seeds: 1")), Store(tmp_path / "tiny")
+    with RayWorkers(threads=1) as workers:
+        run(suite, store.root, workers, only=["PKD"], long_baselines=False)
+        teacher = store.teacher_path(read_result(store.teacher_copy).key)
+        weights = torch.load(teacher.with_suffix(".pt"), weights_only=True)
+        weights[next(iter(weights))] *= 0.9
+        torch.save(weights, teacher.with_suffix(".pt"))
+        digest = digest_of(weights)
+        trained = read_result(teacher)
+        write_result(teacher, trained.model_copy(update={"fingerprints": {**trained.fingerprints, "teacher": digest}}))
+        outcome, text = run(suite, store.root, workers, only=["PKD"], long_baselines=False, fresh=True)
+    assert outcome.failures == {}, text
+    assert read_result(store.result_path("PKD", 0)).fingerprints["teacher"] == digest
 
 
 def test_a_failing_cell_is_not_run_again(cluster, tmp_path):
