@@ -7,6 +7,7 @@ import socket
 import tempfile
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +121,19 @@ def test_a_second_run_of_the_same_workers_sends_the_teacher_as_it_is_then(cluste
         outcome, text = run(suite, store.root, workers, only=["PKD"], long_baselines=False, fresh=True)
     assert outcome.failures == {}, text
     assert read_result(store.result_path("PKD", 0)).fingerprints["teacher"] == digest
+
+
+def test_each_cell_on_a_gpu_has_a_worker_of_its_own(cluster, tmp_path):
+    from kdtoolkit.benchmark.ray_workers import cell_on
+
+    suite = tiny()
+    task = Plan(suite, Store(tmp_path / "tiny"), load_data(suite.data), device="cpu", threads=1).cell(BASELINE, 0)
+    processes = []
+    for _ in range(3):
+        begun, done = map(ray.get, cell_on("cuda").remote(replace(task, source="of another version"), [], "cell"))
+        assert "different kdtoolkit's source code" in done.failure.message  # it ends before it needs a GPU
+        processes.append(begun.process)
+    assert len(set(processes)) == 3
 
 
 def test_a_failing_cell_is_not_run_again(cluster, tmp_path):
