@@ -246,7 +246,7 @@ class _Run:
             self._keep_teacher()
             self.costs.finished(TEACHER, self._teacher_result().seconds_per_step)
             display.line(f"teacher: taken from {teacher.weights}")
-        for task in [*plan.cells(self.rows), *(plan.twice() if self.long_baselines else [])]:
+        for task in self._cells():
             if (result := self._finished(task)) is None:
                 self.pending.append(task)
             else:
@@ -257,10 +257,17 @@ class _Run:
         if self.done:
             display.line(f"done already: {self.done} cells, not counting the baseline at equal time")
 
-    def _take_suite(self) -> None:
-        """Write the suite, once results of an old one are set aside: they are never in one folder with a new suite."""
+    def _set_aside_unusable(self) -> None:
         for name, reason in self.plan.set_aside_unusable().items():
             self.display.line(f"{name} {reason}", "yellow")
+
+    def _cells(self) -> list[Task]:
+        """The students but the baseline at equal time."""
+        return [*self.plan.cells(self.rows), *(self.plan.twice() if self.long_baselines else [])]
+
+    def _take_suite(self) -> None:
+        """Write the suite, once results of an old one are set aside: they are never in one folder with a new suite."""
+        self._set_aside_unusable()
         write_atomic(self.plan.store.suite_path, self.plan.suite.to_yaml().encode())
         keep_ground_truth(self.plan.store.ground_truth_path, self.sets.val)
 
@@ -392,7 +399,8 @@ class _Run:
         last = self.running.pop(task)
         result = self.plan.result(task)  # a cell has succeeded if its result is on disk
         if result is None:
-            failure = failure or Failure("its process ended without a result")
+            reason = self.plan.why_unusable(task)
+            failure = failure or Failure(f"it {reason}" if reason else "its process ended without a result")
             self._fail(task, failure)
             return
         self.done += 1
@@ -405,7 +413,17 @@ class _Run:
         self.display.ended(task, f"finished  {task.name}: AP {shown}, {cost}", "green")
         if task.entry == TEACHER:
             self._keep_teacher()
+            self._teach_again()
         self._write_board()
+
+    def _teach_again(self) -> None:
+        """Add the finished cells whose teacher had other weights than it has now, after it was trained again."""
+        self._set_aside_unusable()
+        known = {task.name for task in (*self.pending, *self.running)}
+        again = [task for task in self._cells() if task.teacher_weights and task.name not in known]
+        again = [task for task in again if self.plan.result(task) is None]
+        self.pending += again
+        self.done -= len(again)
 
     def _fail(self, task: Task, failure: Failure) -> None:
         self.display.ended(task, f"FAILED    {task.name}: {failure.message}", "bold red")

@@ -27,7 +27,7 @@ from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
 from kdtoolkit.benchmark.runs import open_run
 from kdtoolkit.benchmark.status import read_status
-from kdtoolkit.benchmark.store import Store, read_result, write_atomic
+from kdtoolkit.benchmark.store import Store, read_result, write_atomic, write_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TWICE, change
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.hardware import cores
@@ -264,6 +264,34 @@ def test_damaged_files_are_named_and_trained_again(finished, tmp_path):
     }
     assert not any(path.parent.name in (BASELINE, "CrossKD+PKD") for path in changed)
     assert all(torch.load(path, weights_only=True) for path in (teacher, weights))
+
+
+def test_cells_of_a_teacher_that_was_trained_again_to_other_weights_are_run_again(finished, tmp_path):
+    store = Store(shutil.copytree(finished.parent, tmp_path / "runs") / finished.name)
+    (teacher,) = store.teachers.glob("*.json")
+    had, now = "other weights", read_result(teacher).fingerprints["teacher"]
+    for path in (teacher, store.result_path("PKD", 0)):
+        result = read_result(path)
+        write_result(path, result.model_copy(update={"fingerprints": {**result.fingerprints, "teacher": had}}))
+    teacher.with_suffix(".pt").unlink()  # trained again, it has its own weights again
+    outcome, text = run(tiny(), store.root, seeds=range(1), long_baselines=False)
+    assert outcome.failures == {}
+    after = text.partition("finished  teacher")[2]
+    assert "PKD, seed 0 is out of date (its teacher was trained again and has other weights)" in after
+    assert text.count("started ") == 2  # the teacher and this cell
+    assert read_result(store.result_path("PKD", 0)).fingerprints["teacher"] == now
+    assert open_run(store.root).cells.left_out == ()
+
+
+def test_a_result_that_does_not_know_its_teachers_weights_stays(finished, tmp_path):
+    root = shutil.copytree(finished.parent, tmp_path / "runs") / finished.name
+    suite = tiny()
+    plan = Plan(suite, Store(root), load_data(suite.data), device="cpu", threads=max(1, cores() // 2))
+    task = plan.cell("PKD", 0)
+    result = plan.result(task)
+    for teacher, stays in (("other weights", False), ("", True)):
+        write_result(task.result, result.model_copy(update={"fingerprints": {"teacher": teacher}}))
+        assert (plan.result(task) is not None) == (plan.why_unusable(task) is None) == stays
 
 
 def test_equal_time_goes_by_costs_on_the_same_hardware(tmp_path):
