@@ -19,6 +19,10 @@ class NonFiniteLossError(KDError):
     """A loss term became NaN or infinite. The message names the term and the step."""
 
 
+class UnwritableError(KDError):
+    """A run's folder cannot be written. The message names what stops it."""
+
+
 def printable(text: str) -> str:
     r"""Text for a terminal: control characters but the line feed become escapes, such as \x1b.
 

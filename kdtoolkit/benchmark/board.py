@@ -21,7 +21,7 @@ from kdtoolkit.benchmark.stats import (
     paired_difference,
     spread,
 )
-from kdtoolkit.benchmark.store import CellResult, Store
+from kdtoolkit.benchmark.store import CellResult, Store, cell_name
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TEACHER, TWICE, DetectorSection, Suite
 from kdtoolkit.words import counted
 
@@ -322,10 +322,12 @@ def _warnings(
         )
     yield from _mixed_hardware(cells, teacher)
     yield from equal_time.warnings(cells)
-    for path in (store.teacher_copy.with_suffix(".error"), *sorted((store.root / "cells").glob("*/*.error"))):
-        if path.exists():
-            name = "teacher" if path.parent == store.root else f"{path.parent.name}, {path.stem}"
-            yield f"{name} failed: {path.read_text('utf-8').splitlines()[0]}"
+    places = {TEACHER: store.teacher_copy}
+    places |= {cell_name(row, seed): store.result_path(row, seed) for row in cells for seed in range(suite.seeds)}
+    for name, path in places.items():
+        error = path.with_suffix(".error")
+        if error.exists() and not path.exists():  # a cell that failed here may have come from elsewhere since
+            yield f"{name} failed: {error.read_text('utf-8').splitlines()[0]}"
     for row in (BASELINE, *suite.entries):
         if len(cells[row]) < suite.seeds:
             yield f"{row}: {len(cells[row])} of {suite.seeds} seeds are done"

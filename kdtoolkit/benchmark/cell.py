@@ -22,6 +22,7 @@ from kdtoolkit.benchmark.store import (
     CachedTeacher,
     CellResult,
     Computed,
+    StoreError,
     discard,
     discard_runs,
     holding,
@@ -51,7 +52,7 @@ from kdtoolkit.engine.result import TrainResult
 from kdtoolkit.engine.scoring import Found
 from kdtoolkit.engine.train import Progress, Validation, train
 from kdtoolkit.engine.winograd import gains
-from kdtoolkit.errors import KDError, NonFiniteLossError
+from kdtoolkit.errors import KDError, NonFiniteLossError, UnwritableError
 from kdtoolkit.inherit import inherit
 from kdtoolkit.libraries import adapt
 from kdtoolkit.method_use import MethodUse
@@ -416,7 +417,7 @@ def _train(
     sets: DataSets,
     report: Callable[[Report], None],
 ) -> TrainResult:
-    """Train the student. Raises KDError if it cannot be trained."""
+    """Train the student. Raises KDError if it cannot be trained, and StoreError if its folder cannot be written."""
 
     def training(progress: Progress) -> None:
         report(
@@ -454,6 +455,8 @@ def _train(
             probe_at=task.probed_at,
             report=training,
         )
+    except UnwritableError as error:  # no further cell can be stored either
+        raise StoreError(str(error)) from error
     except NonFiniteLossError as error:
         kept = task.result.with_suffix(".last-good.pt")
         write_weights(kept, distiller.student)

@@ -71,11 +71,13 @@ class Costs:
         later: Sequence[Task],
         entries: Iterable[str],
     ) -> float | None:
-        """Seconds until the run is done; None as long as a row's cost is unknown.
+        """Seconds until the run is done; None as long as a row's cost is unknown, or no cell has room (`jobs` is 0).
 
         `later`: the cells of the row "equal time" that are not pending yet, with their schedule before it is
         stretched. Each will take as long as the slowest of `entries` takes for this schedule.
         """
+        if not jobs:
+            return None
         around = statistics.fmean(self._around) if self._around else self._start_up
         seconds: dict[str, float] = {}
         cells = [*((task, 0) for task in pending), *((task, report.step) for task, report in running.items())]

@@ -154,7 +154,10 @@ def _ap(result: CellResult) -> str:
 
 
 def _copy(result: Path, to: Path) -> None:
-    """Copy a result with its weights and detections. The result comes last, so that it never lacks them."""
+    """Copy a result with its weights and detections. The result comes last, so that it never lacks them.
+
+    Why its cell failed before is deleted.
+    """
     for path, place in (
         (result.with_suffix(".pt"), to.with_suffix(".pt")),
         (detections_path(result), detections_path(to)),
@@ -164,6 +167,7 @@ def _copy(result: Path, to: Path) -> None:
             write_atomic(place, path.read_bytes())
         else:
             discard(place)  # that of an earlier result
+    discard(to.with_suffix(".error"))
 
 
 def _copy_teacher_weights(run: Run, store: Store) -> None:

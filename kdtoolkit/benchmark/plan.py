@@ -235,13 +235,26 @@ class Plan:
 
     def result(self, task: Task) -> CellResult | None:
         """The stored result of a task; None unless it is up to date, and its weights are complete."""
-        return usable_result(task.result, lambda found: self._is_current(found, task))
+        return usable_result(task.result, lambda found: not self._out_of_date(found, task))
 
-    def _is_current(self, found: CellResult, task: Task) -> bool:
+    def _out_of_date(self, found: CellResult, task: Task) -> str:
+        """Why a stored result is not that of its task, in words; empty if it is.
+
+        A teacher that was trained again under the same key may have other weights, on a GPU above all. Results of
+        format 1 do not know the weights that taught them.
+        """
         if self.any_version:
             section = self.suite.teacher if task.entry == TEACHER else self.suite.student
-            return same_settings(found.key_parts, task.parts, any_precision=_is_auto(section))
-        return found.key == key_of(task.parts)
+            is_same = same_settings(found.key_parts, task.parts, any_precision=_is_auto(section))
+        else:
+            is_same = found.key == key_of(task.parts)
+        if not is_same:
+            return difference(found.key_parts, task.parts)
+        if task.teacher_weights is None or not (taught_by := found.fingerprints.get("teacher")):
+            return ""
+        teacher = intact_result(self._teacher.result)
+        weights = None if teacher is None else teacher.fingerprints.get("teacher")
+        return "its teacher was trained again and has other weights" if weights and weights != taught_by else ""
 
     def measured(self, row: str) -> list[CellResult]:
         """The stored results of a row, also results of an earlier version of the suite."""
@@ -257,17 +270,17 @@ class Plan:
         tasks += [self.cell(TWICE, seed, 2.0) for seed in range(self.suite.seeds)]
         tasks += [self.cell(EQUAL_TIME, seed, stretches.get(seed, 1.0)) for seed in range(self.suite.seeds)]
         for task in tasks:
-            if reason := self._unusable(task):
+            if reason := self.why_unusable(task):
                 reasons[task.name] = f"{reason}; its old result is kept as {set_aside(task.result).name}"
         return reasons
 
-    def _unusable(self, task: Task) -> str | None:
+    def why_unusable(self, task: Task) -> str | None:
         """Why a stored result cannot be used; None if it can, or if there is none."""
         old = intact_result(task.result)
         if old is None:
             return f"is trained again, since {task.result} is damaged" if task.result.exists() else None
-        if not self._is_current(old, task):
-            return f"is out of date ({difference(old.key_parts, task.parts)})"
+        if reason := self._out_of_date(old, task):
+            return f"is out of date ({reason})"
         return None if are_whole(task.weights) else f"is trained again, since {task.weights} is missing or damaged"
 
     def stretch(self) -> tuple[str, float] | None:

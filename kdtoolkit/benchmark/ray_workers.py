@@ -106,6 +106,7 @@ class RayWorkers:
         except BaseException:
             self.close()
             raise
+        self._remote = cell_on(self._device)
         self._sets: DataSets | None = None
         self._sent: dict[Path, Sent] = {}
         self._data: list[Sent] = []
@@ -150,8 +151,11 @@ class RayWorkers:
         return len(self._cells)
 
     def begin(self, sets: DataSets) -> None:
-        """Take note of the data, which is sent with the first task. The nodes decode photos."""
-        self._sets = sets
+        """Take note of the data, which is sent with the first task. The nodes decode photos.
+
+        What an earlier run has sent is forgotten: its data may be other data, and its teacher's file other weights.
+        """
+        self._sets, self._data, self._sent = sets, [], {}
 
     def start(self, task: Task) -> None:
         """Start a cell on the cluster."""
@@ -225,7 +229,7 @@ class RayWorkers:
         files = [self._sent.get(path) or self._send(place_of(path)) for path in paths_of(task)]
         name = hashlib.sha256(f"{socket.gethostname()} {task.result.absolute()}".encode()).hexdigest()[:32]
         cell.begun = None
-        cell.messages = _cell.options(**self._options()).remote(task, [*self._data, *files], name)
+        cell.messages = self._remote.options(**self._options()).remote(task, [*self._data, *files], name)
 
     def _send(self, place: Place) -> Sent:
         """Put a place into the cluster's store of objects, from which nodes fetch it."""
@@ -329,7 +333,14 @@ class RayWorkers:
         }
 
 
-@ray.remote
+def cell_on(device: str) -> Any:
+    """The remote function that runs a cell. On a GPU, Ray starts a new worker for each cell.
+
+    A worker's server of processes keeps the GPU that the worker had at first, and Ray may give its next cell another.
+    """
+    return ray.remote(max_calls=1 if device == "cuda" else 0)(_cell)  # 0: any number
+
+
 def _cell(task: Task, sent: list[Sent], name: str) -> Iterator[Begun | Report | Done]:
     yield from run_shipped(task, sent, name)
 

@@ -143,13 +143,14 @@ def run_suite(
     rows = [BASELINE, *(row for row in suite.entries if not only or row in only)]
     if not fresh and plan.complete(rows, long_baselines=long_baselines):
         console.print(Text(f"{root}: all cells are done, so nothing is run (--fresh runs them again)"), soft_wrap=True)
-        return Outcome()
+        with store.lock(), Display(console) as display:
+            return _Run(plan, sets, display, executor, rows, [], long_baselines, end).refresh()
     checked = check_methods(suite, sets, rows)
     with store.lock(), Display(console) as display:
         for notice in sets.notices:
             display.line(f"note: {notice}", "yellow")
         stale = (list(only) or [TEACHER, BASELINE, EQUAL_TIME, TWICE, *suite.entries]) if fresh else []
-        return _Run(plan, sets, display, executor, rows, stale, long_baselines, end, checked).run()
+        return _Run(plan, sets, display, executor, rows, stale, long_baselines, end).run(checked)
 
 
 class _Run:
@@ -163,7 +164,6 @@ class _Run:
         fresh: list[str],
         long_baselines: bool,
         end: float | None,
-        pair: Distiller,
     ) -> None:
         self.plan = plan
         self.sets = sets
@@ -173,7 +173,6 @@ class _Run:
         self.fresh = fresh  # rows whose results are deleted first
         self.long_baselines = long_baselines
         self.end = end  # by time.monotonic
-        self.pair = pair  # a student and its teacher with random weights
         self.costs = Costs()
         self.outcome = Outcome()
         self.pending: list[Task] = []
@@ -188,10 +187,23 @@ class _Run:
         self.has_data = False  # whether the executor has it
         self.next_board = 0.0  # by time.monotonic
 
-    def run(self) -> Outcome:
+    def refresh(self) -> Outcome:
+        """Bring the folder of a run whose cells are all done up to date.
+
+        The run may have been killed before its last board, or its suite may ask for fewer rows than before.
+        """
+        self._take_suite()
+        self._keep_teacher()
+        self.done = sum(len(self.plan.measured(row)) for row in (*self.rows, EQUAL_TIME, TWICE))
+        self.status.update(self.done, self.done, None, {}, {})
+        self._finish()
+        return self.outcome
+
+    def run(self, pair: Distiller) -> Outcome:
+        """Run the cells that are not done. `pair`: a student and its teacher with random weights."""
         try:
             self._prepare()
-            self._introduce()
+            self._introduce(pair)
             self._drain()
             if self.long_baselines:
                 self._plan_equal_time()
@@ -205,14 +217,18 @@ class _Run:
             raise
         finally:
             self.executor.stop()
+        self._finish()
+        if not self.outcome.interrupted:
+            self._tell_cache()
+            self.display.line(f"took {duration(time.monotonic() - self.started)}")
+        return self.outcome
+
+    def _finish(self) -> None:
         self._write_board(last=True)
         self.status.end(self.outcome.in_words)
         if not self.outcome.interrupted:  # a user who waits for the run to stop gets no pictures
             root = self.plan.store.root
             write_report([View.of(root, pictures=True)], root)
-            self._tell_cache()
-            self.display.line(f"took {duration(time.monotonic() - self.started)}")
-        return self.outcome
 
     def _prepare(self) -> None:
         plan, display = self.plan, self.display
@@ -221,11 +237,7 @@ class _Run:
             for path in [plan.store.result_path(row, seed) for seed in plan.seeds if row != TEACHER]:
                 discard(path)
                 discard_runs(path)
-        for name, reason in plan.set_aside_unusable().items():
-            display.line(f"{name} {reason}", "yellow")
-        # after that, so that the new suite is never in one folder with results of an old one
-        write_atomic(plan.store.suite_path, plan.suite.to_yaml().encode())
-        keep_ground_truth(plan.store.ground_truth_path, self.sets.val)
+        self._take_suite()
         teacher = plan.teacher_task()
         if plan.result(teacher) is None:
             discard(plan.store.teacher_copy)
@@ -234,7 +246,7 @@ class _Run:
             self._keep_teacher()
             self.costs.finished(TEACHER, self._teacher_result().seconds_per_step)
             display.line(f"teacher: taken from {teacher.weights}")
-        for task in [*plan.cells(self.rows), *(plan.twice() if self.long_baselines else [])]:
+        for task in self._cells():
             if (result := self._finished(task)) is None:
                 self.pending.append(task)
             else:
@@ -244,6 +256,20 @@ class _Run:
             self.later = plan.cells([EQUAL_TIME])
         if self.done:
             display.line(f"done already: {self.done} cells, not counting the baseline at equal time")
+
+    def _set_aside_unusable(self) -> None:
+        for name, reason in self.plan.set_aside_unusable().items():
+            self.display.line(f"{name} {reason}", "yellow")
+
+    def _cells(self) -> list[Task]:
+        """The students but the baseline at equal time."""
+        return [*self.plan.cells(self.rows), *(self.plan.twice() if self.long_baselines else [])]
+
+    def _take_suite(self) -> None:
+        """Write the suite, once results of an old one are set aside: they are never in one folder with a new suite."""
+        self._set_aside_unusable()
+        write_atomic(self.plan.store.suite_path, self.plan.suite.to_yaml().encode())
+        keep_ground_truth(self.plan.store.ground_truth_path, self.sets.val)
 
     def _tidy_teacher(self) -> None:
         """Delete what an earlier training of the teacher left: all of it if it is to run afresh, else its run folder.
@@ -271,7 +297,7 @@ class _Run:
             discard_runs(task.result)
         return result
 
-    def _introduce(self) -> None:
+    def _introduce(self, pair: Distiller) -> None:
         """Print what the run will do, before anything takes long."""
         suite, display = self.plan.suite, self.display
         if any(task.entry == TEACHER for task in self.pending):
@@ -290,7 +316,7 @@ class _Run:
             display.line("then the baseline again, with a schedule that takes as long as the slowest method")
         threads = f"{counted(self.plan.threads, 'thread')} each"
         display.line(f"on {self.plan.hardware}: {self.executor.slots} at a time, {threads}, {self._precision()}")
-        display.line(f"convolutions: {self._convolutions()}")
+        display.line(f"convolutions: {self._convolutions(pair)}")
         display.line(f"results: {self.plan.store.root}; after Ctrl-C, run the same command to continue")
 
     def _precision(self) -> str:
@@ -301,11 +327,11 @@ class _Run:
             return precision
         return f"{precision}, because this hardware has {'' if precision == 'bfloat16' else 'no '}bfloat16"
 
-    def _convolutions(self) -> str:
+    def _convolutions(self, pair: Distiller) -> str:
         """How the cells compute convolutions and, if the hardware chose it, why."""
         section = self.plan.cell(BASELINE, 0).detector
         assert section.train is not None  # students are trained
-        return Arithmetic.of_config(self.pair, section.train, torch.device(self.plan.device)).convolutions_and_why
+        return Arithmetic.of_config(pair, section.train, torch.device(self.plan.device)).convolutions_and_why
 
     def _plan_equal_time(self) -> None:
         self.later = []
@@ -373,7 +399,8 @@ class _Run:
         last = self.running.pop(task)
         result = self.plan.result(task)  # a cell has succeeded if its result is on disk
         if result is None:
-            failure = failure or Failure("its process ended without a result")
+            reason = self.plan.why_unusable(task)
+            failure = failure or Failure(f"it {reason}" if reason else "its process ended without a result")
             self._fail(task, failure)
             return
         self.done += 1
@@ -386,7 +413,17 @@ class _Run:
         self.display.ended(task, f"finished  {task.name}: AP {shown}, {cost}", "green")
         if task.entry == TEACHER:
             self._keep_teacher()
+            self._teach_again()
         self._write_board()
+
+    def _teach_again(self) -> None:
+        """Add the finished cells whose teacher had other weights than it has now, after it was trained again."""
+        self._set_aside_unusable()
+        known = {task.name for task in (*self.pending, *self.running)}
+        again = [task for task in self._cells() if task.teacher_weights and task.name not in known]
+        again = [task for task in again if self.plan.result(task) is None]
+        self.pending += again
+        self.done -= len(again)
 
     def _fail(self, task: Task, failure: Failure) -> None:
         self.display.ended(task, f"FAILED    {task.name}: {failure.message}", "bold red")
@@ -413,6 +450,7 @@ class _Run:
         else:
             discard(detections_path(copy))  # those of an earlier teacher
         write_result(copy, self._teacher_result())
+        discard(copy.with_suffix(".error"))  # it may have failed here, and another run has trained it
 
     def _tell_cache(self) -> None:
         """Say where the teacher cache lies, and how large it is."""

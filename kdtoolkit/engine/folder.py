@@ -19,7 +19,7 @@ from kdtoolkit.engine.identity import compare
 from kdtoolkit.engine.log import Log, Row, Trackers
 from kdtoolkit.engine.memory import peak_memory_mb
 from kdtoolkit.engine.state import RunState
-from kdtoolkit.errors import KDError
+from kdtoolkit.errors import KDError, UnwritableError
 from kdtoolkit.files import write_atomic
 from kdtoolkit.lock import hold
 
@@ -90,7 +90,7 @@ class Keeper:
         """Store a checkpoint if it is time for one, or if this step is the `last` for now."""
 
     def weights(self, name: str, student: nn.Module, *, last: bool = False) -> bool:
-        """Store the detector's weights. Returns whether that worked; raises KDError if it did not and the run ends."""
+        """Store the detector's weights. Returns whether that worked; UnwritableError if it did not and the run ends."""
         return True
 
 
@@ -100,14 +100,17 @@ def opened(folder: RunFolder, made_of: Mapping[str, Any]) -> Iterator[tuple[Keep
 
     Gives the Keeper of the run, and the checkpoint to continue from, if there is one.
 
-    Raises KDError if another process uses the folder, if it holds a different run, or if it cannot be written.
+    Raises KDError if another process uses the folder or if it holds a different run, and UnwritableError if it cannot
+    be written.
     """
     with ExitStack() as held:
         try:
             held.enter_context(hold(folder.path))
             keeper = _FolderKeeper(folder, made_of)
         except OSError as error:
-            raise KDError(f"{_unwritable(error, folder.path)}: correct that, or choose another folder") from error
+            raise UnwritableError(
+                f"{_unwritable(error, folder.path)}: correct that, or choose another folder"
+            ) from error
         held.callback(keeper.trackers.finish)
         held.callback(keeper.flush)  # an error or Ctrl-C leaves rows since the last checkpoint
         yield keeper, keeper.found
@@ -201,11 +204,11 @@ class _FolderKeeper(Keeper):
             self._notice(f"{_unwritable(error, self._folder.path)}. The log's lines wait until it can be")
 
     def _failed(self, error: OSError, path: Path, *, last: bool) -> None:
-        """Say that something could not be written. Raises KDError if the run ends here."""
+        """Say that something could not be written. Raises UnwritableError if the run ends here."""
         kept = f"the last whole checkpoint is of step {self._saved_step}" if self._saved_step else "there is none yet"
         if last:
             mended_by = _MENDED_BY.get(error.errno or 0, "Correct that")
-            raise KDError(
+            raise UnwritableError(
                 f"{_unwritable(error, path)}; {kept}. {mended_by}, and start the run again: it goes on from there"
             ) from error
         self._notice(f"{_unwritable(error, path)}; {kept}. Training goes on, and it is tried again later")

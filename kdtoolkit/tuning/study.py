@@ -7,8 +7,11 @@ Only this file imports Optuna. Its pruners can end a trial and not let it wait, 
 from __future__ import annotations
 
 import importlib
+import os
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +67,8 @@ def ranked(trials: list[Trial]) -> list[Trial]:
 class Study:
     """The trials in a file. A search that was stopped goes on with the trials that it would have made.
 
-    Raises KDError if Optuna is missing, or if the file cannot be read.
+    Raises KDError if Optuna is missing, or if the file cannot be read. All of it raises KDError if the file cannot be
+    written.
     """
 
     def __init__(self, path: Path, space: Space, seed: int) -> None:
@@ -72,8 +76,9 @@ class Study:
         self._space = space
         self._seed = seed
         self._uses = {tuple(params.values()): space.uses(params) for params in space.settings()}
-        _mend(path)
-        journal = self._optuna.storages.journal.JournalFileBackend(str(path))
+        with _disk(path):
+            _mend(path)
+            journal = _Journal(self._optuna.storages.journal.JournalFileBackend(str(path)), path)
         verbosity = self._optuna.logging.get_verbosity()
         self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)
         try:
@@ -188,6 +193,36 @@ class Study:
         return list(self._study.get_trials(deepcopy=False))
 
 
+class _Journal:
+    """Optuna's file of trials. What Optuna wants of such a file are these two methods."""
+
+    def __init__(self, backend: Any, path: Path) -> None:
+        self._backend = backend
+        self._path = path
+
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        with _disk(self._path):
+            return list(self._backend.read_logs(log_number_from))
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with _disk(self._path):
+            self._backend.append_logs(logs)
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """A context in which errors of the disk become a KDError that names the file of trials."""
+    try:
+        yield
+    except OSError as error:
+        with suppress(OSError):
+            _mend(path)  # nothing may be appended to half a line
+        raise KDError(
+            f"the trials in {path} cannot be read or written ({error.strerror or error}): mend that, and start the "
+            "search again: it goes on from there"
+        ) from error
+
+
 def imported() -> Any:
     """Optuna. Raises KDError that says how to install it."""
     try:
@@ -199,5 +234,5 @@ def imported() -> Any:
 def _mend(path: Path) -> None:
     """Cut a last line that a killed process left half written. Optuna refuses a file with such a line in its middle."""
     if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+        os.truncate(path, content.rfind(b"\n") + 1)  # to write the rest anew would lose it if that fails
     path.with_name(f"{path.name}.lock").unlink(missing_ok=True)  # the run's folder is held by this process

@@ -1,5 +1,8 @@
 """A cell that was interrupted goes on within its training, and leaves nothing but its result."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from kdtoolkit.benchmark.cell import build_detector
 from kdtoolkit.benchmark.datasets import load_data
 from kdtoolkit.benchmark.detections_file import detections_path, read_detections
 from kdtoolkit.benchmark.plan import Plan
-from kdtoolkit.benchmark.store import Computed, Store, discard_runs, read_result, write_weights
+from kdtoolkit.benchmark.store import Computed, Store, StoreError, discard_runs, read_result, write_weights
 from kdtoolkit.benchmark.suite import BASELINE, change
 from kdtoolkit.engine import measuring
 from kdtoolkit.engine.breakdown import breakdown
@@ -88,6 +91,20 @@ def test_an_interrupted_cell_goes_on_within_its_training(tmp_path, monkeypatch):
     assert files[0].keys() == files[1].keys() == {"seed0.json", "seed0.pt", "seed0.detections.npz"}
     one, two = (torch.load(found["seed0.pt"], weights_only=True) for found in files)
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_training_that_cannot_be_stored_is_the_fault_of_the_disk(tmp_path, monkeypatch):
+    task = task_in(tmp_path)
+    sync = os.fsync
+
+    def full(handle):
+        if any(task.run_folder.glob("checkpoints/.step-*")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"No space left on device; there is none yet\. Free space"):
+        cell.run(task, lambda report: None)
 
 
 def test_a_curve_and_a_probe_change_nothing_but_what_is_stored_of_them(tmp_path):

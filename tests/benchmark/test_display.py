@@ -71,6 +71,7 @@ def test_the_time_left_by_hand(plan):
     assert costs.remaining([baseline, pkd], {}, 1, [], []) == 20 + 2 * (10 + 30 / 3)  # with the teacher's forward
     costs.finished("PKD", 30.0)
     assert costs.remaining([baseline, pkd], {}, 2, [], []) == (20 + 60) / 2
+    assert costs.remaining([baseline, pkd], {}, 0, [], []) is None  # no node of a cluster has room
     assert costs.remaining([], {pkd: Report("training", 1, {}, 30.0)}, 1, later, ["PKD"]) == 30 + 4 * 30
     assert costs.remaining([teacher, pkd], {}, 4, [], []) == 90 + 60 / 4  # methods wait for the teacher
     costs.ended(pkd, 65.0, 60.0)

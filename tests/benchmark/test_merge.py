@@ -184,6 +184,7 @@ def test_a_cell_takes_the_place_of_a_damaged_one_which_is_kept_beside_it(tmp_pat
     broken.write_text("{")
     detections_path(broken).write_bytes(b"of the damaged result")
     broken.with_suffix(".pt").write_bytes(b"its weights")
+    broken.with_suffix(".error").write_text("out of luck\n")
     merged = merge(one, [two])
     assert merged.new == 1
     assert merged.kept_aside == (f"{broken} did not belong to its run: it is kept as seed1.json.old",)
@@ -192,6 +193,7 @@ def test_a_cell_takes_the_place_of_a_damaged_one_which_is_kept_beside_it(tmp_pat
     assert open_run(one).cells.left_out == ()
     assert broken.with_suffix(".json.old").read_text() == "{"
     assert not detections_path(broken).exists()
+    assert not broken.with_suffix(".error").exists()
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

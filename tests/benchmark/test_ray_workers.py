@@ -7,6 +7,7 @@ import socket
 import tempfile
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from rich.console import Console
 
 from kdtoolkit.benchmark.board import build_board
 from kdtoolkit.benchmark.datasets import load_data
+from kdtoolkit.benchmark.keys import digest_of
 from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
-from kdtoolkit.benchmark.store import Store, holding, read_result
+from kdtoolkit.benchmark.store import Store, holding, read_result, write_result
 from kdtoolkit.benchmark.suite import BASELINE, change
 from kdtoolkit.errors import KDError
 from tests.benchmark._suite import tiny
@@ -101,6 +103,37 @@ def test_a_killed_worker_is_replaced_and_the_board_equals_the_local_one(cluster,
     assert not list(cluster.glob("kdtoolkit-*/cells/*"))
     _, text = run(suite, there.root, long_baselines=False)  # the same cells, on this machine
     assert "all cells are done" in text
+
+
+def test_a_second_run_of_the_same_workers_sends_the_teacher_as_it_is_then(cluster, tmp_path):
+    from kdtoolkit.benchmark.ray_workers import RayWorkers
+
+    suite, store = tiny(("seeds: 2", "seeds: 1")), Store(tmp_path / "tiny")
+    with RayWorkers(threads=1) as workers:
+        run(suite, store.root, workers, only=["PKD"], long_baselines=False)
+        teacher = store.teacher_path(read_result(store.teacher_copy).key)
+        weights = torch.load(teacher.with_suffix(".pt"), weights_only=True)
+        weights[next(iter(weights))] *= 0.9
+        torch.save(weights, teacher.with_suffix(".pt"))
+        digest = digest_of(weights)
+        trained = read_result(teacher)
+        write_result(teacher, trained.model_copy(update={"fingerprints": {**trained.fingerprints, "teacher": digest}}))
+        outcome, text = run(suite, store.root, workers, only=["PKD"], long_baselines=False, fresh=True)
+    assert outcome.failures == {}, text
+    assert read_result(store.result_path("PKD", 0)).fingerprints["teacher"] == digest
+
+
+def test_each_cell_on_a_gpu_has_a_worker_of_its_own(cluster, tmp_path):
+    from kdtoolkit.benchmark.ray_workers import cell_on
+
+    suite = tiny()
+    task = Plan(suite, Store(tmp_path / "tiny"), load_data(suite.data), device="cpu", threads=1).cell(BASELINE, 0)
+    processes = []
+    for _ in range(3):
+        begun, done = map(ray.get, cell_on("cuda").remote(replace(task, source="of another version"), [], "cell"))
+        assert "different kdtoolkit's source code" in done.failure.message  # it ends before it needs a GPU
+        processes.append(begun.process)
+    assert len(set(processes)) == 3
 
 
 def test_a_failing_cell_is_not_run_again(cluster, tmp_path):

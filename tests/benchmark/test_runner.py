@@ -27,7 +27,7 @@ from kdtoolkit.benchmark.plan import Plan
 from kdtoolkit.benchmark.runner import run_suite
 from kdtoolkit.benchmark.runs import open_run
 from kdtoolkit.benchmark.status import read_status
-from kdtoolkit.benchmark.store import Store, read_result
+from kdtoolkit.benchmark.store import Store, read_result, write_atomic, write_result
 from kdtoolkit.benchmark.suite import BASELINE, EQUAL_TIME, TWICE, change
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.hardware import cores
@@ -167,6 +167,21 @@ def test_what_is_done_is_not_run_again(finished, monkeypatch):
     assert outcome.failures == {}
 
 
+def test_a_run_that_was_killed_before_its_last_board_gets_it_from_the_next_call(finished, tmp_path):
+    store = Store(shutil.copytree(finished.parent, tmp_path / "runs") / finished.name)
+    ended = read_status(store.status_path)
+    write_atomic(store.status_path, ended.model_copy(update={"ended": "", "done": 0}).model_dump_json().encode())
+    (store.root / "leaderboard.md").unlink()
+    fewer = tiny(("  PKD: [PKD]\n", ""))
+    outcome, text = run(fewer, store.root)
+    assert outcome.failures == {}
+    assert "all cells are done" in text
+    assert "CrossKD+PKD" in (store.root / "leaderboard.md").read_text()
+    assert {row.entry for row in build_board(store.root).rows} == {BASELINE, "CrossKD+PKD", EQUAL_TIME}
+    status = read_status(store.status_path)
+    assert (status.ended, status.done, status.cells) == ("with all its cells done", 6, 6)
+
+
 def test_a_run_folder_that_a_killed_run_left_beside_its_result_is_deleted(finished, tmp_path):
     root = shutil.copytree(finished.parent, tmp_path / "runs") / finished.name
     suite = tiny()
@@ -249,6 +264,34 @@ def test_damaged_files_are_named_and_trained_again(finished, tmp_path):
     }
     assert not any(path.parent.name in (BASELINE, "CrossKD+PKD") for path in changed)
     assert all(torch.load(path, weights_only=True) for path in (teacher, weights))
+
+
+def test_cells_of_a_teacher_that_was_trained_again_to_other_weights_are_run_again(finished, tmp_path):
+    store = Store(shutil.copytree(finished.parent, tmp_path / "runs") / finished.name)
+    (teacher,) = store.teachers.glob("*.json")
+    had, now = "other weights", read_result(teacher).fingerprints["teacher"]
+    for path in (teacher, store.result_path("PKD", 0)):
+        result = read_result(path)
+        write_result(path, result.model_copy(update={"fingerprints": {**result.fingerprints, "teacher": had}}))
+    teacher.with_suffix(".pt").unlink()  # trained again, it has its own weights again
+    outcome, text = run(tiny(), store.root, seeds=range(1), long_baselines=False)
+    assert outcome.failures == {}
+    after = text.partition("finished  teacher")[2]
+    assert "PKD, seed 0 is out of date (its teacher was trained again and has other weights)" in after
+    assert text.count("started ") == 2  # the teacher and this cell
+    assert read_result(store.result_path("PKD", 0)).fingerprints["teacher"] == now
+    assert open_run(store.root).cells.left_out == ()
+
+
+def test_a_result_that_does_not_know_its_teachers_weights_stays(finished, tmp_path):
+    root = shutil.copytree(finished.parent, tmp_path / "runs") / finished.name
+    suite = tiny()
+    plan = Plan(suite, Store(root), load_data(suite.data), device="cpu", threads=max(1, cores() // 2))
+    task = plan.cell("PKD", 0)
+    result = plan.result(task)
+    for teacher, stays in (("other weights", False), ("", True)):
+        write_result(task.result, result.model_copy(update={"fingerprints": {"teacher": teacher}}))
+        assert (plan.result(task) is not None) == (plan.why_unusable(task) is None) == stays
 
 
 def test_equal_time_goes_by_costs_on_the_same_hardware(tmp_path):

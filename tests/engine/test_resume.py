@@ -20,6 +20,7 @@ from kdtoolkit.data import Augmentation, InputSize, ProceduralShapes
 from kdtoolkit.engine import measuring
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.train import RunFolder, TrainConfig, Validation, train
+from kdtoolkit.errors import UnwritableError
 from kdtoolkit.lock import hold
 from kdtoolkit.methods import FBKD, MGD, PKD, CrossKD
 from tests.conftest import tiny_gfl
@@ -340,7 +341,7 @@ def test_a_folder_in_use_is_refused_with_its_holder(data, tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_sentence(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        KDError, match=r"cannot write .*file.*: Not a directory: correct that, or choose another folder"
+        UnwritableError, match=r"cannot write .*file.*: Not a directory: correct that, or choose another folder"
     ):
         run(data, tmp_path / "file" / "run")
 
@@ -368,7 +369,8 @@ def test_a_checkpoint_that_is_larger_than_may_be_written_is_told(data, tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))  # room for the log and the weights
     try:
         with pytest.raises(
-            KDError, match=r"cannot write .*checkpoints.*: File too large; there is none yet. Allow larger files"
+            UnwritableError,
+            match=r"cannot write .*checkpoints.*: File too large; there is none yet. Allow larger files",
         ):
             run(data, tmp_path)
     finally:

@@ -1,5 +1,9 @@
 """Trials on disk: a search that is stopped anywhere makes the trials that it would have made."""
 
+import errno
+import os
+from pathlib import Path
+
 import optuna
 import pytest
 
@@ -126,6 +130,33 @@ def test_without_optuna_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(module.importlib, "import_module", missing)
     with pytest.raises(KDError, match=r"a search needs Optuna: pip install 'kdtoolkit\[tune\]'"):
         module.imported()
+
+
+def test_half_a_line_is_cut_without_writing_the_rest_anew(whole, tmp_path, monkeypatch):
+    path, names = whole
+    torn = tmp_path / "study.jsonl"
+    torn.write_bytes(path.read_bytes() + b'{"half')
+    monkeypatch.setattr(Path, "write_bytes", None)
+    assert [trial.name for trial in Study(torn, SPACE, 0).trials()] == names
+    assert torn.read_bytes().startswith(path.read_bytes())
+
+
+def test_a_full_disk_is_told_and_loses_no_trial(tmp_path, monkeypatch):
+    path = tmp_path / "study.jsonl"
+    study = Study(path, SPACE, 0)
+    trial = study.ask()
+    before = path.read_bytes()
+
+    def full(descriptor):
+        os.write(descriptor, b'{"half')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(KDError, match=r"study.jsonl cannot be read or written \(No space left on device\)"):
+            study.report(trial, 1, 10.0, 1.0)
+    assert path.read_bytes().startswith(before)
+    assert [found.name for found in Study(path, SPACE, 0).trials()] == [trial.name]
 
 
 def test_a_damaged_file_is_named(tmp_path):
