@@ -14,8 +14,8 @@ from kdtoolkit.errors import KDError
 
 # YAML 1.1, which PyYAML reads, takes 1e-3 for text, since it has no point. For YAML 1.2 and for users it is a number.
 _FLOAT = "tag:yaml.org,2002:float"
-_PLAIN = "[]{}(),:\"'/ "
-_EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+_EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+_PLAIN = "[]{}(),:\"'/ "  # what stays as it is in arguments, because it separates none
 
 
 class Loader(yaml.SafeLoader):
@@ -27,7 +27,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _each in (Loader, _Dumper):
-    _each.add_implicit_resolver(_FLOAT, re.compile(f"(?:{_EXPONENT.pattern})$"), list("-+.0123456789"))
+    _each.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+.0123456789"))
 
 
 def load(text: str) -> Any:
@@ -64,7 +64,6 @@ def load_arguments(query: str) -> dict[str, Any]:
 
 def dump_arguments(args: Mapping[str, object]) -> str:
     """Arguments as `load_arguments` takes them."""
-    # The characters that stay as they are separate no arguments.
     return "&".join(f"{name}={quote(_word(value), safe=_PLAIN)}" for name, value in args.items())
 
 
