@@ -381,9 +381,9 @@ def _with_absolute_paths(options: T, folder: Path) -> T:
             changes[name] = str(place)
         elif "pretrained=" in value:  # all else is the name of a model, or a word
             path, args = split_name(value)
-            weights = _absolute(folder / str(args["pretrained"]))
-            if os.path.exists(weights):
-                changes[name] = with_arguments(path, args | {"pretrained": str(weights)})
+            weights = args.get("pretrained")
+            if isinstance(weights, str) and os.path.exists(file := _absolute(folder / weights)):
+                changes[name] = with_arguments(path, args | {"pretrained": str(file)})
     return options.model_copy(update=changes)
 
 

@@ -123,7 +123,9 @@ def test_the_weights_of_a_backbone_are_found_from_every_working_directory(tmp_pa
     file.write_text("model: kdtoolkit/gfl?backbone=resnet18&pretrained=weights/r.safetensors\ndata: shapes\n")
     assert read_options(TrainOptions, file).model.endswith(f"&pretrained={tmp_path}/weights/r.safetensors")
     monkeypatch.chdir(tmp_path)
-    for name in ("kdtoolkit/gfl?pretrained=true", "kdtoolkit/gfl?pretrained=no/such.file"):
+    (tmp_path / "True").touch()
+    others = "kdtoolkit/gfl?pretrained=true", "kdtoolkit/gfl?pretrained=no/such.file", "my_pretrained=x.pth"
+    for name in others:
         assert check_options(TrainOptions, {"model": name, "data": "shapes"}).model == name
 
 
