@@ -5,9 +5,9 @@ import torch
 
 from kdtoolkit import Distiller, adapt
 from kdtoolkit.contract.recompute import recomputed
-from kdtoolkit.engine.winograd import CHANNELS, FastConvolutions, gains
 from kdtoolkit.methods import CrossKD
 from kdtoolkit.testing.memory import peak_bytes
+from kdtoolkit.winograd import CHANNELS, FastConvolutions, gains
 from tests.conftest import tiny_gfl, tiny_of
 
 large = pytest.mark.skipif(

@@ -51,12 +51,12 @@ from kdtoolkit.engine.mixture import views_of_run
 from kdtoolkit.engine.result import TrainResult
 from kdtoolkit.engine.scoring import Found
 from kdtoolkit.engine.train import Progress, Validation, train
-from kdtoolkit.engine.winograd import gains
 from kdtoolkit.errors import KDError, NonFiniteLossError, UnwritableError
 from kdtoolkit.inherit import inherit
 from kdtoolkit.libraries import adapt
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import Detector, UnknownClassesError, can_detect, check_classes, open_detector
+from kdtoolkit.winograd import gains
 
 SAVE_SECONDS = 30.0  # between two checkpoints of a training
 

@@ -24,6 +24,7 @@ from kdtoolkit.detectors.backbone import Pyramid, build_backbone
 from kdtoolkit.detectors.precision import without_autocast
 from kdtoolkit.detectors.towers import flatten, walk_towers
 from kdtoolkit.errors import KDError
+from kdtoolkit.winograd import over_maps
 
 P = ParamSpec("P")
 BACKBONE_STRIDES = (8, 16, 32)
@@ -272,15 +273,19 @@ class DenseDetector(nn.Module, ABC):
         quality = None
         if self.has_quality:
             states = cls if self.quality_branch == "cls" else reg
-            quality = flatten([self.predictors["quality"](level) for level in states], 1)[..., 0]
-        sides = [self.predictors["reg"](level).float() * scale for level, scale in zip(reg, self.scales, strict=True)]
+            quality = flatten(self._predicted("quality", states), 1)[..., 0]
+        sides = [level.float() * scale for level, scale in zip(self._predicted("reg", reg), self.scales, strict=True)]
         return Predictions(
-            logits=flatten([self.predictors["cls"](level) for level in cls], self.num_classes),
+            logits=flatten(self._predicted("cls", cls), self.num_classes),
             regression=self.shape_regression(flatten(sides, sides[0].shape[1] // self.priors_per_cell)),
             priors=self.priors(grid),
             decode=self.decode,
             quality=quality,
         )
+
+    def _predicted(self, name: str, maps: Sequence[Tensor]) -> list[Tensor]:
+        """What a predictor says of each level."""
+        return over_maps(self.predictors[name], maps)
 
     def shape_regression(self, regression: Tensor) -> Tensor:
         """Turn the scaled output (N, A, C) of the regression predictor into `Predictions.regression`."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdtoolkit.contract import State
+from kdtoolkit.winograd import over_maps
 
 Layer = Callable[[Tensor], Tensor]
 Tower = Sequence[Layer]
@@ -33,12 +34,17 @@ def walk_towers(
     for i in range(stage, depth):
         before = activation if i else None
         state = {
-            branch: tuple(
-                tower[i](x if before is None else before(x)) for tower, x in zip(levels, state[branch], strict=True)
-            )
+            branch: _apply([tower[i] for tower in levels], [x if before is None else before(x) for x in state[branch]])
             for branch, levels in towers.items()
         }
         yield state
+
+
+def _apply(blocks: Sequence[Layer], maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Each level's block of its map."""
+    if all(block is blocks[0] for block in blocks):
+        return tuple(over_maps(blocks[0], maps))
+    return tuple(block(x) for block, x in zip(blocks, maps, strict=True))
 
 
 def flatten(maps: Sequence[Tensor], columns: int) -> Tensor:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from kdtoolkit.distiller import Distiller
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.engine.precision import Precision, autocast_type, resolve_precision
-from kdtoolkit.engine.winograd import FastConvolutions, gains
+from kdtoolkit.winograd import FastConvolutions, gains, lay_out_kernels
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class Arithmetic:
         """
         device = torch.device(next(distiller.student.parameters()).device if device is None else device)
         found = resolve_precision(precision, device)
-        models = [distiller.student] + ([] if distiller.teacher_adapter is None else [distiller.teacher_adapter.model])
-        fast = winograd and not compiled and device.type == "cpu" and found == "float32" and gains(*models)
+        fast = winograd and not compiled and device.type == "cpu" and found == "float32" and gains(*_models(distiller))
         if channels_last != "auto":
             return cls(device.type, found, channels_last, fast, "")
         last, why = _channels_last(device.type, found)
@@ -81,6 +81,9 @@ class Arithmetic:
         """Bring student and teacher into the memory format."""
         if self.channels_last:
             distiller.to(memory_format=torch.channels_last)
+        if self.winograd:
+            for model in _models(distiller):
+                lay_out_kernels(model)
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
@@ -105,6 +108,11 @@ class Arithmetic:
 
     def __str__(self) -> str:
         return f"{self.precision}; convolutions: {self.convolutions_and_why}"
+
+
+def _models(distiller: Distiller) -> list[nn.Module]:
+    """Student and, if there is one, teacher."""
+    return [distiller.student] + ([] if distiller.teacher_adapter is None else [distiller.teacher_adapter.model])
 
 
 def _channels_last(device: str, precision: Precision) -> tuple[bool, str]:

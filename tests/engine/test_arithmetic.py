@@ -8,8 +8,8 @@ from kdtoolkit.detectors import GFL
 from kdtoolkit.engine.arithmetic import Arithmetic
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.engine.train import train
-from kdtoolkit.engine.winograd import gains
 from kdtoolkit.methods import PKD
+from kdtoolkit.winograd import gains
 from tests.conftest import tiny_gfl
 
 has_winograd = gains(nn.Conv2d(256, 256, 3, padding=1))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdtoolkit.engine.winograd import CHANNELS, FastConvolutions, gains
+from kdtoolkit.winograd import CHANNELS, FastConvolutions, gains, lay_out_kernels, over_maps
 
 large = pytest.mark.skipif(
     not gains(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)), reason="this processor or torch has no such algorithm"
@@ -235,3 +235,82 @@ def test_the_input_is_kept_only_for_a_weight_that_is_trained(frozen):
     (found,) = torch.autograd.grad(y.sum(), x)
     (expected,) = torch.autograd.grad(conv(x).sum(), x)
     assert differs(found, expected) < 1e-4
+
+
+PYRAMIDS = {
+    "two images of a square pyramid": (2, [(20, 20), (10, 10), (5, 5), (3, 3), (2, 2)]),
+    "one image": (1, [(24, 31), (12, 16), (6, 8)]),
+    "odd sides": (5, [(13, 9), (7, 5), (4, 3), (2, 2), (1, 1)]),
+    "no order": (2, [(4, 9), (21, 13), (9, 25)]),
+}
+
+
+@large
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("pyramid", PYRAMIDS)
+def test_all_maps_together_have_the_values_and_gradients_of_each_alone(pyramid, memory_format, channels):
+    torch.manual_seed(0)
+    count, sizes = PYRAMIDS[pyramid]
+    block = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(8, channels), nn.SiLU(inplace=True))
+    pyramid = [maps(count, channels, *size, memory_format=memory_format) for size in sizes]
+
+    def found(model, levels, context):
+        with context:
+            results = over_maps(model, levels)
+        total = sum((y * torch.linspace(0.5, 1, y.shape[-1])).sum() for y in results)
+        return [*results, *torch.autograd.grad(total, [*levels, *model.parameters()])]
+
+    exact = found(block.double(), [x.double().detach().requires_grad_() for x in pyramid], torch.enable_grad())
+    together = found(block.float(), pyramid, FastConvolutions())
+    assert [x.is_contiguous(memory_format=memory_format) for x in together[: len(sizes)]] == [True] * len(sizes)
+    for one, other in zip(together, exact, strict=True):
+        assert differs(one, other) < 1e-4
+
+
+@large
+def test_small_maps_of_a_pyramid_gain_too():
+    conv, small = nn.Conv2d(64, 64, 3, padding=1), maps(2, 64, 5, 5)
+    with FastConvolutions():
+        alone, (_, together) = conv(small), over_maps(conv, [maps(2, 64, 20, 20), small])
+        few = over_maps(conv, [small, small])
+    assert "_Convolution" in type(together.grad_fn).__name__
+    assert not any("_Convolution" in type(each.grad_fn).__name__ for each in (alone, *few))
+
+
+@large
+def test_hooks_see_each_map():
+    conv, pyramid = nn.Conv2d(64, 64, 3, padding=1), [maps(2, 64, 20, 20), maps(2, 64, 10, 10)]
+    seen = []
+    block = nn.Sequential(conv)
+    with FastConvolutions():
+        for module in (conv, block):
+            with module.register_forward_hook(lambda _, __, y: seen.append(y.shape[-1])):
+                over_maps(block, pyramid)
+    assert seen == [20, 10, 20, 10]
+
+
+@large
+@pytest.mark.parametrize(
+    ("block", "counts"),
+    [
+        (nn.Conv2d(64, 64, 3, padding=1), (2, 1)),  # counts of images that differ
+        (nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), (2, 2)),
+        (nn.Conv2d(64, 64, 3, stride=2, padding=1), (2, 2)),
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)), (2, 2)),
+        (nn.Sequential(), (2, 2)),
+        (torch.relu, (2, 2)),
+    ],
+)
+def test_what_does_not_take_all_maps_takes_one_after_the_other(block, counts):
+    pyramid = [maps(count, 64, size, size) for count, size in zip(counts, (20, 10), strict=True)]
+    with FastConvolutions():
+        assert all(torch.equal(y, block(x)) for x, y in zip(pyramid, over_maps(block, pyramid), strict=True))
+
+
+@large
+def test_kernels_of_these_convolutions_are_laid_out_as_the_algorithm_takes_them():
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1, stride=2))
+    model.to(memory_format=torch.channels_last)
+    lay_out_kernels(model)
+    assert [conv.weight.is_contiguous() for conv in model] == [True, False]
