@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 import platform
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
-from typing import Any, Self, cast
+from typing import Any, Self, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -118,12 +118,13 @@ def over_maps(block: Callable[[Tensor], Tensor], maps: Sequence[Tensor]) -> list
     """What a block makes of each of the maps (N, C, H, W), which may differ in H and W.
 
     In `FastConvolutions`, a large 3x3 convolution that the block is, or begins with, takes all maps at once. So its
-    kernel is transformed once, and maps that are too small by themselves gain too.
+    kernel is transformed once, and maps that are too small by themselves gain too. A block that can be iterated over,
+    such as an `nn.Sequential`, begins with its first layer.
     """
     if torch.compiler.is_compiling() or not _is_in_context():
         return [block(x) for x in maps]
-    conv, *rest = block if isinstance(block, nn.Sequential) and len(block) else [block]
-    if not (isinstance(conv, nn.Conv2d) and _takes_all(conv, maps)) or _is_hooked(cast(nn.Module, block)):
+    conv, *rest = (list(block) if isinstance(block, Iterable) else []) or [block]
+    if not _takes_all(conv, maps) or _is_hooked(block):
         return [block(x) for x in maps]
     found = list(_Convolution.apply(conv.weight, conv.bias, *maps))
     for layer in rest:
@@ -131,7 +132,7 @@ def over_maps(block: Callable[[Tensor], Tensor], maps: Sequence[Tensor]) -> list
     return found
 
 
-def _takes_all(conv: nn.Conv2d, maps: Sequence[Tensor]) -> bool:
+def _takes_all(conv: object, maps: Sequence[Tensor]) -> TypeGuard[nn.Conv2d]:
     return (
         type(conv) is nn.Conv2d
         and conv.padding_mode == "zeros"
@@ -142,10 +143,10 @@ def _takes_all(conv: nn.Conv2d, maps: Sequence[Tensor]) -> bool:
     )
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def _is_hooked(module: object) -> bool:
     """Whether somebody is told of the module's calls, and so must be told of each."""
     every = nn.modules.module
-    return any(
+    return isinstance(module, nn.Module) and any(
         (
             module._forward_hooks,
             module._forward_pre_hooks,

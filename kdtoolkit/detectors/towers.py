@@ -42,7 +42,7 @@ def walk_towers(
 
 def _apply(blocks: Sequence[Layer], maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Each level's block of its map."""
-    if all(block is blocks[0] for block in blocks):
+    if all(block == blocks[0] for block in blocks):
         return tuple(over_maps(blocks[0], maps))
     return tuple(block(x) for block, x in zip(blocks, maps, strict=True))
 

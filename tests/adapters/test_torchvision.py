@@ -22,6 +22,7 @@ from kdtoolkit.distiller import Distiller
 from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.methods import PKD, CrossKD
+from kdtoolkit.winograd import FastConvolutions, gains
 from tests._narrow import check_gradients_of_narrow_images
 from tests._traced import traced
 from tests.conftest import tiny_gfl
@@ -553,3 +554,18 @@ def test_a_detector_on_timm_takes_arguments_of_torchvision():
     args = {"backbone": "test_resnet", "out_channels": 32, "detector_args": {"box_batch_size_per_image": 16}}
     model = build_model("fasterrcnn", K, args)
     assert model.roi_heads.fg_bg_sampler.batch_size_per_image == 16
+
+
+@pytest.mark.skipif(
+    not gains(nn.Conv2d(64, 64, 3, padding=1)), reason="this processor or torch has no algorithm of Winograd"
+)
+def test_fast_convolutions_of_a_tower_take_all_levels_at_once(batch):
+    adapter = tiny("FCOS")
+    prepared = adapter.prepare(*batch)
+    features = [torch.randn(len(batch[0]), 64, size, size) for size in (20, 10, 5, 3, 2)]
+    direct = adapter.head(features, prepared)
+    with FastConvolutions():
+        trace = adapter.head(features, prepared)
+    smallest = trace.states[1]["cls"][-1]
+    assert "_Convolution" in str(smallest.grad_fn.next_functions)  # before the group norm
+    torch.testing.assert_close(trace.predictions.logits, direct.predictions.logits, rtol=1e-3, atol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,6 +24,10 @@ class Block:
         for layer in self.layers:
             x = layer(x)
         return x
+
+    def __iter__(self) -> Iterator[Layer]:
+        """The layers, from the first."""
+        return iter(self.layers)
 
     @property
     def channels(self) -> int:
