@@ -29,6 +29,7 @@ from kdtoolkit.distiller import Distiller, Losses
 from kdtoolkit.errors import KDError, NonFiniteLossError
 from kdtoolkit.gradients import Gradient
 from kdtoolkit.inherit import within
+from kdtoolkit.modes import modes_kept
 
 TASK = "task"
 ONE_PROCESS = "a probe runs in one process: start it without torchrun"
@@ -314,8 +315,6 @@ def _untouched(distiller: Distiller) -> Iterator[None]:
     """
     teacher, student = distiller.seen[1].model, distiller.student
     still = [m for m in student.modules() if student.training and isinstance(m, _BatchNorm) and not m.training]
-    modules = [*distiller.modules(), *teacher.modules()]
-    modes = [module.training for module in modules]
     buffers = [(buffer, buffer.clone()) for buffer in (*distiller.buffers(), *teacher.buffers())]
     methods = [method for method in distiller.methods if isinstance(method, Method)]
     schedules = [method.schedule for method in methods]
@@ -323,7 +322,7 @@ def _untouched(distiller: Distiller) -> Iterator[None]:
     calls = distiller.calls
     state: tuple[Any, Any] = random.getstate(), np.random.get_state()  # noqa: NPY002 - libraries draw from it
     devices = {p.device.index or 0 for p in distiller.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), modes_kept(distiller, teacher):
         try:
             for method in methods:
                 method.schedule = Schedule()
@@ -337,8 +336,6 @@ def _untouched(distiller: Distiller) -> Iterator[None]:
             for each, kept in held:
                 each.set_extra_state(kept)
             distiller.calls = calls
-            for module, training in zip(modules, modes, strict=True):
-                module.training = training
             with torch.no_grad():
                 for buffer, content in buffers:
                     buffer.copy_(content)

@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from kdtoolkit.modes import in_eval_mode
+from kdtoolkit.modes import in_eval_mode, modes_kept
 
 
 def test_each_module_has_its_own_mode_again_also_after_an_error():
@@ -14,3 +14,12 @@ def test_each_module_has_its_own_mode_again_also_after_an_error():
     with pytest.raises(ZeroDivisionError), in_eval_mode(model):
         _ = 1 / 0
     assert [module.training for module in model.modules()] == modes
+
+
+def test_modes_of_several_modules_are_kept_whatever_the_block_does():
+    one, other = nn.Sequential(nn.Dropout(), nn.Dropout()), nn.Dropout().eval()
+    one[1].eval()
+    with modes_kept(one, other):
+        one.train()
+        other.train()
+    assert [module.training for module in (one, *one, other)] == [True, True, False, False]

@@ -698,6 +698,13 @@ class HeadOnAGridTakesNoQueries(DenseAdapter):
         return Priors(boxes, boxes.new_zeros(0), context=content)
 
 
+class ReadsPadding(DenseAdapter):
+    """padding"""
+
+    def describe(self):
+        return replace(super().describe(), masks_padding=True)
+
+
 BROKEN_ADAPTERS = [
     cls for cls in list(globals().values()) if isinstance(cls, type) and issubclass(cls, DenseAdapter) and cls.__doc__
 ]
@@ -723,7 +730,7 @@ def test_a_good_adapter_passes_and_stays_as_it_is():
     random = torch.random.get_rng_state()
     report = check_adapter(model, own=own, own_losses=own_losses)
     left_out = {name for name, result in report.results.items() if result.outcome != "passed"}
-    assert left_out == {"given_priors", "layers", "placed_queries", "first_stage"}
+    assert left_out == {"given_priors", "layers", "placed_queries", "padding", "first_stage"}
     assert "resume: passed" in str(report)
     assert "first_stage: left out (the adapter has no first stage)" in str(report)
     assert model.training

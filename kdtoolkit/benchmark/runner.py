@@ -6,7 +6,8 @@ The board is written again while cells finish.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -192,10 +193,11 @@ class _Run:
 
         The run may have been killed before its last board, or its suite may ask for fewer rows than before.
         """
-        self._take_suite()
-        self._keep_teacher()
-        self.done = sum(len(self.plan.measured(row)) for row in (*self.rows, EQUAL_TIME, TWICE))
-        self.status.update(self.done, self.done, None, {}, {})
+        with self._told_if_stopped():
+            self._take_suite()
+            self._keep_teacher()
+            self.done = sum(len(self.plan.measured(row)) for row in (*self.rows, EQUAL_TIME, TWICE))
+            self.status.update(self.done, self.done, None, {}, {})
         self._finish()
         return self.outcome
 
@@ -224,11 +226,21 @@ class _Run:
         return self.outcome
 
     def _finish(self) -> None:
-        self._write_board(last=True)
+        with self._told_if_stopped():
+            self._write_board(last=True)
         self.status.end(self.outcome.in_words)
         if not self.outcome.interrupted:  # a user who waits for the run to stop gets no pictures
             root = self.plan.store.root
             write_report([View.of(root, pictures=True)], root)
+
+    @contextmanager
+    def _told_if_stopped(self) -> Iterator[None]:
+        """If Ctrl-C or an error stops the block, the status says that the run has ended."""
+        try:
+            yield
+        except BaseException as error:
+            self.status.end("interrupted" if isinstance(error, KeyboardInterrupt) else "with an error")
+            raise
 
     def _prepare(self) -> None:
         plan, display = self.plan, self.display

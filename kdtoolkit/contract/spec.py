@@ -91,6 +91,8 @@ class DetectorSpec:
         bins: the values of the bins if each box side is a distribution, else empty. On a grid they are in strides.
         prior_form: what a proposal or a query is made of. A detector accepts another detector's proposals or queries
             if their forms are equal. Empty if the priors lie on a grid.
+        masks_padding: whether the detector masks what lies beyond an image. Then the head reads no cells that begin
+            there, and their values mean nothing. A detector without a mask takes padding for a part of the image.
         assigns: whether the adapter has `assign`. `DetectorAdapter.spec` fills it in.
         places_queries: whether the adapter has `queries_at`. `DetectorAdapter.spec` fills it in.
         rebuilds: whether the adapter has `rebuild`. `DetectorAdapter.spec` fills it in.
@@ -107,6 +109,7 @@ class DetectorSpec:
     activation: Literal["sigmoid", "softmax"] = "sigmoid"
     bins: tuple[float, ...] = ()
     prior_form: str = ""
+    masks_padding: bool = False
     assigns: bool = True
     places_queries: bool = False
     rebuilds: bool = False

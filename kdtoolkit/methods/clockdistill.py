@@ -4,7 +4,8 @@ Two parts, for DETR's relatives whose queries have a place:
 
 1. Memory, the maps that the decoder takes. Squared difference of both, with a weight for each cell: 1 / (area of the
    smallest box over it, in cells), or 1 / (number of background cells) where there is no box. It is summed over cells,
-   channels and levels and divided by the number of images (`foreground`, `background`).
+   channels and levels and divided by the number of images (`foreground`, `background`). If a detector masks padding,
+   cells there are neither objects nor background.
 2. Queries made from the ground truth go through both decoders: for each object a query at its box, whose content is a
    random embedding of its class that stays the same in the whole run. So both decoders look at the same place for the
    same thing. Terms at each decoder layer: KL of class scores, L1 (summed over four sides) and 1 - GIoU of boxes in
@@ -32,7 +33,7 @@ from kdtoolkit import processes
 from kdtoolkit.compatibility import shared_levels, why_no_shared_level, why_scores_differ
 from kdtoolkit.contract import Batch, Capability, DetectorSpec, Exchange, Method, View
 from kdtoolkit.errors import KDError
-from kdtoolkit.methods.common import EPS, distribution_kl, resize_like
+from kdtoolkit.methods.common import EPS, cells_with_meaning, distribution_kl, resize_like
 from kdtoolkit.methods.fgd import region_masks
 from kdtoolkit.methods.queries import Outputs, box_distances, in_shares, layer_outputs, layer_pairs
 from kdtoolkit.methods.repair import repaired
@@ -44,6 +45,15 @@ def memory_losses(student: Tensor, teacher: Tensor, foreground: Tensor, backgrou
     """Squared differences of maps (N, C, H, W), weighted on objects and on background (N, H, W): two scalars."""
     square = (student - teacher.detach()).square().sum(1)
     return (square * foreground).sum() / len(student), (square * background).sum() / len(student)
+
+
+def weights_where(foreground: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of objects and of background (N, H, W), 0 in cells that do not count; `counts` (N, H, W) bool.
+
+    Those of background sum to 1 in each image. `foreground` is that of `region_masks`.
+    """
+    background = (counts & (foreground == 0)).float()
+    return foreground * counts, background / background.sum((1, 2), keepdim=True).clamp(min=1)
 
 
 def class_kl(student: Outputs, teacher: Outputs) -> Tensor:
@@ -162,8 +172,9 @@ class CLoCKDistill(Method):
             teacher = view.features[t].float()
             with torch.autocast(teacher.device.type, enabled=False):
                 student = resize_like(align(exchange.student.features[s].float()), teacher)
-                masks = region_masks(boxes / view.spec.strides[t], teacher.shape[2], teacher.shape[3])
-                losses.append(memory_losses(student, teacher, *masks))
+                foreground, _ = region_masks(boxes / view.spec.strides[t], teacher.shape[2], teacher.shape[3])
+                weights = weights_where(foreground, cells_with_meaning(exchange.student, view, t))
+                losses.append(memory_losses(student, teacher, *weights))
         return [reduce(torch.add, each) for each in zip(*losses, strict=True)]
 
     def _queries(self, exchange: Exchange) -> list[Tensor]:

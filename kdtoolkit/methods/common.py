@@ -1,4 +1,4 @@
-"""What methods share: rows of levels, resizing, statistics of channels, divergences of predictions.
+"""What methods share: rows of levels, cells on images, resizing, statistics of channels, divergences of predictions.
 
 Methods of other packages may use all of it.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdtoolkit import processes
-from kdtoolkit.contract import Predictions, Priors
+from kdtoolkit.contract import Batch, Predictions, Priors, View
 
 EPS = torch.finfo(torch.float32).eps
 SMALLEST_VARIANCE = 1e-24  # of a channel, so that its std is never 0
@@ -45,6 +45,28 @@ def at_levels(predictions: Predictions, levels: Sequence[int]) -> Predictions:
         quality=None if predictions.quality is None else predictions.quality[:, rows],
         priors=kept,
     )
+
+
+def on_images(batch: Batch, stride: int, height: int, width: int, at: float = 0.5) -> Tensor:
+    """Which cells of a level lie on an image, not on padding: (N, height, width) bool.
+
+    `at` says which point of a cell counts, in shares of its sides: 0.5 is the centre, 0 is where it begins.
+    """
+    device = batch.images.device
+    sizes = torch.tensor(batch.sizes).to(device, non_blocking=True)[:, :, None]
+    y, x = ((torch.arange(cells, device=device) + at) * stride for cells in (height, width))
+    return (y < sizes[:, 0])[:, :, None] & (x < sizes[:, 1])[:, None]
+
+
+def cells_with_meaning(student_view: View, teacher_view: View, level: int) -> Tensor:
+    """Which cells of the teacher's map of a level mean something to both detectors: (N, H, W) bool.
+
+    All do, unless one of the detectors masks padding. Then it is those that begin on an image: each image has one.
+    """
+    maps, spec = teacher_view.features[level], teacher_view.spec
+    if student_view.spec.masks_padding or spec.masks_padding:
+        return on_images(teacher_view.batch, spec.strides[level], maps.shape[2], maps.shape[3], at=0)
+    return torch.ones(len(maps), *maps.shape[2:], dtype=torch.bool, device=maps.device)
 
 
 def resize_like(x: Tensor, reference: Tensor) -> Tensor:
@@ -97,6 +119,15 @@ def image_moments(x: Tensor) -> Tensor:
     return torch.stack([mean[:, :, 0, 0], variance], 1)
 
 
+def statistics_where(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The `channel_statistics` of maps (N, C, H, W) over the cells that count, (N, H, W) bool."""
+    weight = counts[:, None].to(x)
+    number = processes.total(weight.sum())
+    mean = processes.total((weight * x).sum((0, 2, 3), keepdim=True)) / number
+    squares = processes.total((weight * (x - mean).square()).sum((0, 2, 3), keepdim=True))
+    return mean, (squares / (number - 1).clamp(min=1)).clamp(min=SMALLEST_VARIANCE).sqrt()
+
+
 def joined_statistics(moments: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     """The `channel_statistics` (C,) of maps (N, C, H, W), from their `image_moments`. `cells` (C,) is H * W, as float.
 
@@ -135,9 +166,13 @@ def standardise(x: Tensor, eps: float = 1e-6, to: tuple[Tensor, Tensor] | None =
     to_mean, to_std = (None, None) if to is None else (each.flatten() for each in to)
     if processes.count() == 1:
         return cast(Tensor, _Standardise.apply(x, eps, to_mean, to_std))
-    mean, std = channel_statistics(x)
-    found = (x - mean) * torch.where(_varies(mean, std, eps), 1 / (std + eps), 0.0)
+    found = by_statistics(x, *channel_statistics(x), eps)
     return found if to_mean is None or to_std is None else found * _beside(to_std, x) + _beside(to_mean, x)
+
+
+def by_statistics(x: Tensor, mean: Tensor, std: Tensor, eps: float = 1e-6) -> Tensor:
+    """`standardise` by a given mean and std, (1, C, 1, ...) each."""
+    return (x - mean) * torch.where(_varies(mean, std, eps), 1 / (std + eps), 0.0)
 
 
 def _varies(mean: Tensor, std: Tensor, eps: float) -> Tensor:

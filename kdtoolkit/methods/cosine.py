@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kdtoolkit import processes
 from kdtoolkit.contract import Batch, Capability, DetectorSpec, Exchange, Method, Unlabelled, View
 from kdtoolkit.errors import KDError
+from kdtoolkit.methods.common import on_images
 
 EPS = 1e-6  # a shorter vector has no direction
 
@@ -81,14 +82,6 @@ def _scales(batch: Batch, teacher_view: View) -> tuple[float, float]:
     # The sizes of single images are rounded, so the scale is that of all images together.
     ours, theirs = (tuple(map(sum, zip(*sizes, strict=True))) for sizes in (batch.sizes, teacher_view.batch.sizes))
     return theirs[0] / ours[0], theirs[1] / ours[1]
-
-
-def on_images(batch: Batch, stride: int, height: int, width: int) -> Tensor:
-    """Which cells of a level have their centre on an image, not on padding: (N, height, width) bool."""
-    device = batch.images.device
-    sizes = torch.tensor(batch.sizes, device=device)[:, :, None]
-    y, x = ((torch.arange(cells, device=device) + 0.5) * stride for cells in (height, width))
-    return (y < sizes[:, 0])[:, :, None] & (x < sizes[:, 1])[:, None]
 
 
 class Cosine(Method):

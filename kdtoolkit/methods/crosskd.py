@@ -34,6 +34,8 @@ from kdtoolkit.contract import (
     Whose,
 )
 from kdtoolkit.methods.common import (
+    by_statistics,
+    cells_with_meaning,
     channel_statistics,
     image_moments,
     joined_statistics,
@@ -41,6 +43,7 @@ from kdtoolkit.methods.common import (
     resize_to,
     rows_of_levels,
     standardise,
+    statistics_where,
 )
 from kdtoolkit.methods.prediction_losses import BoxLoss, PredictionLosses
 
@@ -64,6 +67,17 @@ def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Ten
     channel of the student does not vary, its values become the teacher's mean.
     """
     return standardise(student, eps, to=channel_statistics(teacher.detach().float()))
+
+
+def align_where(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
+    """`align_statistics` of maps (N, C, H, W) over the cells that count; in all others the teacher's values stay.
+
+    `counts` (N, H, W) bool.
+    """
+    student, teacher = student.float(), teacher.detach().float()
+    mean, std = statistics_where(teacher, counts)
+    aligned = by_statistics(student, *statistics_where(student, counts)) * std + mean
+    return torch.where(counts[:, None], aligned, teacher)
 
 
 def cross_state(
@@ -124,8 +138,9 @@ class CrossKD(Method):
         box_loss: "giou" (RetinaNet, ATSS), or "iou" (FCOS).
         state: what crosses. "head" is a hidden state of the head. "memory", for DETR and its relatives, is the maps
             that the decoder takes: the teacher's whole decoder runs on the student's memory, and all its layers are
-            compared; the terms are added up over the layers. `stage` and `tap` then mean nothing. It is the authors'
-            own variant for Deformable DETR (docs/cross_head.md).
+            compared; the terms are added up over the layers. If a detector masks padding, the teacher's memory stays
+            there. `stage` and `tap` then mean nothing. It is the authors' own variant for Deformable DETR
+            (docs/cross_head.md).
         tap: take the state "after" the activation, as the published results do, or "before" it, as the text reads.
         priors: whose proposals or queries go through both heads. docs/cross_head.md says why the student's by default.
             On grids it makes no difference.
@@ -277,9 +292,12 @@ class CrossKD(Method):
 
     def _across_memory(self, exchange: Exchange, pair: Matched) -> dict[str, Tensor]:
         """The terms of the teacher's decoder on the student's memory, added up over its layers."""
-        memories = {"memory": tuple(exchange.student.features)}, {"memory": tuple(exchange.teacher.features)}
-        project = cast(dict[str, nn.ModuleList], dict(self.project.items()))
-        crossed = pair.teacher_on(cross_state(*memories, project, self.levels)["memory"])
+        maps = list(exchange.teacher.features)
+        for module, (ours, theirs) in zip(cast(nn.ModuleList, self.project["memory"]), self.levels, strict=True):
+            sized = resize_like(module(exchange.student.features[ours]), maps[theirs])
+            counts = cells_with_meaning(exchange.student, exchange.teacher, theirs)
+            maps[theirs] = align_where(sized, maps[theirs], counts)
+        crossed = pair.teacher_on(maps)
         layers = [
             self.distances(ours.predictions, theirs.predictions, pair.teacher_assignment)
             for ours, theirs in zip(crossed, pair.teacher_layers, strict=True)

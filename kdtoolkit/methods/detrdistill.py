@@ -10,14 +10,15 @@ Three parts, each for each decoder layer, added up over the layers:
    objects (`prior_cls`, `prior_box`, `prior_giou`).
 3. Features where the teacher's queries look. Each of the teacher's best class scores times its query's best IoU with an
    object weighs the cosine of the query's state and a cell. The sum, at least 0.01 and divided by its maximum in the
-   image, is the mask of the cells: the term is the mean of (mask * (t - s))^2 (`feature`).
+   image, is the mask of the cells: the term is the mean of (mask * (t - s))^2 (`feature`). If a detector masks padding,
+   cells there count neither for the maximum nor for the mean.
 
 Numbers agree with the authors' code for Deformable DETR (BIVLab-USTC/DETRDistill @b5ee33d). The same functions also
 give the numbers of TPRD's version of it (xingyitong1/TPRD @bb8ed01). The defaults are the authors'. As in their code,
 the teacher's boxes are cut at the image's border in part 1, and the GIoU has no epsilon. There are these differences:
 
 - Part 2 matches by the rule of the teacher's own loss. The code has one set of costs (2 focal, 5 L1, 2 GIoU).
-- Part 3 compares the maps that the decoder takes. The code compares those before the encoder.
+- Part 3 compares the maps that the decoder takes. The code compares those before the encoder, padding included.
 - The code knows sigmoid scores only. For a softmax over classes (DETR), cross entropy stands for BCE and focal loss. In
   part 2 background has the weight 0.1, as in DETR's own loss.
 - Detectors of different depth can be compared: `kdtoolkit.methods.queries.layer_pairs` says which layers.
@@ -39,7 +40,7 @@ from kdtoolkit.boxes import elementwise_giou, pairwise_iou
 from kdtoolkit.compatibility import shared_levels, why_no_shared_level, why_priors_differ, why_scores_differ
 from kdtoolkit.contract import Assignment, Capability, DetectorSpec, Exchange, HeadTrace, Method, View
 from kdtoolkit.errors import KDError
-from kdtoolkit.methods.common import quality_focal_kd, resize_like
+from kdtoolkit.methods.common import cells_with_meaning, quality_focal_kd, resize_like
 from kdtoolkit.methods.queries import (
     Outputs,
     box_distances,
@@ -181,26 +182,31 @@ def best_scores(teacher: Outputs, truth: Sequence[Tensor], top: int) -> tuple[Te
 
 
 @torch.no_grad()
-def cell_mask(states: Tensor, query: Tensor, score: Tensor, feature: Tensor) -> Tensor:
-    """How much each cell is like the teacher's best queries: (N, H, W), at most 1.
+def cell_mask(states: Tensor, query: Tensor, score: Tensor, feature: Tensor, counts: Tensor) -> Tensor:
+    """How much each cell is like the teacher's best queries: (N, H, W), at most 1, and 0 in cells that do not count.
 
     Args:
         states: (N, Q, C) the states of the teacher's queries.
         query: (N, M) which of them count.
         score: (N, M) how much.
         feature: (N, C, H, W) the teacher's map.
+        counts: (N, H, W) bool, which cells count; at least one in each image.
     """
     chosen = F.normalize(states.float(), dim=-1).gather(1, query[..., None].expand(-1, -1, states.shape[-1]))
     # A sum of cosines is the product with the sum of the directions.
     direction = (score[..., None] * chosen).sum(1)
     alike = torch.einsum("nc,nchw->nhw", direction, F.normalize(feature.float(), dim=1)).clamp(min=LEAST)
+    alike = alike * counts
     return alike / alike.amax((1, 2), keepdim=True)
 
 
-def masked_difference(student: Tensor, teacher: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """Mean of (mask * (t - s))^2 of maps (N, C, H, W), added up over masks (N, H, W): a scalar."""
+def masked_difference(student: Tensor, teacher: Tensor, masks: Sequence[Tensor], counts: Tensor) -> Tensor:
+    """Mean of (mask * (t - s))^2 of maps (N, C, H, W), added up over masks (N, H, W): a scalar.
+
+    The masks are 0 in cells that do not count; `counts` (N, H, W) bool. The mean is over those of all processes.
+    """
     square = (student - teacher.detach()).square().mean(1)
-    return (reduce(torch.add, [mask.square() for mask in masks]) * square).mean()
+    return (reduce(torch.add, [mask.square() for mask in masks]) * square).sum() / processes.share(counts.sum())
 
 
 class DETRDistill(Method):
@@ -307,7 +313,9 @@ class DETRDistill(Method):
             for (s, t), align in zip(self.levels, self.align, strict=True):
                 theirs = exchange.teacher.features[t].detach().float()
                 ours = resize_like(align(exchange.student.features[s].float()), theirs)
-                losses.append(masked_difference(ours, theirs, [cell_mask(*look, theirs) for look in looks]))
+                counts = cells_with_meaning(exchange.student, exchange.teacher, t)
+                masks = [cell_mask(*look, theirs, counts) for look in looks]
+                losses.append(masked_difference(ours, theirs, masks, counts))
         return reduce(torch.add, losses)
 
 

@@ -15,7 +15,7 @@ from kdtoolkit.classes import ClassMap
 from kdtoolkit.data import DetectionDataset, open_dataset
 from kdtoolkit.data.image_files import image_files
 from kdtoolkit.data.records import Box, Category, Photo, Progress, Reading
-from kdtoolkit.data.tools.convert import check_names, check_new, write
+from kdtoolkit.data.tools.convert import check_names, check_new, with_slashes, write
 from kdtoolkit.engine.evaluate import find, of_shared_classes
 from kdtoolkit.engine.scoring import Floats
 from kdtoolkit.engine.thresholds import Threshold, at_score, best_thresholds
@@ -197,7 +197,7 @@ def _about_unlabelled(class_names: Sequence[str], labels: Sequence[int], chosen:
 
 def _name(file: Path, root: Path) -> str:
     """The name of an image in the new data set."""
-    return file.relative_to(root).as_posix()
+    return with_slashes(file.relative_to(root).as_posix())
 
 
 def _photo(number: int, image: ImageDetections, labels: Mapping[int, int], root: Path) -> Photo:

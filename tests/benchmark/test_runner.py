@@ -182,6 +182,20 @@ def test_a_run_that_was_killed_before_its_last_board_gets_it_from_the_next_call(
     assert (status.ended, status.done, status.cells) == ("with all its cells done", 6, 6)
 
 
+@pytest.mark.parametrize("where", ["_keep_teacher", "_write_board"])
+@pytest.mark.parametrize(("stop", "words"), [(KeyboardInterrupt, "interrupted"), (OSError, "with an error")])
+def test_the_status_of_a_done_run_ends_however_the_call_is_stopped(finished, tmp_path, monkeypatch, where, stop, words):
+    store = Store(shutil.copytree(finished.parent, tmp_path / "runs") / finished.name)
+
+    def stopped(*_, **__):
+        raise stop
+
+    monkeypatch.setattr(f"kdtoolkit.benchmark.runner._Run.{where}", stopped)
+    with pytest.raises(stop):
+        run(tiny(), store.root)
+    assert read_status(store.status_path).ended == words
+
+
 def test_a_run_folder_that_a_killed_run_left_beside_its_result_is_deleted(finished, tmp_path):
     root = shutil.copytree(finished.parent, tmp_path / "runs") / finished.name
     suite = tiny()

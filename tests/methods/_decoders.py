@@ -1,8 +1,10 @@
 """What decoders of several layers would show to a method, without the detectors."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 from kdtoolkit.contract import Batch, HeadTrace, Predictions, PriorKind, Priors, View
 from tests.methods._views import CLASSES, spec
@@ -21,6 +23,17 @@ def batch(boxes=((), ()), labels=None):
     return Batch(
         torch.zeros(2, 3, 64, 48), SIZES, SIZES, SIZES, boxes, tuple(torch.tensor(x, dtype=torch.long) for x in labels)
     )
+
+
+def padded(shown, *maps):
+    """The same batch on a canvas of 96 x 112, and its maps of stride 16. What is added to these are large numbers."""
+    images = F.pad(shown.images, (0, 64, 0, 32))
+    return replace(shown, images=images), *(F.pad(x, (0, 4, 0, 2), value=50.0 * i) for i, x in enumerate(maps))
+
+
+def beyond(i, y, x):
+    """Whether a cell of stride 16 begins beyond image `i`."""
+    return 16 * y >= SIZES[i][0] or 16 * x >= SIZES[i][1]
 
 
 def decode(regression, priors):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from kdtoolkit.contract import Exchange, PriorKind, Priors
 from kdtoolkit.errors import KDError
 from kdtoolkit.methods import CLoCKDistill
 from kdtoolkit.methods.clockdistill import filled
-from tests.methods._decoders import QUERIES, SIZES, batch, corners, iou_and_giou, l1, layers, view
+from tests.methods._decoders import QUERIES, SIZES, batch, beyond, corners, iou_and_giou, l1, layers, padded, view
 from tests.methods._views import CLASSES, spec
 
 OBJECTS = batch([[(4, 6, 30, 40), (20, 20, 44, 60)], [(5, 5, 25, 28)]], [[0, 2], [1]])
@@ -40,7 +41,7 @@ def asked_at(seen, said, shown=OBJECTS):
     return found
 
 
-def naive_memory(student, teacher, shown, stride):
+def naive_memory(student, teacher, shown, stride, masked):
     sums = [0.0, 0.0]
     for i in range(len(student)):
         height, width = student.shape[2:]
@@ -55,6 +56,7 @@ def naive_memory(student, teacher, shown, stride):
             )
             for y in range(height)
             for x in range(width)
+            if not (masked and beyond(i, y, x))
         }
         free = sum(not weight for weight in over.values())
         for (y, x), weight in over.items():
@@ -65,19 +67,37 @@ def naive_memory(student, teacher, shown, stride):
 
 
 @pytest.mark.parametrize("shown", [OBJECTS, batch([[(4, 6, 12, 12)], []]), batch()], ids=["objects", "one", "none"])
-def test_terms_of_memory_equal_a_loop(shown):
+@pytest.mark.parametrize("masks", [(False, False), (True, False), (False, True)], ids=["none", "student", "teacher"])
+def test_terms_of_memory_equal_a_loop(shown, masks):
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.randn(2, 6, 4, 3, generator=generator).requires_grad_() for _ in range(2))
-    exchange = Exchange(view(layers(1), shown, (ours,)), view(layers(2), shown, (theirs,)))
-    exchange.teacher.spec = exchange.student.spec = QUERIES
+    exchange = exchange_of_memories(shown, (ours, theirs), masks)
     terms = method(**MEMORY, foreground_weight=3, background_weight=4)(exchange)
     assert list(terms) == ["foreground", "background"]
-    expected = naive_memory(ours.detach(), theirs.detach(), shown, 16)
+    expected = naive_memory(ours.detach(), theirs.detach(), shown, 16, any(masks))
     for value, weight, naive in zip(terms.values(), (3, 4), expected, strict=True):
         assert value.item() == pytest.approx(weight * naive, rel=1e-5)
     sum(terms.values()).backward()
     assert ours.grad.any()
     assert theirs.grad is None
+
+
+def exchange_of_memories(shown, maps, masks):
+    views = [view(layers(1), shown, (each,)) for each in maps]
+    for each, masked in zip(views, masks, strict=True):
+        each.spec = replace(QUERIES, masks_padding=masked)
+    return Exchange(*views)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_more_padding_changes_nothing_if_it_is_masked(masked):
+    maps = torch.randn(2, 2, 6, 4, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    canvas, *larger = padded(OBJECTS, maps[0], 2 * maps[1])
+    distill = method(**MEMORY, foreground_weight=3, background_weight=4)
+    found = distill(exchange_of_memories(OBJECTS, (maps[0], 2 * maps[1]), (masked, masked)))
+    again = distill(exchange_of_memories(canvas, larger, (masked, masked)))
+    for name in ("foreground", "background"):  # a box lies over all cells that it touches, one of padding among them
+        assert torch.allclose(again[name], found[name], rtol=1e-5) == masked
 
 
 def naive_kl(student, teacher):

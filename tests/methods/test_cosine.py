@@ -7,7 +7,8 @@ from kdtoolkit import Distiller
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import Batch, View
 from kdtoolkit.errors import KDError
-from kdtoolkit.methods.cosine import Cosine, at_cells, cosine_loss, directions, on_images, relation_loss
+from kdtoolkit.methods.common import on_images
+from kdtoolkit.methods.cosine import Cosine, at_cells, cosine_loss, directions, relation_loss
 from kdtoolkit.testing import check_method
 from tests.conftest import tiny_gfl, tiny_of
 from tests.methods._views import batch, exchange, maps, spec

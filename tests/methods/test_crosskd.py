@@ -263,13 +263,29 @@ def test_the_teachers_decoder_on_the_memory_of_a_twin_says_what_it_says_itself(b
         assert abs(term) < 1e-3 * others[name]
 
 
+def aligned_on_images(student, teacher, stride, sizes=((64, 64), (50, 60))):
+    """The student's map with the teacher's statistics in the cells that begin on an image, channel by channel."""
+    cells = [
+        (i, y, x)
+        for i, (height, width) in enumerate(sizes)
+        for y in range(teacher.shape[2])
+        for x in range(teacher.shape[3])
+        if y * stride < height and x * stride < width
+    ]
+    i, y, x = torch.tensor(cells).T
+    found = teacher.clone()
+    # Vectors (M, C) of these cells.
+    found[i, :, y, x] = align_statistics(student[i, :, y, x], teacher[i, :, y, x])
+    return found
+
+
 @pytest.mark.parametrize("priors", ["student", "teacher"])
 def test_all_layers_of_the_teachers_decoder_are_compared_on_both_memories(priors, batch):
     teacher, student = memory_pair()
     losses = Distiller(teacher, student, [CrossKD(state="memory", priors=priors)]).eval()(*batch)
     exchange = exchange_of(teacher, student, *batch)
     view, pair = exchange.teacher, exchange.matched(priors)
-    maps = tuple(map(align_statistics, exchange.student.features, view.features))
+    maps = tuple(map(aligned_on_images, exchange.student.features, view.features, view.spec.strides))
     queries = pair.teacher.predictions.priors
     both = [view.adapter.layers(view.adapter.head(each, view.batch, queries)) for each in (maps, view.features)]
     count = sum(len(target["boxes"]) for target in batch[1])

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -9,7 +10,7 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.methods import DETRDistill
 from kdtoolkit.methods.detrdistill import Outputs, match, matching_costs
 from kdtoolkit.methods.queries import layer_pairs
-from tests.methods._decoders import QUERIES, SIZES, batch, corners, iou_and_giou, l1, layers, view
+from tests.methods._decoders import QUERIES, SIZES, batch, beyond, corners, iou_and_giou, l1, layers, padded, view
 from tests.methods._views import CLASSES, spec
 
 OBJECTS = batch([[(4, 6, 30, 40), (20, 20, 44, 60)], [(5, 5, 25, 35)]], [[0, 2], [1]])
@@ -139,8 +140,12 @@ def test_terms_at_the_teachers_queries_equal_a_loop(softmax):
     assert all(layer[0].grad.any() and layer[1].grad.any() for layer in asked)
 
 
-def naive_feature(student, teacher, said, shown, top):
+def naive_feature(student, teacher, said, shown, top, masked):
     total = 0.0
+    counted = [
+        [(y, x) for y in range(4) for x in range(3) if not (masked and beyond(i, y, x))] for i in range(len(student))
+    ]
+    values = student.shape[1] * sum(map(len, counted))
     for logits, boxes, states in said:
         for i, (height, width) in enumerate(SIZES):
             scores = logits[i].sigmoid()
@@ -150,30 +155,48 @@ def naive_feature(student, teacher, said, shown, top):
                 box = corners(boxes[i, q].tolist())
                 truth = [(a / width, b / height, c / width, d / height) for a, b, c, d in shown.boxes[i].tolist()]
                 weight = score * max((iou_and_giou(box, each)[0] for each in truth), default=1.0)
-                for y in range(mask.shape[0]):
-                    for x in range(mask.shape[1]):
-                        cell, state = teacher[i, :, y, x], states[i, :, q]
-                        mask[y, x] += weight * (cell @ state / (cell.norm() * state.norm())).item()
+                for y, x in counted[i]:
+                    cell, state = teacher[i, :, y, x], states[i, :, q]
+                    mask[y, x] += weight * (cell @ state / (cell.norm() * state.norm())).item()
             mask = mask.clamp(min=0.01)
-            mask = mask / mask.max()
-            total += ((mask * (student[i] - teacher[i])) ** 2).sum().item() / student.numel()
+            mask = mask / max(mask[each] for each in counted[i])
+            for y, x in counted[i]:
+                total += ((mask[y, x] * (student - teacher)[i, :, y, x]) ** 2).sum().item() / values
     return total
 
 
 @pytest.mark.parametrize("shown", [OBJECTS, batch([[(4, 6, 30, 40)], []]), batch()], ids=["objects", "one", "none"])
-def test_the_term_of_features_equals_a_loop(shown):
+@pytest.mark.parametrize("masks", [(False, False), (True, False), (False, True)], ids=["none", "student", "teacher"])
+def test_the_term_of_features_equals_a_loop(shown, masks):
     said = layers(3)
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.randn(2, 6, 4, 3, generator=generator).requires_grad_() for _ in range(2))
-    exchange = Exchange(view(layers(1), shown, (ours,)), view(said, shown, (theirs,)))
+    exchange = exchange_of_features(shown, (ours, theirs), said, masks)
     terms = method(**FEATURE, top=5)(exchange)
     assert list(terms) == ["feature"]
-    expected = naive_feature(ours.detach(), theirs.detach(), [[x.detach() for x in each] for each in said], shown, 5)
+    plain = [[x.detach() for x in each] for each in said]
+    expected = naive_feature(ours.detach(), theirs.detach(), plain, shown, 5, any(masks))
     assert terms["feature"].item() == pytest.approx(expected, rel=1e-4)
     terms["feature"].backward()
     assert ours.grad.any()
     assert theirs.grad is None
     assert all(x.grad is None for layer in said for x in layer)
+
+
+def exchange_of_features(shown, maps, said, masks):
+    views = [view(each, shown, (x,)) for each, x in zip((layers(1), said), maps, strict=True)]
+    for each, masked in zip(views, masks, strict=True):
+        each.spec = replace(QUERIES, masks_padding=masked)
+    return Exchange(*views)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_more_padding_changes_nothing_if_it_is_masked(masked):
+    maps = torch.randn(2, 2, 6, 4, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    canvas, *larger = padded(OBJECTS, maps[0], 2 * maps[1])
+    found = method(**FEATURE)(exchange_of_features(OBJECTS, (maps[0], 2 * maps[1]), layers(3), (masked, masked)))
+    again = method(**FEATURE)(exchange_of_features(canvas, larger, layers(3), (masked, masked)))
+    assert torch.allclose(again["feature"], found["feature"], rtol=1e-5) == masked
 
 
 def test_fewer_queries_of_the_teacher_are_matched_with_as_many_of_the_student():

@@ -158,8 +158,9 @@ def detr_distill(z: Golden) -> Iterator[Check]:
             states = tensor(z, f"teacher.query.{layer}")
             losses["target_aware_loss"] = torch.stack(
                 [
-                    masked_difference(ours, theirs, [cell_mask(states, query, score, theirs)])
+                    masked_difference(ours, theirs, [cell_mask(states, query, score, theirs, counts)], counts)
                     for ours, theirs in zip(features, indexed(z, "feat_teacher"), strict=True)
+                    for counts in [torch.ones_like(theirs[:, 0], dtype=torch.bool)]
                 ]
             ).sum()
         for name, loss in losses.items():

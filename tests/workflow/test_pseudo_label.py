@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -112,3 +113,21 @@ def test_wrong_uses_are_told_and_nothing_is_written(data, photos, tmp_path, opti
     with pytest.raises(KDError, match=part):
         kdtoolkit.pseudo_label(model, images, data, out=out, **given)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "name", "part"),
+    [
+        ("photos/a.png/out", "e.png", r"cannot write .*a.png is no folder"),
+        ("out", "sub\\e.png", r"image sub/e.png and image sub/e.png would both be sub/e.png"),
+    ],
+)
+@pytest.mark.skipif(os.sep == "\\", reason="no file of Windows has a backslash in its name")
+def test_what_cannot_be_written_is_told_before_anything_is_detected(
+    data, photos, tmp_path, monkeypatch, out, name, part
+):
+    picture(photos / "sub" / "e.png", ("red", 0.6, BOX))
+    picture(photos / name, ("red", 0.6, BOX))
+    monkeypatch.setattr("kdtoolkit.workflow.pseudo_label.make_ready", lambda *_, **__: pytest.fail("it detects"))
+    with pytest.raises(KDError, match=part):
+        kdtoolkit.pseudo_label(detector(), photos, data, out=tmp_path / out)

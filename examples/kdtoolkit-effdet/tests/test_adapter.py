@@ -95,6 +95,7 @@ def test_the_adapter_keeps_the_contract(model):
         "first_stage",
         "layers",
         "placed_queries",
+        "padding",
     }
 
 

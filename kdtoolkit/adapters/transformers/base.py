@@ -179,6 +179,7 @@ class TransformersAdapter(DetectorAdapter):
             ),
             activation=self.activation,
             prior_form=prior_form,
+            masks_padding=self.masked,
         )
 
     def prepare(

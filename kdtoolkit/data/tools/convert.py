@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -67,17 +68,29 @@ def convert(
 
 
 def check_new(target: Path) -> None:
-    """Raise KDError if a folder to write into is there already, and not empty, or cannot be looked for."""
+    """Raise KDError if a folder to write into is there already, and not empty, or could not be made in the end."""
     try:
         is_taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        parent = next(folder for folder in target.absolute().parents if folder.exists())
     except OSError as error:
         raise KDError(f"cannot write {target}: {error.strerror or error}; name a different folder") from None
     if is_taken:
         raise KDError(f"{target} is there already; name a new folder")
+    if not parent.is_dir():
+        raise KDError(f"cannot write {target}: {parent} is no folder; name a different folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise KDError(f"cannot write {target}: {parent} is not writable; name a different folder")
+
+
+def with_slashes(name: str) -> str:
+    """The name of an image in a new data set. On Windows folders are divided by backslashes."""
+    return name.replace("\\", "/")
 
 
 def check_names(named: Iterable[tuple[str, str]], source: Path, to: Literal["coco", "yolo", "voc"]) -> None:
     """Check the names of a split's images, each with what messages call it, for a new data set of them.
+
+    Names are those of `with_slashes`.
 
     Raises KDError if two images would have one name or one file of annotations, or if readers of the format would not
     find an image.
@@ -149,7 +162,7 @@ def _names(readings: dict[str, Reading], to: Literal["coco", "yolo", "voc"]) -> 
     with the split. Raises KDError as `check_names` does.
     """
     names = {
-        split: {index: photo.name.replace("\\", "/") for index, photo in enumerate(reading.photos)}
+        split: {index: with_slashes(photo.name) for index, photo in enumerate(reading.photos)}
         for split, reading in readings.items()
     }
     taken: dict[str, Path] = {}
@@ -167,7 +180,6 @@ def _names(readings: dict[str, Reading], to: Literal["coco", "yolo", "voc"]) -> 
 
 def _key(name: str, to: str) -> str:
     """What images of a new data set may not share: a file's name, or that of its annotations without the ending."""
-    name = name.replace("\\", "/")
     return name if to == "coco" else PurePosixPath(name).with_suffix("").as_posix()
 
 

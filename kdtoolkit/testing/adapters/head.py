@@ -214,6 +214,28 @@ def _placed_queries(case: Case) -> None:
     expect(_reached([*found.values()], features), "no gradient flows from placed queries to the pyramid")
 
 
+@torch.no_grad()
+def _padding(case: Case) -> None:
+    """If the detector masks padding, what its maps have beyond an image changes nothing of what its head says."""
+    if not case.spec.masks_padding:
+        raise LeftOut("the spec does not say that padding is masked")
+    adapter = case.fresh()
+    batch = adapter.prepare(case.images)
+    # Padded to whole cells of all levels, and further: so there are cells beyond each image.
+    coarsest = max(case.spec.strides)
+    height, width = ((side // coarsest + 2) * coarsest for side in batch.images.shape[-2:])
+    canvas = batch.images.new_zeros(len(case.images), 3, height, width)
+    batch = adapter.prepare(case.images, like=replace(batch, images=canvas))
+    features = adapter.features(batch)
+    other = tuple(x.clone() for x in features)
+    for maps, stride in zip(other, case.spec.strides, strict=True):
+        for x, (height, width) in zip(maps, batch.sizes, strict=True):
+            x[:, -(-height // stride) :] += 1
+            x[:, :, -(-width // stride) :] += 1
+    found, again = (outputs(adapter.head(maps, batch).predictions) for maps in (features, other))
+    expect_same(again, found, "with different maps beyond the images")
+
+
 def _shown(case: Case) -> None:
     """Gradients flow through all that methods are shown, and nothing of it is written to afterwards."""
     adapter = case.fresh(train=True)
@@ -296,4 +318,4 @@ def _reached(said: Sequence[Tensor], wrt: Sequence[Tensor]) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-CHECKS = by_name(_resume, _given_priors, _alone, _layers, _cached, _placed_queries, _shown, _crossing)
+CHECKS = by_name(_resume, _given_priors, _alone, _layers, _cached, _placed_queries, _padding, _shown, _crossing)

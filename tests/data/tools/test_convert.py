@@ -219,6 +219,18 @@ def test_a_folder_that_cannot_be_looked_for(tmp_path):
         run(_yolo.write(tmp_path / "y"), tmp_path / ("x" * 300), "coco")
 
 
+@pytest.mark.parametrize(
+    ("may_write", "out", "part"),
+    [(True, "file/inner/out", "file is no folder"), (False, "none/out", "is not writable")],
+)
+def test_a_folder_that_cannot_be_made_is_told_before_data_are_read(tmp_path, monkeypatch, may_write, out, part):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("os.access", lambda *_: may_write)
+    monkeypatch.setattr("kdtoolkit.data.tools.convert.locate", lambda *_: pytest.fail("the data are read"))
+    with pytest.raises(KDError, match=rf"cannot write .*{part}; name a different folder"):
+        run(tmp_path / "source", tmp_path / out, "coco")
+
+
 def test_images_of_one_name_in_two_splits(tmp_path):
     yaml = "train: images/a\nval: images/b\nnames: [ball, cube]"
     root = _yolo.write(tmp_path / "source", yaml, images="images/a")
