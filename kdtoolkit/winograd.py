@@ -4,9 +4,10 @@ Torch computes them directly. The algorithm F(6x6, 3x3) (Lavin and Gray, CVPR 20
 the multiplications, and its results differ by rounding alone: by up to 2e-5 of the largest value of the batch. Torch
 has it in NNPACK, which it does not choose by itself.
 
-The tiles cross the borders between the images of a batch. So one image's rounding depends on its neighbours: if an
-image has values 10,000 times as large, the results of the next one are off by 1 % at their border. An infinite value in
-one image makes results of the next one infinite or NaN. Activations of one detector are all of about one size.
+The images of a batch lie on one sheet, and so do all levels of a pyramid that share a convolution. The tiles cross the
+borders between them. So one image's rounding depends on its neighbours: if an image has values 10,000 times as large,
+its neighbours' results are off by 1 % at their border. An infinite value in one image makes results of its neighbours
+infinite or NaN. Activations of one detector are all of about one size.
 """
 
 from __future__ import annotations
