@@ -58,6 +58,12 @@ class RunOptions(Section):
             raise ValueError(
                 f"train: {repeated[0]} is an option of its own: write {repeated[0]} beside `train`, not in it"
             )
+        if train.get("input_size") is not None:
+            raise ValueError(
+                "train: input_size is for training in Python and for suites: this command evaluates and saves the "
+                "detector at image_size. Leave input_size out; augmentation: {zoom: [0.67, 1.5]} shows objects at "
+                "sizes that vary"
+            )
         _check_training(train)
         return train
 

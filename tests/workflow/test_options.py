@@ -36,6 +36,7 @@ def error_of(kind, words, **rest):
         ),
         ({"train": {"lr": 0.9}}, "write lr beside `train`, not in it"),
         ({"train": {"augmentation": {"flip": 2}}}, "augmentation.flip"),
+        ({"train": {"input_size": {"short": [128, 128]}}}, "saves the detector at image_size. Leave input_size out"),
         ({"budget": "4 hours"}, "budget: '4 hours' is no time: write it as 4h, 90m, 1h30m or 45s"),
         ({"budget": "4h", "steps": 9}, "budget decides how long to train: leave epochs and steps out"),
         ({"init": "techer"}, "init 'techer': input should be 'teacher'"),
