@@ -64,8 +64,7 @@ class RunOptions(Section):
                 "detector at image_size. Leave input_size out; augmentation: {zoom: [0.67, 1.5]} shows objects at "
                 "sizes that vary"
             )
-        _check_training(train)
-        return train
+        return _checked_training(train)
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -218,7 +217,7 @@ class DistillOptions(RunOptions):
     @model_validator(mode="after")
     def _cache_finds_views_again(self) -> Self:
         if self.teacher_cache in ("memory", "disk"):
-            _check_training({**self.train, "teacher_cache": self.teacher_cache})
+            _checked_training({**self.train, "teacher_cache": self.teacher_cache})
         return self
 
     @model_validator(mode="after")
@@ -348,14 +347,15 @@ def check_options(kind: type[T], words: Mapping[str, Any], *, file: Path | None 
     return _with_absolute_paths(options, Path())
 
 
-def _check_training(train: Mapping[str, Any]) -> None:
-    """Check options of TrainConfig. Raises ValueError that names the wrong ones."""
+def _checked_training(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of TrainConfig with the values that it takes: 2 for "2". Raises ValueError that names the wrong ones."""
     from kdtoolkit.engine.config import TrainConfig  # imports torch
 
     try:
-        TrainConfig.model_validate({**train, "steps": 1, "batch_size": train.get("accumulation", 1)})
+        config = TrainConfig.model_validate({**train, "steps": 1, "batch_size": train.get("accumulation", 1)})
     except ValidationError as error:
         raise ValueError("; ".join(f"train: {explain(TrainConfig, each)}" for each in error.errors())) from None
+    return config.model_dump(mode="json", include={*train}, exclude_unset=True)
 
 
 def _said(kind: type[RunOptions], error: ErrorDetails, dashes: bool) -> str:

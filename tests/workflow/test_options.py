@@ -62,6 +62,20 @@ def test_methods_are_read_in_all_forms():
     assert check_options(DistillOptions, NEEDED | {"method": ["auto"]}).method == "auto"
 
 
+def test_options_of_training_have_the_values_that_training_takes():
+    given = {"accumulation": "2", "ema": "0", "frozen": ["backbone"], "augmentation": {"flip": "0", "zoom": [1, 2]}}
+    options = check_options(TrainOptions, {"model": "m", "data": "d", "batch_size": 8, "train": given})
+    assert options.train == {
+        "accumulation": 2,
+        "ema": 0.0,
+        "frozen": ["backbone"],
+        "augmentation": {"flip": 0.0, "zoom": [1.0, 2.0]},
+    }
+    assert "multiple of train.accumulation (3)" in error_of(
+        DistillOptions, NEEDED | {"batch_size": 8, "train": {"accumulation": "3"}}
+    )
+
+
 def test_a_file_is_read_and_words_come_before_it(tmp_path):
     (tmp_path / "birds").mkdir()
     path = tmp_path / "run.yaml"
