@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from kdtoolkit.errors import KDError
-from kdtoolkit.sections import Section, explain, parse, reason
+from kdtoolkit.sections import Section, Seed, explain, parse, reason
 from kdtoolkit.words import seconds_of
 from kdtoolkit.yaml_text import dump, split_name, with_arguments
 
@@ -41,7 +41,7 @@ class RunOptions(Section):
         None, gt=0, description="images a step; default: as many as the memory takes, up to 16"
     )
     lr: float | None = Field(None, gt=0, description="peak learning rate; default: by the weights and the library")
-    seed: int = Field(0, ge=0, description="decides all that is random")
+    seed: Seed = Field(0, description="decides all that is random")
     device: str = Field("auto", description="where to train: auto (a GPU if there is one), cpu, cuda or cuda:1")
     skip_bad: bool = Field(False, description="leave bad images and annotations out, instead of stopping")
     allow_code: bool = Field(False, description="import the Python module of a model named package.module:callable")
@@ -292,6 +292,7 @@ class TuneOptions(DistillOptions):
     seeds: int = Field(
         3,
         ge=0,
+        le=1000,
         description="fresh seeds that confirm the best trial against the next one and against no teacher; 0: no "
         "confirmation; default: 3",
     )

@@ -24,6 +24,7 @@ def error_of(kind, words, **rest):
         ({"teachr": "a"}, "unknown key 'teachr' (did you mean 'teacher'?)"),
         ({"image_size": 8}, "image_size 8: input should be greater than or equal to 32"),
         ({"epochs": 3, "steps": 9}, "epochs and steps are two ways to say how long to train"),
+        ({"seed": 2**65}, "seed 36893488147419103232: input should be less than 9223372036854775808"),
         ({"lr": -1}, "lr -1: input should be greater than 0"),
         ({"method": "CrosKD"}, "unknown method 'CrosKD' (did you mean 'CrossKD'?)"),
         ({"method": "PKD?wieght=6"}, "PKD: unknown key 'wieght' (did you mean 'weight'?)"),
