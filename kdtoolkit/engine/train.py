@@ -268,7 +268,7 @@ def train(
         if average is not None:
             student.load_state_dict(average.module.state_dict())
             group.alike(student)
-        keeper.weights("student.safetensors", student, last=True)
+        keeper.finish(student)
         warnings = (*state.silence.warnings(final=True), *state.dead.warnings(), *_not_held(distiller))
         if not state.with_boxes:
             warnings = (f"none of the images of the {end} steps has a box: the student has seen background alone",)
