@@ -35,7 +35,7 @@ from kdtoolkit.deploy.onnx_file import (
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
-from kdtoolkit.models import Detector, has_classes, open_detector
+from kdtoolkit.models import Detector, enlarging, has_classes, open_detector
 from kdtoolkit.modes import in_eval_mode
 from kdtoolkit.options import did_you_mean
 
@@ -173,7 +173,7 @@ def export(
     finally:
         partial.unlink(missing_ok=True)
         adapter.model.to(device)
-    return Exported(file, str(freedom), which, check, (*detector.notes, *notes), found)
+    return Exported(file, str(freedom), which, check, (*detector.notes, *enlarging(detector, size), *notes), found)
 
 
 @dataclass(frozen=True)
