@@ -119,7 +119,11 @@ def _state_dicts(content: object, name: str = "") -> Iterator[tuple[str, dict[st
 def _preferred(found: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """Which of a checkpoint's state dicts to load; empty if that is not clear."""
     tops = {name: name.partition(".")[0] for name in found}
-    averages = {name: found[name] for name, top in tops.items() if _AVERAGE.search(top)}
+    plain = next((found[name] for known in _PLAIN for name, top in tops.items() if top == known), None)
+    whole = plain or max(found.values(), key=len)
+    averages = {
+        name: found[name] for name, top in tops.items() if _AVERAGE.search(top) and _is_like(found[name], whole)
+    }
     # OpenMMLab swaps average and weights before it saves them: then the dict that is called average has a counter.
     exchanged = "state_dict" in found and any("steps" in state for state in averages.values())
     if averages and not exchanged:
@@ -128,6 +132,16 @@ def _preferred(found: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Te
         if named := {name: found[name] for name, top in tops.items() if top == known}:
             return named if len(named) == 1 else {}
     return {}
+
+
+def _is_like(state: Mapping[str, Tensor], whole: Mapping[str, Tensor], least: float = 0.9) -> bool:
+    """Whether a state dict has about the tensors of another, but for prefixes of their names and counters."""
+    ours, theirs = (Counter(_end(key) for key in each if not _is_counter(key)) for each in (state, whole))
+    return (ours & theirs).total() >= least * theirs.total()
+
+
+def _end(key: str) -> str:
+    return ".".join(key.split(".")[-2:])
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -68,6 +68,11 @@ WRAPPED = {
     "averages exchanged": lambda w: {
         "state_dict": w, "ema_state_dict": {**prefixed(zeros(w), "module."), "steps": torch.tensor(4)}
     },
+    "means of losses beside it": lambda w: {"model": w, "loss_avg": {"cls": torch.tensor(1.0)}},
+    "a moving average and means beside it": lambda w: {
+        "ema": w, "loss_average": {"cls": torch.tensor(1.0)}, "model": zeros(w)
+    },
+    "a moving average and means alone": lambda w: {"ema": w, "loss_average": {"cls": torch.tensor(1.0)}},
     "random state beside it": lambda w: {"net": w, "rng": {"torch": torch.zeros(3)}},
 }  # fmt: skip
 
