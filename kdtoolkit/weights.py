@@ -216,22 +216,32 @@ def _unwrapped(state: Mapping[str, Tensor], source: str, known: Callable[[str], 
     """The detector's part of a state dict, without the prefix that wrappers put before its names.
 
     `torch.compile` puts `_orig_mod.` before the names of the module that was compiled, which may be only a part of the
-    detector. Raises KDError if the detector's names occur behind several prefixes.
+    detector. If the detector's names occur behind several prefixes, one of them may be that of a moving average
+    (`model_ema.module.`), which is taken. OpenMMLab 2 keeps a second copy under names without points
+    (`ema_backbone_conv1_weight`), which is left out: it has exchanged both before it saves them. Raises KDError if it
+    is unclear which prefix is meant.
     """
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    copies = {f"ema_{key.replace('.', '_')}" for key in state}
+    state = {key: value for key, value in state.items() if key not in copies}
     votes: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")
-        votes.update(".".join([*parts[:i], ""]) for i in range(len(parts)) if known(".".join(parts[i:])))
-    if not votes or votes[""] == max(votes.values()):
+        if not _is_counter(key):
+            votes.update(".".join([*parts[:i], ""]) for i in range(len(parts)) if known(".".join(parts[i:])))
+    most = max(votes.values(), default=0)
+    found = [prefix for prefix, count in votes.items() if count == most]
+    averages = [prefix for prefix in found if _AVERAGE.search(prefix.replace(".", "_"))]
+    if len(averages) == 1:
+        found = averages
+    if not found or "" in found:
         return state
-    (prefix, most), *others = votes.most_common()
-    if others and others[0][1] == most:
+    if len(found) > 1:
         raise KDError(
-            f"{source} holds the weights of {kind} more than once, behind {prefix!r} and {others[0][0]!r}: save only "
+            f"{source} holds the weights of {kind} more than once, behind {found[0]!r} and {found[1]!r}: save only "
             "the part behind one of them"
         )
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key.removeprefix(found[0]): value for key, value in state.items() if key.startswith(found[0])}
 
 
 def _class_counts(
