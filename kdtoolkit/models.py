@@ -393,13 +393,17 @@ def _open_state(name: str, checkpoint: Checkpoint, source: str, count: int | Non
     model = build(guess)
     try:
         load_state(model, checkpoint.state, source)
-    except KDError:
+    except KDError as error:
+        errors = []
         for other in _possible_counts(build, guess, checkpoint.state, source):
             model = build(other)
-            with suppress(KDError):
+            try:
                 load_state(model, checkpoint.state, source)
+            except KDError as reason:
+                errors.append(reason)
+            else:
                 return Opened(model, build, other, name, None, source, checkpoint.trained)
-        raise
+        raise (errors or [error])[0] from None  # of the likeliest number
     return Opened(model, build, guess, name, checkpoint.class_names, source, checkpoint.trained)
 
 
