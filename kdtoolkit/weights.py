@@ -49,6 +49,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise KDError(f"there is no weights file {path}")
+    if path.suffix == ".onnx":
+        raise KDError(
+            f"{path} is an exported file, which runs without kdtoolkit (docs/export.md): name the run or the weights "
+            "that it was exported from"
+        )
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -157,11 +157,13 @@ def test_unusable_files_are_explained(tmp_path, capsys):
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "text.safetensors").write_text("no weights")
     torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "model.onnx").write_text("a graph")
     for name, message in {
         "code.pth": "holds Python objects",
         "text.pth": "damaged",
         "text.safetensors": "cannot be read",
         "list.pth": "no state dict",
+        "model.onnx": "is an exported file, which runs without kdtoolkit .*: name the run or the weights",
         "absent.pth": "there is no weights file",
     }.items():
         with pytest.raises(KDError, match=message) as caught:
