@@ -38,7 +38,10 @@ class RunOptions(Section):
     )
     steps: int | None = Field(None, gt=0, description="optimiser steps, instead of epochs")
     batch_size: int | None = Field(
-        None, gt=0, description="images a step; default: as many as the memory takes, up to 16"
+        None,
+        gt=0,
+        description="images a step; default: 8 on a CPU and for each of several processes, else as many as the GPU's "
+        "memory takes, up to 16",
     )
     lr: float | None = Field(None, gt=0, description="peak learning rate; default: by the weights and the library")
     seed: Seed = Field(0, description="decides all that is random")

@@ -7,6 +7,7 @@ import yaml
 import kdtoolkit
 from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
+from kdtoolkit.workflow import defaults
 from kdtoolkit.workflow.options import DistillOptions, TrainOptions, TuneOptions, check_options, read_options
 
 NEEDED = {"teacher": "runs/t", "student": "kdtoolkit/gfl", "data": "birds"}
@@ -121,6 +122,12 @@ def test_functions_take_the_words_of_the_command(function, kind):
 def test_every_option_is_described():
     for kind in (TrainOptions, DistillOptions):
         assert all(field.description for field in kind.model_fields.values())
+
+
+def test_the_help_of_the_batch_size_is_what_runs_do():
+    text = TrainOptions.model_fields["batch_size"].description
+    assert f"{defaults.BATCH_ON_CPU} on a CPU" in text
+    assert text.endswith(f"up to {defaults.LARGEST_BATCH}")
 
 
 def test_a_run_file_does_not_allow_its_own_code(tmp_path):
