@@ -322,7 +322,8 @@ def _checked(
         batches = [*(image[None] for image in images), other.repeat(3, 1, 1, 1) * _SHADES]
     else:
         canvases = torch.cat([on_canvas(image[None], plan.size) for image in images])
-        batches = [*canvases.split(1 if freedom.batch else plan.batch_size)]  # the last one is filled up where it runs
+        # The last one is filled up where it runs.
+        batches = [*torch.split(canvases, 1 if freedom.batch else plan.batch_size)]
         if freedom.batch:
             batches = [*batches, canvases[:1].repeat(3, 1, 1, 1) * _SHADES]
     return total([compare(reference([*batch]), detector.run(batch)) for batch in batches])
