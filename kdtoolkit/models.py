@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -44,6 +45,7 @@ __all__ = [
     "can_detect",
     "check_classes",
     "content_of",
+    "enlarging",
     "is_code",
     "is_place",
     "load_weights",
@@ -136,6 +138,21 @@ def _open_recorded(path: Path, count: int | None, categories: Mapping[int, str] 
 def can_detect(detector: Detector) -> bool:
     """Whether it is a detector with a head, and not a model that shows features alone."""
     return Capability.PREDICTIONS in adapt(detector.model).spec.capabilities
+
+
+def enlarging(detector: Detector, *sides: int) -> tuple[str, ...]:
+    """A note for users if the detector's own preprocessing enlarges square images with one of these sides."""
+    parameter = next(detector.model.parameters(), None)
+    if parameter is None:  # a file of detections
+        return ()
+    with suppress(KDError):  # no adapter knows it, so nobody knows what it does
+        adapter = adapt(detector.model)
+        for side in sides:
+            height, width = adapter.prepare([torch.zeros(3, side, side, device=parameter.device)]).sizes[0]
+            if max(height, width) > side:
+                change = f"one of {side} x {side} px to {width} x {height} px"
+                return (f"the detector's own preprocessing enlarges small images: {change}",)
+    return ()
 
 
 def has_classes(detector: Detector, class_names: Sequence[str]) -> bool:
@@ -376,13 +393,17 @@ def _open_state(name: str, checkpoint: Checkpoint, source: str, count: int | Non
     model = build(guess)
     try:
         load_state(model, checkpoint.state, source)
-    except KDError:
+    except KDError as error:
+        errors = []
         for other in _possible_counts(build, guess, checkpoint.state, source):
             model = build(other)
-            with suppress(KDError):
+            try:
                 load_state(model, checkpoint.state, source)
+            except KDError as reason:
+                errors.append(reason)
+            else:
                 return Opened(model, build, other, name, None, source, checkpoint.trained)
-        raise
+        raise (errors or [error])[0] from None  # of the likeliest number
     return Opened(model, build, guess, name, checkpoint.class_names, source, checkpoint.trained)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import TypeVar, get_args
+from typing import Annotated, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from kdtoolkit.errors import KDError
@@ -15,6 +15,8 @@ from kdtoolkit.options import did_you_mean
 from kdtoolkit.yaml_text import Loader, load
 
 T = TypeVar("T", bound=BaseModel)
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What torch's generators take, with room for seeds that are counted from it."""
 
 
 class Section(BaseModel):

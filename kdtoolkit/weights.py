@@ -49,6 +49,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise KDError(f"there is no weights file {path}")
+    if path.suffix == ".onnx":
+        raise KDError(
+            f"{path} is an exported file, which runs without kdtoolkit (docs/export.md): name the run or the weights "
+            "that it was exported from"
+        )
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -119,7 +124,11 @@ def _state_dicts(content: object, name: str = "") -> Iterator[tuple[str, dict[st
 def _preferred(found: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """Which of a checkpoint's state dicts to load; empty if that is not clear."""
     tops = {name: name.partition(".")[0] for name in found}
-    averages = {name: found[name] for name, top in tops.items() if _AVERAGE.search(top)}
+    plain = next((found[name] for known in _PLAIN for name, top in tops.items() if top == known), None)
+    whole = plain or max(found.values(), key=len)
+    averages = {
+        name: found[name] for name, top in tops.items() if _AVERAGE.search(top) and _is_like(found[name], whole)
+    }
     # OpenMMLab swaps average and weights before it saves them: then the dict that is called average has a counter.
     exchanged = "state_dict" in found and any("steps" in state for state in averages.values())
     if averages and not exchanged:
@@ -128,6 +137,16 @@ def _preferred(found: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Te
         if named := {name: found[name] for name, top in tops.items() if top == known}:
             return named if len(named) == 1 else {}
     return {}
+
+
+def _is_like(state: Mapping[str, Tensor], whole: Mapping[str, Tensor], least: float = 0.9) -> bool:
+    """Whether a state dict has about the tensors of another, but for prefixes of their names and counters."""
+    ours, theirs = (Counter(_end(key) for key in each if not _is_counter(key)) for each in (state, whole))
+    return (ours & theirs).total() >= least * theirs.total()
+
+
+def _end(key: str) -> str:
+    return ".".join(key.split(".")[-2:])
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -202,22 +221,32 @@ def _unwrapped(state: Mapping[str, Tensor], source: str, known: Callable[[str], 
     """The detector's part of a state dict, without the prefix that wrappers put before its names.
 
     `torch.compile` puts `_orig_mod.` before the names of the module that was compiled, which may be only a part of the
-    detector. Raises KDError if the detector's names occur behind several prefixes.
+    detector. If the detector's names occur behind several prefixes, one of them may be that of a moving average
+    (`model_ema.module.`), which is taken. OpenMMLab 2 keeps a second copy under names without points
+    (`ema_backbone_conv1_weight`), which is left out: it has exchanged both before it saves them. Raises KDError if it
+    is unclear which prefix is meant.
     """
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    copies = {f"ema_{key.replace('.', '_')}" for key in state}
+    state = {key: value for key, value in state.items() if key not in copies}
     votes: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")
-        votes.update(".".join([*parts[:i], ""]) for i in range(len(parts)) if known(".".join(parts[i:])))
-    if not votes or votes[""] == max(votes.values()):
+        if not _is_counter(key):
+            votes.update(".".join([*parts[:i], ""]) for i in range(len(parts)) if known(".".join(parts[i:])))
+    most = max(votes.values(), default=0)
+    found = [prefix for prefix, count in votes.items() if count == most]
+    averages = [prefix for prefix in found if _AVERAGE.search(prefix.replace(".", "_"))]
+    if len(averages) == 1:
+        found = averages
+    if not found or "" in found:
         return state
-    (prefix, most), *others = votes.most_common()
-    if others and others[0][1] == most:
+    if len(found) > 1:
         raise KDError(
-            f"{source} holds the weights of {kind} more than once, behind {prefix!r} and {others[0][0]!r}: save only "
+            f"{source} holds the weights of {kind} more than once, behind {found[0]!r} and {found[1]!r}: save only "
             "the part behind one of them"
         )
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key.removeprefix(found[0]): value for key, value in state.items() if key.startswith(found[0])}
 
 
 def _class_counts(

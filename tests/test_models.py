@@ -199,6 +199,14 @@ def test_a_file_says_how_many_classes_it_is_for(saved_gfl):
     assert open_detector(TINY_GFL, weights="none", num_classes=2).weights == ""
 
 
+def test_a_file_that_lacks_a_tensor_is_described_with_its_own_classes(tmp_path):
+    state = build_model(TINY_GFL, 6).state_dict()
+    del state["predictors.cls.bias"], state["scales"]
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(KDError, match=r"do not fit GFL: 2 missing: scales, predictors\.cls\.bias\. Build"):
+        open_detector(TINY_GFL, weights=tmp_path / "x.pth")
+
+
 @pytest.mark.parametrize(
     ("kind", "more"),
     [("gfl", {"bins": 9}), ("atss", {}), ("retinanet", {}), ("fcos", {"strides": (8, 16, 32, 64), "head_blocks": 2})],

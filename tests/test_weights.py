@@ -68,6 +68,22 @@ WRAPPED = {
     "averages exchanged": lambda w: {
         "state_dict": w, "ema_state_dict": {**prefixed(zeros(w), "module."), "steps": torch.tensor(4)}
     },
+    "means of losses beside it": lambda w: {"model": w, "loss_avg": {"cls": torch.tensor(1.0)}},
+    "a moving average and means beside it": lambda w: {
+        "ema": w, "loss_average": {"cls": torch.tensor(1.0)}, "model": zeros(w)
+    },
+    "a moving average and means alone": lambda w: {"ema": w, "loss_average": {"cls": torch.tensor(1.0)}},
+    "moving average of Lightning": lambda w: {
+        "state_dict": {**prefixed(zeros(w), "model."), **prefixed(w, "model_ema.module.")}
+    },
+    "moving average of Lightning, without counters": lambda w: {"state_dict": {
+        **prefixed(zeros(w), "model."), "ema_model.n_averaged": torch.tensor(3),
+        **prefixed({k: v for k, v in w.items() if not k.endswith("num_batches_tracked")}, "ema_model.module."),
+    }},
+    "moving average beside bare names": lambda w: {**zeros(w), **prefixed(w, "ema.")},
+    "averages exchanged, under names without points": lambda w: {
+        "state_dict": {**w, **{f"ema_{k.replace('.', '_')}": v * 0 for k, v in w.items()}}
+    },
     "random state beside it": lambda w: {"net": w, "rng": {"torch": torch.zeros(3)}},
 }  # fmt: skip
 
@@ -78,7 +94,7 @@ def test_state_dicts_load_as_training_scripts_leave_them(name, trained, tmp_path
     load_weights(fresh, path)
     load_published(native, path)
     for key, value in trained.items():
-        if name != "without counters" or not key.endswith("num_batches_tracked"):
+        if "without counters" not in name or not key.endswith("num_batches_tracked"):
             assert torch.equal(fresh.state_dict()[key], value), key
             assert torch.equal(native.state_dict()[key], value), key
 
@@ -141,11 +157,13 @@ def test_unusable_files_are_explained(tmp_path, capsys):
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "text.safetensors").write_text("no weights")
     torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "model.onnx").write_text("a graph")
     for name, message in {
         "code.pth": "holds Python objects",
         "text.pth": "damaged",
         "text.safetensors": "cannot be read",
         "list.pth": "no state dict",
+        "model.onnx": "is an exported file, which runs without kdtoolkit .*: name the run or the weights",
         "absent.pth": "there is no weights file",
     }.items():
         with pytest.raises(KDError, match=message) as caught:

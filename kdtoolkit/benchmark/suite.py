@@ -14,7 +14,7 @@ from kdtoolkit.engine.scoring import MAX_DETECTIONS
 from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import is_code
-from kdtoolkit.sections import Section
+from kdtoolkit.sections import Section, Seed
 from kdtoolkit.yaml_text import dump
 
 BASELINE = "baseline"
@@ -42,7 +42,7 @@ class DataSection(Section):
     val_images: int | None = Field(None, gt=0)
     on_bad: Literal["error", "skip"] = "error"
     max_detections: int = Field(MAX_DETECTIONS, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _procedural_is_endless(self) -> DataSection:
@@ -87,7 +87,7 @@ class Suite(Section):
     name: str = Field(pattern=_FOLDER_NAME)
     description: str
     expected_minutes: float = Field(gt=0)
-    seeds: int = Field(3, ge=1)
+    seeds: int = Field(3, ge=1, lt=1_000_000)
     data: DataSection
     teacher: DetectorSection
     student: StudentSection

@@ -38,7 +38,9 @@ ClassesAsIn = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 ImageSize = Annotated[
     int | None,
-    typer.Option(help="Longest side of images in pixels; none is enlarged. Default: as the detector was trained."),
+    typer.Option(
+        help="Longest side of images in pixels; larger ones are scaled down. Default: as the detector was trained."
+    ),
 ]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
 SkipBad = Annotated[

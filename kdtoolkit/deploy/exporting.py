@@ -35,7 +35,7 @@ from kdtoolkit.deploy.onnx_file import (
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
-from kdtoolkit.models import Detector, has_classes, open_detector
+from kdtoolkit.models import Detector, enlarging, has_classes, open_detector
 from kdtoolkit.modes import in_eval_mode
 from kdtoolkit.options import did_you_mean
 
@@ -173,7 +173,7 @@ def export(
     finally:
         partial.unlink(missing_ok=True)
         adapter.model.to(device)
-    return Exported(file, str(freedom), which, check, (*detector.notes, *notes), found)
+    return Exported(file, str(freedom), which, check, (*detector.notes, *enlarging(detector, size), *notes), found)
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def _written(
 def _checked(
     adapter: DetectorAdapter, file: Path, images: Sequence[Tensor], freedom: Freedom, plan: _Plan
 ) -> Comparison:
-    """Compare on each image, and where dimensions are free on a batch of three, and of a different size."""
+    """Compare on all images, and where dimensions are free on a batch of three, and of a different size."""
     detector, reference = OnnxDetector(file), detector_of(adapter)
     height, width = plan.size
     if freedom.size:
@@ -321,11 +321,11 @@ def _checked(
         other = F.interpolate(images[0][None], (max(32, height * 3 // 4 // 32 * 32), width), mode="bilinear")
         batches = [*(image[None] for image in images), other.repeat(3, 1, 1, 1) * _SHADES]
     else:
-        canvases = [on_canvas(image[None], plan.size) for image in images]
-        full = torch.cat(canvases)[torch.arange(plan.batch_size) % len(canvases)]
-        batches = canvases if freedom.batch or plan.batch_size == 1 else [full]
+        canvases = torch.cat([on_canvas(image[None], plan.size) for image in images])
+        # The last one is filled up where it runs.
+        batches = [*torch.split(canvases, 1 if freedom.batch else plan.batch_size)]
         if freedom.batch:
-            batches = [*batches, canvases[0].repeat(3, 1, 1, 1) * _SHADES]
+            batches = [*batches, canvases[:1].repeat(3, 1, 1, 1) * _SHADES]
     return total([compare(reference([*batch]), detector.run(batch)) for batch in batches])
 
 

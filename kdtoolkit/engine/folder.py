@@ -78,7 +78,6 @@ class Keeper:
     """Keeps nothing. Runs without a folder use it, and all processes except the first."""
 
     notices: tuple[str, ...] = ()
-    best: float | None = None
 
     def log(self, step: int, row: Row) -> None:
         """Note the values of a step, or of an evaluation."""
@@ -89,9 +88,11 @@ class Keeper:
     def save(self, state: RunState, *, last: bool = False) -> None:
         """Store a checkpoint if it is time for one, or if this step is the `last` for now."""
 
-    def weights(self, name: str, student: nn.Module, *, last: bool = False) -> bool:
-        """Store the detector's weights. Returns whether that worked; UnwritableError if it did not and the run ends."""
-        return True
+    def evaluated(self, ap: float | None, student: nn.Module) -> None:
+        """Store the weights that were evaluated, if none were better so far."""
+
+    def finish(self, student: nn.Module) -> None:
+        """Store the weights at the end. Raises UnwritableError if that does not work."""
 
 
 @contextmanager
@@ -135,7 +136,9 @@ class _FolderKeeper(Keeper):
             notices.append(f"{folder.path / 'log.jsonl'} was cut or changed meanwhile: lines are missing in it")
         for notice in notices:
             self._notice(notice)
-        self.best = facts["best"]
+        self._best: float | None = facts["best"]
+        self._best_path = folder.path / "best.safetensors"
+        self._unwritten: bytes | None = None  # the best weights, while they cannot be written
         place = folder.tracked_in or folder.path / folder.path.name
         self.trackers = Trackers(folder.trackers, place, self._made_of["config"], step=step)
         self._saved_step = step
@@ -168,7 +171,10 @@ class _FolderKeeper(Keeper):
         due = state.step % every == 0 if every else time.monotonic() - self._saved >= self._folder.save_seconds
         if not (due or last):
             return
+        place = self._best_path
         try:
+            self._write_best()  # before the checkpoint, so that each whole checkpoint has its best weights beside it
+            place = self._checkpoints.folder
             self._log.flush()
             self._speed.flush()
             self._checkpoints.write(
@@ -176,24 +182,37 @@ class _FolderKeeper(Keeper):
                     {
                         "log": self._log.position,
                         "speed": self._speed.position,
-                        "best": self.best,
+                        "best": self._best,
                         "made_of": self._made_of,
                     }
                 )
             )
             self._saved_step = state.step
         except OSError as error:
-            self._failed(error, self._checkpoints.folder, last=last)
+            self._failed(error, place, last=last)
         self._saved = time.monotonic()
 
-    def weights(self, name: str, student: nn.Module, *, last: bool = False) -> bool:
-        path = self._folder.path / name
+    def evaluated(self, ap: float | None, student: nn.Module) -> None:
+        # Of equal ones the last counts: it has learnt the most. At first all may have an AP of 0.
+        if ap is None or (self._best is not None and ap < self._best):
+            return
+        self._best, self._unwritten = ap, to_bytes(student.state_dict())
+        try:
+            self._write_best()
+        except OSError as error:
+            self._failed(error, self._best_path, last=False)
+
+    def _write_best(self) -> None:
+        if self._unwritten is not None:
+            write_atomic(self._best_path, self._unwritten)
+            self._unwritten = None
+
+    def finish(self, student: nn.Module) -> None:
+        path = self._folder.path / "student.safetensors"
         try:
             write_atomic(path, to_bytes(student.state_dict()))
         except OSError as error:
-            self._failed(error, path, last=last)
-            return False
-        return True
+            self._failed(error, path, last=True)
 
     def flush(self) -> None:
         """Write the logs' waiting rows. If they cannot be written, a notice says so."""

@@ -45,10 +45,7 @@ def evaluate_now(
             together=True,
             max_detections=validation.max_detections,
         )
-        # Of equal ones the last counts: it has learnt the most. At first all may have an AP of 0.
-        best = found.ap is not None and (keeper.best is None or found.ap >= keeper.best)
-        if best and keeper.weights("best.safetensors", student):
-            keeper.best = found.ap
+        keeper.evaluated(found.ap, student)
     row = {f"eval/{name}": getattr(found, name) for name in METRICS}
     state.evaluations.append({"step": state.step, **row})
     keeper.log(state.step, row)

@@ -93,13 +93,15 @@ def train(
     Ctrl-C in a run with a folder ends it after the step that has begun, with a checkpoint; a second Ctrl-C ends it at
     once. If several processes train together, and without a folder, the first one ends it at once.
 
-    Raises KDError before the first step if an argument has a wrong type, if all of the student is frozen, if its number
-    of classes differs from that of a data set, if the two data sets have different classes, if the models lie on
-    different devices or not on `device`, if no method can teach by `unlabelled`, if there is nothing to probe, or if
-    the folder holds a different run, is in use or cannot be written. Raises NonFiniteLossError if a loss term is NaN or
-    infinite; the student then has the weights of the last good step.
+    Raises KDError before the first step if an argument has a wrong type or the seed more than 64 bits, if all of the
+    student is frozen, if its number of classes differs from that of a data set, if the two data sets have different
+    classes, if the models lie on different devices or not on `device`, if no method can teach by `unlabelled`, if there
+    is nothing to probe, or if the folder holds a different run, is in use or cannot be written. Raises
+    NonFiniteLossError if a loss term is NaN or infinite; the student then has the weights of the last good step.
     """
     check_arguments(distiller, config)
+    if not -(2**63) <= seed < 2**63:
+        raise KDError(f"seed is {seed}; torch takes 64 bits: choose a smaller one")
     check_dataset(dataset, distiller.student_adapter.spec)
     group.check_joined()
     rank, count = group.rank(), processes.count()
@@ -266,7 +268,7 @@ def train(
         if average is not None:
             student.load_state_dict(average.module.state_dict())
             group.alike(student)
-        keeper.weights("student.safetensors", student, last=True)
+        keeper.finish(student)
         warnings = (*state.silence.warnings(final=True), *state.dead.warnings(), *_not_held(distiller))
         if not state.with_boxes:
             warnings = (f"none of the images of the {end} steps has a box: the student has seen background alone",)

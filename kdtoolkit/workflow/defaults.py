@@ -62,7 +62,7 @@ def image_size(longest: int, teacher: int | None, student: int | None) -> Choice
         (640, "usual size"),
     )
     if longest < SMALLEST_SIZE:
-        return Choice(SMALLEST_SIZE, f"the smallest size; no image has more than {longest} px, and none is enlarged")
+        return Choice(SMALLEST_SIZE, f"the smallest size; no image has more than {longest} px")
     if longest < size:
         return Choice(longest, f"the largest image; {size} ({why}) would add nothing")
     return Choice(size, why)

@@ -19,7 +19,8 @@ from kdtoolkit.detectors.recorded import RecordedDetector
 from kdtoolkit.engine.detect import Runner
 from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
-from kdtoolkit.models import Detector, UnknownClassesError, open_detector, shortened
+from kdtoolkit.models import Detector, UnknownClassesError, enlarging, open_detector, shortened
+from kdtoolkit.workflow.defaults import SMALLEST_SIZE
 
 LARGEST_SIZE = 1333  # pixels, as in the preprocessing of torchvision and of DETR
 
@@ -28,9 +29,10 @@ LARGEST_SIZE = 1333  # pixels, as in the preprocessing of torchvision and of DET
 class Ready:
     """A trained detector that is ready to run.
 
-    `image_size`: the longest side of images in pixels; larger images are scaled down to it, none is enlarged.
+    `image_size`: the longest side of images in pixels; larger images are scaled down to it. None is enlarged, but for
+    what the detector's own preprocessing does.
     `class_names`: of the detector, label 0 first; "class 0" and so on if nobody knows them. `named`: whether they are
-    known.
+    known. `notes`: what the user should know of it.
     """
 
     detector: Detector
@@ -38,6 +40,7 @@ class Ready:
     image_size: int
     class_names: tuple[str, ...]
     named: bool
+    notes: tuple[str, ...]
 
     def shared_with(
         self, class_names: Sequence[str], data: str, given: Mapping[str, str] | None
@@ -92,8 +95,8 @@ def make_ready(
 
     Raises KDError if the detector cannot be opened, or has no weights for detection.
     """
-    if image_size is not None and image_size < 32:
-        raise KDError(f"image_size is {image_size} px; it must be at least 32")
+    if image_size is not None and image_size < SMALLEST_SIZE:
+        raise KDError(f"image_size is {image_size} px; it must be at least {SMALLEST_SIZE}")
     if isinstance(model, Detector):
         if weights is not None or classes_as_in is not None:
             raise KDError(
@@ -129,7 +132,8 @@ def make_ready(
             )
         names = tuple(f"class {label}" for label in range(runner.spec.num_classes))
     size = image_size or detector.image_size or LARGEST_SIZE
-    return Ready(detector, runner, size, tuple(names), named=detector.class_names is not None)
+    notes = (*detector.notes, *enlarging(detector, size, SMALLEST_SIZE))
+    return Ready(detector, runner, size, tuple(names), named=detector.class_names is not None, notes=notes)
 
 
 def check_recorded(

@@ -87,7 +87,7 @@ def evaluate(
             classes that both have.
         classes_as_in: a data set with the detector's classes, if nobody else knows their names.
         image_size: longest side of images in pixels; None takes the one that the detector was trained at. No image is
-            enlarged.
+            enlarged, except by preprocessing of the detector's own; a note tells of that.
         batch_size: images at a time.
         max_detections: how many detections of an image and class count, the best first: 100 as COCO, 300 as LVIS.
         device: "auto", "cpu", "cuda" or "cuda:1".
@@ -120,7 +120,7 @@ def evaluate(
     if not isinstance(detector.model, RecordedDetector):
         milliseconds = 1000 * seconds_per_image(ready.runner, dataset.in_memory())
     place = str(ready.runner.device)
-    notes = (*detector.notes, *about_images, *about_classes)
+    notes = (*ready.notes, *about_images, *about_classes)
     return Evaluated(
         detector.name, detector.weights, str(dataset), scores, milliseconds, place, ready.image_size, notes
     )

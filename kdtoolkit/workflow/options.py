@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from kdtoolkit.errors import KDError
-from kdtoolkit.sections import Section, explain, parse, reason
+from kdtoolkit.sections import Section, Seed, explain, parse, reason
 from kdtoolkit.words import seconds_of
 from kdtoolkit.yaml_text import dump, split_name, with_arguments
 
@@ -38,10 +38,13 @@ class RunOptions(Section):
     )
     steps: int | None = Field(None, gt=0, description="optimiser steps, instead of epochs")
     batch_size: int | None = Field(
-        None, gt=0, description="images a step; default: as many as the memory takes, up to 16"
+        None,
+        gt=0,
+        description="images a step; default: 8 on a CPU and for each of several processes, else as many as the GPU's "
+        "memory takes, up to 16",
     )
     lr: float | None = Field(None, gt=0, description="peak learning rate; default: by the weights and the library")
-    seed: int = Field(0, ge=0, description="decides all that is random")
+    seed: Seed = Field(0, description="decides all that is random")
     device: str = Field("auto", description="where to train: auto (a GPU if there is one), cpu, cuda or cuda:1")
     skip_bad: bool = Field(False, description="leave bad images and annotations out, instead of stopping")
     allow_code: bool = Field(False, description="import the Python module of a model named package.module:callable")
@@ -58,8 +61,13 @@ class RunOptions(Section):
             raise ValueError(
                 f"train: {repeated[0]} is an option of its own: write {repeated[0]} beside `train`, not in it"
             )
-        _check_training(train)
-        return train
+        if train.get("input_size") is not None:
+            raise ValueError(
+                "train: input_size is for training in Python and for suites: this command evaluates and saves the "
+                "detector at image_size. Leave input_size out; augmentation: {zoom: [0.67, 1.5]} shows objects at "
+                "sizes that vary"
+            )
+        return _checked_training(train)
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -212,7 +220,7 @@ class DistillOptions(RunOptions):
     @model_validator(mode="after")
     def _cache_finds_views_again(self) -> Self:
         if self.teacher_cache in ("memory", "disk"):
-            _check_training({**self.train, "teacher_cache": self.teacher_cache})
+            _checked_training({**self.train, "teacher_cache": self.teacher_cache})
         return self
 
     @model_validator(mode="after")
@@ -287,6 +295,7 @@ class TuneOptions(DistillOptions):
     seeds: int = Field(
         3,
         ge=0,
+        le=1000,
         description="fresh seeds that confirm the best trial against the next one and against no teacher; 0: no "
         "confirmation; default: 3",
     )
@@ -342,14 +351,15 @@ def check_options(kind: type[T], words: Mapping[str, Any], *, file: Path | None 
     return _with_absolute_paths(options, Path())
 
 
-def _check_training(train: Mapping[str, Any]) -> None:
-    """Check options of TrainConfig. Raises ValueError that names the wrong ones."""
+def _checked_training(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of TrainConfig with the values that it takes: 2 for "2". Raises ValueError that names the wrong ones."""
     from kdtoolkit.engine.config import TrainConfig  # imports torch
 
     try:
-        TrainConfig.model_validate({**train, "steps": 1, "batch_size": train.get("accumulation", 1)})
+        config = TrainConfig.model_validate({**train, "steps": 1, "batch_size": train.get("accumulation", 1)})
     except ValidationError as error:
         raise ValueError("; ".join(f"train: {explain(TrainConfig, each)}" for each in error.errors())) from None
+    return config.model_dump(mode="json", include={*train}, exclude_unset=True)
 
 
 def _said(kind: type[RunOptions], error: ErrorDetails, dashes: bool) -> str:

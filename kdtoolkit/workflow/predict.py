@@ -101,7 +101,7 @@ def predict(
         weights: a file of weights, or "pretrained" for the library's own; None takes those that belong to `model`.
         classes_as_in: a data set with the detector's classes, if nobody else knows their names.
         image_size: longest side of images in pixels; None takes the one that the detector was trained at. No image is
-            enlarged.
+            enlarged, except by preprocessing of the detector's own; a note tells of that.
         batch_size: images at a time. With more than one, images of different sizes are padded to one size, which can
             change detections a little.
         device: "auto", "cpu", "cuda" or "cuda:1".
@@ -147,7 +147,7 @@ def predict(
             written = [*writer(folder, found, ready.class_names, root, names), *([folder / "pictures"] * pictures)]
     except OSError as error:
         raise KDError(f"cannot write to {folder}: {error.strerror or error}") from error
-    return Predicted(tuple(found), ready.class_names, skipped, ready.detector.notes, tuple(written))
+    return Predicted(tuple(found), ready.class_names, skipped, ready.notes, tuple(written))
 
 
 def _check_new(folder: Path) -> None:

@@ -30,7 +30,7 @@ from kdtoolkit.errors import IncompatibleError, KDError
 from kdtoolkit.inherit import Inherited, inherit
 from kdtoolkit.libraries import adapt, library_of_name
 from kdtoolkit.method_use import MethodUse
-from kdtoolkit.models import Detector, can_detect, is_code, is_place, open_detector
+from kdtoolkit.models import Detector, can_detect, enlarging, is_code, is_place, open_detector
 from kdtoolkit.options import did_you_mean
 from kdtoolkit.words import counted
 from kdtoolkit.workflow import defaults
@@ -124,7 +124,7 @@ def prepare(
         inherited = inherit(student.model, teacher.model, class_map)
     for detector in filter(None, (student, teacher)):
         detector.model.to(device)
-    _check_sizes(student, teacher, size, notes)
+    _check_sizes(student, teacher, images, size, notes)
 
     about = _situation(images, student, inherited, device)
     methods, why_methods = _methods(options, student, teacher, class_map, scale.value)
@@ -353,7 +353,7 @@ def _opened(name: str, names: tuple[str, ...], weights: str | None, size: int) -
         library = _library(name)
         path, given = split_name(name)
         if library == "torchvision" and not path.startswith("torchvision/ssd") and "min_size" not in given:
-            args = {"min_size": size, "max_size": size}  # it resizes images itself, and would enlarge them
+            args = {"min_size": size, "max_size": size}  # it resizes images itself, by default to 800 px and more
         if library == "kdtoolkit" and weights == "pretrained":
             args, weights = {"pretrained": True}, None  # a backbone's: there are no others
     return open_detector(name, class_names=names, weights=weights, args=args)
@@ -373,13 +373,16 @@ def _is_torchvision(name: str) -> bool:
     return not is_place(name) and _library(name) == "torchvision"
 
 
-def _check_sizes(student: Detector, teacher: Detector | None, size: int, notes: list[str]) -> None:
+def _check_sizes(student: Detector, teacher: Detector | None, images: Images, size: int, notes: list[str]) -> None:
     """Tell the user if the student's own preprocessing enlarges images, or if the teacher knows a different size."""
     device = next(student.model.parameters()).device
     batch = adapt(student.model).prepare([torch.zeros(3, size, size, device=device)])
     seen = max(batch.sizes[0])
     if seen != size:
         notes.append(f"the detector's own preprocessing scales images of {size} px to {seen} px")
+    else:
+        smallest = min(max(image["width"], image["height"]) for image in images.train.coco()["images"])
+        notes += enlarging(student, min(size, smallest))
     if teacher and teacher.image_size and not 2 / 3 <= size / teacher.image_size <= 3 / 2:
         notes.append(f"the teacher was trained on images of {teacher.image_size} px and is shown images of {size} px")
 

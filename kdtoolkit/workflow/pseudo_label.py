@@ -178,7 +178,7 @@ def pseudo_label(
         thresholds={class_names[label]: each for label, each in zip(ours, chosen, strict=True)},
         boxes=dict(zip(class_names, counts, strict=True)),
         skipped=skipped,
-        notes=(*ready.detector.notes, *about_images, *about_classes, *_about_unlabelled(class_names, ours, chosen)),
+        notes=(*ready.notes, *about_images, *about_classes, *_about_unlabelled(class_names, ours, chosen)),
     )
     categories = [Category(number, name) for number, name in enumerate(class_names, 1)]
     reports = {"report.md": result.to_markdown(), "report.json": json.dumps(result.to_json(), indent=2) + "\n"}

@@ -227,7 +227,8 @@ def _trained(
         evaluations=prepared.evaluations,
         report=display.training("training" if name == TRAINING else "training without teacher", clock, another=another),
     )
-    for warning in result.warnings:
+    warnings = (*result.warnings, *result.notices)
+    for warning in warnings:
         display.warn(warning)
     load_best(student, report.folder / name)
     found = evaluated(prepared, student, device, display, "the trained detector")
@@ -237,7 +238,7 @@ def _trained(
         best_step=int(best["step"] or 0),
         steps=result.steps,
         seconds=result.seconds,
-        warnings=tuple(result.warnings),
+        warnings=warnings,
         metrics=result.metrics,
         cache=result.cache,
     )

@@ -51,6 +51,13 @@ def test_what_is_written_reads_back():
             ["teacher_scale is 0.7: it must be 1, 0.5 or 0.25"],
         ),
         ("seeds: 2", "seeds: 0", "seeds", ["seeds = 0", "greater than or equal to 1"]),
+        ("seeds: 2", "seeds: 36893488147419103232", "seeds", ["seeds = 36893488147419103232", "less than 1000000"]),
+        (
+            "  image_size: 64",
+            "  image_size: 64\n  seed: 36893488147419103232",
+            "seed: 36",
+            ["less than 92233720368547"],
+        ),
         ("seeds: 2", "seeds: many", "seeds", ["seeds = 'many'", "integer"]),
         ("  image_size: 64", "  image_sise: 64", "image_sise", ["data: unknown key", "did you mean 'image_size'"]),
         ("train: {steps: 3,", "train: {step: 3,", "step: 3", ["teacher.train", "did you mean 'steps'", "clip_norm"]),

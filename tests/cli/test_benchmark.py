@@ -81,6 +81,7 @@ def test_mistakes_are_one_error_and_code_2(run, tmp_path):
         (["merge", root], "Missing argument"),
         (["run", "quick", "--seeds", "5-3"], "'5-3' has no seed: write 5 for the seeds 0 to 4, or 3-5"),
         (["run", "quick", "--seeds", "few"], "'few' is neither a number of seeds, as 5, nor a range of them"),
+        (["run", "quick", "--seeds", "36893488147419103232"], "nor a range of them, as 3-5, below a million"),
         (["run", "quick", "--seeds", "0"], "'0' has no seed"),
     ):
         code, out, err = run(*arguments)

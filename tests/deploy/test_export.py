@@ -113,11 +113,12 @@ def test_int8_is_a_smaller_file_and_both_are_measured(exported):
 @pytest.mark.slow
 def test_a_detector_that_is_told_to_be_fixed(tmp_path):
     model = lively(tiny_fcos(seed=0))
-    done = export(Detector(model, "fcos", None), out=tmp_path / "a.onnx", image_size=96, batch_size=2, fixed=True)
+    done = export(Detector(model, "fcos", None), out=tmp_path / "a.onnx", image_size=96, batch_size=3, fixed=True)
     assert done.free == "one batch size, one image size"
     assert "generated images" in done.images
     (shape,) = (each.shape for each in onnxruntime.InferenceSession(done.file).get_inputs())
-    assert shape == [2, 3, 96, 96]
+    assert shape == [3, 3, 96, 96]
+    assert done.check.images == 8  # all of them, in three batches
 
 
 @pytest.mark.slow

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from kdtoolkit import Distiller, KDError
 from kdtoolkit.data import Augmentation, InputSize, ProceduralShapes
-from kdtoolkit.engine import measuring
+from kdtoolkit.engine import folder, measuring
 from kdtoolkit.engine.evaluate import evaluate
 from kdtoolkit.engine.train import RunFolder, TrainConfig, Validation, train
 from kdtoolkit.errors import UnwritableError
+from kdtoolkit.files import write_atomic
 from kdtoolkit.lock import hold
 from kdtoolkit.methods import FBKD, MGD, PKD, CrossKD
 from tests.conftest import tiny_gfl
@@ -362,6 +363,38 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(data, tmp_path,
     assert digest(student) == digest(run(data, None)[0])
     run(data, tmp_path / "other", saves=1)
     assert (tmp_path / "log.jsonl").read_bytes() == (tmp_path / "other" / "log.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("failing", [(2, 3), range(2, 99)])
+def test_the_best_weights_wait_until_they_can_be_written(data, tmp_path, monkeypatch, failing):
+    aps, students, attempts = iter((0.0, 3.0, 1.0, 3.0, 1.0)), [], []
+
+    def scored(adapter, *_, **__):
+        students.append(digest(adapter.model))
+        return replace(evaluate(adapter, data), ap=next(aps))
+
+    def write(path, content):
+        if path.name == "best.safetensors":
+            attempts.append(path)
+            if len(attempts) in failing:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_atomic(path, content)
+
+    monkeypatch.setattr(measuring, "evaluate", scored)
+    monkeypatch.setattr(folder, "write_atomic", write)
+    evaluated = Validation(data, every_steps=3)
+    if len(failing) == 2:
+        student, result = run(data, tmp_path, saves=1, evaluated=evaluated)
+        assert "best.safetensors: No space left on device; the last whole checkpoint is of step 5" in result.notices[0]
+    else:
+        with pytest.raises(
+            UnwritableError, match=r"best.safetensors: No space left .* of step 5. Free space, and start"
+        ):
+            run(data, tmp_path, saves=1, evaluated=evaluated)
+        monkeypatch.setattr(folder, "write_atomic", write_atomic)
+        student, _ = run(data, tmp_path, saves=1, evaluated=evaluated)
+    student.load_state_dict(load_file(tmp_path / "best.safetensors"))
+    assert digest(student) == students[1]
 
 
 def test_a_checkpoint_that_is_larger_than_may_be_written_is_told(data, tmp_path):

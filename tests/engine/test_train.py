@@ -306,12 +306,13 @@ def test_devices_are_taken_by_name_or_as_they_are(data):
         ({"dataset": [1, 2]}, "the data set is a list; it must be a DetectionDataset"),
         ({"distiller": nn.Identity()}, r"train takes a Distiller, not a Identity: .* Distiller\(None, student\)"),
         ({"distiller": Distiller(None, tiny_gfl(seed=2, num_classes=91))}, "GFL has 91 classes, the data set 6"),
+        ({"seed": 2**65}, r"seed is 36893488147419103232; torch takes 64 bits"),
     ],
 )
 def test_wrong_arguments_are_told_in_one_sentence(data, changes, message):
-    arguments = {"distiller": Distiller(None, model(2)), "dataset": data, "config": config(), **changes}
+    arguments = {"distiller": Distiller(None, model(2)), "dataset": data, "config": config(), "seed": 0, **changes}
     with pytest.raises(KDError, match=message):
-        train(**arguments, seed=0)
+        train(**arguments)
 
 
 @pytest.mark.parametrize("methods", [[], [FGD()]])

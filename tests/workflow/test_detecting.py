@@ -1,8 +1,29 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kdtoolkit.errors import KDError
-from kdtoolkit.workflow.detecting import found_device
+from kdtoolkit.models import open_detector
+from kdtoolkit.workflow.detecting import found_device, make_ready
+from tests.workflow._data import TINY
+
+FCOS = "torchvision/fcos?backbone=resnet10t&out_channels=32"
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        (f"{FCOS}&min_size=100&max_size=150", "enlarges small images: one of 64 x 64 px to 100 x 100 px"),
+        (f"{FCOS}&min_size=64&max_size=64", "enlarges small images: one of 32 x 32 px to 64 x 64 px"),
+        (TINY, ""),
+    ],
+)
+def test_a_detector_that_enlarges_images_is_told(name, note):
+    detector = replace(open_detector(name, num_classes=3), trained=True)
+    notes = make_ready(detector, image_size=64, device="cpu").notes
+    assert len(notes) == bool(note)
+    assert note in "".join(notes)
 
 
 @pytest.mark.parametrize("name", ["mps", "xpu", "meta", "gpu", "cpu:x", "", 1.5])

@@ -7,6 +7,7 @@ import yaml
 import kdtoolkit
 from kdtoolkit.errors import KDError
 from kdtoolkit.method_use import MethodUse
+from kdtoolkit.workflow import defaults
 from kdtoolkit.workflow.options import DistillOptions, TrainOptions, TuneOptions, check_options, read_options
 
 NEEDED = {"teacher": "runs/t", "student": "kdtoolkit/gfl", "data": "birds"}
@@ -24,6 +25,7 @@ def error_of(kind, words, **rest):
         ({"teachr": "a"}, "unknown key 'teachr' (did you mean 'teacher'?)"),
         ({"image_size": 8}, "image_size 8: input should be greater than or equal to 32"),
         ({"epochs": 3, "steps": 9}, "epochs and steps are two ways to say how long to train"),
+        ({"seed": 2**65}, "seed 36893488147419103232: input should be less than 9223372036854775808"),
         ({"lr": -1}, "lr -1: input should be greater than 0"),
         ({"method": "CrosKD"}, "unknown method 'CrosKD' (did you mean 'CrossKD'?)"),
         ({"method": "PKD?wieght=6"}, "PKD: unknown key 'wieght' (did you mean 'weight'?)"),
@@ -36,6 +38,7 @@ def error_of(kind, words, **rest):
         ),
         ({"train": {"lr": 0.9}}, "write lr beside `train`, not in it"),
         ({"train": {"augmentation": {"flip": 2}}}, "augmentation.flip"),
+        ({"train": {"input_size": {"short": [128, 128]}}}, "saves the detector at image_size. Leave input_size out"),
         ({"budget": "4 hours"}, "budget: '4 hours' is no time: write it as 4h, 90m, 1h30m or 45s"),
         ({"budget": "4h", "steps": 9}, "budget decides how long to train: leave epochs and steps out"),
         ({"init": "techer"}, "init 'techer': input should be 'teacher'"),
@@ -59,6 +62,20 @@ def test_methods_are_read_in_all_forms():
     assert (crosskd.name, pkd.args, fgd.args) == ("CrossKD", {"weight": 2.0}, {"foreground_weight": 0.1})
     assert check_options(DistillOptions, NEEDED | {"method": "PKD"}).method == (MethodUse.model_validate("PKD"),)
     assert check_options(DistillOptions, NEEDED | {"method": ["auto"]}).method == "auto"
+
+
+def test_options_of_training_have_the_values_that_training_takes():
+    given = {"accumulation": "2", "ema": "0", "frozen": ["backbone"], "augmentation": {"flip": "0", "zoom": [1, 2]}}
+    options = check_options(TrainOptions, {"model": "m", "data": "d", "batch_size": 8, "train": given})
+    assert options.train == {
+        "accumulation": 2,
+        "ema": 0.0,
+        "frozen": ["backbone"],
+        "augmentation": {"flip": 0.0, "zoom": [1.0, 2.0]},
+    }
+    assert "multiple of train.accumulation (3)" in error_of(
+        DistillOptions, NEEDED | {"batch_size": 8, "train": {"accumulation": "3"}}
+    )
 
 
 def test_a_file_is_read_and_words_come_before_it(tmp_path):
@@ -105,6 +122,12 @@ def test_functions_take_the_words_of_the_command(function, kind):
 def test_every_option_is_described():
     for kind in (TrainOptions, DistillOptions):
         assert all(field.description for field in kind.model_fields.values())
+
+
+def test_the_help_of_the_batch_size_is_what_runs_do():
+    text = TrainOptions.model_fields["batch_size"].description
+    assert f"{defaults.BATCH_ON_CPU} on a CPU" in text
+    assert text.endswith(f"up to {defaults.LARGEST_BATCH}")
 
 
 def test_a_run_file_does_not_allow_its_own_code(tmp_path):

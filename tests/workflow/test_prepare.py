@@ -52,6 +52,9 @@ def test_the_image_size_of_a_detector_of_torchvision_does_not_depend_on_where_it
     name = f"torchvision/fcos?backbone=resnet10t&out_channels=32&pretrained={file}"
     found = prepared(TrainOptions, model=name, data=shapes, image_size=96)
     assert found.student.model.transform.max_size == 96
+    assert "the detector's own preprocessing enlarges small images: one of 64 x 64 px to 96 x 96 px" in found.notes
+    kept = prepared(TrainOptions, model=name, data=shapes, image_size=64)
+    assert not any("enlarges" in note for note in kept.notes)
 
 
 @pytest.mark.parametrize(

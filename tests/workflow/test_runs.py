@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from kdtoolkit.data import open_dataset
 from kdtoolkit.engine import train as loop
 from kdtoolkit.engine.evaluate import Evaluation, evaluate
 from kdtoolkit.errors import KDError
+from kdtoolkit.files import write_atomic
 from kdtoolkit.models import open_detector
 from kdtoolkit.workflow import measuring, runs, training
 from kdtoolkit.workflow.defaults import Choice
@@ -80,6 +83,23 @@ def test_the_baseline_is_the_same_training_without_teacher(distilled):
     assert any(key.startswith("crosskd/") for key in first["training"])
     assert not any(key.startswith("crosskd/") for key in first["baseline"])
     assert distilled.added == distilled.ap - distilled.baseline.evaluation.ap
+
+
+def test_what_could_not_be_written_for_a_while_is_in_the_report(shapes, tmp_path, monkeypatch):
+    attempts = []
+
+    def write(path, content):
+        if path.name == "best.safetensors":
+            attempts.append(path)
+            if len(attempts) == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_atomic(path, content)
+
+    monkeypatch.setattr("kdtoolkit.engine.folder.write_atomic", write)
+    report = kdtoolkit.train(TINY, shapes, out=tmp_path / "run", steps=1, batch_size=4, weights="none", quiet=True)
+    assert len(attempts) == 2
+    assert "best.safetensors: No space left on device" in report.student.warnings[-1]
+    assert "No space left on device" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_a_finished_run_is_shown_again(distilled, teacher, shapes, monkeypatch, capsys):

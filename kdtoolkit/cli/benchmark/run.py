@@ -46,9 +46,11 @@ class Seeds:
 
 def _seeds(text: str) -> Seeds:
     """The seeds that `5` (the first five) or `3-5` (three of them) means. Raises an error of usage."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)", text.strip())
+    found = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,6})", text.strip())
     if found is None:
-        raise typer.BadParameter(f"{text!r} is neither a number of seeds, as 5, nor a range of them, as 3-5")
+        raise typer.BadParameter(
+            f"{text!r} is neither a number of seeds, as 5, nor a range of them, as 3-5, below a million"
+        )
     first, last = found[1], int(found[2])
     chosen = range(last) if first is None else range(int(first), last + 1)
     if not chosen:
