@@ -15,13 +15,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
-from typing import Literal
+from typing import Literal, Protocol
 
 from kdtoolkit.data.pictures import MAX_PIXELS, PictureError, seen_size
 from kdtoolkit.errors import KDError
 
 SPLITS = ("train", "val", "test")
 OPENED = ("train", "val")  # what training opens
+ALL = "all"  # the one part of a data set whose images belong to no split
 # What Pillow reads of the endings that Ultralytics' reader looks for in folders, in lower case.
 ENDINGS = (".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
 MAX_OVERHANG = 1.0  # pixels that a box may reach beyond its image; annotation tools round that much. It is cut there.
@@ -34,6 +35,9 @@ SHOWN_CHARACTERS = 80  # of a value that is wrong
 
 Progress = Callable[[int, int], None]
 """Called with the number of images that were looked at, and of all."""
+
+Choose = Callable[[Sequence[str]], Collection[str]]
+"""Called with the names of all images of a part; returns those that are to be read."""
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +103,7 @@ class Reading:
     `source`: the file that stands for the split in messages. `root`: the folder of the data set. `remarks`: sentences
     about what is odd, but can be read. `cut`: number of boxes that reached beyond the image's edge and were cut there.
     `unread`: numbers of entries in the files that detection does not use. `has_ids`: whether the files themselves give
-    images and classes their ids.
+    images and classes their ids. `held_out`: how the split was made, if the files have none.
     """
 
     source: Path
@@ -111,6 +115,7 @@ class Reading:
     cut: int = 0
     unread: Counter[str] = field(default_factory=Counter)
     has_ids: bool = False
+    held_out: str = ""
 
     @contextmanager
     def noting(self, file: Path, loses: Literal["image", "box"]) -> Iterator[None]:
@@ -155,20 +160,30 @@ class Reading:
         return x1, y1, x2 - x1, y2 - y1
 
 
+def everything(names: Sequence[str]) -> Collection[str]:
+    """Choose all images."""
+    return names
+
+
+class Read(Protocol):
+    """Reads one split of a place: the images that `choose` takes."""
+
+    def __call__(self, place: Path, split: str, progress: Progress, choose: Choose = everything, /) -> Reading:
+        """Raise KDError if there is no such split, or if the data cannot be read at all."""
+
+
 @dataclass(frozen=True)
 class Form:
     """A format of data sets.
 
     `locate` returns the place to read from if the path holds data of this format, else None. `splits` names the splits
-    of a place, `read` reads one of them. Both raise KDError if there is no split, or if the data cannot be read at all.
-    `looked_for` names the files by which the format is recognised.
+    of a place, or ALL; it raises KDError if there is none, or if the data cannot be read at all. `read` reads one.
     """
 
     name: str
-    looked_for: str
     locate: Callable[[Path], Path | None]
     splits: Callable[[Path], list[str]]
-    read: Callable[[Path, str, Progress], Reading]
+    read: Read
 
 
 class BadEntryError(Exception):

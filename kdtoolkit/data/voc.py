@@ -1,23 +1,28 @@
 """Pascal VOC's format: `ImageSets/Main/SPLIT.txt` lists names, `Annotations/NAME.xml` has the boxes of an image.
 
-The image file lies in `JPEGImages` and has the same name. VOC counts pixels from 1 and includes the last one: a box
-from xmin = 1 to xmax = 40 covers an image 40 pixels wide. Here its left edge is xmin - 1 and its right edge xmax.
+The image file lies in `JPEGImages` and has the same name. `layouts.py` says where else tools put both. VOC counts
+pixels from 1 and includes the last one: a box from xmin = 1 to xmax = 40 covers an image 40 pixels wide. Here its left
+edge is xmin - 1 and its right edge xmax.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
+from kdtoolkit.data.layouts import Part, parts_of
 from kdtoolkit.data.records import (
+    ALL,
     DECIMALS,
     ENDINGS,
     SPLITS,
     BadEntryError,
     Box,
     Category,
+    Choose,
     Files,
     Form,
     Photo,
@@ -25,6 +30,7 @@ from kdtoolkit.data.records import (
     Reading,
     agreed_size,
     check_pixels,
+    everything,
     is_finite,
     is_text,
     leads_out,
@@ -47,37 +53,45 @@ def locate(path: Path) -> Path | None:
         folder = root / "Annotations"
         if folder in (path, path / "Annotations") and any(file.suffix == ".xml" for file in walk(folder)):
             return root
-    return None
+    return path if path.is_dir() and parts_of("VOC", path) else None
 
 
 @telling_what_is_unreadable()
 def splits(root: Path) -> list[str]:
     """The splits that have a list. Raises KDError if there is none."""
-    found = _listed(root)
+    parts = parts_of("VOC", root)
+    found = [split for split in (*SPLITS, ALL) if split in parts]
     if not found:
         raise _missing(root, "train")
     return found
 
 
 @telling_what_is_unreadable()
-def read(root: Path, split: str, progress: Progress) -> Reading:
+def read(root: Path, split: str, progress: Progress, choose: Choose = everything) -> Reading:
     """Read a split. Raises KDError if lists or folders are missing, or no annotation has an object."""
-    names = _names(root, split)
-    reading = Reading(_list_of(root, split), root, _categories(root))
+    parts = parts_of("VOC", root)
+    if split not in parts:
+        raise _missing(root, split)
+    part = parts[split]
+    folder, images = _annotations(part, root), part.images[0]
+    names = _names(part, root)
+    chosen = choose(names)
+    names = [name for name in names if name in chosen]
+    reading = Reading(part.labels, root, _categories(root, {_annotations(each, root) for each in parts.values()}))
     labels = {category.name: label for label, category in enumerate(reading.categories)}
-    pictures = _Pictures(root / "JPEGImages")
+    pictures = _Pictures(images)
     seen: set[str] = set()
     users: dict[Path, str] = {}
     from_0 = 0
     for done, name in enumerate(names, 1):
-        file = root / "Annotations" / f"{name}.xml"
+        file = folder / f"{name}.xml"
         with reading.noting(reading.source, "image"):
             if not is_text(name) or leads_out(name):
                 raise BadEntryError(f"{shown(name)} leads out of the data set, or is no text; correct the name")
             if name in seen:
                 raise BadEntryError(f"{name} is listed twice; list it once")
             seen.add(name)
-            where = f"Annotations/{name}.xml"
+            where = f"{folder.name}/{name}.xml"
             with naming(where):
                 annotation = parse(file)
                 stated = _stated_size(annotation)
@@ -86,8 +100,8 @@ def read(root: Path, split: str, progress: Progress) -> Reading:
                     raise BadEntryError(
                         f"{first} has the same image, and each would lack the boxes of the other; merge the two files"
                     )
-            short = path.relative_to(root / "JPEGImages").as_posix()
-            title = f"image JPEGImages/{short}"
+            short = path.relative_to(images).as_posix()
+            title = f"image {images.name}/{short}"
             with naming(title):
                 size = agreed_size(path, stated, "XML")
             boxes = []
@@ -106,7 +120,7 @@ def read(root: Path, split: str, progress: Progress) -> Reading:
     return reading
 
 
-FORM = Form("VOC", "Annotations/*.xml with ImageSets/Main/train.txt (Pascal VOC)", locate, splits, read)
+FORM = Form("VOC", locate, splits, read)
 
 
 def parse(path: Path) -> Element:
@@ -166,15 +180,17 @@ class _Pictures:
         if stated in found:
             return stated
         if len(found) > 1:
-            raise BadEntryError(f"JPEGImages has {' and '.join(path.name for path in found)}; keep one of them")
+            names = " and ".join(path.name for path in found)
+            raise BadEntryError(f"{self._folder.name} has {names}; keep one of them")
         if found:
             if is_text(file_name) and not leads_out(file_name) and os.path.isfile(stated):
                 raise BadEntryError(
-                    f"its filename is {file_name}, but JPEGImages has {found[0].name} as well; correct the filename"
+                    f"its filename is {file_name}, but {self._folder.name} has {found[0].name} as well; correct the "
+                    "filename"
                 )
             return found[0]
         if not is_text(file_name):
-            raise BadEntryError(f"JPEGImages has no image {name}, and the file has no filename; add the image")
+            raise BadEntryError(f"{self._folder.name} has no image {name}, and the file has no filename; add the image")
         return self._files.find(file_name)
 
 
@@ -182,19 +198,20 @@ def _list_of(root: Path, split: str) -> Path:
     return root / "ImageSets" / "Main" / f"{split}.txt"
 
 
-def _listed(root: Path) -> list[str]:
-    return [split for split in SPLITS if _list_of(root, split).is_file()]
+def _annotations(part: Part, root: Path) -> Path:
+    """The folder of a part's XML files: all that lie in it, or those that a list names."""
+    return part.labels if part.labels.is_dir() else root / "Annotations"
 
 
-def _names(root: Path, split: str) -> list[str]:
-    """The names that a split lists. Raises KDError."""
-    path = _list_of(root, split)
-    if not path.is_file():
-        raise _missing(root, split)
+def _names(part: Part, root: Path) -> list[str]:
+    """The names of a part's images. Raises KDError."""
+    if part.labels.is_dir():
+        files = (file for file in walk(part.labels) if file.suffix == ".xml")
+        return [file.relative_to(part.labels).with_suffix("").as_posix() for file in files]
     if not (root / "JPEGImages").is_dir():
         raise KDError(f"there is no folder {root / 'JPEGImages'}. {_layout(root)}")
     try:
-        lines = read_text(path).splitlines()
+        lines = read_text(part.labels).splitlines()
     except BadEntryError as error:
         raise KDError(str(error)) from None
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
@@ -210,7 +227,10 @@ def _without_ending(root: Path, name: str) -> str:
 
 
 def _missing(root: Path, split: str) -> KDError:
-    others = ", ".join(_listed(root))
+    parts = parts_of("VOC", root)
+    others = ", ".join(parts)
+    if any(part.is_export for part in parts.values()):
+        return KDError(f"{root} has no {split}, only {others}; export that split as well")
     return KDError(
         f"there is no file {_list_of(root, split)}{f' (but of {others})' if others else ''}. {_layout(root)}"
     )
@@ -223,7 +243,7 @@ def _layout(root: Path) -> str:
     )
 
 
-def _categories(root: Path) -> list[Category]:
+def _categories(root: Path, folders: Collection[Path]) -> list[Category]:
     """The classes: those that `classes.txt` lists, or else the names in all annotation files, sorted.
 
     Raises KDError if there is none.
@@ -237,10 +257,11 @@ def _categories(root: Path) -> list[Category]:
         if wrong := [name for name in names if not is_text(name) or names.count(name) > 1]:
             raise KDError(f"{path}: {shown(wrong[0])} is there twice, or is no text; list each class once, one a line")
     else:
-        files = (file for file in walk(root / "Annotations") if file.suffix == ".xml")
+        files = (file for folder in folders for file in walk(folder) if file.suffix == ".xml")
         names = sorted({name for file in files for name in _class_names(file)})
     if not names:
-        raise KDError(f"{path.parent / 'Annotations'} has no object with a name, and there is no list {path}")
+        where = " and ".join(map(str, sorted(folders)))
+        raise KDError(f"{where} has no object with a name, and there is no list {path}")
     return [Category(number, name) for number, name in enumerate(names, 1)]
 
 

@@ -2,6 +2,9 @@
 
 The label file of `images/train/a.jpg` is `labels/train/a.txt`. Each of its lines is an object: `class cx cy w h`, or
 `class x1 y1 x2 y2 x3 y3 ...` for a polygon, divided by the image's width and height.
+
+CVAT and Label Studio export the same labels with files of their own in place of `data.yaml`: `obj.data`, which names
+lists of images and of classes, or `classes.txt` beside the folders `images` and `labels`.
 """
 
 from __future__ import annotations
@@ -15,19 +18,23 @@ from typing import Any
 
 import yaml
 
+from kdtoolkit.data.layouts import split_of
 from kdtoolkit.data.records import (
+    ALL,
     DECIMALS,
     ENDINGS,
     SPLITS,
     BadEntryError,
     Box,
     Category,
+    Choose,
     Fault,
     Form,
     Photo,
     Progress,
     Reading,
     agreed_size,
+    everything,
     is_finite,
     is_text,
     leads_out,
@@ -41,34 +48,44 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.files import walk
 
 LINE = "class, centre x, centre y, width, height, each but the class divided by the image's width or height"
+CVAT_LISTS = ("train.txt", "data/train.txt")  # of all images, if there is no other; CVAT calls each such part train
 RULE = f"these are pixels: x, y, width, height; a line is {LINE}"
 
 
 def locate(path: Path) -> Path | None:
-    """The YAML file. `path` is that file or its folder. Raises KDError if the folder has several such files."""
+    """The YAML file, or what stands for it. `path` is that file or its folder.
+
+    Raises KDError if the folder has several YAML files that describe data.
+    """
     if path.is_file():
-        return path if path.suffix.lower() in (".yaml", ".yml") else None
-    if (usual := path / "data.yaml").is_file():
-        return usual
+        return path if path.suffix.lower() in (".yaml", ".yml") or path.name in _DOCUMENTS else None
+    for usual in (path / "data.yaml", path / "obj.data"):
+        if usual.is_file():
+            return usual
     found = [each for each in sorted(path.glob("*.y*ml")) if _describes_data(each)]
     if len(found) > 1:
         names = ", ".join(each.name for each in found)
         raise KDError(f"{path} has several YAML files that describe data ({names}); name one of them")
-    return found[0] if found else None
+    if found:
+        return found[0]
+    is_plain = all((path / each).exists() for each in ("classes.txt", "images", "labels"))
+    return path / "classes.txt" if is_plain else None
 
 
 @telling_what_is_unreadable()
 def splits(place: Path) -> list[str]:
     """The splits that the file lists."""
-    return [split for split in SPLITS if split in _Layout.of(place).entries]
+    return list(_Layout.of(place).entries)
 
 
 @telling_what_is_unreadable()
-def read(place: Path, split: str, progress: Progress) -> Reading:
+def read(place: Path, split: str, progress: Progress, choose: Choose = everything) -> Reading:
     """Read a split. Raises KDError if the YAML cannot be used, or names folders that are not there."""
     layout = _Layout.of(place)
     reading = Reading(place, layout.root, layout.categories)
     listed = _images(layout, split, reading)
+    chosen = choose([name for _, name in listed])
+    listed = [(path, name) for path, name in listed if name in chosen]
     unlabelled: list[str] = []
     for done, (path, name) in enumerate(listed, 1):
         title = f"image {_short(path, layout.root)}"
@@ -89,15 +106,62 @@ def read(place: Path, split: str, progress: Progress) -> Reading:
     return reading
 
 
-FORM = Form("YOLO", "data.yaml (Ultralytics YOLO)", locate, splits, read)
+FORM = Form("YOLO", locate, splits, read)
 
 
 def label_file(image: Path) -> Path:
-    """Where the labels of an image are: the last folder `images` of its path becomes `labels`, if there is one."""
+    """Where the labels of an image are: the last folder `images` of its path becomes `labels`, if there is one.
+
+    Or they lie beside the image.
+    """
     *folders, _ = parts = list(image.parts)
     if "images" in folders:
         parts[len(folders) - 1 - folders[::-1].index("images")] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    file, beside = (each.with_suffix(".txt") for each in (Path(*parts), image))
+    return beside if beside.is_file() and not file.is_file() else file
+
+
+def document_of(place: Path) -> dict[Any, Any]:
+    """The mapping that `data.yaml` holds, or would hold. Raises KDError."""
+    return _DOCUMENTS.get(place.name, _parse)(place)
+
+
+def _of_darknet(place: Path) -> dict[Any, Any]:
+    """What `obj.data` says: lines such as `train = data/train.txt`."""
+    pairs = (line.partition("=") for line in _text(place).splitlines())
+    values = {key.strip(): value.strip() for key, _, value in pairs if value.strip()}
+    if "names" not in values:
+        raise KDError(f"{place} has no names; add the line `names = obj.names`, with the file of the classes")
+    names = place.parent / _without_data(place.parent, values["names"])
+    listed = {split: value for key, value in values.items() if (split := split_of(key)) is not None}
+    return {"names": _lines(names), **listed}
+
+
+def _of_classes(place: Path) -> dict[Any, Any]:
+    """What `classes.txt` says: a class a line. The splits are the folders in `images` that have their names."""
+    folders = [each for each in sorted((place.parent / "images").iterdir()) if each.is_dir()]
+    listed = {split: f"images/{each.name}" for each in folders if (split := split_of(each.name)) is not None}
+    return {"names": _lines(place), **(listed or {ALL: "images"})}
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in _text(path).splitlines() if line.strip()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except BadEntryError as error:
+        raise KDError(str(error)) from None
+
+
+_DOCUMENTS = {"obj.data": _of_darknet, "classes.txt": _of_classes}
+
+
+def _without_data(root: Path, name: str) -> str:
+    """A path without the folder `data` that CVAT writes before it, if there is no such folder."""
+    inside = name.removeprefix("data/")
+    return inside if not os.path.exists(root / name) and os.path.exists(root / inside) else name
 
 
 @dataclass(frozen=True)
@@ -118,7 +182,7 @@ class _Layout:
     @staticmethod
     def of(place: Path) -> _Layout:
         """Read the file. Raises KDError that names the key and what it must be."""
-        document = _parse(place)
+        document = document_of(place)
         folder, lost_path = Path(os.path.abspath(place)).parent, None
         path = document.get("path")
         if path is not None and not isinstance(path, str):
@@ -126,9 +190,12 @@ class _Layout:
         root = Path(os.path.normpath(folder / path.replace("\\", "/"))) if path else folder
         if not os.path.isdir(root):
             root, lost_path = folder, path
-        entries = {split: _listed(place, split, document[split]) for split in SPLITS if document.get(split) is not None}
+        named = [split for split in (*SPLITS, ALL) if document.get(split) is not None]
+        entries = {split: _listed(place, split, document[split]) for split in named}
         if not entries:
             raise KDError(f"{place} names no images: write `train: images/train` and `val: images/val` into it")
+        if named == ["train"] and document["train"] in CVAT_LISTS:
+            entries = {ALL: entries["train"]}
         return _Layout(place, root, entries, _categories(place, document), _pose_numbers(place, document), lost_path)
 
 
@@ -217,7 +284,8 @@ def _images(layout: _Layout, split: str, reading: Reading) -> list[tuple[Path, s
     """The image files of a split, and the name of each; those that cannot be used are noted as faults."""
     place, root = layout.place, layout.root
     if split not in layout.entries:
-        raise KDError(f"{place} has no {split}, only {', '.join(layout.entries)}; add `{split}: images/{split}`")
+        sign = " =" if place.name == "obj.data" else ":"
+        raise KDError(f"{place} has no {split}, only {', '.join(layout.entries)}; add `{split}{sign} images/{split}`")
     found: list[tuple[Path, str]] = []
     entries = layout.entries[split]
     for entry in entries:
@@ -243,7 +311,7 @@ def _images(layout: _Layout, split: str, reading: Reading) -> list[tuple[Path, s
 def _target(layout: _Layout, split: str, entry: str) -> Path:
     """The folder or list that an entry of `data.yaml` means. Raises KDError."""
     place, root = layout.place, layout.root
-    target = Path(os.path.normpath(root / entry.replace("\\", "/")))
+    target = Path(os.path.normpath(root / _without_data(root, entry.replace("\\", "/"))))
     if not _lies_in(target, root):
         # Some tools write ../train/images for a folder that lies beside the file.
         inside = entry.replace("\\", "/")
@@ -272,16 +340,13 @@ def _of_list(path: Path, layout: _Layout, reading: Reading) -> Iterator[tuple[Pa
     A line that begins with ./ is relative to the folder of the list, any other to that of the data set. An absolute
     one must lie in the data set's folder.
     """
-    try:
-        lines = read_text(path).splitlines()
-    except BadEntryError as error:
-        raise KDError(str(error)) from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         name = line.strip().replace("\\", "/")
         if not name:
             continue
         with reading.noting(path, "image"), naming(f"{_short(path, layout.root)}, line {number}"):
             base = path.parent if name.startswith("./") else layout.root
+            name = _without_data(base, name)
             image = Path(os.path.normpath(base / name))
             if ".." in name.split("/") or not _lies_in(image, layout.root):
                 raise BadEntryError(
