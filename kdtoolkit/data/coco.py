@@ -7,7 +7,7 @@ the images are in `images/`.
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,11 +139,19 @@ def _missing(root: Path, split: str) -> KDError:
     if root.is_file():
         return KDError(f"{root} has no {split}, only {', '.join(parts)}; name the folder of the data set instead")
     if any(part.is_export for part in parts.values()):
-        files = ", ".join(str(part.labels.relative_to(root)) for part in parts.values())
-        return KDError(f"{root} has no {split}, only {', '.join(parts)} ({files}); export that split as well")
+        return KDError(f"{root} has no {split}, only {', '.join(parts)}; export that split as well.{_advice(parts)}")
     folder = root / "annotations"
     others = ", ".join(sorted(other.name for other in folder.glob("*.json")))
-    return KDError(f"there is no file {folder / split}.json{f' (but {others})' if others else ''}. {_layout(root)}")
+    return KDError(
+        f"there is no file {folder / split}.json{f' (but {others})' if others else ''}. {_layout(root)}{_advice(parts)}"
+    )
+
+
+def _advice(parts: Mapping[str, Part]) -> str:
+    """What to do if there is no val."""
+    if "train" not in parts or "val" in parts:
+        return ""
+    return f" Or name {parts['train'].labels} as the data: then a fifth of its images is val."
 
 
 def _layout(root: Path) -> str:

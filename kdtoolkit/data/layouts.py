@@ -57,37 +57,30 @@ class Layout:
 
         Raises KDError if two parts are of one split.
         """
-        found: dict[str, tuple[str, Part]] = {}
-        for file in sorted(root.glob(self.labels.replace("{}", "*"))):
-            named = self._split(file, root)
-            if named is not None:
-                name, split = named
-                folders = tuple(root / folder.format(name) for folder in self.images)
-                if "{}" not in self.labels and not any(folder.is_dir() for folder in folders):
-                    continue
-                part = Part(file.parent if "*" in self.labels else file, folders, self.is_export)
-                _, other = found.setdefault(split, (name, part))
-                if other != part:
-                    raise KDError(
-                        f"{root} has two parts that are {split}, {other.labels.relative_to(root)} and "
-                        f"{part.labels.relative_to(root)}; move one of them to a different folder"
-                    )
-        return {split: part for split, (_, part) in found.items()}
+        found: dict[str, Part] = {}
+        for name, split in self._names(root):
+            labels = next(root.glob(self.labels.format(name)), None)
+            folders = tuple(root / folder.format(name) for folder in self.images)
+            if labels is None or (not name and not any(folder.is_dir() for folder in folders)):
+                continue
+            part = Part(labels.parent if "*" in self.labels else labels, folders, self.is_export)
+            if (other := found.setdefault(split, part)) != part:
+                raise KDError(
+                    f"{root} has two parts that are {split}, {other.labels.relative_to(root)} and "
+                    f"{part.labels.relative_to(root)}; move one of them to a different folder"
+                )
+        return found
 
-    def part_of(self, file: Path) -> dict[str, Part]:
-        """The part of one file of labels; empty if it does not lie as here."""
-        root = file.parents[self.labels.count("/")]
-        return {split: part for split, part in self.parts(root).items() if part.labels == file}
-
-    def _split(self, file: Path, root: Path) -> tuple[str, str] | None:
-        """The name in place of {}, and the split that it means; None if it means none."""
-        pattern = re.escape(self.labels).replace(r"\{\}", "([^/]+)").replace(r"\*", "[^/]+")
-        match = re.fullmatch(pattern, file.relative_to(root).as_posix())
-        if match is None:
-            return None
-        name = match[1] if match.groups() else ""
-        split = split_of(name) if name else ALL
-        return None if split is None else (name, split)
+    def _names(self, root: Path) -> list[tuple[str, str]]:
+        """What stands in place of {} there, and the split that it means."""
+        before, gap, after = self.labels.partition("{}")
+        if not gap:
+            return [("", ALL)]
+        inside, _, start = before.rpartition("/")
+        end = after.partition("/")[0]
+        listed = sorted(each.name for each in (root / inside).iterdir()) if (root / inside).is_dir() else []
+        names = [each.removeprefix(start).removesuffix(end) for each in listed if each[: len(start)] == start]
+        return [(name, split) for name in names if (split := split_of(name)) is not None]
 
 
 LAYOUTS = (
@@ -107,15 +100,18 @@ LAYOUTS = (
 def parts_of(form: str, place: Path) -> dict[str, Part]:
     """The parts of a data set by split. `place`: its folder, or one file of labels.
 
-    Raises KDError if two parts are of one split.
+    One file is a part of no split, unless it is called val or test. Raises KDError if two parts are of one split.
     """
-    for layout in LAYOUTS:
-        if layout.form == form and (found := layout.part_of(place) if place.is_file() else layout.parts(place)):
-            return found
-    if place.is_file():
-        folder = place.parent
-        return {split_of(place.stem) or ALL: Part(place, (folder, folder / "images", folder.parent / "images"), True)}
-    return {}
+    layouts = [layout for layout in LAYOUTS if layout.form == form]
+    if not place.is_file():
+        return next((found for layout in layouts if (found := layout.parts(place))), {})
+    for layout in layouts:
+        if len(place.parents) > (depth := layout.labels.count("/")):
+            for split, part in layout.parts(place.parents[depth]).items():
+                if part.labels == place:
+                    return {ALL if split == "train" else split: part}
+    folders = (place.parent, place.parent / "images", place.parent.parent / "images")
+    return {ALL: Part(place, folders, is_export=True)}
 
 
 def split_of(name: str) -> str | None:

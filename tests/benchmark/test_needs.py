@@ -14,7 +14,7 @@ from kdtoolkit.benchmark.store import Store
 from kdtoolkit.benchmark.suite import DataSection, change
 from kdtoolkit.errors import KDError
 from tests.benchmark._suite import tiny
-from tests.data import _coco, _voc, _yolo
+from tests.data import _coco, _layouts, _voc, _yolo
 
 
 def arrived(data, tmp_path):
@@ -70,6 +70,20 @@ FORMATS = {
     "YOLO, absolute path": lambda root: _yolo.write(root, _yolo.YAML.replace("path: .", f"path: {root}")),
     "YOLO, file beside the folder": lambda root: yolo_beside(root, "../data"),
     "YOLO, file elsewhere": lambda root: yolo_beside(root, root / "data"),
+}
+
+
+def export(name):
+    def write(root):
+        (_layouts.SPLIT | _layouts.ONE_PART)[name](root)
+        return root
+
+    return write
+
+
+FORMATS |= {
+    **{name: export(name) for name in ("roboflow_coco", "cvat_yolo", "cvat_voc", "label_studio_yolo")},
+    "one JSON file": lambda root: export("label_studio_coco")(root) / "result.json",
 }
 
 

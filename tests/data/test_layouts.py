@@ -68,6 +68,10 @@ def test_one_json_file_of_a_split_is_that_split(tmp_path):
         open_dataset(file, "train")
     folder = plain(tmp_path / "plain") / "annotations"
     assert splits_of(folder / "test.json") == ["test"]
+    assert splits_of(folder / "train.json") == ["train", "val"]
+    (folder / "val.json").unlink()
+    with pytest.raises(KDError, match=r"there is no file .*val.json .* Or name .*train.json as the data: then a fifth"):
+        open_dataset(folder, "val")
 
 
 def test_a_superclass_is_a_class_if_something_is_labelled_so(tmp_path):
@@ -93,8 +97,11 @@ def test_a_superclass_may_be_called_as_the_one_class(tmp_path):
     for i in EVERY:
         picture(tmp_path / f"train/{i}.png", i)
     assert open_dataset(tmp_path, "train").class_names == ("ball",)
-    with pytest.raises(KDError, match=r"has no val, only train \(train/_annotations.coco.json\); export that split as"):
+    with pytest.raises(KDError, match=r"no val, only train; export that .* Or name .*/train/_annotations.coco.json as"):
         open_dataset(tmp_path, "val")
+    file = tmp_path / "train/_annotations.coco.json"
+    assert [len(open_dataset(file, split)) for split in ("train", "val", "all")] == [8, 2, 10]
+    assert open_dataset(file, "val").class_names == ("ball",)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +146,14 @@ def test_an_export_without_images(tmp_path):
         KDError, match=r"train.txt, line 1: there is no file 'data/obj_train_data/1.png' in .*; correct"
     ):
         open_dataset(tmp_path / "yolo", "all")
+
+
+def test_a_file_named_from_within_its_folder(tmp_path, monkeypatch):
+    _layouts.roboflow_coco(tmp_path)
+    monkeypatch.chdir(tmp_path / "train")
+    assert len(open_dataset("_annotations.coco.json", "all")) == 6
+    monkeypatch.chdir(tmp_path)
+    assert len(open_dataset(".", "train")) == len(open_dataset("train/_annotations.coco.json", "all")) == 6
 
 
 def test_two_files_of_one_split_are_not_guessed_at(tmp_path):
