@@ -141,17 +141,18 @@ def _missing(root: Path, split: str) -> KDError:
     if any(part.is_export for part in parts.values()):
         return KDError(f"{root} has no {split}, only {', '.join(parts)}; export that split as well.{_advice(parts)}")
     folder = root / "annotations"
-    others = ", ".join(sorted(other.name for other in folder.glob("*.json")))
+    files = sorted(folder.glob("*.json"))
+    others = ", ".join(other.name for other in files)
+    advice = _advice(parts if parts or len(files) != 1 else parts_of("COCO", files[0]))
     return KDError(
-        f"there is no file {folder / split}.json{f' (but {others})' if others else ''}. {_layout(root)}{_advice(parts)}"
+        f"there is no file {folder / split}.json{f' (but {others})' if others else ''}. {_layout(root)}{advice}"
     )
 
 
 def _advice(parts: Mapping[str, Part]) -> str:
     """What to do if there is no val."""
-    if "train" not in parts or "val" in parts:
-        return ""
-    return f" Or name {parts['train'].labels} as the data: then a fifth of its images is val."
+    part = None if "val" in parts else parts.get("train") or parts.get(ALL)
+    return f" Or name {part.labels} as the data: then a fifth of its images is val." if part else ""
 
 
 def _layout(root: Path) -> str:
@@ -175,7 +176,8 @@ def _parse(path: Path) -> dict[str, list[Any]]:
         raise KDError(f"{path} cannot be read: {error}") from None
     if not isinstance(document, dict):
         raise KDError(
-            f"{path} holds a JSON {type(document).__name__}; COCO's format is an object with {', '.join(NEEDED)}"
+            f"{path} holds a JSON {type(document).__name__}; COCO's format is an object with {', '.join(NEEDED)}. "
+            "Export the data in that format."
         )
     if wrong := [key for key in NEEDED if not isinstance(document.get(key), list)]:
         raise KDError(

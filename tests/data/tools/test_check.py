@@ -142,11 +142,9 @@ def test_a_split_without_a_box_is_refused(tmp_path):
 
 
 def test_a_set_without_splits_is_refused(tmp_path):
-    (_coco.write(tmp_path / "c") / "annotations" / "train.json").rename(
-        tmp_path / "c" / "annotations" / "instances_train2017.json"
-    )
+    (_coco.write(tmp_path / "c") / "annotations" / "train.json").rename(tmp_path / "c" / "annotations" / "birds.json")
     with pytest.raises(
-        KDError, match=r"no file .*train.json \(but instances_train2017.json\)\. Expected .* and val.json"
+        KDError, match=r"no file .*train.json \(but birds.json\)\. Expected .* and val.json .* Or name .*/birds.json as"
     ):
         run(tmp_path / "c")
     (_voc.write(tmp_path / "v") / "ImageSets" / "Main" / "val.txt").unlink()
