@@ -24,8 +24,8 @@ class Device(StrEnum):
 
 
 DATA_HELP = (
-    "A folder in COCO, YOLO or Pascal VOC format, also as Roboflow, CVAT or Label Studio export it; or a YOLO YAML file, "
-    "or a COCO JSON file."
+    "A folder in COCO, YOLO or Pascal VOC format, also as Roboflow, CVAT or Label Studio export it; or a YOLO YAML "
+    "file, or a COCO JSON file."
 )
 
 

@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 from kdtoolkit.cli._common import DATA_HELP
-
 from kdtoolkit.errors import KDError, printable
 from kdtoolkit.words import counted
 

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from kdtoolkit.cli._common import DATA_HELP
-
 from kdtoolkit.cli.detect import Model, SkipBad, Weights, check_there, say_all
 
 

@@ -34,7 +34,7 @@ def with_val(form: Form) -> Form:
         if split not in OPENED or split in form.splits(place) or split not in splits(place):
             return form.read(place, split, progress, choose)
         reading = form.read(place, ALL, progress, held_out if split == "val" else left)
-        reading.held_out = f"{SHARE:.0%} of the images, held out by their names, as the data come in one part"
+        reading.held_out = "a fifth of the images, held out by their names, as the data come in one part"
         if split == "val":
             reading.remarks.append(
                 f"these are {reading.held_out}. If images resemble each other, such as frames of a video, scores on "

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from kdtoolkit.data.pictures import PictureError
-from kdtoolkit.data.records import ALL, ENDINGS, Files, shown
+from kdtoolkit.data.records import ALL, ENDINGS, SPLITS, Files, shown
 from kdtoolkit.errors import KDError
 from kdtoolkit.files import walk
 
@@ -72,7 +72,7 @@ class Layout:
         return found
 
     def _names(self, root: Path) -> list[tuple[str, str]]:
-        """What stands in place of {} there, and the split that it means."""
+        """What stands in place of {} there, and the split that it means: one name of each that is exact, or all."""
         before, gap, after = self.labels.partition("{}")
         if not gap:
             return [("", ALL)]
@@ -80,7 +80,9 @@ class Layout:
         end = after.partition("/")[0]
         listed = sorted(each.name for each in (root / inside).iterdir()) if (root / inside).is_dir() else []
         names = [each.removeprefix(start).removesuffix(end) for each in listed if each[: len(start)] == start]
-        return [(name, split) for name in names if (split := split_of(name)) is not None]
+        exact = set(names) & set(SPLITS)  # train.json, whatever train_2.json is
+        found = [(name, split) for name in names if (split := split_of(name)) is not None]
+        return [(name, split) for name, split in found if name == split or split not in exact]
 
 
 LAYOUTS = (

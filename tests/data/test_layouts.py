@@ -162,6 +162,9 @@ def test_two_files_of_one_split_are_not_guessed_at(tmp_path):
     expected = r"two parts that are test, annotations/instances_test2014.json and .*_test2017.json; move one of them"
     with pytest.raises(KDError, match=expected):
         open_dataset(tmp_path, "train")
+    root = plain(tmp_path / "plain")
+    write(root / "annotations/train_2.json", {})
+    assert len(open_dataset(root, "train")) == 6
 
 
 def test_darknet_files_that_lack_something(tmp_path):
