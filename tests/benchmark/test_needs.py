@@ -98,6 +98,13 @@ def test_a_data_set_that_was_sent_is_the_same(form, tmp_path):
         assert mine.fingerprint() == sent.fingerprint()
 
 
+def test_images_that_are_held_out_are_told(tmp_path):
+    sets = load_data(DataSection(root=export("cvat_voc")(tmp_path)))
+    assert list(sets.notices) == [
+        "evaluation takes a fifth of the images, held out by their names, as the data come in one part"
+    ]
+
+
 def test_images_that_no_split_has_and_other_files_are_not_sent(tmp_path):
     root = coco(tmp_path / "home")
     shutil.copy(root / "images" / "7.png", root / "images" / "unused.png")
