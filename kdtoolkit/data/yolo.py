@@ -83,9 +83,9 @@ def read(place: Path, split: str, progress: Progress, choose: Choose = everythin
     """Read a split. Raises KDError if the YAML cannot be used, or names folders that are not there."""
     layout = _Layout.of(place)
     reading = Reading(place, layout.root, layout.categories)
-    listed = _images(layout, split, reading)
-    chosen = choose([name for _, name in listed])
-    listed = [(path, name) for path, name in listed if name in chosen]
+    every = _images(layout, split, reading)
+    chosen = choose([name for _, name in every])
+    listed = [(path, name) for path, name in every if name in chosen]
     unlabelled: list[str] = []
     for done, (path, name) in enumerate(listed, 1):
         title = f"image {_short(path, layout.root)}"
@@ -102,7 +102,7 @@ def read(place: Path, split: str, progress: Progress, choose: Choose = everythin
             f"{len(unlabelled)} of {len(listed)} images have no label file (the first is {unlabelled[0]}): they count "
             "as images without objects"
         )
-    _remark_labels(listed, layout, reading)
+    _remark_labels(every, layout, reading)
     return reading
 
 

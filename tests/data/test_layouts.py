@@ -8,7 +8,7 @@ from kdtoolkit import KDError
 from kdtoolkit.data import open_dataset
 from kdtoolkit.data.layouts import split_of
 from kdtoolkit.data.licence import licence_of
-from kdtoolkit.data.opening import class_names_of, name_of, splits_of
+from kdtoolkit.data.opening import class_names_of, locate, name_of, splits_of
 from tests.data import _layouts
 from tests.data._layouts import EVERY, SPLITS, coco, picture, plain, samples, write
 
@@ -45,6 +45,10 @@ def test_a_fifth_is_held_out_of_one_part(tmp_path, expected, layout):
     (_, train), (_, val) = map(samples, parts)
     assert train | val == everything
     assert name_of(root) == "birds"
+    form, place = locate(root)
+    train, val = (form.read(place, split, lambda *_: None).remarks for split in ("train", "val"))
+    assert train == []
+    assert [remark[:39] for remark in val] == ["these are a fifth of the images, held o"]
     with pytest.raises(KDError, match=r"has no test, only all|there is no file .*test.txt"):
         open_dataset(root, "test")
 
