@@ -86,7 +86,8 @@ def check_whole(path: Path) -> None:
 def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Open a file. Whatever goes wrong while it is read becomes a PictureError."""
     if not os.path.isfile(path):  # Ultralytics' Image.open hid this error before 8.4.190
-        raise PictureError(f"there is no file {path}")
+        aim = f": it is a link to {os.readlink(path)}; correct or delete it" if os.path.islink(path) else ""
+        raise PictureError(f"there is no file {path}{aim}")
     try:
         with _pillows_limit:
             # Pillow takes large images for attacks. Here the annotation file has told the size before.

@@ -223,7 +223,7 @@ def _images(layout: _Layout, split: str, reading: Reading) -> list[tuple[Path, s
     for entry in entries:
         target = _target(layout, split, entry)
         if target.is_dir():
-            files = sorted(each for each in walk(target) if each.suffix.lower() in ENDINGS and each.is_file())
+            files = sorted(each for each in walk(target) if each.suffix.lower() in ENDINGS)
             found += [(each, _short(each, target if len(entries) == 1 else root)) for each in files]
         else:
             found += _of_list(target, layout, reading)

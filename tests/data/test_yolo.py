@@ -240,6 +240,13 @@ def test_broken_images(tmp_path):
     assert labels(open_dataset(tmp_path, "train", on_bad="skip")) == [[1]]
 
 
+def test_links_to_images_that_are_gone_are_faults(tmp_path):
+    (write(tmp_path) / "images" / "train" / "8.png").symlink_to(tmp_path / "gone" / "8.png")
+    with pytest.raises(KDError, match=r"image images/train/8.png: there is no file .*: it is a link to .*gone/8.png"):
+        open_dataset(tmp_path, "train")
+    assert labels(open_dataset(tmp_path, "train", on_bad="skip")) == [[0], [1]]
+
+
 def test_names_with_control_characters_are_faults(tmp_path):
     Image.fromarray(pixels(5)).save(write(tmp_path) / "images" / "train" / "\x1b[31m.png")
     with pytest.raises(KDError, match=r"image 'images/train/\\x1b\[31m.png': its name has control characters") as error:
