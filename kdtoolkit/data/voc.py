@@ -35,7 +35,7 @@ from kdtoolkit.data.records import (
     whole,
 )
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import walk
+from kdtoolkit.files import walk_visible
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 RULE = "xmin, ymin, xmax and ymax are pixels, counted from 1"
@@ -45,7 +45,7 @@ def locate(path: Path) -> Path | None:
     """The data set's folder. `path` is that folder, or the folder `Annotations` in it."""
     for root in (path, path.parent):
         folder = root / "Annotations"
-        if folder in (path, path / "Annotations") and any(file.suffix == ".xml" for file in walk(folder)):
+        if folder in (path, path / "Annotations") and any(file.suffix == ".xml" for file in walk_visible(folder)):
             return root
     return None
 
@@ -151,7 +151,7 @@ class _Pictures:
         self._folder = folder
         self._files = Files(folder, "an image has the name of its XML file")
         self._by_name: dict[str, list[Path]] = {}
-        for path in sorted(walk(folder)):
+        for path in sorted(walk_visible(folder)):
             if path.suffix.lower() in ENDINGS:
                 self._by_name.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
 
@@ -237,7 +237,7 @@ def _categories(root: Path) -> list[Category]:
         if wrong := [name for name in names if not is_text(name) or names.count(name) > 1]:
             raise KDError(f"{path}: {shown(wrong[0])} is there twice, or is no text; list each class once, one a line")
     else:
-        files = (file for file in walk(root / "Annotations") if file.suffix == ".xml")
+        files = (file for file in walk_visible(root / "Annotations") if file.suffix == ".xml")
         names = sorted({name for file in files for name in _class_names(file)})
     if not names:
         raise KDError(f"{path.parent / 'Annotations'} has no object with a name, and there is no list {path}")

@@ -38,7 +38,7 @@ from kdtoolkit.data.records import (
     whole,
 )
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import walk
+from kdtoolkit.files import walk_visible
 
 LINE = "class, centre x, centre y, width, height, each but the class divided by the image's width or height"
 RULE = f"these are pixels: x, y, width, height; a line is {LINE}"
@@ -223,7 +223,7 @@ def _images(layout: _Layout, split: str, reading: Reading) -> list[tuple[Path, s
     for entry in entries:
         target = _target(layout, split, entry)
         if target.is_dir():
-            files = sorted(each for each in walk(target) if each.suffix.lower() in ENDINGS)
+            files = sorted(each for each in walk_visible(target) if each.suffix.lower() in ENDINGS)
             found += [(each, _short(each, target if len(entries) == 1 else root)) for each in files]
         else:
             found += _of_list(target, layout, reading)

@@ -27,6 +27,11 @@ def test_pixels_count_from_1_and_the_last_one_is_included(tmp_path):
     assert boxes(data)[0] == [[0, 1, 1, 30], [0, 0, 40, 30]]
 
 
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    write(tmp_path, files={".ipynb_checkpoints/7": xml(("owl", (1, 1, 9, 9)))})
+    assert open_dataset(tmp_path, "train").class_names == ("ball", "cube")
+
+
 def test_classes_are_sorted_names_or_those_of_a_list(tmp_path):
     write(tmp_path, files={"7": xml(("zebra", (1, 1, 9, 9)), WHOLE), "8": xml(("ant", (1, 1, 9, 9)))})
     assert open_dataset(tmp_path, "train").class_names == ("ant", "cube", "zebra")  # whatever the split has

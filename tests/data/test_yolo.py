@@ -240,6 +240,14 @@ def test_broken_images(tmp_path):
     assert labels(open_dataset(tmp_path, "train", on_bad="skip")) == [[1]]
 
 
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    folder = write(tmp_path) / "images" / "train"
+    for name in ("._7.png", ".ipynb_checkpoints/7-checkpoint.png", "sub/.Trash/8.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((folder / "7.png").read_bytes())
+    assert labels(open_dataset(tmp_path, "train")) == [[0], [1]]
+
+
 def test_links_to_images_that_are_gone_are_faults(tmp_path):
     (write(tmp_path) / "images" / "train" / "8.png").symlink_to(tmp_path / "gone" / "8.png")
     with pytest.raises(KDError, match=r"image images/train/8.png: there is no file .*: it is a link to .*gone/8.png"):
