@@ -12,7 +12,7 @@ from typing import Any, Literal
 from xml.sax.saxutils import escape
 
 from kdtoolkit.data.opening import locate
-from kdtoolkit.data.records import ENDINGS, Box, Photo, Progress, Reading, is_spare, settle, shown
+from kdtoolkit.data.records import ENDINGS, Box, Photo, Progress, Reading, is_spare, settle, shown, tell
 from kdtoolkit.data.yolo import label_file
 from kdtoolkit.errors import KDError
 from kdtoolkit.yaml_text import dump
@@ -56,6 +56,7 @@ def convert(
             unread.append(f"the split {split}, which cannot be read: {error}")
     for reading in readings.values():
         settle(reading.faults, reading.source, on_bad)
+        tell(reading.source, tuple(reading.remarks))
     classes = {tuple(category.name for category in reading.categories) for reading in readings.values()}
     if len(classes) > 1:
         listed = "; ".join(", ".join(names) for names in sorted(classes))
