@@ -51,8 +51,9 @@ class Category:
 class Box:
     """An object. `xywh`: left, top, width and height in pixels of the image as one sees it; all of it is in the image.
 
-    `label`: index of its class. `area`: in square pixels, as COCO's scores by size use it. `crowd`: COCO's `iscrowd`
-    or VOC's `difficult`. Such an object is no target in training, and in scoring a detection of it is no mistake.
+    `label`: index of its class. `area`: in square pixels, as COCO's scores by size use it. `crowd`: COCO's `iscrowd`,
+    VOC's `difficult`, or `ignore` in either. Such an object is no target in training, and in scoring a detection of it
+    is no mistake.
     """
 
     label: int

@@ -38,6 +38,7 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.files import walk_visible
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
+CROWDS = ("difficult", "ignore")
 RULE = "xmin, ymin, xmax and ymax are pixels, counted from 1"
 
 
@@ -276,17 +277,18 @@ def _corners(entry: Element) -> list[float]:
 
 def _box(entry: Element, corners: list[float], size: tuple[int, int], labels: dict[str, int], reading: Reading) -> Box:
     """An object. Raises BadEntryError."""
-    name, difficult = _text(entry, "name"), _text(entry, "difficult") or "0"
+    name, flags = _text(entry, "name"), {key: _text(entry, key) or "0" for key in CROWDS}
     if name not in labels:
         raise BadEntryError(f"the object's name is {shown(name)}, which is none of {', '.join(labels)}; correct it")
-    if difficult not in ("0", "1"):
-        raise BadEntryError(f"difficult must be 0 or 1, not {shown(difficult)}")
+    for key, flag in flags.items():
+        if flag not in ("0", "1"):
+            raise BadEntryError(f"{key} must be 0 or 1, not {shown(flag)}")
     x1, y1, x2, y2 = corners
     reading.unread["truncated flags"] += _text(entry, "truncated") == "1"
     reading.unread["parts of objects"] += len(entry.findall("part"))
     x, y, width, height = (round(value, DECIMALS) for value in (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1))
     xywh = reading.inside((x, y, width, height), size, "bndbox", corners, RULE)
-    return Box(labels[name], xywh, xywh[2] * xywh[3], difficult == "1")
+    return Box(labels[name], xywh, xywh[2] * xywh[3], "1" in flags.values())
 
 
 def _number(text: str) -> float | None:

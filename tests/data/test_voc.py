@@ -85,6 +85,12 @@ def test_names_may_have_folders(tmp_path):
     assert open_dataset(tmp_path, "train").coco()["images"][0]["file_name"] == "sub/7.png"
 
 
+def test_what_is_marked_to_be_ignored_is_a_crowd(tmp_path):
+    things = [("ball", (1, 1, 9, 9), f"<ignore>{flag}</ignore>") for flag in ("1", "0", "")]
+    data = open_dataset(write(tmp_path, files={"7": xml(*things)}), "train")
+    assert [a["iscrowd"] for a in data.coco()["annotations"]] == [1, 0, 0, 0]
+
+
 def test_parts_of_objects_are_no_objects(tmp_path):
     part = f"<part>{thing('head', (1, 1, 5, 5))}<name>head</name></part>"
     assert len(boxes(open_dataset(write(tmp_path, files={"7": xml((*BALL, part))}), "train"))[0]) == 1
@@ -145,6 +151,11 @@ BAD = {
     "a terminal's command as name": (
         xml(BALL, ("\x7fball", (1, 2, 3, 4))),
         r"name is '\\x7fball', which is none of",
+        1,
+    ),
+    "ignore in words": (
+        xml(BALL, ("ball", (1, 2, 3, 4), "<ignore>yes</ignore>")),
+        "ignore must be 0 or 1, not 'yes'",
         1,
     ),
     "difficult in words": (
