@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -188,7 +189,7 @@ class _Names:
     def __init__(self, files: Sequence[str], numbers: Mapping[int, list[int]]) -> None:
         self.files = files
         self._numbers = numbers
-        self._parts = [PurePosixPath(file).parts for file in files]
+        self._parts = [PurePosixPath(unicodedata.normalize("NFC", file)).parts for file in files]
         self._by_end: dict[int, dict[tuple[str, ...], list[int]]] = {}
 
     @classmethod

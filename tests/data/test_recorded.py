@@ -1,3 +1,5 @@
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,14 @@ def test_names_that_fit_several_images_are_refused(tmp_path, data):
         attach(images, read(tmp_path, [entry("1.png")], data))
     file = read(tmp_path, [entry("b/1.png")], data)
     assert len(recorded(attach(images, file), 1)["boxes"]) == 1
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_may_be_composed_in_different_ways(tmp_path, ours, theirs):
+    name = "höhe/é.png"
+    file = read_detections(write(tmp_path / "d.json", [entry(unicodedata.normalize(theirs, name), category="ball")]))
+    _, places = found_on_files(file, {tmp_path / unicodedata.normalize(ours, name): (40, 30)}, "photos")
+    assert places.tolist() == [0]
 
 
 def test_frames_of_many_videos_are_found_at_once(tmp_path, monkeypatch):
