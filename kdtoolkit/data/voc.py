@@ -7,6 +7,8 @@ from xmin = 1 to xmax = 40 covers an image 40 pixels wide. Here its left edge is
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
@@ -37,6 +39,8 @@ from kdtoolkit.data.records import (
 from kdtoolkit.errors import KDError
 from kdtoolkit.files import walk_visible
 
+DECLARED = re.compile(rb"<\?xml[^>]*?\sencoding\s*=\s*[\"']([A-Za-z0-9._-]+)[\"'][^>]*>")
+EXPATS = ("utf-8", "utf-16", "iso-8859-1", "us-ascii")  # encodings that expat reads itself
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 CROWDS = ("difficult", "ignore")
 RULE = "xmin, ymin, xmax and ymax are pixels, counted from 1"
@@ -130,7 +134,7 @@ def parse(path: Path) -> Element:
     parser.CharacterDataHandler = builder.data
     parser.StartDoctypeDeclHandler = refuse
     try:
-        parser.Parse(path.read_bytes(), True)
+        parser.Parse(_decoded(path.read_bytes()), True)
         root: Element = builder.close()
     except expat.ExpatError as error:
         raise BadEntryError(
@@ -143,6 +147,17 @@ def parse(path: Path) -> Element:
     if root.tag != "annotation":
         raise BadEntryError(f"the file holds <{root.tag}>; VOC's format is <annotation> with <object> in it")
     return root
+
+
+def _decoded(content: bytes) -> bytes | str:
+    """The text of an XML file that declares an encoding, unless expat knows it: it has none of several bytes.
+
+    Raises LookupError or ValueError if Python does not know the encoding, or the bytes are none in it.
+    """
+    declared = DECLARED.match(content)
+    if declared is None or (encoding := declared[1].decode()).lower() in EXPATS:
+        return content
+    return content.decode(encoding)
 
 
 class _Pictures:
@@ -239,19 +254,30 @@ def _categories(root: Path) -> list[Category]:
             raise KDError(f"{path}: {shown(wrong[0])} is there twice, or is no text; list each class once, one a line")
     else:
         files = (file for file in walk_visible(root / "Annotations") if file.suffix == ".xml")
-        names = sorted({name for file in files for name in _class_names(file)})
+        names = _names_in(files)
     if not names:
         raise KDError(f"{path.parent / 'Annotations'} has no object with a name, and there is no list {path}")
     return [Category(number, name) for number, name in enumerate(names, 1)]
 
 
-def _class_names(path: Path) -> set[str]:
-    """The names of a file's objects; none if it cannot be read, which is told when it is listed."""
-    try:
-        annotation = parse(path)
-    except BadEntryError:
-        return set()
-    return {name for entry in annotation.findall("object") if is_text(name := _text(entry, "name"))}
+def _names_in(files: Iterable[Path]) -> list[str]:
+    """The names of the objects in annotation files, sorted. A file that cannot be read is told when it is listed.
+
+    Raises KDError if none can be read.
+    """
+    found: set[str] = set()
+    wrong, readable = "", False
+    for file in files:
+        try:
+            annotation = parse(file)
+        except BadEntryError as error:
+            wrong = wrong or f"{file}: {error}"
+            continue
+        readable = True
+        found |= {name for entry in annotation.findall("object") if is_text(name := _text(entry, "name"))}
+    if wrong and not readable:
+        raise KDError(f"no annotation file can be read; the first is {wrong}")
+    return sorted(found)
 
 
 def _stated_size(annotation: Element) -> tuple[int, int] | None:

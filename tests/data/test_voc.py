@@ -47,6 +47,20 @@ def test_sizes_that_are_not_stated_are_those_of_the_files(tmp_path, size):
     assert data[0][1]["original_size"] == (30, 40)
 
 
+@pytest.mark.parametrize("encoding", ["gb2312", "GBK", "shift_jis", "cp1252", "ISO-8859-1", "utf-16", "utf-8"])
+def test_encodings(tmp_path, encoding):
+    name = "caf\xe9" if encoding in ("cp1252", "ISO-8859-1") else "\u732b"
+    text = f'<?xml version="1.0" encoding="{encoding}"?>\n{xml((name, (1, 1, 9, 9)))}'
+    data = open_dataset(write(tmp_path, files={"7": text.encode(encoding)}), "train")
+    assert data.class_names == tuple(sorted([name, "cube"]))
+
+
+def test_why_no_annotation_file_can_be_read(tmp_path):
+    write(tmp_path, files={"7": "<annotation>", "9": "<annotation>"})
+    with pytest.raises(KDError, match=r"no annotation file can be read; the first is .*7.xml: line 1: not valid XML"):
+        open_dataset(tmp_path, "train")
+
+
 def test_the_image_has_the_name_of_the_annotation_file(tmp_path):
     write(tmp_path, files={"7": xml(BALL, file_name="renamed since.jpg"), "9": xml(WHOLE, file_name="9.png")})
     assert len(open_dataset(tmp_path, "train")) == 2
