@@ -114,6 +114,17 @@ class Reading:
     unread: Counter[str] = field(default_factory=Counter)
     has_ids: bool = False
 
+    def __post_init__(self) -> None:
+        alike: dict[str, list[str]] = {}
+        for category in self.categories:
+            alike.setdefault(" ".join(category.name.casefold().split()), []).append(category.name)
+        for names in alike.values():
+            if len(names) > 1:
+                self.remarks.append(
+                    f"the classes {', '.join(map(repr, names))} differ by case or spaces alone, and are learnt as "
+                    "different ones: if they are one, give all its objects the same name"
+                )
+
     @contextmanager
     def noting(self, file: Path, loses: Literal["image", "box"]) -> Iterator[None]:
         """Keep a BadEntryError or PictureError as a fault of `file`."""

@@ -55,6 +55,14 @@ def test_encodings(tmp_path, encoding):
     assert data.class_names == tuple(sorted([name, "cube"]))
 
 
+def test_classes_that_differ_by_case_alone_are_told(tmp_path, caplog):
+    things = [(name, (1, 1, 9, 9)) for name in ("Ball", "BALL ", "CUBE 2")]
+    data = open_dataset(write(tmp_path, files={"7": xml(BALL, *things)}), "train")
+    assert data.class_names == ("BALL", "Ball", "CUBE 2", "ball", "cube")
+    assert "the classes 'BALL', 'Ball', 'ball' differ by case or spaces alone, and are learnt as" in caplog.text
+    assert "CUBE" not in caplog.text
+
+
 def test_why_no_annotation_file_can_be_read(tmp_path):
     write(tmp_path, files={"7": "<annotation>", "9": "<annotation>"})
     with pytest.raises(KDError, match=r"no annotation file can be read; the first is .*7.xml: line 1: not valid XML"):
