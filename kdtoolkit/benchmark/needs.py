@@ -14,7 +14,7 @@ from kdtoolkit.benchmark.suite import DataSection, DetectorSection
 from kdtoolkit.data import ProceduralShapes
 from kdtoolkit.data.opening import locate
 from kdtoolkit.data.photos import PhotoDataset
-from kdtoolkit.data.yolo import document_of, label_file
+from kdtoolkit.data.yolo import document_of, find_label
 from kdtoolkit.errors import KDError
 from kdtoolkit.files import walk
 from kdtoolkit.models import FILES
@@ -121,7 +121,7 @@ def _place_of_photos(root: Path, splits: list[PhotoDataset]) -> Place:
     below = (file for each in sorted(folder.iterdir()) for file in (walk(each) if each.is_dir() else [each]))
     labels = [file for file in below if file.name.endswith(_LABELS)]
     if form.name == "YOLO":
-        labels += [label for label in map(label_file, images) if label.is_file()]
+        labels += [label for image in images if (label := find_label(image, folder)) is not None]
     files = dict(_named(iter([*images, *labels]), folder))
     if form.name != "YOLO":
         return Place(root, Parcel.of(files), named.relative_to(folder).as_posix())

@@ -40,6 +40,7 @@ from kdtoolkit.errors import KDError
 
 NEEDED = ("images", "annotations", "categories")
 UNREAD = {"segmentation": "segmentations", "keypoints": "sets of keypoints"}
+CROWDS = ("iscrowd", "ignore")  # the latter in data made from CrowdHuman, CityPersons, WIDER FACE
 RULE = "it must be [x, y, width, height] in pixels"
 NAME_RULE = "file_name is relative to the images folder"
 
@@ -335,14 +336,15 @@ def _box(
             f"no image has the id {shown(entry.get('image_id'))}; add the image, or delete the annotation"
         )
     image, box, area = images[image_id], entry.get("bbox"), entry.get("area")
-    crowd = 0 if entry.get("iscrowd") is None else entry["iscrowd"]
+    flags = {key: entry[key] for key in CROWDS if entry.get(key) is not None}
     if category_id is None or category_id not in labels:
         ids = ", ".join(map(str, labels))
         raise BadEntryError(
             f"no category has the id {shown(entry.get('category_id'))}, only {ids}; correct it, or add it"
         )
-    if crowd not in (0, 1):
-        raise BadEntryError(f"iscrowd must be 0 or 1, not {shown(crowd)}")
+    for key, flag in flags.items():
+        if flag not in (0, 1):
+            raise BadEntryError(f"{key} must be 0 or 1, not {shown(flag)}")
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
         raise BadEntryError(f"bbox must be four finite numbers [x, y, width, height], not {shown(box)}")
     if area is not None and (not is_finite(area) or area < 0):
@@ -354,4 +356,4 @@ def _box(
             reading.unread[what] += 1
     x, y, width, height = box
     xywh = reading.inside((x, y, width, height), (image.width, image.height), "bbox", box, RULE)
-    return image_id, Box(labels[category_id], xywh, xywh[2] * xywh[3] if area is None else area, bool(crowd))
+    return image_id, Box(labels[category_id], xywh, xywh[2] * xywh[3] if area is None else area, any(flags.values()))

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from kdtoolkit.data.pictures import PictureError
 from kdtoolkit.data.records import ALL, ENDINGS, SPLITS, Files, shown
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import walk
+from kdtoolkit.files import walk_visible
 
 # What tools call a split, perhaps with a year behind it, as in train2017. CVAT calls images of no split `default`.
 NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -157,7 +157,7 @@ class ExportedFiles:
         )
 
     def _listed(self) -> dict[str, list[Path]]:
-        files = (file for folder in self._folders for file in walk(folder) if file.suffix.lower() in ENDINGS)
+        files = (file for folder in self._folders for file in walk_visible(folder) if file.suffix.lower() in ENDINGS)
         listed: dict[str, list[Path]] = {}
         for file in dict.fromkeys(files):  # a folder may lie in another one
             listed.setdefault(file.name, []).append(file)

@@ -20,7 +20,7 @@ from torch import Tensor
 from kdtoolkit.data.cache import CachedPicture, PictureCache
 from kdtoolkit.data.dataset import DetectionDataset, Sample, digest
 from kdtoolkit.data.pictures import PictureError, decode
-from kdtoolkit.data.records import Category, Fault, Photo, Reading, naming, settle
+from kdtoolkit.data.records import Category, Fault, Photo, Reading, naming, settle, tell
 from kdtoolkit.errors import KDError
 
 MEMORY_BYTES = 2 * 2**30
@@ -57,6 +57,7 @@ class PhotoDataset(DetectionDataset):
         self._categories = _chosen(reading, class_names)
         self.class_names = tuple(category.name for category in self._categories)
         settle(reading.faults, reading.source, on_bad)
+        tell(reading.source, tuple(reading.remarks))
         self._photos = _relabelled(reading, self._categories)
         self._count = len(self._photos)
         self._max_size = max_size

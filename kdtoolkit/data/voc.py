@@ -8,7 +8,8 @@ edge is xmin - 1 and its right edge xmax.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
@@ -41,9 +42,12 @@ from kdtoolkit.data.records import (
     whole,
 )
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import walk
+from kdtoolkit.files import walk_visible
 
+DECLARED = re.compile(rb"<\?xml[^>]*?\sencoding\s*=\s*[\"']([A-Za-z0-9._-]+)[\"'][^>]*>")
+EXPATS = ("utf-8", "utf-16", "iso-8859-1", "us-ascii")  # encodings that expat reads itself
 SIDES = ("xmin", "ymin", "xmax", "ymax")
+CROWDS = ("difficult", "ignore")
 RULE = "xmin, ymin, xmax and ymax are pixels, counted from 1"
 
 
@@ -51,7 +55,7 @@ def locate(path: Path) -> Path | None:
     """The data set's folder. `path` is that folder, or the folder `Annotations` in it."""
     for root in (path, path.parent):
         folder = root / "Annotations"
-        if folder in (path, path / "Annotations") and any(file.suffix == ".xml" for file in walk(folder)):
+        if folder in (path, path / "Annotations") and any(file.suffix == ".xml" for file in walk_visible(folder)):
             return root
     return path if path.is_dir() and parts_of("VOC", path) else None
 
@@ -143,7 +147,7 @@ def parse(path: Path) -> Element:
     parser.CharacterDataHandler = builder.data
     parser.StartDoctypeDeclHandler = refuse
     try:
-        parser.Parse(path.read_bytes(), True)
+        parser.Parse(_decoded(path.read_bytes()), True)
         root: Element = builder.close()
     except expat.ExpatError as error:
         raise BadEntryError(
@@ -158,6 +162,17 @@ def parse(path: Path) -> Element:
     return root
 
 
+def _decoded(content: bytes) -> bytes | str:
+    """The text of an XML file that declares an encoding, unless expat knows it: it has none of several bytes.
+
+    Raises LookupError or ValueError if Python does not know the encoding, or the bytes are none in it.
+    """
+    declared = DECLARED.match(content)
+    if declared is None or (encoding := declared[1].decode()).lower() in EXPATS:
+        return content
+    return content.decode(encoding)
+
+
 class _Pictures:
     """The image files of a folder, by their names without endings."""
 
@@ -165,7 +180,7 @@ class _Pictures:
         self._folder = folder
         self._files = Files(folder, "an image has the name of its XML file")
         self._by_name: dict[str, list[Path]] = {}
-        for path in sorted(walk(folder)):
+        for path in sorted(walk_visible(folder)):
             if path.suffix.lower() in ENDINGS:
                 self._by_name.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
 
@@ -206,7 +221,7 @@ def _annotations(part: Part, root: Path) -> Path:
 def _names(part: Part, root: Path) -> list[str]:
     """The names of a part's images. Raises KDError."""
     if part.labels.is_dir():
-        files = (file for file in walk(part.labels) if file.suffix == ".xml")
+        files = (file for file in walk_visible(part.labels) if file.suffix == ".xml")
         return [file.relative_to(part.labels).with_suffix("").as_posix() for file in files]
     if not (root / "JPEGImages").is_dir():
         raise KDError(f"there is no folder {root / 'JPEGImages'}. {_layout(root)}")
@@ -257,21 +272,32 @@ def _categories(root: Path, folders: Collection[Path]) -> list[Category]:
         if wrong := [name for name in names if not is_text(name) or names.count(name) > 1]:
             raise KDError(f"{path}: {shown(wrong[0])} is there twice, or is no text; list each class once, one a line")
     else:
-        files = (file for folder in folders for file in walk(folder) if file.suffix == ".xml")
-        names = sorted({name for file in files for name in _class_names(file)})
+        files = (file for folder in folders for file in walk_visible(folder) if file.suffix == ".xml")
+        names = _names_in(files)
     if not names:
         where = " and ".join(map(str, sorted(folders)))
         raise KDError(f"{where} has no object with a name, and there is no list {path}")
     return [Category(number, name) for number, name in enumerate(names, 1)]
 
 
-def _class_names(path: Path) -> set[str]:
-    """The names of a file's objects; none if it cannot be read, which is told when it is listed."""
-    try:
-        annotation = parse(path)
-    except BadEntryError:
-        return set()
-    return {name for entry in annotation.findall("object") if is_text(name := _text(entry, "name"))}
+def _names_in(files: Iterable[Path]) -> list[str]:
+    """The names of the objects in annotation files, sorted. A file that cannot be read is told when it is listed.
+
+    Raises KDError if none can be read.
+    """
+    found: set[str] = set()
+    wrong, readable = "", False
+    for file in files:
+        try:
+            annotation = parse(file)
+        except BadEntryError as error:
+            wrong = wrong or f"{file}: {error}"
+            continue
+        readable = True
+        found |= {name for entry in annotation.findall("object") if is_text(name := _text(entry, "name"))}
+    if wrong and not readable:
+        raise KDError(f"no annotation file can be read; the first is {wrong}")
+    return sorted(found)
 
 
 def _stated_size(annotation: Element) -> tuple[int, int] | None:
@@ -297,17 +323,18 @@ def _corners(entry: Element) -> list[float]:
 
 def _box(entry: Element, corners: list[float], size: tuple[int, int], labels: dict[str, int], reading: Reading) -> Box:
     """An object. Raises BadEntryError."""
-    name, difficult = _text(entry, "name"), _text(entry, "difficult") or "0"
+    name, flags = _text(entry, "name"), {key: _text(entry, key) or "0" for key in CROWDS}
     if name not in labels:
         raise BadEntryError(f"the object's name is {shown(name)}, which is none of {', '.join(labels)}; correct it")
-    if difficult not in ("0", "1"):
-        raise BadEntryError(f"difficult must be 0 or 1, not {shown(difficult)}")
+    for key, flag in flags.items():
+        if flag not in ("0", "1"):
+            raise BadEntryError(f"{key} must be 0 or 1, not {shown(flag)}")
     x1, y1, x2, y2 = corners
     reading.unread["truncated flags"] += _text(entry, "truncated") == "1"
     reading.unread["parts of objects"] += len(entry.findall("part"))
     x, y, width, height = (round(value, DECIMALS) for value in (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1))
     xywh = reading.inside((x, y, width, height), size, "bndbox", corners, RULE)
-    return Box(labels[name], xywh, xywh[2] * xywh[3], difficult == "1")
+    return Box(labels[name], xywh, xywh[2] * xywh[3], "1" in flags.values())
 
 
 def _number(text: str) -> float | None:

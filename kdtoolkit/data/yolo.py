@@ -35,6 +35,8 @@ from kdtoolkit.data.records import (
     Reading,
     agreed_size,
     everything,
+    folded,
+    forms_of,
     is_finite,
     is_text,
     leads_out,
@@ -45,7 +47,7 @@ from kdtoolkit.data.records import (
     whole,
 )
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import walk
+from kdtoolkit.files import walk_visible
 
 LINE = "class, centre x, centre y, width, height, each but the class divided by the image's width or height"
 CVAT_LISTS = ("train.txt", "data/train.txt")  # of all images, if there is no other; CVAT calls each such part train
@@ -83,26 +85,30 @@ def read(place: Path, split: str, progress: Progress, choose: Choose = everythin
     """Read a split. Raises KDError if the YAML cannot be used, or names folders that are not there."""
     layout = _Layout.of(place)
     reading = Reading(place, layout.root, layout.categories)
-    every = _images(layout, split, reading)
+    every, unread = _images(layout, split, reading)
     chosen = choose([name for _, name in every])
     listed = [(path, name) for path, name in every if name in chosen]
-    unlabelled: list[str] = []
+    users: dict[Path, list[Path]] = {}
+    unlabelled: list[Path] = []
     for done, (path, name) in enumerate(listed, 1):
         title = f"image {_short(path, layout.root)}"
         with reading.noting(path, "image"), naming(title):
-            labels = label_file(path)
+            labels = find_label(path, layout.root)
+            (unlabelled if labels is None else users.setdefault(labels, [])).append(path)
             size = agreed_size(path, None, "")
-            boxes = _boxes(labels, size, layout, reading) if labels.is_file() else ()
+            boxes = () if labels is None else _boxes(labels, size, layout, reading)
             reading.photos.append(Photo(done, name, title, path, *size, boxes))
-            if not labels.is_file():
-                unlabelled.append(path.name)
         progress(done, len(listed))
     if unlabelled:
         reading.remarks.append(
-            f"{len(unlabelled)} of {len(listed)} images have no label file (the first is {unlabelled[0]}): they count "
-            "as images without objects"
+            f"{len(unlabelled)} of {len(listed)} images have no label file (the first is {unlabelled[0].name}): they "
+            f"count as images without objects. Looked for was {label_file(unlabelled[0])}"
         )
-    _remark_labels(every, layout, reading)
+    for path, name in every:
+        if name not in chosen and (labels := find_label(path, layout.root)) is not None:
+            users.setdefault(labels, []).append(path)
+    folders = {label_file(path).parent for path in unlabelled} | {label.parent for label in users}
+    _remark_labels(users, folders, unread, layout, reading)
     return reading
 
 
@@ -162,6 +168,22 @@ def _without_data(root: Path, name: str) -> str:
     """A path without the folder `data` that CVAT writes before it, if there is no such folder."""
     inside = name.removeprefix("data/")
     return inside if not os.path.exists(root / name) and os.path.exists(root / inside) else name
+
+
+def find_label(image: Path, root: Path) -> Path | None:
+    """The label file of an image of the data in `root`, or None.
+
+    Accents may be composed in a different way in its name, and its ending be in upper case.
+    """
+    usual = label_file(image)
+    if os.path.isfile(usual):
+        return usual
+    base = root if usual.is_relative_to(root) else usual.parent
+    for name in forms_of(usual.relative_to(base).as_posix()):
+        for ending in (".txt", ".TXT"):
+            if os.path.isfile(path := (base / name).with_suffix(ending)):
+                return path
+    return None
 
 
 @dataclass(frozen=True)
@@ -280,19 +302,27 @@ def _pose_numbers(place: Path, document: dict[Any, Any]) -> int | None:
     return 5 + prod(map(int, shape))
 
 
-def _images(layout: _Layout, split: str, reading: Reading) -> list[tuple[Path, str]]:
-    """The image files of a split, and the name of each; those that cannot be used are noted as faults."""
+def _images(layout: _Layout, split: str, reading: Reading) -> tuple[list[tuple[Path, str]], list[Path]]:
+    """The image files of a split with the name of each, and what else lies in its folders.
+
+    Images that cannot be used are noted as faults.
+    """
     place, root = layout.place, layout.root
     if split not in layout.entries:
         sign = " =" if place.name == "obj.data" else ":"
         raise KDError(f"{place} has no {split}, only {', '.join(layout.entries)}; add `{split}{sign} images/{split}`")
     found: list[tuple[Path, str]] = []
+    others: list[Path] = []
     entries = layout.entries[split]
     for entry in entries:
         target = _target(layout, split, entry)
         if target.is_dir():
-            files = sorted(each for each in walk(target) if each.suffix.lower() in ENDINGS and each.is_file())
-            found += [(each, _short(each, target if len(entries) == 1 else root)) for each in files]
+            base = target if len(entries) == 1 else root
+            for each in sorted(walk_visible(target)):
+                if each.suffix.lower() in ENDINGS:
+                    found.append((each, _short(each, base)))
+                else:
+                    others.append(each)
         else:
             found += _of_list(target, layout, reading)
     images: dict[Path, str] = {}
@@ -304,8 +334,10 @@ def _images(layout: _Layout, split: str, reading: Reading) -> list[tuple[Path, s
                 raise BadEntryError("it is listed twice; list it once")
             images[path] = name
     if not images and not reading.faults:
-        raise KDError(f"{place}: {split}: there are no images in {', '.join(entries)}")
-    return list(images.items())
+        raise KDError(
+            f"{place}: {split}: there are no images in {', '.join(entries)}; images end in {', '.join(ENDINGS)}"
+        )
+    return list(images.items()), others
 
 
 def _target(layout: _Layout, split: str, entry: str) -> Path:
@@ -407,23 +439,49 @@ def _box(fields: list[str], size: tuple[int, int], layout: _Layout, reading: Rea
     return Box(int(label), xywh, xywh[2] * xywh[3])
 
 
-def _remark_labels(listed: list[tuple[Path, str]], layout: _Layout, reading: Reading) -> None:
-    """Tell of label files that no image has, or that two images share."""
-    users: dict[Path, list[Path]] = {}
-    for path, _ in listed:
-        users.setdefault(label_file(path), []).append(path)
+def _remark_labels(
+    users: dict[Path, list[Path]], folders: set[Path], others: list[Path], layout: _Layout, reading: Reading
+) -> None:
+    """Tell of label files that no image has, or that two images share.
+
+    `users`: the images of each label file. `folders`: where labels lie. `others`: files that are no images by their
+    endings.
+    """
     for file, images in users.items():
-        if len(images) > 1 and file.is_file():
+        if len(images) > 1:
             names = " and ".join(image.name for image in images)
             reading.remarks.append(f"{names} share the label file {_short(file, layout.root)}")
+    known = {folded(str(file)) for file in users}
+    unread = {
+        folded(str(label)): file
+        for file in others
+        if file.suffix.lower() != ".txt"
+        and (label := find_label(file, layout.root))
+        and folded(str(label)) not in known
+    }
+    if unread:
+        reading.remarks.append(
+            f"{len(unread)} files have labels, but endings that are not read (the first is "
+            f"{_short(next(iter(unread.values())), layout.root)}): store such images as PNG or JPEG"
+        )
     if any(entry.lower().endswith(".txt") for entries in layout.entries.values() for entry in entries):
         return  # a folder of labels may serve several splits
-    folders = {file.parent for file in users if "labels" in file.parts}
-    lonely = [f for folder in sorted(folders) for f in sorted(folder.glob("*.txt")) if f not in users]
-    if lonely := [file for file in lonely if file.name != "classes.txt"]:
+    files = (file for folder in sorted(folders) if "labels" in folder.parts for file in sorted(_texts_in(folder)))
+    lonely = [file for file in files if folded(str(file)) not in known | unread.keys()]
+    if lonely:
         reading.remarks.append(
             f"{len(lonely)} label files belong to no image; the first is {_short(lonely[0], layout.root)}"
         )
+
+
+def _texts_in(folder: Path) -> list[Path]:
+    """The label files of a folder."""
+    files = folder.glob("*") if folder.is_dir() else ()
+    return [
+        file
+        for file in files
+        if file.suffix.lower() == ".txt" and not file.name.startswith(".") and file.name != "classes.txt"
+    ]
 
 
 def _lies_in(path: Path, root: Path) -> bool:

@@ -53,6 +53,13 @@ def linked(root, *folders):
     return root
 
 
+def yolo_in_capitals(root):
+    """A label file with its ending in upper case."""
+    folder = _yolo.write(root) / "labels" / "train"
+    (folder / "7.txt").rename(folder / "7.TXT")
+    return root
+
+
 def coco(root):
     _coco.write(root)
     return _coco.write(root, split="val")
@@ -66,6 +73,7 @@ FORMATS = {
     "VOC, linked folders": lambda root: linked(_voc.write(root), "Annotations", "JPEGImages"),
     "YOLO, linked folders": lambda root: linked(_yolo.write(root), "images/train", "labels/train"),
     "YOLO": _yolo.write,
+    "YOLO, ending in capitals": yolo_in_capitals,
     "YOLO, by its file": lambda root: _yolo.write(root) / "data.yaml",
     "YOLO, absolute path": lambda root: _yolo.write(root, _yolo.YAML.replace("path: .", f"path: {root}")),
     "YOLO, file beside the folder": lambda root: yolo_beside(root, "../data"),
