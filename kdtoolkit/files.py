@@ -109,6 +109,13 @@ def walk(folder: Path, enters: Callable[[Path], bool] = lambda below: True) -> I
             yield from (Path(here, name) for name in sorted(files))
 
 
+def walk_visible(folder: Path, enters: Callable[[Path], bool] = lambda below: True) -> Iterator[Path]:
+    """What `walk` gives, without files and subfolders whose names begin with a dot: tools keep their own there."""
+    for file in walk(folder, lambda below: not below.name.startswith(".") and enters(below)):
+        if not file.name.startswith("."):
+            yield file
+
+
 def _raise_unless_gone(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error

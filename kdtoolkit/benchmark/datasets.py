@@ -38,6 +38,7 @@ def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
     """
     train: DetectionDataset
     val: DetectionDataset
+    notices: list[str] = []
     if data.root is None:
         assert data.teacher_images is not None  # DataSection has checked all three
         assert data.student_images is not None
@@ -49,13 +50,15 @@ def load_data(data: DataSection, pictures: Path | None = None) -> DataSets:
         source = f"procedural shapes, {data.image_size} px, seed {data.seed}"
     else:
         cache = None if pictures is None else pictures / "photos"
-        train, val = (
+        photos = [
             open_dataset(data.root, split, max_size=data.image_size, on_bad=data.on_bad, cache=cache)
             for split in ("train", "val")
-        )
+        ]
+        train, val = photos
+        if photos[1].held_out:
+            notices.append(f"evaluation takes {photos[1].held_out}")
         check_same_classes(train, val)
         source = f"{name_of(data.root)}, at most {data.image_size} px, {len(train.class_names)} classes"
-    notices: list[str] = []
 
     def take(dataset: DetectionDataset, count: int | None, role: str) -> DetectionDataset:
         if count is not None and count > len(dataset):

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from kdtoolkit.benchmark.cell import Task
 from kdtoolkit.benchmark.datasets import DataSets
 from kdtoolkit.benchmark.parcels import Parcel
@@ -16,13 +14,21 @@ from kdtoolkit.benchmark.suite import DataSection, DetectorSection
 from kdtoolkit.data import ProceduralShapes
 from kdtoolkit.data.opening import locate
 from kdtoolkit.data.photos import PhotoDataset
-from kdtoolkit.data.yolo import label_file
+from kdtoolkit.data.yolo import document_of, find_label
 from kdtoolkit.errors import KDError
 from kdtoolkit.files import walk
 from kdtoolkit.models import FILES
 
 TRACKED = "tracked"
-_LABELS = (".json", ".txt", ".xml", ".yaml", ".yml")  # what the readers of data sets read besides images
+_LABELS = (
+    ".json",
+    ".txt",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".data",
+    ".names",
+)  # what the readers of data sets read besides images
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def _place_of_photos(root: Path, splits: list[PhotoDataset]) -> Place:
     below = (file for each in sorted(folder.iterdir()) for file in (walk(each) if each.is_dir() else [each]))
     labels = [file for file in below if file.name.endswith(_LABELS)]
     if form.name == "YOLO":
-        labels += [label for label in map(label_file, images) if label.is_file()]
+        labels += [label for image in images if (label := find_label(image, folder)) is not None]
     files = dict(_named(iter([*images, *labels]), folder))
     if form.name != "YOLO":
         return Place(root, Parcel.of(files), named.relative_to(folder).as_posix())
@@ -124,7 +130,7 @@ def _place_of_photos(root: Path, splits: list[PhotoDataset]) -> Place:
     file = Path(os.path.abspath(place))
     base = folder
     inside = Path(file.name)
-    if not Path((yaml.safe_load(file.read_text("utf-8")) or {}).get("path") or "").is_absolute():
+    if not Path(document_of(file).get("path") or "").is_absolute():
         base = Path(os.path.commonpath([folder, file.parent]))
         inside = file.relative_to(base)
     files = {(folder / name).relative_to(base).as_posix(): path for name, path in files.items()}

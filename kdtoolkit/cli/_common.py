@@ -23,6 +23,12 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+DATA_HELP = (
+    "A folder in COCO, YOLO or Pascal VOC format, also as Roboflow, CVAT or Label Studio export it; or a YOLO YAML "
+    "file, or a COCO JSON file."
+)
+
+
 def examples(*commands: str) -> str:
     """The end of a command's help."""
     return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from kdtoolkit.cli._common import DATA_HELP
 from kdtoolkit.errors import KDError, printable
 from kdtoolkit.words import counted
 
@@ -24,7 +25,7 @@ Model = Annotated[
     ),
 ]
 Images = Annotated[Path, typer.Argument(help="An image, or a folder of images.")]
-Data = Annotated[Path, typer.Option(help="A folder in COCO, YOLO or Pascal VOC format, or a YOLO YAML file.")]
+Data = Annotated[Path, typer.Option(help=DATA_HELP)]
 Weights = Annotated[
     str | None, typer.Option(help="A file of weights, or pretrained. Default: those that belong to the model.")
 ]
@@ -59,7 +60,7 @@ class Format(StrEnum):
 def evaluate(
     model: Model,
     data: Data,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    split: Annotated[str, typer.Option(help="train, val or test; all, if the data come in one part.")] = "val",
     weights: Weights = None,
     class_map: ClassMap = None,
     classes_as_in: ClassesAsIn = None,

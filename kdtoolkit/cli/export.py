@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kdtoolkit.cli._common import DATA_HELP
 from kdtoolkit.cli.detect import Model, SkipBad, Weights, check_there, say_all
 
 
@@ -17,7 +18,7 @@ def export(
         Path | None, typer.Option(help="The file to write. Default: the model's name, ending in .onnx.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="A data set. The check and --int8 use its images (COCO, YOLO or Pascal VOC).")
+        Path | None, typer.Option(help=f"The check and --int8 use images of this data set. {DATA_HELP}")
     ] = None,
     split: Annotated[str, typer.Option(help="Which part of --data: train, val or test.")] = "val",
     images: Annotated[Path | None, typer.Option(help="A folder of images for the check, instead of --data.")] = None,

@@ -1,18 +1,25 @@
-"""COCO's format: `annotations/SPLIT.json` with images, annotations and categories; the image files in `images/`."""
+"""COCO's format: a JSON file for each split with images, annotations and categories.
+
+`layouts.py` says where it lies in what tools export, and where the images lie. Else it is `annotations/SPLIT.json`, and
+the images are in `images/`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdtoolkit.data.layouts import ExportedFiles, Part, parts_of
 from kdtoolkit.data.records import (
+    ALL,
     SPLITS,
     BadEntryError,
     Box,
     Category,
+    Choose,
     Fault,
     Files,
     Form,
@@ -21,6 +28,7 @@ from kdtoolkit.data.records import (
     Reading,
     agreed_size,
     check_pixels,
+    everything,
     is_finite,
     is_text,
     naming,
@@ -32,37 +40,52 @@ from kdtoolkit.errors import KDError
 
 NEEDED = ("images", "annotations", "categories")
 UNREAD = {"segmentation": "segmentations", "keypoints": "sets of keypoints"}
+CROWDS = ("iscrowd", "ignore")  # the latter in data made from CrowdHuman, CityPersons, WIDER FACE
 RULE = "it must be [x, y, width, height] in pixels"
+NAME_RULE = "file_name is relative to the images folder"
 
 
 def locate(path: Path) -> Path | None:
-    """The data set's folder. `path` is that folder, or the folder `annotations` in it."""
+    """The data set's folder, or the one JSON file that `path` is. `path` may also be the folder `annotations`."""
+    if path.is_file():
+        return path if path.suffix.lower() == ".json" else None
     for root in (path, path.parent):
         folder = root / "annotations"
         if folder in (path, path / "annotations") and next(folder.glob("*.json"), None) is not None:
             return root
-    return None
+    return path if parts_of("COCO", path) else None
 
 
 @telling_what_is_unreadable()
 def splits(root: Path) -> list[str]:
     """The splits that have a file. Raises KDError if there is none."""
-    found = [split for split in SPLITS if (root / "annotations" / f"{split}.json").is_file()]
+    parts = parts_of("COCO", root)
+    found = [split for split in (*SPLITS, ALL) if split in parts]
     if not found:
         raise _missing(root, "train")
     return found
 
 
+def label_files(root: Path) -> list[Path]:
+    """The JSON files of a data set."""
+    return [part.labels for part in parts_of("COCO", root).values()]
+
+
 @telling_what_is_unreadable()
-def read(root: Path, split: str, progress: Progress) -> Reading:
+def read(root: Path, split: str, progress: Progress, choose: Choose = everything) -> Reading:
     """Read a split. Raises KDError if the JSON cannot be used at all."""
-    path, folder = _files_of(root, split)
+    part = _part_of(root, split)
+    path = part.labels
     document = _parse(path)
+    if part.is_export:
+        document["categories"] = _without_superclass(document, root, path)
+    if choose is not everything:
+        document |= _chosen(document, choose)
     categories = categories_in(document["categories"], path)
-    reading = Reading(path, root, categories, has_ids=True)
+    reading = Reading(path, _folder(root), categories, has_ids=True)
     entries = _images(document["images"], reading)
     boxes = _boxes(document["annotations"], entries, reading)
-    files = Files(folder, "file_name is relative to the images folder")
+    files = ExportedFiles(part.images, NAME_RULE) if part.is_export else Files(part.images[0], NAME_RULE)
     users: dict[Path, _Entry] = {}
     for done, entry in enumerate(entries.values(), 1):
         if entry is not None:
@@ -80,7 +103,7 @@ def read(root: Path, split: str, progress: Progress) -> Reading:
     return reading
 
 
-FORM = Form("COCO", "annotations/train.json (COCO)", locate, splits, read)
+FORM = Form("COCO", locate, splits, read)
 
 
 @dataclass(frozen=True)
@@ -96,22 +119,41 @@ class _Entry:
         return f"image {self.id} ({self.name})"
 
 
-def _files_of(root: Path, split: str) -> tuple[Path, Path]:
-    """The annotation file and the images folder."""
-    path, folder = root / "annotations" / f"{split}.json", root / "images"
-    if not root.is_dir():
+def _part_of(root: Path, split: str) -> Part:
+    """The annotation file and the folders of images. Raises KDError if they are not there."""
+    if not root.exists():
         raise KDError(f"there is no folder {root}. {_layout(root)}")
-    if not path.is_file():
+    part = parts_of("COCO", root).get(split)
+    if part is None:
         raise _missing(root, split)
-    if not folder.is_dir():
-        raise KDError(f"there is no folder {folder}. {_layout(root)}")
-    return path, folder
+    if not any(folder.is_dir() for folder in part.images):
+        folders = " or ".join(map(str, part.images))
+        raise KDError(
+            f"there is no folder {folders}. "
+            + ("Export the data with images, or put them there." if part.is_export else _layout(root))
+        )
+    return part
 
 
 def _missing(root: Path, split: str) -> KDError:
+    parts = parts_of("COCO", root)
+    if root.is_file():
+        return KDError(f"{root} has no {split}, only {', '.join(parts)}; name the folder of the data set instead")
+    if any(part.is_export for part in parts.values()):
+        return KDError(f"{root} has no {split}, only {', '.join(parts)}; export that split as well.{_advice(parts)}")
     folder = root / "annotations"
-    others = ", ".join(sorted(other.name for other in folder.glob("*.json")))
-    return KDError(f"there is no file {folder / split}.json{f' (but {others})' if others else ''}. {_layout(root)}")
+    files = sorted(folder.glob("*.json"))
+    others = ", ".join(other.name for other in files)
+    advice = _advice(parts if parts or len(files) != 1 else parts_of("COCO", files[0]))
+    return KDError(
+        f"there is no file {folder / split}.json{f' (but {others})' if others else ''}. {_layout(root)}{advice}"
+    )
+
+
+def _advice(parts: Mapping[str, Part]) -> str:
+    """What to do if there is no val."""
+    part = None if "val" in parts else parts.get("train") or parts.get(ALL)
+    return f" Or name {part.labels} as the data: then a fifth of its images is val." if part else ""
 
 
 def _layout(root: Path) -> str:
@@ -135,13 +177,67 @@ def _parse(path: Path) -> dict[str, list[Any]]:
         raise KDError(f"{path} cannot be read: {error}") from None
     if not isinstance(document, dict):
         raise KDError(
-            f"{path} holds a JSON {type(document).__name__}; COCO's format is an object with {', '.join(NEEDED)}"
+            f"{path} holds a JSON {type(document).__name__}; COCO's format is an object with {', '.join(NEEDED)}. "
+            "Export the data in that format."
         )
     if wrong := [key for key in NEEDED if not isinstance(document.get(key), list)]:
         raise KDError(
             f"{path} must have a list under each of {', '.join(NEEDED)}; wrong or missing: {', '.join(wrong)}"
         )
     return document
+
+
+def _folder(place: Path) -> Path:
+    """The folder of a data set, also if it is one file in `annotations`."""
+    if place.is_dir():
+        return place
+    return place.parent.parent if place.parent.name == "annotations" else place.parent
+
+
+def _without_superclass(document: dict[str, list[Any]], root: Path, path: Path) -> list[Any]:
+    """The categories but one that has no annotation in any split, and to which all others belong.
+
+    Roboflow writes such a category for the project.
+    """
+    entries = document["categories"]
+    for entry in entries:
+        name, others = _get(entry, "name"), [each for each in entries if each is not entry]
+        if others and _get(entry, "supercategory") != name == _common([_get(e, "supercategory") for e in others]):
+            boxes = document["annotations"] + [
+                box for file in label_files(root) if file != path for box in _annotations_of(file)
+            ]
+            if all(_get(box, "category_id") != _get(entry, "id") for box in boxes):
+                return others
+    return entries
+
+
+def _annotations_of(path: Path) -> list[Any]:
+    """The annotations of a different split; none if it cannot be read, which is told when it is opened."""
+    try:
+        return _parse(path)["annotations"]
+    except KDError:
+        return []
+
+
+def _chosen(document: dict[str, list[Any]], choose: Choose) -> dict[str, list[Any]]:
+    """The images that are chosen by their names, and all annotations but those of others."""
+    images = document["images"]
+    chosen = choose([str(_get(image, "file_name")) for image in images])
+    kept = [image for image in images if str(_get(image, "file_name")) in chosen]
+    ids, all_ids = ({whole(_get(image, "id")) for image in each} for each in (kept, images))
+    others = all_ids - ids
+    boxes = [box for box in document["annotations"] if whole(_get(box, "image_id")) not in others]
+    return {"images": kept, "annotations": boxes}
+
+
+def _get(entry: Any, key: str) -> Any:
+    """A value of an entry that may be no object."""
+    return entry.get(key) if isinstance(entry, dict) else None
+
+
+def _common(values: list[Any]) -> Any:
+    """The value that all have; None if they differ."""
+    return values[0] if all(value == values[0] for value in values) else None
 
 
 def categories_in(entries: list[Any], path: Path) -> list[Category]:
@@ -240,14 +336,15 @@ def _box(
             f"no image has the id {shown(entry.get('image_id'))}; add the image, or delete the annotation"
         )
     image, box, area = images[image_id], entry.get("bbox"), entry.get("area")
-    crowd = 0 if entry.get("iscrowd") is None else entry["iscrowd"]
+    flags = {key: entry[key] for key in CROWDS if entry.get(key) is not None}
     if category_id is None or category_id not in labels:
         ids = ", ".join(map(str, labels))
         raise BadEntryError(
             f"no category has the id {shown(entry.get('category_id'))}, only {ids}; correct it, or add it"
         )
-    if crowd not in (0, 1):
-        raise BadEntryError(f"iscrowd must be 0 or 1, not {shown(crowd)}")
+    for key, flag in flags.items():
+        if flag not in (0, 1):
+            raise BadEntryError(f"{key} must be 0 or 1, not {shown(flag)}")
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
         raise BadEntryError(f"bbox must be four finite numbers [x, y, width, height], not {shown(box)}")
     if area is not None and (not is_finite(area) or area < 0):
@@ -259,4 +356,4 @@ def _box(
             reading.unread[what] += 1
     x, y, width, height = box
     xywh = reading.inside((x, y, width, height), (image.width, image.height), "bbox", box, RULE)
-    return image_id, Box(labels[category_id], xywh, xywh[2] * xywh[3] if area is None else area, bool(crowd))
+    return image_id, Box(labels[category_id], xywh, xywh[2] * xywh[3] if area is None else area, any(flags.values()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -276,5 +277,5 @@ def _box(box: object) -> list[float]:
 
 
 def _plain(name: str) -> str:
-    """A file name as the data has it: with slashes, without "./" before it."""
-    return PurePosixPath(name.replace("\\", "/")).as_posix()
+    """A file name in one form: with slashes, without "./" before it, with composed accents."""
+    return PurePosixPath(unicodedata.normalize("NFC", name.replace("\\", "/"))).as_posix()

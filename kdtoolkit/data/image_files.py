@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kdtoolkit.data.records import ENDINGS, telling_what_is_unreadable
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import walk
+from kdtoolkit.files import walk_visible
 
 
 @telling_what_is_unreadable()
@@ -23,8 +23,7 @@ def image_files(path: Path, without: Path | None = None) -> list[Path]:
     if not path.is_dir():
         raise KDError(f"there is no file or folder {path}; name an image, or a folder of images")
     left_out = None if without is None else without.resolve()
-    files = walk(path, lambda below: not below.name.startswith(".") and below.resolve() != left_out)
-    found = [file for file in files if not file.name.startswith(".")]
+    found = list(walk_visible(path, lambda below: below.resolve() != left_out))
     images = sorted(file for file in found if file.suffix.lower() in ENDINGS)
     if not images:
         held = f"it holds {len(found)} files of different kinds" if found else "it is empty"

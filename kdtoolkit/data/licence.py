@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from kdtoolkit.data.coco import label_files
 from kdtoolkit.data.opening import locate
 from kdtoolkit.errors import KDError
 
@@ -23,15 +24,15 @@ def licence_of(path: Path) -> str | None:
     try:
         form, place = locate(path)
         root = place if place.is_dir() else place.parent
-        stated = _of_coco(root) if form.name == "COCO" else _of_yaml(place) if form.name == "YOLO" else ()
+        stated = _of_coco(place) if form.name == "COCO" else _of_yaml(place) if form.name == "YOLO" else ()
         found = list(dict.fromkeys(text for text in (*stated, *_of_files(root)) if text))
     except (OSError, KDError):  # the data may be gone, or not be readable: no reason to stop after hours of training
         return None
     return "; ".join(found) or None
 
 
-def _of_coco(root: Path) -> Iterator[str]:
-    files = sorted((root / "annotations").glob("*.json"), key=lambda file: file.stat().st_size)
+def _of_coco(place: Path) -> Iterator[str]:
+    files = sorted(label_files(place), key=lambda file: file.stat().st_size)
     try:
         licences = [json.loads(file.read_bytes()).get("licenses") for file in files[:1]]
     except (OSError, ValueError, RecursionError, AttributeError):  # the reader of the data set tells of such files

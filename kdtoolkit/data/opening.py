@@ -1,4 +1,7 @@
-"""Opens a data set in COCO's, YOLO's or VOC's format. The files in the folder show which format it is."""
+"""Opens a data set in COCO's, YOLO's or VOC's format. The files in the folder show which format it is.
+
+`layouts.py` has the table of what tools export.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from kdtoolkit.data import coco, voc, yolo
+from kdtoolkit.data.holdout import with_val
+from kdtoolkit.data.layouts import LAYOUTS
 from kdtoolkit.data.photos import MEMORY_BYTES, PhotoDataset
 from kdtoolkit.data.records import Form, Progress, Reading, is_spare, telling_what_is_unreadable
 from kdtoolkit.errors import KDError
 
-FORMS = (coco.FORM, yolo.FORM, voc.FORM)
+FORMS = tuple(with_val(form) for form in (coco.FORM, yolo.FORM, voc.FORM))
+SEEN = 8  # names of files in an error
 
 
 @telling_what_is_unreadable()
@@ -27,21 +33,20 @@ def locate(path: str | Path) -> tuple[Form, Path]:
     if len(found) == 1:
         return found[0]
     if found:
-        kinds = ", ".join(f"{form.looked_for}" for form, _ in found)
+        kinds = ", ".join(form.name for form, _ in found)
         raise KDError(
-            f"{path} holds data of several formats: {kinds}. Name the one you mean: its folder of annotations, or its "
-            "YAML file"
+            f"{path} holds data of several formats: {kinds}. Name the one you mean: its folder of annotations, its "
+            "YAML file, or a JSON file"
         )
-    looked_for = ", ".join(form.looked_for for form in FORMS)
-    inside = [each for each in sorted(path.iterdir()) if each.is_dir() and _is_one(each)] if path.is_dir() else []
-    hint = f". But {inside[0]} is one: name that" if inside else ""
-    raise KDError(f"{path} is no data set that is known; looked for {looked_for}{hint}")
+    raise KDError(f"{path} is no data set that is known{_advice(path)}")
 
 
 def name_of(path: Path) -> str:
     """What a data set is called: the name of its folder. Raises KDError as `locate` does."""
     _, place = locate(path.absolute())
-    return place.name if place.is_dir() else place.parent.name
+    if place.is_dir():
+        return place.name
+    return place.parent.parent.name if place.parent.name == "annotations" else place.parent.name
 
 
 def class_names_of(path: Path) -> tuple[str, ...]:
@@ -80,9 +85,12 @@ def open_dataset(
 ) -> PhotoDataset:
     """Open a split ("train", "val", "test") of a data set in COCO's, Ultralytics YOLO's or Pascal VOC's format.
 
+    Exports of Roboflow, CVAT and Label Studio in these formats are read as they are.
+
     Args:
-        path: the folder of the data set, a YOLO YAML file, or a folder of annotations.
-        split: which part.
+        path: the folder of the data set, a YOLO YAML file, a COCO JSON file, or a folder of annotations.
+        split: which part. If the data come in one part, a fifth of the images is "val", the others are "train", and
+            "all" is all of them.
         max_size: images with a longer side are scaled down to it, antialiased. No image is enlarged.
         class_names: use only these classes, labelled in this order.
         on_bad: `skip` leaves bad images and annotations out, and lists them in one warning.
@@ -147,6 +155,21 @@ class CocoDetection(PhotoDataset):
 
 def _forms_of(path: Path) -> list[tuple[Form, Path]]:
     return [(form, place) for form in FORMS if (place := form.locate(path)) is not None]
+
+
+def _advice(path: Path) -> str:
+    """What lies at a path that holds no data set, and what to name instead."""
+    looked_for = f"Looked for {', '.join(map(str, LAYOUTS))}"
+    if path.is_file():
+        return ": unpack it, and name the folder" if path.suffix in (".zip", ".tar", ".gz") else f". {looked_for}"
+    found = sorted(path.iterdir())
+    if inside := [each for each in found if each.is_dir() and _is_one(each)]:
+        return f", but {inside[0]} is one: name that"
+    names = [each.name + "/" * each.is_dir() for each in found]
+    seen = ", ".join(names[:SEEN]) + (f" and {len(names) - SEEN} more" if len(names) > SEEN else "")
+    files = [each for each in found if each.suffix.lower() == ".json"]
+    hint = f". If {files[0].name} is in COCO's format, name it: {files[0]}" if files else ""
+    return f"; it holds {seen or 'nothing'}{hint}. {looked_for}"
 
 
 def _is_one(path: Path) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from kdtoolkit.data.cache import CachedPicture, PictureCache
 from kdtoolkit.data.dataset import DetectionDataset, Sample, digest
 from kdtoolkit.data.pictures import PictureError, decode
-from kdtoolkit.data.records import Category, Fault, Photo, Reading, naming, settle
+from kdtoolkit.data.records import Category, Fault, Photo, Reading, naming, settle, tell
 from kdtoolkit.errors import KDError
 
 MEMORY_BYTES = 2 * 2**30
@@ -35,7 +35,7 @@ class PhotoDataset(DetectionDataset):
 
     Photos are decoded on access. `in_memory` decodes all of them once, and keeps them in memory or in the folder
     `cache`. Crowds and VOC's difficult objects are no targets. `coco` has them, and scoring treats them by COCO's
-    rules. `root`: the folder of the data set.
+    rules. `root`: the folder of the data set. `held_out`: how the split was made, if the files have none.
     """
 
     def __init__(
@@ -53,9 +53,11 @@ class PhotoDataset(DetectionDataset):
         self._source = reading.source
         self.root = reading.root
         self.has_ids = reading.has_ids
+        self.held_out = reading.held_out
         self._categories = _chosen(reading, class_names)
         self.class_names = tuple(category.name for category in self._categories)
         settle(reading.faults, reading.source, on_bad)
+        tell(reading.source, tuple(reading.remarks))
         self._photos = _relabelled(reading, self._categories)
         self._count = len(self._photos)
         self._max_size = max_size
@@ -69,7 +71,7 @@ class PhotoDataset(DetectionDataset):
         self._warn_of_many_boxes()
 
     def __str__(self) -> str:
-        part = "" if len(self) == self._count else f"{len(self)} images of "
+        part = "" if len(self) == self._count and not self.held_out else f"{len(self)} images of "
         return f"{part}{self._source}"
 
     def __len__(self) -> int:

@@ -26,6 +26,7 @@ QUARTER_TURNS = (5, 6, 7, 8)
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257
 TIFF_PIECES = ((273, 279), (324, 325))  # offsets and byte counts of strips, of tiles
 TAIL = 1 << 16  # bytes at a file's end; what follows the pixels is mostly shorter
+TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # PNG's chunks that may hold an orientation
 
 # Ultralytics replaces Image.open when it is imported. Its own installs a package where a file is broken.
 _open_image = Image.open
@@ -85,7 +86,8 @@ def check_whole(path: Path) -> None:
 def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Open a file. Whatever goes wrong while it is read becomes a PictureError."""
     if not os.path.isfile(path):  # Ultralytics' Image.open hid this error before 8.4.190
-        raise PictureError(f"there is no file {path}")
+        aim = f": it is a link to {os.readlink(path)}; correct or delete it" if os.path.islink(path) else ""
+        raise PictureError(f"there is no file {path}{aim}")
     try:
         with _pillows_limit:
             # Pillow takes large images for attacks. Here the annotation file has told the size before.
@@ -117,19 +119,35 @@ def _stored_size(opened: Image.Image) -> tuple[int, int]:
 
 def _ends_well(opened: Image.Image, path: Path) -> bool:
     """Whether the file's end shows that it is whole. False may also mean that only decoding can tell."""
+    if opened.format == "PNG":
+        return _png_ends_well(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - TAIL))
         tail = file.read()
     if opened.format in JPEG:  # an end marker behind the last start of a scan; a thumbnail has an end marker too
         return tail.rfind(b"\xff\xd9") > tail.rfind(b"\xff\xda")
-    if opened.format == "PNG":  # EXIF data behind the pixels is found only by decoding
-        return tail.endswith(b"\0\0\0\0IEND\xaeB`\x82") and b"eXIf" not in tail
     if opened.format == "TIFF":
         tags = _tiff_tags(opened)
         pieces = [(tags[a], tags[b]) for a, b in TIFF_PIECES if a in tags and b in tags]
         return bool(pieces) and all(max(map(sum, zip(*piece, strict=True))) <= size for piece in pieces)
     return opened.format == "WEBP"  # which Pillow has read to its end
+
+
+def _png_ends_well(path: Path) -> bool:
+    """Whether a PNG has its last chunk, and behind its pixels nothing that may turn it: that is found by decoding."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(8)
+        has_pixels = False
+        while len(header := file.read(8)) == 8:
+            kind = header[4:]
+            if kind == b"IEND":
+                return len(file.read(4)) == 4
+            if has_pixels and kind in TEXTS:
+                return False
+            has_pixels |= kind == b"IDAT"
+            file.seek(int.from_bytes(header[:4]) + 4, os.SEEK_CUR)  # past the data and their checksum
+    return False
 
 
 def _tiff_tags(opened: Image.Image) -> Mapping[int, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -188,10 +189,8 @@ class _Names:
     def __init__(self, files: Sequence[str], numbers: Mapping[int, list[int]]) -> None:
         self.files = files
         self._numbers = numbers
-        self._by_stem: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
-        for place, file in enumerate(files):
-            parts = PurePosixPath(file).parts
-            self._by_stem.setdefault(_stem(parts[-1]), []).append((place, parts))
+        self._parts = [PurePosixPath(unicodedata.normalize("NFC", file)).parts for file in files]
+        self._by_end: dict[int, dict[tuple[str, ...], list[int]]] = {}
 
     @classmethod
     def of(cls, dataset: DetectionDataset | Sequence[Path]) -> _Names:
@@ -226,12 +225,17 @@ class _Names:
         if isinstance(key, int):
             return self._numbers.get(key, [])
         *folders, last = PurePosixPath(key).parts or ("",)
-        count = len(folders)
-        return [
-            place
-            for place, (*own, name) in self._by_stem.get(_stem(last), [])
-            if last in (name, _stem(name)) and own[len(own) - count :] == folders
-        ]
+        places = self._ending(len(folders)).get((*folders, _stem(last)), [])
+        return [place for place in places if last in (name := self._parts[place][-1], _stem(name))]
+
+    def _ending(self, count: int) -> dict[tuple[str, ...], list[int]]:
+        """The places of the images by their last `count` folders and their names without endings."""
+        if count not in self._by_end:
+            found = self._by_end.setdefault(count, {})
+            for place, (*folders, name) in enumerate(self._parts):
+                if count <= len(folders):
+                    found.setdefault((*folders[len(folders) - count :], _stem(name)), []).append(place)
+        return self._by_end[count]
 
 
 def _checked(

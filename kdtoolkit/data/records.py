@@ -14,14 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PureWindowsPath
-from typing import Literal
+from typing import Literal, Protocol
 
 from kdtoolkit.data.pictures import MAX_PIXELS, PictureError, seen_size
 from kdtoolkit.errors import KDError
 
 SPLITS = ("train", "val", "test")
 OPENED = ("train", "val")  # what training opens
+ALL = "all"  # the one part of a data set whose images belong to no split
 # What Pillow reads of the endings that Ultralytics' reader looks for in folders, in lower case.
 ENDINGS = (".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
 MAX_OVERHANG = 1.0  # pixels that a box may reach beyond its image; annotation tools round that much. It is cut there.
@@ -34,6 +36,9 @@ SHOWN_CHARACTERS = 80  # of a value that is wrong
 
 Progress = Callable[[int, int], None]
 """Called with the number of images that were looked at, and of all."""
+
+Choose = Callable[[Sequence[str]], Collection[str]]
+"""Called with the names of all images of a part; returns those that are to be read."""
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +55,9 @@ class Category:
 class Box:
     """An object. `xywh`: left, top, width and height in pixels of the image as one sees it; all of it is in the image.
 
-    `label`: index of its class. `area`: in square pixels, as COCO's scores by size use it. `crowd`: COCO's `iscrowd`
-    or VOC's `difficult`. Such an object is no target in training, and in scoring a detection of it is no mistake.
+    `label`: index of its class. `area`: in square pixels, as COCO's scores by size use it. `crowd`: COCO's `iscrowd`,
+    VOC's `difficult`, or `ignore` in either. Such an object is no target in training, and in scoring a detection of it
+    is no mistake.
     """
 
     label: int
@@ -99,7 +105,7 @@ class Reading:
     `source`: the file that stands for the split in messages. `root`: the folder of the data set. `remarks`: sentences
     about what is odd, but can be read. `cut`: number of boxes that reached beyond the image's edge and were cut there.
     `unread`: numbers of entries in the files that detection does not use. `has_ids`: whether the files themselves give
-    images and classes their ids.
+    images and classes their ids. `held_out`: how the split was made, if the files have none.
     """
 
     source: Path
@@ -111,6 +117,18 @@ class Reading:
     cut: int = 0
     unread: Counter[str] = field(default_factory=Counter)
     has_ids: bool = False
+    held_out: str = ""
+
+    def __post_init__(self) -> None:
+        alike: dict[str, list[str]] = {}
+        for category in self.categories:
+            alike.setdefault(" ".join(category.name.casefold().split()), []).append(category.name)
+        for names in alike.values():
+            if len(names) > 1:
+                self.remarks.append(
+                    f"the classes {', '.join(map(repr, names))} differ by case or spaces alone, and are learnt as "
+                    "different ones: if they are one, give all its objects the same name"
+                )
 
     @contextmanager
     def noting(self, file: Path, loses: Literal["image", "box"]) -> Iterator[None]:
@@ -155,20 +173,30 @@ class Reading:
         return x1, y1, x2 - x1, y2 - y1
 
 
+def everything(names: Sequence[str]) -> Collection[str]:
+    """Choose all images."""
+    return names
+
+
+class Read(Protocol):
+    """Reads one split of a place: the images that `choose` takes."""
+
+    def __call__(self, place: Path, split: str, progress: Progress, choose: Choose = everything, /) -> Reading:
+        """Raise KDError if there is no such split, or if the data cannot be read at all."""
+
+
 @dataclass(frozen=True)
 class Form:
     """A format of data sets.
 
     `locate` returns the place to read from if the path holds data of this format, else None. `splits` names the splits
-    of a place, `read` reads one of them. Both raise KDError if there is no split, or if the data cannot be read at all.
-    `looked_for` names the files by which the format is recognised.
+    of a place, or ALL; it raises KDError if there is none, or if the data cannot be read at all. `read` reads one.
     """
 
     name: str
-    looked_for: str
     locate: Callable[[Path], Path | None]
     splits: Callable[[Path], list[str]]
-    read: Callable[[Path, str, Progress], Reading]
+    read: Read
 
 
 class BadEntryError(Exception):
@@ -195,12 +223,11 @@ class Files:
         if leads_out(name):
             raise PictureError(f"{shown(name)} leads out of {self._folder}; {self._rule}. Name a file inside of it")
         slashes = name.replace("\\", "/")
-        forms = [unicodedata.normalize(form, slashes) for form in ("NFC", "NFD")]  # macOS writes the latter
-        for form in dict.fromkeys((name, slashes, *forms)):
+        for form in dict.fromkeys((name, *forms_of(slashes))):
             if os.path.isfile(path := self._folder / form):
                 return path
         path = self._folder / name
-        found = self._listing(path.parent).get(_plain(path.name))
+        found = self._listing(path.parent).get(folded(path.name))
         hint = f" (but {found}: upper and lower case count)" if found else ""
         raise PictureError(f"there is no file {path}{hint}; {self._rule}")
 
@@ -208,8 +235,20 @@ class Files:
         """The names in a folder, by what is left of them without case."""
         if folder not in self._listings:
             names = os.listdir(folder) if os.path.isdir(folder) else []
-            self._listings[folder] = {_plain(name): name for name in names}
+            self._listings[folder] = {folded(name): name for name in names}
         return self._listings[folder]
+
+
+def forms_of(name: str) -> Iterator[str]:
+    """A file's name as it is, and with its accents composed and decomposed; macOS writes the latter."""
+    yield name
+    if not name.isascii():
+        yield from (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+
+
+def folded(name: str) -> str:
+    """What is left of a file's name without case and without the way in which its accents are composed."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def is_spare(split: str, splits: Collection[str]) -> bool:
@@ -281,6 +320,13 @@ def settle(faults: Sequence[Fault], source: Path, on_bad: Literal["error", "skip
     log.warning("%s: left out, as they are bad: %s%s", source, number, listed)
 
 
+@cache
+def tell(source: Path, remarks: tuple[str, ...]) -> None:
+    """Log what is odd in a split as a warning, once in a process."""
+    for remark in remarks:
+        log.warning("%s: %s", source, remark)
+
+
 def read_text(path: Path) -> str:
     """A text file in UTF-8, with or without a byte-order mark. Raises BadEntryError."""
     try:
@@ -324,7 +370,3 @@ def shown(value: object) -> str:
 _short = reprlib.Repr()
 _short.maxlist = _short.maxdict = 6
 _short.maxstring = _short.maxother = _short.maxlong = SHOWN_CHARACTERS
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()

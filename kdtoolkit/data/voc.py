@@ -1,23 +1,29 @@
 """Pascal VOC's format: `ImageSets/Main/SPLIT.txt` lists names, `Annotations/NAME.xml` has the boxes of an image.
 
-The image file lies in `JPEGImages` and has the same name. VOC counts pixels from 1 and includes the last one: a box
-from xmin = 1 to xmax = 40 covers an image 40 pixels wide. Here its left edge is xmin - 1 and its right edge xmax.
+The image file lies in `JPEGImages` and has the same name. `layouts.py` says where else tools put both. VOC counts
+pixels from 1 and includes the last one: a box from xmin = 1 to xmax = 40 covers an image 40 pixels wide. Here its left
+edge is xmin - 1 and its right edge xmax.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
+from kdtoolkit.data.layouts import Part, parts_of
 from kdtoolkit.data.records import (
+    ALL,
     DECIMALS,
     ENDINGS,
     SPLITS,
     BadEntryError,
     Box,
     Category,
+    Choose,
     Files,
     Form,
     Photo,
@@ -25,6 +31,7 @@ from kdtoolkit.data.records import (
     Reading,
     agreed_size,
     check_pixels,
+    everything,
     is_finite,
     is_text,
     leads_out,
@@ -35,9 +42,12 @@ from kdtoolkit.data.records import (
     whole,
 )
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import walk
+from kdtoolkit.files import walk_visible
 
+DECLARED = re.compile(rb"<\?xml[^>]*?\sencoding\s*=\s*[\"']([A-Za-z0-9._-]+)[\"'][^>]*>")
+EXPATS = ("utf-8", "utf-16", "iso-8859-1", "us-ascii")  # encodings that expat reads itself
 SIDES = ("xmin", "ymin", "xmax", "ymax")
+CROWDS = ("difficult", "ignore")
 RULE = "xmin, ymin, xmax and ymax are pixels, counted from 1"
 
 
@@ -45,39 +55,47 @@ def locate(path: Path) -> Path | None:
     """The data set's folder. `path` is that folder, or the folder `Annotations` in it."""
     for root in (path, path.parent):
         folder = root / "Annotations"
-        if folder in (path, path / "Annotations") and any(file.suffix == ".xml" for file in walk(folder)):
+        if folder in (path, path / "Annotations") and any(file.suffix == ".xml" for file in walk_visible(folder)):
             return root
-    return None
+    return path if path.is_dir() and parts_of("VOC", path) else None
 
 
 @telling_what_is_unreadable()
 def splits(root: Path) -> list[str]:
     """The splits that have a list. Raises KDError if there is none."""
-    found = _listed(root)
+    parts = parts_of("VOC", root)
+    found = [split for split in (*SPLITS, ALL) if split in parts]
     if not found:
         raise _missing(root, "train")
     return found
 
 
 @telling_what_is_unreadable()
-def read(root: Path, split: str, progress: Progress) -> Reading:
+def read(root: Path, split: str, progress: Progress, choose: Choose = everything) -> Reading:
     """Read a split. Raises KDError if lists or folders are missing, or no annotation has an object."""
-    names = _names(root, split)
-    reading = Reading(_list_of(root, split), root, _categories(root))
+    parts = parts_of("VOC", root)
+    if split not in parts:
+        raise _missing(root, split)
+    part = parts[split]
+    folder, images = _annotations(part, root), part.images[0]
+    names = _names(part, root)
+    chosen = choose(names)
+    names = [name for name in names if name in chosen]
+    reading = Reading(part.labels, root, _categories(root, {_annotations(each, root) for each in parts.values()}))
     labels = {category.name: label for label, category in enumerate(reading.categories)}
-    pictures = _Pictures(root / "JPEGImages")
+    pictures = _Pictures(images)
     seen: set[str] = set()
     users: dict[Path, str] = {}
     from_0 = 0
     for done, name in enumerate(names, 1):
-        file = root / "Annotations" / f"{name}.xml"
+        file = folder / f"{name}.xml"
         with reading.noting(reading.source, "image"):
             if not is_text(name) or leads_out(name):
                 raise BadEntryError(f"{shown(name)} leads out of the data set, or is no text; correct the name")
             if name in seen:
                 raise BadEntryError(f"{name} is listed twice; list it once")
             seen.add(name)
-            where = f"Annotations/{name}.xml"
+            where = f"{folder.name}/{name}.xml"
             with naming(where):
                 annotation = parse(file)
                 stated = _stated_size(annotation)
@@ -86,8 +104,8 @@ def read(root: Path, split: str, progress: Progress) -> Reading:
                     raise BadEntryError(
                         f"{first} has the same image, and each would lack the boxes of the other; merge the two files"
                     )
-            short = path.relative_to(root / "JPEGImages").as_posix()
-            title = f"image JPEGImages/{short}"
+            short = path.relative_to(images).as_posix()
+            title = f"image {images.name}/{short}"
             with naming(title):
                 size = agreed_size(path, stated, "XML")
             boxes = []
@@ -106,7 +124,7 @@ def read(root: Path, split: str, progress: Progress) -> Reading:
     return reading
 
 
-FORM = Form("VOC", "Annotations/*.xml with ImageSets/Main/train.txt (Pascal VOC)", locate, splits, read)
+FORM = Form("VOC", locate, splits, read)
 
 
 def parse(path: Path) -> Element:
@@ -129,7 +147,7 @@ def parse(path: Path) -> Element:
     parser.CharacterDataHandler = builder.data
     parser.StartDoctypeDeclHandler = refuse
     try:
-        parser.Parse(path.read_bytes(), True)
+        parser.Parse(_decoded(path.read_bytes()), True)
         root: Element = builder.close()
     except expat.ExpatError as error:
         raise BadEntryError(
@@ -144,6 +162,17 @@ def parse(path: Path) -> Element:
     return root
 
 
+def _decoded(content: bytes) -> bytes | str:
+    """The text of an XML file that declares an encoding, unless expat knows it: it has none of several bytes.
+
+    Raises LookupError or ValueError if Python does not know the encoding, or the bytes are none in it.
+    """
+    declared = DECLARED.match(content)
+    if declared is None or (encoding := declared[1].decode()).lower() in EXPATS:
+        return content
+    return content.decode(encoding)
+
+
 class _Pictures:
     """The image files of a folder, by their names without endings."""
 
@@ -151,7 +180,7 @@ class _Pictures:
         self._folder = folder
         self._files = Files(folder, "an image has the name of its XML file")
         self._by_name: dict[str, list[Path]] = {}
-        for path in sorted(walk(folder)):
+        for path in sorted(walk_visible(folder)):
             if path.suffix.lower() in ENDINGS:
                 self._by_name.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
 
@@ -166,15 +195,17 @@ class _Pictures:
         if stated in found:
             return stated
         if len(found) > 1:
-            raise BadEntryError(f"JPEGImages has {' and '.join(path.name for path in found)}; keep one of them")
+            names = " and ".join(path.name for path in found)
+            raise BadEntryError(f"{self._folder.name} has {names}; keep one of them")
         if found:
             if is_text(file_name) and not leads_out(file_name) and os.path.isfile(stated):
                 raise BadEntryError(
-                    f"its filename is {file_name}, but JPEGImages has {found[0].name} as well; correct the filename"
+                    f"its filename is {file_name}, but {self._folder.name} has {found[0].name} as well; correct the "
+                    "filename"
                 )
             return found[0]
         if not is_text(file_name):
-            raise BadEntryError(f"JPEGImages has no image {name}, and the file has no filename; add the image")
+            raise BadEntryError(f"{self._folder.name} has no image {name}, and the file has no filename; add the image")
         return self._files.find(file_name)
 
 
@@ -182,19 +213,20 @@ def _list_of(root: Path, split: str) -> Path:
     return root / "ImageSets" / "Main" / f"{split}.txt"
 
 
-def _listed(root: Path) -> list[str]:
-    return [split for split in SPLITS if _list_of(root, split).is_file()]
+def _annotations(part: Part, root: Path) -> Path:
+    """The folder of a part's XML files: all that lie in it, or those that a list names."""
+    return part.labels if part.labels.is_dir() else root / "Annotations"
 
 
-def _names(root: Path, split: str) -> list[str]:
-    """The names that a split lists. Raises KDError."""
-    path = _list_of(root, split)
-    if not path.is_file():
-        raise _missing(root, split)
+def _names(part: Part, root: Path) -> list[str]:
+    """The names of a part's images. Raises KDError."""
+    if part.labels.is_dir():
+        files = (file for file in walk_visible(part.labels) if file.suffix == ".xml")
+        return [file.relative_to(part.labels).with_suffix("").as_posix() for file in files]
     if not (root / "JPEGImages").is_dir():
         raise KDError(f"there is no folder {root / 'JPEGImages'}. {_layout(root)}")
     try:
-        lines = read_text(path).splitlines()
+        lines = read_text(part.labels).splitlines()
     except BadEntryError as error:
         raise KDError(str(error)) from None
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
@@ -210,7 +242,10 @@ def _without_ending(root: Path, name: str) -> str:
 
 
 def _missing(root: Path, split: str) -> KDError:
-    others = ", ".join(_listed(root))
+    parts = parts_of("VOC", root)
+    others = ", ".join(parts)
+    if any(part.is_export for part in parts.values()):
+        return KDError(f"{root} has no {split}, only {others}; export that split as well")
     return KDError(
         f"there is no file {_list_of(root, split)}{f' (but of {others})' if others else ''}. {_layout(root)}"
     )
@@ -223,7 +258,7 @@ def _layout(root: Path) -> str:
     )
 
 
-def _categories(root: Path) -> list[Category]:
+def _categories(root: Path, folders: Collection[Path]) -> list[Category]:
     """The classes: those that `classes.txt` lists, or else the names in all annotation files, sorted.
 
     Raises KDError if there is none.
@@ -237,20 +272,32 @@ def _categories(root: Path) -> list[Category]:
         if wrong := [name for name in names if not is_text(name) or names.count(name) > 1]:
             raise KDError(f"{path}: {shown(wrong[0])} is there twice, or is no text; list each class once, one a line")
     else:
-        files = (file for file in walk(root / "Annotations") if file.suffix == ".xml")
-        names = sorted({name for file in files for name in _class_names(file)})
+        files = (file for folder in folders for file in walk_visible(folder) if file.suffix == ".xml")
+        names = _names_in(files)
     if not names:
-        raise KDError(f"{path.parent / 'Annotations'} has no object with a name, and there is no list {path}")
+        where = " and ".join(map(str, sorted(folders)))
+        raise KDError(f"{where} has no object with a name, and there is no list {path}")
     return [Category(number, name) for number, name in enumerate(names, 1)]
 
 
-def _class_names(path: Path) -> set[str]:
-    """The names of a file's objects; none if it cannot be read, which is told when it is listed."""
-    try:
-        annotation = parse(path)
-    except BadEntryError:
-        return set()
-    return {name for entry in annotation.findall("object") if is_text(name := _text(entry, "name"))}
+def _names_in(files: Iterable[Path]) -> list[str]:
+    """The names of the objects in annotation files, sorted. A file that cannot be read is told when it is listed.
+
+    Raises KDError if none can be read.
+    """
+    found: set[str] = set()
+    wrong, readable = "", False
+    for file in files:
+        try:
+            annotation = parse(file)
+        except BadEntryError as error:
+            wrong = wrong or f"{file}: {error}"
+            continue
+        readable = True
+        found |= {name for entry in annotation.findall("object") if is_text(name := _text(entry, "name"))}
+    if wrong and not readable:
+        raise KDError(f"no annotation file can be read; the first is {wrong}")
+    return sorted(found)
 
 
 def _stated_size(annotation: Element) -> tuple[int, int] | None:
@@ -276,17 +323,18 @@ def _corners(entry: Element) -> list[float]:
 
 def _box(entry: Element, corners: list[float], size: tuple[int, int], labels: dict[str, int], reading: Reading) -> Box:
     """An object. Raises BadEntryError."""
-    name, difficult = _text(entry, "name"), _text(entry, "difficult") or "0"
+    name, flags = _text(entry, "name"), {key: _text(entry, key) or "0" for key in CROWDS}
     if name not in labels:
         raise BadEntryError(f"the object's name is {shown(name)}, which is none of {', '.join(labels)}; correct it")
-    if difficult not in ("0", "1"):
-        raise BadEntryError(f"difficult must be 0 or 1, not {shown(difficult)}")
+    for key, flag in flags.items():
+        if flag not in ("0", "1"):
+            raise BadEntryError(f"{key} must be 0 or 1, not {shown(flag)}")
     x1, y1, x2, y2 = corners
     reading.unread["truncated flags"] += _text(entry, "truncated") == "1"
     reading.unread["parts of objects"] += len(entry.findall("part"))
     x, y, width, height = (round(value, DECIMALS) for value in (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1))
     xywh = reading.inside((x, y, width, height), size, "bndbox", corners, RULE)
-    return Box(labels[name], xywh, xywh[2] * xywh[3], difficult == "1")
+    return Box(labels[name], xywh, xywh[2] * xywh[3], "1" in flags.values())
 
 
 def _number(text: str) -> float | None:

@@ -2,6 +2,9 @@
 
 The label file of `images/train/a.jpg` is `labels/train/a.txt`. Each of its lines is an object: `class cx cy w h`, or
 `class x1 y1 x2 y2 x3 y3 ...` for a polygon, divided by the image's width and height.
+
+CVAT and Label Studio export the same labels with files of their own in place of `data.yaml`: `obj.data`, which names
+lists of images and of classes, or `classes.txt` beside the folders `images` and `labels`.
 """
 
 from __future__ import annotations
@@ -15,19 +18,25 @@ from typing import Any
 
 import yaml
 
+from kdtoolkit.data.layouts import split_of
 from kdtoolkit.data.records import (
+    ALL,
     DECIMALS,
     ENDINGS,
     SPLITS,
     BadEntryError,
     Box,
     Category,
+    Choose,
     Fault,
     Form,
     Photo,
     Progress,
     Reading,
     agreed_size,
+    everything,
+    folded,
+    forms_of,
     is_finite,
     is_text,
     leads_out,
@@ -38,66 +47,143 @@ from kdtoolkit.data.records import (
     whole,
 )
 from kdtoolkit.errors import KDError
-from kdtoolkit.files import walk
+from kdtoolkit.files import walk_visible
 
 LINE = "class, centre x, centre y, width, height, each but the class divided by the image's width or height"
+CVAT_LISTS = ("train.txt", "data/train.txt")  # of all images, if there is no other; CVAT calls each such part train
 RULE = f"these are pixels: x, y, width, height; a line is {LINE}"
 
 
 def locate(path: Path) -> Path | None:
-    """The YAML file. `path` is that file or its folder. Raises KDError if the folder has several such files."""
+    """The YAML file, or what stands for it. `path` is that file or its folder.
+
+    Raises KDError if the folder has several YAML files that describe data.
+    """
     if path.is_file():
-        return path if path.suffix.lower() in (".yaml", ".yml") else None
-    if (usual := path / "data.yaml").is_file():
-        return usual
+        return path if path.suffix.lower() in (".yaml", ".yml") or path.name in _DOCUMENTS else None
+    for usual in (path / "data.yaml", path / "obj.data"):
+        if usual.is_file():
+            return usual
     found = [each for each in sorted(path.glob("*.y*ml")) if _describes_data(each)]
     if len(found) > 1:
         names = ", ".join(each.name for each in found)
         raise KDError(f"{path} has several YAML files that describe data ({names}); name one of them")
-    return found[0] if found else None
+    if found:
+        return found[0]
+    is_plain = all((path / each).exists() for each in ("classes.txt", "images", "labels"))
+    return path / "classes.txt" if is_plain else None
 
 
 @telling_what_is_unreadable()
 def splits(place: Path) -> list[str]:
     """The splits that the file lists."""
-    return [split for split in SPLITS if split in _Layout.of(place).entries]
+    return list(_Layout.of(place).entries)
 
 
 @telling_what_is_unreadable()
-def read(place: Path, split: str, progress: Progress) -> Reading:
+def read(place: Path, split: str, progress: Progress, choose: Choose = everything) -> Reading:
     """Read a split. Raises KDError if the YAML cannot be used, or names folders that are not there."""
     layout = _Layout.of(place)
     reading = Reading(place, layout.root, layout.categories)
-    listed = _images(layout, split, reading)
-    unlabelled: list[str] = []
+    every, unread = _images(layout, split, reading)
+    chosen = choose([name for _, name in every])
+    listed = [(path, name) for path, name in every if name in chosen]
+    users: dict[Path, list[Path]] = {}
+    unlabelled: list[Path] = []
     for done, (path, name) in enumerate(listed, 1):
         title = f"image {_short(path, layout.root)}"
         with reading.noting(path, "image"), naming(title):
-            labels = label_file(path)
+            labels = find_label(path, layout.root)
+            (unlabelled if labels is None else users.setdefault(labels, [])).append(path)
             size = agreed_size(path, None, "")
-            boxes = _boxes(labels, size, layout, reading) if labels.is_file() else ()
+            boxes = () if labels is None else _boxes(labels, size, layout, reading)
             reading.photos.append(Photo(done, name, title, path, *size, boxes))
-            if not labels.is_file():
-                unlabelled.append(path.name)
         progress(done, len(listed))
     if unlabelled:
         reading.remarks.append(
-            f"{len(unlabelled)} of {len(listed)} images have no label file (the first is {unlabelled[0]}): they count "
-            "as images without objects"
+            f"{len(unlabelled)} of {len(listed)} images have no label file (the first is {unlabelled[0].name}): they "
+            f"count as images without objects. Looked for was {label_file(unlabelled[0])}"
         )
-    _remark_labels(listed, layout, reading)
+    for path, name in every:
+        if name not in chosen and (labels := find_label(path, layout.root)) is not None:
+            users.setdefault(labels, []).append(path)
+    folders = {label_file(path).parent for path in unlabelled} | {label.parent for label in users}
+    _remark_labels(users, folders, unread, layout, reading)
     return reading
 
 
-FORM = Form("YOLO", "data.yaml (Ultralytics YOLO)", locate, splits, read)
+FORM = Form("YOLO", locate, splits, read)
 
 
 def label_file(image: Path) -> Path:
-    """Where the labels of an image are: the last folder `images` of its path becomes `labels`, if there is one."""
+    """Where the labels of an image are: the last folder `images` of its path becomes `labels`, if there is one.
+
+    Or they lie beside the image.
+    """
     *folders, _ = parts = list(image.parts)
     if "images" in folders:
         parts[len(folders) - 1 - folders[::-1].index("images")] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    file, beside = (each.with_suffix(".txt") for each in (Path(*parts), image))
+    return beside if beside.is_file() and not file.is_file() else file
+
+
+def document_of(place: Path) -> dict[Any, Any]:
+    """The mapping that `data.yaml` holds, or would hold. Raises KDError."""
+    return _DOCUMENTS.get(place.name, _parse)(place)
+
+
+def _of_darknet(place: Path) -> dict[Any, Any]:
+    """What `obj.data` says: lines such as `train = data/train.txt`."""
+    pairs = (line.partition("=") for line in _text(place).splitlines())
+    values = {key.strip(): value.strip() for key, _, value in pairs if value.strip()}
+    if "names" not in values:
+        raise KDError(f"{place} has no names; add the line `names = obj.names`, with the file of the classes")
+    names = place.parent / _without_data(place.parent, values["names"])
+    listed = {split: value for key, value in values.items() if (split := split_of(key)) is not None}
+    return {"names": _lines(names), **listed}
+
+
+def _of_classes(place: Path) -> dict[Any, Any]:
+    """What `classes.txt` says: a class a line. The splits are the folders in `images` that have their names."""
+    folders = [each for each in sorted((place.parent / "images").iterdir()) if each.is_dir()]
+    listed = {split: f"images/{each.name}" for each in folders if (split := split_of(each.name)) is not None}
+    return {"names": _lines(place), **(listed or {ALL: "images"})}
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in _text(path).splitlines() if line.strip()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except BadEntryError as error:
+        raise KDError(str(error)) from None
+
+
+_DOCUMENTS = {"obj.data": _of_darknet, "classes.txt": _of_classes}
+
+
+def _without_data(root: Path, name: str) -> str:
+    """A path without the folder `data` that CVAT writes before it, if there is no such folder."""
+    inside = name.removeprefix("data/")
+    return inside if not os.path.exists(root / name) and os.path.exists(root / inside) else name
+
+
+def find_label(image: Path, root: Path) -> Path | None:
+    """The label file of an image of the data in `root`, or None.
+
+    Accents may be composed in a different way in its name, and its ending be in upper case.
+    """
+    usual = label_file(image)
+    if os.path.isfile(usual):
+        return usual
+    base = root if usual.is_relative_to(root) else usual.parent
+    for name in forms_of(usual.relative_to(base).as_posix()):
+        for ending in (".txt", ".TXT"):
+            if os.path.isfile(path := (base / name).with_suffix(ending)):
+                return path
+    return None
 
 
 @dataclass(frozen=True)
@@ -118,7 +204,7 @@ class _Layout:
     @staticmethod
     def of(place: Path) -> _Layout:
         """Read the file. Raises KDError that names the key and what it must be."""
-        document = _parse(place)
+        document = document_of(place)
         folder, lost_path = Path(os.path.abspath(place)).parent, None
         path = document.get("path")
         if path is not None and not isinstance(path, str):
@@ -126,9 +212,12 @@ class _Layout:
         root = Path(os.path.normpath(folder / path.replace("\\", "/"))) if path else folder
         if not os.path.isdir(root):
             root, lost_path = folder, path
-        entries = {split: _listed(place, split, document[split]) for split in SPLITS if document.get(split) is not None}
+        named = [split for split in (*SPLITS, ALL) if document.get(split) is not None]
+        entries = {split: _listed(place, split, document[split]) for split in named}
         if not entries:
             raise KDError(f"{place} names no images: write `train: images/train` and `val: images/val` into it")
+        if named == ["train"] and document["train"] in CVAT_LISTS:
+            entries = {ALL: entries["train"]}
         return _Layout(place, root, entries, _categories(place, document), _pose_numbers(place, document), lost_path)
 
 
@@ -213,18 +302,27 @@ def _pose_numbers(place: Path, document: dict[Any, Any]) -> int | None:
     return 5 + prod(map(int, shape))
 
 
-def _images(layout: _Layout, split: str, reading: Reading) -> list[tuple[Path, str]]:
-    """The image files of a split, and the name of each; those that cannot be used are noted as faults."""
+def _images(layout: _Layout, split: str, reading: Reading) -> tuple[list[tuple[Path, str]], list[Path]]:
+    """The image files of a split with the name of each, and what else lies in its folders.
+
+    Images that cannot be used are noted as faults.
+    """
     place, root = layout.place, layout.root
     if split not in layout.entries:
-        raise KDError(f"{place} has no {split}, only {', '.join(layout.entries)}; add `{split}: images/{split}`")
+        sign = " =" if place.name == "obj.data" else ":"
+        raise KDError(f"{place} has no {split}, only {', '.join(layout.entries)}; add `{split}{sign} images/{split}`")
     found: list[tuple[Path, str]] = []
+    others: list[Path] = []
     entries = layout.entries[split]
     for entry in entries:
         target = _target(layout, split, entry)
         if target.is_dir():
-            files = sorted(each for each in walk(target) if each.suffix.lower() in ENDINGS and each.is_file())
-            found += [(each, _short(each, target if len(entries) == 1 else root)) for each in files]
+            base = target if len(entries) == 1 else root
+            for each in sorted(walk_visible(target)):
+                if each.suffix.lower() in ENDINGS:
+                    found.append((each, _short(each, base)))
+                else:
+                    others.append(each)
         else:
             found += _of_list(target, layout, reading)
     images: dict[Path, str] = {}
@@ -236,14 +334,16 @@ def _images(layout: _Layout, split: str, reading: Reading) -> list[tuple[Path, s
                 raise BadEntryError("it is listed twice; list it once")
             images[path] = name
     if not images and not reading.faults:
-        raise KDError(f"{place}: {split}: there are no images in {', '.join(entries)}")
-    return list(images.items())
+        raise KDError(
+            f"{place}: {split}: there are no images in {', '.join(entries)}; images end in {', '.join(ENDINGS)}"
+        )
+    return list(images.items()), others
 
 
 def _target(layout: _Layout, split: str, entry: str) -> Path:
     """The folder or list that an entry of `data.yaml` means. Raises KDError."""
     place, root = layout.place, layout.root
-    target = Path(os.path.normpath(root / entry.replace("\\", "/")))
+    target = Path(os.path.normpath(root / _without_data(root, entry.replace("\\", "/"))))
     if not _lies_in(target, root):
         # Some tools write ../train/images for a folder that lies beside the file.
         inside = entry.replace("\\", "/")
@@ -272,16 +372,13 @@ def _of_list(path: Path, layout: _Layout, reading: Reading) -> Iterator[tuple[Pa
     A line that begins with ./ is relative to the folder of the list, any other to that of the data set. An absolute
     one must lie in the data set's folder.
     """
-    try:
-        lines = read_text(path).splitlines()
-    except BadEntryError as error:
-        raise KDError(str(error)) from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         name = line.strip().replace("\\", "/")
         if not name:
             continue
         with reading.noting(path, "image"), naming(f"{_short(path, layout.root)}, line {number}"):
             base = path.parent if name.startswith("./") else layout.root
+            name = _without_data(base, name)
             image = Path(os.path.normpath(base / name))
             if ".." in name.split("/") or not _lies_in(image, layout.root):
                 raise BadEntryError(
@@ -342,23 +439,49 @@ def _box(fields: list[str], size: tuple[int, int], layout: _Layout, reading: Rea
     return Box(int(label), xywh, xywh[2] * xywh[3])
 
 
-def _remark_labels(listed: list[tuple[Path, str]], layout: _Layout, reading: Reading) -> None:
-    """Tell of label files that no image has, or that two images share."""
-    users: dict[Path, list[Path]] = {}
-    for path, _ in listed:
-        users.setdefault(label_file(path), []).append(path)
+def _remark_labels(
+    users: dict[Path, list[Path]], folders: set[Path], others: list[Path], layout: _Layout, reading: Reading
+) -> None:
+    """Tell of label files that no image has, or that two images share.
+
+    `users`: the images of each label file. `folders`: where labels lie. `others`: files that are no images by their
+    endings.
+    """
     for file, images in users.items():
-        if len(images) > 1 and file.is_file():
+        if len(images) > 1:
             names = " and ".join(image.name for image in images)
             reading.remarks.append(f"{names} share the label file {_short(file, layout.root)}")
+    known = {folded(str(file)) for file in users}
+    unread = {
+        folded(str(label)): file
+        for file in others
+        if file.suffix.lower() != ".txt"
+        and (label := find_label(file, layout.root))
+        and folded(str(label)) not in known
+    }
+    if unread:
+        reading.remarks.append(
+            f"{len(unread)} files have labels, but endings that are not read (the first is "
+            f"{_short(next(iter(unread.values())), layout.root)}): store such images as PNG or JPEG"
+        )
     if any(entry.lower().endswith(".txt") for entries in layout.entries.values() for entry in entries):
         return  # a folder of labels may serve several splits
-    folders = {file.parent for file in users if "labels" in file.parts}
-    lonely = [f for folder in sorted(folders) for f in sorted(folder.glob("*.txt")) if f not in users]
-    if lonely := [file for file in lonely if file.name != "classes.txt"]:
+    files = (file for folder in sorted(folders) if "labels" in folder.parts for file in sorted(_texts_in(folder)))
+    lonely = [file for file in files if folded(str(file)) not in known | unread.keys()]
+    if lonely:
         reading.remarks.append(
             f"{len(lonely)} label files belong to no image; the first is {_short(lonely[0], layout.root)}"
         )
+
+
+def _texts_in(folder: Path) -> list[Path]:
+    """The label files of a folder."""
+    files = folder.glob("*") if folder.is_dir() else ()
+    return [
+        file
+        for file in files
+        if file.suffix.lower() == ".txt" and not file.name.startswith(".") and file.name != "classes.txt"
+    ]
 
 
 def _lies_in(path: Path, root: Path) -> bool:

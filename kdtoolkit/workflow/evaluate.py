@@ -79,8 +79,8 @@ def evaluate(
 
     Args:
         model: what `open_detector` takes, or a detector that it opened. A file of detections is scored as it is.
-        data: a folder in COCO, YOLO or Pascal VOC format, or a YOLO YAML file.
-        split: "train", "val" or "test".
+        data: a folder in COCO, YOLO or Pascal VOC format, also as a tool exports it; or a YOLO YAML or COCO JSON file.
+        split: "train", "val" or "test"; "all", if the data come in one part.
         weights: a file of weights, or "pretrained" for the library's own; None takes those that belong to `model`.
         class_map: the detector's name for a class of the data, where the names differ: {"owl": "bird"}. Classes of
             equal names need none. Detections of classes that the data lacks are left out. AP is the mean over the

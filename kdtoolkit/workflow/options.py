@@ -24,7 +24,10 @@ class RunOptions(Section):
 
     command: ClassVar[str]
 
-    data: Path = Field(description="the images: a folder in COCO, YOLO or Pascal VOC format, or a YOLO YAML file")
+    data: Path = Field(
+        description="the images: a folder in COCO, YOLO or Pascal VOC format, also as Roboflow, CVAT or Label Studio "
+        "export it; or a YOLO YAML file, or a COCO JSON file"
+    )
     out: Path | None = Field(
         None, description="the run's folder; default: the command and the data, as in runs/train-birds"
     )

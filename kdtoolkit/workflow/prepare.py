@@ -570,6 +570,8 @@ def _what(
     """The part of the plan that says what is trained on what."""
     names = images.train.class_names
     counts = f"{counted(len(images.train), 'image')} to train on, {len(images.val)} to evaluate on"
+    if images.val.held_out:
+        counts += f" ({images.val.held_out})"
     plan = {"data": Choice(f"{name_of(options.data)}: {counts}", _listed(names))}
     if images.unlabelled is not None:
         plan["unlabelled"] = Choice(counted(len(images.unlabelled), "image"), "only the methods' losses, no labels")

@@ -19,7 +19,7 @@ from kdtoolkit.data.tools.convert import check_names, check_new, with_slashes, w
 from kdtoolkit.engine.evaluate import find, of_shared_classes
 from kdtoolkit.engine.scoring import Floats
 from kdtoolkit.engine.thresholds import Threshold, at_score, best_thresholds
-from kdtoolkit.errors import KDError
+from kdtoolkit.errors import KDError, printable
 from kdtoolkit.models import Detector
 from kdtoolkit.workflow.detecting import check_recorded, make_ready
 from kdtoolkit.workflow.predict import ImageDetections, detect_on
@@ -74,7 +74,7 @@ class PseudoLabels:
             cells = (name.replace("|", r"\|"), score, precision, recall, str(found.objects))
             lines.append(f"| {' | '.join(cells)} | {self.boxes[name]} |")
         lines += ["", *(f"{note}\n" for note in self.notes)]
-        lines += [f"- left out: {path}: {reason}" for path, reason in self.skipped.items()]
+        lines += [printable(f"- left out: {path}: {reason}") for path, reason in self.skipped.items()]
         return "\n".join(lines).rstrip() + "\n"
 
 

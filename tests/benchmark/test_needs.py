@@ -14,7 +14,7 @@ from kdtoolkit.benchmark.store import Store
 from kdtoolkit.benchmark.suite import DataSection, change
 from kdtoolkit.errors import KDError
 from tests.benchmark._suite import tiny
-from tests.data import _coco, _voc, _yolo
+from tests.data import _coco, _layouts, _voc, _yolo
 
 
 def arrived(data, tmp_path):
@@ -53,6 +53,13 @@ def linked(root, *folders):
     return root
 
 
+def yolo_in_capitals(root):
+    """A label file with its ending in upper case."""
+    folder = _yolo.write(root) / "labels" / "train"
+    (folder / "7.txt").rename(folder / "7.TXT")
+    return root
+
+
 def coco(root):
     _coco.write(root)
     return _coco.write(root, split="val")
@@ -66,10 +73,25 @@ FORMATS = {
     "VOC, linked folders": lambda root: linked(_voc.write(root), "Annotations", "JPEGImages"),
     "YOLO, linked folders": lambda root: linked(_yolo.write(root), "images/train", "labels/train"),
     "YOLO": _yolo.write,
+    "YOLO, ending in capitals": yolo_in_capitals,
     "YOLO, by its file": lambda root: _yolo.write(root) / "data.yaml",
     "YOLO, absolute path": lambda root: _yolo.write(root, _yolo.YAML.replace("path: .", f"path: {root}")),
     "YOLO, file beside the folder": lambda root: yolo_beside(root, "../data"),
     "YOLO, file elsewhere": lambda root: yolo_beside(root, root / "data"),
+}
+
+
+def export(name):
+    def write(root):
+        (_layouts.SPLIT | _layouts.ONE_PART)[name](root)
+        return root
+
+    return write
+
+
+FORMATS |= {
+    **{name: export(name) for name in ("roboflow_coco", "cvat_yolo", "cvat_voc", "label_studio_yolo")},
+    "one JSON file": lambda root: export("label_studio_coco")(root) / "result.json",
 }
 
 
@@ -82,6 +104,13 @@ def test_a_data_set_that_was_sent_is_the_same(form, tmp_path):
         assert mine.has_ids == sent.has_ids
         assert mine.coco() == sent.coco()
         assert mine.fingerprint() == sent.fingerprint()
+
+
+def test_images_that_are_held_out_are_told(tmp_path):
+    sets = load_data(DataSection(root=export("cvat_voc")(tmp_path)))
+    assert list(sets.notices) == [
+        "evaluation takes a fifth of the images, held out by their names, as the data come in one part"
+    ]
 
 
 def test_images_that_no_split_has_and_other_files_are_not_sent(tmp_path):

@@ -29,7 +29,9 @@ def write(root, *, files=None, listed="7\n9\n"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         if text is not None:
-            (root / "Annotations" / f"{name}.xml").write_bytes(text if isinstance(text, bytes) else text.encode())
+            path = root / "Annotations" / f"{name}.xml"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(text if isinstance(text, bytes) else text.encode())
     for number in (7, 9):
         Image.fromarray(pixels(number)).save(root / "JPEGImages" / f"{number}.png")
     for split in ("train", "val"):

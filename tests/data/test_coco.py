@@ -35,6 +35,15 @@ def test_images_and_boxes_are_those_of_the_files(tmp_path):
     assert data[1][1]["labels"].tolist() == [1]
 
 
+def test_what_is_marked_to_be_ignored_is_a_crowd(tmp_path):
+    doc = document()
+    for annotation, ignore in zip(doc["annotations"], (1, None, 0), strict=True):
+        annotation["ignore"] = ignore
+    data = CocoDetection(write(tmp_path, doc), "train")
+    assert [a["iscrowd"] for a in data.coco()["annotations"]] == [1, 1, 0]
+    assert data[0][1]["boxes"].tolist() == []
+
+
 def test_ground_truth_keeps_ids_areas_and_crowds(tmp_path):
     truth = CocoDetection(write(tmp_path), "train", max_size=20).coco()
     assert truth["categories"] == [{"id": 3, "name": "ball"}, {"id": 8, "name": "cube"}]
@@ -279,6 +288,7 @@ BAD = {
         2,
         2,
     ),
+    "ignore of another type": (changed("annotations.0.ignore", 2), r"annotation 1 .*ignore must be 0 or 1", 2, 2),
     "crowd of another type": (changed("annotations.0.iscrowd", "no"), r"annotation 1 .*iscrowd must be 0 or 1", 2, 2),
     "no bbox": (changed("annotations.0.bbox", None), r"annotation 1 .*bbox must be four finite numbers", 2, 2),
     "short bbox": (changed("annotations.0.bbox", [1, 2, 3]), r"annotation 1 .*bbox must be four finite numbers", 2, 2),

@@ -38,15 +38,25 @@ def test_a_folder_is_told_by_what_lies_there(tmp_path, form):
 def test_what_was_looked_for_is_said(tmp_path):
     with pytest.raises(KDError, match=r"there is no file or folder .*none"):
         open_dataset(tmp_path / "none", "train")
-    _coco.write(tmp_path / "inner")
+    with pytest.raises(KDError, match=r"is no data set that is known; it holds nothing\. Looked for .*\(COCO\), "):
+        open_dataset(tmp_path, "train")
+    for name in ("labels.json", *(f"{i}.jpg" for i in range(9))):
+        (tmp_path / name).touch()
     expected = (
-        r"is no data set that is known; looked for annotations/train.json \(COCO\), data.yaml \(Ultralytics YOLO\), "
-        r"Annotations/\*.xml with ImageSets/Main/train.txt \(Pascal VOC\)\. But .*inner is one: name that"
+        r"it holds 0.jpg, .*7.jpg and 2 more\. If labels.json is in COCO.s format, name it: .*labels.json\. Looked "
+        r"for annotations/train.json \(COCO\), annotations/instances_train.json .*, data.yaml \(Ultralytics YOLO\), .*"
+        r"ImageSets/Main/train.txt \(Pascal VOC\), train/\*.xml \(Roboflow\)"
     )
     with pytest.raises(KDError, match=expected):
         open_dataset(tmp_path, "train")
-    with pytest.raises(KDError, match="is no data set that is known"):
-        open_dataset(tmp_path / "inner" / "annotations" / "train.json", "train")
+    _coco.write(tmp_path / "inner")
+    with pytest.raises(KDError, match=r"is no data set that is known, but .*inner is one: name that"):
+        open_dataset(tmp_path, "train")
+    (tmp_path / "export.zip").touch()
+    with pytest.raises(KDError, match=r"export.zip is no data set that is known: unpack it, and name the folder"):
+        open_dataset(tmp_path / "export.zip", "train")
+    with pytest.raises(KDError, match=r"0.jpg is no data set that is known\. Looked for"):
+        open_dataset(tmp_path / "0.jpg", "train")
 
 
 def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
@@ -61,10 +71,10 @@ def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / "several").mkdir(exist_ok=True)
         (tmp_path / "several" / f"{name}.yaml").write_text("train: x\nnames: [x]")
-    with pytest.raises(KDError, match=r"is no data set that is known; looked for .*\(Pascal VOC\)$"):
+    with pytest.raises(KDError, match=r"is no data set that is known; it holds locked/, several/\. Looked for .*"):
         locate(tmp_path)
     _coco.write(tmp_path / "one")
-    with pytest.raises(KDError, match=r"But .*one is one: name that"):
+    with pytest.raises(KDError, match=r"but .*one is one: name that"):
         locate(tmp_path)
     with pytest.raises(KDError, match="locked cannot be read: Permission denied"):
         locate(tmp_path / "locked")
@@ -78,7 +88,7 @@ def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
 
 def test_several_formats_in_one_folder_are_not_guessed_at(tmp_path):
     _coco.write(_yolo.write(tmp_path))
-    with pytest.raises(KDError, match=r"data of several formats: annotations/train.json \(COCO\), data.yaml"):
+    with pytest.raises(KDError, match=r"data of several formats: COCO, YOLO\. Name the one"):
         open_dataset(tmp_path, "train")
     assert locate(tmp_path / "data.yaml")[0].name == "YOLO"
     assert locate(tmp_path / "annotations")[0].name == "COCO"

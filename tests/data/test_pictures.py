@@ -1,8 +1,10 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from kdtoolkit.data.pictures import PictureError, check_whole, decode, seen_size
 
@@ -40,17 +42,38 @@ def test_every_orientation_is_shown_as_one_sees_it(tmp_path, ending, orientation
     assert np.array_equal(read(path), pixels())
 
 
-def test_orientation_behind_the_pixels_of_a_png(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    Image.fromarray(turned(pixels(), 6)).save(buffer, "png", exif=exif)
-    raw = buffer.getvalue()
-    start = raw.index(b"eXIf") - 4
-    end = start + 12 + int.from_bytes(raw[start : start + 4], "big")
-    (tmp_path / "x.png").write_bytes(raw[:start] + raw[end:-12] + raw[start:end] + raw[-12:])
-    assert seen_size(tmp_path / "x.png") == (WIDTH, HEIGHT, True)
-    assert np.array_equal(read(tmp_path / "x.png"), pixels())
+def chunk(kind, data):
+    """A chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+TURNED = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)  # EXIF that says orientation 6
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+RAW = b"\nexif\n%d\n%s\n" % (len(TURNED) + 6, (b"Exif\0\0" + TURNED).hex().encode())
+BEHIND = {
+    "EXIF": chunk(b"eXIf", TURNED),
+    "EXIF far from the end": chunk(b"eXIf", TURNED) + chunk(b"prVt", bytes(70_000)),
+    "XMP": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),  # as exiftool writes it
+    "text": chunk(b"tEXt", b"Raw profile type exif\0" + RAW),  # as older versions of ImageMagick write it
+    "packed text": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW)),
+}
+
+
+@pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
+def test_orientation_behind_the_pixels_of_a_png(tmp_path, behind):
+    path = save(Image.fromarray(turned(pixels(), 6)), tmp_path / "x.png")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-12] + behind + whole[-12:])
+    assert seen_size(path) == (WIDTH, HEIGHT, True)
+    assert np.array_equal(read(path), pixels())
+
+
+def test_a_png_is_not_decoded_to_see_that_it_is_whole(tmp_path, monkeypatch):
+    path = save(Image.fromarray(pixels()), tmp_path / "x.png")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-12] + chunk(b"tIME", bytes(7)) + whole[-12:] + b"behind")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
+    assert seen_size(path) == (WIDTH, HEIGHT, False)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp", "gif", "bmp"])
@@ -136,12 +159,6 @@ def test_pixels_without_a_stated_range_are_refused(tmp_path, values, message):
 
 
 def png_of_16_bit_colours(path, values):
-    import struct
-    import zlib
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
     path.write_bytes(

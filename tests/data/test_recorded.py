@@ -1,8 +1,11 @@
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import kdtoolkit.data.recorded as recorded_module
 from kdtoolkit import KDError
 from kdtoolkit.data import Augmentation, InputSize, ProceduralShapes, batches, open_dataset, open_images
 from kdtoolkit.data.dataset import own_ids
@@ -144,6 +147,25 @@ def test_names_that_fit_several_images_are_refused(tmp_path, data):
         attach(images, read(tmp_path, [entry("1.png")], data))
     file = read(tmp_path, [entry("b/1.png")], data)
     assert len(recorded(attach(images, file), 1)["boxes"]) == 1
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_may_be_composed_in_different_ways(tmp_path, ours, theirs):
+    name = "höhe/é.png"
+    file = read_detections(write(tmp_path / "d.json", [entry(unicodedata.normalize(theirs, name), category="ball")]))
+    _, places = found_on_files(file, {tmp_path / unicodedata.normalize(ours, name): (40, 30)}, "photos")
+    assert places.tolist() == [0]
+
+
+def test_frames_of_many_videos_are_found_at_once(tmp_path, monkeypatch):
+    names = [f"video{video}/img/{frame:04}.png" for video in range(60) for frame in range(20)]
+    file = read_detections(write(tmp_path / "d.json", [entry(name, category="ball") for name in names]))
+    calls = []
+    monkeypatch.setattr(recorded_module, "_stem", lambda name: calls.append(name) or name.removesuffix(".png"))
+    sizes = {tmp_path / name: (40, 30) for name in reversed(names)}
+    _, places = found_on_files(file, sizes, "videos")
+    assert places.tolist() == list(reversed(range(len(names))))
+    assert len(calls) < 5 * len(names)
 
 
 def test_each_image_of_a_file_must_be_in_the_data_once(tmp_path, data):

@@ -27,6 +27,11 @@ def test_pixels_count_from_1_and_the_last_one_is_included(tmp_path):
     assert boxes(data)[0] == [[0, 1, 1, 30], [0, 0, 40, 30]]
 
 
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    write(tmp_path, files={".ipynb_checkpoints/7": xml(("owl", (1, 1, 9, 9)))})
+    assert open_dataset(tmp_path, "train").class_names == ("ball", "cube")
+
+
 def test_classes_are_sorted_names_or_those_of_a_list(tmp_path):
     write(tmp_path, files={"7": xml(("zebra", (1, 1, 9, 9)), WHOLE), "8": xml(("ant", (1, 1, 9, 9)))})
     assert open_dataset(tmp_path, "train").class_names == ("ant", "cube", "zebra")  # whatever the split has
@@ -40,6 +45,28 @@ def test_classes_are_sorted_names_or_those_of_a_list(tmp_path):
 def test_sizes_that_are_not_stated_are_those_of_the_files(tmp_path, size):
     data = open_dataset(write(tmp_path, files={"7": xml(BALL, size=size)}), "train")
     assert data[0][1]["original_size"] == (30, 40)
+
+
+@pytest.mark.parametrize("encoding", ["gb2312", "GBK", "shift_jis", "cp1252", "ISO-8859-1", "utf-16", "utf-8"])
+def test_encodings(tmp_path, encoding):
+    name = "caf\xe9" if encoding in ("cp1252", "ISO-8859-1") else "\u732b"
+    text = f'<?xml version="1.0" encoding="{encoding}"?>\n{xml((name, (1, 1, 9, 9)))}'
+    data = open_dataset(write(tmp_path, files={"7": text.encode(encoding)}), "train")
+    assert data.class_names == tuple(sorted([name, "cube"]))
+
+
+def test_classes_that_differ_by_case_alone_are_told(tmp_path, caplog):
+    things = [(name, (1, 1, 9, 9)) for name in ("Ball", "BALL ", "CUBE 2")]
+    data = open_dataset(write(tmp_path, files={"7": xml(BALL, *things)}), "train")
+    assert data.class_names == ("BALL", "Ball", "CUBE 2", "ball", "cube")
+    assert "the classes 'BALL', 'Ball', 'ball' differ by case or spaces alone, and are learnt as" in caplog.text
+    assert "CUBE" not in caplog.text
+
+
+def test_why_no_annotation_file_can_be_read(tmp_path):
+    write(tmp_path, files={"7": "<annotation>", "9": "<annotation>"})
+    with pytest.raises(KDError, match=r"no annotation file can be read; the first is .*7.xml: line 1: not valid XML"):
+        open_dataset(tmp_path, "train")
 
 
 def test_the_image_has_the_name_of_the_annotation_file(tmp_path):
@@ -78,6 +105,12 @@ def test_names_may_have_folders(tmp_path):
         (tmp_path / folder / "sub").mkdir()
         (tmp_path / folder / name).rename(tmp_path / folder / "sub" / name)
     assert open_dataset(tmp_path, "train").coco()["images"][0]["file_name"] == "sub/7.png"
+
+
+def test_what_is_marked_to_be_ignored_is_a_crowd(tmp_path):
+    things = [("ball", (1, 1, 9, 9), f"<ignore>{flag}</ignore>") for flag in ("1", "0", "")]
+    data = open_dataset(write(tmp_path, files={"7": xml(*things)}), "train")
+    assert [a["iscrowd"] for a in data.coco()["annotations"]] == [1, 0, 0, 0]
 
 
 def test_parts_of_objects_are_no_objects(tmp_path):
@@ -140,6 +173,11 @@ BAD = {
     "a terminal's command as name": (
         xml(BALL, ("\x7fball", (1, 2, 3, 4))),
         r"name is '\\x7fball', which is none of",
+        1,
+    ),
+    "ignore in words": (
+        xml(BALL, ("ball", (1, 2, 3, 4), "<ignore>yes</ignore>")),
+        "ignore must be 0 or 1, not 'yes'",
         1,
     ),
     "difficult in words": (

@@ -1,5 +1,6 @@
 import logging
 import re
+import unicodedata
 
 import pytest
 from PIL import Image
@@ -115,6 +116,43 @@ def test_poses_are_boxes_where_the_yaml_says_how_long_they_are(tmp_path):
 def test_a_missing_label_file_means_an_image_without_objects(tmp_path):
     data = open_dataset(write(tmp_path, labels={7: None, 8: ""}), "train")
     assert labels(data) == [[], [], [1]]
+
+
+def test_labels_that_are_missing_or_too_many_are_told_once(tmp_path, caplog):
+    folder = write(tmp_path, labels={7: None}) / "labels" / "train"
+    Image.fromarray(pixels(5)).save(tmp_path / "images" / "train" / "a.gif")
+    for name in ("a", "b", "c", "._9"):
+        (folder / f"{name}.txt").write_text(BALL)
+    for _ in range(2):
+        open_dataset(tmp_path, "train")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'data.yaml'}: {text}"
+        for text in (
+            "1 of 2 images have no label file (the first is 7.png): they count as images without objects. Looked for "
+            f"was {folder / '7.txt'}",
+            "1 files have labels, but endings that are not read (the first is images/train/a.gif): store such images "
+            "as PNG or JPEG",
+            "2 label files belong to no image; the first is labels/train/b.txt",
+        )
+    ]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_of_images_and_labels_may_be_composed_in_different_ways(tmp_path, caplog, ours, theirs):
+    write(tmp_path)
+    for kind, form, ending in (("images", ours, "png"), ("labels", theirs, "txt")):
+        folder = tmp_path / kind / "train" / unicodedata.normalize(form, "höhe")
+        folder.mkdir()
+        (tmp_path / kind / "train" / f"7.{ending}").rename(folder / f"{unicodedata.normalize(form, 'é')}.{ending}")
+    assert labels(open_dataset(tmp_path, "train")) == [[1], [0]]
+    assert not caplog.text
+
+
+def test_label_files_may_have_their_ending_in_upper_case(tmp_path, caplog):
+    folder = write(tmp_path) / "labels" / "train"
+    (folder / "7.txt").rename(folder / "7.TXT")
+    assert labels(open_dataset(tmp_path, "train")) == [[0], [1]]
+    assert not caplog.text
 
 
 FATAL = {
@@ -238,6 +276,21 @@ def test_broken_images(tmp_path):
     with pytest.raises(KDError, match=r"1 fault:\n  image images/train/7.png: the file cannot be decoded"):
         open_dataset(tmp_path, "train")
     assert labels(open_dataset(tmp_path, "train", on_bad="skip")) == [[1]]
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    folder = write(tmp_path) / "images" / "train"
+    for name in ("._7.png", ".ipynb_checkpoints/7-checkpoint.png", "sub/.Trash/8.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((folder / "7.png").read_bytes())
+    assert labels(open_dataset(tmp_path, "train")) == [[0], [1]]
+
+
+def test_links_to_images_that_are_gone_are_faults(tmp_path):
+    (write(tmp_path) / "images" / "train" / "8.png").symlink_to(tmp_path / "gone" / "8.png")
+    with pytest.raises(KDError, match=r"image images/train/8.png: there is no file .*: it is a link to .*gone/8.png"):
+        open_dataset(tmp_path, "train")
+    assert labels(open_dataset(tmp_path, "train", on_bad="skip")) == [[0], [1]]
 
 
 def test_names_with_control_characters_are_faults(tmp_path):

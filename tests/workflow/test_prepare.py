@@ -12,6 +12,7 @@ from kdtoolkit.models import open_detector
 from kdtoolkit.workflow import prepare as prepare_module
 from kdtoolkit.workflow.options import DistillOptions, TrainOptions, check_options
 from kdtoolkit.workflow.prepare import prepare
+from tests.data import _layouts
 from tests.workflow._data import TINY
 
 CPU = torch.device("cpu")
@@ -134,3 +135,11 @@ def test_the_plan_says_in_words_what_is_inherited_and_where_weights_come_from(pa
     assert plan["inherits"].value.startswith("the student starts from the teacher's weights in ")
     assert plan["unlabelled"].why == "only the methods' losses, no labels"
     assert plan["evaluation"].value == "once, at the end, on 4 images"
+
+
+def test_the_plan_says_that_images_are_held_out(tmp_path):
+    _layouts.label_studio_yolo(tmp_path / "birds")
+    plan = prepared(TrainOptions, model=TINY, weights="none", data=tmp_path / "birds", steps=2).plan
+    assert plan["data"].value.startswith(
+        "birds: 8 images to train on, 2 to evaluate on (a fifth of the images, held out"
+    )

@@ -51,6 +51,13 @@ def test_scores_are_chosen_for_each_class_and_the_labels_are_a_data_set(data, ph
     assert json.loads((out / "report.json").read_text())["thresholds"]["green"]["recall"] == 1.0
 
 
+def test_the_report_is_written_if_a_folder_is_named_in_no_utf_8(data, photos, tmp_path):
+    photos = photos.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    found = kdtoolkit.pseudo_label(detector(), photos, data, out=tmp_path / "out")
+    assert [path.name for path in found.skipped] == ["d.png"]
+    assert r"caf\udce9/d.png" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_a_score_of_ones_own_is_used_and_measured(data, photos, tmp_path):
     found = kdtoolkit.pseudo_label(detector(), photos, data, out=tmp_path / "out", score=0.34)
     assert found.boxes == {"red": 2, "green": 1, "blue": 1}
@@ -82,6 +89,8 @@ def test_a_class_without_a_right_detection_gets_no_label(photos, tmp_path):
     ("name", "part"),
     [
         ("a.jpg", "image a.jpg and image a.png would both be a in the new data set"),
+        ("new\nline.png", r"the name of the file 'new\\nline.png' cannot be written: .*; rename it"),
+        (os.fsdecode(b"caf\xe9.png"), r"the name of the file 'caf\\udce9.png' cannot be written: .*; rename it"),
         (" e.png", "image  e.png: readers of YOLO look for images by their endings"),
     ],
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdtoolkit.cli._common import Device
+from kdtoolkit.cli._common import DATA_HELP, Device
 from kdtoolkit.errors import KDError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def run(
         typer.Option(
             exists=True,
             metavar="PATH",
-            help="Run on this data set: a folder in COCO, Ultralytics YOLO or Pascal VOC format, or a YOLO YAML file.",
+            help=f"Run on this data set. {DATA_HELP}",
         ),
     ] = None,
     out: Annotated[

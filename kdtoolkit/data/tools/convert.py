@@ -13,7 +13,7 @@ from typing import Any, Literal
 from xml.sax.saxutils import escape
 
 from kdtoolkit.data.opening import locate
-from kdtoolkit.data.records import ENDINGS, Box, Photo, Progress, Reading, is_spare, settle, shown
+from kdtoolkit.data.records import ENDINGS, Box, Photo, Progress, Reading, is_spare, is_text, settle, shown, tell
 from kdtoolkit.data.yolo import label_file
 from kdtoolkit.errors import KDError
 from kdtoolkit.yaml_text import dump
@@ -57,6 +57,7 @@ def convert(
             unread.append(f"the split {split}, which cannot be read: {error}")
     for reading in readings.values():
         settle(reading.faults, reading.source, on_bad)
+        tell(reading.source, tuple(reading.remarks))
     classes = {tuple(category.name for category in reading.categories) for reading in readings.values()}
     if len(classes) > 1:
         listed = "; ".join(", ".join(names) for names in sorted(classes))
@@ -90,13 +91,23 @@ def with_slashes(name: str) -> str:
 def check_names(named: Iterable[tuple[str, str]], source: Path, to: Literal["coco", "yolo", "voc"]) -> None:
     """Check the names of a split's images, each with what messages call it, for a new data set of them.
 
+<<<<<<< HEAD
     Names are those of `with_slashes`.
 
     Raises KDError if two images would have one name or one file of annotations, or if readers of the format would not
     find an image.
+=======
+    Raises KDError if a name cannot be written, if two images would have one name or one file of annotations, or if
+    readers of the format would not find an image.
+>>>>>>> eng4-with-eng3
     """
     titles: dict[str, str] = {}
     for name, title in named:
+        if not is_text(name):
+            raise KDError(
+                f"{source}: the name of the file {shown(name)} cannot be written: it has control characters, or is no "
+                "text in UTF-8; rename it"
+            )
         if to != "coco" and (PurePosixPath(name).suffix.lower() not in ENDINGS or name != name.strip()):
             raise KDError(
                 f"{title}: readers of {to.upper()} look for images by their endings, {', '.join(ENDINGS)}; rename "

@@ -142,11 +142,9 @@ def test_a_split_without_a_box_is_refused(tmp_path):
 
 
 def test_a_set_without_splits_is_refused(tmp_path):
-    (_coco.write(tmp_path / "c") / "annotations" / "train.json").rename(
-        tmp_path / "c" / "annotations" / "instances_train2017.json"
-    )
+    (_coco.write(tmp_path / "c") / "annotations" / "train.json").rename(tmp_path / "c" / "annotations" / "birds.json")
     with pytest.raises(
-        KDError, match=r"no file .*train.json \(but instances_train2017.json\)\. Expected .* and val.json"
+        KDError, match=r"no file .*train.json \(but birds.json\)\. Expected .* and val.json .* Or name .*/birds.json as"
     ):
         run(tmp_path / "c")
     (_voc.write(tmp_path / "v") / "ImageSets" / "Main" / "val.txt").unlink()
@@ -192,6 +190,8 @@ def test_what_is_odd_but_read(tmp_path):
     text = warnings(_voc.write(tmp_path / "v", files={"7": _voc.xml(("ball", (0, 3, 9, 9)))}))
     assert "train: 1 boxes begin at pixel 0, and VOC counts from 1" in text
     assert "train: 1 boxes reach up to 1 px beyond their image" in text
+    text = warnings(_voc.write(tmp_path / "w", files={"7": _voc.xml(_voc.BALL, ("Ball", (1, 1, 9, 9)))}))
+    assert "train: the classes 'Ball', 'ball' differ by case or spaces alone" in text
     doc = _coco.document()
     doc["annotations"][0]["segmentation"] = [[1, 2, 3, 4, 5, 6]]
     text = warnings(_coco.write(tmp_path / "c", doc))
