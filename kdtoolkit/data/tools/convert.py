@@ -91,15 +91,10 @@ def with_slashes(name: str) -> str:
 def check_names(named: Iterable[tuple[str, str]], source: Path, to: Literal["coco", "yolo", "voc"]) -> None:
     """Check the names of a split's images, each with what messages call it, for a new data set of them.
 
-<<<<<<< HEAD
     Names are those of `with_slashes`.
 
-    Raises KDError if two images would have one name or one file of annotations, or if readers of the format would not
-    find an image.
-=======
     Raises KDError if a name cannot be written, if two images would have one name or one file of annotations, or if
     readers of the format would not find an image.
->>>>>>> eng4-with-eng3
     """
     titles: dict[str, str] = {}
     for name, title in named:
