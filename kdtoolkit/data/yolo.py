@@ -423,7 +423,7 @@ def _lies_in(path: Path, root: Path) -> bool:
 
 def _short(path: Path, root: Path) -> str:
     """The path relative to a folder that it lies in, or else its name."""
-    for each, base in ((path, root), (Path(os.path.realpath(path)), Path(os.path.realpath(root)))):
-        if each.is_relative_to(base):
-            return each.relative_to(base).as_posix()
-    return path.name
+    if path.is_relative_to(root):  # which costs nothing; the rest asks the disk
+        return path.relative_to(root).as_posix()
+    real, base = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    return real.relative_to(base).as_posix() if real.is_relative_to(base) else path.name

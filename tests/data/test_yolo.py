@@ -1,4 +1,5 @@
 import logging
+import os
 import re
 import unicodedata
 
@@ -308,6 +309,14 @@ def test_turned_images_have_the_size_that_one_sees(tmp_path):
     image, sample = open_dataset(tmp_path, "train")[0]
     assert sample["original_size"] == image.shape[1:] == (40, 30)
     assert sample["boxes"].tolist() == [[0, 0, 30, 40]]
+
+
+def test_links_are_not_followed_to_name_an_image(tmp_path, monkeypatch):
+    write(tmp_path)
+    asked = []
+    monkeypatch.setattr("os.path.realpath", lambda path, real=os.path.realpath: asked.append(path) or real(path))
+    open_dataset(tmp_path, "train")
+    assert not asked
 
 
 def test_linked_folders_are_read(tmp_path):
