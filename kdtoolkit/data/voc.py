@@ -28,6 +28,7 @@ from kdtoolkit.data.records import (
     Reading,
     agreed_size,
     check_pixels,
+    few_of,
     is_finite,
     is_text,
     leads_out,
@@ -315,7 +316,7 @@ def _box(entry: Element, corners: list[float], size: tuple[int, int], labels: di
     """An object. Raises BadEntryError."""
     name, flags = _text(entry, "name"), {key: _text(entry, key) or "0" for key in CROWDS}
     if name not in labels:
-        raise BadEntryError(f"the object's name is {shown(name)}, which is none of {', '.join(labels)}; correct it")
+        raise BadEntryError(f"the object's name is {shown(name)}, which is none of {few_of(labels)}; correct it")
     for key, flag in flags.items():
         if flag not in ("0", "1"):
             raise BadEntryError(f"{key} must be 0 or 1, not {shown(flag)}")
