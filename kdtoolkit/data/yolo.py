@@ -151,6 +151,36 @@ class _Layout:
         return _Layout(place, root, entries, _categories(place, document), _pose_numbers(place, document), lost_path)
 
 
+class _AsWritten(str):
+    """The text of a number that Python would write differently: 010, which YAML takes for 8, or 12:30, for 750."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML, and refuses a key that is there twice: the first value would be lost."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (about := (key.tag, key.value)) in keys:
+                    raise yaml.composer.ComposerError(
+                        None, None, f"the key {shown(key.value)} is there twice; delete one", key.start_mark
+                    )
+                keys.add(about)
+        return node
+
+    def number(self, node: yaml.ScalarNode) -> int | float | _AsWritten:
+        """The value of a number, or its text if Python would write it differently."""
+        is_whole = node.tag.endswith("int")
+        value = self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+        return value if str(value) == node.value else _AsWritten(node.value)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.number)
+
+
 def _describes_data(path: Path) -> bool:
     try:
         document = _parse(path)
@@ -162,7 +192,7 @@ def _describes_data(path: Path) -> bool:
 def _parse(path: Path) -> dict[Any, Any]:
     """The mapping that a YAML file holds. Raises KDError."""
     try:
-        document = yaml.safe_load(read_text(path))
+        document = yaml.load(read_text(path), _Loader)
     except BadEntryError as error:
         raise KDError(str(error)) from None
     except yaml.YAMLError as error:
@@ -208,6 +238,11 @@ def _categories(place: Path, document: dict[Any, Any]) -> list[Category]:
             f"{place}: names must be a list of class names, or a mapping from 0, 1, ... to them, not {shown(names)}"
         )
     for index, name in enumerate(names):
+        if isinstance(name, _AsWritten):
+            raise KDError(
+                f"{place}: names[{index}] is {name}, which YAML takes for a number and writes differently; put it in "
+                "quotes"
+            )
         if isinstance(name, bool) or not isinstance(name, str | int | float) or not is_text(str(name)):
             raise KDError(
                 f"{place}: names[{index}] is {shown(name)}, which is no text; write it in quotes, as YAML takes words "

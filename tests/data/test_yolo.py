@@ -59,6 +59,16 @@ def test_classes_without_names(tmp_path):
     assert data.class_names == ("class_0", "class_1", "class_2")
 
 
+def test_numbers_are_names_if_they_read_as_they_are_written(tmp_path):
+    write(tmp_path, "train: images/train\nnames: {00: 7, 1: '010', 2: 1.5, 3: 08}\nnc: 4.0")
+    assert open_dataset(tmp_path, "train").class_names == ("7", "010", "1.5", "08")
+
+
+def test_merged_mappings_may_be_overridden(tmp_path):
+    write(tmp_path, "b: &b {nc: 3}\na: &a {<<: *b, train: x, nc: 2}\n<<: *a\ntrain: images/train")
+    assert open_dataset(tmp_path, "train").class_names == ("class_0", "class_1")
+
+
 def test_labels_lie_beside_images_if_there_is_no_images_folder(tmp_path):
     write(tmp_path, "train: photos\nnames: [ball, cube]", images="photos")
     for number in (7, 9):
@@ -181,6 +191,17 @@ FATAL = {
     "names of another type": ("train: images/train\nnames: ball", "names must be a list of class names"),
     "no class": ("train: images/train\nnames: []", r"names must be a list of class names, .*not \[\]"),
     "a name that YAML takes for false": ("train: images/train\nnames: [no, cube]", r"names\[0\] is False, which is no"),
+    "an octal number": ("train: images/train\nnames: [ball, 010]", r"names\[1\] is 010, which YAML takes for a number"),
+    "a time": ("train: images/train\nnames: {0: 12:30, 1: a}", r"names\[0\] is 12:30, which .* put it in quotes"),
+    "a zero at the end": ("train: images/train\nnames: [1.50]", r"names\[0\] is 1.50, which YAML takes for"),
+    "a number twice": (
+        "train: images/train\nnames: {0: ball, 0: cube}",
+        r"line 2: not YAML: the key '0' is there twice",
+    ),
+    "a key twice": (
+        "train: images/train\nnames: [ball]\ntrain: x",
+        r"line 3: not YAML: the key 'train' is there twice",
+    ),
     "a name of another type": (
         "train: images/train\nnames: [ball, [cube]]",
         r"names\[1\] is \['cube'\], which is no text",
