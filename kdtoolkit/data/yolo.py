@@ -201,6 +201,8 @@ def _parse(path: Path) -> dict[Any, Any]:
         raise KDError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or 'bad characters'}") from None
     except (RecursionError, ValueError) as error:  # nested too deep; an impossible date
         raise KDError(f"{path} cannot be read as YAML: {error}") from None
+    if isinstance(document, dict) and "val" not in document and "validation" in document:
+        document["val"] = document.pop("validation")  # as Ultralytics does
     if not isinstance(document, dict):
         raise KDError(f"{path} must be a mapping with the keys path, train, val and names, not {shown(document)}")
     return document

@@ -8,6 +8,7 @@ from PIL import Image
 
 from kdtoolkit import KDError
 from kdtoolkit.data import open_dataset
+from kdtoolkit.data.opening import splits_of
 from tests.data._coco import expect_samples_of_coco, pixels
 from tests.data._yolo import BALL, WHOLE, YAML, write
 
@@ -52,6 +53,12 @@ def test_layouts(tmp_path, yaml, images):
     data = open_dataset(tmp_path, "train")
     assert data.class_names == ("ball", "cube")
     assert labels(data) == [[0], [1]]
+
+
+def test_val_may_be_called_validation(tmp_path):
+    write(tmp_path, "train: images/train\nvalidation: images/train\nnames: [ball, cube]")
+    assert splits_of(tmp_path) == ["train", "val"]
+    assert labels(open_dataset(tmp_path, "val")) == [[0], [1]]
 
 
 def test_classes_without_names(tmp_path):
