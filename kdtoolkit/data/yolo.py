@@ -106,16 +106,18 @@ def label_file(image: Path) -> Path:
 def find_label(image: Path, root: Path) -> Path | None:
     """The label file of an image of the data in `root`, or None.
 
-    Accents may be composed in a different way in its name, and its ending be in upper case.
+    Accents may be composed in a different way in its name, and its ending be in upper case. It may lie beside the image
+    if `root` itself lies in a folder `images`.
     """
     usual = label_file(image)
     if os.path.isfile(usual):
         return usual
-    base = root if usual.is_relative_to(root) else usual.parent
-    for name in forms_of(usual.relative_to(base).as_posix()):
-        for ending in (".txt", ".TXT"):
-            if os.path.isfile(path := (base / name).with_suffix(ending)):
-                return path
+    for place in (usual,) if usual.is_relative_to(root) else (usual, image.with_suffix(".txt")):
+        base = root if place.is_relative_to(root) else place.parent
+        for name in forms_of(place.relative_to(base).as_posix()):
+            for ending in (".txt", ".TXT"):
+                if os.path.isfile(path := (base / name).with_suffix(ending)):
+                    return path
     return None
 
 

@@ -83,6 +83,17 @@ def test_labels_lie_beside_images_if_there_is_no_images_folder(tmp_path):
     assert labels(open_dataset(tmp_path, "train")) == [[0], [1]]
 
 
+def test_labels_lie_beside_images_if_the_data_lie_in_an_images_folder(tmp_path, caplog):
+    root = write(tmp_path / "images" / "birds", "train: photos\nnames: [ball, cube]", images="photos")
+    for number in (7, 9):
+        (root / "labels" / "photos" / f"{number}.txt").rename(root / "photos" / f"{number}.txt")
+    assert labels(open_dataset(root, "train")) == [[0], [1]]
+    assert not caplog.text
+    (tmp_path / "labels" / "birds" / "photos").mkdir(parents=True)
+    (root / "photos" / "7.txt").rename(tmp_path / "labels" / "birds" / "photos" / "7.txt")
+    assert labels(open_dataset(root, "train")) == [[0], [1]]
+
+
 def test_the_yaml_file_may_have_any_name(tmp_path):
     (write(tmp_path) / "data.yaml").rename(tmp_path / "cubes.yml")
     assert len(open_dataset(tmp_path, "train")) == len(open_dataset(tmp_path / "cubes.yml", "train")) == 2
