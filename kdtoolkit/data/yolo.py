@@ -435,10 +435,11 @@ def _remark_labels(
             f"{len(unread)} files have labels, but endings that are not read (the first is "
             f"{_short(next(iter(unread.values())), layout.root)}): store such images as PNG or JPEG"
         )
+    known |= unread.keys()
     if any(entry.lower().endswith(".txt") for entries in layout.entries.values() for entry in entries):
         return  # a folder of labels may serve several splits
     files = (file for folder in sorted(folders) if "labels" in folder.parts for file in sorted(_texts_in(folder)))
-    lonely = [file for file in files if folded(str(file)) not in known | unread.keys()]
+    lonely = [file for file in files if folded(str(file)) not in known]
     if lonely:
         reading.remarks.append(
             f"{len(lonely)} label files belong to no image; the first is {_short(lonely[0], layout.root)}"
