@@ -29,6 +29,7 @@ from kdtoolkit.data.records import (
     agreed_size,
     check_pixels,
     everything,
+    few_of,
     is_finite,
     is_text,
     naming,
@@ -338,9 +339,8 @@ def _box(
     image, box, area = images[image_id], entry.get("bbox"), entry.get("area")
     flags = {key: entry[key] for key in CROWDS if entry.get(key) is not None}
     if category_id is None or category_id not in labels:
-        ids = ", ".join(map(str, labels))
         raise BadEntryError(
-            f"no category has the id {shown(entry.get('category_id'))}, only {ids}; correct it, or add it"
+            f"no category has the id {shown(entry.get('category_id'))}, only {few_of(labels)}; correct it, or add it"
         )
     for key, flag in flags.items():
         if flag not in (0, 1):

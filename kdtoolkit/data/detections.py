@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdtoolkit.data.coco import categories_in
-from kdtoolkit.data.records import BadEntryError, is_finite, is_text, shown, whole
+from kdtoolkit.data.records import BadEntryError, few_of, is_finite, is_text, shown, whole
 from kdtoolkit.errors import KDError
 
 ENDING = ".json"
@@ -177,10 +177,9 @@ class _Reader:
     def _label(self, entry: Mapping[str, Any]) -> int:
         number = whole(entry.get("category_id"))
         if number is None or number not in self._labels:
-            ids = ", ".join(map(str, list(self._labels)[:12])) + (", ..." if len(self._labels) > 12 else "")
             raise BadEntryError(
-                f"no class has the category_id {shown(entry.get('category_id'))}, only {ids}: correct it, or list the "
-                "detector's classes in the file, under `categories`"
+                f"no class has the category_id {shown(entry.get('category_id'))}, only {few_of(self._labels)}: correct "
+                "it, or list the detector's classes in the file, under `categories`"
             )
         return self._labels[number]
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path, PureWindowsPath
 from typing import Literal, Protocol
 
@@ -32,6 +33,7 @@ MIN_SIDE = 2.0**-20
 DECIMALS = 6  # of a pixel: the noise of dividing by an image's size, or adding 1, and back is rounded away
 NOTICEABLE = 0.01  # pixels; what is cut below that is rounding, and not worth a remark
 SHOWN_FAULTS = 5
+SHOWN_VALUES = 12  # of those that are right
 SHOWN_CHARACTERS = 80  # of a value that is wrong
 
 Progress = Callable[[int, int], None]
@@ -365,6 +367,11 @@ def shown(value: object) -> str:
     """A wrong value as Python writes it, cut where it is long or deep."""
     text = repr(value) if isinstance(value, str | int | float) else _short.repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def few_of(values: Collection[object]) -> str:
+    """The first of some values, for a message: a file may have a fault in each of its lines."""
+    return ", ".join(map(str, islice(values, SHOWN_VALUES))) + (", ..." if len(values) > SHOWN_VALUES else "")
 
 
 _short = reprlib.Repr()

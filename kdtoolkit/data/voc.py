@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable
+from functools import lru_cache
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
@@ -32,6 +33,7 @@ from kdtoolkit.data.records import (
     agreed_size,
     check_pixels,
     everything,
+    few_of,
     is_finite,
     is_text,
     leads_out,
@@ -289,15 +291,24 @@ def _names_in(files: Iterable[Path]) -> list[str]:
     wrong, readable = "", False
     for file in files:
         try:
-            annotation = parse(file)
-        except BadEntryError as error:
+            about = file.stat()
+            found |= _class_names(file, (about.st_mtime_ns, about.st_size))
+        except (BadEntryError, OSError) as error:
             wrong = wrong or f"{file}: {error}"
-            continue
-        readable = True
-        found |= {name for entry in annotation.findall("object") if is_text(name := _text(entry, "name"))}
+        else:
+            readable = True
     if wrong and not readable:
         raise KDError(f"no annotation file can be read; the first is {wrong}")
     return sorted(found)
+
+
+@lru_cache(maxsize=1 << 17)
+def _class_names(path: Path, version: tuple[int, int]) -> frozenset[str]:
+    """The names of a file's objects. They are kept for the other splits, which ask for them too.
+
+    `version`: time and size of the file. Raises BadEntryError.
+    """
+    return frozenset(name for entry in parse(path).findall("object") if is_text(name := _text(entry, "name")))
 
 
 def _stated_size(annotation: Element) -> tuple[int, int] | None:
@@ -325,7 +336,7 @@ def _box(entry: Element, corners: list[float], size: tuple[int, int], labels: di
     """An object. Raises BadEntryError."""
     name, flags = _text(entry, "name"), {key: _text(entry, key) or "0" for key in CROWDS}
     if name not in labels:
-        raise BadEntryError(f"the object's name is {shown(name)}, which is none of {', '.join(labels)}; correct it")
+        raise BadEntryError(f"the object's name is {shown(name)}, which is none of {few_of(labels)}; correct it")
     for key, flag in flags.items():
         if flag not in ("0", "1"):
             raise BadEntryError(f"{key} must be 0 or 1, not {shown(flag)}")

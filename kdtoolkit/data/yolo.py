@@ -173,16 +173,18 @@ def _without_data(root: Path, name: str) -> str:
 def find_label(image: Path, root: Path) -> Path | None:
     """The label file of an image of the data in `root`, or None.
 
-    Accents may be composed in a different way in its name, and its ending be in upper case.
+    Accents may be composed in a different way in its name, and its ending be in upper case. It may lie beside the image
+    if `root` itself lies in a folder `images`.
     """
     usual = label_file(image)
     if os.path.isfile(usual):
         return usual
-    base = root if usual.is_relative_to(root) else usual.parent
-    for name in forms_of(usual.relative_to(base).as_posix()):
-        for ending in (".txt", ".TXT"):
-            if os.path.isfile(path := (base / name).with_suffix(ending)):
-                return path
+    for place in (usual,) if usual.is_relative_to(root) else (usual, image.with_suffix(".txt")):
+        base = root if place.is_relative_to(root) else place.parent
+        for name in forms_of(place.relative_to(base).as_posix()):
+            for ending in (".txt", ".TXT"):
+                if os.path.isfile(path := (base / name).with_suffix(ending)):
+                    return path
     return None
 
 
@@ -221,6 +223,36 @@ class _Layout:
         return _Layout(place, root, entries, _categories(place, document), _pose_numbers(place, document), lost_path)
 
 
+class _AsWritten(str):
+    """The text of a number that Python would write differently: 010, which YAML takes for 8, or 12:30, for 750."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML, and refuses a key that is there twice: the first value would be lost."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (about := (key.tag, key.value)) in keys:
+                    raise yaml.composer.ComposerError(
+                        None, None, f"the key {shown(key.value)} is there twice; delete one", key.start_mark
+                    )
+                keys.add(about)
+        return node
+
+    def number(self, node: yaml.ScalarNode) -> int | float | _AsWritten:
+        """The value of a number, or its text if Python would write it differently."""
+        is_whole = node.tag.endswith("int")
+        value = self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+        return value if str(value) == node.value else _AsWritten(node.value)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.number)
+
+
 def _describes_data(path: Path) -> bool:
     try:
         document = _parse(path)
@@ -232,7 +264,7 @@ def _describes_data(path: Path) -> bool:
 def _parse(path: Path) -> dict[Any, Any]:
     """The mapping that a YAML file holds. Raises KDError."""
     try:
-        document = yaml.safe_load(read_text(path))
+        document = yaml.load(read_text(path), _Loader)
     except BadEntryError as error:
         raise KDError(str(error)) from None
     except yaml.YAMLError as error:
@@ -241,6 +273,8 @@ def _parse(path: Path) -> dict[Any, Any]:
         raise KDError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or 'bad characters'}") from None
     except (RecursionError, ValueError) as error:  # nested too deep; an impossible date
         raise KDError(f"{path} cannot be read as YAML: {error}") from None
+    if isinstance(document, dict) and "val" not in document and "validation" in document:
+        document["val"] = document.pop("validation")  # as Ultralytics does
     if not isinstance(document, dict):
         raise KDError(f"{path} must be a mapping with the keys path, train, val and names, not {shown(document)}")
     return document
@@ -278,6 +312,11 @@ def _categories(place: Path, document: dict[Any, Any]) -> list[Category]:
             f"{place}: names must be a list of class names, or a mapping from 0, 1, ... to them, not {shown(names)}"
         )
     for index, name in enumerate(names):
+        if isinstance(name, _AsWritten):
+            raise KDError(
+                f"{place}: names[{index}] is {name}, which YAML takes for a number and writes differently; put it in "
+                "quotes"
+            )
         if isinstance(name, bool) or not isinstance(name, str | int | float) or not is_text(str(name)):
             raise KDError(
                 f"{place}: names[{index}] is {shown(name)}, which is no text; write it in quotes, as YAML takes words "
@@ -464,10 +503,11 @@ def _remark_labels(
             f"{len(unread)} files have labels, but endings that are not read (the first is "
             f"{_short(next(iter(unread.values())), layout.root)}): store such images as PNG or JPEG"
         )
+    known |= unread.keys()
     if any(entry.lower().endswith(".txt") for entries in layout.entries.values() for entry in entries):
         return  # a folder of labels may serve several splits
     files = (file for folder in sorted(folders) if "labels" in folder.parts for file in sorted(_texts_in(folder)))
-    lonely = [file for file in files if folded(str(file)) not in known | unread.keys()]
+    lonely = [file for file in files if folded(str(file)) not in known]
     if lonely:
         reading.remarks.append(
             f"{len(lonely)} label files belong to no image; the first is {_short(lonely[0], layout.root)}"
@@ -491,7 +531,7 @@ def _lies_in(path: Path, root: Path) -> bool:
 
 def _short(path: Path, root: Path) -> str:
     """The path relative to a folder that it lies in, or else its name."""
-    for each, base in ((path, root), (Path(os.path.realpath(path)), Path(os.path.realpath(root)))):
-        if each.is_relative_to(base):
-            return each.relative_to(base).as_posix()
-    return path.name
+    if path.is_relative_to(root):  # which costs nothing; the rest asks the disk
+        return path.relative_to(root).as_posix()
+    real, base = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    return real.relative_to(base).as_posix() if real.is_relative_to(base) else path.name

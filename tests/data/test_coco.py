@@ -44,6 +44,14 @@ def test_what_is_marked_to_be_ignored_is_a_crowd(tmp_path):
     assert data[0][1]["boxes"].tolist() == []
 
 
+def test_a_fault_names_few_of_many_categories(tmp_path):
+    doc = document()
+    doc["categories"] += [{"id": number, "name": f"class {number}"} for number in range(10, 1000)]
+    doc["annotations"][0]["category_id"] = "8"
+    with pytest.raises(KDError, match=r"no category has the id '8', only 3, 8, 10, 11(, \d\d){8}, \.\.\.; correct it"):
+        CocoDetection(write(tmp_path, doc), "train")
+
+
 def test_ground_truth_keeps_ids_areas_and_crowds(tmp_path):
     truth = CocoDetection(write(tmp_path), "train", max_size=20).coco()
     assert truth["categories"] == [{"id": 3, "name": "ball"}, {"id": 8, "name": "cube"}]

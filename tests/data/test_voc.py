@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from kdtoolkit import KDError
-from kdtoolkit.data import open_dataset
+from kdtoolkit.data import open_dataset, voc
 from tests.data._coco import expect_samples_of_coco, pixels
 from tests.data._voc import BALL, CROWD, WHOLE, thing, write, xml
 
@@ -53,6 +53,17 @@ def test_encodings(tmp_path, encoding):
     text = f'<?xml version="1.0" encoding="{encoding}"?>\n{xml((name, (1, 1, 9, 9)))}'
     data = open_dataset(write(tmp_path, files={"7": text.encode(encoding)}), "train")
     assert data.class_names == tuple(sorted([name, "cube"]))
+
+
+def test_files_of_other_splits_are_parsed_once(tmp_path, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(voc, "parse", lambda path, parse=voc.parse: parsed.append(path.stem) or parse(path))
+    write(tmp_path, listed="9")
+    for split in ("train", "val"):
+        assert open_dataset(tmp_path, split).class_names == ("ball", "cube")
+    assert sorted(parsed) == ["7", "9", "9", "9"]
+    write(tmp_path, files={"7": xml(("owl", (1, 1, 9, 9)))}, listed="9")
+    assert open_dataset(tmp_path, "train").class_names == ("cube", "owl")
 
 
 def test_classes_that_differ_by_case_alone_are_told(tmp_path, caplog):

@@ -1,4 +1,5 @@
 import logging
+import os
 import re
 import unicodedata
 
@@ -7,6 +8,7 @@ from PIL import Image
 
 from kdtoolkit import KDError
 from kdtoolkit.data import open_dataset
+from kdtoolkit.data.opening import splits_of
 from tests.data._coco import expect_samples_of_coco, pixels
 from tests.data._yolo import BALL, WHOLE, YAML, write
 
@@ -53,9 +55,25 @@ def test_layouts(tmp_path, yaml, images):
     assert labels(data) == [[0], [1]]
 
 
+def test_val_may_be_called_validation(tmp_path):
+    write(tmp_path, "train: images/train\nvalidation: images/train\nnames: [ball, cube]")
+    assert splits_of(tmp_path) == ["train", "val"]
+    assert labels(open_dataset(tmp_path, "val")) == [[0], [1]]
+
+
 def test_classes_without_names(tmp_path):
     data = open_dataset(write(tmp_path, "train: images/train\nnc: 3"), "train")
     assert data.class_names == ("class_0", "class_1", "class_2")
+
+
+def test_numbers_are_names_if_they_read_as_they_are_written(tmp_path):
+    write(tmp_path, "train: images/train\nnames: {00: 7, 1: '010', 2: 1.5, 3: 08}\nnc: 4.0")
+    assert open_dataset(tmp_path, "train").class_names == ("7", "010", "1.5", "08")
+
+
+def test_merged_mappings_may_be_overridden(tmp_path):
+    write(tmp_path, "b: &b {nc: 3}\na: &a {<<: *b, train: x, nc: 2}\n<<: *a\ntrain: images/train")
+    assert open_dataset(tmp_path, "train").class_names == ("class_0", "class_1")
 
 
 def test_labels_lie_beside_images_if_there_is_no_images_folder(tmp_path):
@@ -63,6 +81,17 @@ def test_labels_lie_beside_images_if_there_is_no_images_folder(tmp_path):
     for number in (7, 9):
         (tmp_path / "labels" / "photos" / f"{number}.txt").rename(tmp_path / "photos" / f"{number}.txt")
     assert labels(open_dataset(tmp_path, "train")) == [[0], [1]]
+
+
+def test_labels_lie_beside_images_if_the_data_lie_in_an_images_folder(tmp_path, caplog):
+    root = write(tmp_path / "images" / "birds", "train: photos\nnames: [ball, cube]", images="photos")
+    for number in (7, 9):
+        (root / "labels" / "photos" / f"{number}.txt").rename(root / "photos" / f"{number}.txt")
+    assert labels(open_dataset(root, "train")) == [[0], [1]]
+    assert not caplog.text
+    (tmp_path / "labels" / "birds" / "photos").mkdir(parents=True)
+    (root / "photos" / "7.txt").rename(tmp_path / "labels" / "birds" / "photos" / "7.txt")
+    assert labels(open_dataset(root, "train")) == [[0], [1]]
 
 
 def test_the_yaml_file_may_have_any_name(tmp_path):
@@ -180,6 +209,17 @@ FATAL = {
     "names of another type": ("train: images/train\nnames: ball", "names must be a list of class names"),
     "no class": ("train: images/train\nnames: []", r"names must be a list of class names, .*not \[\]"),
     "a name that YAML takes for false": ("train: images/train\nnames: [no, cube]", r"names\[0\] is False, which is no"),
+    "an octal number": ("train: images/train\nnames: [ball, 010]", r"names\[1\] is 010, which YAML takes for a number"),
+    "a time": ("train: images/train\nnames: {0: 12:30, 1: a}", r"names\[0\] is 12:30, which .* put it in quotes"),
+    "a zero at the end": ("train: images/train\nnames: [1.50]", r"names\[0\] is 1.50, which YAML takes for"),
+    "a number twice": (
+        "train: images/train\nnames: {0: ball, 0: cube}",
+        r"line 2: not YAML: the key '0' is there twice",
+    ),
+    "a key twice": (
+        "train: images/train\nnames: [ball]\ntrain: x",
+        r"line 3: not YAML: the key 'train' is there twice",
+    ),
     "a name of another type": (
         "train: images/train\nnames: [ball, [cube]]",
         r"names\[1\] is \['cube'\], which is no text",
@@ -308,6 +348,14 @@ def test_turned_images_have_the_size_that_one_sees(tmp_path):
     image, sample = open_dataset(tmp_path, "train")[0]
     assert sample["original_size"] == image.shape[1:] == (40, 30)
     assert sample["boxes"].tolist() == [[0, 0, 30, 40]]
+
+
+def test_links_are_not_followed_to_name_an_image(tmp_path, monkeypatch):
+    write(tmp_path)
+    asked = []
+    monkeypatch.setattr("os.path.realpath", lambda path, real=os.path.realpath: asked.append(path) or real(path))
+    open_dataset(tmp_path, "train")
+    assert not asked
 
 
 def test_linked_folders_are_read(tmp_path):

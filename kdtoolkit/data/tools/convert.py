@@ -125,9 +125,16 @@ def write(
     """Write splits, with copies of their images, into the new folder `target`, which appears only when it is complete.
 
     `more`: the text of further files by their names. Raises KDError if two images would have one name, if readers of
-    the format would not find an image, or if the folder cannot be written.
+    the format would not find an image or change the name of a class, or if the folder cannot be written.
     """
     names = _names(readings, to)
+    for reading in readings.values():
+        for category in reading.categories:
+            if to == "voc" and category.name != category.name.strip():
+                raise KDError(
+                    f"{reading.source}: the class {category.name!r} has spaces around its name, and readers of VOC "
+                    "drop them; give it a name without"
+                )
     beside = target.absolute().with_name(f".{target.absolute().name}.partial")
     try:
         shutil.rmtree(beside, ignore_errors=True)

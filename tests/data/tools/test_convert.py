@@ -320,6 +320,18 @@ def test_what_cannot_be_converted(tmp_path, caplog):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["coco", "file", "out"]  # nothing half-written
 
 
+@pytest.mark.parametrize("name", [" cube", "cube ", "cube\xa0"])
+def test_spaces_around_names_of_classes_are_kept_or_refused(tmp_path, name):
+    doc = _coco.document()
+    doc["categories"][0]["name"] = name
+    source = _coco.write(tmp_path / "coco", doc)
+    with pytest.raises(KDError, match=r"the class '.*' has spaces around its name, and readers of VOC drop them"):
+        run(source, tmp_path / "voc", "voc")
+    assert not (tmp_path / "voc").exists()
+    run(source, tmp_path / "yolo", "yolo")
+    assert open_dataset(tmp_path / "yolo", "train").class_names == ("ball", name)
+
+
 def test_written_files_are_plain(tmp_path):
     run(plain(tmp_path / "source"), tmp_path / "yolo", "yolo")
     assert (tmp_path / "yolo" / "labels" / "train" / "7.txt").read_text() == "0 0.1875 0.470833333333 0.25 0.675\n"
