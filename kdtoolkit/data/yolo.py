@@ -116,15 +116,11 @@ FORM = Form("YOLO", locate, splits, read)
 
 
 def label_file(image: Path) -> Path:
-    """Where the labels of an image are: the last folder `images` of its path becomes `labels`, if there is one.
-
-    Or they lie beside the image.
-    """
+    """Where the labels of an image are: the last folder `images` of its path becomes `labels`, if there is one."""
     *folders, _ = parts = list(image.parts)
     if "images" in folders:
         parts[len(folders) - 1 - folders[::-1].index("images")] = "labels"
-    file, beside = (each.with_suffix(".txt") for each in (Path(*parts), image))
-    return beside if beside.is_file() and not file.is_file() else file
+    return Path(*parts).with_suffix(".txt")
 
 
 def document_of(place: Path) -> dict[Any, Any]:
@@ -173,13 +169,14 @@ def _without_data(root: Path, name: str) -> str:
 def find_label(image: Path, root: Path) -> Path | None:
     """The label file of an image of the data in `root`, or None.
 
-    Accents may be composed in a different way in its name, and its ending be in upper case. It may lie beside the image
-    if `root` itself lies in a folder `images`.
+    It is `label_file`, or lies beside the image. Accents may be composed in a different way in its name, and its ending
+    be in upper case.
     """
-    usual = label_file(image)
-    if os.path.isfile(usual):
-        return usual
-    for place in (usual,) if usual.is_relative_to(root) else (usual, image.with_suffix(".txt")):
+    places = label_file(image), image.with_suffix(".txt")
+    for place in places:
+        if os.path.isfile(place):
+            return place
+    for place in places:
         base = root if place.is_relative_to(root) else place.parent
         for name in forms_of(place.relative_to(base).as_posix()):
             for ending in (".txt", ".TXT"):
