@@ -45,6 +45,7 @@ from kdtoolkit.teacher_lookup import TeacherLookup
 from kdtoolkit.uncompiled import uncompiled
 
 TEACHER_SCALES = (1.0, 0.5, 0.25)  # others would turn no stride into one of the student's
+_TASK = "task"  # the name of the student's own losses
 _SMALLEST_OBJECT = 1.0  # px; smaller detections do not stand for objects
 
 
@@ -220,7 +221,7 @@ class Distiller(nn.Module):
         trace, losses = student_view.head, Losses()
         if ground_truth is not None:
             own, student_view.assignment = student.task_losses(trace, batch)
-            losses.update({f"task/{name}": loss for name, loss in own.items()})
+            losses.update({f"{_TASK}/{name}": loss for name, loss in own.items()})
         if teacher_view is not None:
             exchange = Exchange(self._with_shared_classes(student_view, methods), teacher_view)
             found = [checked_terms(method, method(exchange.at_strides(method.strides))) for method in methods]
@@ -532,12 +533,15 @@ def _checked(methods: Sequence[Method]) -> list[Method]:
 
 
 def _unique_names(methods: Sequence[Method]) -> list[str]:
-    """Class names in lower case. The second instance of a class gets the number 2: `pkd`, `pkd2`."""
+    """Class names in lower case, with a number where a name is taken: `pkd`, `pkd2`. `task` is the student's own."""
     names: list[str] = []
     for method in methods:
-        base = type(method).__name__.lower()
-        seen = sum(type(earlier).__name__.lower() == base for earlier in methods[: len(names)])
-        names.append(f"{base}{seen + 1}" if seen else base)
+        base = name = type(method).__name__.lower()
+        number = 1
+        while name in (_TASK, *names):
+            number += 1
+            name = f"{base}{number}"
+        names.append(name)
     return names
 
 

@@ -36,6 +36,18 @@ def test_terms_are_named_and_summed(batch):
     assert losses.total.item() == pytest.approx(sum(loss.item() for loss in losses.values()), rel=1e-6)
 
 
+def test_no_name_is_given_twice(batch):
+    pkd2, task = (type(name, (PKD,), {}) for name in ("PKD2", "Task"))
+    task.terms = ("cls",)
+    methods = [PKD(), PKD(weight=2.0), pkd2(weight=3.0), pkd2(), task()]
+    distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), methods)
+    assert distiller.names == ("pkd", "pkd2", "pkd22", "pkd23", "task2")
+    losses, own = distiller(*batch), Distiller(None, tiny_gfl(seed=2))(*batch)
+    assert losses.keys() - own.keys() == {*distiller.terms}
+    assert len(distiller.terms) == len(methods)
+    assert losses["task/cls"] == own["task/cls"]
+
+
 def test_the_teacher_never_changes_and_the_student_stays_plain(batch):
     teacher, student = tiny_gfl(seed=1), tiny_gfl(seed=2, head_channels=8)
     before, keys = copy.deepcopy(teacher.state_dict()), list(student.state_dict())
