@@ -60,8 +60,8 @@ WRONG = {
     "boxes of larger images": (
         [IMAGE] * 3,
         [{"boxes": torch.zeros(0, 4), "labels": LABELS[:0]}, *[{**TARGET, "boxes": BOXES + 64}] * 2],
-        r"no box of this batch overlaps its image: box 0 of target 1 is \[68.0, 70.0, 94.0, 104.0\], and image 1 is 64 px "
-        r"wide and 64 px high. Are the boxes in pixels of the image before it was resized\?",
+        r"no box of this batch overlaps its image: box 0 of target 1 is \[68.0, 70.0, 94.0, 104.0\], and image 1 is 64 "
+        r"px wide and 64 px high. Are the boxes in pixels of the image before it was resized\?",
     ),
     "boxes left of the image": ([IMAGE], [{**TARGET, "boxes": BOXES - 50}], "no box of this batch overlaps its image"),
     "targets of another kind": (
