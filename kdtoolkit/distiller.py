@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import chain, islice
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from kdtoolkit.teacher_lookup import TeacherLookup
 from kdtoolkit.uncompiled import uncompiled
 
 TEACHER_SCALES = (1.0, 0.5, 0.25)  # others would turn no stride into one of the student's
+_FIXED = {"student", "teacher", "methods", "class_map", "teacher_scale"}
 _TASK = "task"  # the name of the student's own losses
 _SMALLEST_OBJECT = 1.0  # px; smaller detections do not stand for objects
 
@@ -162,6 +163,7 @@ class Distiller(nn.Module):
         self.calls = 0
         self.run_steps: int | None = None  # needed where schedules are given as shares of it
         self._names = _unique_names(methods)
+        self._frozen: list[nn.Parameter] = []  # the teacher's
         if self.teacher_adapter is None:
             if methods:
                 raise KDError("methods need a teacher: Distiller(teacher, student, methods=[...])")
@@ -184,8 +186,18 @@ class Distiller(nn.Module):
             method.setup(*(spec.at_strides(method.strides) for spec in specs))
             method.to(next(self.student.parameters()).device)
         self.teacher_adapter.model.eval().requires_grad_(False)
+        self._frozen = [*self.teacher_adapter.model.parameters()]
         for method in methods:
             method.in_use = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a different student, teacher, list of methods and the like: methods are set up for what is there."""
+        if name in _FIXED and (name == "teacher" or name in vars(self) or name in self._modules):
+            raise KDError(
+                f"the {name} of a Distiller cannot be changed, because its methods are set up once: make a new one, "
+                "Distiller(teacher, student, methods)"
+            )
+        super().__setattr__(name, value)
 
     def forward(
         self,
@@ -257,6 +269,9 @@ class Distiller(nn.Module):
             # The user may have called half(), which converts all parameters; to look at each takes a millisecond.
             if adapter is not None and _first_type(adapter.model) != torch.float32:
                 check_precision(adapter.model)
+        for parameter in self._frozen:
+            if parameter.requires_grad:  # the user may have called requires_grad_() on a module that holds the teacher
+                parameter.requires_grad_(False)
         targets, recorded = without_recorded(targets)
         if targets is None:
             images = checked_images(images, self.student)
@@ -470,6 +485,11 @@ class Distiller(nn.Module):
 
     @property
     def _methods(self) -> list[Method]:
+        if len(self.methods) != len(self._names):
+            raise KDError(
+                f"the Distiller was made with {len(self._names)} methods and has {len(self.methods)} now. Methods are "
+                "set up once: make a new one, Distiller(teacher, student, methods)"
+            )
         return [cast(Method, method) for method in self.methods]
 
     def get_extra_state(self) -> dict[str, int]:

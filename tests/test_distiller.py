@@ -76,6 +76,29 @@ def test_a_teacher_set_to_train_meanwhile_is_set_back(batch):
     assert all(torch.equal(buffers[name], buffer) for name, buffer in teacher.named_buffers())
 
 
+def test_a_teacher_made_trainable_meanwhile_is_frozen_again(batch):
+    teacher = tiny_gfl(seed=1)
+    distiller = Distiller(teacher, tiny_gfl(seed=2), [CrossKD()])
+    [*teacher.parameters()][-1].requires_grad_(True)
+    distiller(*batch).total.backward()
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "methods", "class_map", "teacher_scale"])
+def test_what_methods_are_set_up_for_stays(name):
+    distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [PKD()])
+    with pytest.raises(KDError, match=f"the {name} of a Distiller cannot be changed, .*: make a new one"):
+        setattr(distiller, name, tiny_gfl(seed=3))
+
+
+def test_methods_are_not_added_later(batch):
+    distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [PKD()])
+    distiller.methods.append(CrossKD())
+    with pytest.raises(KDError, match="was made with 1 methods and has 2 now"):
+        distiller(*batch)
+
+
 def test_one_teacher_pass_a_step(batch):
     calls = []
     teacher = tiny_gfl(seed=1)
