@@ -12,6 +12,7 @@ from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import Capability, Method, Schedule
 from kdtoolkit.distiller import Losses
+from kdtoolkit.listing import facts_of
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD, FitNet, Mimic, all_methods
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
@@ -389,6 +390,27 @@ def test_wrong_terms_are_one_sentence(batch, returned, words):
     with pytest.raises(TypeError, match=words) as error:
         Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [Wrong(returned=returned)])(*batch)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"needs": None}, "Fact.needs is missing: write what both detectors must show"),
+        ({"needs": [Capability.FEATURES]}, r"Fact.needs is \[.*\]: write what"),
+        ({"needs": frozenset({"feature"})}, r"Fact.needs is frozenset\(\{'feature'\}\)"),
+        ({"terms": None}, r"Fact.terms is missing: write a tuple of names, as in terms = \("),
+        ({"terms": "x"}, "Fact.terms is 'x': write a tuple of names"),
+        ({"metrics": ["x"]}, r"Fact.metrics is \['x'\]"),
+        ({"metrics": ("feature",)}, "Fact has the name 'feature' twice in its terms and metrics"),
+        ({"unlabelled": "image"}, "Fact.unlabelled is 'image': it must be one of 'images', 'detections', 'skips'"),
+    ],
+)
+def test_wrong_facts_of_a_class_are_one_sentence(facts, words):
+    method = type("Fact", (PKD,), facts)
+    with pytest.raises(KDError, match=words):
+        Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [method()])
+    with pytest.raises(KDError, match=words):
+        facts_of(method)
 
 
 def test_targets_are_as_many_as_images_and_labels_are_integers(batch):
