@@ -124,8 +124,7 @@ def _imported(name: str) -> Callable[..., object]:
             f"detector, or a name such as {examples}"
         )
     module_name, _, attribute = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:  # `python -m` puts it there, console scripts do not
-        sys.path.append(here)
+    find_modules_here()
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (Exception, SystemExit) as error:  # the user's module may raise anything when it is imported
@@ -134,3 +133,9 @@ def _imported(name: str) -> Callable[..., object]:
         raise KDError(f"model {name!r} is not callable: name a class or a function that returns a detector")
     found: Callable[..., object] = factory
     return found
+
+
+def find_modules_here() -> None:
+    """Let Python find the modules in the working directory too: `python -m` does so, console scripts do not."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)

@@ -14,7 +14,7 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.uncompiled import uncompiled
 
 LOWEST, HIGHEST = -0.5, 1.5  # allowed in images: resizing and changes of colour may leave [0, 1] by a little
-SMALLEST = 16  # px; if images are larger and all boxes lie within 0..1, the boxes are not in pixels
+SMALLEST = 16  # px; if an image is larger and all its boxes lie within 0..1, the boxes are not in pixels
 
 
 def checked_images(images: Sequence[Tensor] | Tensor, model: nn.Module) -> list[Tensor]:
@@ -40,18 +40,30 @@ def checked_batch(
     ground_truth = _targets(targets, len(images))
     device = images[0].device
     boxes, labels = (torch.cat([target[key] for target in ground_truth]) for key in ("boxes", "labels"))
-    facts = torch.stack([check.all() for check in _checks(boxes, labels, spec)]).float()
+    sizes = [(image.shape[2], image.shape[1]) for image in images]  # (width, height)
+    solid_boxes, known_labels = _checks(boxes, labels, spec)
+    facts = torch.stack([solid_boxes.all(), known_labels.all(), *_places(boxes, ground_truth, sizes)]).float()
     lows, highs = zip(*(torch.aminmax(image) for image in images), strict=True)
     ranges = torch.stack([*lows, *highs]).float()
-    solid, known, relative, *extremes = torch.cat([facts.to(device, non_blocking=True), ranges]).tolist()
-    _check_ranges(list(zip(extremes[: len(images)], extremes[len(images) :], strict=True)))
-    if len(boxes) and relative and all(min(image.shape[1:]) >= SMALLEST for image in images):
-        raise KDError(
-            "all boxes of this batch lie within 0..1, and boxes must be x1, y1, x2, y2 in pixels: multiply them by the "
-            "width and height of their image"
-        )
+    solid, known, overlaps, *numbers = torch.cat([facts.to(device, non_blocking=True), ranges]).tolist()
+    count = len(images)
+    relative, lowest, highest = numbers[:count], numbers[count : 2 * count], numbers[2 * count :]
+    _check_ranges(list(zip(lowest, highest, strict=True)))
+    for i, size in enumerate(sizes):
+        if relative[i] and min(size) >= SMALLEST:
+            raise KDError(
+                f"target {i}: all boxes lie within 0..1, and boxes must be x1, y1, x2, y2 in pixels: multiply them by "
+                "the width and height of their image"
+            )
     if not (solid and known):
         _explain(ground_truth, spec)
+    if len(boxes) and not overlaps:
+        i, target = next((i, target) for i, target in enumerate(ground_truth) if len(target["boxes"]))
+        raise KDError(
+            f"no box of this batch overlaps its image: box 0 of target {i} is {target['boxes'][0].tolist()}, and image "
+            f"{i} is {sizes[i][0]} px wide and {sizes[i][1]} px high. Are the boxes in pixels of the image before it "
+            "was resized?"
+        )
     return images, [
         {
             "boxes": target["boxes"].to(device, non_blocking=True),
@@ -182,11 +194,27 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _checks(boxes: Tensor, labels: Tensor, spec: DetectorSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Three masks (G,): boxes that are finite and have an area; labels that the detector knows; boxes within 0..1."""
+def _checks(boxes: Tensor, labels: Tensor, spec: DetectorSpec) -> tuple[Tensor, Tensor]:
+    """Two masks (G,): boxes that are finite and have an area; labels that the detector knows."""
     solid = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-    known = (labels >= 0) & (labels < spec.num_classes)
-    return solid, known, ((boxes >= 0) & (boxes <= 1)).all(1)
+    return solid, (labels >= 0) & (labels < spec.num_classes)
+
+
+def _places(boxes: Tensor, targets: Sequence[Target], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Whether any box overlaps its image of `sizes`; then of each image whether its boxes are relative to its size.
+
+    What lies in the first pixel, at the image's corner, may be what is left of an object that was cut off there.
+    """
+    owners = [i for i, target in enumerate(targets) for _ in range(len(target["boxes"]))]
+    limits = boxes.new_tensor([sizes[i] for i in owners]).view(-1, 2)
+    overlaps = ((boxes[:, 2:] > 0) & (boxes[:, :2] < limits)).all(1)
+    within = ((boxes >= 0) & (boxes <= 1)).all(1)
+    apart = within & (boxes[:, :2] > 0).any(1)
+    counts = boxes.new_zeros(len(targets), 2)
+    counts.index_add_(
+        0, torch.tensor(owners, dtype=torch.int64, device=boxes.device), torch.stack([~within, apart], 1).float()
+    )
+    return [overlaps.any(), *((counts[:, 0] == 0) & (counts[:, 1] > 0))]
 
 
 def _check_ranges(ranges: Iterable[Sequence[float]]) -> None:
@@ -204,7 +232,7 @@ def _check_ranges(ranges: Iterable[Sequence[float]]) -> None:
 def _explain(targets: Sequence[Target], spec: DetectorSpec) -> None:
     """Raise KDError about the first box or label that is wrong."""
     for i, target in enumerate(targets):
-        solid, known, _ = _checks(target["boxes"], target["labels"], spec)
+        solid, known = _checks(target["boxes"], target["labels"], spec)
         if not bool(solid.all()):
             at = int((~solid).nonzero()[0])
             raise KDError(

@@ -10,6 +10,7 @@ use instead. It completes "PKD cannot distil A into B: ..." and has no full stop
 from __future__ import annotations
 
 from kdtoolkit.contract import Capability, DetectorSpec, Method, Predictions, PriorKind
+from kdtoolkit.contract.method import check_facts
 from kdtoolkit.errors import IncompatibleError
 
 _OF_FEATURES = "a method of features (PKD, FGD)"
@@ -20,7 +21,11 @@ _OF_HEADS = set(Capability) - {Capability.FEATURES}
 
 
 def why_refused(method: type[Method] | Method, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> str | None:
-    """Why a method cannot distil this pair. A class stands for a method with its default settings."""
+    """Why a method cannot distil this pair. A class stands for a method with its default settings.
+
+    Raises KDError if the class does not say what a method must say.
+    """
+    check_facts(method)
     for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
         if missing := sorted(method.needs - spec.capabilities):
             return f"it needs {', '.join(missing)}, which the {role} ({spec.name}) does not show{use_instead(spec)}"

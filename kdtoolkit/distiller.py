@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import chain, islice
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ from kdtoolkit.teacher_lookup import TeacherLookup
 from kdtoolkit.uncompiled import uncompiled
 
 TEACHER_SCALES = (1.0, 0.5, 0.25)  # others would turn no stride into one of the student's
+_FIXED = {"student", "teacher", "methods", "class_map", "teacher_scale"}
+_TASK = "task"  # the name of the student's own losses
 _SMALLEST_OBJECT = 1.0  # px; smaller detections do not stand for objects
 
 
@@ -161,6 +163,7 @@ class Distiller(nn.Module):
         self.calls = 0
         self.run_steps: int | None = None  # needed where schedules are given as shares of it
         self._names = _unique_names(methods)
+        self._frozen: list[nn.Parameter] = []  # the teacher's
         if self.teacher_adapter is None:
             if methods:
                 raise KDError("methods need a teacher: Distiller(teacher, student, methods=[...])")
@@ -183,8 +186,18 @@ class Distiller(nn.Module):
             method.setup(*(spec.at_strides(method.strides) for spec in specs))
             method.to(next(self.student.parameters()).device)
         self.teacher_adapter.model.eval().requires_grad_(False)
+        self._frozen = [*self.teacher_adapter.model.parameters()]
         for method in methods:
             method.in_use = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a different student, teacher, list of methods and the like: methods are set up for what is there."""
+        if name in _FIXED and (name == "teacher" or name in vars(self) or name in self._modules):
+            raise KDError(
+                f"the {name} of a Distiller cannot be changed, because its methods are set up once: make a new one, "
+                "Distiller(teacher, student, methods)"
+            )
+        super().__setattr__(name, value)
 
     def forward(
         self,
@@ -220,7 +233,7 @@ class Distiller(nn.Module):
         trace, losses = student_view.head, Losses()
         if ground_truth is not None:
             own, student_view.assignment = student.task_losses(trace, batch)
-            losses.update({f"task/{name}": loss for name, loss in own.items()})
+            losses.update({f"{_TASK}/{name}": loss for name, loss in own.items()})
         if teacher_view is not None:
             exchange = Exchange(self._with_shared_classes(student_view, methods), teacher_view)
             found = [checked_terms(method, method(exchange.at_strides(method.strides))) for method in methods]
@@ -256,6 +269,9 @@ class Distiller(nn.Module):
             # The user may have called half(), which converts all parameters; to look at each takes a millisecond.
             if adapter is not None and _first_type(adapter.model) != torch.float32:
                 check_precision(adapter.model)
+        for parameter in self._frozen:
+            if parameter.requires_grad:  # the user may have called requires_grad_() on a module that holds the teacher
+                parameter.requires_grad_(False)
         targets, recorded = without_recorded(targets)
         if targets is None:
             images = checked_images(images, self.student)
@@ -469,6 +485,11 @@ class Distiller(nn.Module):
 
     @property
     def _methods(self) -> list[Method]:
+        if len(self.methods) != len(self._names):
+            raise KDError(
+                f"the Distiller was made with {len(self._names)} methods and has {len(self.methods)} now. Methods are "
+                "set up once: make a new one, Distiller(teacher, student, methods)"
+            )
         return [cast(Method, method) for method in self.methods]
 
     def get_extra_state(self) -> dict[str, int]:
@@ -532,12 +553,15 @@ def _checked(methods: Sequence[Method]) -> list[Method]:
 
 
 def _unique_names(methods: Sequence[Method]) -> list[str]:
-    """Class names in lower case. The second instance of a class gets the number 2: `pkd`, `pkd2`."""
+    """Class names in lower case, with a number where a name is taken: `pkd`, `pkd2`. `task` is the student's own."""
     names: list[str] = []
     for method in methods:
-        base = type(method).__name__.lower()
-        seen = sum(type(earlier).__name__.lower() == base for earlier in methods[: len(names)])
-        names.append(f"{base}{seen + 1}" if seen else base)
+        base = name = type(method).__name__.lower()
+        number = 1
+        while name in (_TASK, *names):
+            number += 1
+            name = f"{base}{number}"
+        names.append(name)
     return names
 
 

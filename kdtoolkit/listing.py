@@ -79,9 +79,11 @@ def all_method_facts() -> dict[str, MethodFacts]:
 
 
 def facts_of(method: type[Method]) -> MethodFacts:
-    """The facts about a method's class."""
+    """The facts about a method's class. Raises KDError if it does not say what a method must say."""
+    from kdtoolkit.contract.method import check_facts
     from kdtoolkit.methods import published_settings
 
+    check_facts(method)
     parameters = inspect.signature(method).parameters.values()
     return MethodFacts(
         name=method.__name__,
@@ -90,7 +92,7 @@ def facts_of(method: type[Method]) -> MethodFacts:
         needs=tuple(sorted(method.needs)),
         unlabelled=method.unlabelled,
         terms=method.terms,
-        paper=method.paper,
+        paper=getattr(method, "paper", ""),
         arguments={p.name: repr(p.default) for p in parameters if p.default is not p.empty},
         settings={name: inspect.getdoc(make) or "" for name, make in published_settings(method).items()},
     )

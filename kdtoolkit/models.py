@@ -229,12 +229,14 @@ def _save_tensors(detector: Detector, folder: Path) -> tuple[str, str]:
     """Save a state dict as safetensors: the format of detectors whose library has none of its own."""
     state = {key: value.detach().cpu().clone().contiguous() for key, value in detector.model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    how_to_open = (
-        "# Its module is part of kdtoolkit.\n"
-        "from kdtoolkit.models import open_detector\n"
-        'model = open_detector(".").model.eval()\n'
-    )
-    return "model.safetensors", how_to_open
+    if is_code(detector.name):
+        name = architecture(detector.name)
+        about = f"# It imports {name.partition(':')[0]}, and needs the package of its adapter.\n"
+        arguments = f'"{name}", weights="."'
+    else:
+        about, arguments = "# Its module is part of kdtoolkit.\n", '"."'
+    opened = f"from kdtoolkit.models import open_detector\nmodel = open_detector({arguments}).model.eval()\n"
+    return "model.safetensors", about + opened
 
 
 def _opened(name: str, weights: str | Path | None, args: Mapping[str, object], count: int | None) -> Opened | None:
@@ -308,19 +310,25 @@ def _open_place(place: Path) -> Opened:
 
 def _open_folder(folder: Path) -> Opened:
     """Open a folder of `save_detector`, one that holds such a folder, or one of `save_pretrained`."""
+    folder = _saved_in(folder)
     if (folder / DESCRIPTION).is_file():
         return _open_saved(folder)
-    inside = sorted(path.parent for path in folder.glob(f"*/{DESCRIPTION}"))
-    if len(inside) == 1:
-        return _open_saved(inside[0])
-    if inside:
-        raise KDError(f"{folder} holds several detectors: name one of {', '.join(map(str, inside))}")
     if (folder / "config.json").is_file():
         opened: Opened = _library("hf").open_published(str(folder), {}, None)
         return opened
     raise KDError(
         f"{folder} holds no detector: one of save_detector has {DESCRIPTION}, one of save_pretrained config.json"
     )
+
+
+def _saved_in(place: Path) -> Path:
+    """The one folder of `save_detector` inside a folder; else the place itself. Raises KDError if it has several."""
+    inside = sorted(path.parent for path in place.glob(f"*/{DESCRIPTION}"))
+    if (place / DESCRIPTION).is_file() or not inside:
+        return place
+    if len(inside) > 1:
+        raise KDError(f"{place} holds several detectors: name one of {', '.join(map(str, inside))}")
+    return inside[0]
 
 
 def _open_saved(folder: Path) -> Opened:
@@ -372,14 +380,16 @@ def _library(prefix: str) -> ModuleType:
 
 def _checkpoint_in(place: Path) -> Checkpoint:
     """The state dict of a file, or of a folder's detector."""
+    place = _saved_in(place)
     about = _description(place)
     if about.get("file") in ("model.safetensors", "model.pth") and not (place / "config.json").is_file():
         names = about.get("classes")
         state = read_checkpoint(place / about["file"]).state
-        return Checkpoint(state, names and tuple(map(str, names)), bool(about.get("trained", True)))
+        trained, size = bool(about.get("trained", True)), about.get("image_size")
+        return Checkpoint(state, names and tuple(map(str, names)), trained, size)
     if place.is_dir() or holds_yolo(place):
         opened = _open_place(place)
-        return Checkpoint(dict(opened.model.state_dict()), opened.class_names, opened.trained)
+        return Checkpoint(dict(opened.model.state_dict()), opened.class_names, opened.trained, opened.image_size)
     return read_checkpoint(place)
 
 
@@ -402,9 +412,10 @@ def _open_state(name: str, checkpoint: Checkpoint, source: str, count: int | Non
             except KDError as reason:
                 errors.append(reason)
             else:
-                return Opened(model, build, other, name, None, source, checkpoint.trained)
+                return Opened(model, build, other, name, None, source, checkpoint.trained, (), checkpoint.image_size)
         raise (errors or [error])[0] from None  # of the likeliest number
-    return Opened(model, build, guess, name, checkpoint.class_names, source, checkpoint.trained)
+    names = checkpoint.class_names
+    return Opened(model, build, guess, name, names, source, checkpoint.trained, (), checkpoint.image_size)
 
 
 def _possible_counts(

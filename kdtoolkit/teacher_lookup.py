@@ -6,14 +6,17 @@ changed image, size or teacher has a different key. docs/teacher_cache.md says w
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from kdtoolkit.contract import Batch, CachedView, DetectorAdapter
 from kdtoolkit.errors import KDError
+from kdtoolkit.sources import modules_of, source_files
 from kdtoolkit.teacher_cache import TeacherCache, digest, digest_of
 from kdtoolkit.tf32 import in_tf32
 from kdtoolkit.uncompiled import uncompiled
@@ -82,13 +85,23 @@ class TeacherLookup:
 def teacher_digest(adapter: DetectorAdapter) -> str:
     """The digest of a teacher: its adapter and facts, its layers and their settings, its weights and buffers.
 
-    How it normalises images is part of it as well: what `prepare` makes of a fixed image.
+    How it normalises images is part of it as well: what `prepare` makes of a fixed image. So is the source code of an
+    adapter that is not kdtoolkit's, and of its model.
     """
     spec, model = adapter.spec, adapter.model
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # addresses differ in each process
+    if modules := modules_of(type(adapter), DetectorAdapter):
+        layers += _code_of(frozenset(modules | modules_of(type(model), nn.Module)))
     facts = type(adapter).__qualname__, spec.name, spec.num_classes, spec.strides, spec.channels, layers, _FORM
     tensors = [("prepared", _prepared(adapter)), *model.named_parameters(), *model.named_buffers()]
     return digest_of(repr(facts), tensors).hex()
+
+
+@cache  # computed once: Python has imported the files as they were then
+def _code_of(modules: frozenset[str]) -> str:
+    """The digests of the source files of modules."""
+    files = source_files(sorted(modules))
+    return repr(sorted((name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in files.items()))
 
 
 def _prepared(adapter: DetectorAdapter) -> Tensor:

@@ -24,12 +24,14 @@ from kdtoolkit.libraries import adapt
 class Checkpoint:
     """A state dict, and the names of the classes that it is for; None if the file does not say them.
 
-    `trained` is False if it is known that some of the tensors are random.
+    `trained` is False if it is known that some of the tensors are random. `image_size` is that of the images that they
+    were trained on, in pixels; None if nobody knows it.
     """
 
     state: dict[str, Tensor]
     class_names: tuple[str, ...] | None
     trained: bool = True
+    image_size: int | None = None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

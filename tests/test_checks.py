@@ -50,8 +50,20 @@ WRONG = {
     "relative boxes": (
         [IMAGE],
         [{**TARGET, "boxes": BOXES / 64}],
-        "boxes of this batch lie within 0..1, .*multiply them by the",
+        "target 0: all boxes lie within 0..1, .*multiply them by the",
     ),
+    "relative boxes of one image": (
+        [IMAGE] * 3,
+        [TARGET, {"boxes": torch.zeros(0, 4), "labels": LABELS[:0]}, {**TARGET, "boxes": BOXES / 64}],
+        "target 2: all boxes lie within 0..1",
+    ),
+    "boxes of larger images": (
+        [IMAGE] * 3,
+        [{"boxes": torch.zeros(0, 4), "labels": LABELS[:0]}, *[{**TARGET, "boxes": BOXES + 64}] * 2],
+        r"no box of this batch overlaps its image: box 0 of target 1 is \[68.0, 70.0, 94.0, 104.0\], and image 1 is 64 "
+        r"px wide and 64 px high. Are the boxes in pixels of the image before it was resized\?",
+    ),
+    "boxes left of the image": ([IMAGE], [{**TARGET, "boxes": BOXES - 50}], "no box of this batch overlaps its image"),
     "targets of another kind": (
         [IMAGE],
         TARGET,
@@ -124,6 +136,12 @@ def test_what_resizing_and_changes_of_colour_leave_is_taken(distiller):
     distiller([torch.zeros(3, 64, 64)], [TARGET])
     tiny = {**TARGET, "boxes": torch.tensor([[0.0, 0, 1, 1]])}  # a pixel of a tiny image
     distiller([torch.rand(3, 12, 12)] * 2, [tiny] * 2)
+
+
+def test_what_a_crop_leaves_of_objects_is_taken(distiller):
+    corner = {**TARGET, "boxes": torch.tensor([[0.0, 0, 0.7, 1]])}
+    beside = {**TARGET, "boxes": BOXES + 64}
+    distiller([IMAGE, IMAGE, IMAGE], [TARGET, corner, beside])
 
 
 def test_what_is_not_finite_passes_for_training_tells_where_it_comes_from():

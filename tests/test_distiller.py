@@ -12,6 +12,7 @@ from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.compatibility import why_refused
 from kdtoolkit.contract import Capability, Method, Schedule
 from kdtoolkit.distiller import Losses
+from kdtoolkit.listing import facts_of
 from kdtoolkit.methods import FGD, LD, PKD, CrossKD, FitNet, Mimic, all_methods
 from tests.conftest import DENSE, tiny_atss, tiny_gfl
 
@@ -34,6 +35,18 @@ def test_terms_are_named_and_summed(batch):
     assert {"crosskd/cls", "crosskd/box", "pkd/feature", "pkd2/feature"} < set(losses)
     assert losses["pkd2/feature"].item() == pytest.approx(losses["pkd/feature"].item() / 2)
     assert losses.total.item() == pytest.approx(sum(loss.item() for loss in losses.values()), rel=1e-6)
+
+
+def test_no_name_is_given_twice(batch):
+    pkd2, task = (type(name, (PKD,), {}) for name in ("PKD2", "Task"))
+    task.terms = ("cls",)
+    methods = [PKD(), PKD(weight=2.0), pkd2(weight=3.0), pkd2(), task()]
+    distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), methods)
+    assert distiller.names == ("pkd", "pkd2", "pkd22", "pkd23", "task2")
+    losses, own = distiller(*batch), Distiller(None, tiny_gfl(seed=2))(*batch)
+    assert losses.keys() - own.keys() == {*distiller.terms}
+    assert len(distiller.terms) == len(methods)
+    assert losses["task/cls"] == own["task/cls"]
 
 
 def test_the_teacher_never_changes_and_the_student_stays_plain(batch):
@@ -62,6 +75,29 @@ def test_a_teacher_set_to_train_meanwhile_is_set_back(batch):
     buffers = copy.deepcopy(dict(teacher.named_buffers()))
     distiller(*batch)
     assert all(torch.equal(buffers[name], buffer) for name, buffer in teacher.named_buffers())
+
+
+def test_a_teacher_made_trainable_meanwhile_is_frozen_again(batch):
+    teacher = tiny_gfl(seed=1)
+    distiller = Distiller(teacher, tiny_gfl(seed=2), [CrossKD()])
+    [*teacher.parameters()][-1].requires_grad_(True)
+    distiller(*batch).total.backward()
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "methods", "class_map", "teacher_scale"])
+def test_what_methods_are_set_up_for_stays(name):
+    distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [PKD()])
+    with pytest.raises(KDError, match=f"the {name} of a Distiller cannot be changed, .*: make a new one"):
+        setattr(distiller, name, tiny_gfl(seed=3))
+
+
+def test_methods_are_not_added_later(batch):
+    distiller = Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [PKD()])
+    distiller.methods.append(CrossKD())
+    with pytest.raises(KDError, match="was made with 1 methods and has 2 now"):
+        distiller(*batch)
 
 
 def test_one_teacher_pass_a_step(batch):
@@ -354,6 +390,27 @@ def test_wrong_terms_are_one_sentence(batch, returned, words):
     with pytest.raises(TypeError, match=words) as error:
         Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [Wrong(returned=returned)])(*batch)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"needs": None}, "Fact.needs is missing: write what both detectors must show"),
+        ({"needs": [Capability.FEATURES]}, r"Fact.needs is \[.*\]: write what"),
+        ({"needs": frozenset({"feature"})}, r"Fact.needs is frozenset\(\{'feature'\}\)"),
+        ({"terms": None}, r"Fact.terms is missing: write a tuple of names, as in terms = \("),
+        ({"terms": "x"}, "Fact.terms is 'x': write a tuple of names"),
+        ({"metrics": ["x"]}, r"Fact.metrics is \['x'\]"),
+        ({"metrics": ("feature",)}, "Fact has the name 'feature' twice in its terms and metrics"),
+        ({"unlabelled": "image"}, "Fact.unlabelled is 'image': it must be one of 'images', 'detections', 'skips'"),
+    ],
+)
+def test_wrong_facts_of_a_class_are_one_sentence(facts, words):
+    method = type("Fact", (PKD,), facts)
+    with pytest.raises(KDError, match=words):
+        Distiller(tiny_gfl(seed=1), tiny_gfl(seed=2), [method()])
+    with pytest.raises(KDError, match=words):
+        facts_of(method)
 
 
 def test_targets_are_as_many_as_images_and_labels_are_integers(batch):

@@ -17,6 +17,7 @@ from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.models import build_model, content_of, is_code, is_place, open_detector, save_detector
+from tests._onelevel import OneLevel
 from tests._opened import GFL as TINY_GFL
 from tests._opened import NAMES, RT_DETR, assert_same, detect, stirred
 from tests._published import published_state
@@ -370,6 +371,19 @@ def test_code_is_not_imported_because_a_folder_names_it(tmp_path):
     save_detector(detector, tmp_path)
     with pytest.raises(KDError, match=r"names tests\.test_models:Recorder, which imports .* name it yourself"):
         open_detector(tmp_path)
+
+
+def test_a_detector_of_ones_own_is_opened_as_its_folder_says(tmp_path, monkeypatch):
+    detector = open_detector("tests._onelevel:OneLevel", num_classes=3)
+    saved = save_detector(replace(detector, class_names=tuple("abc"), trained=True, image_size=64), tmp_path / "model")
+    for folder in (tmp_path, tmp_path / "model"):  # of a run, and of its detector
+        opened = open_detector("tests._onelevel:OneLevel", weights=folder)
+        assert (opened.class_names, opened.trained, opened.image_size) == (tuple("abc"), True, 64)
+    monkeypatch.chdir(saved.folder)
+    scope = {}
+    exec(saved.how_to_open, scope)
+    assert type(scope["model"]) is OneLevel
+    assert "imports tests._onelevel" in saved.how_to_open
 
 
 def test_a_path_is_no_code_whatever_it_is_called(saved_gfl, tmp_path, monkeypatch):

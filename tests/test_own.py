@@ -43,7 +43,7 @@ def written(tmp_path, monkeypatch):
 
 def test_every_block_is_a_file():
     assert TEXT.count("```python") == len(FILES)
-    assert len(METHODS) == 3
+    assert len(METHODS) == 4
 
 
 @pytest.mark.parametrize("path", TESTS)

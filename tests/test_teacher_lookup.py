@@ -1,14 +1,17 @@
 """Keys of a teacher's views: a changed teacher has different keys."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from kdtoolkit.adapters.native import DenseAdapter
 from kdtoolkit.adapters.timm import FoundationAdapter
 from kdtoolkit.libraries import adapt
 from kdtoolkit.matrix import families
 from kdtoolkit.teacher_cache import TeacherCache
-from kdtoolkit.teacher_lookup import TeacherLookup, teacher_digest
+from kdtoolkit.teacher_lookup import TeacherLookup, _code_of, teacher_digest
 from kdtoolkit.testing._batch import example_batch
 from tests._foundation import foundation
 from tests.conftest import tiny_gfl
@@ -99,3 +102,16 @@ def test_addresses_in_the_description_of_a_layer_are_not_in_the_digest():
         teacher.extra_repr = lambda: repr(lambda x: x)
         found.append(teacher_digest(adapt(teacher)))
     assert found[0] == found[1]
+
+
+def test_the_code_of_a_foreign_adapter_counts(monkeypatch):
+    own = adapt(tiny_gfl(seed=1))
+    teacher = type("Foreign", (DenseAdapter,), {"__module__": __name__})(own.model)
+    read, found = Path.read_bytes, []
+    for changed in ("", Path(__file__).name):
+        monkeypatch.setattr(Path, "read_bytes", lambda path, name=changed: read(path) + b"#" * (path.name == name))
+        _code_of.cache_clear()
+        found.append((teacher_digest(teacher), teacher_digest(own)))
+    _code_of.cache_clear()
+    assert found[0][0] != found[1][0]
+    assert found[0][1] == found[1][1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import json
 import re
@@ -20,15 +19,20 @@ from torch import Tensor
 
 import kdtoolkit
 from kdtoolkit.benchmark.suite import DetectorSection
+from kdtoolkit.build import find_modules_here
+from kdtoolkit.contract import DetectorAdapter, Method
 from kdtoolkit.engine.checkpoint import to_bytes
 from kdtoolkit.engine.config import TrainConfig
 from kdtoolkit.engine.identity import ONLY_SPEED
-from kdtoolkit.libraries import library_of_name
+from kdtoolkit.libraries import ENTRY_POINTS, library_of_name
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import content_of
+from kdtoolkit.plugins import announced
+from kdtoolkit.sources import modules_of, source_files
 
 # The source files of all cells. Those of the detector's adapter are added, and those of the cell's methods with the
-# files of kdtoolkit/methods that these import. Files of commands, and of what they print, are left out.
+# files of kdtoolkit/methods that these import. Files of commands, and of what they print, are left out. Of a model,
+# method or adapter of another package, all files of that package are added.
 _OF_CELLS = ("benchmark/cell.py", "benchmark/datasets.py")
 _SOURCES = ("*.py", "contract/*.py", "data/*.py", "engine/*.py", *_OF_CELLS)
 _NOT_OF_CELLS = {
@@ -75,7 +79,7 @@ def cell_parts(
         "torch": torch.__version__,
         "library": f"{library} {version(library)}",
         **({"weights": content} if (content := content_of(detector.model, detector.args, detector.weights)) else {}),
-        "code": source_digest(detector.model, tuple(Path(inspect.getfile(use.method)) for use in methods)),
+        "code": source_digest(detector.model, tuple(use.method for use in methods)),
     }
 
 
@@ -165,20 +169,26 @@ def package_digest() -> str:
 
 
 @cache  # computed once: workers have imported the files as they were when the run began
-def source_digest(model: str, extra: tuple[Path, ...] = ()) -> str:
-    """Digest of the files that train and evaluate a model: kdtoolkit's, the file of a user's model, and `extra`."""
+def source_digest(model: str, methods: tuple[type[Method], ...] = ()) -> str:
+    """Digest of the files that train and evaluate a model by methods: kdtoolkit's, and those of other packages."""
     package = Path(kdtoolkit.__file__).parent
-    files = {path for pattern in (*_SOURCES, *_adapter_sources(model)) for path in package.glob(pattern)}
-    files |= _with_imports(extra, package / "methods")
+    modules = {module for method in methods for module in modules_of(method, Method)}
+    patterns = [*_SOURCES, *_adapter_sources(model)]
+    if modules:  # a method of another package may use what it likes of kdtoolkit/methods
+        patterns.append("methods/*.py")
+    files = {path for pattern in patterns for path in package.glob(pattern)}
+    own = [method for method in methods if method.__module__.partition(".")[0] == "kdtoolkit"]
+    files |= _with_imports((Path(inspect.getfile(method)) for method in own), package / "methods")
     files -= {package / name for name in _NOT_OF_CELLS}
     module, is_own, _ = model.partition("?")[0].partition(":")
-    if is_own and (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
-        files.add(Path(spec.origin))
-
-    def name(path: Path) -> str:  # without the folder of the package: where it is installed makes no difference
-        return str(path.relative_to(package)) if path.is_relative_to(package) else path.name
-
-    return digest({name(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)})
+    if is_own:
+        find_modules_here()
+        # Which of the announced adapters is its own is known only when it is built.
+        modules |= {module, *(name for cls in announced(ENTRY_POINTS) for name in modules_of(cls, DetectorAdapter))}
+    # Without the folder of a package: where it is installed makes no difference.
+    names = {str(path.relative_to(package)) if path.is_relative_to(package) else path.name: path for path in files}
+    names |= {f"../{name}": path for name, path in source_files(modules).items()}
+    return digest({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in names.items()})
 
 
 def _with_imports(files: Iterable[Path], methods: Path) -> set[Path]:

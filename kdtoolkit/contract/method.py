@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import wraps
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from torch import Tensor, nn
 
@@ -124,6 +124,30 @@ class Method(nn.Module, ABC):
         The names are from `terms` and `metrics`. Any of them may be missing, in all processes or in none. A metric that
         is not finite is left out of logs and means.
         """
+
+
+def check_facts(method: Method | type[Method]) -> None:
+    """Raise KDError if `needs`, `terms`, `metrics`, `vanishing` or `unlabelled` are not what `Method` says."""
+    name = method.__name__ if isinstance(method, type) else type(method).__name__
+    needs: object = getattr(method, "needs", None)
+    if not isinstance(needs, Set) or not needs <= set(Capability):
+        raise KDError(
+            f"{name}.needs is {'missing' if needs is None else repr(needs)}: write what both detectors must show, as "
+            "in needs = frozenset({Capability.FEATURES})"
+        )
+    for fact in ("terms", "metrics", "vanishing"):
+        names: object = getattr(method, fact, None)
+        if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):
+            raise KDError(
+                f"{name}.{fact} is {'missing' if names is None else repr(names)}: write a tuple of names, as in "
+                f'{fact} = ("cls",)'
+            )
+    named = method.terms + method.metrics
+    if twice := sorted({each for each in named if named.count(each) > 1}):
+        raise KDError(f"{name} has the name {twice[0]!r} twice in its terms and metrics: each needs a name of its own")
+    if method.unlabelled not in get_args(Unlabelled):
+        known = ", ".join(map(repr, get_args(Unlabelled)))
+        raise KDError(f"{name}.unlabelled is {method.unlabelled!r}: it must be one of {known}")
 
 
 def checked_terms(method: Method, found: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

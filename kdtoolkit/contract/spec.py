@@ -59,6 +59,11 @@ class Stage:
     spatial: bool = True
     activation: Callable[[Tensor], Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        """Make tuples of lists, so that stages compare as equal."""
+        channels = {branch: tuple(counts) for branch, counts in self.channels.items()}
+        object.__setattr__(self, "channels", channels)
+
 
 @dataclass(frozen=True)
 class ClassRows:
@@ -114,6 +119,11 @@ class DetectorSpec:
     places_queries: bool = False
     rebuilds: bool = False
     first_stage: DetectorSpec | None = None
+
+    def __post_init__(self) -> None:
+        """Make tuples of lists, so that specs compare as equal."""
+        for name in ("strides", "channels", "priors_per_cell", "stages", "bins"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def capabilities(self) -> frozenset[Capability]:

@@ -107,6 +107,7 @@ class FeatureMethod(Method):
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """The weighted terms of one step."""
+        self._check_set_up()
         students, teachers = self.pyramids(exchange)
         regions = self.regions(exchange)
         losses = []
@@ -125,3 +126,14 @@ class FeatureMethod(Method):
         if self.mean_over_levels:
             total = total / len(losses)
         return {name: w * loss for name, w, loss in zip(self.terms, self.weights, total.reshape(-1), strict=True)}
+
+    def _check_set_up(self) -> None:
+        """Raise TypeError if a subclass has left out its weights, or the setup of this class."""
+        name = type(self).__name__
+        if len(self.weights) != len(self.terms):
+            raise TypeError(
+                f"{name} has {len(self.terms)} terms {self.terms} and {len(self.weights)} weights: in its __init__ "
+                "assign self.weights, one for each of terms"
+            )
+        if not hasattr(self, "levels") or not hasattr(self, "align"):
+            raise TypeError(f"{name}.setup must call super().setup(student_spec, teacher_spec), which pairs the levels")

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from kdtoolkit.build import is_code
 from kdtoolkit.data.detections import is_detection_file
 from kdtoolkit.engine.evaluate import Evaluation
 from kdtoolkit.engine.result import CacheUse
@@ -60,6 +61,12 @@ class Report(BaseModel):
     model: Path | None = None
     how_to_open: str = ""
     finished: bool = False
+
+    @property
+    def repeat(self) -> str:
+        """The command that does the run again, in the folder of its run file."""
+        names = map(str, (self.given.get(role, "") for role in ("model", "teacher", "student")))
+        return f"kd {self.command} run.yaml --out NEW-FOLDER{' --allow-code' if any(map(is_code, names)) else ''}"
 
     @property
     def ap(self) -> float | None:
@@ -183,7 +190,7 @@ def print_report(report: Report, console: Console) -> None:
     places = {
         "model": "the detector: README.md says how to open it",
         MARKDOWN: "this report (also .json)",
-        "run.yaml": f"kd {report.command} run.yaml --out NEW-FOLDER does the same again",
+        "run.yaml": f"{report.repeat} does the same again",
         "training/log.jsonl": "each step's losses",
     }
     for name, what in places.items():

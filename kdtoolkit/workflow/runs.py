@@ -282,7 +282,7 @@ def _save(prepared: Prepared, report: Report) -> Report:
             "seed": options.seed,
         },
         how_to_open=saved.how_to_open,
-        command=f"kd {options.command} {RUN_FILE} --out NEW-FOLDER",
+        command=report.repeat,
     )
     write_file(folder / "README.md", text.encode())
     report = report.model_copy(update={"model": folder, "how_to_open": saved.how_to_open})

@@ -6,12 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from kdtoolkit.contract import DetectorAdapter, Target
+from kdtoolkit.contract import DetectorAdapter, Method, Target
+from kdtoolkit.contract.method import check_facts
+from kdtoolkit.errors import KDError
 from kdtoolkit.libraries import adapt
 from kdtoolkit.testing._batch import example_batch
 from kdtoolkit.testing.methods import batches, gradients, numerics, side_effects, terms
 from kdtoolkit.testing.methods._case import Case, MethodFactory
-from kdtoolkit.testing.report import ConformanceReport, Result, run
+from kdtoolkit.testing.report import ConformanceError, ConformanceReport, Result, run
 
 
 def check_method(
@@ -40,11 +42,11 @@ def check_method(
         targets: their ground truth. Give both or neither.
 
     Raises:
-        ConformanceError: promises are broken. It lists all of them.
+        ConformanceError: promises are broken. It lists all of them. Or the method cannot be built.
         KDError: no adapter knows a model, or no check has a name of `known` or `only`.
     """
     pair = adapt(student), adapt(teacher)
-    subject = f"{type(method_factory()).__name__} from {pair[1].spec.name} to {pair[0].spec.name}"
+    subject = f"{type(_built(method_factory)).__name__} from {pair[1].spec.name} to {pair[0].spec.name}"
     if images is None or targets is None:
         images, targets = example_batch(pair[0].spec.num_classes, next(pair[0].model.parameters()).device)
     case = Case(method_factory, *pair, tuple(images), tuple(targets))
@@ -55,6 +57,22 @@ def check_method(
     if reason is not None:
         return ConformanceReport(subject, {"refuses": Result("refused", reason)})
     return run(subject, METHOD_CHECKS, case, known or {}, only)
+
+
+def _built(factory: MethodFactory) -> Method:
+    """A new method. Raises ConformanceError if none can be built, or if its class does not say what it must say."""
+    name = getattr(factory, "__name__", "the method")
+    try:
+        method = factory()
+    except Exception as error:
+        raise ConformanceError(f"{name} cannot be built without arguments: {type(error).__name__}: {error}") from error
+    if not isinstance(method, Method):
+        raise ConformanceError(f"{name} builds a {type(method).__name__}, which is no subclass of Method")
+    try:
+        check_facts(method)
+    except KDError as error:
+        raise ConformanceError(str(error)) from error
+    return method
 
 
 METHOD_CHECKS = {

@@ -6,16 +6,16 @@ import copy
 import inspect
 from dataclasses import replace
 from functools import partial
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from kdtoolkit.compatibility import why_refused
-from kdtoolkit.contract import Capability, Exchange, Method, Predictions
+from kdtoolkit.contract import Capability, Exchange, Method, Predictions, PriorKind
 from kdtoolkit.errors import KDError
 from kdtoolkit.testing._batch import observe
-from kdtoolkit.testing._doubles import transformed
+from kdtoolkit.testing._doubles import WatchedView, transformed
 from kdtoolkit.testing._expect import expect, expect_backward, expect_finite, expect_losses, total
 from kdtoolkit.testing.methods._case import ROUNDING, Case, method_of
 from kdtoolkit.testing.report import SEED, LeftOut, by_name
@@ -53,6 +53,40 @@ def _terms(case: Case) -> None:
         unknown = ", ".join(sorted(set(names) - set(method.terms)))
         expect(not unknown, f"{what} {unknown}; `terms` declares {', '.join(method.terms)}")
     expect_losses(terms, "terms")
+
+
+_WITHOUT: dict[Capability, dict[str, Any]] = {
+    Capability.FEATURES: {"strides": (), "channels": ()},
+    Capability.PREDICTIONS: {"priors": PriorKind.NONE},
+    Capability.STAGES: {"stages": ()},
+    Capability.ASSIGNMENT: {"assigns": False},
+    Capability.PLACED_QUERIES: {"places_queries": False},
+}
+"""The fields of a spec that does not show a capability."""
+
+
+@torch.no_grad()
+def _needs(case: Case) -> None:
+    """A detector that does not show what the method takes of it is refused: by `needs`, or by `refuses`."""
+    distiller = case.fresh()
+    method, teacher = method_of(distiller), distiller.teacher_adapter
+    assert teacher is not None
+    batch = distiller.student_adapter.prepare(case.images, case.targets)
+    beside = distiller.teacher_batch(case.images, case.targets, batch)
+    views = {
+        "student": WatchedView(distiller.student_adapter, batch, frozen=False),
+        "teacher": WatchedView(teacher, beside, frozen=True),
+    }
+    method(Exchange(views["student"], views["teacher"]).at_strides(method.strides))
+    for role, view in views.items():
+        for taken in sorted(view.taken):
+            specs = {each: views[each].spec for each in views}
+            specs[role] = replace(view.spec, **_WITHOUT[taken])
+            expect(
+                why_refused(case.factory(), specs["student"], specs["teacher"]) is not None,
+                f"it takes {taken} of the {role}, and a {role} that does not show this is not refused. Add "
+                f"Capability.{taken.name} to `needs`: else neither such a detector nor other classes are refused",
+            )
 
 
 def _vanishing(case: Case) -> None:
@@ -155,4 +189,4 @@ def _weights_of_zero(case: Case) -> None:
         expect_backward(terms, distiller, what)
 
 
-CHECKS = by_name(_options, _terms, _vanishing, _magnitude, _weights_of_zero)
+CHECKS = by_name(_options, _terms, _needs, _vanishing, _magnitude, _weights_of_zero)
