@@ -23,9 +23,11 @@ def newer():
         pytest.skip("this torch has the older switches alone")
     switches = MATMUL, CUDNN.conv, CUDNN.rnn
     before = [switch.fp32_precision for switch in switches]
+    older = MATMUL.allow_tf32, CUDNN.allow_tf32
     yield switches
     for switch, value in zip(switches, before, strict=True):
         switch.fp32_precision = value
+    MATMUL.allow_tf32, CUDNN.allow_tf32 = older  # torch refuses to read the older ones where the two kinds disagree
 
 
 @pytest.mark.parametrize("value", ["tf32", "ieee"])
