@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 _IMPORTED = re.compile(r"^\s*(?:from|import)\s+(\w+)", re.MULTILINE)
@@ -37,6 +38,11 @@ def source_files(modules: Iterable[str]) -> dict[str, Path]:
                 beside = (place for name in imported for place in (root / name, root / f"{name}.py"))
                 waiting += [(root, place) for place in beside if place.exists()]
     return found
+
+
+def digests_of(files: Mapping[str, Path]) -> dict[str, str]:
+    """The digest of what each file holds, by the names of the files."""
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
 def _place_of(module: str) -> tuple[Path, Path] | None:

@@ -6,7 +6,6 @@ changed image, size or teacher has a different key. docs/teacher_cache.md says w
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.contract import Batch, CachedView, DetectorAdapter
 from kdtoolkit.errors import KDError
-from kdtoolkit.sources import modules_of, source_files
+from kdtoolkit.sources import digests_of, modules_of, source_files
 from kdtoolkit.teacher_cache import TeacherCache, digest, digest_of
 from kdtoolkit.tf32 import in_tf32
 from kdtoolkit.uncompiled import uncompiled
@@ -100,8 +99,7 @@ def teacher_digest(adapter: DetectorAdapter) -> str:
 @cache  # computed once: Python has imported the files as they were then
 def _code_of(modules: frozenset[str]) -> str:
     """The digests of the source files of modules."""
-    files = source_files(sorted(modules))
-    return repr(sorted((name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in files.items()))
+    return repr(sorted(digests_of(source_files(sorted(modules))).items()))
 
 
 def _prepared(adapter: DetectorAdapter) -> Tensor:

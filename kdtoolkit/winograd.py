@@ -139,7 +139,7 @@ def _takes_all(conv: object, maps: Sequence[Tensor]) -> TypeGuard[nn.Conv2d]:
         and conv.padding_mode == "zeros"
         and not _is_hooked(conv)
         and len({len(x) for x in maps}) == 1
-        and _suit(maps, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        and _suits(maps, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         and _is_available()
     )
 
@@ -161,11 +161,21 @@ def _is_hooked(module: object) -> bool:
     )
 
 
-def _conv2d(*args: Any, **kwargs: Any) -> Tensor:
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: Any = 1,
+) -> Tensor:
     """`F.conv2d`."""
-    if _is_in_context() and _suits(*args, **kwargs) and _is_available():
-        return _convolve(*args, **kwargs)
-    return _direct(*args, **kwargs)
+    how = stride, padding, dilation, groups
+    if _is_in_context() and _suits([input], weight, bias, *how) and _is_available():
+        (found,) = _Convolution.apply(weight, bias, input)
+        return cast(Tensor, found)
+    return _direct(input, weight, bias, *how)
 
 
 def _is_in_context() -> bool:
@@ -173,18 +183,6 @@ def _is_in_context() -> bool:
 
 
 def _suits(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> bool:
-    return _suit([input], weight, bias, stride, padding, dilation, groups)
-
-
-def _suit(
     maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> bool:
     return (
@@ -203,11 +201,6 @@ def _suit(
 def _has_shape(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
     ones = all(each in (1, (1, 1), [1, 1]) for each in (stride, padding, dilation))
     return ones and groups == 1 and tuple(weight.shape[2:]) == (3, 3) and min(weight.shape[:2]) >= CHANNELS
-
-
-def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    (found,) = _Convolution.apply(weight, bias, input)
-    return cast(Tensor, found)
 
 
 class _Convolution(torch.autograd.Function):

@@ -28,7 +28,7 @@ from kdtoolkit.libraries import ENTRY_POINTS, library_of_name
 from kdtoolkit.method_use import MethodUse
 from kdtoolkit.models import content_of
 from kdtoolkit.plugins import announced
-from kdtoolkit.sources import modules_of, source_files
+from kdtoolkit.sources import digests_of, modules_of, source_files
 
 # The source files of all cells. Those of the detector's adapter are added, and those of the cell's methods with the
 # files of kdtoolkit/methods that these import. Files of commands, and of what they print, are left out. Of a model,
@@ -164,8 +164,7 @@ def _without_folders(section: DetectorSection) -> DetectorSection:
 def package_digest() -> str:
     """8 hexadecimal digits that stand for the whole source code of kdtoolkit."""
     package = Path(kdtoolkit.__file__).parent
-    files = sorted(package.rglob("*.py"))
-    return digest({str(path.relative_to(package)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files})[:8]
+    return digest(digests_of({str(path.relative_to(package)): path for path in package.rglob("*.py")}))[:8]
 
 
 @cache  # computed once: workers have imported the files as they were when the run began
@@ -188,7 +187,7 @@ def source_digest(model: str, methods: tuple[type[Method], ...] = ()) -> str:
     # Without the folder of a package: where it is installed makes no difference.
     names = {str(path.relative_to(package)) if path.is_relative_to(package) else path.name: path for path in files}
     names |= {f"../{name}": path for name, path in source_files(modules).items()}
-    return digest({name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in names.items()})
+    return digest(digests_of(names))
 
 
 def _with_imports(files: Iterable[Path], methods: Path) -> set[Path]:

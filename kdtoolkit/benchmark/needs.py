@@ -20,15 +20,8 @@ from kdtoolkit.files import walk
 from kdtoolkit.models import FILES
 
 TRACKED = "tracked"
-_LABELS = (
-    ".json",
-    ".txt",
-    ".xml",
-    ".yaml",
-    ".yml",
-    ".data",
-    ".names",
-)  # what the readers of data sets read besides images
+# What the readers of data sets read besides images.
+_LABELS = (".json", ".txt", ".xml", ".yaml", ".yml", ".data", ".names")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import typer
 
 from kdtoolkit.errors import KDError
 from kdtoolkit.options import did_you_mean
+from kdtoolkit.workflow.options import DATA
 
 T = TypeVar("T")
 
@@ -23,10 +24,7 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
-DATA_HELP = (
-    "A folder in COCO, YOLO or Pascal VOC format, also as Roboflow, CVAT or Label Studio export it; or a YOLO YAML "
-    "file, or a COCO JSON file."
-)
+DATA_HELP = f"{DATA[0].upper()}{DATA[1:]}."
 
 
 def examples(*commands: str) -> str:

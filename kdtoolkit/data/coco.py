@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdtoolkit.data.layouts import ExportedFiles, Part, parts_of
+from kdtoolkit.data.layouts import ExportedFiles, Part, folder_of, parts_of, splits_of
 from kdtoolkit.data.records import (
     ALL,
-    SPLITS,
     BadEntryError,
     Box,
     Category,
@@ -60,8 +59,7 @@ def locate(path: Path) -> Path | None:
 @telling_what_is_unreadable()
 def splits(root: Path) -> list[str]:
     """The splits that have a file. Raises KDError if there is none."""
-    parts = parts_of("COCO", root)
-    found = [split for split in (*SPLITS, ALL) if split in parts]
+    found = splits_of("COCO", root)
     if not found:
         raise _missing(root, "train")
     return found
@@ -83,7 +81,7 @@ def read(root: Path, split: str, progress: Progress, choose: Choose = everything
     if choose is not everything:
         document |= _chosen(document, choose)
     categories = categories_in(document["categories"], path)
-    reading = Reading(path, _folder(root), categories, has_ids=True)
+    reading = Reading(path, folder_of(root), categories, has_ids=True)
     entries = _images(document["images"], reading)
     boxes = _boxes(document["annotations"], entries, reading)
     files = ExportedFiles(part.images, NAME_RULE) if part.is_export else Files(part.images[0], NAME_RULE)
@@ -186,13 +184,6 @@ def _parse(path: Path) -> dict[str, list[Any]]:
             f"{path} must have a list under each of {', '.join(NEEDED)}; wrong or missing: {', '.join(wrong)}"
         )
     return document
-
-
-def _folder(place: Path) -> Path:
-    """The folder of a data set, also if it is one file in `annotations`."""
-    if place.is_dir():
-        return place
-    return place.parent.parent if place.parent.name == "annotations" else place.parent
 
 
 def _without_superclass(document: dict[str, list[Any]], root: Path, path: Path) -> list[Any]:

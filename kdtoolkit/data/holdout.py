@@ -19,19 +19,22 @@ def with_val(form: Form) -> Form:
     The split ALL still reads all of them.
     """
 
-    def splits(place: Path) -> list[str]:
-        found = form.splits(place)
+    def is_one_part(place: Path, found: list[str]) -> bool:
         if ALL not in found:
-            return found
+            return False
         if clash := [split for split in found if split in OPENED]:
             raise KDError(
                 f"{place} has the split {clash[0]}, and images of no split beside it; give those a split in the tool "
                 "that exports them, or move their labels to a different folder"
             )
-        return [*OPENED, *(split for split in found if split != ALL)]
+        return True
+
+    def splits(place: Path) -> list[str]:
+        found = form.splits(place)
+        return [*OPENED, *(split for split in found if split != ALL)] if is_one_part(place, found) else found
 
     def read(place: Path, split: str, progress: Progress, choose: Choose = everything) -> Reading:
-        if split not in OPENED or split in form.splits(place) or split not in splits(place):
+        if split not in OPENED or split in (found := form.splits(place)) or not is_one_part(place, found):
             return form.read(place, split, progress, choose)
         reading = form.read(place, ALL, progress, held_out if split == "val" else left)
         reading.held_out = "a fifth of the images, held out by their names, as the data come in one part"

@@ -116,6 +116,19 @@ def parts_of(form: str, place: Path) -> dict[str, Part]:
     return {ALL: Part(place, folders, is_export=True)}
 
 
+def splits_of(form: str, place: Path) -> list[str]:
+    """The splits of a data set, in their usual order. Raises KDError if two parts are of one split."""
+    parts = parts_of(form, place)
+    return [split for split in (*SPLITS, ALL) if split in parts]
+
+
+def folder_of(place: Path) -> Path:
+    """The folder of a data set, also if its place is one file, perhaps in `annotations`."""
+    if place.is_dir():
+        return place
+    return place.parent.parent if place.parent.name == "annotations" else place.parent
+
+
 def split_of(name: str) -> str | None:
     """The split that a name means; None if it means none."""
     return NAMES.get(re.sub(r"[-_]?\d+$", "", name.casefold()))

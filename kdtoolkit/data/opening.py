@@ -11,7 +11,7 @@ from typing import Literal
 
 from kdtoolkit.data import coco, voc, yolo
 from kdtoolkit.data.holdout import with_val
-from kdtoolkit.data.layouts import LAYOUTS
+from kdtoolkit.data.layouts import LAYOUTS, folder_of
 from kdtoolkit.data.photos import MEMORY_BYTES, PhotoDataset
 from kdtoolkit.data.records import Form, Progress, Reading, is_spare, telling_what_is_unreadable
 from kdtoolkit.errors import KDError
@@ -44,9 +44,7 @@ def locate(path: str | Path) -> tuple[Form, Path]:
 def name_of(path: Path) -> str:
     """What a data set is called: the name of its folder. Raises KDError as `locate` does."""
     _, place = locate(path.absolute())
-    if place.is_dir():
-        return place.name
-    return place.parent.parent.name if place.parent.name == "annotations" else place.parent.name
+    return folder_of(place).name
 
 
 def class_names_of(path: Path) -> tuple[str, ...]:

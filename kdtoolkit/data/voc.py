@@ -15,12 +15,10 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from kdtoolkit.data.layouts import Part, parts_of
+from kdtoolkit.data.layouts import Part, parts_of, splits_of
 from kdtoolkit.data.records import (
-    ALL,
     DECIMALS,
     ENDINGS,
-    SPLITS,
     BadEntryError,
     Box,
     Category,
@@ -65,8 +63,7 @@ def locate(path: Path) -> Path | None:
 @telling_what_is_unreadable()
 def splits(root: Path) -> list[str]:
     """The splits that have a list. Raises KDError if there is none."""
-    parts = parts_of("VOC", root)
-    found = [split for split in (*SPLITS, ALL) if split in parts]
+    found = splits_of("VOC", root)
     if not found:
         raise _missing(root, "train")
     return found

@@ -93,11 +93,12 @@ def train(
     Ctrl-C in a run with a folder ends it after the step that has begun, with a checkpoint; a second Ctrl-C ends it at
     once. If several processes train together, and without a folder, the first one ends it at once.
 
-    Raises KDError before the first step if an argument has a wrong type or the seed more than 64 bits, if all of the
-    student is frozen, if its number of classes differs from that of a data set, if the two data sets have different
-    classes, if the models lie on different devices or not on `device`, if no method can teach by `unlabelled`, if there
-    is nothing to probe, or if the folder holds a different run, is in use or cannot be written. Raises
-    NonFiniteLossError if a loss term is NaN or infinite; the student then has the weights of the last good step.
+    Raises KDError before the first step in these cases. An argument has a wrong type, or the seed over 64 bits. All of
+    the student is frozen. Its number of classes differs from that of a data set, or the two data sets have different
+    classes. The models lie on different devices, or not on `device`. No method can teach by `unlabelled`, or there is
+    nothing to probe. The folder holds a different run, is in use or cannot be written.
+
+    Raises NonFiniteLossError if a loss term is NaN or infinite. The student then has the weights of the last good step.
     """
     check_arguments(distiller, config)
     if not -(2**63) <= seed < 2**63:

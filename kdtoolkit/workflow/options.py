@@ -18,16 +18,19 @@ from kdtoolkit.sections import Section, Seed, explain, parse, reason
 from kdtoolkit.words import seconds_of
 from kdtoolkit.yaml_text import dump, split_name, with_arguments
 
+DATA = (
+    "a folder in COCO, YOLO or Pascal VOC format, also as Roboflow, CVAT or Label Studio export it; or a YOLO YAML "
+    "file, or a COCO JSON file"
+)
+"""What a data set may be, in words."""
+
 
 class RunOptions(Section):
     """What both commands take. None means that the command chooses, and says why."""
 
     command: ClassVar[str]
 
-    data: Path = Field(
-        description="the images: a folder in COCO, YOLO or Pascal VOC format, also as Roboflow, CVAT or Label Studio "
-        "export it; or a YOLO YAML file, or a COCO JSON file"
-    )
+    data: Path = Field(description=f"the images: {DATA}")
     out: Path | None = Field(
         None, description="the run's folder; default: the command and the data, as in runs/train-birds"
     )
